@@ -1,0 +1,53 @@
+# prunebench: everything a clone can do. `make` alone says what there is.
+# On a machine without a GPU, TORCH_INDEX=https://download.pytorch.org/whl/cpu saves gigabytes.
+
+PYTHON ?= python3
+VENV ?= .venv
+ONLY ?=
+TORCH_INDEX ?=
+BIN := $(VENV)/bin
+RUN := $(BIN)/prunebench run --calibration c4@wheel
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo test test-real lint check bench clean
+
+help:  ## say what there is
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 20
+
+$(BIN)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed")'
+	$(PYTHON) -m venv $(VENV)
+	$(if $(TORCH_INDEX),$(BIN)/pip install -q -c constraints.txt torch --index-url $(TORCH_INDEX))
+	$(BIN)/pip install -q -c constraints.txt -e '.[dev]'
+	touch $@
+
+install: $(BIN)/.installed  ## make the environment in .venv
+
+demo: install  ## prune the default model by magnitude and Wanda, print the table (5 minutes)
+	$(BIN)/prunebench models fetch smollm2-135m-q4
+	$(RUN) --method dense
+	$(RUN) --method magnitude --sparsity 0.5
+	$(RUN) --method magnitude --sparsity 2:4
+	$(RUN) --method wanda --sparsity 0.5
+	$(RUN) --method wanda --sparsity 2:4
+	$(BIN)/prunebench compare method=dense,magnitude,wanda seed=0 within_block=joint,None
+
+test: install  ## the default tests: no network, no GPU
+	$(BIN)/python -m pytest -q
+
+test-real: install  ## the tests on the real default model and real text
+	$(BIN)/python -m pytest -q -m real
+
+lint: install
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+check: lint test  ## format, lint, types and the default tests
+
+bench: install  ## measure every promised figure (ONLY=name for some)
+	$(BIN)/python -m benchmarks --only "$(ONLY)"
+
+clean:  ## remove the environment and caches of tools (not results, not downloads)
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist
+	find . -name __pycache__ -prune -exec rm -rf {} +

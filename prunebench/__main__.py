@@ -1,0 +1,5 @@
+"""`python -m prunebench` is the same program as `prunebench`."""
+
+from prunebench.cli import main
+
+main()

@@ -1,0 +1,1 @@
+"""Calibration: texts, the windows of tokens sampled from them, and the statistics of inputs."""

@@ -1,0 +1,71 @@
+"""`InputStats`: what calibration leaves behind for one input tensor.
+
+Linears that read the same tensor (q, k and v; gate and up) share one of these.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class InputStats:
+    """Statistics of the inputs X of one or more linears, over all calibration tokens.
+
+    Attributes:
+        samples: Number of calibration sequences.
+        tokens: Number of tokens that reached the input; 0 for an expert that was never chosen.
+        sum_squares: Sum over tokens of x_j^2, in float64, in which products and sums of float32
+            inputs are exact enough that the order of batches cannot change a mask.
+    """
+
+    samples: int
+    tokens: int
+    sum_squares: Float[Tensor, " in"]
+
+    def norms(self) -> Float[Tensor, " in"]:
+        """Return ||X_j|| = sqrt(sum_t x_tj^2 / samples), float32, as Wanda's `scaler_row` has it.
+
+        The division by the number of samples does not change Wanda's masks; it matters to methods
+        that add another term (GBLM).
+        """
+        return (self.sum_squares / self.samples).sqrt().to(torch.float32)
+
+
+class StatsAccumulator:
+    """Collects `InputStats` batch by batch.
+
+    Args:
+        workspace: Scratch memory by width, shared by the accumulators of a walk. A fresh block of
+            megabytes for every batch would cost more in page faults than the arithmetic.
+    """
+
+    def __init__(self, workspace: dict[int, Tensor] | None = None) -> None:
+        self.tokens = 0
+        self._workspace = {} if workspace is None else workspace
+        self._sum_squares: Tensor | None = None
+
+    def add(self, inputs: Float[Tensor, "*tokens in"]) -> None:
+        """Add the inputs of one batch, in any floating dtype."""
+        rows = inputs.detach().reshape(-1, inputs.shape[-1])  # (tokens, in)
+        scratch = self._workspace.get(rows.shape[1])
+        if scratch is None or len(scratch) < len(rows):
+            scratch = torch.empty(rows.shape, dtype=torch.float64, device=rows.device)
+            self._workspace[rows.shape[1]] = scratch
+        squares = scratch[: len(rows)].copy_(rows).square_().sum(0)
+        self.tokens += rows.shape[0]
+        if self._sum_squares is None:
+            self._sum_squares = squares
+        else:
+            self._sum_squares += squares
+
+    def result(self, *, samples: int, width: int, device: torch.device) -> InputStats:
+        """Return what was collected; zeros of length `width` if nothing ever came."""
+        squares = self._sum_squares
+        if squares is None:
+            squares = torch.zeros(width, dtype=torch.float64, device=device)
+        return InputStats(samples=samples, tokens=self.tokens, sum_squares=squares)

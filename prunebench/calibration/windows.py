@@ -1,0 +1,168 @@
+"""Windows of tokens: sampled for calibration as the papers do it, or read from a file.
+
+A window of the papers is a random document longer than `seqlen`, then a random start in it
+(SparseGPT, Wanda and GBLM, with Python's `random` seeded by the run's seed: the same draws in the
+same order, so the same windows where text and tokenizer are the same). Where long documents are
+too rare, the search gives up after a bounded number of rejections and packs documents instead.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from prunebench.calibration.texts import Text
+from prunebench.errors import IncompatibleData
+from prunebench.files import atomic_file
+
+TOKENS_KEY = "token_ids"
+_MAX_REJECTIONS = 1000  # in a row
+_SCAN_CHARACTERS = 64  # a text below this many characters a token is counted before sampling
+
+
+@dataclass(frozen=True)
+class Windows:
+    """Token windows, int64 (samples, seqlen); `packed` if documents were joined to fill them."""
+
+    token_ids: Int[Tensor, "samples seqlen"]
+    packed: bool
+
+    @property
+    def sha256(self) -> str:
+        """The hash that identifies the tokens."""
+        return hash_tokens(self.token_ids)
+
+
+def hash_tokens(token_ids: Tensor) -> str:
+    """Return the SHA-256 of int64 tokens, little endian, row-major."""
+    array = token_ids.to(torch.int64).contiguous().cpu().numpy().astype("<i8")
+    return hashlib.sha256(array.tobytes()).hexdigest()
+
+
+def tokenize(tokenizer: Any, text: str) -> list[int]:
+    """Tokenise in one call, special tokens as the tokenizer puts them."""
+    return list(tokenizer(text).input_ids)
+
+
+def sample_windows(text: Text, tokenizer: Any, *, samples: int, seqlen: int, seed: int) -> Windows:
+    """Draw `samples` windows of `seqlen` tokens.
+
+    Raises:
+        IncompatibleData: The text holds fewer than `samples * seqlen` tokens.
+    """
+    rng = random.Random(seed)
+    documents = text.documents
+    cache: dict[int, list[int]] = {}
+
+    def tokens_of(index: int) -> list[int]:
+        if index not in cache:
+            cache[index] = tokenize(tokenizer, documents[index])
+        return cache[index]
+
+    if isinstance(documents, list):  # not a memory-mapped shard of millions
+        _require_enough(documents, tokens_of, text, samples=samples, seqlen=seqlen)
+    rows: list[list[int]] = []
+    rejected = 0
+    while len(rows) < samples:
+        index = rng.randint(0, len(documents) - 1)
+        ids = tokens_of(index)
+        if len(ids) <= seqlen:
+            rejected += 1
+            if rejected > _MAX_REJECTIONS:
+                packed = _pack(documents, tokenizer, rng, samples=samples, seqlen=seqlen)
+                return Windows(packed, packed=True)
+            continue
+        rejected = 0
+        start = rng.randint(0, len(ids) - seqlen - 1)
+        rows.append(ids[start : start + seqlen])
+    return Windows(torch.tensor(rows, dtype=torch.int64), packed=False)
+
+
+def _require_enough(
+    documents: list[str], tokens_of: Any, text: Text, *, samples: int, seqlen: int
+) -> None:
+    need = samples * seqlen
+    if sum(map(len, documents)) > need * _SCAN_CHARACTERS:
+        return
+    have = sum(len(tokens_of(i)) for i in range(len(documents)))
+    if have < need:
+        raise IncompatibleData(
+            f"{text.dataset} is too short: {have:,} tokens, "
+            f"{samples} x {seqlen} = {need:,} are wanted",
+            where=f"text from {text.origin}",
+            fix=f"use --calibration-samples {have // seqlen} or fewer, a shorter --seqlen, "
+            "or another text",
+        )
+
+
+def _pack(
+    documents: Sequence[str], tokenizer: Any, rng: random.Random, *, samples: int, seqlen: int
+) -> Tensor:
+    """Join documents in a random order until the windows are full, and cut."""
+    order = list(range(len(documents)))
+    rng.shuffle(order)
+    ids: list[int] = []
+    for index in order:
+        ids += tokenize(tokenizer, documents[index] + "\n\n")
+        if len(ids) >= samples * seqlen:
+            return torch.tensor(ids[: samples * seqlen], dtype=torch.int64).view(samples, seqlen)
+    raise IncompatibleData(
+        f"the text is too short: {len(ids):,} tokens, {samples} x {seqlen} are wanted",
+        fix="use fewer samples, shorter ones, or another text",
+    )
+
+
+def load_windows(path: Path, *, vocabulary: int) -> Windows:
+    """Read a token file: safetensors with `token_ids`, int64 (samples, seqlen).
+
+    Raises:
+        IncompatibleData: It is no such file, or a token is outside the model's vocabulary.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        tensors = load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise IncompatibleData(
+            f"{path} is not a safetensors file", where=str(error), fix=_TOKENS_FIX
+        ) from None
+    token_ids = tensors.get(TOKENS_KEY)
+    if token_ids is None or token_ids.ndim != 2 or token_ids.dtype != torch.int64:
+        found = {name: (str(t.dtype), tuple(t.shape)) for name, t in tensors.items()}
+        raise IncompatibleData(
+            f"{path} holds no {TOKENS_KEY}, int64 [samples, seqlen]",
+            where=f"it holds {found}",
+            fix=_TOKENS_FIX,
+        )
+    low, high = (int(token_ids.min()), int(token_ids.max())) if token_ids.numel() else (-1, -1)
+    if low < 0 or high >= vocabulary:
+        raise IncompatibleData(
+            f"{path} does not fit the model's vocabulary of {vocabulary} tokens",
+            where=f"its tokens go from {low} to {high}",
+            fix="use tokens made with this model's tokenizer",
+        )
+    return Windows(token_ids, packed=False)
+
+
+def save_windows(path: Path, windows: Windows) -> None:
+    """Write a token file that `load_windows` reads.
+
+    Raises:
+        SaveError: It could not be written.
+    """
+    from safetensors.torch import save_file
+
+    with atomic_file(path) as part:
+        save_file({TOKENS_KEY: windows.token_ids.contiguous()}, part)
+
+
+_TOKENS_FIX = "make one with prunebench run --save-calibration PATH"

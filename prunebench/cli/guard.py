@@ -1,0 +1,81 @@
+"""Every way out of a command: an exit code that means something, and three lines that help.
+
+0 ok, 1 bug, 2 usage, 3 missing resource, 4 incompatible data, 5 could not save, 6 check failed,
+7 out of memory, 130 interrupted (DESIGN section 7).
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import shlex
+import sys
+import traceback
+from collections.abc import Callable
+from typing import Any, NoReturn
+
+import typer
+
+from prunebench.errors import PrunebenchError, SaveError
+
+
+def guarded(command: Callable[..., None]) -> Callable[..., None]:
+    """Wrap a command so that whatever it raises becomes a message and an exit code."""
+
+    @functools.wraps(command)
+    def wrapper(*args: Any, **kwargs: Any) -> None:
+        debug = bool(kwargs.get("debug")) or os.environ.get("PRUNEBENCH_DEBUG", "") not in ("", "0")
+        try:
+            command(*args, **kwargs)
+        except PrunebenchError as error:
+            _fail(error, debug=debug)
+        except KeyboardInterrupt:
+            say("")
+            say("interrupted: nothing was filed, nothing is half written")
+            say(f"run it again with: {command_line()}")
+            raise typer.Exit(130) from None
+        except BrokenPipeError:  # the reader of our output has gone: prunebench compare | head
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            raise typer.Exit(0) from None
+        except OSError as error:
+            _fail(_os_error(error), debug=debug)
+        except typer.Exit:
+            raise
+        except Exception as error:
+            if debug:
+                traceback.print_exc()
+            say(f"error: {type(error).__name__}: {error}")
+            say("  this is a bug of prunebench or of a plug-in")
+            say("  please report it with the output of the same command and --debug")
+            raise typer.Exit(1) from None
+
+    return wrapper
+
+
+def say(text: str) -> None:
+    """Write one line to stderr."""
+    print(text, file=sys.stderr)
+
+
+def command_line() -> str:
+    """Return the command that is running, as one would type it."""
+    return shlex.join(["prunebench", *sys.argv[1:]])
+
+
+def _fail(error: PrunebenchError, *, debug: bool) -> NoReturn:
+    if debug:
+        traceback.print_exc()
+    say(f"error: {error.what}")
+    for line in (error.where, error.fix):
+        if line:
+            say(f"  {line}")
+    raise typer.Exit(error.exit_code)
+
+
+def _os_error(error: OSError) -> PrunebenchError:
+    place = error.filename or "a file"
+    return SaveError(
+        f"cannot use {place}",
+        where=error.strerror or str(error),
+        fix="check the path, its permissions, and the free space",
+    )

@@ -1,0 +1,104 @@
+"""`prunebench list`: what there is to choose from."""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated
+
+import typer
+
+from prunebench.calibration.texts import texts
+from prunebench.cli.console import wide_console
+from prunebench.errors import PrunebenchError, UsageError, nearest
+from prunebench.models.source import catalog
+from prunebench.pruners import BUILTIN, Method, method_class, plugins
+
+_Row = dict[str, object]
+_KINDS = ("methods", "models", "texts")
+
+
+def list_command(
+    kind: Annotated[str, typer.Argument(help=f"One of {', '.join(_KINDS)}.")] = "methods",
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """List methods, models or texts."""
+    if kind not in _KINDS:
+        raise UsageError(f"there is no list of {kind!r}", fix=nearest(kind, _KINDS))
+    rows = {"methods": _methods, "models": _models, "texts": _texts}[kind]()
+    if as_json:
+        typer.echo(json.dumps(rows, indent=1))
+        return
+    console = wide_console()
+    from rich.table import Table
+
+    grid = Table(box=None, pad_edge=False, header_style="bold")
+    for title in rows[0]:
+        grid.add_column(title, overflow="fold", no_wrap=title in ("name", "paper", "source"))
+    for row in rows:
+        grid.add_row(*(_text(value) for value in row.values()))
+    console.print(grid)
+
+
+def _text(value: object) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return "-" if value in (None, "") else str(value)
+
+
+def _methods() -> list[_Row]:
+    try:
+        outside = plugins()
+    except UsageError as error:  # two packages with one name: say so, and list what is certain
+        outside = {error.what: Method("", error.where, distribution="conflict")}
+    rows: list[_Row] = []
+    for name, row in {**BUILTIN, **outside}.items():
+        about = row.about
+        if name in outside and row.target:
+            about = _about_plugin(name)
+        rows.append(
+            {
+                "name": name,
+                "about": about,
+                "paper": row.paper,
+                "data": row.data,
+                "updates": row.updates,
+                "patterns": row.patterns,
+                "from": row.distribution,
+            }
+        )
+    return rows
+
+
+def _about_plugin(name: str) -> str:
+    """Import a plug-in to see whether it works; what is wrong with it is its description."""
+    try:
+        doc = method_class(name).__doc__ or ""
+    except PrunebenchError as error:
+        return f"BROKEN: {error.where or error.what}"
+    return doc.strip().splitlines()[0] if doc.strip() else "plug-in"
+
+
+def _models() -> list[_Row]:
+    return [
+        {
+            "name": name,
+            "size": entry.size,
+            "dtype": entry.dtype,
+            "licence": entry.licence + (" (gated)" if entry.gated else ""),
+            "source": entry.hub or entry.wheel,
+        }
+        for name, entry in catalog().items()
+    ]
+
+
+def _texts() -> list[_Row]:
+    return [
+        {
+            "name": name,
+            "for": ", ".join(entry.uses),
+            "about": entry.about,
+            "licence": entry.licence,
+            "source": ", ".join(filter(None, (entry.hub, "wheel" if entry.file else ""))),
+        }
+        for name, entry in texts().items()
+    ]

@@ -1,0 +1,63 @@
+"""`prunebench results`: the files behind the table."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from prunebench.cli.guard import guarded, say
+from prunebench.errors import CheckFailed
+from prunebench.files import write_text
+from prunebench.results.compare import compare
+from prunebench.results.render import to_markdown
+from prunebench.results.schema import Result, json_schema
+from prunebench.results.store import ResultStore
+
+TABLE_NAME = "TABLE.md"
+TABLE_HEAD = """# Results
+
+Rebuilt from the result files beside it by `prunebench results table`; do not edit.
+
+"""
+
+app = typer.Typer(help="Check and tabulate result files.", no_args_is_help=True)
+
+_Folder = Annotated[
+    Path, typer.Option(envvar="PRUNEBENCH_RESULTS_DIR", help="Folder of the shared table.")
+]
+
+
+def table_text(results: list[Result]) -> str:
+    """Return the text of `TABLE.md`, byte-stable for the same results."""
+    return TABLE_HEAD + to_markdown(compare(results))
+
+
+def results_table(results_dir: _Folder = Path("results")) -> None:
+    """Rebuild TABLE.md from the result files."""
+    results, _ = ResultStore(results_dir).read()
+    path = results_dir / TABLE_NAME
+    write_text(path, table_text(results))
+    typer.echo(str(path))
+
+
+def results_check(results_dir: _Folder = Path("results")) -> None:
+    """Check every result file: schema, name and spec hash."""
+    results, damaged = ResultStore(results_dir).read()
+    for one in damaged:
+        say(f"{one.path}: {one.reason}")
+    if damaged:
+        raise CheckFailed(f"{len(damaged)} of {len(results) + len(damaged)} files are damaged")
+    failed = sum(result.status == "failed" for result in results)
+    typer.echo(f"{len(results)} results are sound, {failed} of them are failed runs")
+
+
+def results_schema() -> None:
+    """Print the JSON Schema of a result."""
+    typer.echo(json_schema(), nl=False)
+
+
+app.command("table")(guarded(results_table))
+app.command("check")(guarded(results_check))
+app.command("schema")(guarded(results_schema))

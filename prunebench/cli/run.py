@@ -1,0 +1,376 @@
+"""`prunebench run`: one spec from flags, environment, recipe and defaults, and its result."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from prunebench.cli.guard import command_line
+from prunebench.cli.progress import choose_progress
+from prunebench.errors import UsageError, nearest
+from prunebench.models.source import find_model, local_path
+from prunebench.pruners import find_method
+from prunebench.results.render import column_title, number
+from prunebench.results.schema import Result
+from prunebench.sparsity import Sparsity
+from prunebench.spec import DTYPES, ORDERS, RunSpec, build_spec, read_recipe
+
+if TYPE_CHECKING:
+    pass
+
+_RECIPE_KEYS: dict[str, type | tuple[type, ...]] = {
+    "method": str,
+    "model": str,
+    "sparsity": (str, float, int),
+    "calibration": str,
+    "calibration_samples": int,
+    "seqlen": int,
+    "ppl": (str, list),
+    "ppl_seqlen": int,
+    "ppl_tokens": int,
+    "seed": int,
+    "dtype": str,
+    "within_block": str,
+    "device": str,
+    "set": dict,
+}
+_OUTSIDE_SPEC = ("device",)
+
+
+def _env(name: str) -> str:
+    return f"PRUNEBENCH_{name}"
+
+
+_SPEC, _OUT, _HOW = "What is run", "What is kept", "How it is run"
+
+
+def run_command(
+    ctx: typer.Context,
+    method: Annotated[
+        str | None,
+        typer.Option(
+            "--method", "-m", envvar=_env("METHOD"), rich_help_panel=_SPEC,
+            help="Pruning method: a name of `prunebench list methods`, or module:Class.",
+        ),
+    ] = None,
+    model: Annotated[
+        str | None,
+        typer.Option(
+            "--model", "-M", envvar=_env("MODEL"), rich_help_panel=_SPEC,
+            help="Alias, org/name of the hub, folder, or .gguf file. [default: smollm2-135m-q4]",
+        ),
+    ] = None,
+    sparsity: Annotated[
+        list[str] | None,
+        typer.Option(
+            envvar=_env("SPARSITY"), rich_help_panel=_SPEC,
+            help="Ratio of zeros (0.5, 50%) or N:M, keep N of M (2:4). [default: the method's]",
+        ),
+    ] = None,
+    calibration: Annotated[
+        str | None,
+        typer.Option(
+            envvar=_env("CALIBRATION"), rich_help_panel=_SPEC,
+            help="Text name, file:PATH, or tokens:PATH. [default: c4]",
+        ),
+    ] = None,
+    calibration_samples: Annotated[
+        int | None,
+        typer.Option(
+            envvar=_env("CALIBRATION_SAMPLES"), min=1, rich_help_panel=_SPEC,
+            help="Number of calibration windows. [default: 32]",
+        ),
+    ] = None,
+    seqlen: Annotated[
+        int | None,
+        typer.Option(
+            envvar=_env("SEQLEN"), min=2, rich_help_panel=_SPEC,
+            help="Tokens in a calibration window. [default: 512]",
+        ),
+    ] = None,
+    ppl: Annotated[
+        list[str] | None,
+        typer.Option(
+            envvar=_env("PPL"), rich_help_panel=_SPEC,
+            help="Texts for perplexity, split by commas: a name, wikitext2:PATH, file:PATH, "
+            "tokens:PATH. [default: wiki]",
+        ),
+    ] = None,
+    ppl_seqlen: Annotated[
+        int | None,
+        typer.Option(
+            envvar=_env("PPL_SEQLEN"), min=2, rich_help_panel=_SPEC,
+            help="Tokens in a perplexity window. [default: 512]",
+        ),
+    ] = None,
+    ppl_tokens: Annotated[
+        int | None,
+        typer.Option(
+            envvar=_env("PPL_TOKENS"), min=2, rich_help_panel=_SPEC,
+            help="Score only the first so many tokens; such rows are kept apart. [default: all]",
+        ),
+    ] = None,
+    seed: Annotated[
+        int | None,
+        typer.Option(
+            envvar=_env("SEED"), min=0, rich_help_panel=_SPEC,
+            help="Seed of sampling and of the method. [default: 0]",
+        ),
+    ] = None,
+    dtype: Annotated[
+        str | None,
+        typer.Option(
+            envvar=_env("DTYPE"), rich_help_panel=_SPEC,
+            help=f"{', '.join(DTYPES)}. [default: the alias's, else float32]",
+        ),
+    ] = None,
+    within_block: Annotated[
+        str | None,
+        typer.Option(
+            envvar=_env("WITHIN_BLOCK"), rich_help_panel=_SPEC,
+            help="joint: all layers of a block see the dense block's inputs, as in the papers; "
+            "sequential: each sees the inputs left by those before it. [default: joint]",
+        ),
+    ] = None,
+    set_: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set", metavar="KEY=VALUE", rich_help_panel=_SPEC,
+            help="An option of the method; may be repeated.",
+        ),
+    ] = None,
+    recipe: Annotated[
+        Path | None,
+        typer.Option(
+            envvar=_env("RECIPE"), rich_help_panel=_SPEC,
+            help="TOML file with any of the above.",
+        ),
+    ] = None,
+    save_model: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR", rich_help_panel=_OUT, help="Write the pruned model, zeros in place."
+        ),
+    ] = None,
+    save_masks: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE", rich_help_panel=_OUT, help="Write the keep masks (.npz, packed bits)."
+        ),
+    ] = None,
+    save_calibration: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE", rich_help_panel=_OUT,
+            help="Write the calibration tokens (.safetensors), for tokens:PATH.",
+        ),
+    ] = None,
+    results_dir: Annotated[
+        Path,
+        typer.Option(
+            envvar=_env("RESULTS_DIR"), rich_help_panel=_OUT, help="Folder of the shared table."
+        ),
+    ] = Path("results"),
+    force: Annotated[
+        bool,
+        typer.Option("--force", rich_help_panel=_OUT, help="Replace what --save-* finds there."),
+    ] = False,
+    device: Annotated[
+        str | None,
+        typer.Option(
+            envvar=_env("DEVICE"), rich_help_panel=_HOW,
+            help="auto, cpu, cuda, cuda:N, or mps. [default: auto]",
+        ),
+    ] = None,
+    dry_run: Annotated[
+        bool,
+        typer.Option("--dry-run", rich_help_panel=_HOW, help="Check everything, load no weights."),
+    ] = False,
+    show_config: Annotated[
+        bool,
+        typer.Option(
+            "--show-config", rich_help_panel=_HOW,
+            help="Print every value and where it comes from, and stop.",
+        ),
+    ] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", rich_help_panel=_HOW, help="Print the result as JSON.")
+    ] = False,
+    quiet: Annotated[
+        bool, typer.Option("--quiet", "-q", rich_help_panel=_HOW, help="No progress on stderr.")
+    ] = False,
+    debug: Annotated[
+        bool, typer.Option("--debug", rich_help_panel=_HOW, help="Show tracebacks.")
+    ] = False,
+) -> None:  # fmt: skip
+    """Prune a model, measure what it cost, and file the result."""
+    values, sources = _collect(ctx, recipe)
+    spec = build_spec({key: values[key] for key in values if key not in _OUTSIDE_SPEC})
+    if show_config:
+        _show_config(values, sources, as_json=as_json)
+        return
+    progress = choose_progress(quiet=quiet)
+    with progress.stage("start", detail="loading torch and transformers"):
+        from prunebench.prepare import Setup, prepare
+        from prunebench.run import execute
+    setup = Setup(
+        results_dir=results_dir,
+        device=values["device"],
+        save_model=save_model,
+        save_masks=save_masks,
+        save_calibration=save_calibration,
+        replace=force,
+        command=command_line(),
+        progress=progress,
+    )
+    if dry_run:
+        _dry_run(spec, setup, as_json=as_json)
+        return
+    plan = prepare(spec, setup)
+    result = execute(plan)
+    if as_json:
+        sys.stdout.write(result.to_json())
+    else:
+        _print_summary(result, plan.store.path_of(result), setup)
+
+
+def _collect(ctx: typer.Context, recipe: Path | None) -> tuple[dict[str, Any], dict[str, str]]:
+    """Merge flags, environment, recipe and defaults; return the values and their sources."""
+    given: dict[str, Any] = {}
+    sources: dict[str, str] = {}
+    read = read_recipe(recipe, known=_RECIPE_KEYS) if recipe else {}
+    for key in _RECIPE_KEYS:
+        parameter = "set_" if key == "set" else key
+        source = ctx.get_parameter_source(parameter)
+        origin = source.name if source else "DEFAULT"
+        if origin in ("COMMANDLINE", "ENVIRONMENT"):
+            given[key] = ctx.params[parameter]
+            sources[key] = "flag" if origin == "COMMANDLINE" else "environment"
+        elif key in read:
+            given[key] = read[key]
+            sources[key] = f"recipe {recipe}"
+    values = _with_defaults(given)
+    order = [key for key in _RECIPE_KEYS if key != "set"]
+    sources = {key: sources.get(key, "default") for key in order} | {
+        "method_options": sources.get("set", "default")
+    }
+    return values, sources
+
+
+def _with_defaults(given: Mapping[str, Any]) -> dict[str, Any]:
+    if "method" not in given:
+        raise UsageError(
+            "no method is named", fix="give --method, for example --method wanda; see list methods"
+        )
+    row = find_method(given["method"])
+    values: dict[str, Any] = {
+        name: field.default
+        for name, field in RunSpec.model_fields.items()
+        if name in _RECIPE_KEYS and name != "method"
+    }
+    source = find_model(given.get("model", values["model"]))
+    values |= {"sparsity": row.sparsity, "device": "auto"}
+    values["dtype"] = source.entry.dtype if source.entry else "float32"
+    values |= {key: value for key, value in given.items() if key != "set"}
+    for name, known in (("dtype", DTYPES), ("within_block", ORDERS)):
+        if values[name] not in known:
+            raise UsageError(
+                f"--{name.replace('_', '-')} {values[name]!r} is not known",
+                fix=nearest(str(values[name]), known),
+            )
+    sparsity = values["sparsity"]
+    text = ",".join(sparsity) if isinstance(sparsity, list) else str(sparsity)
+    values["sparsity"] = str(Sparsity.parse(text))
+    texts = [values["ppl"]] if isinstance(values["ppl"], str) else list(values["ppl"])
+    values["ppl"] = tuple(
+        name.strip() for text in texts for name in text.split(",") if name.strip()
+    )
+    values["method_options"] = _method_options(given.get("set", ()))
+    return values
+
+
+def _method_options(given: Any) -> dict[str, Any]:
+    if isinstance(given, dict):  # the table [set] of a recipe
+        return dict(given)
+    options: dict[str, Any] = {}
+    for word in given:
+        key, equals, value = word.partition("=")
+        if not equals or not key:
+            raise UsageError(f"--set {word!r} is not KEY=VALUE", fix="as in --set alpha=100")
+        if key in options:
+            raise UsageError(f"--set names {key!r} twice")
+        options[key] = value
+    return options
+
+
+def _show_config(values: dict[str, Any], sources: dict[str, str], *, as_json: bool) -> None:
+    if as_json:
+        rows = {key: {"value": values[key], "source": sources[key]} for key in sources}
+        typer.echo(json.dumps(rows, indent=1))
+        return
+    width = max(map(len, sources))
+    for key, source in sources.items():
+        value = values[key]
+        shown = ",".join(value) if isinstance(value, tuple) else str(value)
+        typer.echo(f"{key:<{width}}  {shown:<24}  {source}")
+
+
+def _dry_run(spec: RunSpec, setup: Any, *, as_json: bool) -> None:
+    from prunebench.prepare import prepare
+
+    source = find_model(spec.model)
+    if source.kind != "gguf" and local_path(source) is None:
+        raise UsageError(
+            f"--dry-run needs the files of {spec.model}, and they are not on this machine",
+            where="it checks sizes and tokens, and never downloads a model",
+            fix=f"run prunebench models fetch {spec.model} first",
+        )
+    plan = prepare(spec, setup)
+    if as_json:
+        typer.echo(json.dumps(plan.spec.model_dump(mode="json"), indent=1))
+        return
+    weights = sum(linear.size for linear in plan.linears)
+    typer.echo(f"{plan.spec.method} {plan.sparsity} on {plan.spec.model}, {plan.device}")
+    typer.echo(f"  {len(plan.linears)} linears with {weights:,} weights would be pruned")
+    if plan.calibration:
+        one = plan.calibration
+        typer.echo(f"  calibration {one.samples} x {one.seqlen} tokens of {one.text}")
+        typer.echo(f"              from {one.origin}")
+    for task in plan.tasks:
+        typer.echo(f"  perplexity  {task.protocol}, {task.targets:,} targets")
+        typer.echo(f"              from {task.origin}")
+    typer.echo(f"  spec {plan.spec.spec_id}; nothing was loaded, nothing was written")
+
+
+def _print_summary(result: Result, path: Path, setup: Any) -> None:
+    cost, sparsity = result.cost, result.sparsity
+    assert cost is not None and sparsity is not None and result.model is not None
+    name = result.spec.method
+    title = name if name == "dense" else f"{name} {result.spec.sparsity}"
+    typer.echo(f"{title} on {result.spec.model}")
+    for score in result.scores:
+        line = f"  {column_title(f'{score.metric} {score.protocol}')}  {number(score.value)}"
+        if name != "dense" and score.dense_value is not None:
+            times = score.value / score.dense_value
+            line += f"  (dense {number(score.dense_value)}, {number(times)} times)"
+        typer.echo(line)
+    if name != "dense":
+        typer.echo(
+            f"  {sparsity.realised_ratio:.2%} of {result.model.prunable_parameters:,} weights "
+            f"are zero, pruned in {cost.prune_seconds:.1f} s"
+        )
+    if result.method and result.method.events:
+        kinds = sorted({event.kind for event in result.method.events})
+        typer.echo(f"  {len(result.method.events)} notes of the method: {', '.join(kinds)}")
+    typer.echo(
+        f"  {cost.total_seconds:.0f} s in all, peak memory {cost.peak_rss_bytes / 1e9:.2f} GB"
+    )
+    for kind, place in (("model", setup.save_model), ("masks", setup.save_masks)):
+        if place:
+            typer.echo(f"  {kind} saved as {place}")
+    typer.echo(f"  filed as {path}")

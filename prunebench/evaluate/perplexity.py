@@ -1,0 +1,195 @@
+"""Perplexity, under a protocol that is part of every number.
+
+Protocol v1: documents joined (by a blank line, unless the source's papers join them otherwise),
+tokenised in one call with special tokens as the tokenizer puts them, cut into non-overlapping
+windows of `seqlen`, the tail dropped, mean cross-entropy over the `seqlen - 1` targets of every
+window in float32, exp of the mean. The metric is called `token_ppl`; lm-eval's `wikitext` task
+is word perplexity, which is another thing.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Int
+from torch import Tensor, nn
+
+from prunebench.calibration.texts import load_text
+from prunebench.calibration.windows import hash_tokens, load_windows, tokenize
+from prunebench.errors import IncompatibleData
+from prunebench.files import cache_dir, write_text
+from prunebench.progress import Progress
+
+METRIC = "token_ppl"
+VERSION = "v1"
+_C4_WINDOWS = 256  # SparseGPT takes the first 256 windows of its C4 subset
+_LOSS_ROWS = 128  # rows of logits that are turned into losses at a time
+_BATCH_TOKENS = {"cpu": 512, "cuda": 8192}
+
+
+@dataclass(frozen=True)
+class PerplexityTask:
+    """A text cut into windows, ready to be scored.
+
+    Attributes:
+        protocol: The id, e.g. `wikitext2-raw/test/2048/v1`; `/first-N` is added where only N
+            tokens were used.
+        windows: int64 (windows, seqlen).
+    """
+
+    protocol: str
+    dataset: str
+    origin: str
+    limited: bool
+    windows: Int[Tensor, "windows seqlen"]
+
+    @property
+    def targets(self) -> int:
+        """Number of predicted tokens."""
+        return self.windows.shape[0] * (self.windows.shape[1] - 1)
+
+    @property
+    def tokens_sha256(self) -> str:
+        """Hash of the windows."""
+        return hash_tokens(self.windows)
+
+
+def prepare_perplexity(
+    name: str,
+    tokenizer: Any,
+    *,
+    seqlen: int,
+    limit_tokens: int | None,
+    vocabulary: int,
+    progress: Progress,
+) -> PerplexityTask:
+    """Cut a text into windows.
+
+    Args:
+        name: A text name as `--ppl` takes it; `tokens:PATH` is used as it is, window by window.
+        tokenizer: The model's tokenizer.
+        seqlen: Length of a window in tokens.
+        limit_tokens: Use only the first so many tokens, or None.
+        vocabulary: Size of the model's vocabulary.
+        progress: Hears of downloads.
+
+    Raises:
+        IncompatibleData: The text has less than one window.
+        MissingResource: It cannot be had here.
+    """
+    if name.startswith("tokens:"):
+        windows = load_windows(Path(name.partition(":")[2]).expanduser(), vocabulary=vocabulary)
+        digest = windows.sha256
+        dataset, split, origin, rows = (
+            f"tokens-{digest[:12]}",
+            "all",
+            f"sha256:{digest}",
+            windows.token_ids,
+        )
+        seqlen = rows.shape[1]
+    else:
+        text = load_text(name, use="evaluation", progress=progress)
+        ids = tokenize(tokenizer, text.joiner.join(text.documents))
+        if text.dataset == "c4":
+            ids = ids[: _C4_WINDOWS * seqlen]
+        count = len(ids) // seqlen
+        if count == 0:
+            raise IncompatibleData(
+                f"{name} is too short: {len(ids):,} tokens, one window of {seqlen} is needed",
+                where=f"text from {text.origin}",
+                fix=f"use --ppl-seqlen {len(ids)} or less, or a longer text",
+            )
+        dataset, split, origin = text.dataset, text.split, text.origin
+        rows = torch.tensor(ids[: count * seqlen], dtype=torch.int64).view(count, seqlen)
+    protocol = f"{dataset}/{split}/{seqlen}/{VERSION}"
+    limited = limit_tokens is not None and limit_tokens < rows.numel()
+    if limited and limit_tokens is not None:
+        rows = rows[: limit_tokens // seqlen]
+        if not len(rows):
+            raise IncompatibleData(
+                f"--ppl-tokens {limit_tokens} is less than one window of {seqlen}",
+                fix=f"use --ppl-tokens {seqlen} or more",
+            )
+        protocol += f"/first-{rows.numel()}"
+    return PerplexityTask(protocol, dataset, origin, limited, rows)
+
+
+@torch.no_grad()
+def token_ppl(
+    model: nn.Module,
+    windows: Int[Tensor, "windows seqlen"],
+    *,
+    batch_tokens: int | None = None,
+    advance: Callable[[int], None] = lambda done: None,
+) -> float:
+    """Return the perplexity of `model` on `windows`; the logits of one batch exist at a time.
+
+    Args:
+        model: A causal language model in evaluation mode.
+        windows: int64 (windows, seqlen).
+        batch_tokens: Tokens of a batch; by default what suits the device.
+        advance: Hears the number of windows done.
+
+    Raises:
+        IncompatibleData: The loss is not finite: the model is broken.
+    """
+    device = next(model.parameters()).device
+    tokens = batch_tokens or _BATCH_TOKENS.get(device.type, 2048)
+    total = 0.0
+    for batch in torch.split(windows, max(1, tokens // windows.shape[1])):
+        ids = batch.to(device)
+        logits = model(input_ids=ids, use_cache=False).logits
+        for row, targets in zip(logits, ids[:, 1:], strict=True):
+            total += _summed_loss(row[:-1], targets)
+        del logits
+        advance(len(batch))
+    mean = total / (windows.shape[0] * (windows.shape[1] - 1))
+    if not mean < math.log(1e300):
+        raise IncompatibleData(
+            f"the perplexity is not finite (mean loss {mean})",
+            where="the model's logits are NaN or infinite",
+            fix="use --dtype float32 or bfloat16, or a lower sparsity",
+        )
+    return math.exp(mean)
+
+
+def _summed_loss(logits: Tensor, targets: Tensor) -> float:
+    """Sum of cross-entropies in float32; logits (tokens, vocabulary), targets (tokens,)."""
+    total = 0.0
+    for part, wanted in zip(
+        torch.split(logits, _LOSS_ROWS), torch.split(targets, _LOSS_ROWS), strict=True
+    ):
+        part = part.float()
+        picked = part.gather(1, wanted[:, None]).squeeze(1)
+        total += float((part.logsumexp(1) - picked).sum(dtype=torch.float64))
+    return total
+
+
+def cached_ppl(dense_sha256: str, task: PerplexityTask) -> float | None:
+    """Return the perplexity of these very weights on these very tokens, if it was measured."""
+    path = _cache_path(dense_sha256, task)
+    try:
+        return float(json.loads(path.read_text("utf-8"))["value"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def remember_ppl(dense_sha256: str, task: PerplexityTask, value: float) -> None:
+    """Keep a dense model's perplexity for later runs.
+
+    Raises:
+        SaveError: The cache cannot be written.
+    """
+    entry = {"weights": dense_sha256, "protocol": task.protocol, "metric": METRIC, "value": value}
+    write_text(_cache_path(dense_sha256, task), json.dumps(entry) + "\n")
+
+
+def _cache_path(dense_sha256: str, task: PerplexityTask) -> Path:
+    name = f"{dense_sha256[:24]}-{task.tokens_sha256[:24]}-{METRIC}-{VERSION}.json"
+    return cache_dir() / "baselines" / name

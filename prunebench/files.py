@@ -1,0 +1,191 @@
+"""Files that are whole or not there: the cache folder, atomic writes, exclusive publication.
+
+Everything the program leaves behind goes through here, so that `kill -9`, a full disk or fifty
+writers at once can lose a file but never leave half of one under its final name.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import platformdirs
+
+from prunebench.errors import SaveError
+
+_CHUNK_BYTES = 4 << 20
+
+
+def cache_dir() -> Path:
+    """Return the cache folder: `$PRUNEBENCH_CACHE`, or the platform's place for caches."""
+    named = os.environ.get("PRUNEBENCH_CACHE")
+    return Path(named).expanduser() if named else Path(platformdirs.user_cache_dir("prunebench"))
+
+
+def sha256_file(path: Path, *, advance: Callable[[int], None] | None = None) -> str:
+    """Return the SHA-256 of a file in hex; `advance` hears the bytes as they are read."""
+    digest = hashlib.sha256()
+    with path.open("rb") as stream:
+        while block := stream.read(_CHUNK_BYTES):
+            digest.update(block)
+            if advance:
+                advance(len(block))
+    return digest.hexdigest()
+
+
+def explain_os_error(error: OSError, path: Path) -> SaveError:
+    """Turn an operating system error into one that says what to do about it."""
+    fixes = {
+        errno.ENOSPC: "free space there, or name another folder",
+        errno.EDQUOT: "your quota there is used up: free space, or name another folder",
+        errno.EROFS: "the file system is read-only: name another folder",
+        errno.EACCES: "you may not write there: change the permissions, or name another folder",
+        errno.ENOTDIR: "a file stands where a folder should be: move it, or name another folder",
+        errno.EEXIST: "a file stands where a folder should be: move it, or name another folder",
+    }
+    reason = os.strerror(error.errno) if error.errno else str(error)
+    fix = fixes.get(error.errno or 0, "look at the folder, or name another one")
+    return SaveError(f"cannot write {path}", where=reason, fix=fix)
+
+
+def require_writable(folder: Path, *, need_bytes: int = 1 << 20) -> None:
+    """Make sure, before any work, that `need_bytes` can be written into `folder`.
+
+    A small file is really written and flushed (permission bits say little to root or on a network
+    file system); larger needs are compared with the free space.
+
+    Raises:
+        SaveError: The folder cannot be made, written to, or has too little room.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder) as probe:
+            probe.write(os.urandom(min(need_bytes, 1 << 20)))
+            probe.flush()
+            os.fsync(probe.fileno())
+        free = shutil.disk_usage(folder).free
+    except OSError as error:
+        raise explain_os_error(error, folder) from error
+    if free < need_bytes:
+        raise SaveError(
+            f"cannot write {folder}",
+            where=f"{need_bytes / 1e6:,.0f} MB are needed, {free / 1e6:,.0f} MB are free",
+            fix="free space there, or name another folder",
+        )
+
+
+@contextlib.contextmanager
+def atomic_file(path: Path) -> Iterator[Path]:
+    """Yield a temporary path beside `path`; on success it is flushed and takes its place.
+
+    Raises:
+        SaveError: The file could not be written; nothing is left behind.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
+    except OSError as error:
+        raise explain_os_error(error, path) from error
+    os.close(handle)
+    part = Path(name)
+    try:
+        yield part
+        _flush(part)
+        part.chmod(0o666 & ~_umask())
+        part.replace(path)
+    except OSError as error:
+        raise explain_os_error(error, path) from error
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file atomically."""
+    with atomic_file(path) as part:
+        part.write_text(text, encoding="utf-8", newline="\n")
+
+
+@contextlib.contextmanager
+def atomic_folder(path: Path, *, replace: bool = False) -> Iterator[Path]:
+    """Yield a temporary folder beside `path`; on success it is renamed to `path`.
+
+    Where another process was faster and `replace` is False, its folder stays and ours is dropped:
+    both hold the same content.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part"))
+    except OSError as error:
+        raise explain_os_error(error, path) from error
+    old = part.with_suffix(".old")
+    try:
+        yield part
+        part.chmod(0o777 & ~_umask())
+        for file in part.rglob("*"):
+            if file.is_file():
+                file.chmod(0o666 & ~_umask())
+                _flush(file)
+        if replace and path.exists():  # the old one moves aside first: one is always whole
+            path.rename(old)
+        try:
+            part.rename(path)
+        except OSError as error:
+            if replace or error.errno not in (errno.EEXIST, errno.ENOTEMPTY):
+                raise
+    except OSError as error:
+        raise explain_os_error(error, path) from error
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+        if path.exists():
+            shutil.rmtree(old, ignore_errors=True)
+
+
+def publish_text(path: Path, text: str) -> None:
+    """Write a new text file; an existing one is never replaced.
+
+    The text is written to a temporary file, flushed, and hard-linked to its name, which fails if
+    the name exists, also between machines on a shared file system.
+
+    Raises:
+        SaveError: The name exists, or the file could not be written.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}.", suffix=".part")
+    except OSError as error:
+        raise explain_os_error(error, path) from error
+    part = Path(name)
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8", newline="\n") as stream:
+            stream.write(text)
+            stream.flush()
+            os.fsync(stream.fileno())
+        part.chmod(0o666 & ~_umask())
+        os.link(part, path)
+    except FileExistsError as error:
+        raise SaveError(
+            f"{path} exists already",
+            where="results are never overwritten",
+            fix="run again: every run gets a new name",
+        ) from error
+    except OSError as error:
+        raise explain_os_error(error, path) from error
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def _flush(path: Path) -> None:
+    with path.open("rb") as stream:
+        os.fsync(stream.fileno())
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

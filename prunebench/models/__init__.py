@@ -1,0 +1,1 @@
+"""Models: where their weights come from, and the walker that visits their blocks."""

@@ -1,0 +1,275 @@
+"""The block walker: visits the decoder blocks in order, each with the inputs it will really see.
+
+The walk is the same for every architecture and every one-shot method. For block b, with the blocks
+before it already pruned:
+
+- `joint` (the papers' protocol): the dense block runs over the calibration set, statistics are
+  collected at all its linears, all are pruned, and the pruned block runs once more to make the
+  inputs of block b+1. The first of the two passes ends at the last linear's input: what that
+  linear would give is not needed.
+- `sequential`: every linear is pruned when its input is known, before it runs, so one pass does
+  both and the statistics belong to the inputs that the pruned model will see. The batches of the
+  calibration set run as greenlets that wait for each other before each linear: the arithmetic of
+  every batch stays in cache, and nothing is computed twice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from greenlet import GreenletExit, getcurrent, greenlet
+from jaxtyping import Int
+from torch import Tensor, nn
+
+from prunebench.calibration.stats import InputStats, StatsAccumulator
+from prunebench.errors import IncompatibleData, UsageError
+from prunebench.models.linears import Linear, find_blocks, find_linears
+from prunebench.models.replay import (
+    BlockCall,
+    BlockPlan,
+    Stop,
+    check_replay,
+    plain_inference,
+    record_calls,
+    tapped,
+)
+from prunebench.models.weights import ResidentWeights, WeightStore
+from prunebench.spec import WithinBlock
+
+_BATCH_TOKENS = {"cpu": 1024, "cuda": 16384}
+_CHECK_TOKENS = 128  # the arguments that depend on length are recorded anew for every batch
+
+
+@dataclass(frozen=True)
+class LinearGroup:
+    """Linears that read one input tensor, and its statistics (None for methods without data)."""
+
+    linears: tuple[Linear, ...]
+    stats: InputStats | None
+
+
+@dataclass
+class _Calibration:
+    """The hidden states before the current block and the arguments of every block, by batch."""
+
+    hidden: list[Tensor]
+    calls: list[list[BlockCall]]
+    plans: list[BlockPlan]
+    samples: int
+    workspace: dict[int, Tensor] = field(default_factory=dict)
+
+
+class BlockWalker:
+    """Hands out the linears of a model, group by group, with statistics of their inputs.
+
+    Args:
+        model: A causal language model of transformers, in evaluation mode.
+        token_ids: Calibration windows, or None for methods that need none.
+        within_block: The order inside a block, see the module's docstring.
+        weights: Where the weights live; by default, wherever the model has them.
+        activation_device: Where hidden states wait between blocks; by default beside the weights.
+        batch_tokens: Tokens run through a block at a time; by default what suits the device.
+        advance: Hears 1 for every finished block.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        token_ids: Int[Tensor, "samples seqlen"] | None = None,
+        within_block: WithinBlock = "joint",
+        weights: WeightStore | None = None,
+        activation_device: torch.device | None = None,
+        batch_tokens: int | None = None,
+        advance: Callable[[int], None] = lambda done: None,
+    ) -> None:
+        self.model = model
+        self.blocks = find_blocks(model)[1]
+        self.linears = find_linears(model)
+        self.within_block = within_block
+        self._token_ids = token_ids
+        self._weights = weights or ResidentWeights(self.blocks)
+        self._device = next(model.parameters()).device
+        self._activation_device = activation_device or self._device
+        self._batch_tokens = batch_tokens or _BATCH_TOKENS.get(self._device.type, 4096)
+        self._advance = advance
+
+    def linears_of(self, index: int) -> list[Linear]:
+        """Return the prunable matrices of one block."""
+        return [linear for linear in self.linears if linear.block_index == index]
+
+    def groups(self, *, stats: bool) -> Generator[LinearGroup]:
+        """Visit every linear once, block by block; write the new weights before asking for more.
+
+        Args:
+            stats: Whether the method needs statistics; without, nothing is run.
+
+        Raises:
+            UsageError: Statistics are wanted, and there are no calibration tokens.
+            IncompatibleData: The architecture cannot be replayed, or activations are not finite.
+        """
+        if stats and self._token_ids is None:
+            raise UsageError("this method needs calibration data", fix="give --calibration")
+        with plain_inference(self.model):
+            calibration = self._prepare() if stats else None
+            for index in range(len(self.blocks)):
+                with self._weights.open_block(index) as block:
+                    if calibration is None:
+                        yield LinearGroup(tuple(self.linears_of(index)), None)
+                    elif self.within_block == "joint":
+                        yield from self._joint(block, index, calibration)
+                    else:
+                        yield from self._sequential(block, index, calibration)
+                self._advance(1)
+
+    # ------------------------------------------------------------ preparation
+
+    def _prepare(self) -> _Calibration:
+        token_ids = self._token_ids
+        assert token_ids is not None
+        by_block = [self.linears_of(index) for index in range(len(self.blocks))]
+        batches = torch.split(token_ids, max(1, self._batch_tokens // token_ids.shape[1]))
+        sample = token_ids[:1, :_CHECK_TOKENS].to(self._device)
+        plans = check_replay(self.model, self.blocks, by_block, sample)
+        if self.within_block == "sequential":
+            self._require_static(plans)
+        hidden: list[Tensor] = []
+        calls: list[list[BlockCall]] = []
+        for batch in batches:
+            first, made = record_calls(
+                self.model,
+                self.blocks,
+                batch.to(self._device),
+                returns_tuple=[plan.returns for plan in plans],
+            )
+            hidden.append(first.to(self._activation_device))
+            calls.append(_share(made, calls[0]) if calls else made)
+        return _Calibration(hidden, calls, plans, samples=len(token_ids))
+
+    def _require_static(self, plans: list[BlockPlan]) -> None:
+        for index, plan in enumerate(plans):
+            reason = "a layer runs twice" if plan.repeated else ""
+            reason = "which experts run depends on the text" if plan.dynamic else reason
+            if reason:
+                kind = type(self.blocks[index]).__name__
+                raise IncompatibleData(
+                    f"within-block order sequential does not fit {kind}",
+                    where=f"block {index}: {reason}",
+                    fix="use --within-block joint",
+                )
+
+    # ------------------------------------------------------------ the two orders
+
+    def _joint(self, block: nn.Module, index: int, data: _Calibration) -> Generator[LinearGroup]:
+        groups = data.plans[index].groups
+        collected = self._collect(block, index, data)
+        for members, accumulator in zip(groups, collected, strict=True):
+            yield self._group(members, accumulator, data)
+        if index + 1 < len(self.blocks):
+            with torch.no_grad():
+                for batch, hidden in enumerate(data.hidden):
+                    data.hidden[batch] = self._forward(block, index, data, batch, hidden)
+
+    def _collect(self, block: nn.Module, index: int, data: _Calibration) -> list[StatsAccumulator]:
+        plan = data.plans[index]
+        collected = [StatsAccumulator(data.workspace) for _ in plan.groups]
+        slot = {members[0]: i for i, members in enumerate(plan.groups)}
+        last = None if plan.dynamic or plan.repeated else plan.groups[-1][0]
+
+        def tap(linear: Linear, inputs: Tensor) -> None:
+            collected[slot[linear]].add(inputs)
+            if linear is last:
+                raise Stop
+
+        with torch.no_grad(), tapped(list(slot), tap):
+            for batch, hidden in enumerate(data.hidden):
+                try:
+                    self._forward(block, index, data, batch, hidden)
+                except Stop:
+                    continue
+        return collected
+
+    def _sequential(
+        self, block: nn.Module, index: int, data: _Calibration
+    ) -> Generator[LinearGroup]:
+        plan = data.plans[index]
+        parent = getcurrent()
+        waiting: list[Any] = [
+            greenlet(lambda i=i, h=h: self._forward(block, index, data, i, h), parent)
+            for i, h in enumerate(data.hidden)
+        ]
+
+        def tap(linear: Linear, inputs: Tensor) -> None:
+            parent.switch((linear, inputs))
+
+        last_block = index + 1 == len(self.blocks)
+        try:
+            with tapped([members[0] for members in plan.groups], tap):
+                for members in plan.groups:
+                    accumulator = StatsAccumulator(data.workspace)
+                    with torch.no_grad():
+                        for batch in waiting:
+                            arrived, inputs = batch.switch()
+                            assert arrived is members[0], "the order of a static block changed"
+                            accumulator.add(inputs)
+                    yield self._group(members, accumulator, data)
+                with torch.no_grad():
+                    for i, batch in enumerate([] if last_block else waiting):
+                        data.hidden[i] = batch.switch()
+        finally:
+            for batch in filter(None, waiting):  # those that still wait: unwind them
+                batch.throw(GreenletExit)
+
+    # ------------------------------------------------------------ shared by both
+
+    def _forward(
+        self, block: nn.Module, index: int, data: _Calibration, batch: int, hidden: Tensor
+    ) -> Tensor:
+        output = data.calls[batch][index].run(block, hidden.to(self._device))
+        return output.to(self._activation_device)
+
+    def _group(
+        self, members: list[Linear], accumulator: StatsAccumulator, data: _Calibration
+    ) -> LinearGroup:
+        stats = accumulator.result(
+            samples=data.samples, width=members[0].in_features, device=self._device
+        )
+        if not torch.isfinite(stats.sum_squares).all():
+            raise IncompatibleData(
+                f"the input of {members[0].name} is NaN or infinite",
+                where="the activations overflow on the calibration text",
+                fix="use --dtype float32 or bfloat16, or check the weights",
+            )
+        return LinearGroup(tuple(members), stats)
+
+
+def _share(calls: list[BlockCall], first: list[BlockCall]) -> list[BlockCall]:
+    """Use the first batch's arguments where this batch's are equal, so that one copy is kept."""
+    known: dict[tuple[int, int], Any] = {}
+
+    def shared(new: Any, old: Any) -> Any:
+        key = (id(new), id(old))
+        if key not in known:
+            known[key] = old if _same(new, old) else new
+        return known[key]
+
+    for call, old in zip(calls, first, strict=True):
+        if len(call.args) == len(old.args) and call.kwargs.keys() == old.kwargs.keys():
+            call.args = tuple(map(shared, call.args, old.args))
+            call.kwargs = {
+                name: shared(call.kwargs[name], old.kwargs[name]) for name in call.kwargs
+            }
+    return calls
+
+
+def _same(one: Any, other: Any) -> bool:
+    if isinstance(one, Tensor) and isinstance(other, Tensor):
+        return one is other or (
+            one.shape == other.shape and one.dtype == other.dtype and torch.equal(one, other)
+        )
+    if isinstance(one, tuple | list) and type(one) is type(other):
+        return len(one) == len(other) and all(map(_same, one, other))
+    return one is other

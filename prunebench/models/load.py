@@ -1,0 +1,187 @@
+"""Loading: the config and tokenizer first, a skeleton without weights, and then the weights."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from prunebench.errors import IncompatibleData, MissingResource, UsageError
+
+
+@contextlib.contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Silence transformers' progress bars and warnings; what matters is checked and raised."""
+    from transformers.utils import logging
+
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()
+
+
+def load_config(path: Path, *, trust_remote_code: bool = False) -> Any:
+    """Read `config.json`.
+
+    Raises:
+        IncompatibleData: It is not a model that this transformers knows.
+    """
+    from transformers import AutoConfig
+
+    with quiet_transformers():
+        try:
+            return AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+        except (ValueError, OSError, KeyError) as error:
+            raise IncompatibleData(
+                f"{path} has a config that transformers cannot read",
+                where=str(error).splitlines()[0][:200],
+                fix="update transformers, or check config.json",
+            ) from error
+
+
+def load_tokenizer(path: Path) -> Any:
+    """Read the tokenizer of a model folder.
+
+    Raises:
+        MissingResource: The folder has none.
+    """
+    from transformers import AutoTokenizer
+
+    with quiet_transformers():
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(path)
+        except (ValueError, OSError, KeyError, TypeError) as error:
+            raise MissingResource(
+                f"{path} has no usable tokenizer",
+                where=str(error).splitlines()[0][:200],
+                fix="copy tokenizer.json and tokenizer_config.json of the base model there",
+            ) from error
+    tokenizer.model_max_length = int(1e30)  # long texts are cut into windows by us
+    return tokenizer
+
+
+def context_length(config: Any) -> int | None:
+    """Return the longest sequence the model was built for, or None if it has no limit (ALiBi)."""
+    text = config.get_text_config()
+    for name in ("max_position_embeddings", "n_positions", "max_seq_len"):
+        value = getattr(text, name, None)
+        if isinstance(value, int) and value > 0:
+            return value
+    return None
+
+
+def require_context(config: Any, seqlen: int, *, option: str) -> None:
+    """Raise `UsageError` where `seqlen` is beyond the model's context."""
+    limit = context_length(config)
+    if limit is not None and seqlen > limit:
+        raise UsageError(
+            f"--{option} {seqlen} is beyond the model's context of {limit} tokens",
+            where="positions beyond it were never trained",
+            fix=f"use --{option} {limit} or less",
+        )
+
+
+def skeleton(config: Any) -> nn.Module:
+    """Build the model on the meta device: shapes and names, no weights, no memory."""
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"), quiet_transformers():
+        try:
+            model: nn.Module = AutoModelForCausalLM.from_config(config)
+        except ValueError as error:
+            raise IncompatibleData(
+                f"{config.model_type} is not a causal language model",
+                where=str(error).splitlines()[0][:200],
+                fix="choose a decoder-only model",
+            ) from error
+    return model
+
+
+def load_model(path: Path, *, dtype: torch.dtype, device: torch.device) -> nn.Module:
+    """Load the weights, ready to be evaluated: eval mode, no gradients, no missing tensors.
+
+    Raises:
+        IncompatibleData: A tensor is missing from the files, or does not fit the config.
+    """
+    from transformers import AutoModelForCausalLM
+
+    with quiet_transformers():
+        try:
+            model, info = AutoModelForCausalLM.from_pretrained(
+                path,
+                dtype=dtype,
+                use_safetensors=True,
+                attn_implementation="sdpa",
+                output_loading_info=True,
+            )
+        except (ValueError, OSError, KeyError, RuntimeError) as error:
+            raise IncompatibleData(
+                f"{path} cannot be loaded",
+                where=str(error).splitlines()[0][:200],
+                fix="check that config.json and the safetensors belong together",
+            ) from error
+    lacking = sorted(info["missing_keys"]) + sorted(str(key) for key in info["mismatched_keys"])
+    if lacking:  # transformers would fill them with random numbers
+        raise IncompatibleData(
+            f"{path} lacks {len(lacking)} tensors of the model",
+            where=f"the first one is {lacking[0]}",
+            fix="copy or download the weights again",
+        )
+    model.requires_grad_(False)
+    model.eval()
+    ready: nn.Module = model.to(device)
+    if device.type == "cpu":  # out of the mapped file: else every later stage pays page faults
+        for parameter in ready.parameters():
+            parameter.data = parameter.data.clone()
+    return ready
+
+
+def hash_weights(model: nn.Module) -> str:
+    """Return the SHA-256 over name, dtype, shape and bytes of every parameter, sorted by name."""
+    digest = hashlib.sha256()
+    for name, parameter in sorted(model.named_parameters()):
+        tensor = parameter.detach().contiguous().cpu()
+        digest.update(f"{name}\0{tensor.dtype}\0{tuple(tensor.shape)}\0".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def choose_device(name: str) -> torch.device:
+    """Return the device for a `--device` value; `auto` takes CUDA, then MPS, then the CPU.
+
+    Raises:
+        UsageError: No such kind of device.
+        MissingResource: The device is not in this machine.
+    """
+    if name == "auto":
+        if torch.cuda.is_available():
+            return torch.device("cuda")
+        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise UsageError(
+            f"unknown device {name!r}", fix="use auto, cpu, cuda, cuda:0, or mps"
+        ) from None
+    there = {
+        "cpu": True,
+        "cuda": torch.cuda.is_available() and (device.index or 0) < torch.cuda.device_count(),
+        "mps": torch.backends.mps.is_available(),
+    }
+    if not there.get(device.type, False):
+        raise MissingResource(
+            f"device {name} is not available",
+            where=f"this machine has cpu{', cuda' if torch.cuda.is_available() else ''}",
+            fix="use --device auto or --device cpu",
+        )
+    return device

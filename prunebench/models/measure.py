@@ -1,0 +1,78 @@
+"""What the weights show after pruning: counted, not assumed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from prunebench.errors import CheckFailed
+from prunebench.models.linears import Linear
+from prunebench.sparsity import Sparsity
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Counts of one matrix. `violations` are N:M groups with more than N non-zeros."""
+
+    linear: Linear
+    zeros: int
+    negative_zeros: int
+    violations: int
+
+
+def measure_linear(linear: Linear, sparsity: Sparsity) -> Measured:
+    """Count the zeros of a matrix, and the groups that break the pattern of `sparsity`."""
+    stored = linear.stored
+    weight = stored.T if linear.transposed else stored
+    zero = weight == 0
+    negative = int((zero & torch.signbit(weight)).sum())
+    broken = 0
+    if sparsity.group is not None and sparsity.kept is not None:
+        broken = count_violations(zero, kept=sparsity.kept, group=sparsity.group)
+    return Measured(linear, int(zero.sum()), negative, broken)
+
+
+def count_violations(zero: Tensor, *, kept: int, group: int) -> int:
+    """Count groups of `group` consecutive inputs with more than `kept` non-zeros.
+
+    Args:
+        zero: (out, in), True where the weight is zero; `group` divides `in`.
+        kept: N of N:M.
+        group: M of N:M.
+    """
+    groups = zero.reshape(zero.shape[0], -1, group)
+    return int((groups.sum(-1, dtype=torch.int32) < group - kept).sum())
+
+
+def require_met(
+    after: Sequence[Measured], before: Mapping[str, int], requested: Mapping[str, Sparsity]
+) -> None:
+    """Raise unless every matrix has the sparsity that was asked for.
+
+    N:M must hold in every group. A ratio must be met to one weight for each row and column (methods
+    round down in their own comparison groups); zeros of the dense weight may come on top.
+
+    Args:
+        after: The pruned matrices.
+        before: Zeros of each dense matrix, by name.
+        requested: Sparsity of each matrix, by name.
+
+    Raises:
+        CheckFailed: A layer misses; it is named with what it has.
+    """
+    for one in after:
+        linear, sparsity = one.linear, requested[one.linear.name]
+        wanted = sparsity.count(linear.size)
+        slack = linear.out_features + linear.in_features
+        too_few = one.zeros < wanted - slack
+        too_many = not sparsity.is_pattern and one.zeros > wanted + slack + before[linear.name]
+        if one.violations or too_few or too_many:
+            found = f"{one.violations} groups break it, " if one.violations else ""
+            raise CheckFailed(
+                f"{linear.name} was to be pruned to {sparsity} and is not",
+                where=f"{found}{one.zeros:,} of {linear.size:,} weights are zero, not {wanted:,}",
+                fix="this is an error of the pruning method: see prunebench check",
+            )

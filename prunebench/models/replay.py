@@ -1,0 +1,314 @@
+"""Calling the blocks of a model one at a time, with the arguments that the model would give them.
+
+Nothing here knows an architecture. The model itself is run with every block's forward replaced by
+one that notes its arguments and hands its input on, so the embeddings, masks, position embeddings
+and whatever else a transformers version passes are made by the model's own code, at almost no
+cost. A block is then called with those arguments and any hidden state.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from prunebench.errors import IncompatibleData
+from prunebench.models.linears import Linear
+
+Tap = Callable[[Linear, Tensor], None]
+
+
+class Stop(Exception):
+    """Ends a forward pass early; raised and caught in this package only."""
+
+
+@dataclass
+class BlockCall:
+    """The arguments of one call of a block, without the hidden state.
+
+    Attributes:
+        args: Positional arguments; the first is the hidden state, and None here, if `keyword` is
+            empty.
+        kwargs: Keyword arguments, without the hidden state.
+        keyword: Name under which the hidden state is passed, or empty.
+    """
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    keyword: str
+
+    @classmethod
+    def take(cls, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[BlockCall, Tensor]:
+        """Split the arguments of a call into the hidden state and the rest."""
+        if args:
+            return cls((None, *args[1:]), dict(kwargs), ""), args[0]
+        rest = dict(kwargs)
+        return cls((), rest, "hidden_states"), rest.pop("hidden_states")
+
+    def run(self, block: nn.Module, hidden: Tensor) -> Tensor:
+        """Call the block and return its hidden state."""
+        if self.keyword:
+            return hidden_of(block(**{self.keyword: hidden}, **self.kwargs))
+        return hidden_of(block(hidden, *self.args[1:], **self.kwargs))
+
+
+def hidden_of(output: Any) -> Tensor:
+    """Return the hidden state of a block's output, a tensor or a tuple that begins with it."""
+    hidden = output[0] if isinstance(output, tuple) else output
+    if not isinstance(hidden, Tensor):
+        raise IncompatibleData(
+            f"a block returns {type(output).__name__}, not a hidden state",
+            fix="this architecture cannot be replayed; report it",
+        )
+    return hidden
+
+
+@contextlib.contextmanager
+def plain_inference(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode, no KV cache, experts one by one; everything is put back afterwards.
+
+    A KV cache among the recorded arguments would grow at every replay, and the second pass would
+    attend to the keys of the first.
+    """
+    pretrained: Any = model  # what transformers adds to nn.Module
+    config = pretrained.config
+    use_cache, training = getattr(config, "use_cache", None), model.training
+    experts = pretrained.get_experts_implementation()
+    has_experts = any(experts.values())
+    model.eval()
+    config.use_cache = False
+    if has_experts:
+        pretrained.set_experts_implementation("eager")
+    try:
+        yield
+    finally:
+        model.train(training)
+        config.use_cache = use_cache
+        if has_experts:
+            pretrained.set_experts_implementation(experts)
+
+
+@dataclass(frozen=True)
+class TrueRun:
+    """What the model itself did with one sample: the input of every block and the last output."""
+
+    inputs: list[Tensor]
+    output: Tensor
+    returns_tuple: list[tuple[Any, ...] | None]
+
+
+def run_model(model: nn.Module, blocks: nn.ModuleList, token_ids: Tensor) -> TrueRun:
+    """Run the model on one sample up to its last block and note what each block got.
+
+    Raises:
+        IncompatibleData: The blocks are not called once each, in order.
+    """
+    order: list[int] = []
+    inputs: list[Tensor] = []
+    shapes: list[tuple[Any, ...] | None] = []
+    last: list[Tensor] = []
+
+    def before(index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        order.append(index)
+        inputs.append(BlockCall.take(args, kwargs)[1])
+
+    def after(index: int, output: Any) -> None:
+        shapes.append(output[1:] if isinstance(output, tuple) else None)
+        if index == len(blocks) - 1:
+            last.append(hidden_of(output))
+            raise Stop
+
+    handles = []
+    for index, block in enumerate(blocks):
+        handles.append(
+            block.register_forward_pre_hook(
+                lambda _, args, kwargs, i=index: before(i, args, kwargs), with_kwargs=True
+            )
+        )
+        handles.append(block.register_forward_hook(lambda _, args, out, i=index: after(i, out)))
+    try:
+        with contextlib.suppress(Stop):
+            model(input_ids=token_ids, use_cache=False)
+    finally:
+        for handle in handles:
+            handle.remove()
+    if order != list(range(len(blocks))):
+        raise _refused(model, f"its blocks run in the order {order[:8]}, not once each in order")
+    return TrueRun(inputs, last[0], shapes)
+
+
+@torch.no_grad()
+def record_calls(
+    model: nn.Module,
+    blocks: nn.ModuleList,
+    token_ids: Tensor,
+    *,
+    returns_tuple: list[tuple[Any, ...] | None],
+) -> tuple[Tensor, list[BlockCall]]:
+    """Run the model around its blocks: return the first hidden state and every block's arguments.
+
+    Args:
+        model: The model, under `plain_inference`.
+        blocks: Its blocks.
+        token_ids: (samples, seqlen).
+        returns_tuple: For each block, what follows the hidden state in its output if it returns a
+            tuple, else None; see `run_model`.
+    """
+    calls: list[BlockCall] = []
+    first: list[Tensor] = []
+
+    def stand_in(index: int) -> Callable[..., Any]:
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            call, hidden = BlockCall.take(args, kwargs)
+            calls.append(call)
+            if index == 0:
+                first.append(hidden)
+            if index == len(blocks) - 1:
+                raise Stop
+            rest = returns_tuple[index]
+            return hidden if rest is None else (hidden, *rest)
+
+        return forward
+
+    try:
+        for index, block in enumerate(blocks):
+            block.forward = stand_in(index)
+        with contextlib.suppress(Stop):
+            model(input_ids=token_ids, use_cache=False)
+    finally:
+        for block in blocks:
+            vars(block).pop("forward", None)
+    return first[0], calls
+
+
+class _ExpertTap(TorchFunctionMode):
+    """Sees `F.linear` on one expert's slice of a fused parameter."""
+
+    def __init__(self, linears: list[Linear], tap: Tap) -> None:
+        super().__init__()
+        self._tap = tap
+        self._by_address = {linear.stored.data_ptr(): linear for linear in linears}
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        if func is nn.functional.linear and len(args) > 1:
+            linear = self._by_address.get(args[1].data_ptr())
+            if linear is not None and args[1].ndim == 2:
+                self._tap(linear, args[0])
+        return func(*args, **(kwargs or {}))
+
+
+@contextlib.contextmanager
+def tapped(linears: list[Linear], tap: Tap) -> Iterator[None]:
+    """Call `tap(linear, input)` just before each of `linears` is applied."""
+    plain = [linear for linear in linears if linear.expert is None]
+    experts = [linear for linear in linears if linear.expert is not None]
+    handles = [
+        linear.module.register_forward_pre_hook(lambda _, args, one=linear: tap(one, args[0]))
+        for linear in plain
+    ]
+    try:
+        with _ExpertTap(experts, tap) if experts else contextlib.nullcontext():
+            yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _refused(model: nn.Module, reason: str) -> IncompatibleData:
+    return IncompatibleData(
+        f"{type(model).__name__} cannot be replayed block by block",
+        where=reason,
+        fix="choose another architecture, or report this one",
+    )
+
+
+@dataclass(frozen=True)
+class BlockPlan:
+    """How a block uses its linears, seen once on a real sample.
+
+    Attributes:
+        groups: Linears that read the same tensor, in the order in which they run; the first of a
+            group is its leader.
+        dynamic: True if which linears run depends on the data (experts); those that the sample
+            did not reach are groups of their own, at the end.
+        repeated: True if a linear runs more than once in a pass.
+        returns: What follows the hidden state in the block's output, or None.
+    """
+
+    groups: list[list[Linear]]
+    dynamic: bool
+    repeated: bool
+    returns: tuple[Any, ...] | None
+
+
+@torch.no_grad()
+def check_replay(
+    model: nn.Module, blocks: nn.ModuleList, linears: list[list[Linear]], token_ids: Tensor
+) -> list[BlockPlan]:
+    """Replay one sample and compare it bit for bit with the model; return each block's plan.
+
+    Args:
+        model: The model, under `plain_inference`.
+        blocks: Its blocks.
+        linears: The prunable matrices of each block.
+        token_ids: One sample, (1, seqlen).
+
+    Raises:
+        IncompatibleData: The replay differs, or the activations are not finite; the first block
+            where it shows is named.
+    """
+    true = run_model(model, blocks, token_ids)
+    hidden, calls = record_calls(model, blocks, token_ids, returns_tuple=true.returns_tuple)
+    plans: list[BlockPlan] = []
+    for index, block in enumerate(blocks):
+        if not torch.equal(hidden, true.inputs[index]):
+            if not torch.isfinite(true.inputs[index]).all():
+                raise IncompatibleData(
+                    f"the activations before block {index} are NaN or infinite",
+                    where="the model overflows on the calibration text",
+                    fix="use --dtype float32 or bfloat16, or check the weights",
+                )
+            raise _refused(model, f"the replay differs from the model before block {index}")
+        seen: list[tuple[Linear, Tensor]] = []  # holds the tensors: an address would be reused
+        with tapped(linears[index], lambda linear, x: seen.append((linear, x))):  # noqa: B023
+            hidden = calls[index].run(block, hidden)
+        plans.append(_plan(linears[index], seen, true.returns_tuple[index]))
+    if not torch.equal(hidden, true.output):
+        raise _refused(model, f"the replay differs from the model after block {len(blocks) - 1}")
+    return plans
+
+
+def _plan(
+    linears: list[Linear], seen: list[tuple[Linear, Tensor]], returns: tuple[Any, ...] | None
+) -> BlockPlan:
+    groups: list[tuple[Tensor, list[Linear]]] = []
+    for linear, tensor in seen:
+        for key, members in groups:
+            if key is tensor:
+                if linear not in members:
+                    members.append(linear)
+                break
+        else:
+            groups.append((tensor, [linear]))
+    ran = {linear for linear, _ in seen}
+    fused = [linear for linear in linears if linear.expert is not None]
+    if fused and not ran.intersection(fused):
+        raise IncompatibleData(
+            f"{fused[0].parameter_name} cannot be pruned",
+            where="its experts are not applied one by one, so their inputs cannot be seen",
+            fix="choose another architecture, or report this one",
+        )
+    unseen = [[linear] for linear in linears if linear not in ran]
+    return BlockPlan(
+        groups=[members for _, members in groups] + unseen,
+        dynamic=bool(fused or unseen),
+        repeated=len(seen) > len(ran),
+        returns=returns,
+    )

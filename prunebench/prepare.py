@@ -1,0 +1,242 @@
+"""What a run does before it touches a weight: every name resolved, everything checked.
+
+A wrong option, a text that is too short, a full disk or a width that M does not divide is found
+here, in seconds, and not after the pruning.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from prunebench.calibration.texts import check_text_name, load_text
+from prunebench.calibration.windows import Windows, load_windows, sample_windows
+from prunebench.errors import UsageError
+from prunebench.evaluate.perplexity import PerplexityTask, prepare_perplexity
+from prunebench.files import cache_dir, require_writable
+from prunebench.models.linears import Linear, find_linears
+from prunebench.models.load import (
+    choose_device,
+    load_config,
+    load_tokenizer,
+    require_context,
+    skeleton,
+)
+from prunebench.models.save import check_target
+from prunebench.models.source import LocalModel, fetch_model, find_model
+from prunebench.progress import Progress, Silent, StageClock
+from prunebench.pruners import find_method, make_pruner, resolve_options
+from prunebench.pruners.layer import Pruner
+from prunebench.results.schema import CalibrationBlock
+from prunebench.results.store import ResultStore
+from prunebench.sparsity import Sparsity
+from prunebench.spec import RunSpec
+
+
+@dataclass(frozen=True)
+class Setup:
+    """Where a run happens and what it leaves: nothing here changes a number.
+
+    Attributes:
+        results_dir: Folder of the shared table.
+        device: `auto`, `cpu`, `cuda`, `cuda:N` or `mps`.
+        save_model: Folder for the pruned checkpoint.
+        save_masks: File for the keep masks.
+        save_calibration: File for the calibration tokens.
+        replace: Whether those three may replace what is there.
+        command: The command line, for the record.
+        progress: Hears of the stages.
+    """
+
+    results_dir: Path = Path("results")
+    device: str = "auto"
+    save_model: Path | None = None
+    save_masks: Path | None = None
+    save_calibration: Path | None = None
+    replace: bool = False
+    command: str = ""
+    progress: Progress = field(default_factory=Silent)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A run that has been checked as far as it can be without its weights."""
+
+    spec: RunSpec
+    setup: Setup
+    store: ResultStore
+    clock: StageClock
+    device: torch.device
+    model: LocalModel
+    tokenizer: Any
+    pruner: Pruner
+    sparsity: Sparsity
+    linears: list[Linear]
+    windows: Windows | None
+    calibration: CalibrationBlock | None
+    tasks: list[PerplexityTask]
+    started: float
+
+
+def prepare(spec: RunSpec, setup: Setup) -> Plan:
+    """Resolve every name, fetch what is missing and check all that needs no weights.
+
+    Raises:
+        PrunebenchError: The first thing that is wrong.
+    """
+    started = time.perf_counter()
+    clock = StageClock(setup.progress)
+    with clock.stage("check", detail=f"{spec.method} on {spec.model}"):
+        spec, pruner, sparsity = _resolve_method(spec)
+        source = find_model(spec.model)
+        spec = spec.model_copy(update={"model": source.id})
+        _check_texts(spec)
+        device = choose_device(setup.device)
+        store = ResultStore(setup.results_dir)
+        store.require_writable(spec)
+        require_writable(cache_dir())
+        _check_outputs(setup, need_model_bytes=1 << 20)
+    local = fetch_model(source, clock)
+    with clock.stage("check", detail="config, tokenizer and sizes"):
+        config = load_config(local.path)
+        if spec.seqlen is not None and not (spec.calibration or "").startswith("tokens:"):
+            require_context(config, spec.seqlen, option="seqlen")
+        if not all(name.startswith("tokens:") for name in spec.ppl):
+            require_context(config, spec.ppl_seqlen, option="ppl-seqlen")
+        tokenizer = load_tokenizer(local.path)
+        linears = find_linears(skeleton(config))
+        for linear in linears:
+            sparsity.require_width(linear.in_features, name=linear.name)
+    size = sum(file.stat().st_size for file in local.path.glob("*.safetensors"))
+    _check_outputs(setup, need_model_bytes=size)
+    vocabulary = int(config.get_text_config().vocab_size)
+    windows, calibration = _calibrate(spec, tokenizer, vocabulary, clock)
+    if windows is not None:
+        require_context(config, windows.token_ids.shape[1], option="seqlen")
+    tasks = _prepare_tasks(spec, tokenizer, vocabulary, clock)
+    spec = _resolved(spec, local, calibration, tasks)
+    return Plan(
+        spec, setup, store, clock, device, local, tokenizer, pruner, sparsity, linears, windows,
+        calibration, tasks, started,
+    )  # fmt: skip
+
+
+def _resolve_method(spec: RunSpec) -> tuple[RunSpec, Pruner, Sparsity]:
+    """Fill in the options of the method, and drop from the spec what the method does not read."""
+    row = find_method(spec.method)
+    options = resolve_options(spec.method, spec.method_options, seed=spec.seed)
+    pruner = make_pruner(spec.method, options)
+    sparsity = Sparsity.parse(spec.sparsity)
+    if row.patterns == "0" and sparsity.ratio != 0:
+        raise UsageError(
+            f"the method {spec.method} does not prune", fix="leave --sparsity out, or use 0"
+        )
+    update: dict[str, Any] = {"method_options": options, "sparsity": str(sparsity)}
+    if not pruner.needs.calibration:
+        unused = ("within_block", "calibration", "calibration_origin", "seqlen")
+        update |= dict.fromkeys((*unused, "calibration_samples"))
+        if "seed" not in options:
+            update["seed"] = 0
+    return spec.model_copy(update=update), pruner, sparsity
+
+
+def _check_texts(spec: RunSpec) -> None:
+    if spec.calibration is not None:
+        check_text_name(spec.calibration, use="calibration")
+    for name in spec.ppl:
+        check_text_name(name, use="evaluation")
+    if len(set(spec.ppl)) < len(spec.ppl):
+        raise UsageError(f"--ppl names a text twice: {', '.join(spec.ppl)}")
+
+
+def _check_outputs(setup: Setup, *, need_model_bytes: int) -> None:
+    folder, replace = setup.save_model, setup.replace
+    if folder:
+        check_target(folder, need_bytes=need_model_bytes, replace=replace, folder=True)
+    for file in filter(None, (setup.save_masks, setup.save_calibration)):
+        check_target(file, need_bytes=1 << 20, replace=replace, folder=False)
+
+
+def _calibrate(
+    spec: RunSpec, tokenizer: Any, vocabulary: int, clock: StageClock
+) -> tuple[Windows | None, CalibrationBlock | None]:
+    name = spec.calibration
+    if name is None or spec.calibration_samples is None or spec.seqlen is None:
+        return None, None
+    with clock.stage("calibration", detail=name):
+        if name.startswith("tokens:"):
+            windows = load_windows(Path(name.partition(":")[2]).expanduser(), vocabulary=vocabulary)
+            text, origin, seed = "tokens", f"sha256:{windows.sha256}", None
+        else:
+            source = load_text(name, use="calibration", progress=clock)
+            text, origin, seed = f"{source.dataset}/{source.split}", source.origin, spec.seed
+            windows = sample_windows(
+                source, tokenizer, samples=spec.calibration_samples, seqlen=spec.seqlen, seed=seed
+            )
+    samples, seqlen = windows.token_ids.shape
+    block = CalibrationBlock(
+        text=text,
+        origin=origin,
+        samples=samples,
+        seqlen=seqlen,
+        seed=seed,
+        packed=windows.packed,
+        tokens_sha256=windows.sha256,
+    )
+    return windows, block
+
+
+def _prepare_tasks(
+    spec: RunSpec, tokenizer: Any, vocabulary: int, clock: StageClock
+) -> list[PerplexityTask]:
+    tasks = []
+    for name in spec.ppl:
+        with clock.stage("tokenise", detail=name):
+            tasks.append(
+                prepare_perplexity(
+                    name,
+                    tokenizer,
+                    seqlen=spec.ppl_seqlen,
+                    limit_tokens=spec.ppl_tokens,
+                    vocabulary=vocabulary,
+                    progress=clock,
+                )
+            )
+    return tasks
+
+
+def _resolved(
+    spec: RunSpec,
+    local: LocalModel,
+    calibration: CalibrationBlock | None,
+    tasks: list[PerplexityTask],
+) -> RunSpec:
+    """Replace names by content: what a path pointed to, where a text came from.
+
+    Raises:
+        UsageError: The calibration text is also evaluated.
+    """
+    update: dict[str, Any] = {
+        "model_revision": local.revision,
+        "ppl": tuple(task.protocol for task in tasks),
+        "ppl_origins": tuple(task.origin for task in tasks),
+    }
+    if calibration is not None:
+        update |= {
+            "calibration": calibration.text,
+            "calibration_origin": calibration.origin,
+            "calibration_samples": calibration.samples,
+            "seqlen": calibration.seqlen,
+        }
+        for task in tasks:
+            if task.origin == calibration.origin and task.origin.startswith("sha256:"):
+                raise UsageError(
+                    f"{spec.calibration} is calibrated on and evaluated on",
+                    where="a score on the calibration text says nothing",
+                    fix="use another text for --calibration or for --ppl",
+                )
+    return spec.model_copy(update=update)

@@ -1,0 +1,22 @@
+"""No pruning: the row that every other one is compared with."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+from prunebench.models.blocks import BlockWalker
+from prunebench.pruners.layer import Needs, PruneReport
+from prunebench.sparsity import Sparsity
+
+
+@dataclass(frozen=True)
+class Dense:
+    """Leaves every weight as it is."""
+
+    needs: ClassVar[Needs] = Needs()
+
+    def prune(self, walker: BlockWalker, sparsity: Mapping[str, Sparsity]) -> PruneReport:
+        """Do nothing."""
+        return PruneReport()

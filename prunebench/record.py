@@ -1,0 +1,173 @@
+"""The blocks of a result, from what a run knows and has measured."""
+
+from __future__ import annotations
+
+import platform
+import sys
+import time
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from torch import nn
+
+from prunebench import __version__
+from prunebench.evaluate.perplexity import METRIC, PerplexityTask
+from prunebench.models.measure import Measured
+from prunebench.prepare import Plan
+from prunebench.pruners import find_method, implementation_version
+from prunebench.pruners.layer import PruneReport
+from prunebench.results.schema import (
+    CostBlock,
+    HardwareBlock,
+    LayerSparsity,
+    MethodBlock,
+    MethodEvent,
+    ModelBlock,
+    Score,
+    SoftwareBlock,
+    SparsityBlock,
+)
+from prunebench.results.store import new_run_id
+from prunebench.spec import RunSpec
+
+
+def identity(plan: Plan, *, status: str) -> dict[str, Any]:
+    """Return the fields that every result has, finished or failed."""
+    return {
+        "id": new_run_id(plan.spec),
+        "status": status,
+        "created_at": datetime.now(UTC).isoformat(timespec="seconds"),
+        "command": plan.setup.command,
+        "spec_id": plan.spec.spec_id,
+        "spec": plan.spec,
+        "hardware": describe_hardware(plan.device),
+        "software": describe_software(),
+    }
+
+
+def model_block(
+    plan: Plan, model: nn.Module, dense_sha256: str, evaluated_sha256: str
+) -> ModelBlock:
+    """Describe which weights were pruned."""
+    return ModelBlock(
+        id=plan.spec.model,
+        source=plan.model.source.kind,
+        revision=plan.model.revision,
+        architecture=type(model).__name__,
+        parameters=sum(p.numel() for p in model.parameters()),
+        prunable_parameters=sum(one.size for one in plan.linears),
+        dtype=plan.spec.dtype,
+        dense_sha256=dense_sha256,
+        evaluated_sha256=evaluated_sha256,
+    )
+
+
+def method_block(spec: RunSpec, report: PruneReport) -> MethodBlock:
+    """Describe what decided, and what it had to work around."""
+    row = find_method(spec.method)
+    return MethodBlock(
+        name=spec.method,
+        implementation=row.target,
+        version=implementation_version(spec.method),
+        options=spec.method_options,
+        paper=row.paper,
+        events=[MethodEvent(layer=e.layer, kind=e.kind, value=e.value) for e in report.events],
+    )
+
+
+def sparsity_block(plan: Plan, measured: list[Measured]) -> SparsityBlock:
+    """Describe the sparsity that the weights show."""
+    total = sum(one.linear.size for one in measured)
+    return SparsityBlock(
+        requested=str(plan.sparsity),
+        realised_ratio=sum(one.zeros for one in measured) / total,
+        negative_zeros=sum(one.negative_zeros for one in measured),
+        pattern_violations=sum(one.violations for one in measured),
+        layers=[
+            LayerSparsity(
+                name=one.linear.name,
+                out_features=one.linear.out_features,
+                in_features=one.linear.in_features,
+                requested=str(plan.sparsity),
+                zeros=one.zeros,
+            )
+            for one in measured
+        ],
+    )
+
+
+def score_block(task: PerplexityTask, value: float, dense: float) -> Score:
+    """Describe one perplexity and the dense model's beside it."""
+    return Score(
+        metric=METRIC,
+        dataset=task.dataset,
+        origin=task.origin,
+        protocol=task.protocol,
+        value=value,
+        dense_value=dense,
+        higher_is_better=False,
+        targets=task.targets,
+        limited=task.limited,
+        tokens_sha256=task.tokens_sha256,
+    )
+
+
+def cost_block(plan: Plan, prune_seconds: float) -> CostBlock:
+    """Describe what the run took so far."""
+    on_gpu = plan.device.type == "cuda"
+    return CostBlock(
+        stage_seconds={name: round(s, 3) for name, s in plan.clock.seconds.items()},
+        prune_seconds=round(prune_seconds, 3),
+        total_seconds=round(time.perf_counter() - plan.started, 3),
+        peak_rss_bytes=peak_rss_bytes(),
+        peak_gpu_bytes=torch.cuda.max_memory_allocated(plan.device) if on_gpu else None,
+    )
+
+
+def peak_rss_bytes() -> int:
+    """Return the largest resident size of this process so far.
+
+    On Linux from `VmHWM`: `ru_maxrss` survives exec, so it would report the peak of whatever
+    started us.
+    """
+    status = Path("/proc/self/status")
+    if status.is_file():
+        rows = dict(line.split(":", 1) for line in status.read_text("utf-8").splitlines())
+        if "VmHWM" in rows:
+            return int(rows["VmHWM"].split()[0]) * 1024
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def describe_hardware(device: torch.device) -> HardwareBlock:
+    """Describe this machine, without its name."""
+    cpu = platform.processor() or platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.is_file():
+        rows = (line.partition(":") for line in cpuinfo.read_text("utf-8").splitlines())
+        cpu = next((value.strip() for key, _, value in rows if key.strip() == "model name"), cpu)
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else cpu
+    return HardwareBlock(
+        device=device.type,
+        device_name=name,
+        cpu=cpu,
+        cpu_threads=torch.get_num_threads(),
+        memory_bytes=psutil.virtual_memory().total,
+    )
+
+
+def describe_software() -> SoftwareBlock:
+    """Return the versions that a number depends on."""
+    import transformers
+
+    return SoftwareBlock(
+        prunebench=__version__,
+        python=platform.python_version(),
+        torch=str(torch.__version__),
+        transformers=transformers.__version__,
+    )

@@ -1,0 +1,305 @@
+"""From results to a table: one row a cell, seeds folded into mean and standard deviation.
+
+A cell is everything of a spec but its seed and its evaluation; of a run that was repeated, the
+newest counts. A column is a metric under one protocol; two protocols
+never share a column, and rows are ranked only where the table has a single one. Within a column,
+the best of the rows with one sparsity is marked, and so is every other whose difference from it is
+inside the noise.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import json
+import math
+import statistics
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from prunebench.errors import MissingResource, UsageError, nearest
+from prunebench.results.schema import Result, Score
+from prunebench.sparsity import Sparsity
+
+_NOISE_STANDARD_ERRORS = 2.0
+_SETTINGS = (
+    "method_options",
+    "within_block",
+    "calibration",
+    "calibration_samples",
+    "seqlen",
+    "dtype",
+    "model_revision",
+)
+_NOT_OF_A_CELL = {"seed", "ppl", "ppl_origins", "ppl_seqlen", "ppl_tokens"}
+_SCORE_KEYS = ("protocol", "dataset", "metric")
+_SELECTORS: dict[str, Callable[[Result], object]] = {
+    "model": lambda r: r.spec.model,
+    "method": lambda r: r.spec.method,
+    "sparsity": lambda r: r.spec.sparsity,
+    "seed": lambda r: r.spec.seed,
+    "dtype": lambda r: r.spec.dtype,
+    "within_block": lambda r: r.spec.within_block,
+    "calibration": lambda r: r.spec.calibration,
+    "calibration_samples": lambda r: r.spec.calibration_samples,
+    "seqlen": lambda r: r.spec.seqlen,
+    "device": lambda r: r.hardware.device,
+}
+
+
+@dataclass(frozen=True)
+class CellScore:
+    """A metric of one cell.
+
+    Attributes:
+        values: One value a seed.
+        mean: Mean over the seeds.
+        std: Sample standard deviation over the seeds; None with a single one.
+        seeds: Number of seeds.
+        dense: The dense model's value, same protocol and dtype.
+        best: True for the best of its sparsity in its column, where there is more than one.
+        within_noise: True if it cannot be told from the best one.
+    """
+
+    values: tuple[float, ...]
+    mean: float
+    std: float | None
+    seeds: int
+    dense: float | None
+    best: bool = False
+    within_noise: bool = False
+
+    @classmethod
+    def of(cls, values: Iterable[float], *, dense: float | None) -> CellScore:
+        """Fold the values of the seeds."""
+        found = tuple(values)
+        std = statistics.stdev(found) if len(found) > 1 else None
+        return cls(found, statistics.fmean(found), std, len(found), dense)
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One row: a spec without its seed, and what its results say together."""
+
+    model: str
+    method: str
+    sparsity: str
+    settings: dict[str, Any]
+    scores: dict[str, CellScore]
+    realised_ratio: float
+    prune_seconds: float | None
+    devices: tuple[str, ...]
+    result_ids: tuple[str, ...]
+
+    @property
+    def order(self) -> tuple[float, bool, str]:
+        """Sort key: dense first, then by ratio, unstructured before N:M."""
+        sparsity = Sparsity.parse(self.sparsity)
+        return (sparsity.ratio, sparsity.is_pattern, self.sparsity)
+
+
+@dataclass(frozen=True)
+class Table:
+    """The cells of one model.
+
+    Attributes:
+        columns: Column keys `metric protocol`, most used first.
+        settings: The settings in which the cells differ; they are shown.
+        ranked: True if the rows of a sparsity are sorted by their only column.
+    """
+
+    model: str
+    columns: tuple[str, ...]
+    settings: tuple[str, ...]
+    cells: tuple[Cell, ...]
+    ranked: bool
+
+
+@dataclass(frozen=True)
+class Selection:
+    """`key=value,value` filters; a value may hold `*` and `?`."""
+
+    filters: dict[str, tuple[str, ...]] = field(default_factory=dict)
+
+    @classmethod
+    def parse(cls, words: Sequence[str]) -> Selection:
+        """Read selectors such as `model=llama2-7b` and `method=wanda,magnitude`.
+
+        Raises:
+            UsageError: A word is no selector, or its key is unknown.
+        """
+        known = (*_SELECTORS, *_SCORE_KEYS)
+        filters: dict[str, tuple[str, ...]] = {}
+        for word in words:
+            key, equals, values = word.partition("=")
+            key = key.replace("-", "_")
+            if not equals or not values:
+                raise UsageError(
+                    f"{word!r} is not a selector", fix="use key=value[,value], as in method=wanda"
+                )
+            if key not in known:
+                raise UsageError(f"unknown selector {key!r}", fix=nearest(key, known))
+            filters[key] = tuple(values.split(","))
+        return cls(filters)
+
+    def takes(self, result: Result) -> bool:
+        """Whether a result is selected."""
+        return all(
+            _matches(value_of(result), self.filters[key])
+            for key, value_of in _SELECTORS.items()
+            if key in self.filters
+        )
+
+    def takes_score(self, score: Score) -> bool:
+        """Whether a score is selected."""
+        return all(
+            _matches(getattr(score, key), self.filters[key])
+            for key in _SCORE_KEYS
+            if key in self.filters
+        )
+
+
+def _matches(value: object, patterns: Iterable[str]) -> bool:
+    return any(fnmatch.fnmatchcase(str(value), pattern) for pattern in patterns)
+
+
+def compare(results: Sequence[Result], selection: Selection | None = None) -> list[Table]:
+    """Fold results into one table a model.
+
+    Raises:
+        MissingResource: No finished result is selected.
+    """
+    selection = selection or Selection()
+    chosen = [r for r in results if r.status == "ok" and selection.takes(r)]
+    chosen = [r for r in chosen if any(map(selection.takes_score, r.scores))]
+    if not chosen:
+        finished = sum(r.status == "ok" for r in results)
+        raise MissingResource(
+            "no result is selected",
+            where=f"{finished} finished results are there, none matches",
+            fix="leave a selector out, or run prunebench compare without any",
+        )
+    tables = []
+    for model in sorted({r.spec.model for r in chosen}):
+        mine = [r for r in chosen if r.spec.model == model]
+        cells = _with_dense([_fold(group, selection) for group in _cells(mine)])
+        tables.append(_table(model, cells))
+    return tables
+
+
+def _cells(results: Sequence[Result]) -> list[list[Result]]:
+    """Group results that differ in seed and evaluation only, oldest first."""
+    groups: dict[str, list[Result]] = {}
+    for result in sorted(results, key=lambda r: (r.created_at, r.id)):
+        spec = result.spec.model_dump(mode="json", exclude=_NOT_OF_A_CELL)
+        spec["method_options"].pop("seed", None)
+        groups.setdefault(json.dumps(spec, sort_keys=True), []).append(result)
+    return list(groups.values())
+
+
+def _fold(results: list[Result], selection: Selection) -> Cell:
+    values: dict[str, dict[int, Score]] = {}  # column, seed; later results replace earlier ones
+    for result in results:
+        for score in filter(selection.takes_score, result.scores):
+            values.setdefault(f"{score.metric} {score.protocol}", {})[result.spec.seed] = score
+    first = results[0].spec
+    seconds = [r.cost.prune_seconds for r in results if r.cost]
+    options = {k: v for k, v in first.method_options.items() if k != "seed"}
+    settings = {name: getattr(first, name) for name in _SETTINGS} | {"method_options": options}
+    ratios = [r.sparsity.realised_ratio for r in results if r.sparsity]
+    return Cell(
+        model=first.model,
+        method=first.method,
+        sparsity=first.sparsity,
+        settings=settings,
+        scores={column: _fold_scores(list(s.values())) for column, s in sorted(values.items())},
+        realised_ratio=statistics.fmean(ratios),
+        prune_seconds=statistics.fmean(seconds) if seconds else None,
+        devices=tuple(sorted({r.hardware.device for r in results})),
+        result_ids=tuple(sorted(r.id for r in results)),
+    )
+
+
+def _fold_scores(scores: list[Score]) -> CellScore:
+    dense = [score.dense_value for score in scores if score.dense_value is not None]
+    return CellScore.of(
+        (score.value for score in scores), dense=statistics.fmean(dense) if dense else None
+    )
+
+
+def _with_dense(cells: list[Cell]) -> list[Cell]:
+    """Add a dense row for every dtype and revision that has none, from what its rows measured."""
+    rows: dict[tuple[Any, ...], Cell] = {}
+    for cell in cells:
+        key = (cell.settings["dtype"], cell.settings["model_revision"])
+        known = rows.get(key)
+        scores = dict(known.scores) if known else {}
+        for column, score in cell.scores.items():
+            if score.dense is not None and (column not in scores or cell.method == "dense"):
+                scores[column] = CellScore.of([score.dense], dense=score.dense)
+        settings = dict.fromkeys(_SETTINGS) | {"dtype": key[0], "model_revision": key[1]}
+        ids = cell.result_ids if cell.method == "dense" else (known.result_ids if known else ())
+        rows[key] = Cell(cell.model, "dense", "0", settings, scores, 0.0, None, (), ids)
+    return [*rows.values(), *(cell for cell in cells if cell.method != "dense")]
+
+
+def _table(model: str, cells: list[Cell]) -> Table:
+    used: dict[str, int] = {}
+    for cell in cells:
+        for column in cell.scores:
+            used[column] = used.get(column, 0) + 1
+    columns = tuple(sorted(used, key=lambda column: (-used[column], column)))
+    pruned = [cell for cell in cells if cell.method != "dense"]
+    for column in columns:
+        cells = _mark_best(cells, column)
+    ranked = len(columns) == 1
+
+    def row_order(cell: Cell) -> tuple[Any, ...]:
+        value = cell.scores[columns[0]].mean if ranked else 0.0
+        return (cell.method != "dense", *cell.order, value, cell.method, json.dumps(cell.settings))
+
+    return Table(
+        model=model,
+        columns=columns,
+        settings=tuple(
+            name for name in _SETTINGS if len({_shown(c.settings[name]) for c in pruned} - {""}) > 1
+        ),
+        cells=tuple(sorted(cells, key=row_order)),
+        ranked=ranked,
+    )
+
+
+def _shown(value: Any) -> str:
+    return "" if value in (None, {}, "") else json.dumps(value, sort_keys=True)
+
+
+def _mark_best(cells: list[Cell], column: str) -> list[Cell]:
+    """Mark the lowest value among the pruned rows of each sparsity (all metrics are losses)."""
+    best: dict[str, CellScore] = {}
+    rivals: dict[str, int] = {}
+    for cell in cells:
+        score = cell.scores.get(column)
+        if score is None or cell.method == "dense":
+            continue
+        rivals[cell.sparsity] = rivals.get(cell.sparsity, 0) + 1
+        if cell.sparsity not in best or score.mean < best[cell.sparsity].mean:
+            best[cell.sparsity] = score
+    marked = []
+    for cell in cells:
+        score = cell.scores.get(column)
+        if score is not None and cell.method != "dense" and rivals[cell.sparsity] > 1:
+            top = best[cell.sparsity]
+            score = replace(
+                score, best=score is top, within_noise=score is not top and _in_noise(score, top)
+            )
+            cell = replace(cell, scores={**cell.scores, column: score})
+        marked.append(cell)
+    return marked
+
+
+def _in_noise(one: CellScore, other: CellScore) -> bool:
+    """Compare the mean losses: a perplexity is the exponential of one, and its tail is heavy."""
+    losses = [[math.log(value) for value in score.values] for score in (one, other)]
+    errors = [statistics.stdev(x) / math.sqrt(len(x)) for x in losses if len(x) > 1]
+    distance = abs(statistics.fmean(losses[0]) - statistics.fmean(losses[1]))
+    return bool(errors) and distance <= _NOISE_STANDARD_ERRORS * math.hypot(*errors)

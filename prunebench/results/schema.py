@@ -1,0 +1,209 @@
+"""The schema of a result: one immutable, self-describing JSON document a run.
+
+Units are in the names, a missing value is null (never 0 or -1), ratios are in [0, 1).
+`result.schema.json` beside this file is generated from these classes (`prunebench results schema`).
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict
+
+from prunebench.spec import OptionValue, RunSpec
+
+SCHEMA_VERSION: Literal[1] = 1
+
+
+class _Block(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+
+
+class ModelBlock(_Block):
+    """Which weights were pruned.
+
+    Attributes:
+        source: `wheel`, `hub`, `folder` or `gguf`.
+        revision: A 40-hex commit of the hub, or `sha256:` and the hash of the file or files.
+        dense_sha256: Hash of the loaded parameters before pruning (name, dtype, shape, bytes).
+        evaluated_sha256: The same hash taken just before the scores: what was really evaluated.
+    """
+
+    id: str
+    source: Literal["wheel", "hub", "folder", "gguf"]
+    revision: str
+    architecture: str
+    parameters: int
+    prunable_parameters: int
+    dtype: str
+    trust_remote_code: bool = False
+    dense_sha256: str
+    evaluated_sha256: str
+
+
+class MethodEvent(_Block):
+    """One thing that a method had to work around in one layer."""
+
+    layer: str
+    kind: str
+    value: float | None = None
+
+
+class MethodBlock(_Block):
+    """What decided, and with which options.
+
+    Attributes:
+        implementation: `module:Class`.
+        version: The version of the distribution that the class comes from.
+        events: What the method had to do that a reader should know of, such as inputs that no
+            calibration token reached. Empty means: nothing of the kind happened.
+    """
+
+    name: str
+    implementation: str
+    version: str
+    options: dict[str, OptionValue]
+    paper: str | None = None
+    events: list[MethodEvent] = []
+
+
+class CalibrationBlock(_Block):
+    """The tokens that the statistics come from.
+
+    Attributes:
+        origin: Where the text came from: `hub:REPO@COMMIT/FILE`, `wheel:NAME==VERSION` or
+            `sha256:...` of a user's file.
+        packed: True where documents longer than `seqlen` were too rare and text was packed.
+        tokens_sha256: SHA-256 of the int64 token tensor, little endian, row-major.
+    """
+
+    text: str
+    origin: str
+    samples: int
+    seqlen: int
+    seed: int | None
+    packed: bool
+    tokens_sha256: str
+
+
+class LayerSparsity(_Block):
+    """Realised sparsity of one matrix; `zeros / (out_features * in_features)` is its ratio."""
+
+    name: str
+    out_features: int
+    in_features: int
+    requested: str
+    zeros: int
+
+
+class SparsityBlock(_Block):
+    """What was asked for and what the weights show after pruning, measured, not assumed."""
+
+    requested: str
+    realised_ratio: float
+    negative_zeros: int
+    pattern_violations: int
+    layers: list[LayerSparsity]
+
+
+class Score(_Block):
+    """One metric under one protocol, of the pruned model and of the dense one.
+
+    Attributes:
+        protocol: Identifies text, split, sequence length, limit and version. Values under two
+            protocols are never ranked against each other.
+        tokens_sha256: Hash of the evaluated token windows.
+        targets: Number of predicted tokens.
+        limited: True where only the first part of the text was used (`--ppl-tokens`).
+        dense_value: The same metric of the dense model, same protocol, same dtype.
+    """
+
+    metric: str
+    dataset: str
+    origin: str
+    protocol: str
+    value: float
+    dense_value: float | None
+    higher_is_better: bool
+    targets: int
+    limited: bool
+    tokens_sha256: str
+
+
+class CostBlock(_Block):
+    """What the run took. `prune_seconds` includes collecting statistics, not loading or scoring."""
+
+    stage_seconds: dict[str, float]
+    prune_seconds: float
+    total_seconds: float
+    peak_rss_bytes: int
+    peak_gpu_bytes: int | None
+
+
+class HardwareBlock(_Block):
+    """The machine, without its name."""
+
+    device: str
+    device_name: str
+    cpu: str
+    cpu_threads: int
+    memory_bytes: int
+
+
+class SoftwareBlock(_Block):
+    """Versions that a number depends on."""
+
+    prunebench: str
+    python: str
+    torch: str
+    transformers: str
+
+
+class FailureBlock(_Block):
+    """Why a run did not finish."""
+
+    stage: str
+    error: str
+    message: str
+
+
+class Result(_Block):
+    """One run. `id` is also the name of its file; `spec_id` recomputes from `spec`."""
+
+    schema_version: Literal[1] = SCHEMA_VERSION
+    id: str
+    status: Literal["ok", "failed"]
+    created_at: str
+    command: str
+    spec_id: str
+    spec: RunSpec
+    model: ModelBlock | None = None
+    method: MethodBlock | None = None
+    calibration: CalibrationBlock | None = None
+    sparsity: SparsityBlock | None = None
+    scores: list[Score] = []
+    cost: CostBlock | None = None
+    hardware: HardwareBlock
+    software: SoftwareBlock
+    failure: FailureBlock | None = None
+
+    def to_json(self) -> str:
+        """Return the document as it is stored: keys in schema order, a line a field or layer."""
+        return _indented(self.model_dump(mode="json"), depth=0) + "\n"
+
+
+def _indented(value: object, *, depth: int) -> str:
+    if depth == 3 or not value or not isinstance(value, dict | list):
+        return json.dumps(value, ensure_ascii=False)
+    pad = " " * (depth + 1)
+    if isinstance(value, dict):
+        rows = [f"{json.dumps(k)}: {_indented(v, depth=depth + 1)}" for k, v in value.items()]
+        return "{\n" + pad + f",\n{pad}".join(rows) + "\n" + pad[1:] + "}"
+    rows = [_indented(item, depth=3) for item in value]
+    return "[\n" + pad + f",\n{pad}".join(rows) + "\n" + pad[1:] + "]"
+
+
+def json_schema() -> str:
+    """Return the JSON Schema of a result, as it is committed beside this module."""
+    return json.dumps(Result.model_json_schema(), indent=1, sort_keys=True) + "\n"

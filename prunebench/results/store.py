@@ -1,0 +1,110 @@
+"""Where results are kept: one file a run, written once, read by anybody.
+
+    results/<model>/<method>-<sparsity>/<run_id>.json
+
+A name is taken by `os.link`, so any number of writers on any file system that people share can
+add results, and a folder of results is a plain union under git.
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+import secrets
+from dataclasses import dataclass
+from pathlib import Path
+
+from pydantic import ValidationError
+
+from prunebench.errors import MissingResource
+from prunebench.files import publish_text, require_writable
+from prunebench.results.schema import SCHEMA_VERSION, Result
+from prunebench.spec import RunSpec
+
+
+def new_run_id(spec: RunSpec) -> str:
+    """Return a fresh name: the spec's hash, the time in UTC, and eight random hex digits."""
+    now = datetime.datetime.now(datetime.UTC).strftime("%Y%m%dT%H%M%SZ")
+    return f"{spec.spec_id[:8]}-{now}-{secrets.token_hex(4)}"
+
+
+@dataclass(frozen=True)
+class Damaged:
+    """A file in a results folder that is not a result."""
+
+    path: Path
+    reason: str
+
+
+class ResultStore:
+    """A folder of results."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+
+    def path_of(self, result: Result) -> Path:
+        """Return where a result belongs."""
+        return self.root / result.spec.model_slug / result.spec.cell / f"{result.id}.json"
+
+    def require_writable(self, spec: RunSpec) -> None:
+        """Find out before the work whether its result could be saved.
+
+        Raises:
+            SaveError: The folder cannot be written to.
+        """
+        require_writable(self.root / spec.model_slug / spec.cell)
+
+    def publish(self, result: Result) -> Path:
+        """Add a result; returns its path.
+
+        Raises:
+            SaveError: It could not be written, or the name is taken.
+        """
+        path = self.path_of(result)
+        publish_text(path, result.to_json())
+        return path
+
+    def read(self, paths: list[Path] | None = None) -> tuple[list[Result], list[Damaged]]:
+        """Read all results (or those at `paths`), sorted by path, and name what is damaged.
+
+        Raises:
+            MissingResource: There is no such folder.
+        """
+        if paths is None:
+            if not self.root.is_dir():
+                raise MissingResource(
+                    f"there is no results folder {self.root}",
+                    fix="run prunebench run --method wanda, or name one with --results-dir",
+                )
+            paths = [p for p in self.root.rglob("*.json") if not p.name.startswith(".")]
+        results: list[Result] = []
+        damaged: list[Damaged] = []
+        for path in sorted(paths):
+            outcome = read_result(path)
+            if isinstance(outcome, Damaged):
+                damaged.append(outcome)
+            else:
+                results.append(outcome)
+        return results, damaged
+
+
+def read_result(path: Path) -> Result | Damaged:
+    """Read one file; anything that is wrong with it comes back as `Damaged`."""
+    try:
+        text = path.read_text(encoding="utf-8")
+        version = json.loads(text).get("schema_version")
+        if version != SCHEMA_VERSION:
+            return Damaged(path, f"schema version {version!r}, this program reads {SCHEMA_VERSION}")
+        result = Result.model_validate_json(text)
+    except OSError as error:
+        return Damaged(path, f"cannot be read: {error.strerror}")
+    except (ValueError, AttributeError) as error:
+        if isinstance(error, ValidationError):
+            first = error.errors()[0]
+            return Damaged(path, f"{'.'.join(map(str, first['loc']))}: {first['msg']}")
+        return Damaged(path, f"not a JSON object: {error}")
+    if result.id != path.stem:
+        return Damaged(path, f"its id {result.id!r} is not its file name")
+    if result.spec_id != result.spec.spec_id:
+        return Damaged(path, "its spec_id does not follow from its spec")
+    return result

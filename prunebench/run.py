@@ -1,0 +1,182 @@
+"""One run: check everything, load, score the dense model, prune, measure, score, file the result.
+
+    plan = prepare(spec, setup)     # no weight is loaded; what can fail early fails here
+    result = execute(plan)
+
+`run` does both. `execute` is the whole story of a run.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+
+from prunebench.calibration.windows import save_windows
+from prunebench.errors import OutOfMemory, PrunebenchError, SaveError
+from prunebench.evaluate.perplexity import PerplexityTask, cached_ppl, remember_ppl, token_ppl
+from prunebench.files import cache_dir, write_text
+from prunebench.models.blocks import BlockWalker
+from prunebench.models.linears import Linear, find_linears
+from prunebench.models.load import hash_weights, load_model
+from prunebench.models.measure import measure_linear, require_met
+from prunebench.models.save import save_masks, save_model
+from prunebench.prepare import Plan, Setup, prepare
+from prunebench.pruners import find_method
+from prunebench.pruners.layer import PruneReport
+from prunebench.record import (
+    cost_block,
+    identity,
+    method_block,
+    model_block,
+    score_block,
+    sparsity_block,
+)
+from prunebench.results.schema import FailureBlock, Result
+from prunebench.sparsity import Sparsity
+from prunebench.spec import RunSpec
+
+
+def run(spec: RunSpec, setup: Setup) -> Result:
+    """Prepare and execute one run; returns the result, which has been filed.
+
+    Raises:
+        PrunebenchError: Whatever a user can fix. Once weights have been loaded, a failed run leaves
+            a `failed` record in the results folder too.
+    """
+    return execute(prepare(spec, setup))
+
+
+def execute(plan: Plan) -> Result:
+    """Load, score, prune, measure, score again, and file the result.
+
+    Raises:
+        PrunebenchError: Whatever a user can fix; the failure is filed too.
+    """
+    spec, clock = plan.spec, plan.clock
+    with _failures_are_filed(plan), _memory_errors(plan.device):
+        dtype = getattr(torch, spec.dtype)
+        with clock.stage("load", detail=f"{spec.model} in {spec.dtype} on {plan.device}"):
+            model = load_model(plan.model.path, dtype=dtype, device=plan.device)
+            dense_sha256 = hash_weights(model)
+        is_dense = find_method(spec.method).patterns == "0"
+        dense = [] if is_dense else _score_dense(plan, model, dense_sha256)
+        linears = find_linears(model)
+        zeros = {one.name: int((one.stored == 0).sum()) for one in linears}
+        requested = {one.name: plan.sparsity for one in linears}
+        report, prune_seconds = _prune(plan, model, requested)
+        with clock.stage("measure", detail="sparsity of every layer"):
+            measured = [measure_linear(one, requested[one.name]) for one in linears]
+            require_met(measured, zeros, requested)
+            evaluated_sha256 = dense_sha256 if is_dense else hash_weights(model)
+        values = [_score(plan, model, task) for task in plan.tasks]
+        if is_dense:
+            dense = values
+            for task, value in zip(plan.tasks, values, strict=True):
+                remember_ppl(dense_sha256, task, value)
+        result = Result(
+            **identity(plan, status="ok"),
+            model=model_block(plan, model, dense_sha256, evaluated_sha256),
+            method=method_block(spec, report),
+            calibration=plan.calibration,
+            sparsity=sparsity_block(plan, measured),
+            scores=[score_block(*row) for row in zip(plan.tasks, values, dense, strict=True)],
+            cost=cost_block(plan, prune_seconds),
+        )
+    _publish(plan, result)  # the row first: a full disk must not cost an hour's work twice
+    _save_outputs(plan, model, linears, result)
+    return result
+
+
+def _score_dense(plan: Plan, model: nn.Module, dense_sha256: str) -> list[float]:
+    """Score the dense model, or take what these weights scored before on these tokens."""
+    values = []
+    for task in plan.tasks:
+        value = cached_ppl(dense_sha256, task)
+        if value is None:
+            value = _score(plan, model, task, stage="baseline")
+            remember_ppl(dense_sha256, task, value)
+        values.append(value)
+    return values
+
+
+def _score(plan: Plan, model: nn.Module, task: PerplexityTask, *, stage: str = "score") -> float:
+    with plan.clock.stage(
+        stage, total=len(task.windows), detail=task.protocol, unit="windows"
+    ) as advance:
+        return token_ppl(model, task.windows, advance=advance)
+
+
+def _prune(
+    plan: Plan, model: nn.Module, requested: dict[str, Sparsity]
+) -> tuple[PruneReport, float]:
+    spec = plan.spec
+    detail = f"{spec.method} {plan.sparsity}"
+    blocks = max(one.block_index for one in plan.linears) + 1
+    begun = time.perf_counter()
+    with plan.clock.stage("prune", total=blocks, detail=detail, unit="blocks") as advance:
+        walker = BlockWalker(
+            model,
+            token_ids=plan.windows.token_ids if plan.windows else None,
+            within_block=spec.within_block or "joint",
+            advance=advance,
+        )
+        report = plan.pruner.prune(walker, requested)
+    return report, time.perf_counter() - begun
+
+
+def _publish(plan: Plan, result: Result) -> None:
+    """File the result; where that fails now, keep it in the cache and say where."""
+    try:
+        plan.store.publish(result)
+    except SaveError as error:
+        rescue = cache_dir() / "unfiled" / f"{result.id}.json"
+        write_text(rescue, result.to_json())
+        error.fix = f"the result was kept as {rescue}: {error.fix}, and copy it there"
+        raise
+
+
+def _save_outputs(plan: Plan, model: nn.Module, linears: list[Linear], result: Result) -> None:
+    setup = plan.setup
+    if setup.save_calibration and plan.windows:
+        save_windows(setup.save_calibration, plan.windows)
+    if setup.save_masks:
+        with plan.clock.stage("save", detail=str(setup.save_masks)):
+            save_masks(linears, setup.save_masks)
+    if setup.save_model:
+        with plan.clock.stage("save", detail=str(setup.save_model)):
+            save_model(
+                model, plan.tokenizer, setup.save_model, result=result, replace=setup.replace
+            )
+
+
+@contextmanager
+def _memory_errors(device: torch.device) -> Iterator[None]:
+    try:
+        yield
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        raise OutOfMemory(
+            f"out of memory on {device}",
+            where=str(error).splitlines()[0][:160] if str(error) else "the host has none left",
+            fix="use --dtype bfloat16, fewer --calibration-samples, or a shorter --seqlen",
+        ) from error
+
+
+@contextmanager
+def _failures_are_filed(plan: Plan) -> Iterator[None]:
+    """Leave a `failed` record for anything that goes wrong after the checks; Ctrl-C leaves none."""
+    try:
+        yield
+    except Exception as error:
+        what = error.what if isinstance(error, PrunebenchError) else str(error)
+        failure = FailureBlock(
+            stage=plan.clock.current, error=type(error).__name__, message=what[:500]
+        )
+        try:
+            plan.store.publish(Result(**identity(plan, status="failed"), failure=failure))
+        except PrunebenchError as unsaved:
+            plan.clock.note(f"the failure could not be filed: {unsaved.what}")
+        raise

@@ -1,0 +1,138 @@
+"""`RunSpec`: everything that determines a result, its hash, and where each value came from.
+
+A recipe is a TOML file with the same keys as the options of `prunebench run`. TOML and not YAML:
+YAML 1.1 reads a bare `2:4` as the number 124.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from prunebench.errors import UsageError, nearest
+
+OptionValue = bool | int | float | str | None
+Dtype = Literal["float32", "bfloat16", "float16"]
+WithinBlock = Literal["joint", "sequential"]
+
+DTYPES: tuple[str, ...] = get_args(Dtype)
+ORDERS: tuple[str, ...] = get_args(WithinBlock)
+
+
+class RunSpec(BaseModel):
+    """One run. Time, machine and file paths are not part of it.
+
+    The fields that end in `_revision` and `_origin` are empty until the names beside them have
+    been resolved to content (a commit, a SHA-256); only then does `spec_id` mean something.
+    A method that reads no data has no calibration: those fields are then null.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+
+    method: str
+    method_options: dict[str, OptionValue] = {}
+    model: str = "smollm2-135m-q4"
+    model_revision: str = ""
+    dtype: Dtype = "float32"
+    sparsity: str = "0.5"
+    within_block: WithinBlock | None = "joint"
+    calibration: str | None = "c4"
+    calibration_origin: str | None = ""
+    calibration_samples: int | None = Field(default=32, ge=1)
+    seqlen: int | None = Field(default=512, ge=2)
+    ppl: tuple[str, ...] = ("wiki",)
+    ppl_origins: tuple[str, ...] = ()
+    ppl_seqlen: int = Field(default=512, ge=2)
+    ppl_tokens: int | None = Field(default=None, ge=2)
+    seed: int = Field(default=0, ge=0, lt=2**32)
+
+    @property
+    def spec_id(self) -> str:
+        """The first 16 hex digits of the SHA-256 of the canonical JSON of this spec."""
+        return hashlib.sha256(self.canonical_json().encode()).hexdigest()[:16]
+
+    def canonical_json(self) -> str:
+        """Return JSON with sorted keys and no spaces: equal specs give equal bytes."""
+        return json.dumps(self.model_dump(mode="json"), sort_keys=True, separators=(",", ":"))
+
+    @property
+    def cell(self) -> str:
+        """The name of the folder of this result below its model: method and sparsity."""
+        return f"{slug(self.method)}-{self.sparsity.replace(':', 'of')}"
+
+    @property
+    def model_slug(self) -> str:
+        """The model's name as a folder name."""
+        return slug(self.model)
+
+
+def slug(text: str) -> str:
+    """Return `text` as a portable file name: letters, digits, dot, dash and underscore."""
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", text).strip("-.") or "unnamed"
+
+
+def build_spec(values: Mapping[str, Any]) -> RunSpec:
+    """Build a spec from option values.
+
+    Raises:
+        UsageError: A value is out of range or of the wrong kind; the option is named.
+    """
+    try:
+        return RunSpec(**values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        name = str(first["loc"][0]).replace("_", "-")
+        raise UsageError(
+            f"--{name} {first.get('input')!r} is not valid",
+            where=str(first["msg"]),
+            fix=f"see prunebench run --help for --{name}",
+        ) from None
+
+
+def read_recipe(path: Path, *, known: Mapping[str, type | tuple[type, ...]]) -> dict[str, Any]:
+    """Read a TOML recipe whose keys are the option names of `run`, with underscores.
+
+    Args:
+        path: The file.
+        known: The keys that a recipe may have, and the types that each may take. `set` is a table.
+
+    Raises:
+        UsageError: The file is missing or not TOML, a key is unknown (file, line and the nearest
+            known key are named), or a value has the wrong type.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+        recipe = tomllib.loads(text)
+    except OSError as error:
+        raise UsageError(f"cannot read the recipe {path}", where=str(error.strerror)) from None
+    except UnicodeDecodeError:
+        raise UsageError(f"the recipe {path} is not UTF-8 text") from None
+    except tomllib.TOMLDecodeError as error:
+        raise UsageError(f"the recipe {path} is not TOML", where=str(error)) from None
+    for key, value in recipe.items():
+        where = f"{path}, line {_line_of(text, key)}"
+        if key not in known:
+            raise UsageError(
+                f"unknown key {key!r} in a recipe", where=where, fix=nearest(key, known)
+            )
+        wanted = known[key]
+        if not isinstance(value, wanted) or (isinstance(value, bool) and wanted is int):
+            kinds = wanted if isinstance(wanted, tuple) else (wanted,)
+            raise UsageError(
+                f"{key} = {value!r} has the wrong type",
+                where=where,
+                fix="it should be " + " or ".join(kind.__name__ for kind in kinds),
+            )
+    return recipe
+
+
+def _line_of(text: str, key: str) -> int:
+    pattern = re.compile(rf"^\s*\[?\s*[\"']?{re.escape(key)}[\"']?\s*[=\].]")
+    return next((i for i, line in enumerate(text.splitlines(), 1) if pattern.match(line)), 1)

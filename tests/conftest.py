@@ -1,0 +1,106 @@
+"""Every test has its own cache and no network; tiny models stand in for real ones."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+
+@pytest.fixture(autouse=True)
+def _isolated(request, tmp_path, monkeypatch):
+    """A cache of its own for each test, and no settings of the developer's."""
+    for name in list(os.environ):
+        if name.startswith("PRUNEBENCH_") and "real" not in request.keywords:
+            monkeypatch.delenv(name)
+    if "real" not in request.keywords:
+        monkeypatch.setenv("PRUNEBENCH_CACHE", str(tmp_path / "cache"))
+
+
+@pytest.fixture(scope="session")
+def byte_tokenizer():
+    """A tokenizer of 256 tokens, one a byte."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer)
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tmp_path_factory, byte_tokenizer) -> Path:
+    """A tiny Llama with a byte tokenizer, saved as a model folder. Read only."""
+    from prunebench.testing import tiny_model
+
+    folder = tmp_path_factory.mktemp("models") / "tiny-llama"
+    tiny_model("llama").save_pretrained(folder)
+    byte_tokenizer.save_pretrained(folder)
+    return folder
+
+
+_PANGRAMS = """the quick brown fox jumps over a lazy dog while seven wizards judge my vow to buy
+quartz jigs and pack five dozen liquor jugs for the boxing match on sunday morning"""
+
+
+def prose(characters: int, *, seed: int) -> str:
+    """Make text of about so many characters, different for every seed."""
+    import random
+
+    rng = random.Random(seed)
+    words: list[str] = []
+    while sum(map(len, words)) < characters:
+        words.append(rng.choice(_PANGRAMS.split()))
+    return " ".join(words)
+
+
+@pytest.fixture(scope="session")
+def text_file(tmp_path_factory) -> Path:
+    """Text for calibration, 20,000 characters."""
+    path = tmp_path_factory.mktemp("texts") / "calibration.txt"
+    path.write_text(prose(20_000, seed=1), encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="session")
+def eval_file(tmp_path_factory) -> Path:
+    """Other text, for perplexity, 4,000 characters."""
+    path = tmp_path_factory.mktemp("texts") / "eval.txt"
+    path.write_text(prose(4_000, seed=2), encoding="utf-8")
+    return path
+
+
+@pytest.fixture
+def tiny_run(tiny_folder, text_file, eval_file, tmp_path):
+    """Options of a run on the tiny model that takes a fraction of a second."""
+    return [
+        "run", "--model", str(tiny_folder), "--calibration", f"file:{text_file}",
+        "--calibration-samples", "4", "--seqlen", "32", "--ppl", f"file:{eval_file}",
+        "--ppl-seqlen", "64", "--results-dir", str(tmp_path / "results"),
+    ]  # fmt: skip
+
+
+@pytest.fixture
+def cli(monkeypatch, tmp_path):
+    """Run the command line in this process, in a folder of its own; returns the outcome."""
+    from typer.testing import CliRunner
+
+    from prunebench.cli import app
+
+    work = tmp_path / "work"
+    work.mkdir(exist_ok=True)
+    monkeypatch.chdir(work)
+
+    def invoke(*arguments: str, code: int = 0):
+        outcome = CliRunner().invoke(app, [str(one) for one in arguments])
+        assert outcome.exit_code == code, f"{outcome.exit_code}: {outcome.output}"
+        assert "Traceback" not in outcome.output
+        return outcome
+
+    return invoke

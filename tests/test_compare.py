@@ -1,0 +1,201 @@
+"""The table: dense first, seeds folded, noise marked, protocols kept apart."""
+
+import csv
+import io
+import json
+
+import pytest
+
+from prunebench.errors import MissingResource, UsageError
+from prunebench.results import render
+from prunebench.results.compare import Selection, compare
+from tests.test_results import make_result
+
+OTHER = "c4/test/512/v1"
+
+
+def only_table(results, *selectors):
+    (table,) = compare(results, Selection.parse(selectors))
+    return table
+
+
+def test_dense_comes_first_even_if_only_others_measured_it():
+    table = only_table([make_result(), make_result(method="magnitude", value=90.0)])
+    assert [cell.method for cell in table.cells] == ["dense", "wanda", "magnitude"]
+    (score,) = table.cells[0].scores.values()
+    assert (score.mean, score.seeds) == (20.0, 1)
+
+
+def test_a_dense_run_s_own_value_counts():
+    rows = [make_result(), make_result(method="dense", sparsity="0", value=21.0, dense=21.0)]
+    table = only_table(rows)
+    assert [cell.method for cell in table.cells] == ["dense", "wanda"]
+    assert next(iter(table.cells[0].scores.values())).mean == 21.0
+
+
+def test_seeds_are_folded():
+    rows = [make_result(seed=s, value=v) for s, v in enumerate((40.0, 42.0, 44.0))]
+    cell = only_table(rows).cells[1]
+    (score,) = cell.scores.values()
+    assert (score.mean, score.std, score.seeds) == (42.0, 2.0, 3)
+    assert render.score_text(score, bold=("", "")) == "42.00 ± 2.00 (+22.00)"
+
+
+def test_the_newest_of_a_repeated_spec_counts():
+    rows = [
+        make_result(value=50.0, created="2026-01-02"),
+        make_result(value=40.0, created="2026-01-01"),
+    ]
+    (score,) = only_table(rows).cells[1].scores.values()
+    assert (score.mean, score.seeds) == (50.0, 1)
+
+
+def test_the_seed_of_a_seeded_method_is_no_setting():
+    rows = [
+        make_result(method="random", seed=s, value=300.0 + s, method_options={"seed": s})
+        for s in (0, 1)
+    ]
+    table = only_table(rows)
+    assert len(table.cells) == 2
+    assert table.settings == ()
+
+
+def test_the_best_of_each_sparsity_is_marked():
+    rows = [
+        make_result(value=40.0), make_result(method="magnitude", value=90.0),
+        make_result(sparsity="2:4", value=80.0),
+        make_result(method="magnitude", sparsity="2:4", value=70.0),
+    ]  # fmt: skip
+    best = [
+        (c.method, c.sparsity) for c in only_table(rows).cells for s in c.scores.values() if s.best
+    ]
+    assert best == [("wanda", "0.5"), ("magnitude", "2:4")]
+
+
+def test_a_single_method_is_not_called_best():
+    assert not any(s.best for c in only_table([make_result()]).cells for s in c.scores.values())
+
+
+def test_a_difference_inside_the_noise_is_marked():
+    near = [make_result(method="gblm", seed=s, value=v) for s, v in enumerate((40.0, 41.0, 42.5))]
+    top = [make_result(seed=s, value=v) for s, v in enumerate((39.5, 41.0, 42.0))]
+    far = [
+        make_result(method="magnitude", seed=s, value=v) for s, v in enumerate((60.0, 61.0, 62.0))
+    ]
+    cells = {c.method: next(iter(c.scores.values())) for c in only_table(near + top + far).cells}
+    assert cells["wanda"].best
+    assert cells["gblm"].within_noise
+    assert not cells["magnitude"].within_noise
+    assert render.score_text(cells["gblm"], bold=("*", "*")).startswith("~41.17")
+
+
+def test_noise_is_judged_on_the_loss_and_not_on_the_exponential():
+    """A method whose perplexity is 1e8 give or take 1e8 is not as good as one with 40."""
+    wild = [make_result(method="random", seed=s, value=v) for s, v in enumerate((1e6, 2e8, 3e7))]
+    top = [make_result(seed=s, value=v) for s, v in enumerate((39.5, 41.0, 42.0))]
+    cells = {c.method: next(iter(c.scores.values())) for c in only_table(wild + top).cells}
+    assert cells["wanda"].best
+    assert not cells["random"].within_noise
+
+
+def test_two_protocols_never_share_a_column_and_are_not_ranked():
+    rows = [make_result(value=40.0), make_result(method="magnitude", value=30.0, protocol=OTHER)]
+    table = only_table(rows)
+    assert len(table.columns) == 2
+    assert not table.ranked
+    assert not any(s.best for c in table.cells for s in c.scores.values())
+    assert "-" in render.row(table, table.cells[1], bold=("", ""))
+    chosen = only_table(rows, f"protocol={OTHER}")
+    assert chosen.ranked
+    assert [c.method for c in chosen.cells] == ["dense", "magnitude"]
+
+
+def test_one_protocol_is_ranked_within_a_sparsity():
+    rows = [make_result(method=m, value=v) for m, v in (("a", 50.0), ("b", 30.0), ("c", 40.0))]
+    rows.append(make_result(method="a", sparsity="0.6", value=10.0))
+    assert [(c.method, c.sparsity) for c in only_table(rows).cells[1:]] == [
+        ("b", "0.5"), ("c", "0.5"), ("a", "0.5"), ("a", "0.6"),
+    ]  # fmt: skip
+
+
+def test_settings_show_only_where_they_differ():
+    rows = [make_result(), make_result(within_block="sequential")]
+    table = only_table(rows)
+    assert table.settings == ("within_block",)
+    assert len(table.cells) == 3
+    assert only_table([make_result()]).settings == ()
+
+
+def test_runs_that_differ_in_evaluation_share_a_row():
+    rows = [make_result(), make_result(protocol=OTHER, ppl_seqlen=2048, ppl=("c4",), value=33.0)]
+    table = only_table(rows)
+    assert len(table.cells) == 2
+    assert [round(s.mean) for s in table.cells[1].scores.values()] == [33, 40]
+
+
+def test_failed_runs_are_not_in_the_table():
+    with pytest.raises(MissingResource, match="no result is selected"):
+        compare([make_result(status="failed")])
+
+
+@pytest.mark.parametrize(
+    ("words", "methods"),
+    [
+        (["method=wanda"], {"wanda"}),
+        (["method=wanda,magnitude", "sparsity=0.5"], {"wanda", "magnitude"}),
+        (["method=w*"], {"wanda"}),
+        (["within-block=joint", "device=cpu", "seed=0"], {"wanda", "magnitude"}),
+    ],
+)
+def test_selectors(words, methods):
+    rows = [
+        make_result(),
+        make_result(method="magnitude"),
+        make_result(method="random", sparsity="0.6", seed=1),
+    ]
+    assert {c.method for c in only_table(rows, *words).cells} - {"dense"} == methods
+
+
+@pytest.mark.parametrize(
+    ("word", "says"),
+    [
+        ("methd=wanda", "did you mean 'method'?"),
+        ("wanda", "not a selector"),
+        ("method=", "not a selector"),
+    ],
+)
+def test_bad_selectors(word, says):
+    with pytest.raises(UsageError) as error:
+        Selection.parse([word])
+    assert says in str(error.value)
+
+
+def test_an_empty_selection_says_how_many_there_are():
+    with pytest.raises(MissingResource, match="no result is selected") as error:
+        compare([make_result()], Selection.parse(["method=gblm"]))
+    assert "1 finished results" in error.value.where
+
+
+def test_markdown_escapes_what_a_name_could_break():
+    text = render.to_markdown(compare([make_result(model="a|b<script>")]))
+    assert "## a\\|b&lt;script>" in text
+    assert text == render.to_markdown(compare([make_result(model="a|b<script>")]))
+
+
+def test_csv_has_full_precision():
+    text = render.to_csv(compare([make_result(value=1 / 3)]))
+    rows = list(csv.DictReader(io.StringIO(text)))
+    assert [row["method"] for row in rows] == ["dense", "wanda"]
+    assert float(rows[1]["mean"]) == 1 / 3
+
+
+def test_json_is_one_document():
+    (table,) = json.loads(render.to_json(compare([make_result()])))
+    assert table["cells"][1]["scores"]["token_ppl wiki/test/512/v1"]["mean"] == 40.0
+
+
+@pytest.mark.parametrize(
+    ("value", "text"), [(19.738, "19.74"), (125.8, "125.8"), (1087.96, "1,088"), (1e6, "1,000,000")]
+)
+def test_numbers_are_readable(value, text):
+    assert render.number(value) == text

@@ -1,0 +1,161 @@
+"""Every registered method keeps the contract on every architecture: a new row enrols itself."""
+
+import pytest
+import torch
+
+from prunebench.models.blocks import BlockWalker
+from prunebench.models.load import hash_weights
+from prunebench.pruners import BUILTIN, make_pruner, method_class, resolve_options
+from prunebench.sparsity import Sparsity
+from prunebench.testing import ARCHITECTURES, check_pruner, tiny_model, tiny_tokens
+
+METHODS = [name for name in BUILTIN if BUILTIN[name].patterns != "0"]
+
+
+def pruner_of(name, **options):
+    return make_pruner(name, resolve_options(name, options, seed=0))
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("method", METHODS)
+def test_contract(method, architecture):
+    outcomes = check_pruner(pruner_of(method), architectures=(architecture,))
+    assert len(outcomes) >= 9
+    assert [str(o) for o in outcomes if not o.passed] == []
+
+
+@pytest.mark.parametrize("pattern", ["4:8", "16:32", "1:2"])
+@pytest.mark.parametrize("method", METHODS)
+def test_other_patterns(method, pattern):
+    outcomes = check_pruner(pruner_of(method), architectures=("llama",), sparsities=(pattern,))
+    assert [str(o) for o in outcomes if not o.passed] == []
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("ratio", ["0", "0.01", "0.37", "0.9", "0.99"])
+def test_any_ratio(method, ratio):
+    outcomes = check_pruner(pruner_of(method), architectures=("llama",), sparsities=(ratio,))
+    assert [str(o) for o in outcomes if not o.passed] == []
+
+
+def test_dense_changes_nothing():
+    model = tiny_model("llama")
+    before = hash_weights(model)
+    pruner_of("dense").prune(BlockWalker(model), {})
+    assert hash_weights(model) == before
+
+
+def test_random_follows_its_seed():
+    def pruned(seed):
+        model = tiny_model("llama")
+        walker = BlockWalker(model)
+        pruner_of("random", seed=seed).prune(
+            walker, {x.name: Sparsity(0.5) for x in walker.linears}
+        )
+        return hash_weights(model)
+
+    assert pruned(1) == pruned(1) != pruned(2)
+
+
+def test_wanda_with_equal_inputs_is_row_wise_magnitude():
+    from prunebench.calibration.stats import InputStats
+    from prunebench.pruners.keep import keep_rows
+
+    weight = torch.randn(8, 16, generator=torch.Generator().manual_seed(0))
+    stats = InputStats(
+        samples=3, tokens=30, sum_squares=torch.full((16,), 7.0, dtype=torch.float64)
+    )
+    half = Sparsity(0.5)
+    expected = torch.where(keep_rows(weight.abs(), half), weight, 0)
+    assert torch.equal(pruner_of("wanda").prune_weight(weight, stats, half), expected)
+
+
+def test_wanda_hand_worked():
+    """|W| * norm = [[6, 2, 1, 2], [3, 8, .5, 4]]: each row loses its two smallest, ties first."""
+    from prunebench.calibration.stats import InputStats
+
+    weight = torch.tensor([[-2.0, 1.0, 2.0, 1.0], [1.0, -4.0, 1.0, 2.0]])
+    sums = torch.tensor(
+        [18.0, 8.0, 0.5, 8.0], dtype=torch.float64
+    )  # norms 3, 2, .5, 2 of 2 samples
+    stats = InputStats(samples=2, tokens=9, sum_squares=sums)
+    got = pruner_of("wanda").prune_weight(weight, stats, Sparsity.parse("2:4"))
+    assert got.tolist() == [[-2.0, 0.0, 0.0, 1.0], [0.0, -4.0, 0.0, 2.0]]
+
+
+def test_wanda_mask_survives_rescaling_of_the_inputs():
+    from dataclasses import replace
+
+    from prunebench.calibration.stats import InputStats
+
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(8, 16, generator=generator)
+    sums = torch.rand(16, generator=generator).double()
+    stats = InputStats(samples=2, tokens=9, sum_squares=sums)
+    wanda, half = pruner_of("wanda"), Sparsity(0.5)
+    scaled = replace(stats, sum_squares=sums * 4.0)
+    one, other = (wanda.prune_weight(weight, s, half) for s in (stats, scaled))
+    assert torch.equal(one, other)
+
+
+def test_magnitude_hand_worked():
+    weight = torch.tensor([[-0.1, 3.0, 0.2, -4.0], [5.0, 0.3, -6.0, 0.4]])
+    got = pruner_of("magnitude").prune_weight(weight, None, Sparsity(0.5))
+    assert got.tolist() == [[0.0, 3.0, 0.0, -4.0], [5.0, 0.0, -6.0, 0.0]]
+
+
+@pytest.mark.parametrize("method", list(BUILTIN))
+def test_a_built_in_is_a_frozen_dataclass_whose_module_cites_what_its_row_cites(method):
+    import sys
+
+    cls = method_class(method)
+    assert cls.__dataclass_params__.frozen
+    paper = BUILTIN[method].paper
+    assert paper is None or paper in sys.modules[cls.__module__].__doc__
+    assert BUILTIN[method].data == cls.needs.calibration
+
+
+def test_the_contract_notices_a_bad_pruner():
+    from dataclasses import dataclass
+    from typing import ClassVar
+
+    from prunebench.pruners.layer import LayerPruner, Needs
+
+    @dataclass(frozen=True)
+    class TooLittle(LayerPruner):
+        needs: ClassVar[Needs] = Needs()
+
+        def prune_weight(self, weight, stats, sparsity):
+            return torch.where(weight.abs() > 1e-3, weight, 0)
+
+    @dataclass(frozen=True)
+    class TooMuch(LayerPruner):
+        def prune_weight(self, weight, stats, sparsity):
+            return torch.zeros_like(weight)
+
+    @dataclass(frozen=True)
+    class Meddler:
+        needs: ClassVar[Needs] = Needs()
+
+        def prune(self, walker, sparsity):
+            report = pruner_of("magnitude").prune(walker, sparsity)
+            walker.model.get_input_embeddings().weight.data.add_(1)
+            walker.model.config.use_cache = False
+            return report
+
+    def failures(pruner):
+        outcomes = check_pruner(pruner, architectures=("llama",), sparsities=("0.5", "2:4"))
+        return {o.check for o in outcomes if not o.passed}
+
+    assert {"reaches 0.5, joint", "reaches 2:4, joint", "ratio 0 changes nothing"} <= failures(
+        TooLittle()
+    )
+    assert "reaches 0.5, joint" in failures(TooMuch())
+    assert {"leaves everything else alone", "puts hooks and settings back"} <= failures(Meddler())
+
+
+def test_one_calibration_token_is_enough():
+    model = tiny_model("llama")
+    walker = BlockWalker(model, token_ids=tiny_tokens(samples=1, seqlen=2))
+    pruner_of("wanda").prune(walker, {x.name: Sparsity(0.5) for x in walker.linears})
+    assert all((x.stored == 0).sum() == x.size // 2 for x in walker.linears)

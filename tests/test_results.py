@@ -1,0 +1,146 @@
+"""Result files: complete, immutable, many writers; the committed ones are sound and fresh."""
+
+import json
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+
+from prunebench.errors import MissingResource, SaveError
+from prunebench.results.schema import Result, json_schema
+from prunebench.results.store import Damaged, ResultStore, new_run_id, read_result
+from prunebench.spec import RunSpec
+
+REPOSITORY = Path(__file__).parent.parent
+HARDWARE = {"device": "cpu", "device_name": "c", "cpu": "c", "cpu_threads": 2, "memory_bytes": 1}
+SOFTWARE = {"prunebench": "0", "python": "3", "torch": "2", "transformers": "5"}
+
+
+def make_result(
+    *, method="wanda", sparsity="0.5", value=40.0, dense=20.0, seed=0, model="m",
+    created="2026-01-01", protocol="wiki/test/512/v1", status="ok", realised=0.5, **spec,
+) -> Result:  # fmt: skip
+    run = RunSpec(method=method, sparsity=sparsity, seed=seed, model=model, **spec)
+    score = {
+        "metric": "token_ppl", "dataset": protocol.split("/")[0], "origin": "o",
+        "protocol": protocol, "value": value, "dense_value": dense, "higher_is_better": False,
+        "targets": 10,
+        "limited": False, "tokens_sha256": "t",
+    }  # fmt: skip
+    return Result(
+        id=new_run_id(run), status=status, created_at=created, command="prunebench run",
+        spec_id=run.spec_id, spec=run, scores=[score], hardware=HARDWARE, software=SOFTWARE,
+        sparsity={
+            "requested": sparsity, "realised_ratio": realised, "negative_zeros": 0,
+            "pattern_violations": 0, "layers": [],
+        },
+        cost={
+            "stage_seconds": {"prune": 3.0}, "prune_seconds": 3.0, "total_seconds": 9.0,
+            "peak_rss_bytes": 10, "peak_gpu_bytes": None,
+        },
+    )  # fmt: skip
+
+
+def test_round_trip_and_place(tmp_path):
+    store, result = ResultStore(tmp_path), make_result(sparsity="2:4", model="org/name")
+    path = store.publish(result)
+    assert path.parent == tmp_path / "org-name" / "wanda-2of4"
+    results, damaged = store.read()
+    assert (results, damaged) == ([result], [])
+    assert json.loads(path.read_text())["cost"]["peak_gpu_bytes"] is None
+
+
+def test_a_result_is_never_overwritten(tmp_path):
+    store, result = ResultStore(tmp_path), make_result()
+    store.publish(result)
+    with pytest.raises(SaveError, match="exists already"):
+        store.publish(result)
+
+
+@pytest.mark.parametrize(
+    ("damage", "says"),
+    [
+        (lambda d: "{", "not a JSON object"),
+        (lambda d: "[]", "not a JSON object"),
+        (lambda d: json.dumps({**d, "schema_version": 99}), "schema version 99"),
+        (lambda d: json.dumps({**d, "id": "other"}), "not its file name"),
+        (lambda d: json.dumps({**d, "spec": {**d["spec"], "seed": 7}}), "spec_id does not follow"),
+        (lambda d: json.dumps({**d, "extra": 1}), "extra"),
+        (lambda d: json.dumps({k: v for k, v in d.items() if k != "hardware"}), "hardware"),
+    ],
+)
+def test_damage_is_named(tmp_path, damage, says):
+    path = ResultStore(tmp_path).publish(make_result())
+    document = json.loads(path.read_text())
+    path.write_text(damage(document))
+    outcome = read_result(path)
+    assert isinstance(outcome, Damaged)
+    assert says in outcome.reason
+
+
+def test_no_folder():
+    with pytest.raises(MissingResource, match="no results folder"):
+        ResultStore(Path("/nonexistent")).read()
+
+
+def test_fifty_processes_at_once_lose_nothing(tmp_path):
+    script = tmp_path / "writer.py"
+    script.write_text(
+        textwrap.dedent(f"""
+        import sys
+        from pathlib import Path
+        from prunebench.results.store import ResultStore, read_result, new_run_id
+        template = read_result(Path({str(tmp_path / "template")!r}) / sys.argv[1])
+        store = ResultStore(Path({str(tmp_path / "all")!r}))
+        for _ in range(4):
+            store.publish(template.model_copy(update={{"id": new_run_id(template.spec)}}))
+        """)
+    )
+    path = ResultStore(tmp_path / "template").publish(make_result())
+    name = str(path.relative_to(tmp_path / "template"))
+    processes = [subprocess.Popen([sys.executable, str(script), name]) for _ in range(50)]
+    assert [p.wait(timeout=120) for p in processes] == [0] * 50
+    results, damaged = ResultStore(tmp_path / "all").read()
+    assert len(results) == 200
+    assert damaged == []
+    assert not list((tmp_path / "all").rglob(".*"))
+
+
+def test_the_committed_schema_is_the_code_s():
+    committed = REPOSITORY / "prunebench" / "results" / "result.schema.json"
+    assert committed.read_text("utf-8") == json_schema()
+
+
+def committed_results() -> list[Path]:
+    listed = subprocess.run(
+        ["git", "ls-files", "results/*.json"],
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if listed.returncode == 0:
+        return [REPOSITORY / name for name in listed.stdout.split()]
+    return sorted((REPOSITORY / "results").rglob("*.json"))
+
+
+def test_committed_results_are_sound():
+    paths = committed_results()
+    assert paths, "the repository ships measured rows"
+    results, damaged = ResultStore(REPOSITORY / "results").read(paths)
+    assert damaged == []
+    for path, result in zip(sorted(paths), results, strict=True):
+        assert path == ResultStore(REPOSITORY / "results").path_of(result)
+        assert result.status == "ok"
+        assert result.sparsity.pattern_violations == result.sparsity.negative_zeros == 0
+        assert "/work/" not in path.read_text("utf-8")
+
+
+def test_the_table_is_fresh():
+    from prunebench.cli.results import table_text
+
+    results, _ = ResultStore(REPOSITORY / "results").read(committed_results())
+    table = (REPOSITORY / "results" / "TABLE.md").read_text("utf-8")
+    assert table == table_text(results), "run prunebench results table"

@@ -1,0 +1,91 @@
+"""Specs: one hash for one meaning; recipes: wrong keys named with file, line and nearest key."""
+
+import pytest
+
+from prunebench.errors import UsageError
+from prunebench.spec import RunSpec, build_spec, read_recipe, slug
+
+KNOWN = {
+    "method": str,
+    "sparsity": (str, float, int),
+    "seqlen": int,
+    "set": dict,
+    "ppl": (str, list),
+}
+
+
+def test_the_hash_follows_every_field():
+    base = RunSpec(method="wanda")
+    assert base.spec_id == RunSpec(method="wanda", seed=0).spec_id
+    changes = {
+        "method": "sparsegpt", "method_options": {"a": 1}, "model": "m", "model_revision": "r",
+        "dtype": "bfloat16", "sparsity": "2:4", "within_block": "sequential", "calibration": "wiki",
+        "calibration_origin": "o", "calibration_samples": 1, "seqlen": 3, "ppl": ("c4",),
+        "ppl_origins": ("o",), "ppl_seqlen": 3, "ppl_tokens": 5, "seed": 1,
+    }  # fmt: skip
+    assert changes.keys() == RunSpec.model_fields.keys()
+    for field, value in changes.items():
+        assert base.model_copy(update={field: value}).spec_id != base.spec_id, field
+
+
+def test_the_hash_does_not_depend_on_the_order_of_options():
+    one = RunSpec(method="m", method_options={"a": 1, "b": 2.0})
+    other = RunSpec(method="m", method_options={"b": 2.0, "a": 1})
+    assert one.spec_id == other.spec_id
+
+
+def test_folders_are_portable():
+    spec = RunSpec(method="my_mod:Mine", model="org/name", sparsity="2:4")
+    assert (spec.model_slug, spec.cell) == ("org-name", "my_mod-Mine-2of4")
+    assert slug("../..//x") == "x"
+    assert slug("///") == "unnamed"
+
+
+@pytest.mark.parametrize(
+    ("values", "says"),
+    [
+        ({"seed": -1}, "--seed -1 is not valid"),
+        ({"calibration_samples": 0}, "--calibration-samples 0"),
+        ({"ppl_seqlen": 1}, "--ppl-seqlen 1"),
+        ({"dtype": "int8"}, "--dtype 'int8'"),
+        ({"colour": "red"}, "--colour"),
+    ],
+)
+def test_bad_values_name_their_option(values, says):
+    with pytest.raises(UsageError, match=says):
+        build_spec({"method": "wanda", **values})
+
+
+def test_a_recipe(tmp_path):
+    path = tmp_path / "r.toml"
+    path.write_text('method = "wanda"\nsparsity = "2:4"\n[set]\nalpha = 100\n')
+    assert read_recipe(path, known=KNOWN) == {
+        "method": "wanda", "sparsity": "2:4", "set": {"alpha": 100},
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        (
+            'method = "wanda"\n\nsparsty = "2:4"\n',
+            ["'sparsty'", "line 3", "did you mean 'sparsity'?"],
+        ),
+        ('method = "wanda"\nseqlen = "long"\n', ["seqlen = 'long'", "line 2", "int"]),
+        ("seqlen = true\n", ["seqlen = True", "line 1"]),
+        ("method = \n", ["not TOML", "line 1"]),
+        ("sparsity = 2:4\n", ["not TOML"]),
+    ],
+)
+def test_a_wrong_recipe_names_file_line_and_way_out(tmp_path, text, says):
+    path = tmp_path / "r.toml"
+    path.write_text(text)
+    with pytest.raises(UsageError) as error:
+        read_recipe(path, known=KNOWN)
+    for part in [*says, "r.toml"]:
+        assert part in str(error.value)
+
+
+def test_a_missing_recipe(tmp_path):
+    with pytest.raises(UsageError, match="cannot read the recipe"):
+        read_recipe(tmp_path / "none.toml", known=KNOWN)
