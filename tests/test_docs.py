@@ -53,7 +53,9 @@ def test_the_example_method_passes_the_contract(tmp_path, monkeypatch):
     code = re.search(r"```python\n# my_method.py\n(.*?)```", README, re.DOTALL)[1]
     (tmp_path / "my_method.py").write_text(code)
     monkeypatch.chdir(tmp_path)
-    pruner = make_pruner("my_method:Mine", resolve_options("my_method:Mine", {"power": "0.7"}, seed=0))
+    pruner = make_pruner(
+        "my_method:Mine", resolve_options("my_method:Mine", {"power": "0.7"}, seed=0)
+    )
     assert pruner.power == 0.7
     assert [str(o) for o in check_pruner(pruner) if not o.passed] == []
 

@@ -17,7 +17,7 @@ def inspect_command(
     checkpoint: Annotated[Path, typer.Argument(help="Folder of safetensors.")],
     sparsity: Annotated[
         str | None,
-        typer.Option(help="N:M to check every group against. [default: 2:4 where it divides]"),
+        typer.Option(help="N:M to check every group against. (default: 2:4 where it divides)"),
     ] = None,
     every: Annotated[
         bool, typer.Option("--all", help="Every matrix, not only the pruned.")

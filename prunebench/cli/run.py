@@ -6,7 +6,7 @@ import json
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
@@ -19,9 +19,6 @@ from prunebench.results.render import column_title, number
 from prunebench.results.schema import Result
 from prunebench.sparsity import Sparsity
 from prunebench.spec import DTYPES, ORDERS, RunSpec, build_spec, read_recipe
-
-if TYPE_CHECKING:
-    pass
 
 _RECIPE_KEYS: dict[str, type | tuple[type, ...]] = {
     "method": str,
@@ -54,87 +51,87 @@ def run_command(
     method: Annotated[
         str | None,
         typer.Option(
-            "--method", "-m", envvar=_env("METHOD"), rich_help_panel=_SPEC,
+            "--method", "-m", envvar=_env("METHOD"), show_envvar=False, rich_help_panel=_SPEC,
             help="Pruning method: a name of `prunebench list methods`, or module:Class.",
         ),
     ] = None,
     model: Annotated[
         str | None,
         typer.Option(
-            "--model", "-M", envvar=_env("MODEL"), rich_help_panel=_SPEC,
-            help="Alias, org/name of the hub, folder, or .gguf file. [default: smollm2-135m-q4]",
+            "--model", "-M", envvar=_env("MODEL"), show_envvar=False, rich_help_panel=_SPEC,
+            help="Alias, org/name of the hub, folder, or .gguf file. (default: smollm2-135m-q4)",
         ),
     ] = None,
     sparsity: Annotated[
         list[str] | None,
         typer.Option(
-            envvar=_env("SPARSITY"), rich_help_panel=_SPEC,
-            help="Ratio of zeros (0.5, 50%) or N:M, keep N of M (2:4). [default: the method's]",
+            envvar=_env("SPARSITY"), show_envvar=False, rich_help_panel=_SPEC,
+            help="Ratio of zeros (0.5, 50%) or N:M, keep N of M (2:4). (default: the method's)",
         ),
     ] = None,
     calibration: Annotated[
         str | None,
         typer.Option(
-            envvar=_env("CALIBRATION"), rich_help_panel=_SPEC,
-            help="Text name, file:PATH, or tokens:PATH. [default: c4]",
+            envvar=_env("CALIBRATION"), show_envvar=False, rich_help_panel=_SPEC,
+            help="Text name, file:PATH, or tokens:PATH. (default: c4)",
         ),
     ] = None,
     calibration_samples: Annotated[
         int | None,
         typer.Option(
-            envvar=_env("CALIBRATION_SAMPLES"), min=1, rich_help_panel=_SPEC,
-            help="Number of calibration windows. [default: 32]",
+            envvar=_env("CALIBRATION_SAMPLES"), show_envvar=False, min=1, rich_help_panel=_SPEC,
+            help="Number of calibration windows. (default: 32)",
         ),
     ] = None,
     seqlen: Annotated[
         int | None,
         typer.Option(
-            envvar=_env("SEQLEN"), min=2, rich_help_panel=_SPEC,
-            help="Tokens in a calibration window. [default: 512]",
+            envvar=_env("SEQLEN"), show_envvar=False, min=2, rich_help_panel=_SPEC,
+            help="Tokens in a calibration window. (default: 512)",
         ),
     ] = None,
     ppl: Annotated[
         list[str] | None,
         typer.Option(
-            envvar=_env("PPL"), rich_help_panel=_SPEC,
+            envvar=_env("PPL"), show_envvar=False, rich_help_panel=_SPEC,
             help="Texts for perplexity, split by commas: a name, wikitext2:PATH, file:PATH, "
-            "tokens:PATH. [default: wiki]",
+            "tokens:PATH. (default: wiki)",
         ),
     ] = None,
     ppl_seqlen: Annotated[
         int | None,
         typer.Option(
-            envvar=_env("PPL_SEQLEN"), min=2, rich_help_panel=_SPEC,
-            help="Tokens in a perplexity window. [default: 512]",
+            envvar=_env("PPL_SEQLEN"), show_envvar=False, min=2, rich_help_panel=_SPEC,
+            help="Tokens in a perplexity window. (default: 512)",
         ),
     ] = None,
     ppl_tokens: Annotated[
         int | None,
         typer.Option(
-            envvar=_env("PPL_TOKENS"), min=2, rich_help_panel=_SPEC,
-            help="Score only the first so many tokens; such rows are kept apart. [default: all]",
+            envvar=_env("PPL_TOKENS"), show_envvar=False, min=2, rich_help_panel=_SPEC,
+            help="Score only the first so many tokens; such rows are kept apart. (default: all)",
         ),
     ] = None,
     seed: Annotated[
         int | None,
         typer.Option(
-            envvar=_env("SEED"), min=0, rich_help_panel=_SPEC,
-            help="Seed of sampling and of the method. [default: 0]",
+            envvar=_env("SEED"), show_envvar=False, min=0, rich_help_panel=_SPEC,
+            help="Seed of sampling and of the method. (default: 0)",
         ),
     ] = None,
     dtype: Annotated[
         str | None,
         typer.Option(
-            envvar=_env("DTYPE"), rich_help_panel=_SPEC,
-            help=f"{', '.join(DTYPES)}. [default: the alias's, else float32]",
+            envvar=_env("DTYPE"), show_envvar=False, rich_help_panel=_SPEC,
+            help=f"{', '.join(DTYPES)}. (default: the alias's, else float32)",
         ),
     ] = None,
     within_block: Annotated[
         str | None,
         typer.Option(
-            envvar=_env("WITHIN_BLOCK"), rich_help_panel=_SPEC,
+            envvar=_env("WITHIN_BLOCK"), show_envvar=False, rich_help_panel=_SPEC,
             help="joint: all layers of a block see the dense block's inputs, as in the papers; "
-            "sequential: each sees the inputs left by those before it. [default: joint]",
+            "sequential: each sees the inputs left by those before it. (default: joint)",
         ),
     ] = None,
     set_: Annotated[
@@ -147,7 +144,7 @@ def run_command(
     recipe: Annotated[
         Path | None,
         typer.Option(
-            envvar=_env("RECIPE"), rich_help_panel=_SPEC,
+            envvar=_env("RECIPE"), show_envvar=False, rich_help_panel=_SPEC,
             help="TOML file with any of the above.",
         ),
     ] = None,
@@ -173,7 +170,8 @@ def run_command(
     results_dir: Annotated[
         Path,
         typer.Option(
-            envvar=_env("RESULTS_DIR"), rich_help_panel=_OUT, help="Folder of the shared table."
+            envvar=_env("RESULTS_DIR"), show_envvar=False, rich_help_panel=_OUT,
+            help="Folder of the shared table.",
         ),
     ] = Path("results"),
     force: Annotated[
@@ -183,8 +181,8 @@ def run_command(
     device: Annotated[
         str | None,
         typer.Option(
-            envvar=_env("DEVICE"), rich_help_panel=_HOW,
-            help="auto, cpu, cuda, cuda:N, or mps. [default: auto]",
+            envvar=_env("DEVICE"), show_envvar=False, rich_help_panel=_HOW,
+            help="auto, cpu, cuda or cuda:N. (default: auto)",
         ),
     ] = None,
     dry_run: Annotated[
@@ -208,7 +206,10 @@ def run_command(
         bool, typer.Option("--debug", rich_help_panel=_HOW, help="Show tracebacks.")
     ] = False,
 ) -> None:  # fmt: skip
-    """Prune a model, measure what it cost, and file the result."""
+    """Prune a model, measure what it cost, and file the result.
+
+    Every option but --set and --save-* may also be given as PRUNEBENCH_<OPTION> in the environment.
+    """
     values, sources = _collect(ctx, recipe)
     spec = build_spec({key: values[key] for key in values if key not in _OUTSIDE_SPEC})
     if show_config:

@@ -157,31 +157,25 @@ def hash_weights(model: nn.Module) -> str:
 
 
 def choose_device(name: str) -> torch.device:
-    """Return the device for a `--device` value; `auto` takes CUDA, then MPS, then the CPU.
+    """Return the device for a `--device` value; `auto` takes CUDA, else the CPU.
 
     Raises:
-        UsageError: No such kind of device.
+        UsageError: No such kind of device, or one without float64, in which statistics are summed.
         MissingResource: The device is not in this machine.
     """
     if name == "auto":
-        if torch.cuda.is_available():
-            return torch.device("cuda")
-        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
     except RuntimeError:
-        raise UsageError(
-            f"unknown device {name!r}", fix="use auto, cpu, cuda, cuda:0, or mps"
-        ) from None
-    there = {
-        "cpu": True,
-        "cuda": torch.cuda.is_available() and (device.index or 0) < torch.cuda.device_count(),
-        "mps": torch.backends.mps.is_available(),
-    }
-    if not there.get(device.type, False):
+        device = torch.device("meta")
+    if device.type not in ("cpu", "cuda"):
+        raise UsageError(f"unknown device {name!r}", fix="use auto, cpu, cuda or cuda:0")
+    count = torch.cuda.device_count()
+    if device.type == "cuda" and (device.index or 0) >= count:
         raise MissingResource(
             f"device {name} is not available",
-            where=f"this machine has cpu{', cuda' if torch.cuda.is_available() else ''}",
+            where=f"this machine has the cpu and {count} CUDA devices",
             fix="use --device auto or --device cpu",
         )
     return device
