@@ -114,13 +114,13 @@ def _plain_seconds(model: Any, tokens: Any) -> float:
 
 def _prune_seconds(model: Any, tokens: Any, *, sparsity: str, within_block: Any) -> float:
     from prunebench.models.blocks import BlockWalker
-    from prunebench.pruners import make_pruner
+    from prunebench.pruners import METHODS
     from prunebench.sparsity import Sparsity
 
     begun = time.perf_counter()
     walker = BlockWalker(model, token_ids=tokens, within_block=within_block)
     target = Sparsity.parse(sparsity)
-    make_pruner("wanda", {}).prune(walker, {one.name: target for one in walker.linears})
+    METHODS.make("wanda", {}).prune(walker, {one.name: target for one in walker.linears})
     return time.perf_counter() - begun
 
 

@@ -6,6 +6,7 @@ here, in seconds, and not after the pruning.
 
 from __future__ import annotations
 
+import hashlib
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,6 +14,13 @@ from typing import Any
 
 import torch
 
+from prunebench.allocators import ALLOCATORS
+from prunebench.allocators.allocation import (
+    Allocation,
+    Allocator,
+    load_allocation,
+    require_sound,
+)
 from prunebench.calibration.texts import check_text_name, load_text
 from prunebench.calibration.windows import Windows, load_windows, sample_windows
 from prunebench.errors import UsageError
@@ -29,7 +37,7 @@ from prunebench.models.load import (
 from prunebench.models.save import check_target
 from prunebench.models.source import LocalModel, fetch_model, find_model
 from prunebench.progress import Progress, Silent, StageClock
-from prunebench.pruners import find_method, make_pruner, resolve_options
+from prunebench.pruners import METHODS
 from prunebench.pruners.layer import Pruner
 from prunebench.results.schema import CalibrationBlock
 from prunebench.results.store import ResultStore
@@ -43,11 +51,12 @@ class Setup:
 
     Attributes:
         results_dir: Folder of the shared table.
-        device: `auto`, `cpu`, `cuda`, `cuda:N` or `mps`.
+        device: `auto`, `cpu`, `cuda` or `cuda:N`.
         save_model: Folder for the pruned checkpoint.
         save_masks: File for the keep masks.
         save_calibration: File for the calibration tokens.
-        replace: Whether those three may replace what is there.
+        save_allocation: File for the ratio of every layer.
+        replace: Whether those may replace what is there.
         command: The command line, for the record.
         progress: Hears of the stages.
     """
@@ -57,6 +66,7 @@ class Setup:
     save_model: Path | None = None
     save_masks: Path | None = None
     save_calibration: Path | None = None
+    save_allocation: Path | None = None
     replace: bool = False
     command: str = ""
     progress: Progress = field(default_factory=Silent)
@@ -64,7 +74,10 @@ class Setup:
 
 @dataclass(frozen=True)
 class Plan:
-    """A run that has been checked as far as it can be without its weights."""
+    """A run that has been checked as far as it can be without its weights.
+
+    `allocator` is the rule that spreads the sparsity over the layers, or the ratios of a file.
+    """
 
     spec: RunSpec
     setup: Setup
@@ -74,6 +87,7 @@ class Plan:
     model: LocalModel
     tokenizer: Any
     pruner: Pruner
+    allocator: Allocator | Allocation
     sparsity: Sparsity
     linears: list[Linear]
     windows: Windows | None
@@ -91,7 +105,7 @@ def prepare(spec: RunSpec, setup: Setup) -> Plan:
     started = time.perf_counter()
     clock = StageClock(setup.progress)
     with clock.stage("check", detail=f"{spec.method} on {spec.model}"):
-        spec, pruner, sparsity = _resolve_method(spec)
+        spec, pruner, allocator, sparsity = _resolve_method(spec)
         source = find_model(spec.model)
         spec = spec.model_copy(update={"model": source.id})
         _check_texts(spec)
@@ -111,6 +125,8 @@ def prepare(spec: RunSpec, setup: Setup) -> Plan:
         linears = find_linears(skeleton(config))
         for linear in linears:
             sparsity.require_width(linear.in_features, name=linear.name)
+        if allocator is None:
+            spec, allocator = _read_allocation(spec, linears, sparsity)
     size = sum(file.stat().st_size for file in local.path.glob("*.safetensors"))
     _check_outputs(setup, need_model_bytes=size)
     vocabulary = int(config.get_text_config().vocab_size)
@@ -120,28 +136,65 @@ def prepare(spec: RunSpec, setup: Setup) -> Plan:
     tasks = _prepare_tasks(spec, tokenizer, vocabulary, clock)
     spec = _resolved(spec, local, calibration, tasks)
     return Plan(
-        spec, setup, store, clock, device, local, tokenizer, pruner, sparsity, linears, windows,
-        calibration, tasks, started,
+        spec, setup, store, clock, device, local, tokenizer, pruner, allocator, sparsity, linears,
+        windows, calibration, tasks, started,
     )  # fmt: skip
 
 
-def _resolve_method(spec: RunSpec) -> tuple[RunSpec, Pruner, Sparsity]:
-    """Fill in the options of the method, and drop from the spec what the method does not read."""
-    row = find_method(spec.method)
-    options = resolve_options(spec.method, spec.method_options, seed=spec.seed)
-    pruner = make_pruner(spec.method, options)
+def _resolve_method(spec: RunSpec) -> tuple[RunSpec, Pruner, Allocator | None, Sparsity]:
+    """Fill in all options, and drop from the spec what is not read; no allocator means a file."""
+    row = METHODS.find(spec.method)
+    options = METHODS.resolve_options(spec.method, spec.method_options, seed=spec.seed)
+    pruner = METHODS.make(spec.method, options)
     sparsity = Sparsity.parse(spec.sparsity)
     if row.patterns == "0" and sparsity.ratio != 0:
         raise UsageError(
             f"the method {spec.method} does not prune", fix="leave --sparsity out, or use 0"
         )
-    update: dict[str, Any] = {"method_options": options, "sparsity": str(sparsity)}
+    if spec.allocation != "uniform" and (sparsity.is_pattern or row.patterns == "0"):
+        raise UsageError(
+            f"--allocation {spec.allocation} does not go with {spec.method} {sparsity}",
+            where="N:M keeps N of every M in all layers alike: there is nothing to spread",
+            fix=f"use a ratio such as --sparsity {sparsity.ratio or 0.5:g}, or "
+            "--allocation uniform",
+        )
+    allocator, allocation_options = _resolve_allocator(spec)
+    update: dict[str, Any] = {
+        "method_options": options,
+        "sparsity": str(sparsity),
+        "allocation_options": allocation_options,
+    }
+    allocator_reads = allocator is not None and allocator.needs.calibration
     if not pruner.needs.calibration:
-        unused = ("within_block", "calibration", "calibration_origin", "seqlen")
-        update |= dict.fromkeys((*unused, "calibration_samples"))
+        update["within_block"] = None
+    if not (pruner.needs.calibration or allocator_reads):
+        unused = ("calibration", "calibration_origin", "seqlen", "calibration_samples")
+        update |= dict.fromkeys(unused)
         if "seed" not in options:
             update["seed"] = 0
-    return spec.model_copy(update=update), pruner, sparsity
+    return spec.model_copy(update=update), pruner, allocator, sparsity
+
+
+def _resolve_allocator(spec: RunSpec) -> tuple[Allocator | None, dict[str, Any]]:
+    name = spec.allocation
+    if name.startswith("file:"):
+        if spec.allocation_options:
+            raise UsageError("an allocation file has no options", fix="leave --set allocation. out")
+        return None, {}
+    options = ALLOCATORS.resolve_options(name, spec.allocation_options, seed=spec.seed)
+    return ALLOCATORS.make(name, options), options
+
+
+def _read_allocation(
+    spec: RunSpec, linears: list[Linear], sparsity: Sparsity
+) -> tuple[RunSpec, Allocation]:
+    """Read `file:PATH`; the spec then names the content, not the path."""
+    path = Path(spec.allocation.partition(":")[2]).expanduser()
+    allocation = Allocation(load_allocation(path, linears))
+    require_sound(allocation, linears, sparsity.ratio)
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    update = {"allocation": "file", "allocation_options": {"sha256": digest}}
+    return spec.model_copy(update=update), allocation
 
 
 def _check_texts(spec: RunSpec) -> None:
@@ -157,7 +210,7 @@ def _check_outputs(setup: Setup, *, need_model_bytes: int) -> None:
     folder, replace = setup.save_model, setup.replace
     if folder:
         check_target(folder, need_bytes=need_model_bytes, replace=replace, folder=True)
-    for file in filter(None, (setup.save_masks, setup.save_calibration)):
+    for file in filter(None, (setup.save_masks, setup.save_calibration, setup.save_allocation)):
         check_target(file, need_bytes=1 << 20, replace=replace, folder=False)
 
 

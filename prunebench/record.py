@@ -5,6 +5,7 @@ from __future__ import annotations
 import platform
 import sys
 import time
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -14,12 +15,15 @@ import torch
 from torch import nn
 
 from prunebench import __version__
+from prunebench.allocators import ALLOCATORS, FILE
+from prunebench.allocators.allocation import Allocation
 from prunebench.evaluate.perplexity import METRIC, PerplexityTask
 from prunebench.models.measure import Measured
 from prunebench.prepare import Plan
-from prunebench.pruners import find_method, implementation_version
+from prunebench.pruners import METHODS
 from prunebench.pruners.layer import PruneReport
 from prunebench.results.schema import (
+    AllocationBlock,
     CostBlock,
     HardwareBlock,
     LayerSparsity,
@@ -31,6 +35,7 @@ from prunebench.results.schema import (
     SparsityBlock,
 )
 from prunebench.results.store import new_run_id
+from prunebench.sparsity import Sparsity
 from prunebench.spec import RunSpec
 
 
@@ -67,18 +72,39 @@ def model_block(
 
 def method_block(spec: RunSpec, report: PruneReport) -> MethodBlock:
     """Describe what decided, and what it had to work around."""
-    row = find_method(spec.method)
+    row = METHODS.find(spec.method)
     return MethodBlock(
         name=spec.method,
         implementation=row.target,
-        version=implementation_version(spec.method),
+        version=METHODS.find(spec.method).distribution,
         options=spec.method_options,
         paper=row.paper,
         events=[MethodEvent(layer=e.layer, kind=e.kind, value=e.value) for e in report.events],
     )
 
 
-def sparsity_block(plan: Plan, measured: list[Measured]) -> SparsityBlock:
+def allocation_block(spec: RunSpec, allocation: Allocation) -> AllocationBlock | None:
+    """Describe what spread the target over the layers."""
+    if spec.allocation == "uniform":
+        return None
+    row = FILE if spec.allocation == "file" else ALLOCATORS.find(spec.allocation)
+    return AllocationBlock(
+        name=spec.allocation,
+        implementation=row.target,
+        version=row.distribution,
+        options=spec.allocation_options,
+        paper=row.paper,
+        facts=dict(allocation.facts),
+    )
+
+
+def sparsity_block(
+    plan: Plan,
+    measured: list[Measured],
+    requested: Mapping[str, Sparsity],
+    report: PruneReport,
+    allocation: Allocation,
+) -> SparsityBlock:
     """Describe the sparsity that the weights show."""
     total = sum(one.linear.size for one in measured)
     return SparsityBlock(
@@ -91,8 +117,10 @@ def sparsity_block(plan: Plan, measured: list[Measured]) -> SparsityBlock:
                 name=one.linear.name,
                 out_features=one.linear.out_features,
                 in_features=one.linear.in_features,
-                requested=str(plan.sparsity),
+                requested=str(requested[one.linear.name]),
                 zeros=one.zeros,
+                loss=report.losses.get(one.linear.name),
+                estimate=allocation.estimates.get(one.linear.name),
             )
             for one in measured
         ],

@@ -15,6 +15,7 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
+from prunebench.allocators.allocation import Allocation, require_sound, save_allocation
 from prunebench.calibration.windows import save_windows
 from prunebench.errors import OutOfMemory, PrunebenchError, SaveError
 from prunebench.evaluate.perplexity import PerplexityTask, cached_ppl, remember_ppl, token_ppl
@@ -25,9 +26,10 @@ from prunebench.models.load import hash_weights, load_model
 from prunebench.models.measure import measure_linear, require_met
 from prunebench.models.save import save_masks, save_model
 from prunebench.prepare import Plan, Setup, prepare
-from prunebench.pruners import find_method
+from prunebench.pruners import METHODS
 from prunebench.pruners.layer import PruneReport
 from prunebench.record import (
+    allocation_block,
     cost_block,
     identity,
     method_block,
@@ -62,12 +64,17 @@ def execute(plan: Plan) -> Result:
         with clock.stage("load", detail=f"{spec.model} in {spec.dtype} on {plan.device}"):
             model = load_model(plan.model.path, dtype=dtype, device=plan.device)
             dense_sha256 = hash_weights(model)
-        is_dense = find_method(spec.method).patterns == "0"
+        is_dense = METHODS.find(spec.method).patterns == "0"
         dense = [] if is_dense else _score_dense(plan, model, dense_sha256)
         linears = find_linears(model)
         zeros = {one.name: int((one.stored == 0).sum()) for one in linears}
-        requested = {one.name: plan.sparsity for one in linears}
-        report, prune_seconds = _prune(plan, model, requested)
+        begun = time.perf_counter()
+        allocation = _allocate(plan, model, linears)
+        requested = {
+            one.name: plan.sparsity.with_ratio(allocation.ratios[one.name]) for one in linears
+        }
+        report = _prune(plan, model, requested)
+        prune_seconds = time.perf_counter() - begun
         with clock.stage("measure", detail="sparsity of every layer"):
             measured = [measure_linear(one, requested[one.name]) for one in linears]
             require_met(measured, zeros, requested)
@@ -82,12 +89,13 @@ def execute(plan: Plan) -> Result:
             model=model_block(plan, model, dense_sha256, evaluated_sha256),
             method=method_block(spec, report),
             calibration=plan.calibration,
-            sparsity=sparsity_block(plan, measured),
+            allocation=allocation_block(spec, allocation),
+            sparsity=sparsity_block(plan, measured, requested, report, allocation),
             scores=[score_block(*row) for row in zip(plan.tasks, values, dense, strict=True)],
             cost=cost_block(plan, prune_seconds),
         )
     _publish(plan, result)  # the row first: a full disk must not cost an hour's work twice
-    _save_outputs(plan, model, linears, result)
+    _save_outputs(plan, model, linears, result, allocation)
     return result
 
 
@@ -110,22 +118,35 @@ def _score(plan: Plan, model: nn.Module, task: PerplexityTask, *, stage: str = "
         return token_ppl(model, task.windows, advance=advance)
 
 
-def _prune(
-    plan: Plan, model: nn.Module, requested: dict[str, Sparsity]
-) -> tuple[PruneReport, float]:
-    spec = plan.spec
-    detail = f"{spec.method} {plan.sparsity}"
+def _allocate(plan: Plan, model: nn.Module, linears: list[Linear]) -> Allocation:
+    """Choose a ratio for every layer."""
+    target, allocator = plan.sparsity.ratio, plan.allocator
+    if isinstance(allocator, Allocation):
+        return allocator
+    if plan.spec.allocation == "uniform":
+        return allocator.allocate(BlockWalker(model), target)
+    with _walk(plan, model, "allocate", f"{plan.spec.allocation} {plan.sparsity}") as walker:
+        allocation = allocator.allocate(walker, target)
+    require_sound(allocation, linears, target)
+    return allocation
+
+
+def _prune(plan: Plan, model: nn.Module, requested: dict[str, Sparsity]) -> PruneReport:
+    with _walk(plan, model, "prune", f"{plan.spec.method} {plan.sparsity}") as walker:
+        return plan.pruner.prune(walker, requested)
+
+
+@contextmanager
+def _walk(plan: Plan, model: nn.Module, stage: str, detail: str) -> Iterator[BlockWalker]:
+    """Open a walk over the calibration tokens as one stage of the run."""
     blocks = max(one.block_index for one in plan.linears) + 1
-    begun = time.perf_counter()
-    with plan.clock.stage("prune", total=blocks, detail=detail, unit="blocks") as advance:
-        walker = BlockWalker(
+    with plan.clock.stage(stage, total=blocks, detail=detail, unit="blocks") as advance:
+        yield BlockWalker(
             model,
             token_ids=plan.windows.token_ids if plan.windows else None,
-            within_block=spec.within_block or "joint",
+            within_block=plan.spec.within_block or "joint",
             advance=advance,
         )
-        report = plan.pruner.prune(walker, requested)
-    return report, time.perf_counter() - begun
 
 
 def _publish(plan: Plan, result: Result) -> None:
@@ -139,8 +160,12 @@ def _publish(plan: Plan, result: Result) -> None:
         raise
 
 
-def _save_outputs(plan: Plan, model: nn.Module, linears: list[Linear], result: Result) -> None:
+def _save_outputs(
+    plan: Plan, model: nn.Module, linears: list[Linear], result: Result, allocation: Allocation
+) -> None:
     setup = plan.setup
+    if setup.save_allocation:
+        save_allocation(setup.save_allocation, allocation.ratios, linears)
     if setup.save_calibration and plan.windows:
         save_windows(setup.save_calibration, plan.windows)
     if setup.save_masks:

@@ -91,6 +91,10 @@ class Sparsity:
         """True for N:M, False for a ratio."""
         return self.group is not None
 
+    def with_ratio(self, ratio: float) -> Sparsity:
+        """Return this sparsity with another ratio; N:M, whose ratio is fixed, stays as it is."""
+        return self if self.is_pattern else Sparsity(ratio)
+
     def count(self, size: int) -> int:
         """Return how many of `size` weights are pruned: floor(size * ratio), in exact arithmetic.
 

@@ -42,6 +42,8 @@ class RunSpec(BaseModel):
     model_revision: str = ""
     dtype: Dtype = "float32"
     sparsity: str = "0.5"
+    allocation: str = "uniform"
+    allocation_options: dict[str, OptionValue] = {}
     within_block: WithinBlock | None = "joint"
     calibration: str | None = "c4"
     calibration_origin: str | None = ""
@@ -59,8 +61,14 @@ class RunSpec(BaseModel):
         return hashlib.sha256(self.canonical_json().encode()).hexdigest()[:16]
 
     def canonical_json(self) -> str:
-        """Return JSON with sorted keys and no spaces: equal specs give equal bytes."""
-        return json.dumps(self.model_dump(mode="json"), sort_keys=True, separators=(",", ":"))
+        """Return JSON with sorted keys and no spaces: equal specs give equal bytes.
+
+        Fields that came later are left out at their default, so that old hashes stay true.
+        """
+        fields = self.model_dump(mode="json")
+        if self.allocation == "uniform" and not self.allocation_options:
+            del fields["allocation"], fields["allocation_options"]
+        return json.dumps(fields, sort_keys=True, separators=(",", ":"))
 
     @property
     def cell(self) -> str:

@@ -5,19 +5,20 @@ import torch
 
 from prunebench.models.blocks import BlockWalker
 from prunebench.models.load import hash_weights
-from prunebench.pruners import BUILTIN, make_pruner, method_class, resolve_options
+from prunebench.pruners import BUILTIN, METHODS
 from prunebench.sparsity import Sparsity
 from prunebench.testing import ARCHITECTURES, check_pruner, tiny_model, tiny_tokens
 
-METHODS = [name for name in BUILTIN if BUILTIN[name].patterns != "0"]
+ROWS = {name: row for name, row in BUILTIN.items() if row.patterns != "0"}
+NAMES = list({row.target: name for name, row in reversed(ROWS.items())}.values())  # one a class
 
 
 def pruner_of(name, **options):
-    return make_pruner(name, resolve_options(name, options, seed=0))
+    return METHODS.make(name, METHODS.resolve_options(name, options, seed=0))
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", NAMES)
 def test_contract(method, architecture):
     outcomes = check_pruner(pruner_of(method), architectures=(architecture,))
     assert len(outcomes) >= 9
@@ -25,13 +26,13 @@ def test_contract(method, architecture):
 
 
 @pytest.mark.parametrize("pattern", ["4:8", "16:32", "1:2"])
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", NAMES)
 def test_other_patterns(method, pattern):
     outcomes = check_pruner(pruner_of(method), architectures=("llama",), sparsities=(pattern,))
     assert [str(o) for o in outcomes if not o.passed] == []
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", NAMES)
 @pytest.mark.parametrize("ratio", ["0", "0.01", "0.37", "0.9", "0.99"])
 def test_any_ratio(method, ratio):
     outcomes = check_pruner(pruner_of(method), architectures=("llama",), sparsities=(ratio,))
@@ -108,7 +109,7 @@ def test_magnitude_hand_worked():
 def test_a_built_in_is_a_frozen_dataclass_whose_module_cites_what_its_row_cites(method):
     import sys
 
-    cls = method_class(method)
+    cls = METHODS.load(method)
     assert cls.__dataclass_params__.frozen
     paper = BUILTIN[method].paper
     assert paper is None or paper in sys.modules[cls.__module__].__doc__

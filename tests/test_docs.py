@@ -9,7 +9,7 @@ from typer.main import get_command
 
 from prunebench.calibration.texts import texts
 from prunebench.cli import app
-from prunebench.pruners import BUILTIN, make_pruner, resolve_options
+from prunebench.pruners import BUILTIN, METHODS
 from prunebench.testing import check_pruner
 
 ROOT = Path(__file__).parent.parent
@@ -53,8 +53,8 @@ def test_the_example_method_passes_the_contract(tmp_path, monkeypatch):
     code = re.search(r"```python\n# my_method.py\n(.*?)```", README, re.DOTALL)[1]
     (tmp_path / "my_method.py").write_text(code)
     monkeypatch.chdir(tmp_path)
-    pruner = make_pruner(
-        "my_method:Mine", resolve_options("my_method:Mine", {"power": "0.7"}, seed=0)
+    pruner = METHODS.make(
+        "my_method:Mine", METHODS.resolve_options("my_method:Mine", {"power": "0.7"}, seed=0)
     )
     assert pruner.power == 0.7
     assert [str(o) for o in check_pruner(pruner) if not o.passed] == []

@@ -20,7 +20,9 @@ LAYERS = {
     "results": 1.5,
     "calibration": 2.0,
     "models": 2.5,
+    "registry": 2.8,
     "pruners": 3.0,
+    "allocators": 3.1,
     "evaluate": 3.0,
     "prepare": 4.0,
     "record": 4.1,
@@ -30,7 +32,7 @@ LAYERS = {
     "__main__": 6.0,
     "__init__": 0.0,
 }
-LIGHT = ("sparsity", "errors", "files", "progress", "spec", "wheels", "results", "cli")
+LIGHT = ("registry", "sparsity", "errors", "files", "progress", "spec", "wheels", "results", "cli")
 HEAVY = {"torch", "transformers", "datasets", "lm_eval", "pandas", "numpy"}
 FILES = sorted(ROOT.rglob("*.py"))
 

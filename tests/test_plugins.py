@@ -7,7 +7,7 @@ import textwrap
 import pytest
 
 from prunebench.errors import UsageError
-from prunebench.pruners import find_method, make_pruner, method_class, plugins, resolve_options
+from prunebench.pruners import METHODS
 
 MODULE = """
 from dataclasses import dataclass
@@ -55,9 +55,9 @@ def package(tmp_path, monkeypatch):
 
 def test_an_entry_point_is_a_method(package, cli):
     package("mine_a", MODULE, ["largest = mine_a:Largest"])
-    assert plugins()["largest"].distribution == "mine_a 1.0"
-    options = resolve_options("largest", {"power": "2"}, seed=0)
-    assert make_pruner("largest", options).power == 2.0
+    assert METHODS.plugins()["largest"].distribution == "mine_a 1.0"
+    options = METHODS.resolve_options("largest", {"power": "2"}, seed=0)
+    assert METHODS.make("largest", options).power == 2.0
     listed = cli("list", "methods").output
     assert "largest" in listed and "a bad idea" in listed and "mine_a 1.0" in listed
     assert "passes all" in cli("check", "largest").output
@@ -76,9 +76,9 @@ def test_a_plugin_that_raises_on_import_is_named_and_harms_nothing(package, cli,
 def test_one_name_cannot_be_claimed_twice(package, cli):
     package("mine_c", MODULE, ["wanda = mine_c:Largest"])
     with pytest.raises(UsageError, match="two packages claim the method name 'wanda'") as error:
-        plugins()
+        METHODS.plugins()
     assert "mine_c 1.0" in error.value.where
-    assert find_method("wanda").target.startswith("prunebench.")  # built-ins go on working
+    assert METHODS.find("wanda").target.startswith("prunebench.")  # built-ins go on working
     assert "two packages claim" in cli("list", "methods").output
 
 
@@ -110,14 +110,14 @@ def test_check_says_what_failed(cli, tmp_path):
     [
         ("no_such_module:X", "cannot be imported"),
         ("mine_e:Nothing", "cannot be imported"),
-        ("mine_e:NotOne", "not a pruner"),
-        ("mine_e:plain", "not a pruner"),
+        ("mine_e:NotOne", "not a method"),
+        ("mine_e:plain", "not a method"),
     ],
 )
 def test_what_is_no_pruner(package, name, says):
     package("mine_e", MODULE, [])
     with pytest.raises(UsageError, match=says):
-        method_class(name)
+        METHODS.load(name)
 
 
 @pytest.mark.parametrize(
@@ -134,15 +134,15 @@ def test_what_is_no_pruner(package, name, says):
 def test_wrong_options(package, given, says):
     package("mine_f", MODULE, [])
     with pytest.raises(UsageError) as error:
-        resolve_options("mine_f:Largest", given, seed=0)
+        METHODS.resolve_options("mine_f:Largest", given, seed=0)
     assert says in str(error.value)
 
 
 def test_options_are_read_as_their_type(package):
     package("mine_g", MODULE, [])
     given = {"power": "2", "steps": 4, "loud": "yes", "kind": "b", "cap": "none"}
-    options = resolve_options("mine_g:Largest", given, seed=0)
+    options = METHODS.resolve_options("mine_g:Largest", given, seed=0)
     assert options == {"power": 2.0, "steps": 4, "loud": True, "kind": "b", "cap": None}
-    assert resolve_options("mine_g:Largest", {"cap": "7", "power": 3}, seed=0)["cap"] == 7
-    assert resolve_options("random", {}, seed=5) == {"seed": 5}
-    assert resolve_options("random", {"seed": "6"}, seed=5) == {"seed": 6}
+    assert METHODS.resolve_options("mine_g:Largest", {"cap": "7", "power": 3}, seed=0)["cap"] == 7
+    assert METHODS.resolve_options("random", {}, seed=5) == {"seed": 5}
+    assert METHODS.resolve_options("random", {"seed": "6"}, seed=5) == {"seed": 6}

@@ -18,7 +18,7 @@ from prunebench.models.blocks import BlockWalker
 from prunebench.models.load import hash_weights, load_model, load_tokenizer
 from prunebench.models.source import fetch_model, find_model
 from prunebench.progress import Silent
-from prunebench.pruners import BUILTIN, make_pruner, resolve_options
+from prunebench.pruners import BUILTIN, METHODS
 from prunebench.sparsity import Sparsity
 
 pytestmark = pytest.mark.real
@@ -62,7 +62,7 @@ def wiki(tokenizer):
 
 def prune(model, method, sparsity, tokens, **options):
     walker = BlockWalker(model, token_ids=tokens, **options)
-    pruner = make_pruner(method, resolve_options(method, {}, seed=0))
+    pruner = METHODS.make(method, METHODS.resolve_options(method, {}, seed=0))
     pruner.prune(walker, {x.name: Sparsity.parse(sparsity) for x in walker.linears})
     return walker
 

@@ -19,7 +19,8 @@ def test_the_hash_follows_every_field():
     assert base.spec_id == RunSpec(method="wanda", seed=0).spec_id
     changes = {
         "method": "sparsegpt", "method_options": {"a": 1}, "model": "m", "model_revision": "r",
-        "dtype": "bfloat16", "sparsity": "2:4", "within_block": "sequential", "calibration": "wiki",
+        "dtype": "bfloat16", "sparsity": "2:4", "allocation": "owl",
+        "allocation_options": {"a": 1}, "within_block": "sequential", "calibration": "wiki",
         "calibration_origin": "o", "calibration_samples": 1, "seqlen": 3, "ppl": ("c4",),
         "ppl_origins": ("o",), "ppl_seqlen": 3, "ppl_tokens": 5, "seed": 1,
     }  # fmt: skip

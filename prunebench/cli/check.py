@@ -24,15 +24,16 @@ def check_command(
     ] = False,
 ) -> None:
     """Run the public contract of a pruner on tiny random models."""
-    from prunebench.cli.run import _method_options
-    from prunebench.pruners import make_pruner, resolve_options
+    from prunebench.cli.run import read_options
+    from prunebench.pruners import METHODS
     from prunebench.testing import ARCHITECTURES, check_pruner
 
-    pruner = make_pruner(method, resolve_options(method, _method_options(set_ or []), seed=0))
-    options = {"architectures": ARCHITECTURES} if all_architectures else {}
+    options = METHODS.resolve_options(method, read_options(set_ or []), seed=0)
+    pruner = METHODS.make(method, options)
+    scope = {"architectures": ARCHITECTURES} if all_architectures else {}
     if sparsity:
-        options["sparsities"] = tuple(sparsity)
-    outcomes = check_pruner(pruner, **options)
+        scope["sparsities"] = tuple(sparsity)
+    outcomes = check_pruner(pruner, **scope)
     for outcome in outcomes:
         mark = "ok    " if outcome.passed else "FAILED"
         typer.echo(f"{mark}  {outcome.model:<10}  {outcome.check}")

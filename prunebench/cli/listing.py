@@ -3,28 +3,33 @@
 from __future__ import annotations
 
 import json
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
+from prunebench.allocators import ALLOCATORS
+from prunebench.allocators import BUILTIN as BUILTIN_ALLOCATORS
 from prunebench.calibration.texts import texts
 from prunebench.cli.console import wide_console
 from prunebench.errors import PrunebenchError, UsageError, nearest
 from prunebench.models.source import catalog
-from prunebench.pruners import BUILTIN, Method, method_class, plugins
+from prunebench.pruners import BUILTIN, METHODS, Method
+from prunebench.registry import Registry
 
 _Row = dict[str, object]
-_KINDS = ("methods", "models", "texts")
+_KINDS = ("methods", "allocators", "models", "texts")
 
 
 def list_command(
     kind: Annotated[str, typer.Argument(help=f"One of {', '.join(_KINDS)}.")] = "methods",
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """List methods, models or texts."""
+    """List methods, allocators, models or texts."""
     if kind not in _KINDS:
         raise UsageError(f"there is no list of {kind!r}", fix=nearest(kind, _KINDS))
-    rows = {"methods": _methods, "models": _models, "texts": _texts}[kind]()
+    rows = {"methods": _methods, "allocators": _allocators, "models": _models, "texts": _texts}[
+        kind
+    ]()
     if as_json:
         typer.echo(json.dumps(rows, indent=1))
         return
@@ -47,14 +52,14 @@ def _text(value: object) -> str:
 
 def _methods() -> list[_Row]:
     try:
-        outside = plugins()
+        outside = METHODS.plugins()
     except UsageError as error:  # two packages with one name: say so, and list what is certain
         outside = {error.what: Method("", error.where, distribution="conflict")}
     rows: list[_Row] = []
     for name, row in {**BUILTIN, **outside}.items():
         about = row.about
         if name in outside and row.target:
-            about = _about_plugin(name)
+            about = _about_plugin(name, METHODS)
         rows.append(
             {
                 "name": name,
@@ -69,10 +74,24 @@ def _methods() -> list[_Row]:
     return rows
 
 
-def _about_plugin(name: str) -> str:
+def _allocators() -> list[_Row]:
+    outside = ALLOCATORS.plugins()
+    return [
+        {
+            "name": name,
+            "about": _about_plugin(name, ALLOCATORS) if name in outside else row.about,
+            "paper": row.paper,
+            "data": row.data,
+            "from": row.distribution,
+        }
+        for name, row in {**BUILTIN_ALLOCATORS, **outside}.items()
+    ]
+
+
+def _about_plugin(name: str, registry: Registry[Any]) -> str:
     """Import a plug-in to see whether it works; what is wrong with it is its description."""
     try:
-        doc = method_class(name).__doc__ or ""
+        doc = registry.load(name).__doc__ or ""
     except PrunebenchError as error:
         return f"BROKEN: {error.where or error.what}"
     return doc.strip().splitlines()[0] if doc.strip() else "plug-in"

@@ -14,7 +14,7 @@ from prunebench.cli.guard import command_line
 from prunebench.cli.progress import choose_progress
 from prunebench.errors import UsageError, nearest
 from prunebench.models.source import find_model, local_path
-from prunebench.pruners import find_method
+from prunebench.pruners import METHODS
 from prunebench.results.render import column_title, number
 from prunebench.results.schema import Result
 from prunebench.sparsity import Sparsity
@@ -24,6 +24,7 @@ _RECIPE_KEYS: dict[str, type | tuple[type, ...]] = {
     "method": str,
     "model": str,
     "sparsity": (str, float, int),
+    "allocation": str,
     "calibration": str,
     "calibration_samples": int,
     "seqlen": int,
@@ -37,6 +38,7 @@ _RECIPE_KEYS: dict[str, type | tuple[type, ...]] = {
     "set": dict,
 }
 _OUTSIDE_SPEC = ("device",)
+_ALLOCATION = "allocation."  # begins the options of the allocator among those of --set
 
 
 def _env(name: str) -> str:
@@ -67,6 +69,14 @@ def run_command(
         typer.Option(
             envvar=_env("SPARSITY"), show_envvar=False, rich_help_panel=_SPEC,
             help="Ratio of zeros (0.5, 50%) or N:M, keep N of M (2:4). (default: the method's)",
+        ),
+    ] = None,
+    allocation: Annotated[
+        str | None,
+        typer.Option(
+            envvar=_env("ALLOCATION"), show_envvar=False, rich_help_panel=_SPEC,
+            help="How a ratio is spread over the layers: a name of `prunebench list allocators`, "
+            "or file:PATH. (default: the method's, mostly uniform)",
         ),
     ] = None,
     calibration: Annotated[
@@ -138,7 +148,7 @@ def run_command(
         list[str] | None,
         typer.Option(
             "--set", metavar="KEY=VALUE", rich_help_panel=_SPEC,
-            help="An option of the method; may be repeated.",
+            help="An option of the method, or allocation.KEY=VALUE; may be repeated.",
         ),
     ] = None,
     recipe: Annotated[
@@ -165,6 +175,13 @@ def run_command(
         typer.Option(
             metavar="FILE", rich_help_panel=_OUT,
             help="Write the calibration tokens (.safetensors), for tokens:PATH.",
+        ),
+    ] = None,
+    save_allocation: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE", rich_help_panel=_OUT,
+            help="Write the ratio of every layer (.json), for --allocation file:FILE.",
         ),
     ] = None,
     results_dir: Annotated[
@@ -225,6 +242,7 @@ def run_command(
         save_model=save_model,
         save_masks=save_masks,
         save_calibration=save_calibration,
+        save_allocation=save_allocation,
         replace=force,
         command=command_line(),
         progress=progress,
@@ -258,7 +276,8 @@ def _collect(ctx: typer.Context, recipe: Path | None) -> tuple[dict[str, Any], d
     values = _with_defaults(given)
     order = [key for key in _RECIPE_KEYS if key != "set"]
     sources = {key: sources.get(key, "default") for key in order} | {
-        "method_options": sources.get("set", "default")
+        "method_options": sources.get("set", "default"),
+        "allocation_options": sources.get("set", "default"),
     }
     return values, sources
 
@@ -268,14 +287,14 @@ def _with_defaults(given: Mapping[str, Any]) -> dict[str, Any]:
         raise UsageError(
             "no method is named", fix="give --method, for example --method wanda; see list methods"
         )
-    row = find_method(given["method"])
+    row = METHODS.find(given["method"])
     values: dict[str, Any] = {
         name: field.default
         for name, field in RunSpec.model_fields.items()
         if name in _RECIPE_KEYS and name != "method"
     }
     source = find_model(given.get("model", values["model"]))
-    values |= {"sparsity": row.sparsity, "device": "auto"}
+    values |= {"sparsity": row.sparsity, "allocation": row.allocation, "device": "auto"}
     values["dtype"] = source.entry.dtype if source.entry else "float32"
     values |= {key: value for key, value in given.items() if key != "set"}
     for name, known in (("dtype", DTYPES), ("within_block", ORDERS)):
@@ -291,13 +310,20 @@ def _with_defaults(given: Mapping[str, Any]) -> dict[str, Any]:
     values["ppl"] = tuple(
         name.strip() for text in texts for name in text.split(",") if name.strip()
     )
-    values["method_options"] = _method_options(given.get("set", ()))
+    options = read_options(given.get("set", ()))
+    of_allocation = {k for k in options if k.startswith(_ALLOCATION)}
+    values["method_options"] = {k: v for k, v in options.items() if k not in of_allocation}
+    values["allocation_options"] = {k.removeprefix(_ALLOCATION): options[k] for k in of_allocation}
     return values
 
 
-def _method_options(given: Any) -> dict[str, Any]:
-    if isinstance(given, dict):  # the table [set] of a recipe
-        return dict(given)
+def read_options(given: Any) -> dict[str, Any]:
+    """Read the words of --set, or the table [set] of a recipe, which may hold [set.allocation]."""
+    if isinstance(given, dict):
+        nested = given.get("allocation")
+        inner = nested if isinstance(nested, dict) else {}
+        flat = {k: v for k, v in given.items() if k != "allocation" or v is not nested or not inner}
+        return flat | {f"{_ALLOCATION}{k}": v for k, v in inner.items()}
     options: dict[str, Any] = {}
     for word in given:
         key, equals, value = word.partition("=")
@@ -337,6 +363,8 @@ def _dry_run(spec: RunSpec, setup: Any, *, as_json: bool) -> None:
         return
     weights = sum(linear.size for linear in plan.linears)
     typer.echo(f"{plan.spec.method} {plan.sparsity} on {plan.spec.model}, {plan.device}")
+    if plan.spec.allocation != "uniform":
+        typer.echo(f"  spread over the layers by {plan.spec.allocation}")
     typer.echo(f"  {len(plan.linears)} linears with {weights:,} weights would be pruned")
     if plan.calibration:
         one = plan.calibration
@@ -353,6 +381,8 @@ def _print_summary(result: Result, path: Path, setup: Any) -> None:
     assert cost is not None and sparsity is not None and result.model is not None
     name = result.spec.method
     title = name if name == "dense" else f"{name} {result.spec.sparsity}"
+    if result.spec.allocation != "uniform":
+        title += f", spread by {result.spec.allocation}"
     typer.echo(f"{title} on {result.spec.model}")
     for score in result.scores:
         line = f"  {column_title(f'{score.metric} {score.protocol}')}  {number(score.value)}"
@@ -371,7 +401,11 @@ def _print_summary(result: Result, path: Path, setup: Any) -> None:
     typer.echo(
         f"  {cost.total_seconds:.0f} s in all, peak memory {cost.peak_rss_bytes / 1e9:.2f} GB"
     )
-    for kind, place in (("model", setup.save_model), ("masks", setup.save_masks)):
+    for kind, place in (
+        ("model", setup.save_model),
+        ("masks", setup.save_masks),
+        ("allocation", setup.save_allocation),
+    ):
         if place:
             typer.echo(f"  {kind} saved as {place}")
     typer.echo(f"  filed as {path}")

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from greenlet import GreenletExit, getcurrent, greenlet
@@ -59,7 +59,12 @@ class _Calibration:
     calls: list[list[BlockCall]]
     plans: list[BlockPlan]
     samples: int
+    hessian: bool
     workspace: dict[int, Tensor] = field(default_factory=dict)
+
+    def accumulator(self) -> StatsAccumulator:
+        """Return an empty accumulator of what the method needs."""
+        return StatsAccumulator(self.workspace, hessian=self.hessian)
 
 
 class BlockWalker:
@@ -101,11 +106,30 @@ class BlockWalker:
         """Return the prunable matrices of one block."""
         return [linear for linear in self.linears if linear.block_index == index]
 
-    def groups(self, *, stats: bool) -> Generator[LinearGroup]:
+    def first_windows(self, count: int) -> Int[Tensor, "samples seqlen"]:
+        """Return the first calibration windows, on the model's device.
+
+        Raises:
+            UsageError: There are no calibration tokens.
+        """
+        if self._token_ids is None:
+            raise UsageError("this method needs calibration data", fix="give --calibration")
+        return self._token_ids[:count].to(self._device)
+
+    def groups(
+        self,
+        *,
+        stats: bool,
+        hessian: bool = False,
+        within_block: WithinBlock | Literal["cheapest"] | None = None,
+    ) -> Generator[LinearGroup]:
         """Visit every linear once, block by block; write the new weights before asking for more.
 
         Args:
             stats: Whether the method needs statistics; without, nothing is run.
+            hessian: Whether the statistics include the Gram matrix of the inputs.
+            within_block: Another order than the walker's. As long as nothing is written the orders
+                are equal; `cheapest` is the one with one pass, where the architecture allows it.
 
         Raises:
             UsageError: Statistics are wanted, and there are no calibration tokens.
@@ -113,29 +137,34 @@ class BlockWalker:
         """
         if stats and self._token_ids is None:
             raise UsageError("this method needs calibration data", fix="give --calibration")
+        order = within_block or self.within_block
         with plain_inference(self.model):
-            calibration = self._prepare() if stats else None
+            calibration = self._prepare(hessian=hessian) if stats else None
+            if calibration is not None and order != "joint":
+                order = self._static_order(calibration.plans, order)
             for index in range(len(self.blocks)):
                 with self._weights.open_block(index) as block:
                     if calibration is None:
                         yield LinearGroup(tuple(self.linears_of(index)), None)
-                    elif self.within_block == "joint":
+                    elif order == "joint":
                         yield from self._joint(block, index, calibration)
                     else:
                         yield from self._sequential(block, index, calibration)
                 self._advance(1)
 
+    def survey(self, *, hessian: bool = False) -> Generator[LinearGroup]:
+        """Visit every linear of the model as it is, with statistics; nothing may be written."""
+        return self.groups(stats=True, hessian=hessian, within_block="cheapest")
+
     # ------------------------------------------------------------ preparation
 
-    def _prepare(self) -> _Calibration:
+    def _prepare(self, *, hessian: bool) -> _Calibration:
         token_ids = self._token_ids
         assert token_ids is not None
         by_block = [self.linears_of(index) for index in range(len(self.blocks))]
         batches = torch.split(token_ids, max(1, self._batch_tokens // token_ids.shape[1]))
         sample = token_ids[:1, :_CHECK_TOKENS].to(self._device)
         plans = check_replay(self.model, self.blocks, by_block, sample)
-        if self.within_block == "sequential":
-            self._require_static(plans)
         hidden: list[Tensor] = []
         calls: list[list[BlockCall]] = []
         for batch in batches:
@@ -147,12 +176,15 @@ class BlockWalker:
             )
             hidden.append(first.to(self._activation_device))
             calls.append(_share(made, calls[0]) if calls else made)
-        return _Calibration(hidden, calls, plans, samples=len(token_ids))
+        return _Calibration(hidden, calls, plans, samples=len(token_ids), hessian=hessian)
 
-    def _require_static(self, plans: list[BlockPlan]) -> None:
+    def _static_order(self, plans: list[BlockPlan], order: str) -> WithinBlock:
+        """Return sequential, or joint where the cheapest is wanted and sequential does not fit."""
         for index, plan in enumerate(plans):
             reason = "a layer runs twice" if plan.repeated else ""
             reason = "which experts run depends on the text" if plan.dynamic else reason
+            if reason and order == "cheapest":
+                return "joint"
             if reason:
                 kind = type(self.blocks[index]).__name__
                 raise IncompatibleData(
@@ -160,14 +192,15 @@ class BlockWalker:
                     where=f"block {index}: {reason}",
                     fix="use --within-block joint",
                 )
+        return "sequential"
 
     # ------------------------------------------------------------ the two orders
 
     def _joint(self, block: nn.Module, index: int, data: _Calibration) -> Generator[LinearGroup]:
         groups = data.plans[index].groups
         collected = self._collect(block, index, data)
-        for members, accumulator in zip(groups, collected, strict=True):
-            yield self._group(members, accumulator, data)
+        for members in groups:  # each is dropped when it has been used: a Hessian is large
+            yield self._group(members, collected.pop(0), data)
         if index + 1 < len(self.blocks):
             with torch.no_grad():
                 for batch, hidden in enumerate(data.hidden):
@@ -175,7 +208,7 @@ class BlockWalker:
 
     def _collect(self, block: nn.Module, index: int, data: _Calibration) -> list[StatsAccumulator]:
         plan = data.plans[index]
-        collected = [StatsAccumulator(data.workspace) for _ in plan.groups]
+        collected = [data.accumulator() for _ in plan.groups]
         slot = {members[0]: i for i, members in enumerate(plan.groups)}
         last = None if plan.dynamic or plan.repeated else plan.groups[-1][0]
 
@@ -209,13 +242,14 @@ class BlockWalker:
         try:
             with tapped([members[0] for members in plan.groups], tap):
                 for members in plan.groups:
-                    accumulator = StatsAccumulator(data.workspace)
+                    accumulator = data.accumulator()
                     with torch.no_grad():
                         for batch in waiting:
                             arrived, inputs = batch.switch()
                             assert arrived is members[0], "the order of a static block changed"
                             accumulator.add(inputs)
                     yield self._group(members, accumulator, data)
+                    del accumulator
                 with torch.no_grad():
                     for i, batch in enumerate([] if last_block else waiting):
                         data.hidden[i] = batch.switch()

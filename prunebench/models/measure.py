@@ -47,6 +47,19 @@ def count_violations(zero: Tensor, *, kept: int, group: int) -> int:
     return int((groups.sum(-1, dtype=torch.int32) < group - kept).sum())
 
 
+def count_sparser_groups(weight: Tensor, sparsity: Sparsity) -> int:
+    """Count the groups of N:M that hold fewer than N non-zeros; 0 for a ratio.
+
+    Args:
+        weight: (out, in).
+        sparsity: The pattern, whose M divides `in`.
+    """
+    if sparsity.group is None or sparsity.kept is None:
+        return 0
+    kept = (weight != 0).reshape(weight.shape[0], -1, sparsity.group).sum(-1, dtype=torch.int32)
+    return int((kept < sparsity.kept).sum())
+
+
 def require_met(
     after: Sequence[Measured], before: Mapping[str, int], requested: Mapping[str, Sparsity]
 ) -> None:

@@ -186,6 +186,36 @@ def record_calls(
     return first[0], calls
 
 
+@torch.no_grad()
+def resume(
+    model: nn.Module, blocks: nn.ModuleList, token_ids: Tensor, *, index: int, run: TrueRun
+) -> Tensor:
+    """Run the model from block `index` to its end and return the logits.
+
+    Args:
+        model: The model, under `plain_inference`.
+        blocks: Its blocks.
+        token_ids: (samples, seqlen).
+        index: The first block that runs.
+        run: What the dense model did with these tokens: the blocks before `index` are replaced by
+            what they gave.
+    """
+
+    def stand_in(of: int) -> Callable[..., Any]:
+        rest = run.returns_tuple[of]
+        hidden = run.inputs[of + 1]
+        return lambda *args, **kwargs: hidden if rest is None else (hidden, *rest)
+
+    try:
+        for before in range(index):
+            blocks[before].forward = stand_in(before)  # type: ignore[method-assign]
+        logits: Tensor = model(input_ids=token_ids, use_cache=False).logits
+    finally:
+        for block in blocks:
+            vars(block).pop("forward", None)
+    return logits
+
+
 class _ExpertTap(TorchFunctionMode):
     """Sees `F.linear` on one expert's slice of a fused parameter."""
 

@@ -74,10 +74,12 @@ def _keep_pairwise(score: Tensor, *, kept: int, group: int) -> Tensor:
     compare, of which the pairs that straddle two groups are masked out.
     """
     flat = score.reshape(-1)
-    keep = torch.empty(flat.shape, dtype=torch.bool, device=flat.device)
+    keep = torch.empty(flat.shape, dtype=torch.uint8, device=flat.device)
     chunk = _CHUNK - _CHUNK % group
     position = torch.arange(min(chunk, len(flat)), device=flat.device) % group
-    earlier = position.to(torch.uint8)  # a weight beats all earlier ones until shown otherwise
+    # A weight beats all earlier ones until shown otherwise. Counts begin where group - kept wins
+    # make 128, so that the highest bit says "keep".
+    earlier = (position + (128 - (group - kept))).to(torch.uint8)
     inside = [(position + d < group).to(torch.uint8) for d in range(1, group)]
     wins, won = torch.empty_like(earlier), torch.empty_like(earlier)
     for start in range(0, len(flat), chunk):
@@ -90,5 +92,5 @@ def _keep_pairwise(score: Tensor, *, kept: int, group: int) -> Tensor:
             first &= inside[d - 1][: n - d]
             wins[: n - d] += first
             wins[d:n] -= first
-        torch.ge(wins[:n], group - kept, out=keep[start : start + chunk])
-    return keep.view(score.shape)
+        torch.bitwise_right_shift(wins[:n], 7, out=keep[start : start + chunk])
+    return keep.view(torch.bool).view(score.shape)

@@ -3,24 +3,30 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar, Protocol, runtime_checkable
 
 from jaxtyping import Float
 from torch import Tensor
 
 from prunebench.calibration.stats import InputStats
-from prunebench.models.blocks import BlockWalker
+from prunebench.models.blocks import BlockWalker, LinearGroup
 from prunebench.sparsity import Sparsity
 
 
 @dataclass(frozen=True)
 class Needs:
-    """What a method needs. `calibration`: token windows, from which input statistics are made."""
+    """What a method or an allocator needs.
+
+    Attributes:
+        calibration: Token windows, from which statistics of the inputs are made.
+        hessian: The Gram matrix of the inputs too, not only their norms.
+    """
 
     calibration: bool = False
+    hessian: bool = False
 
 
 @dataclass(frozen=True)
@@ -33,10 +39,31 @@ class Event:
 
 
 @dataclass(frozen=True)
+class Pruned:
+    """A new weight, and what a method knows of it.
+
+    Attributes:
+        weight: float32, zeros where pruned.
+        loss: The layer's reconstruction error 1/2 tr(D H D^T), D the change of the weight and H
+            the Hessian with its damping, if the method knows it.
+        events: What it had to work around.
+    """
+
+    weight: Float[Tensor, "out in"]
+    loss: float | None = None
+    events: tuple[Event, ...] = ()
+
+
+@dataclass(frozen=True)
 class PruneReport:
-    """What a method has to say of its work; no events means nothing unusual happened."""
+    """What a method has to say of its work; no events means nothing unusual happened.
+
+    Attributes:
+        losses: Reconstruction error of each layer, by name, see `Pruned.loss`.
+    """
 
     events: tuple[Event, ...] = ()
+    losses: Mapping[str, float] = field(default_factory=dict)
 
 
 @runtime_checkable
@@ -72,14 +99,30 @@ class LayerPruner(ABC):
             float32; zeros where pruned.
         """
 
+    def prune_group(self, group: LinearGroup, sparsity: Mapping[str, Sparsity]) -> Iterator[Pruned]:
+        """Return the new weights of linears that read one input, in the order of the group.
+
+        A method that gains by solving them together, or has more to report, overrides this.
+        """
+        for linear in group.linears:
+            weight = self.prune_weight(linear.read(), group.stats, sparsity[linear.name])
+            yield Pruned(weight)
+
     def prune(self, walker: BlockWalker, sparsity: Mapping[str, Sparsity]) -> PruneReport:
-        """Walk the model and replace every weight by `prune_weight` of it."""
+        """Walk the model and replace every weight by what `prune_group` makes of it."""
         events: list[Event] = []
-        with closing(walker.groups(stats=self.needs.calibration)) as groups:
+        losses: dict[str, float] = {}
+        needs = self.needs
+        with closing(walker.groups(stats=needs.calibration, hessian=needs.hessian)) as groups:
             for group in groups:
                 if group.stats is not None and group.stats.tokens == 0:
                     events += [Event(one.name, "no calibration token") for one in group.linears]
-                for linear in group.linears:
-                    weight = linear.read()
-                    linear.write(self.prune_weight(weight, group.stats, sparsity[linear.name]))
-        return PruneReport(tuple(events))
+                for linear, new in zip(
+                    group.linears, self.prune_group(group, sparsity), strict=True
+                ):
+                    linear.write(new.weight)
+                    events += new.events
+                    if new.loss is not None:
+                        losses[linear.name] = new.loss
+                del group, new  # a Hessian is freed before the next is made
+        return PruneReport(tuple(events), losses)

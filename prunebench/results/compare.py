@@ -24,6 +24,8 @@ from prunebench.sparsity import Sparsity
 _NOISE_STANDARD_ERRORS = 2.0
 _SETTINGS = (
     "method_options",
+    "allocation",
+    "allocation_options",
     "within_block",
     "calibration",
     "calibration_samples",
@@ -37,6 +39,7 @@ _SELECTORS: dict[str, Callable[[Result], object]] = {
     "model": lambda r: r.spec.model,
     "method": lambda r: r.spec.method,
     "sparsity": lambda r: r.spec.sparsity,
+    "allocation": lambda r: r.spec.allocation,
     "seed": lambda r: r.spec.seed,
     "dtype": lambda r: r.spec.dtype,
     "within_block": lambda r: r.spec.within_block,
@@ -79,7 +82,11 @@ class CellScore:
 
 @dataclass(frozen=True)
 class Cell:
-    """One row: a spec without its seed, and what its results say together."""
+    """One row: a spec without its seed, and what its results say together.
+
+    `shown` are the settings as a table shows them: of options, those in which rows of the same
+    method (or allocator) differ.
+    """
 
     model: str
     method: str
@@ -90,6 +97,7 @@ class Cell:
     prune_seconds: float | None
     devices: tuple[str, ...]
     result_ids: tuple[str, ...]
+    shown: dict[str, Any] = field(default_factory=dict)
 
     @property
     def order(self) -> tuple[float, bool, str]:
@@ -249,7 +257,6 @@ def _table(model: str, cells: list[Cell]) -> Table:
         for column in cell.scores:
             used[column] = used.get(column, 0) + 1
     columns = tuple(sorted(used, key=lambda column: (-used[column], column)))
-    pruned = [cell for cell in cells if cell.method != "dense"]
     for column in columns:
         cells = _mark_best(cells, column)
     ranked = len(columns) == 1
@@ -258,19 +265,46 @@ def _table(model: str, cells: list[Cell]) -> Table:
         value = cell.scores[columns[0]].mean if ranked else 0.0
         return (cell.method != "dense", *cell.order, value, cell.method, json.dumps(cell.settings))
 
+    cells = _with_shown(cells)
+    pruned = [cell for cell in cells if cell.method != "dense"]
     return Table(
         model=model,
         columns=columns,
-        settings=tuple(
-            name for name in _SETTINGS if len({_shown(c.settings[name]) for c in pruned} - {""}) > 1
-        ),
+        settings=tuple(name for name in _SETTINGS if _tells_apart(name, pruned)),
         cells=tuple(sorted(cells, key=row_order)),
         ranked=ranked,
     )
 
 
-def _shown(value: Any) -> str:
-    return "" if value in (None, {}, "") else json.dumps(value, sort_keys=True)
+def _tells_apart(name: str, cells: list[Cell]) -> bool:
+    """Whether cells differ in a setting; that a method has none of it is no difference."""
+    values = {json.dumps(cell.shown[name], sort_keys=True) for cell in cells}
+    return len(values - {"null"}) > (0 if name.endswith("_options") else 1)
+
+
+_OWNERS = {"method_options": "method", "allocation_options": "allocation"}
+
+
+def _with_shown(cells: list[Cell]) -> list[Cell]:
+    """Reduce the options that are shown to those in which rows of one method differ."""
+    marked = []
+    for cell in cells:
+        shown = dict(cell.settings)
+        for name, owner in _OWNERS.items():
+            rivals = [c for c in cells if _owner(c, owner) == _owner(cell, owner)]
+            mine: dict[str, Any] = cell.settings[name] or {}
+            varies = {k: v for k, v in mine.items() if _varies(k, name, rivals)}
+            shown[name] = varies or None
+        marked.append(replace(cell, shown=shown))
+    return marked
+
+
+def _owner(cell: Cell, owner: str) -> str | None:
+    return cell.method if owner == "method" else cell.settings["allocation"]
+
+
+def _varies(key: str, name: str, cells: list[Cell]) -> bool:
+    return len({json.dumps((cell.settings[name] or {}).get(key)) for cell in cells}) > 1
 
 
 def _mark_best(cells: list[Cell], column: str) -> list[Cell]:

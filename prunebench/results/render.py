@@ -15,6 +15,7 @@ MISSING = "-"
 _METRIC_NAMES = {"token_ppl": "ppl"}
 _SETTING_NAMES = {
     "method_options": "options",
+    "allocation_options": "allocation options",
     "within_block": "within block",
     "calibration_samples": "samples",
     "model_revision": "revision",
@@ -40,7 +41,7 @@ def column_title(column: str) -> str:
 
 def row(table: Table, cell: Cell, *, bold: tuple[str, str]) -> list[str]:
     """Return the texts of one row; `bold` is what goes around the best value."""
-    settings = [_setting(cell.settings[name]) for name in table.settings]
+    settings = [_setting(cell.shown[name]) for name in table.settings]
     scores = [score_text(cell.scores.get(column), bold=bold) for column in table.columns]
     seeds = max((score.seeds for score in cell.scores.values()), default=0)
     return [

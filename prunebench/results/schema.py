@@ -87,14 +87,37 @@ class CalibrationBlock(_Block):
     tokens_sha256: str
 
 
+class AllocationBlock(_Block):
+    """What spread the target over the layers; absent where all layers have the same.
+
+    Attributes:
+        facts: What the allocator found, such as an automatic range.
+    """
+
+    name: str
+    implementation: str
+    version: str
+    options: dict[str, OptionValue]
+    paper: str | None = None
+    facts: dict[str, float] = {}
+
+
 class LayerSparsity(_Block):
-    """Realised sparsity of one matrix; `zeros / (out_features * in_features)` is its ratio."""
+    """Realised sparsity of one matrix; `zeros / (out_features * in_features)` is its ratio.
+
+    Attributes:
+        loss: Reconstruction error 1/2 tr(D H D^T) that the method reports, D the change of the
+            weight and H = (2 / samples) X X^T with its damping; null if it reports none.
+        estimate: What the allocator expected of this layer, in its own unit; null without one.
+    """
 
     name: str
     out_features: int
     in_features: int
     requested: str
     zeros: int
+    loss: float | None = None
+    estimate: float | None = None
 
 
 class SparsityBlock(_Block):
@@ -180,6 +203,7 @@ class Result(_Block):
     spec: RunSpec
     model: ModelBlock | None = None
     method: MethodBlock | None = None
+    allocation: AllocationBlock | None = None
     calibration: CalibrationBlock | None = None
     sparsity: SparsityBlock | None = None
     scores: list[Score] = []

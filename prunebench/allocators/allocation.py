@@ -1,0 +1,165 @@
+"""The contract of an allocator, its result, and the file in which a result is passed on."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import ClassVar, Protocol, runtime_checkable
+
+from prunebench.errors import CheckFailed, IncompatibleData, UsageError
+from prunebench.files import write_text
+from prunebench.models.blocks import BlockWalker
+from prunebench.models.linears import Linear
+from prunebench.pruners.layer import Needs
+
+_FORMAT = "prunebench-allocation"
+_MEAN_TOLERANCE = 1e-6
+
+
+@dataclass(frozen=True)
+class Allocation:
+    """A ratio for every layer.
+
+    Attributes:
+        ratios: Share of zeros of each linear, by name; in [0, 1).
+        estimates: What the allocator expects each layer to lose, if it has such a figure.
+        facts: What a reader should know of the choice, such as a range that was found.
+    """
+
+    ratios: Mapping[str, float]
+    estimates: Mapping[str, float] = field(default_factory=dict)
+    facts: Mapping[str, float] = field(default_factory=dict)
+
+
+@runtime_checkable
+class Allocator(Protocol):
+    """Chooses ratios; an implementation is a frozen dataclass whose fields are its options."""
+
+    needs: ClassVar[Needs]
+
+    def allocate(self, walker: BlockWalker, target: float) -> Allocation:
+        """Return a ratio for every linear of `walker`, with mean `target` over all weights.
+
+        The weights must be as they were when it returns.
+        """
+
+
+def mean_ratio(ratios: Mapping[str, float], linears: Sequence[Linear]) -> float:
+    """Return the mean over all weights."""
+    total = sum(one.size for one in linears)
+    return math.fsum(ratios[one.name] * one.size for one in linears) / total
+
+
+def require_sound(allocation: Allocation, linears: Sequence[Linear], target: float) -> None:
+    """Raise `CheckFailed` unless every layer has a ratio and their mean is the target."""
+    ratios = allocation.ratios
+    missing = [one.name for one in linears if one.name not in ratios]
+    outside = [name for name, ratio in ratios.items() if not 0 <= ratio < 1]
+    wrong = missing or outside
+    mean = target if wrong else mean_ratio(ratios, linears)
+    if wrong or abs(mean - target) > _MEAN_TOLERANCE:
+        raise CheckFailed(
+            f"the allocation is not sound: {wrong[0]}" if wrong else f"its mean is {mean:.6f}",
+            where="every layer needs a ratio in [0, 1), and the mean must be "
+            f"{target:g} over all weights",
+            fix="this is an error of the allocator, or of the allocation file",
+        )
+
+
+def shifted(
+    ratios: Mapping[str, float], sizes: Mapping[str, int], *, target: float, low: float, high: float
+) -> dict[str, float]:
+    """Add one number to all ratios, within [low, high], so that their mean is exactly `target`.
+
+    Raises:
+        UsageError: The range cannot reach the mean.
+    """
+    require_range(low, high, target)
+    total = sum(sizes.values())
+
+    def at(shift: float) -> dict[str, float]:
+        return {name: min(max(ratio + shift, low), high) for name, ratio in ratios.items()}
+
+    def mean(shift: float) -> float:
+        return math.fsum(ratio * sizes[name] for name, ratio in at(shift).items()) / total
+
+    return at(bisect(mean, target, -1.0, 1.0))
+
+
+def bisect(rising: Callable[[float], float], target: float, low: float, high: float) -> float:
+    """Return where a continuous rising function is `target`, to the last bit that matters."""
+    for _ in range(100):
+        middle = (low + high) / 2
+        low, high = (middle, high) if rising(middle) < target else (low, middle)
+    return (low + high) / 2
+
+
+def require_range(low: float, high: float, target: float) -> None:
+    """Raise `UsageError` unless 0 <= low <= target <= high < 1."""
+    if not 0 <= low <= high < 1:
+        raise UsageError(
+            f"the range [{low:g}, {high:g}] is not a range of ratios",
+            where="an allocator's low and high must satisfy 0 <= low <= high < 1",
+            fix="change --set allocation.low and allocation.high",
+        )
+    if not low <= target <= high:
+        raise UsageError(
+            f"the range [{low:g}, {high:g}] cannot reach the mean {target:g}",
+            where="every layer would be above it, or every layer below",
+            fix="change --set allocation.low and allocation.high, or --sparsity",
+        )
+
+
+def save_allocation(path: Path, ratios: Mapping[str, float], linears: Sequence[Linear]) -> None:
+    """Write an allocation as JSON: name, shape and ratio of every layer."""
+    rows = [
+        {"name": one.name, "shape": [one.out_features, one.in_features], "ratio": ratios[one.name]}
+        for one in linears
+    ]
+    lines = ",\n  ".join(json.dumps(row) for row in rows)
+    head = json.dumps({"format": _FORMAT, "version": 1, "mean": mean_ratio(ratios, linears)})
+    write_text(path, f'{head[:-1]}, "layers": [\n  {lines}\n]}}\n')
+
+
+def load_allocation(path: Path, linears: Sequence[Linear]) -> dict[str, float]:
+    """Read an allocation and check it against the layers of a model.
+
+    Raises:
+        UsageError: The file cannot be read or is no allocation.
+        IncompatibleData: It belongs to another model: a name or a shape differs.
+    """
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+        if document["format"] != _FORMAT:
+            raise ValueError(f"its format is {document['format']!r}")
+        rows = {
+            row["name"]: (tuple(row["shape"]), float(row["ratio"])) for row in document["layers"]
+        }
+    except OSError as error:
+        raise UsageError(f"cannot read the allocation {path}", where=str(error.strerror)) from None
+    except (ValueError, KeyError, TypeError) as error:
+        raise UsageError(
+            f"{path} is not an allocation",
+            where=f"{type(error).__name__}: {error}",
+            fix="use a file that --save-allocation wrote",
+        ) from None
+    for one in linears:
+        shape = (one.out_features, one.in_features)
+        if one.name not in rows or rows[one.name][0] != shape:
+            found = f"it says {rows[one.name][0]}" if one.name in rows else "it has no such layer"
+            raise IncompatibleData(
+                f"{path} is an allocation for another model",
+                where=f"{one.name} is {shape} here, and {found}",
+                fix="use an allocation that was saved for this model",
+            )
+    extra = sorted(rows.keys() - {one.name for one in linears})
+    if extra:
+        raise IncompatibleData(
+            f"{path} is an allocation for another model",
+            where=f"it has {extra[0]}, which this model has not",
+            fix="use an allocation that was saved for this model",
+        )
+    return {name: ratio for name, (_, ratio) in rows.items()}

@@ -1,0 +1,185 @@
+"""Ratios from what pruning each group of layers alone does to the output of the whole model.
+
+A layer's own reconstruction error does not know what the layers behind it make of it. Here each
+group of linears with one input (q, k and v; o; gate and up; down) is pruned alone by SparseGPT at
+the target, in the dense model, and the divergence of the next-token distribution is measured on a
+few calibration windows:
+
+    D_g = mean over tokens of KL(dense || pruned).
+
+To second order D_g is quadratic in the change of the weights, so at another ratio it is taken to
+grow as the group's estimated reconstruction error E_g does (`allocators.hessian`): D_g(s) =
+D_g * E_g(s) / E_g(target). The ratios minimise the sum of all D_g(s_g) at the given mean: every
+group is pruned until its next weight costs what the others' next weight costs.
+
+No paper: the criterion is the usual sensitivity analysis of quantisation work, with the curve
+between two ratios taken from the inverse Hessian.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from prunebench.allocators.allocation import Allocation, bisect, shifted
+from prunebench.calibration.hessian import factorise
+from prunebench.models.blocks import BlockWalker, LinearGroup
+from prunebench.models.replay import TrueRun, resume, run_model
+from prunebench.pruners.layer import Needs
+from prunebench.pruners.sparsegpt import SparseGPT
+from prunebench.sparsity import Sparsity
+
+_STEPS = 64  # points of a curve between the least and the largest ratio
+_ROWS = 128  # tokens whose distributions are compared at a time
+_HIGHEST = 0.99
+
+
+@dataclass(frozen=True)
+class Sensitivity:
+    """Prunes groups that the output depends on less.
+
+    Attributes:
+        windows: Calibration windows on which the divergence is measured.
+        width: How far a ratio may be from the target.
+        damping: As in SparseGPT.
+    """
+
+    needs: ClassVar[Needs] = Needs(calibration=True, hessian=True)
+    windows: int = 2
+    width: float = 0.15
+    damping: float = 0.01
+
+    def __post_init__(self) -> None:
+        if self.windows < 1 or not 0 <= self.width < 1:
+            raise ValueError("windows must be at least 1, and width in [0, 1)")
+
+    def allocate(self, walker: BlockWalker, target: float) -> Allocation:
+        """Prune every group alone, measure, restore it, and balance the groups."""
+        low, high = max(0.0, target - self.width), min(max(_HIGHEST, target), target + self.width)
+        output = _Output(walker, self.windows)
+        pruner = SparseGPT(damping=self.damping)
+        curves: list[_Curve] = []
+        groups = walker.groups(stats=True, hessian=True, within_block="joint")
+        with closing(groups):
+            for group in groups:
+                assert group.stats is not None
+                factor = factorise(group.stats, damping=self.damping, name=group.linears[0].name)
+                slopes = loss_slopes(
+                    [one.read() for one in group.linears], factor.upper, low, high, target
+                )
+                divergence = self._divergence(pruner, group, target, output)
+                names = tuple(one.name for one in group.linears)
+                size = sum(one.size for one in group.linears)
+                curves.append(_Curve(names, size, divergence, slopes))
+                del group, factor
+        ratios = balanced(curves, target, low, high)
+        sizes = {one.name: one.size for one in walker.linears}
+        estimates = {name: curve.divergence for curve in curves for name in curve.names}
+        exact = shifted(ratios, sizes, target=target, low=low, high=high)
+        return Allocation(exact, estimates)
+
+    def _divergence(
+        self, pruner: SparseGPT, group: LinearGroup, target: float, output: _Output
+    ) -> float:
+        """Return D_g; the group's weights are put back."""
+        dense = [linear.stored.clone() for linear in group.linears]
+        sparsity = {linear.name: Sparsity(target) for linear in group.linears}
+        try:
+            for linear, new in zip(group.linears, pruner.prune_group(group, sparsity), strict=True):
+                linear.write(new.weight)
+            return output.divergence(group.linears[0].block_index)
+        finally:
+            for linear, weight in zip(group.linears, dense, strict=True):
+                linear.stored.copy_(weight)
+
+
+@dataclass(frozen=True)
+class _Curve:
+    """A group: its divergence at the target, and how fast its error grows around it."""
+
+    names: tuple[str, ...]
+    size: int
+    divergence: float
+    slopes: np.ndarray
+
+
+class _Output:
+    """The dense model's next-token distributions on a few windows."""
+
+    def __init__(self, walker: BlockWalker, windows: int) -> None:
+        self.model: nn.Module = walker.model
+        self.blocks = walker.blocks
+        self.token_ids: Int[Tensor, "windows seqlen"] = walker.first_windows(windows)
+        self.runs: list[TrueRun] = []
+        self.dense: list[Float[Tensor, "seqlen vocabulary"]] = []
+        for window in self.token_ids.split(1):
+            run = run_model(self.model, self.blocks, window)
+            self.runs.append(run)
+            self.dense.append(self._log_probabilities(window, run, len(self.blocks) - 1))
+
+    def divergence(self, index: int) -> float:
+        """Return the mean KL(dense || now) over the tokens, run from block `index` on."""
+        total = 0.0
+        for window, run, dense in zip(self.token_ids.split(1), self.runs, self.dense, strict=True):
+            now = self._log_probabilities(window, run, index)
+            for start in range(0, len(dense), _ROWS):
+                rows = slice(start, start + _ROWS)
+                kl = nn.functional.kl_div(now[rows], dense[rows], log_target=True, reduction="sum")
+                total += float(kl)
+        return total / self.token_ids.numel()
+
+    def _log_probabilities(self, window: Tensor, run: TrueRun, index: int) -> Tensor:
+        logits = resume(self.model, self.blocks, window, index=index, run=run)[0]
+        return logits.to(torch.float32).log_softmax(-1)
+
+
+def loss_slopes(
+    weights: Sequence[Tensor], upper: Tensor, low: float, high: float, target: float
+) -> np.ndarray:
+    """Return how fast the estimated error grows with the ratio, relative to it at the target.
+
+    The estimate is that of `allocators.hessian`, over all weights of the group at once.
+
+    Returns:
+        E'(s) / E(target) at `_STEPS` ratios from `low` to `high`; rising.
+    """
+    losses = torch.cat([(one / upper.diagonal()).square().flatten() for one in weights])
+    ordered = losses.cpu().sort().values.to(torch.float64)
+    count = len(ordered)
+    at_target = float(ordered[: max(1, math.floor(target * count))].sum())
+    places = np.clip((np.linspace(low, high, _STEPS) * count).astype(int), 0, count - 1)
+    slopes: np.ndarray = ordered[torch.from_numpy(places)].numpy() * count / (at_target or 1.0)
+    return slopes
+
+
+def balanced(
+    curves: Sequence[_Curve], target: float, low: float, high: float
+) -> Mapping[str, float]:
+    """Return the ratios in [low, high] that minimise sum_g D_g(s_g), with mean `target`.
+
+    At the minimum all groups within the bounds have one price: D_g(s_g)' / size_g.
+    """
+    grid = np.linspace(low, high, _STEPS)
+    prices = [
+        np.log(np.maximum(curve.divergence * curve.slopes / curve.size, 1e-300)) for curve in curves
+    ]
+    total = sum(curve.size for curve in curves)
+
+    def at(price: float) -> list[float]:
+        return [float(np.interp(price, mine, grid)) for mine in prices]
+
+    def mean(price: float) -> float:
+        return math.fsum(s * c.size for s, c in zip(at(price), curves, strict=True)) / total
+
+    price = bisect(mean, target, float(np.min(prices)), float(np.max(prices)))
+    return {
+        name: ratio for curve, ratio in zip(curves, at(price), strict=True) for name in curve.names
+    }

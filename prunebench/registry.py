@@ -1,0 +1,220 @@
+"""A registry: a table of facts about classes that are imported only when they are used.
+
+`pruners` and `allocators` each hold one. A name is a row: a class, default options, and what a user
+wants to know before using it. Those of other packages come by an entry-point group, or as a
+literal `module:Class`; they need nothing from this project's files.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import importlib
+import sys
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from importlib import metadata
+from pathlib import Path
+from types import NoneType, UnionType
+from typing import Any, Generic, TypeVar
+
+from prunebench import __version__
+from prunebench.errors import PrunebenchError, UsageError, nearest
+from prunebench.spec import OptionValue
+
+
+@dataclass(frozen=True)
+class Row:
+    """What every registry knows of a name.
+
+    Attributes:
+        target: `module:Class` of the implementation.
+        about: One line for `prunebench list`.
+        paper: An arXiv number, if published.
+        data: Whether it reads calibration text.
+        options: Options of this row that differ from the class's defaults.
+        distribution: The package it comes from, with its version.
+    """
+
+    target: str
+    about: str
+    paper: str | None = None
+    data: bool = False
+    options: Mapping[str, OptionValue] = field(default_factory=dict)
+    distribution: str = f"prunebench {__version__}"
+
+
+R = TypeVar("R", bound=Row)
+
+
+@dataclass(frozen=True)
+class Registry(Generic[R]):
+    """The names of one kind of class.
+
+    Attributes:
+        kind: What it holds, for messages: `method` or `allocator`.
+        entry_points: The entry-point group of other packages.
+        row: The class of the rows.
+        builtin: Our own rows.
+        required: Attributes that a class must have.
+        option: How an option is given on the command line.
+    """
+
+    kind: str
+    entry_points: str
+    row: type[R]
+    builtin: Mapping[str, R]
+    required: tuple[str, ...]
+    option: str
+
+    def plugins(self) -> dict[str, R]:
+        """Return what other packages declare as entry points, without importing it.
+
+        Raises:
+            UsageError: Two packages, or a package and prunebench, claim one name.
+        """
+        found: dict[str, R] = {}
+        for point in metadata.entry_points(group=self.entry_points):
+            package = f"{point.dist.name} {point.dist.version}" if point.dist else "unknown package"
+            rival = self.builtin.get(point.name) or found.get(point.name)
+            if rival:
+                raise UsageError(
+                    f"two packages claim the {self.kind} name {point.name!r}",
+                    where=f"{rival.distribution} and {package}",
+                    fix="uninstall one of them, or use the literal module:Class",
+                )
+            found[point.name] = self._outside(point.value, "plug-in", package)
+        return found
+
+    def find(self, name: str) -> R:
+        """Return the row of a name, without importing its class.
+
+        Raises:
+            UsageError: There is no such name; the nearest is suggested.
+        """
+        if name in self.builtin:
+            return self.builtin[name]
+        if ":" in name:
+            return self._outside(name, "literal", "outside prunebench")
+        known = {**self.builtin, **self.plugins()}
+        if name in known:
+            return known[name]
+        raise UsageError(
+            f"unknown {self.kind} {name!r}",
+            where="it is neither built in, nor installed as a plug-in, nor module:Class",
+            fix=nearest(name, known),
+        )
+
+    def load(self, name: str) -> type[Any]:
+        """Import the class of a name.
+
+        Raises:
+            UsageError: The module cannot be imported, or holds no such class.
+        """
+        target = self.find(name).target
+        module_name, _, attribute = target.partition(":")
+        if ":" in name and str(Path.cwd()) not in sys.path:
+            sys.path.insert(0, str(Path.cwd()))  # a literal may lie where the user stands
+        try:
+            found = getattr(importlib.import_module(module_name), attribute)
+        except PrunebenchError:
+            raise
+        except Exception as error:  # a plug-in may raise anything while it is imported
+            raise UsageError(
+                f"the {self.kind} {name!r} cannot be imported",
+                where=f"{target}: {type(error).__name__}: {error}",
+                fix="fix or uninstall the plug-in; the others are not affected",
+            ) from error
+        if not (isinstance(found, type) and dataclasses.is_dataclass(found)):
+            raise self._refused(target, "it is not a dataclass")
+        for needed in self.required:
+            if not hasattr(found, needed):
+                raise self._refused(target, f"it has no {needed!r}")
+        return found
+
+    def resolve_options(
+        self, name: str, given: Mapping[str, OptionValue], *, seed: int
+    ) -> dict[str, OptionValue]:
+        """Return every option of a name: the class's defaults, the row's, and what was given.
+
+        Values given as text (from `--set key=value`) are read as the type of the option. A class
+        with an option `seed` gets the seed of the run unless one was given.
+
+        Raises:
+            UsageError: An option is unknown (the nearest is suggested) or has the wrong type.
+        """
+        cls = self.load(name)
+        row = self.find(name)
+        hints = typing.get_type_hints(cls)
+        fields = {f.name: f for f in dataclasses.fields(cls) if f.init}
+        for key in given:
+            if key not in fields:
+                known = nearest(key, fields) if fields else "it has no options"
+                raise UsageError(f"{name} has no option {key!r}", where="in --set", fix=known)
+        values: dict[str, OptionValue] = {}
+        for key, one in fields.items():
+            if key in given:
+                values[key] = _read_value(name, key, given[key], hints[key])
+            elif key in row.options:
+                values[key] = row.options[key]
+            elif key == "seed":
+                values[key] = seed
+            elif one.default is not dataclasses.MISSING:
+                values[key] = one.default
+            else:
+                raise UsageError(
+                    f"{name} needs the option {key!r}", fix=f"give --set {self.option}{key}=VALUE"
+                )
+        return values
+
+    def make(self, name: str, options: Mapping[str, OptionValue]) -> Any:
+        """Build an instance from resolved options.
+
+        Raises:
+            UsageError: The class refuses a value.
+        """
+        cls = self.load(name)
+        try:
+            return cls(**options)
+        except (ValueError, TypeError) as error:
+            raise UsageError(f"{name} refuses its options", where=str(error)) from error
+
+    def _outside(self, target: str, about: str, distribution: str) -> R:
+        return self.row(target, about, distribution=distribution)
+
+    def _refused(self, target: str, reason: str) -> UsageError:
+        return UsageError(
+            f"{target} is not a {self.kind}",
+            where=reason,
+            fix=f"it must be a frozen dataclass with {' and '.join(self.required)}",
+        )
+
+
+def _read_value(name: str, key: str, value: OptionValue, hint: Any) -> OptionValue:
+    kinds = typing.get_args(hint) if isinstance(hint, UnionType) else (hint,)
+    for kind in kinds:
+        if kind is NoneType and (value is None or value in ("none", "None", "")):
+            return None
+        if typing.get_origin(kind) is typing.Literal and value in typing.get_args(kind):
+            return value
+        if isinstance(kind, type) and type(value) is kind:
+            return value
+        if kind is float and isinstance(value, int) and not isinstance(value, bool):
+            return float(value)
+        if isinstance(value, str) and kind in (bool, int, float, str):
+            try:
+                return _BOOLS[value.lower()] if kind is bool else typing.cast(Any, kind)(value)
+            except (KeyError, ValueError):
+                continue
+    wanted = getattr(hint, "__name__", str(hint)).replace("typing.", "")
+    choices = [str(c) for kind in kinds for c in typing.get_args(kind)]
+    near = difflib.get_close_matches(str(value), choices, n=1)
+    raise UsageError(
+        f"{name}: {key}={value!r} is not valid",
+        where=f"it should be {wanted}",
+        fix=f"did you mean {near[0]}?" if near else "",
+    )
+
+
+_BOOLS = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
