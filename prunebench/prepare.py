@@ -164,10 +164,10 @@ def _resolve_method(spec: RunSpec) -> tuple[RunSpec, Pruner, Allocator | None, S
         "sparsity": str(sparsity),
         "allocation_options": allocation_options,
     }
-    allocator_reads = allocator is not None and allocator.needs.calibration
+    allocator_reads = allocator is not None and allocator.needs.tokens
     if not pruner.needs.calibration:
         update["within_block"] = None
-    if not (pruner.needs.calibration or allocator_reads):
+    if not (pruner.needs.tokens or allocator_reads):
         unused = ("calibration", "calibration_origin", "seqlen", "calibration_samples")
         update |= dict.fromkeys(unused)
         if "seed" not in options:

@@ -21,6 +21,7 @@ from prunebench.errors import OutOfMemory, PrunebenchError, SaveError
 from prunebench.evaluate.perplexity import PerplexityTask, cached_ppl, remember_ppl, token_ppl
 from prunebench.files import cache_dir, write_text
 from prunebench.models.blocks import BlockWalker
+from prunebench.models.gradients import GradientNorms, Norm, gradient_norms
 from prunebench.models.linears import Linear, find_linears
 from prunebench.models.load import hash_weights, load_model
 from prunebench.models.measure import measure_linear, require_met
@@ -132,12 +133,20 @@ def _allocate(plan: Plan, model: nn.Module, linears: list[Linear]) -> Allocation
 
 
 def _prune(plan: Plan, model: nn.Module, requested: dict[str, Sparsity]) -> PruneReport:
-    with _walk(plan, model, "prune", f"{plan.spec.method} {plan.sparsity}") as walker:
+    gradients = None
+    if plan.pruner.needs.gradients and plan.windows:
+        norm: Norm = vars(plan.pruner)["norm"]
+        samples = len(plan.windows.token_ids)
+        with plan.clock.stage("gradients", total=samples, unit="windows") as advance:
+            gradients = gradient_norms(model, plan.windows.token_ids, norm=norm, advance=advance)
+    with _walk(plan, model, "prune", f"{plan.spec.method} {plan.sparsity}", gradients) as walker:
         return plan.pruner.prune(walker, requested)
 
 
 @contextmanager
-def _walk(plan: Plan, model: nn.Module, stage: str, detail: str) -> Iterator[BlockWalker]:
+def _walk(
+    plan: Plan, model: nn.Module, stage: str, detail: str, gradients: GradientNorms | None = None
+) -> Iterator[BlockWalker]:
     """Open a walk over the calibration tokens as one stage of the run."""
     blocks = max(one.block_index for one in plan.linears) + 1
     with plan.clock.stage(stage, total=blocks, detail=detail, unit="blocks") as advance:
@@ -145,6 +154,7 @@ def _walk(plan: Plan, model: nn.Module, stage: str, detail: str) -> Iterator[Blo
             model,
             token_ids=plan.windows.token_ids if plan.windows else None,
             within_block=plan.spec.within_block or "joint",
+            gradients=gradients,
             advance=advance,
         )
 

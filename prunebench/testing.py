@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from prunebench.errors import PrunebenchError
 from prunebench.models.blocks import BlockWalker
+from prunebench.models.gradients import gradient_norms
 from prunebench.models.linears import find_linears
 from prunebench.models.load import hash_weights, quiet_transformers
 from prunebench.models.measure import measure_linear, require_met
@@ -157,8 +158,16 @@ class _Trial:
     within_block: WithinBlock = "joint"
 
     def run(self) -> nn.Module:
+        tokens = tiny_tokens()
+        gradients = None
+        if self.pruner.needs.gradients:
+            gradients = gradient_norms(self.model, tokens, norm=vars(self.pruner)["norm"])
         walker = BlockWalker(
-            self.model, token_ids=tiny_tokens(), within_block=self.within_block, batch_tokens=48
+            self.model,
+            token_ids=tokens,
+            within_block=self.within_block,
+            gradients=gradients,
+            batch_tokens=48,
         )
         self.pruner.prune(walker, {linear.name: self.sparsity for linear in walker.linears})
         return self.model

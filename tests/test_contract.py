@@ -113,7 +113,7 @@ def test_a_built_in_is_a_frozen_dataclass_whose_module_cites_what_its_row_cites(
     assert cls.__dataclass_params__.frozen
     paper = BUILTIN[method].paper
     assert paper is None or paper in sys.modules[cls.__module__].__doc__
-    assert BUILTIN[method].data == cls.needs.calibration
+    assert BUILTIN[method].data == cls.needs.tokens
 
 
 def test_the_contract_notices_a_bad_pruner():

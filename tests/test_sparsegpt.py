@@ -35,7 +35,7 @@ def weights(rows=24, width=96, *, seed=1):
 
 
 def solve(pruner, weight, stats, sparsity):
-    return pruner._solve([weight], stats, [Sparsity.parse(sparsity)], ["w"])[0]
+    return pruner.solve([weight], stats, [Sparsity.parse(sparsity)], ["w"])[0]
 
 
 def test_the_gram_matrix_is_x_transposed_x():
@@ -136,9 +136,9 @@ def test_solving_a_group_together_changes_nothing(sparsity):
     stats = stats_of(inputs())
     parts = [weights(24, seed=1), weights(8, seed=2), weights(40, seed=3)]
     one = Sparsity.parse(sparsity)
-    together = SparseGPT()._solve(parts, stats, [one] * 3, ["a", "b", "c"])
+    together = SparseGPT().solve(parts, stats, [one] * 3, ["a", "b", "c"])
     for part, found in zip(parts, together, strict=True):
-        alone = SparseGPT()._solve([part], stats, [one], ["x"])[0]
+        alone = SparseGPT().solve([part], stats, [one], ["x"])[0]
         assert torch.equal(found.weight == 0, alone.weight == 0)
         assert torch.allclose(found.weight, alone.weight, rtol=1e-4, atol=1e-5)
         assert found.loss == pytest.approx(alone.loss, rel=1e-4)
@@ -193,7 +193,7 @@ def test_a_hessian_that_stays_singular_names_layer_and_tokens():
 def test_no_token_means_magnitude():
     stats = InputStats(4, 0, torch.zeros(96).double(), None)
     weight = weights()
-    found = SparseGPT().prune_weight(weight, stats, Sparsity(0.5))
+    found = solve(SparseGPT(), weight, stats, "0.5").weight
     assert torch.equal(found, torch.where(keep_matrix(weight.abs(), Sparsity(0.5)), weight, 0))
 
 

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from prunebench.calibration.stats import InputStats, StatsAccumulator
 from prunebench.errors import IncompatibleData, UsageError
+from prunebench.models.gradients import GradientNorms
 from prunebench.models.linears import Linear, find_blocks, find_linears
 from prunebench.models.replay import (
     BlockCall,
@@ -45,10 +46,16 @@ _CHECK_TOKENS = 128  # the arguments that depend on length are recorded anew for
 
 @dataclass(frozen=True)
 class LinearGroup:
-    """Linears that read one input tensor, and its statistics (None for methods without data)."""
+    """Linears that read one input tensor, and what is known of them.
+
+    Attributes:
+        stats: Statistics of the input; None for methods without data.
+        gradients: Those of the whole model, for methods that read them.
+    """
 
     linears: tuple[Linear, ...]
     stats: InputStats | None
+    gradients: GradientNorms | None = None
 
 
 @dataclass
@@ -76,6 +83,7 @@ class BlockWalker:
         within_block: The order inside a block, see the module's docstring.
         weights: Where the weights live; by default, wherever the model has them.
         activation_device: Where hidden states wait between blocks; by default beside the weights.
+        gradients: Gradients of the dense model, for methods that read them.
         batch_tokens: Tokens run through a block at a time; by default what suits the device.
         advance: Hears 1 for every finished block.
     """
@@ -88,6 +96,7 @@ class BlockWalker:
         within_block: WithinBlock = "joint",
         weights: WeightStore | None = None,
         activation_device: torch.device | None = None,
+        gradients: GradientNorms | None = None,
         batch_tokens: int | None = None,
         advance: Callable[[int], None] = lambda done: None,
     ) -> None:
@@ -96,6 +105,7 @@ class BlockWalker:
         self.linears = find_linears(model)
         self.within_block = within_block
         self._token_ids = token_ids
+        self._gradients = gradients
         self._weights = weights or ResidentWeights(self.blocks)
         self._device = next(model.parameters()).device
         self._activation_device = activation_device or self._device
@@ -145,7 +155,7 @@ class BlockWalker:
             for index in range(len(self.blocks)):
                 with self._weights.open_block(index) as block:
                     if calibration is None:
-                        yield LinearGroup(tuple(self.linears_of(index)), None)
+                        yield LinearGroup(tuple(self.linears_of(index)), None, self._gradients)
                     elif order == "joint":
                         yield from self._joint(block, index, calibration)
                     else:
@@ -277,7 +287,7 @@ class BlockWalker:
                 where="the activations overflow on the calibration text",
                 fix="use --dtype float32 or bfloat16, or check the weights",
             )
-        return LinearGroup(tuple(members), stats)
+        return LinearGroup(tuple(members), stats, self._gradients)
 
 
 def _share(calls: list[BlockCall], first: list[BlockCall]) -> list[BlockCall]:

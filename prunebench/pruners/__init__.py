@@ -51,6 +51,18 @@ BUILTIN: dict[str, Method] = {
         data=True,
         updates=True,
     ),
+    "gblm": Method(
+        "prunebench.pruners.gblm:Gblm",
+        "|W| times (input norm + alpha times gradient norm), per output row",
+        paper="2311.04902",
+        data=True,
+    ),
+    "gradient": Method(
+        "prunebench.pruners.gblm:Gradient",
+        "|W| times gradient norm, per output row",
+        paper="2311.04902",
+        data=True,
+    ),
     "scheduler": Method(
         "prunebench.pruners.sparsegpt:SparseGPT",
         "sparsegpt with the hessian allocator (reconstruction)",

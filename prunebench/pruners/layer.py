@@ -21,12 +21,20 @@ class Needs:
     """What a method or an allocator needs.
 
     Attributes:
-        calibration: Token windows, from which statistics of the inputs are made.
+        calibration: Statistics of the inputs over the calibration windows.
         hessian: The Gram matrix of the inputs too, not only their norms.
+        gradients: Norms of the dense model's gradients over the same windows; the option `norm`
+            of the pruner says which.
     """
 
     calibration: bool = False
     hessian: bool = False
+    gradients: bool = False
+
+    @property
+    def tokens(self) -> bool:
+        """Whether calibration tokens are read at all."""
+        return self.calibration or self.gradients
 
 
 @dataclass(frozen=True)
@@ -79,34 +87,19 @@ class Pruner(Protocol):
         """Prune every linear of `walker` to its sparsity, by name."""
 
 
-class LayerPruner(ABC):
-    """A method that decides about one matrix at a time, from its weight and input statistics."""
+class GroupPruner(ABC):
+    """A method that decides about the linears of one input at a time."""
 
     needs: ClassVar[Needs] = Needs()
 
     @abstractmethod
-    def prune_weight(
-        self, weight: Float[Tensor, "out in"], stats: InputStats | None, sparsity: Sparsity
-    ) -> Float[Tensor, "out in"]:
-        """Return the new weight.
-
-        Args:
-            weight: float32, finite; must not be changed in place.
-            stats: Statistics of the inputs, or None for a method that needs none.
-            sparsity: The target of this matrix.
-
-        Returns:
-            float32; zeros where pruned.
-        """
-
     def prune_group(self, group: LinearGroup, sparsity: Mapping[str, Sparsity]) -> Iterator[Pruned]:
         """Return the new weights of linears that read one input, in the order of the group.
 
-        A method that gains by solving them together, or has more to report, overrides this.
+        Args:
+            group: The linears, whose weights must not be changed here, and their statistics.
+            sparsity: The target of every linear, by name.
         """
-        for linear in group.linears:
-            weight = self.prune_weight(linear.read(), group.stats, sparsity[linear.name])
-            yield Pruned(weight)
 
     def prune(self, walker: BlockWalker, sparsity: Mapping[str, Sparsity]) -> PruneReport:
         """Walk the model and replace every weight by what `prune_group` makes of it."""
@@ -126,3 +119,28 @@ class LayerPruner(ABC):
                         losses[linear.name] = new.loss
                 del group, new  # a Hessian is freed before the next is made
         return PruneReport(tuple(events), losses)
+
+
+class LayerPruner(GroupPruner):
+    """A method that decides about one matrix at a time, from its weight and input statistics."""
+
+    @abstractmethod
+    def prune_weight(
+        self, weight: Float[Tensor, "out in"], stats: InputStats | None, sparsity: Sparsity
+    ) -> Float[Tensor, "out in"]:
+        """Return the new weight.
+
+        Args:
+            weight: float32, finite; must not be changed in place.
+            stats: Statistics of the inputs, or None for a method that needs none.
+            sparsity: The target of this matrix.
+
+        Returns:
+            float32; zeros where pruned.
+        """
+
+    def prune_group(self, group: LinearGroup, sparsity: Mapping[str, Sparsity]) -> Iterator[Pruned]:
+        """Prune one linear after the other by `prune_weight`."""
+        for linear in group.linears:
+            weight = self.prune_weight(linear.read(), group.stats, sparsity[linear.name])
+            yield Pruned(weight)

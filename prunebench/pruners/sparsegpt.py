@@ -33,14 +33,14 @@ from prunebench.calibration.stats import InputStats
 from prunebench.models.blocks import LinearGroup
 from prunebench.models.measure import count_sparser_groups
 from prunebench.pruners.keep import keep_largest, keep_matrix, keep_rows
-from prunebench.pruners.layer import Event, LayerPruner, Needs, Pruned
+from prunebench.pruners.layer import Event, GroupPruner, Needs, Pruned
 from prunebench.sparsity import Sparsity
 
 _INNER = 32  # columns between two updates of the rest of a block; changes rounding only
 
 
 @dataclass(frozen=True)
-class SparseGPT(LayerPruner):
+class SparseGPT(GroupPruner):
     """Prunes by (w / U_jj)^2 within blocks of columns and updates the weights that are kept.
 
     Attributes:
@@ -63,27 +63,25 @@ class SparseGPT(LayerPruner):
         if self.quantize_bits is not None and not 2 <= self.quantize_bits <= 16:
             raise ValueError("quantize_bits must be in 2..16")
 
-    def prune_weight(
-        self, weight: Float[Tensor, "out in"], stats: InputStats | None, sparsity: Sparsity
-    ) -> Float[Tensor, "out in"]:
-        """Return the pruned and updated weight of one matrix."""
-        assert stats is not None
-        return self._solve([weight], stats, [sparsity], ["the matrix"])[0].weight
-
     def prune_group(self, group: LinearGroup, sparsity: Mapping[str, Sparsity]) -> Iterator[Pruned]:
         """Solve the linears of one input together: one factor, one pass over the columns."""
         assert group.stats is not None
         names = [linear.name for linear in group.linears]
         weights = [linear.read() for linear in group.linears]
-        yield from self._solve(weights, group.stats, [sparsity[name] for name in names], names)
+        yield from self.solve(weights, group.stats, [sparsity[name] for name in names], names)
 
-    def _solve(
+    def solve(
         self,
-        weights: Sequence[Tensor],
+        weights: Sequence[Float[Tensor, "_ in"]],
         stats: InputStats,
         sparsities: Sequence[Sparsity],
         names: Sequence[str],
     ) -> list[Pruned]:
+        """Prune matrices that read one input, each to its sparsity.
+
+        Raises:
+            IncompatibleData: The Hessian is singular and stays so.
+        """
         if stats.tokens == 0:
             pairs = zip(weights, sparsities, strict=True)
             return [Pruned(torch.where(keep_matrix(w.abs(), s), w, 0)) for w, s in pairs]
