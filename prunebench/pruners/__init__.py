@@ -51,6 +51,25 @@ BUILTIN: dict[str, Method] = {
         data=True,
         updates=True,
     ),
+    "alps": Method(
+        "prunebench.pruners.alps:Alps",
+        "layer reconstruction by ADMM, then conjugate gradients on the support",
+        paper="2406.07831",
+        data=True,
+        updates=True,
+    ),
+    "admm": Method(
+        "prunebench.pruners.alps:Admm",
+        "layer reconstruction by a few ADMM steps (ADMM-Grad)",
+        paper="2401.02938",
+        data=True,
+        updates=True,
+    ),
+    "ria": Method(
+        "prunebench.pruners.ria:Ria",
+        "relative importance times a power of the input norm, per output row",
+        data=True,
+    ),
     "gblm": Method(
         "prunebench.pruners.gblm:Gblm",
         "|W| times (input norm + alpha times gradient norm), per output row",

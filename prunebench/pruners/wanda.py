@@ -7,6 +7,10 @@ Original code: https://github.com/locuslab/wanda (commit 8e8fc87), read for its 
 What differs from it: statistics are summed in float64 and shared by linears with one input; a row
 loses exactly floor(in * ratio) weights; N of N:M counts kept weights; an input that no calibration
 token reached (an expert never chosen) falls back to magnitude and is reported.
+
+`variant` is their `--use_variant`: every row loses its smallest scores up to the same share of the
+row's sum. They search that share by bisection to within 0.001 of the ratio; here each weight has
+the share that would just prune it, and the whole matrix is compared by it, so the count is exact.
 """
 
 from __future__ import annotations
@@ -19,16 +23,22 @@ from jaxtyping import Float
 from torch import Tensor
 
 from prunebench.calibration.stats import InputStats
-from prunebench.pruners.keep import keep_rows
+from prunebench.pruners.keep import keep_matrix, keep_rows
 from prunebench.pruners.layer import LayerPruner, Needs
 from prunebench.sparsity import Sparsity
 
 
 @dataclass(frozen=True)
 class Wanda(LayerPruner):
-    """Prunes each output row (or N:M group) by |W| times the norm of the inputs."""
+    """Prunes each output row (or N:M group) by |W| times the norm of the inputs.
+
+    Attributes:
+        variant: Rows lose an equal share of their score, not an equal number of weights. N:M is
+            not affected.
+    """
 
     needs: ClassVar[Needs] = Needs(calibration=True)
+    variant: bool = False
 
     def prune_weight(
         self, weight: Float[Tensor, "out in"], stats: InputStats | None, sparsity: Sparsity
@@ -37,4 +47,16 @@ class Wanda(LayerPruner):
         score = weight.abs()
         if stats is not None and stats.tokens:
             score = score * stats.norms()
-        return torch.where(keep_rows(score, sparsity), weight, 0)
+        if self.variant and not sparsity.is_pattern:
+            keep = keep_matrix(_shares(score), sparsity)
+        else:
+            keep = keep_rows(score, sparsity)
+        return torch.where(keep, weight, 0)
+
+
+def _shares(score: Float[Tensor, "out in"]) -> Float[Tensor, "out in"]:
+    """Return the share of its row's sum that a weight and all smaller ones make up."""
+    ordered, places = score.to(torch.float64).sort(dim=1, stable=True)
+    shares = ordered.cumsum(1)
+    shares /= shares[:, -1:].clamp(min=1e-300)
+    return torch.empty_like(shares).scatter_(1, places, shares)

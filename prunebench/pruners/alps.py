@@ -1,0 +1,282 @@
+"""ALPS and ADMM-Grad: the layer's reconstruction problem with a sparsity constraint, by ADMM.
+
+ALPS: Meng et al., "ALPS: Improved Optimization for Highly Sparse One-Shot Pruning for Large
+Language Models", https://arxiv.org/abs/2406.07831. ADMM-Grad: Boza, "Fast and Effective Weight
+Update for Pruned Large Language Models", https://arxiv.org/abs/2401.02938. Their code was read for
+what the papers leave open (schedules, tolerances).
+
+Both minimise tr((B - B0) A (B - B0)^T) over sparse B, in a space where the Hessian has a unit
+diagonal: A = H / (d d^T) with d = sqrt(diag H), B0 = W * d, and W = B / d at the end. ADMM splits B
+from a sparse copy D, with V the dual variable and P the projection that keeps the largest entries:
+
+    B = (B0 A - V + rho D) inv(A + rho I);   D = P(B + V / rho);   V += rho (B - D)
+
+- ALPS raises rho as the support settles, then fixes the support and solves for the weights on it
+  with conjugate gradients.
+- ADMM-Grad has rho = 1, more damping, 20 steps, and no final solve.
+
+What differs from the code: the support has an exact count, ties by position; the linears of one
+input share the Hessian and its eigenvectors; ADMM-Grad has no ramp of the sparsity (nor has the
+default path of the authors' code).
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from prunebench.calibration.hessian import damped_hessian
+from prunebench.calibration.stats import InputStats
+from prunebench.models.blocks import LinearGroup
+from prunebench.models.measure import count_sparser_groups
+from prunebench.pruners.keep import keep_matrix, keep_rows
+from prunebench.pruners.layer import Event, GroupPruner, Needs, Pruned
+from prunebench.sparsity import Sparsity
+
+_CHECK_EVERY = 3
+_LARGEST_RHO = 1e6
+
+
+class _Reconstruction(GroupPruner):
+    """Sets up the scaled problem of every linear of a group."""
+
+    needs: ClassVar[Needs] = Needs(calibration=True, hessian=True)
+
+    def prune_group(self, group: LinearGroup, sparsity: Mapping[str, Sparsity]) -> Iterator[Pruned]:
+        """Solve one linear after the other on the Hessian of their input."""
+        stats = group.stats
+        assert stats is not None
+        if stats.tokens == 0:
+            for linear in group.linears:
+                weight = linear.read()
+                keep = keep_matrix(weight.abs(), sparsity[linear.name])
+                yield Pruned(torch.where(keep, weight, 0))
+            return
+        problem, dead = self.problem(stats)
+        for linear in group.linears:
+            weight, target = linear.read(), sparsity[linear.name]
+            events = []
+            if dead:
+                events.append(Event(linear.name, "dead inputs", float(dead)))
+            if target.ratio == 0:
+                yield Pruned(weight, 0.0, tuple(events))
+                continue
+            dense = weight * problem.scale
+            pruned = self.solve(problem, dense, target)
+            loss = problem.loss(pruned, dense)
+            new = pruned / problem.scale
+            sparser = count_sparser_groups(new, target)
+            if sparser:
+                events.append(
+                    Event(linear.name, "groups with fewer non-zeros than N", float(sparser))
+                )
+            yield Pruned(new, loss, tuple(events))
+
+    @abstractmethod
+    def problem(self, stats: InputStats) -> tuple[Problem, int]:
+        """Return the scaled and damped problem of one input, and how many inputs are dead."""
+
+    @abstractmethod
+    def solve(
+        self, problem: Problem, dense: Float[Tensor, "out in"], sparsity: Sparsity
+    ) -> Float[Tensor, "out in"]:
+        """Return the sparse weight in the scaled space."""
+
+
+@dataclass(frozen=True)
+class Problem:
+    """The scaled Hessian of one input.
+
+    Attributes:
+        matrix: A, symmetric, with its damping, float32.
+        scale: d, the root of the Hessian's diagonal.
+        values: Eigenvalues of A.
+        vectors: Eigenvectors of A, in columns.
+    """
+
+    matrix: Float[Tensor, "in in"]
+    scale: Float[Tensor, " in"]
+    values: Float[Tensor, " in"]
+    vectors: Float[Tensor, "in in"]
+
+    @classmethod
+    def of(cls, hessian: Float[Tensor, "in in"], *, shift: float = 0.0) -> Problem:
+        """Scale a Hessian to a unit diagonal, add `shift` to it, and decompose it, in float64."""
+        scale = hessian.diagonal().sqrt()
+        matrix = hessian / torch.outer(scale, scale)
+        matrix.diagonal().add_(shift)
+        values, vectors = torch.linalg.eigh(matrix.to(torch.float64))
+        return cls(matrix, scale, values.to(torch.float32), vectors.to(torch.float32))
+
+    def inverse(self, shift: float) -> Float[Tensor, "in in"]:
+        """Return inv(A + shift I)."""
+        return (self.vectors / (self.values + shift)) @ self.vectors.T
+
+    def loss(self, sparse: Float[Tensor, "out in"], dense: Float[Tensor, "out in"]) -> float:
+        """Return the reconstruction error 1/2 tr(D H D^T)."""
+        change = sparse - dense
+        return 0.5 * float(((change @ self.matrix) * change).sum(dtype=torch.float64))
+
+
+def largest(values: Float[Tensor, "out in"], sparsity: Sparsity) -> Bool[Tensor, "out in"]:
+    """Return where the largest magnitudes are: of the whole matrix, or of each N:M group."""
+    size = values.abs()
+    return keep_rows(size, sparsity) if sparsity.is_pattern else keep_matrix(size, sparsity)
+
+
+@dataclass(frozen=True)
+class Alps(_Reconstruction):
+    """Prunes by ADMM with a rising penalty, then solves for the kept weights.
+
+    Attributes:
+        damping: Share of the Hessian's mean diagonal that is added to its diagonal.
+        rho: First penalty.
+        steps: Most steps of ADMM.
+        solver_steps: Steps of the conjugate gradients on the final support.
+    """
+
+    damping: float = 0.01
+    rho: float = 0.1
+    steps: int = 300
+    solver_steps: int = 10
+
+    def __post_init__(self) -> None:
+        if not self.damping >= 0 or not self.rho > 0 or self.steps < 1 or self.solver_steps < 0:
+            raise ValueError("damping >= 0, rho > 0, steps >= 1 and solver_steps >= 0 are needed")
+
+    def problem(self, stats: InputStats) -> tuple[Problem, int]:
+        """Return the problem with the damping of SparseGPT, before it is scaled."""
+        hessian, dead = damped_hessian(stats, damping=self.damping)
+        return Problem.of(hessian), int(dead.sum())
+
+    def solve(
+        self, problem: Problem, dense: Float[Tensor, "out in"], sparsity: Sparsity
+    ) -> Float[Tensor, "out in"]:
+        """Find a support by ADMM and the best weights on it."""
+        start = self._split(problem, dense, sparsity)
+        return refine(problem, dense, start, largest(start, sparsity), steps=self.solver_steps)
+
+    def _split(self, problem: Problem, dense: Tensor, sparsity: Sparsity) -> Tensor:
+        """Return B after the last step of ADMM."""
+        keep = largest(dense, sparsity)
+        kept = int(keep.sum())
+        image = dense @ problem.matrix  # B0 A
+        sparse = torch.where(keep, dense, 0)
+        dual = torch.zeros_like(dense)
+        rho, settled, last = self.rho, False, keep
+        inverse = problem.inverse(rho)
+        for step in range(1, self.steps + 1):
+            free = torch.sub(image, dual).add_(sparse, alpha=rho) @ inverse
+            total = free + dual / rho
+            keep = largest(total, sparsity)
+            sparse = torch.where(keep, total, 0)
+            dual.add_(free, alpha=rho).sub_(sparse, alpha=rho)
+            if step % _CHECK_EVERY:
+                continue
+            changed = int((keep != last).sum())
+            last = keep
+            if changed == 0 and settled:
+                break
+            if step >= 30 and changed < 3e-4 * kept:
+                break
+            if changed > 0.005 * kept:
+                rho *= 1.3 if changed > 0.1 * kept else 1.2
+                settled = True
+            elif settled:
+                rho *= 1.1
+            else:  # too stiff from the start: nothing moves, so begin again with less penalty
+                rho /= 5
+                if changed:
+                    keep = largest(dense, sparsity)
+                    sparse = torch.where(keep, dense, 0)
+                    dual.zero_()
+                    last = keep
+            rho = min(rho, _LARGEST_RHO)
+            inverse = problem.inverse(rho)
+        return free
+
+
+@dataclass(frozen=True)
+class Admm(_Reconstruction):
+    """Prunes by a fixed number of ADMM steps.
+
+    Attributes:
+        damping: Added to the unit diagonal of the scaled Hessian.
+        rho: Penalty.
+        steps: Steps of ADMM.
+        mask_steps: Steps after which the support stays.
+    """
+
+    damping: float = 0.1
+    rho: float = 1.0
+    steps: int = 20
+    mask_steps: int = 15
+
+    def __post_init__(self) -> None:
+        if not self.damping >= 0 or not self.rho > 0 or self.steps < 1 or self.mask_steps < 1:
+            raise ValueError("damping >= 0, rho > 0, steps >= 1 and mask_steps >= 1 are needed")
+
+    def problem(self, stats: InputStats) -> tuple[Problem, int]:
+        """Return the problem with damping after it is scaled."""
+        hessian, dead = damped_hessian(stats, damping=0.0)
+        return Problem.of(hessian, shift=self.damping), int(dead.sum())
+
+    def solve(
+        self, problem: Problem, dense: Float[Tensor, "out in"], sparsity: Sparsity
+    ) -> Float[Tensor, "out in"]:
+        """Return the sparse copy after the last step."""
+        image = dense @ problem.matrix
+        inverse = problem.inverse(self.rho)
+        free, dual = dense, torch.zeros_like(dense)  # W and U of the paper
+        for step in range(self.steps):
+            total = free + dual
+            if step < self.mask_steps:
+                keep = largest(total, sparsity)
+            sparse = torch.where(keep, total, 0)
+            dual = total - sparse
+            free = torch.sub(sparse, dual).mul_(self.rho).add_(image) @ inverse
+        return torch.where(keep, free + dual, 0)
+
+
+def refine(
+    problem: Problem,
+    dense: Float[Tensor, "out in"],
+    start: Float[Tensor, "out in"],
+    keep: Bool[Tensor, "out in"],
+    *,
+    steps: int,
+    tolerance: float = 1e-4,
+) -> Float[Tensor, "out in"]:
+    """Minimise the reconstruction error over the weights on a support, by conjugate gradients.
+
+    Args:
+        problem: The scaled Hessian.
+        dense: The dense weight, scaled.
+        start: Where to begin; only its values on the support count.
+        keep: The support.
+        steps: Most steps; every output row has step lengths of its own.
+        tolerance: Stop when the residual has fallen to this share.
+    """
+    image = dense @ problem.matrix
+    sparse = torch.where(keep, start, 0)
+    residual = torch.where(keep, image - sparse @ problem.matrix, 0)
+    direction = residual.clone()
+    power = residual.square().sum(1, keepdim=True)  # (out, 1)
+    goal = tolerance**2 * float(power.sum())
+    for _ in range(steps):
+        pushed = torch.where(keep, direction @ problem.matrix, 0)
+        length = power / (direction * pushed).sum(1, keepdim=True).clamp(min=1e-30)
+        sparse += length * direction
+        residual -= length * pushed
+        new = residual.square().sum(1, keepdim=True)
+        if float(new.sum()) <= goal:
+            break
+        direction.mul_(new / power.clamp(min=1e-30)).add_(residual)
+        power = new
+    return sparse
