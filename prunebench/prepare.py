@@ -105,7 +105,7 @@ def prepare(spec: RunSpec, setup: Setup) -> Plan:
     started = time.perf_counter()
     clock = StageClock(setup.progress)
     with clock.stage("check", detail=f"{spec.method} on {spec.model}"):
-        spec, pruner, allocator, sparsity = _resolve_method(spec)
+        spec, pruner, rule, sparsity = _resolve_method(spec)
         source = find_model(spec.model)
         spec = spec.model_copy(update={"model": source.id})
         _check_texts(spec)
@@ -125,8 +125,11 @@ def prepare(spec: RunSpec, setup: Setup) -> Plan:
         linears = find_linears(skeleton(config))
         for linear in linears:
             sparsity.require_width(linear.in_features, name=linear.name)
-        if allocator is None:
+        allocator: Allocator | Allocation
+        if rule is None:
             spec, allocator = _read_allocation(spec, linears, sparsity)
+        else:
+            allocator = rule
     size = sum(file.stat().st_size for file in local.path.glob("*.safetensors"))
     _check_outputs(setup, need_model_bytes=size)
     vocabulary = int(config.get_text_config().vocab_size)

@@ -138,9 +138,7 @@ def _prune(plan: Plan, model: nn.Module, requested: dict[str, Sparsity]) -> Prun
         norm: Norm = vars(plan.pruner)["norm"]
         samples = len(plan.windows.token_ids)
         detail = f"of the dense model, {norm}"
-        with plan.clock.stage(
-            "gradients", total=samples, detail=detail, unit="windows"
-        ) as advance:
+        with plan.clock.stage("gradients", total=samples, detail=detail, unit="windows") as advance:
             gradients = gradient_norms(model, plan.windows.token_ids, norm=norm, advance=advance)
     with _walk(plan, model, "prune", f"{plan.spec.method} {plan.sparsity}", gradients) as walker:
         return plan.pruner.prune(walker, requested)

@@ -15,7 +15,7 @@ from prunebench.allocators.allocation import (
     save_allocation,
     shifted,
 )
-from prunebench.allocators.hessian import layer_error, log_clusters, spread
+from prunebench.allocators.hessian import automatic_range, layer_error, log_clusters, spread
 from prunebench.allocators.sensitivity import _Curve, balanced
 from prunebench.errors import CheckFailed, IncompatibleData, UsageError
 from prunebench.models.blocks import BlockWalker
@@ -174,6 +174,25 @@ def test_a_mean_that_no_exponent_reaches_is_reached_by_a_shift(sizes):
 
 def test_one_cluster_is_uniform():
     assert spread({"a": 0}, {"a": 5}, target=0.65, low=0.6, high=0.8) == {"a": 0.65}
+
+
+@pytest.mark.parametrize(
+    ("scores", "half"),
+    [([1, 1, 1, 1], 0), ([1, 10, 100, 1000, 10_000], 0.1), ([1, 10**0.25, 10**0.5, 1e9], None)],
+)
+def test_the_automatic_range_is_as_wide_as_the_scores_are_spread(scores, half):
+    low, high = automatic_range({str(i): float(x) for i, x in enumerate(scores)}, 0.7)
+    assert high - 0.7 == pytest.approx(0.7 - low)
+    assert 0 <= 0.7 - low <= 0.1 + 1e-12
+    if half is not None:
+        assert 0.7 - low == pytest.approx(half)
+
+
+def test_the_automatic_range_is_used_and_reported():
+    found = make("hessian", range="auto", low=0.0, high=0.0, decades=0.1).allocate(walker_of(), 0.5)
+    assert min(found.ratios.values()) >= found.facts["low"] > 0.4
+    assert max(found.ratios.values()) <= found.facts["high"] < 0.6
+    assert found.facts["clusters"] > 1
 
 
 @pytest.mark.parametrize(

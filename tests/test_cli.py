@@ -38,7 +38,8 @@ def test_every_command_and_option_has_help(name):
 def test_the_options_of_run_are_a_decision():
     names = {o for p in commands()["run"].params for o in p.opts if o.startswith("--")}
     assert names == {
-        "--method", "--model", "--sparsity", "--allocation", "--save-allocation", "--calibration", "--calibration-samples", "--seqlen",
+        "--method", "--model", "--sparsity", "--allocation", "--save-allocation", "--calibration",
+        "--calibration-samples", "--seqlen",
         "--ppl", "--ppl-seqlen", "--ppl-tokens", "--seed", "--dtype", "--device", "--set",
         "--save-model", "--save-masks", "--save-calibration", "--within-block", "--results-dir",
         "--recipe", "--dry-run", "--show-config", "--force", "--json", "--quiet", "--debug",

@@ -21,6 +21,7 @@ whose scores have a short tail), `range=auto` chooses it from the scores, see `a
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Literal
@@ -36,6 +37,8 @@ from prunebench.models.linears import Linear
 from prunebench.pruners.layer import Needs
 
 _COLUMNS = 128  # SparseGPT's block
+_HALF_WIDTH = 0.1  # of the paper's range
+_HIGHEST = 0.99
 
 
 @dataclass(frozen=True)
@@ -159,6 +162,23 @@ def log_clusters(scores: Mapping[str, float], *, decades: float) -> dict[str, in
         name: math.floor((math.log10(score) - least) / decades + 1e-9) if score > 0 else 0
         for name, score in scores.items()
     }
+
+
+def automatic_range(scores: Mapping[str, float], target: float) -> tuple[float, float]:
+    """Return a range around the target, as wide as the scores are spread.
+
+    The paper's 0.1 on either side is for scores that differ by powers of ten. Half of the layers
+    lie between the quartiles of log10(score); where that is a decade or more the range is the
+    paper's, where it is less the range shrinks with it, and where all layers are alike it is the
+    target alone. Quartiles and not extremes: a few layers that hardly lose anything (the first
+    block's, often) say nothing of how the others should differ.
+    """
+    logs = sorted(math.log10(score) for score in scores.values() if score > 0)
+    if len(logs) < 2:
+        return target, target
+    lower, _, upper = statistics.quantiles(logs, n=4, method="inclusive")
+    half = _HALF_WIDTH * min(1.0, upper - lower)
+    return max(0.0, target - half), min(max(target, _HIGHEST), target + half)
 
 
 def spread(

@@ -120,7 +120,7 @@ class _Output:
         self.token_ids: Int[Tensor, "windows seqlen"] = walker.first_windows(windows)
         self.runs: list[TrueRun] = []
         self.dense: list[Float[Tensor, "seqlen vocabulary"]] = []
-        for window in self.token_ids.split(1):
+        for window in torch.split(self.token_ids, 1):
             run = run_model(self.model, self.blocks, window)
             self.runs.append(run)
             self.dense.append(self._log_probabilities(window, run, len(self.blocks) - 1))
@@ -128,7 +128,9 @@ class _Output:
     def divergence(self, index: int) -> float:
         """Return the mean KL(dense || now) over the tokens, run from block `index` on."""
         total = 0.0
-        for window, run, dense in zip(self.token_ids.split(1), self.runs, self.dense, strict=True):
+        for window, run, dense in zip(
+            torch.split(self.token_ids, 1), self.runs, self.dense, strict=True
+        ):
             now = self._log_probabilities(window, run, index)
             for start in range(0, len(dense), _ROWS):
                 rows = slice(start, start + _ROWS)

@@ -104,7 +104,7 @@ class StatsAccumulator:
             squares = upper.diagonal().to(torch.float64)
             upper += upper.triu(1).T
             return InputStats(samples, self.tokens, squares, upper)
-        squares = self._sum_squares
-        if squares is None:
-            squares = torch.zeros(width, dtype=torch.float64, device=device)
-        return InputStats(samples=samples, tokens=self.tokens, sum_squares=squares)
+        sums = self._sum_squares
+        if sums is None:
+            sums = torch.zeros(width, dtype=torch.float64, device=device)
+        return InputStats(samples=samples, tokens=self.tokens, sum_squares=sums)

@@ -41,9 +41,11 @@ from prunebench.models.replay import BlockCall, check_replay, plain_inference, r
 
 Norm = Literal["l1", "l2"]
 
-_SLICE = 1 << 17  # elements of a gradient that are made at a time
+_SLICE = 1 << 19  # elements of a gradient that are made at a time
 _HEAD_ROWS = 128  # tokens whose logits exist at a time
 _VERSION = 1
+_PAGE = mmap.PAGESIZE
+_POPULATE_WRITE = 23  # MADV_POPULATE_WRITE of Linux
 _CHECK_TOKENS = 128
 
 
@@ -102,7 +104,7 @@ def gradient_norms(
             backward = _Backward(model, linears, sums)
             plans_from = token_ids[:1, :_CHECK_TOKENS].to(device)
             backward.prepare(plans_from)
-            for window in token_ids.split(1):
+            for window in torch.split(token_ids, 1):
                 backward.add(window.to(device))
                 advance(1)
         sums.finish()
@@ -136,16 +138,15 @@ class _Accumulators:
         text = json.dumps(header).encode()
         text += b" " * (-(len(text) + 8) % 4096)  # the data begin on a page
         begin = 8 + len(text)
-        with path.open("wb") as file:
+        with path.open("w+b") as file:
             file.write(len(text).to_bytes(8, "little") + text)
             os.posix_fallocate(file.fileno(), 0, begin + end)  # a full disk says so now
-        self._file = np.memmap(path, dtype=np.float32, mode="r+", offset=begin, shape=(end // 4,))
-        offset = 0
+            self._map = mmap.mmap(file.fileno(), 0)
+        self._offsets = {name: begin + row["data_offsets"][0] for name, row in header.items()}
         self._mapped: dict[str, Tensor] = {}
         for one in linears:
-            flat = torch.from_numpy(self._file[offset : offset + one.size])
-            self._mapped[one.name] = flat.view(one.out_features, one.in_features)
-            offset += one.size
+            flat = np.frombuffer(self._map, np.float32, one.size, self._offsets[one.name])
+            self._mapped[one.name] = torch.from_numpy(flat).view(one.out_features, one.in_features)
         self._sums = self._mapped
         if not self._on_cpu:
             self._sums = {k: torch.zeros_like(v, device=device) for k, v in self._mapped.items()}
@@ -155,7 +156,6 @@ class _Accumulators:
 
     def __exit__(self, *error: object) -> None:
         self._sums = self._mapped = {}
-        del self._file
 
     def add_product(self, linear: Linear, outer: Tensor, inputs: Tensor) -> None:
         """Add the norm of outer^T inputs, where outer is (tokens, out) and inputs (tokens, in)."""
@@ -181,11 +181,18 @@ class _Accumulators:
         else:
             total.addcmul_(gradient, gradient)
 
+    def fetch(self, linears: Sequence[Linear]) -> None:
+        """Map the pages of linears that lie side by side, at once: one by one they cost more."""
+        if self._on_cpu and linears:
+            begin = self._offsets[linears[0].name] // _PAGE * _PAGE
+            end = self._offsets[linears[-1].name] + 4 * linears[-1].size
+            with contextlib.suppress(OSError):  # Linux before 5.14 cannot
+                self._map.madvise(_POPULATE_WRITE, begin, min(end, len(self._map)) - begin)
+
     def release(self) -> None:
         """Let the pages of the file go from this process (they stay in the system's cache)."""
-        mapped: Any = self._file
-        if self._on_cpu and hasattr(mmap, "MADV_DONTNEED"):
-            mapped._mmap.madvise(mmap.MADV_DONTNEED)
+        if self._on_cpu:
+            self._map.madvise(mmap.MADV_DONTNEED)
 
     def finish(self) -> None:
         """Check every sum and write them out."""
@@ -204,7 +211,7 @@ class _Accumulators:
             if not self._on_cpu:
                 self._mapped[one.name].copy_(total)
             self.release()
-        self._file.flush()
+        self._map.flush()
 
 
 class _Replayed(torch.autograd.Function):
@@ -281,10 +288,8 @@ class _Backward:
                 wanted: dict[str, Any] = {"logits_to_keep": rows} if self._some_logits else {}
                 logits = self.model(input_ids=window, use_cache=False, **wanted).logits
                 logits = logits[0] if self._some_logits else logits[0, :-1]
-                loss = nn.functional.cross_entropy(
-                    logits.to(torch.float32), targets[rows], reduction="sum"
-                )
-                (loss / len(targets)).backward()  # type: ignore[no-untyped-call]
+                slope = _loss_slope(logits.detach(), targets[rows]).div_(len(targets))
+                torch.autograd.backward([logits], [slope.to(logits.dtype)])
         assert leaf.grad is not None
         return leaf.grad
 
@@ -299,11 +304,21 @@ class _Backward:
         """Run a block again with a graph, add its linears' gradients, return its input's."""
         leaf = hidden.detach().requires_grad_()
         linears = self._by_block[index]
+        self.sums.fetch(linears)
         with _outputs_given(linears, known, self.sums, self._changed), torch.enable_grad():
             output = call.run(self.blocks[index], leaf)
             torch.autograd.backward([output], [gradient])
         assert leaf.grad is not None
         return leaf.grad
+
+
+def _loss_slope(
+    logits: Float[Tensor, "rows vocabulary"], targets: Int[Tensor, " rows"]
+) -> Float[Tensor, "rows vocabulary"]:
+    """Return the gradient of the summed cross-entropy: softmax - 1 at the target, float32."""
+    slope = logits.to(torch.float32).softmax(-1)
+    slope[torch.arange(len(targets), device=targets.device), targets] -= 1
+    return slope
 
 
 @contextlib.contextmanager
@@ -410,7 +425,8 @@ def _expert_gradients(linears: Sequence[Linear], sums: _Accumulators) -> Iterato
                 of.grad = None
 
             parameter.requires_grad_(True)
-            handles.append(parameter.register_post_accumulate_grad_hook(add))
+            register: Any = parameter.register_post_accumulate_grad_hook
+            handles.append(register(add))
         yield
     finally:
         for handle in handles:
