@@ -109,7 +109,8 @@ def require_range(low: float, high: float, target: float) -> None:
         raise UsageError(
             f"the range [{low:g}, {high:g}] cannot reach the mean {target:g}",
             where="every layer would be above it, or every layer below",
-            fix="change --set allocation.low and allocation.high, or --sparsity",
+            fix="change --set allocation.low and allocation.high, or give --set "
+            "allocation.range=auto where the allocator has it",
         )
 
 
