@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
+import shutil
 import statistics
 import subprocess
 import sys
@@ -112,19 +114,22 @@ def _plain_seconds(model: Any, tokens: Any) -> float:
     return time.perf_counter() - begun
 
 
-def _prune_seconds(model: Any, tokens: Any, *, sparsity: str, within_block: Any) -> float:
+def _prune_seconds(
+    method: str, model: Any, tokens: Any, *, sparsity: str, within_block: Any, gradients: Any = None
+) -> float:
     from prunebench.models.blocks import BlockWalker
     from prunebench.pruners import METHODS
     from prunebench.sparsity import Sparsity
 
     begun = time.perf_counter()
-    walker = BlockWalker(model, token_ids=tokens, within_block=within_block)
+    walker = BlockWalker(model, token_ids=tokens, within_block=within_block, gradients=gradients)
     target = Sparsity.parse(sparsity)
-    METHODS.make("wanda", {}).prune(walker, {one.name: target for one in walker.linears})
+    METHODS.make(method, {}).prune(walker, {one.name: target for one in walker.linears})
     return time.perf_counter() - begun
 
 
-def _wanda(name: str, within_block: str, limit: float) -> list[Figure]:
+def _passes(method: str, within_block: str, limit: float) -> list[Figure]:
+    """Whole pruning as a share of two plain forward passes of the blocks."""
     tokens = _tokens()
     figures = []
     for sparsity in ("0.5", "2:4"):
@@ -133,23 +138,67 @@ def _wanda(name: str, within_block: str, limit: float) -> list[Figure]:
             model = _model()
             _plain_seconds(model, tokens[:2])
             before = _plain_seconds(model, tokens)
-            pruned = _prune_seconds(model, tokens, sparsity=sparsity, within_block=within_block)
+            pruned = _prune_seconds(
+                method, model, tokens, sparsity=sparsity, within_block=within_block
+            )
             runs.append(pruned / (before + _plain_seconds(model, tokens)))
-        title = f"{name}-{sparsity.replace(':', 'of')}"
+        title = f"{method}-{within_block}-{sparsity.replace(':', 'of')}"
         figures.append(_at_most(title, limit, "of two plain passes", runs))
     return figures
 
 
-@figure("wanda-joint")
-def wanda_joint() -> list[Figure]:
-    """Whole Wanda pruning, joint order, as a share of two plain forward passes of the blocks."""
-    return _wanda("wanda-joint", "joint", 1.05)
+for _method, _order, _limit in (
+    ("wanda", "joint", 1.05),
+    ("wanda", "sequential", 0.62),
+    ("sparsegpt", "joint", 1.7),
+    ("sparsegpt", "sequential", 1.2),
+):
+    figure(f"{_method}-{_order}")(functools.partial(_passes, _method, _order, _limit))
 
 
-@figure("wanda-sequential")
-def wanda_sequential() -> list[Figure]:
-    """The same in sequential order, which makes one pass."""
-    return _wanda("wanda-sequential", "sequential", 0.62)
+@figure("gblm")
+def gblm() -> list[Figure]:
+    """GBLM with and without cached gradients, against Wanda, both joint."""
+    from prunebench.models.gradients import gradient_norms
+
+    tokens = _tokens()
+    first, cached = [], []
+    for _ in range(2):
+        wanda = _prune_seconds("wanda", _model(), tokens, sparsity="2:4", within_block="joint")
+        model = _model()
+        with tempfile.TemporaryDirectory() as folder:
+            os.environ["PRUNEBENCH_CACHE"] = folder
+            begun = time.perf_counter()
+            gradient_norms(model, tokens, norm="l1")
+            fresh = time.perf_counter() - begun
+            begun = time.perf_counter()
+            gradients = gradient_norms(model, tokens, norm="l1")
+            again = time.perf_counter() - begun
+            del os.environ["PRUNEBENCH_CACHE"]
+            pruned = _prune_seconds(
+                "gblm", model, tokens, sparsity="2:4", within_block="joint", gradients=gradients
+            )
+        first.append((fresh + pruned) / wanda)
+        cached.append((again + pruned) / wanda)
+    return [
+        _at_most("gblm-first-use", 3.2, "times wanda", first),
+        _at_most("gblm-cached", 1.1, "times wanda", cached),
+    ]
+
+
+@figure("gblm-peak-rss")
+def gblm_peak_rss() -> list[Figure]:
+    """Peak resident memory of a whole run of GBLM that makes its gradients, over its allowance."""
+    from prunebench.files import cache_dir
+
+    with tempfile.TemporaryDirectory() as folder:
+        shutil.rmtree(cache_dir() / "gradients", ignore_errors=True)
+        run = ["run", "-m", "gblm", "--sparsity", "2:4", "--calibration", "c4@wheel", "--json"]
+        _, out = _run_cli([*run, "-q", "--ppl-tokens", "2048"], folder=Path(folder))
+    result = json.loads(out)
+    model, cost = result["model"], result["cost"]
+    allowed = 4 * (model["parameters"] + model["prunable_parameters"]) / 1e9 + 0.5
+    return [_at_most("gblm-peak-rss", allowed, "GB", [cost["peak_rss_bytes"] / 1e9])]
 
 
 # ---------------------------------------------------------------- masks
@@ -237,7 +286,7 @@ def bf16() -> list[Figure]:
             token_ppl(model, tokens)
             seconds[dtype, "score"] = time.perf_counter() - begun
             seconds[dtype, "prune"] = _prune_seconds(
-                model, tokens, sparsity="2:4", within_block="joint"
+                "wanda", model, tokens, sparsity="2:4", within_block="joint"
             )
         prune.append(seconds["float32", "prune"] / seconds["bfloat16", "prune"])
         score.append(seconds["float32", "score"] / seconds["bfloat16", "score"])
@@ -305,6 +354,7 @@ def demo() -> list[Figure]:
             ("wanda", "2:4"),
         ):
             run = ["run", "-m", method, "--sparsity", sparsity, "--calibration", "c4@wheel", "-q"]
+            run += ["--within-block", "sequential"]
             _run_cli(run, folder=Path(folder))
         _run_cli(["compare"], folder=Path(folder))
     return [_at_most("demo", 300, "s", [time.perf_counter() - begun])]
