@@ -185,7 +185,9 @@ def _resolve_allocator(spec: RunSpec) -> tuple[Allocator | None, dict[str, Any]]
             raise UsageError("an allocation file has no options", fix="leave --set allocation. out")
         return None, {}
     options = ALLOCATORS.resolve_options(name, spec.allocation_options, seed=spec.seed)
-    return ALLOCATORS.make(name, options), options
+    allocator: Allocator = ALLOCATORS.make(name, options)
+    allocator.check(Sparsity.parse(spec.sparsity).ratio)
+    return allocator, options
 
 
 def _read_allocation(

@@ -337,6 +337,7 @@ def test_the_scheduler_is_sparsegpt_with_the_hessian_allocator(cli, tiny_run):
         (["--allocation", "owel"], 2, "did you mean 'owl'?"),
         (["--allocation", "owl", "--sparsity", "2:4"], 2, "does not go with wanda 2:4"),
         (["--allocation", "hessian", "--sparsity", "0.5"], 2, "cannot reach the mean 0.5"),
+        (["--allocation", "hessian", "--sparsity", "0.5", "--dry-run"], 2, "range=auto"),
         (["--allocation", "file:none.json"], 2, "cannot read the allocation"),
         (["--allocation", "owl", "--set", "allocation.strenght=1"], 2, "did you mean 'strength'?"),
         (["--allocation", "owl", "--set", "allocation.strength=x"], 2, "should be float"),

@@ -43,6 +43,6 @@ ALLOCATORS = Registry(
     entry_points="prunebench.allocators",
     row=Row,
     builtin=BUILTIN,
-    required=("allocate", "needs"),
+    required=("allocate", "check", "needs"),
     option="allocation.",
 )

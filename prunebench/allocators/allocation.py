@@ -40,6 +40,9 @@ class Allocator(Protocol):
 
     needs: ClassVar[Needs]
 
+    def check(self, target: float) -> None:
+        """Raise `UsageError`, before any work, if the target is out of reach."""
+
     def allocate(self, walker: BlockWalker, target: float) -> Allocation:
         """Return a ratio for every linear of `walker`, with mean `target` over all weights.
 

@@ -23,7 +23,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from prunebench.allocators.allocation import Allocation, shifted
+from prunebench.allocators.allocation import Allocation, require_range, shifted
 from prunebench.models.blocks import BlockWalker
 from prunebench.pruners.layer import Needs
 
@@ -49,6 +49,10 @@ class _Blockwise(ABC):
         low, high = min(figures.values()), max(figures.values())
         width = (high - low) or 1.0
         return {b: 2 * self.strength * (f - low) / width for b, f in figures.items()}
+
+    def check(self, target: float) -> None:
+        """Accept any ratio: what lies outside [0, 0.99] is clipped and made up for elsewhere."""
+        require_range(0.0, max(_HIGHEST, target), target)
 
     def allocate(self, walker: BlockWalker, target: float) -> Allocation:
         """Return one ratio a block."""

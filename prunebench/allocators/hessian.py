@@ -72,10 +72,14 @@ class Hessian:
         if self.decades <= 0:
             raise ValueError("decades must be above 0")
 
-    def allocate(self, walker: BlockWalker, target: float) -> Allocation:
-        """Estimate every layer's error at the target, cluster, and spread the ratios."""
+    def check(self, target: float) -> None:
+        """Refuse a fixed range that cannot reach the target."""
         if self.range == "fixed":
             require_range(self.low, self.high, target)
+
+    def allocate(self, walker: BlockWalker, target: float) -> Allocation:
+        """Estimate every layer's error at the target, cluster, and spread the ratios."""
+        self.check(target)
         errors: dict[str, LayerError] = {}
         for group in walker.survey(hessian=True):
             assert group.stats is not None

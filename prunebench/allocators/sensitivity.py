@@ -61,6 +61,9 @@ class Sensitivity:
         if self.windows < 1 or not 0 <= self.width < 1:
             raise ValueError("windows must be at least 1, and width in [0, 1)")
 
+    def check(self, target: float) -> None:
+        """Accept any target."""
+
     def allocate(self, walker: BlockWalker, target: float) -> Allocation:
         """Prune every group alone, measure, restore it, and balance the groups."""
         low, high = max(0.0, target - self.width), min(max(_HIGHEST, target), target + self.width)

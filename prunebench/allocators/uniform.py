@@ -16,6 +16,9 @@ class Uniform:
 
     needs: ClassVar[Needs] = Needs()
 
+    def check(self, target: float) -> None:
+        """Accept any target."""
+
     def allocate(self, walker: BlockWalker, target: float) -> Allocation:
         """Return the target for every layer."""
         return Allocation({one.name: target for one in walker.linears})

@@ -14,11 +14,8 @@ from __future__ import annotations
 import functools
 import gzip
 import hashlib
-import os
 import re
 import tomllib
-import urllib.error
-import urllib.request
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import resources
@@ -26,12 +23,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 from prunebench.errors import IncompatibleData, MissingResource, UsageError, nearest
+from prunebench.hub import hub_errors, hub_reachable, require_hub, unreachable
 from prunebench.progress import Progress
 from prunebench.wheels import Wheel
 
 Use = Literal["calibration", "evaluation"]
 
-_HUB_TIMEOUT_SECONDS = 3
 _ARTICLE = re.compile(r"<doc [^>]*>\n(.*?)\n?</doc>", flags=re.DOTALL)
 
 
@@ -150,22 +147,6 @@ def load_text(name: str, *, use: Use, progress: Progress) -> Text:
     return _c4_from_hub(entry, use, progress)
 
 
-@functools.cache
-def hub_reachable() -> bool:
-    """Return whether the hub answers within three seconds (asked once a process)."""
-    if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"):
-        return False
-    endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
-    try:
-        request = urllib.request.Request(endpoint, method="HEAD")
-        with urllib.request.urlopen(request, timeout=_HUB_TIMEOUT_SECONDS):
-            return True
-    except urllib.error.HTTPError:
-        return True  # it answered
-    except (OSError, ValueError):
-        return False
-
-
 def read_text_file(path: Path) -> str:
     """Read a UTF-8 file, compressed if it ends in .gz; line ends stay as they are.
 
@@ -217,15 +198,13 @@ def _cut(text: str, documents: str) -> list[str]:
 def _hub_file(entry: TextEntry, name: str, progress: Progress) -> tuple[str, str]:
     from huggingface_hub import hf_hub_download
 
+    fix = "connect to the network, or name a local file (wikitext2:PATH, file:PATH)"
+    require_hub(entry.hub, fix=fix)
     try:
         with progress.stage("download", detail=f"{entry.hub} {name}"):
             path = hf_hub_download(entry.hub, name, revision=entry.revision, repo_type="dataset")
-    except OSError as error:
-        raise MissingResource(
-            f"{entry.hub} cannot be downloaded",
-            where=f"the hub cannot be reached: {str(error).splitlines()[0][:160]}",
-            fix="connect to the network, or name a local file (wikitext2:PATH, file:PATH)",
-        ) from error
+    except hub_errors() as error:
+        raise unreachable(entry.hub, error, fix=fix) from error
     return str(path), f"hub:{entry.hub}@{entry.revision}/{name}"
 
 

@@ -94,7 +94,7 @@ def _folders(results_dir: Path) -> list[Finding]:
 
 
 def _sources() -> list[Finding]:
-    from prunebench.calibration.texts import hub_reachable
+    from prunebench.hub import hub_reachable
     from prunebench.models.source import find_model, local_path
     from prunebench.spec import RunSpec
 

@@ -20,6 +20,7 @@ from typing import Any, Literal
 
 from prunebench.errors import IncompatibleData, MissingResource, UsageError, nearest
 from prunebench.files import cache_dir, explain_os_error, sha256_file
+from prunebench.hub import hub_errors, require_hub, unreachable
 from prunebench.models.safetensors_files import check_weight_files, weight_files
 from prunebench.progress import Progress
 from prunebench.wheels import Wheel
@@ -259,6 +260,8 @@ def _download_snapshot(source: ModelSource) -> Path:
     wanted: dict[str, Any] = {"repo_id": source.location, "allow_patterns": _HUB_FILES}
     wanted["ignore_patterns"] = ["original/*", "onnx/*"]
     revision = source.revision
+    fix = "connect to the network, or give a local folder or .gguf file to --model"
+    require_hub(source.location, fix=fix)
     try:
         names = HfApi().list_repo_files(source.location, revision=revision)
         if not any(name.endswith(".safetensors") for name in names):
@@ -284,12 +287,8 @@ def _download_snapshot(source: ModelSource) -> Path:
             where=page,
             fix="check the spelling, or run hf auth login if it is private",
         ) from error
-    except (hub.HFValidationError, hub.EntryNotFoundError, OSError) as error:
-        raise MissingResource(
-            f"{source.location} cannot be downloaded",
-            where=f"the hub cannot be reached: {str(error).splitlines()[0][:160]}",
-            fix="connect to the network, or give a local folder or .gguf file to --model",
-        ) from error
+    except (hub.HFValidationError, hub.EntryNotFoundError, *hub_errors()) as error:
+        raise unreachable(source.location, error, fix=fix) from error
     if not weight_files(path):
         raise MissingResource(
             f"{source.location} has no safetensors, only pickled weights",
