@@ -38,8 +38,7 @@ def hub_errors() -> tuple[type[Exception], ...]:
     """
     from huggingface_hub.errors import HfHubHTTPError
 
-    bases: tuple[type[Exception], ...] = HfHubHTTPError.__bases__  # type: ignore[assignment]
-    return (OSError, *bases)
+    return (OSError, *(base for base in HfHubHTTPError.__bases__ if issubclass(base, Exception)))
 
 
 def require_hub(what: str, *, fix: str) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from prunebench.errors import MissingResource, SaveError
+from prunebench.results.compare import Selection, compare
 from prunebench.results.schema import Result, json_schema
 from prunebench.results.store import Damaged, ResultStore, new_run_id, read_result
 from prunebench.spec import RunSpec
@@ -144,3 +145,17 @@ def test_the_table_is_fresh():
     results, _ = ResultStore(REPOSITORY / "results").read(committed_results())
     table = (REPOSITORY / "results" / "TABLE.md").read_text("utf-8")
     assert table == table_text(results), "run prunebench results table"
+
+
+def test_the_committed_rows_rank_as_the_papers_do():
+    """At 2:4, beyond the noise of the seeds: dense < sparsegpt < wanda < magnitude < random."""
+    results, _ = ResultStore(REPOSITORY / "results").read(committed_results())
+    selection = Selection.parse(
+        ["sparsity=0,2:4", "model=smollm2-135m-q4", "within_block=joint,None"]
+    )
+    (table,) = compare(results, selection)
+    cells = {cell.method: next(iter(cell.scores.values())) for cell in table.cells}
+    order = ["dense", "sparsegpt", "wanda", "magnitude", "random"]
+    for better, worse in zip(order, order[1:], strict=False):
+        one, other = cells[better], cells[worse]
+        assert max(one.values) < min(other.values), (better, worse)

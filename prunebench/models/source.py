@@ -262,6 +262,8 @@ def _download_snapshot(source: ModelSource) -> Path:
     revision = source.revision
     fix = "connect to the network, or give a local folder or .gguf file to --model"
     require_hub(source.location, fix=fix)
+    failures: tuple[type[Exception], ...] = (hub.HFValidationError, hub.EntryNotFoundError)
+    failures += hub_errors()
     try:
         names = HfApi().list_repo_files(source.location, revision=revision)
         if not any(name.endswith(".safetensors") for name in names):
@@ -287,7 +289,7 @@ def _download_snapshot(source: ModelSource) -> Path:
             where=page,
             fix="check the spelling, or run hf auth login if it is private",
         ) from error
-    except (hub.HFValidationError, hub.EntryNotFoundError, *hub_errors()) as error:
+    except failures as error:
         raise unreachable(source.location, error, fix=fix) from error
     if not weight_files(path):
         raise MissingResource(
