@@ -1,0 +1,126 @@
+"""The values of a run: from flags, environment, recipe and defaults, each with its source."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import typer
+
+from prunebench.errors import UsageError, nearest
+from prunebench.models.source import find_model
+from prunebench.pruners import METHODS
+from prunebench.sparsity import Sparsity
+from prunebench.spec import DTYPES, ORDERS, RunSpec, read_recipe
+
+_RECIPE_KEYS: dict[str, type | tuple[type, ...]] = {
+    "method": str,
+    "model": str,
+    "sparsity": (str, float, int),
+    "allocation": str,
+    "calibration": str,
+    "calibration_samples": int,
+    "seqlen": int,
+    "ppl": (str, list),
+    "ppl_seqlen": int,
+    "ppl_tokens": int,
+    "seed": int,
+    "dtype": str,
+    "within_block": str,
+    "device": str,
+    "set": dict,
+}
+OUTSIDE_SPEC = ("device",)
+_ALLOCATION = "allocation."  # begins the options of the allocator among those of --set
+
+
+def collect(ctx: typer.Context, recipe: Path | None) -> tuple[dict[str, Any], dict[str, str]]:
+    """Merge flags, environment, recipe and defaults; return the values and their sources."""
+    given: dict[str, Any] = {}
+    sources: dict[str, str] = {}
+    read = read_recipe(recipe, known=_RECIPE_KEYS) if recipe else {}
+    for key in _RECIPE_KEYS:
+        parameter = "set_" if key == "set" else key
+        source = ctx.get_parameter_source(parameter)
+        origin = source.name if source else "DEFAULT"
+        if origin in ("COMMANDLINE", "ENVIRONMENT"):
+            given[key] = ctx.params[parameter]
+            sources[key] = "flag" if origin == "COMMANDLINE" else "environment"
+        elif key in read:
+            given[key] = read[key]
+            sources[key] = f"recipe {recipe}"
+    values = _with_defaults(given)
+    order = [key for key in _RECIPE_KEYS if key != "set"]
+    sources = {key: sources.get(key, "default") for key in order} | {
+        "method_options": sources.get("set", "default"),
+        "allocation_options": sources.get("set", "default"),
+    }
+    return values, sources
+
+
+def _with_defaults(given: Mapping[str, Any]) -> dict[str, Any]:
+    if "method" not in given:
+        raise UsageError(
+            "no method is named", fix="give --method, for example --method wanda; see list methods"
+        )
+    row = METHODS.find(given["method"])
+    values: dict[str, Any] = {
+        name: field.default
+        for name, field in RunSpec.model_fields.items()
+        if name in _RECIPE_KEYS and name != "method"
+    }
+    source = find_model(given.get("model", values["model"]))
+    values |= {"sparsity": row.sparsity, "allocation": row.allocation, "device": "auto"}
+    values["dtype"] = source.entry.dtype if source.entry else "float32"
+    values |= {key: value for key, value in given.items() if key != "set"}
+    for name, known in (("dtype", DTYPES), ("within_block", ORDERS)):
+        if values[name] not in known:
+            raise UsageError(
+                f"--{name.replace('_', '-')} {values[name]!r} is not known",
+                fix=nearest(str(values[name]), known),
+            )
+    sparsity = values["sparsity"]
+    text = ",".join(sparsity) if isinstance(sparsity, list) else str(sparsity)
+    values["sparsity"] = str(Sparsity.parse(text))
+    texts = [values["ppl"]] if isinstance(values["ppl"], str) else list(values["ppl"])
+    values["ppl"] = tuple(
+        name.strip() for text in texts for name in text.split(",") if name.strip()
+    )
+    options = read_options(given.get("set", ()))
+    of_allocation = {k for k in options if k.startswith(_ALLOCATION)}
+    values["method_options"] = {k: v for k, v in options.items() if k not in of_allocation}
+    values["allocation_options"] = {k.removeprefix(_ALLOCATION): options[k] for k in of_allocation}
+    return values
+
+
+def read_options(given: Any) -> dict[str, Any]:
+    """Read the words of --set, or the table [set] of a recipe, which may hold [set.allocation]."""
+    if isinstance(given, dict):
+        nested = given.get("allocation")
+        inner = nested if isinstance(nested, dict) else {}
+        flat = {k: v for k, v in given.items() if k != "allocation" or v is not nested or not inner}
+        return flat | {f"{_ALLOCATION}{k}": v for k, v in inner.items()}
+    options: dict[str, Any] = {}
+    for word in given:
+        key, equals, value = word.partition("=")
+        if not equals or not key:
+            raise UsageError(f"--set {word!r} is not KEY=VALUE", fix="as in --set alpha=100")
+        if key in options:
+            raise UsageError(f"--set names {key!r} twice")
+        options[key] = value
+    return options
+
+
+def print_config(values: dict[str, Any], sources: dict[str, str], *, as_json: bool) -> None:
+    """Print every value with its source, on stdout."""
+    if as_json:
+        rows = {key: {"value": values[key], "source": sources[key]} for key in sources}
+        typer.echo(json.dumps(rows, indent=1))
+        return
+    width = max(map(len, sources))
+    for key, source in sources.items():
+        value = values[key]
+        shown = ",".join(value) if isinstance(value, tuple) else str(value)
+        typer.echo(f"{key:<{width}}  {shown:<24}  {source}")
