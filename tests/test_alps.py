@@ -132,8 +132,7 @@ def test_the_variant_of_wanda_is_the_papers_bisection():
 
     weight = weights(40, 64)
     stats = InputStats(2, 9, torch.rand(64, generator=torch.Generator().manual_seed(0)).double())
-    options = METHODS.resolve_options("wanda", {"variant": "true"}, seed=0)
-    found = METHODS.make("wanda", options).prune_weight(weight, stats, Sparsity(0.5))
+    found = METHODS.make("wanda-variant", {}).prune_weight(weight, stats, Sparsity(0.5))
     assert int((found == 0).sum()) == 40 * 32
     score = (weight.abs() * stats.norms()).double()
     ordered = score.sort(dim=1).values

@@ -44,6 +44,12 @@ BUILTIN: dict[str, Method] = {
         paper="2306.11695",
         data=True,
     ),
+    "wanda-variant": Method(
+        "prunebench.pruners.wanda:WandaVariant",
+        "wanda, where output rows lose an equal share of their score",
+        paper="2306.11695",
+        data=True,
+    ),
     "sparsegpt": Method(
         "prunebench.pruners.sparsegpt:SparseGPT",
         "optimal brain surgeon by columns, with weight updates",

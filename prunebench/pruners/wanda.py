@@ -8,9 +8,10 @@ What differs from it: statistics are summed in float64 and shared by linears wit
 loses exactly floor(in * ratio) weights; N of N:M counts kept weights; an input that no calibration
 token reached (an expert never chosen) falls back to magnitude and is reported.
 
-`variant` is their `--use_variant`: every row loses its smallest scores up to the same share of the
-row's sum. They search that share by bisection to within 0.001 of the ratio; here each weight has
-the share that would just prune it, and the whole matrix is compared by it, so the count is exact.
+`WandaVariant` is their `--use_variant`, a row of its own: every output row loses its smallest scores
+up to the same share of the row's sum. They search that share by bisection to within 0.001 of the
+ratio; here each weight has the share that would just prune it, and the whole matrix is compared by
+it, so the count is exact.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from prunebench.calibration.stats import InputStats
@@ -30,15 +31,9 @@ from prunebench.sparsity import Sparsity
 
 @dataclass(frozen=True)
 class Wanda(LayerPruner):
-    """Prunes each output row (or N:M group) by |W| times the norm of the inputs.
-
-    Attributes:
-        variant: Rows lose an equal share of their score, not an equal number of weights. N:M is
-            not affected.
-    """
+    """Prunes each output row (or N:M group) by |W| times the norm of the inputs."""
 
     needs: ClassVar[Needs] = Needs(calibration=True)
-    variant: bool = False
 
     def prune_weight(
         self, weight: Float[Tensor, "out in"], stats: InputStats | None, sparsity: Sparsity
@@ -47,16 +42,25 @@ class Wanda(LayerPruner):
         score = weight.abs()
         if stats is not None and stats.tokens:
             score = score * stats.norms()
-        if self.variant and not sparsity.is_pattern:
-            keep = keep_matrix(_shares(score), sparsity)
-        else:
-            keep = keep_rows(score, sparsity)
-        return torch.where(keep, weight, 0)
+        return torch.where(self.keep(score, sparsity), weight, 0)
+
+    def keep(self, score: Float[Tensor, "out in"], sparsity: Sparsity) -> Bool[Tensor, "out in"]:
+        """Compare the scores of each output row."""
+        return keep_rows(score, sparsity)
 
 
-def _shares(score: Float[Tensor, "out in"]) -> Float[Tensor, "out in"]:
-    """Return the share of its row's sum that a weight and all smaller ones make up."""
-    ordered, places = score.to(torch.float64).sort(dim=1, stable=True)
-    shares = ordered.cumsum(1)
-    shares /= shares[:, -1:].clamp(min=1e-300)
-    return torch.empty_like(shares).scatter_(1, places, shares)
+@dataclass(frozen=True)
+class WandaVariant(Wanda):
+    """Wanda where rows lose an equal share of their score, not an equal number of weights.
+
+    N:M is not affected.
+    """
+
+    def keep(self, score: Float[Tensor, "out in"], sparsity: Sparsity) -> Bool[Tensor, "out in"]:
+        """Compare, over the matrix, the share of its row that a weight and all smaller make up."""
+        if sparsity.is_pattern:
+            return keep_rows(score, sparsity)
+        ordered, places = score.to(torch.float64).sort(dim=1, stable=True)
+        shares = ordered.cumsum(1)
+        shares /= shares[:, -1:].clamp(min=1e-300)
+        return keep_matrix(torch.empty_like(shares).scatter_(1, places, shares), sparsity)
