@@ -8,7 +8,7 @@ What differs from it: statistics are summed in float64 and shared by linears wit
 loses exactly floor(in * ratio) weights; N of N:M counts kept weights; an input that no calibration
 token reached (an expert never chosen) falls back to magnitude and is reported.
 
-`WandaVariant` is their `--use_variant`, a row of its own: every output row loses its smallest scores
+`WandaVariant` is their `--use_variant`, a row of its own: output rows lose their smallest scores
 up to the same share of the row's sum. They search that share by bisection to within 0.001 of the
 ratio; here each weight has the share that would just prune it, and the whole matrix is compared by
 it, so the count is exact.
