@@ -19,7 +19,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from prunebench.models.linears import Linear, find_blocks
-from prunebench.models.replay import BlockCall, check_replay, record_calls
+from prunebench.models.replay import BlockCall, blocks_giving, check_replay, record_calls
 
 _HEAD_ROWS = 128  # tokens whose logits exist at a time
 
@@ -107,7 +107,8 @@ class Backward:
         leaf = hidden.detach().requires_grad_()
         targets = window[0, 1:]
         step = _HEAD_ROWS if self._some_logits else len(targets)
-        with _blocks_replaced(self.blocks, leaf, self._returns), torch.enable_grad():
+        outputs = [leaf] * len(self.blocks)  # only the last one's is used
+        with blocks_giving(self.blocks, outputs, self._returns), torch.enable_grad():
             for start in range(0, len(targets), step):
                 rows = torch.arange(start, min(start + step, len(targets)), device=window.device)
                 wanted: dict[str, Any] = {"logits_to_keep": rows} if self._some_logits else {}
@@ -144,30 +145,6 @@ def _loss_slope(
     slope = logits.to(torch.float32).softmax(-1)
     slope[torch.arange(len(targets), device=targets.device), targets] -= 1
     return slope
-
-
-@contextlib.contextmanager
-def _blocks_replaced(
-    blocks: nn.ModuleList, last: Tensor, returns: Sequence[tuple[Any, ...] | None]
-) -> Iterator[None]:
-    """Let every block hand on its input, and the last one give `last`."""
-
-    def stand_in(index: int) -> Callable[..., Any]:
-        rest = returns[index]
-
-        def forward(*args: Any, **kwargs: Any) -> Any:
-            hidden = BlockCall.take(args, kwargs)[1] if index + 1 < len(blocks) else last
-            return hidden if rest is None else (hidden, *rest)
-
-        return forward
-
-    try:
-        for index, block in enumerate(blocks):
-            block.forward = stand_in(index)
-        yield
-    finally:
-        for block in blocks:
-            vars(block).pop("forward", None)
 
 
 @contextlib.contextmanager

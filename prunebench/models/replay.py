@@ -9,7 +9,7 @@ cost. A block is then called with those arguments and any hidden state.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -200,20 +200,31 @@ def resume(
         run: What the dense model did with these tokens: the blocks before `index` are replaced by
             what they gave.
     """
+    outputs = run.inputs[1 : index + 1]
+    with blocks_giving(blocks, outputs, run.returns_tuple):
+        logits: Tensor = model(input_ids=token_ids, use_cache=False).logits
+    return logits
 
-    def stand_in(of: int) -> Callable[..., Any]:
-        rest = run.returns_tuple[of]
-        hidden = run.inputs[of + 1]
+
+@contextlib.contextmanager
+def blocks_giving(
+    blocks: nn.ModuleList,
+    outputs: Sequence[Tensor],
+    returns_tuple: Sequence[tuple[Any, ...] | None],
+) -> Iterator[None]:
+    """Let the first blocks give `outputs`, one each, whatever their input is."""
+
+    def stand_in(index: int) -> Callable[..., Any]:
+        hidden, rest = outputs[index], returns_tuple[index]
         return lambda *args, **kwargs: hidden if rest is None else (hidden, *rest)
 
     try:
-        for before in range(index):
-            blocks[before].forward = stand_in(before)
-        logits: Tensor = model(input_ids=token_ids, use_cache=False).logits
+        for index in range(len(outputs)):
+            blocks[index].forward = stand_in(index)
+        yield
     finally:
         for block in blocks:
             vars(block).pop("forward", None)
-    return logits
 
 
 class _ExpertTap(TorchFunctionMode):

@@ -37,6 +37,7 @@ from prunebench.models.blocks import LinearGroup
 from prunebench.models.measure import count_sparser_groups
 from prunebench.pruners.keep import keep_matrix, keep_rows
 from prunebench.pruners.layer import Event, GroupPruner, Needs, Pruned
+from prunebench.pruners.magnitude import smallest_dropped
 from prunebench.sparsity import Sparsity
 
 _CHECK_EVERY = 3
@@ -54,9 +55,7 @@ class _Reconstruction(GroupPruner):
         assert stats is not None
         if stats.tokens == 0:
             for linear in group.linears:
-                weight = linear.read()
-                keep = keep_matrix(weight.abs(), sparsity[linear.name])
-                yield Pruned(torch.where(keep, weight, 0))
+                yield Pruned(smallest_dropped(linear.read(), sparsity[linear.name]))
             return
         problem, dead = self.problem(stats)
         for linear in group.linears:

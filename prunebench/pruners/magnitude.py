@@ -21,6 +21,13 @@ from prunebench.pruners.layer import LayerPruner
 from prunebench.sparsity import Sparsity
 
 
+def smallest_dropped(
+    weight: Float[Tensor, "out in"], sparsity: Sparsity
+) -> Float[Tensor, "out in"]:
+    """Return `weight` with its smallest entries zero, over the matrix or in each N:M group."""
+    return torch.where(keep_matrix(weight.abs(), sparsity), weight, 0)
+
+
 @dataclass(frozen=True)
 class Magnitude(LayerPruner):
     """Prunes the smallest weights of each matrix, or of each N:M group."""
@@ -29,4 +36,4 @@ class Magnitude(LayerPruner):
         self, weight: Float[Tensor, "out in"], stats: InputStats | None, sparsity: Sparsity
     ) -> Float[Tensor, "out in"]:
         """Return `weight` with its smallest entries zero."""
-        return torch.where(keep_matrix(weight.abs(), sparsity), weight, 0)
+        return smallest_dropped(weight, sparsity)

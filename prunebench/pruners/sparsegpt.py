@@ -32,8 +32,9 @@ from prunebench.calibration.hessian import InverseFactor, factorise
 from prunebench.calibration.stats import InputStats
 from prunebench.models.blocks import LinearGroup
 from prunebench.models.measure import count_sparser_groups
-from prunebench.pruners.keep import keep_largest, keep_matrix, keep_rows
+from prunebench.pruners.keep import keep_largest, keep_rows
 from prunebench.pruners.layer import Event, GroupPruner, Needs, Pruned
+from prunebench.pruners.magnitude import smallest_dropped
 from prunebench.sparsity import Sparsity
 
 _INNER = 32  # columns between two updates of the rest of a block; changes rounding only
@@ -84,7 +85,7 @@ class SparseGPT(GroupPruner):
         """
         if stats.tokens == 0:
             pairs = zip(weights, sparsities, strict=True)
-            return [Pruned(torch.where(keep_matrix(w.abs(), s), w, 0)) for w, s in pairs]
+            return [Pruned(smallest_dropped(weight, sparsity)) for weight, sparsity in pairs]
         factor = factorise(stats, damping=self.damping, name=names[0])
         # A column of the weight is a row here: the loop below reads and writes whole rows.
         columns = torch.cat([weight.T for weight in weights], dim=1)  # (in, all outputs)
