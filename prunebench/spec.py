@@ -53,6 +53,11 @@ class RunSpec(BaseModel):
     ppl_origins: tuple[str, ...] = ()
     ppl_seqlen: int = Field(default=512, ge=2)
     ppl_tokens: int | None = Field(default=None, ge=2)
+    divergence: bool = False
+    tasks: tuple[str, ...] = ()
+    num_fewshot: int | None = Field(default=None, ge=0)
+    limit: int | None = Field(default=None, ge=1)
+    apply_chat_template: bool = False
     seed: int = Field(default=0, ge=0, lt=2**32)
 
     @property
@@ -68,6 +73,9 @@ class RunSpec(BaseModel):
         fields = self.model_dump(mode="json")
         if self.allocation == "uniform" and not self.allocation_options:
             del fields["allocation"], fields["allocation_options"]
+        for name in ("divergence", "tasks", "num_fewshot", "limit", "apply_chat_template"):
+            if getattr(self, name) == RunSpec.model_fields[name].default:
+                del fields[name]
         return json.dumps(fields, sort_keys=True, separators=(",", ":"))
 
     @property

@@ -33,7 +33,10 @@ _SETTINGS = (
     "dtype",
     "model_revision",
 )
-_NOT_OF_A_CELL = {"seed", "ppl", "ppl_origins", "ppl_seqlen", "ppl_tokens"}
+_NOT_OF_A_CELL = {
+    "seed", "ppl", "ppl_origins", "ppl_seqlen", "ppl_tokens", "divergence", "tasks", "num_fewshot",
+    "limit", "apply_chat_template",
+}  # fmt: skip
 _SCORE_KEYS = ("protocol", "dataset", "metric")
 _SELECTORS: dict[str, Callable[[Result], object]] = {
     "model": lambda r: r.spec.model,

@@ -134,12 +134,18 @@ class Score(_Block):
     """One metric under one protocol, of the pruned model and of the dense one.
 
     Attributes:
-        protocol: Identifies text, split, sequence length, limit and version. Values under two
-            protocols are never ranked against each other.
-        tokens_sha256: Hash of the evaluated token windows.
-        targets: Number of predicted tokens.
-        limited: True where only the first part of the text was used (`--ppl-tokens`).
+        metric: `token_ppl`, `kl_divergence` (nats a token, from the dense model), `top1_changed`
+            (ratio of next-token predictions that differ from the dense model's), or a metric of
+            an lm-eval task, such as `acc` and `acc_norm` (ratios).
+        protocol: Identifies text, split, sequence length, limit and version, or task, shots, limit
+            and version. Values under two protocols are never ranked against each other.
+        tokens_sha256: Hash of the evaluated token windows; for a task, of its documents, prompts
+            and targets.
+        targets: Number of predicted tokens; for a task, of documents.
+        limited: True where only the first part of the data was used (`--ppl-tokens`, `--limit`).
         dense_value: The same metric of the dense model, same protocol, same dtype.
+        stderr: Standard error of `value` over documents or windows; null where it is not known.
+        dense_stderr: The same of `dense_value`.
     """
 
     metric: str
@@ -152,6 +158,8 @@ class Score(_Block):
     targets: int
     limited: bool
     tokens_sha256: str
+    stderr: float | None = None
+    dense_stderr: float | None = None
 
 
 class CostBlock(_Block):
@@ -181,6 +189,7 @@ class SoftwareBlock(_Block):
     python: str
     torch: str
     transformers: str
+    lm_eval: str | None = None
 
 
 class FailureBlock(_Block):
