@@ -24,6 +24,7 @@ from prunebench.allocators.allocation import (
 from prunebench.calibration.texts import check_text_name, load_text
 from prunebench.calibration.windows import Windows, load_windows, sample_windows
 from prunebench.errors import UsageError
+from prunebench.evaluate.outcome import Evaluator
 from prunebench.evaluate.perplexity import PerplexityTask, prepare_perplexity
 from prunebench.files import cache_dir, require_writable
 from prunebench.models.linears import Linear, find_linears
@@ -52,6 +53,10 @@ class Setup:
     Attributes:
         results_dir: Folder of the shared table.
         device: `auto`, `cpu`, `cuda` or `cuda:N`.
+        batch_size: Sequences that a task of lm-eval is asked at a time; None is what suits the
+            device.
+        include_path: Folder with more task files for lm-eval.
+        log_samples: Whether to file what came out for every document and window.
         save_model: Folder for the pruned checkpoint.
         save_masks: File for the keep masks.
         save_calibration: File for the calibration tokens.
@@ -63,6 +68,9 @@ class Setup:
 
     results_dir: Path = Path("results")
     device: str = "auto"
+    batch_size: int | None = None
+    include_path: Path | None = None
+    log_samples: bool = False
     save_model: Path | None = None
     save_masks: Path | None = None
     save_calibration: Path | None = None
@@ -76,7 +84,8 @@ class Setup:
 class Plan:
     """A run that has been checked as far as it can be without its weights.
 
-    `allocator` is the rule that spreads the sparsity over the layers, or the ratios of a file.
+    `allocator` is the rule that spreads the sparsity over the layers, or the ratios of a file;
+    `texts` are scored first, then `tasks`.
     """
 
     spec: RunSpec
@@ -92,7 +101,8 @@ class Plan:
     linears: list[Linear]
     windows: Windows | None
     calibration: CalibrationBlock | None
-    tasks: list[PerplexityTask]
+    texts: list[PerplexityTask]
+    tasks: list[Evaluator]
     started: float
 
 
@@ -109,6 +119,7 @@ def prepare(spec: RunSpec, setup: Setup) -> Plan:
         source = find_model(spec.model)
         spec = spec.model_copy(update={"model": source.id})
         _check_texts(spec)
+        spec = _check_tasks(spec, setup)
         device = choose_device(setup.device)
         store = ResultStore(setup.results_dir)
         store.require_writable(spec)
@@ -136,11 +147,12 @@ def prepare(spec: RunSpec, setup: Setup) -> Plan:
     windows, calibration = _calibrate(spec, tokenizer, vocabulary, clock)
     if windows is not None:
         require_context(config, windows.token_ids.shape[1], option="seqlen")
-    tasks = _prepare_tasks(spec, tokenizer, vocabulary, clock)
-    spec = _resolved(spec, local, calibration, tasks)
+    texts = _prepare_texts(spec, tokenizer, vocabulary, clock)
+    tasks = _prepare_tasks(spec, setup, tokenizer, clock)
+    spec = _resolved(spec, local, calibration, texts)
     return Plan(
         spec, setup, store, clock, device, local, tokenizer, pruner, allocator, sparsity, linears,
-        windows, calibration, tasks, started,
+        windows, calibration, texts, tasks, started,
     )  # fmt: skip
 
 
@@ -211,6 +223,30 @@ def _check_texts(spec: RunSpec) -> None:
         raise UsageError(f"--ppl names a text twice: {', '.join(spec.ppl)}")
 
 
+def _check_tasks(spec: RunSpec, setup: Setup) -> RunSpec:
+    """Expand the papers' lists of tasks, and refuse names that lm-eval does not know."""
+    if not spec.tasks:
+        given = [
+            option
+            for option, value in (
+                ("--num-fewshot", spec.num_fewshot),
+                ("--limit", spec.limit),
+                ("--apply-chat-template", spec.apply_chat_template or None),
+                ("--batch-size", setup.batch_size),
+                ("--include-path", setup.include_path),
+            )
+            if value is not None
+        ]
+        if given:
+            raise UsageError(f"{given[0]} goes with --tasks", fix="as in --tasks piqa,arc_easy")
+        return spec
+    from prunebench.evaluate.tasks import check_task_names, expand_presets
+
+    names = expand_presets(spec.tasks)
+    check_task_names(names, setup.include_path)
+    return spec.model_copy(update={"tasks": tuple(names)})
+
+
 def _check_outputs(setup: Setup, *, need_model_bytes: int) -> None:
     folder, replace = setup.save_model, setup.replace
     if folder:
@@ -249,12 +285,30 @@ def _calibrate(
 
 
 def _prepare_tasks(
+    spec: RunSpec, setup: Setup, tokenizer: Any, clock: StageClock
+) -> list[Evaluator]:
+    if not spec.tasks:
+        return []
+    from prunebench.evaluate.tasks import Protocol, prepare_tasks
+
+    with clock.stage("tasks", detail=", ".join(spec.tasks)):
+        protocol = Protocol(
+            num_fewshot=spec.num_fewshot,
+            limit=spec.limit,
+            apply_chat_template=spec.apply_chat_template,
+            batch_size=setup.batch_size,
+            include_path=setup.include_path,
+        )
+        return [*prepare_tasks(spec.tasks, protocol, tokenizer=tokenizer, progress=clock)]
+
+
+def _prepare_texts(
     spec: RunSpec, tokenizer: Any, vocabulary: int, clock: StageClock
 ) -> list[PerplexityTask]:
-    tasks = []
+    texts = []
     for name in spec.ppl:
         with clock.stage("tokenise", detail=name):
-            tasks.append(
+            texts.append(
                 prepare_perplexity(
                     name,
                     tokenizer,
@@ -264,14 +318,14 @@ def _prepare_tasks(
                     progress=clock,
                 )
             )
-    return tasks
+    return texts
 
 
 def _resolved(
     spec: RunSpec,
     local: LocalModel,
     calibration: CalibrationBlock | None,
-    tasks: list[PerplexityTask],
+    texts: list[PerplexityTask],
 ) -> RunSpec:
     """Replace names by content: what a path pointed to, where a text came from.
 
@@ -280,8 +334,8 @@ def _resolved(
     """
     update: dict[str, Any] = {
         "model_revision": local.revision,
-        "ppl": tuple(task.protocol for task in tasks),
-        "ppl_origins": tuple(task.origin for task in tasks),
+        "ppl": tuple(text.protocol for text in texts),
+        "ppl_origins": tuple(text.origin for text in texts),
     }
     if calibration is not None:
         update |= {
@@ -290,8 +344,8 @@ def _resolved(
             "calibration_samples": calibration.samples,
             "seqlen": calibration.seqlen,
         }
-        for task in tasks:
-            if task.origin == calibration.origin and task.origin.startswith("sha256:"):
+        for text in texts:
+            if text.origin == calibration.origin and text.origin.startswith("sha256:"):
                 raise UsageError(
                     f"{spec.calibration} is calibrated on and evaluated on",
                     where="a score on the calibration text says nothing",

@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Mapping
 from datetime import UTC, datetime
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +18,12 @@ from torch import nn
 from prunebench import __version__
 from prunebench.allocators import ALLOCATORS, FILE
 from prunebench.allocators.allocation import Allocation
-from prunebench.evaluate.perplexity import METRIC, PerplexityTask
+from prunebench.evaluate.outcome import Outcome
 from prunebench.models.measure import Measured
 from prunebench.prepare import Plan
 from prunebench.pruners import METHODS
 from prunebench.pruners.layer import PruneReport
+from prunebench.results.samples import Sample
 from prunebench.results.schema import (
     AllocationBlock,
     CostBlock,
@@ -49,7 +51,7 @@ def identity(plan: Plan, *, status: str) -> dict[str, Any]:
         "spec_id": plan.spec.spec_id,
         "spec": plan.spec,
         "hardware": describe_hardware(plan.device),
-        "software": describe_software(),
+        "software": describe_software(with_tasks=bool(plan.tasks)),
     }
 
 
@@ -127,20 +129,40 @@ def sparsity_block(
     )
 
 
-def score_block(task: PerplexityTask, value: float, dense: float) -> Score:
-    """Describe one perplexity and the dense model's beside it."""
-    return Score(
-        metric=METRIC,
-        dataset=task.dataset,
-        origin=task.origin,
-        protocol=task.protocol,
-        value=value,
-        dense_value=dense,
-        higher_is_better=False,
-        targets=task.targets,
-        limited=task.limited,
-        tokens_sha256=task.tokens_sha256,
-    )
+def score_blocks(outcome: Outcome, dense: Outcome) -> list[Score]:
+    """Describe what the pruned model got under one protocol, and the dense model beside it."""
+    return [
+        Score(
+            metric=metric,
+            dataset=outcome.dataset,
+            origin=outcome.origin,
+            protocol=outcome.protocol,
+            value=measure.value,
+            dense_value=dense.measures[metric].value,
+            higher_is_better=measure.higher_is_better,
+            targets=outcome.targets,
+            limited=outcome.limited,
+            tokens_sha256=outcome.sha256,
+            stderr=measure.stderr,
+            dense_stderr=dense.measures[metric].stderr,
+        )
+        for metric, measure in outcome.measures.items()
+    ]
+
+
+def samples_of(outcomes: list[Outcome], dense: list[Outcome]) -> list[Sample]:
+    """Return what came out for every document and window, of the pruned and the dense model."""
+    return [
+        Sample(
+            protocol=outcome.protocol,
+            item=number,
+            sha256=item.sha256,
+            values=item.values,
+            dense_values=other.values,
+        )
+        for outcome, beside in zip(outcomes, dense, strict=True)
+        for number, (item, other) in enumerate(zip(outcome.items, beside.items, strict=True))
+    ]
 
 
 def cost_block(plan: Plan, prune_seconds: float) -> CostBlock:
@@ -189,7 +211,7 @@ def describe_hardware(device: torch.device) -> HardwareBlock:
     )
 
 
-def describe_software() -> SoftwareBlock:
+def describe_software(*, with_tasks: bool = False) -> SoftwareBlock:
     """Return the versions that a number depends on."""
     import transformers
 
@@ -198,4 +220,5 @@ def describe_software() -> SoftwareBlock:
         python=platform.python_version(),
         torch=str(torch.__version__),
         transformers=transformers.__version__,
+        lm_eval=metadata.version("lm-eval") if with_tasks else None,
     )

@@ -18,7 +18,13 @@ from torch import nn
 from prunebench.allocators.allocation import Allocation, require_sound, save_allocation
 from prunebench.calibration.windows import save_windows
 from prunebench.errors import OutOfMemory, PrunebenchError, SaveError
-from prunebench.evaluate.perplexity import PerplexityTask, cached_ppl, remember_ppl, token_ppl
+from prunebench.evaluate.divergence import Divergence, at_dense
+from prunebench.evaluate.outcome import (
+    Evaluator,
+    Outcome,
+    cached_outcomes,
+    remember_outcomes,
+)
 from prunebench.files import cache_dir, write_text
 from prunebench.models.blocks import BlockWalker
 from prunebench.models.gradients import GradientNorms, Norm, gradient_norms
@@ -35,9 +41,11 @@ from prunebench.record import (
     identity,
     method_block,
     model_block,
-    score_block,
+    samples_of,
+    score_blocks,
     sparsity_block,
 )
+from prunebench.results.samples import write_samples
 from prunebench.results.schema import FailureBlock, Result
 from prunebench.sparsity import Sparsity
 from prunebench.spec import RunSpec
@@ -67,6 +75,7 @@ def execute(plan: Plan) -> Result:
             dense_sha256 = hash_weights(model)
         is_dense = METHODS.find(spec.method).patterns == "0"
         dense = [] if is_dense else _score_dense(plan, model, dense_sha256)
+        references = _refer_to_dense(plan, model)
         linears = find_linears(model)
         zeros = {one.name: int((one.stored == 0).sum()) for one in linears}
         begun = time.perf_counter()
@@ -80,11 +89,9 @@ def execute(plan: Plan) -> Result:
             measured = [measure_linear(one, requested[one.name]) for one in linears]
             require_met(measured, zeros, requested)
             evaluated_sha256 = dense_sha256 if is_dense else hash_weights(model)
-        values = [_score(plan, model, task) for task in plan.tasks]
-        if is_dense:
-            dense = values
-            for task, value in zip(plan.tasks, values, strict=True):
-                remember_ppl(dense_sha256, task, value)
+        outcomes = _score_pruned(plan, model, dense_sha256 if is_dense else None)
+        dense = outcomes if is_dense else dense
+        diverged = _diverge(plan, model, references)
         result = Result(
             **identity(plan, status="ok"),
             model=model_block(plan, model, dense_sha256, evaluated_sha256),
@@ -92,31 +99,77 @@ def execute(plan: Plan) -> Result:
             calibration=plan.calibration,
             allocation=allocation_block(spec, allocation),
             sparsity=sparsity_block(plan, measured, requested, report, allocation),
-            scores=[score_block(*row) for row in zip(plan.tasks, values, dense, strict=True)],
+            scores=[
+                score
+                for pair in zip(
+                    [*outcomes, *diverged], [*dense, *map(at_dense, diverged)], strict=True
+                )
+                for score in score_blocks(*pair)
+            ],
             cost=cost_block(plan, prune_seconds),
         )
     _publish(plan, result)  # the row first: a full disk must not cost an hour's work twice
+    if plan.setup.log_samples:
+        write_samples(plan.store.path_of(result), samples_of(outcomes, dense))
     _save_outputs(plan, model, linears, result, allocation)
     return result
 
 
-def _score_dense(plan: Plan, model: nn.Module, dense_sha256: str) -> list[float]:
-    """Score the dense model, or take what these weights scored before on these tokens."""
-    values = []
-    for task in plan.tasks:
-        value = cached_ppl(dense_sha256, task)
-        if value is None:
-            value = _score(plan, model, task, stage="baseline")
-            remember_ppl(dense_sha256, task, value)
-        values.append(value)
-    return values
+def _evaluators(plan: Plan) -> list[Evaluator]:
+    return [*plan.texts, *plan.tasks]
 
 
-def _score(plan: Plan, model: nn.Module, task: PerplexityTask, *, stage: str = "score") -> float:
-    with plan.clock.stage(
-        stage, total=len(task.windows), detail=task.protocol, unit="windows"
-    ) as advance:
-        return token_ppl(model, task.windows, advance=advance)
+def _score_dense(plan: Plan, model: nn.Module, dense_sha256: str) -> list[Outcome]:
+    """Score the dense model, or take what these weights got before in the same evaluation."""
+    outcomes = []
+    for evaluator in _evaluators(plan):
+        found = cached_outcomes(dense_sha256, evaluator)
+        if found is None:
+            found = _score(plan, model, evaluator, stage="baseline")
+            remember_outcomes(dense_sha256, evaluator, found)
+        outcomes += found
+    return outcomes
+
+
+def _score_pruned(plan: Plan, model: nn.Module, dense_sha256: str | None) -> list[Outcome]:
+    """Score the model as it is now; what a dense model got is remembered."""
+    outcomes = []
+    for evaluator in _evaluators(plan):
+        found = _score(plan, model, evaluator, stage="score")
+        if dense_sha256 is not None:
+            remember_outcomes(dense_sha256, evaluator, found)
+        outcomes += found
+    return outcomes
+
+
+def _score(plan: Plan, model: nn.Module, evaluator: Evaluator, *, stage: str) -> list[Outcome]:
+    name, total = evaluator.name, evaluator.units
+    with plan.clock.stage(stage, total=total, detail=name, unit=evaluator.unit) as advance:
+        return evaluator.score(model, advance=advance)
+
+
+def _refer_to_dense(plan: Plan, model: nn.Module) -> list[Divergence]:
+    """Keep what the pruned model's distributions will be compared with."""
+    if not plan.spec.divergence:
+        return []
+    references = []
+    for text in plan.texts:
+        with plan.clock.stage(
+            "baseline", total=text.units, detail=f"distributions on {text.name}", unit="windows"
+        ) as advance:
+            references.append(Divergence.of_dense(model, text, advance=advance))
+    return references
+
+
+def _diverge(plan: Plan, model: nn.Module, references: list[Divergence]) -> list[Outcome]:
+    outcomes = []
+    for reference in references:
+        text = reference.text
+        with plan.clock.stage(
+            "score", total=text.units, detail=f"distributions on {text.name}", unit="windows"
+        ) as advance:
+            outcomes.append(reference.score(model, advance=advance))
+    return outcomes
 
 
 def _allocate(plan: Plan, model: nn.Module, linears: list[Linear]) -> Allocation:

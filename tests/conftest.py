@@ -23,7 +23,7 @@ def _isolated(request, tmp_path, monkeypatch):
 
 @pytest.fixture(scope="session")
 def byte_tokenizer():
-    """A tokenizer of 256 tokens, one a byte."""
+    """A tokenizer of 256 tokens, one a byte; the zero byte ends a text."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -31,7 +31,7 @@ def byte_tokenizer():
     tokenizer = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="Ā")
 
 
 @pytest.fixture(scope="session")

@@ -91,7 +91,7 @@ def test_names_that_cannot_work(name, use, error, says):
 def test_wikitext2_is_never_another_text(tmp_path):
     path = tmp_path / "wiki.test.raw"
     path.write_text("not the test set\n")
-    with pytest.raises(IncompatibleData, match="is not the WikiText-2 raw test set"):
+    with pytest.raises(IncompatibleData, match="is not the test set of wikitext2"):
         load_text(f"wikitext2:{path}", use="evaluation", progress=Silent())
     with pytest.raises(MissingResource, match="cannot be downloaded"):
         load_text("wikitext2", use="evaluation", progress=Silent())

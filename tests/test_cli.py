@@ -40,7 +40,9 @@ def test_the_options_of_run_are_a_decision():
     assert names == {
         "--method", "--model", "--sparsity", "--allocation", "--save-allocation", "--calibration",
         "--calibration-samples", "--seqlen",
-        "--ppl", "--ppl-seqlen", "--ppl-tokens", "--seed", "--dtype", "--device", "--set",
+        "--ppl", "--ppl-seqlen", "--ppl-tokens", "--divergence", "--tasks", "--num-fewshot",
+        "--limit", "--apply-chat-template", "--batch-size", "--include-path", "--log-samples",
+        "--seed", "--dtype", "--device", "--set",
         "--save-model", "--save-masks", "--save-calibration", "--within-block", "--results-dir",
         "--recipe", "--dry-run", "--show-config", "--force", "--json", "--quiet", "--debug",
     }  # fmt: skip

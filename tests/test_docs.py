@@ -68,7 +68,7 @@ def test_no_placeholder_is_left():
 def test_texts_name_their_licence_and_where_they_come_from():
     for name, entry in texts().items():
         assert entry.licence and entry.about and entry.uses, name
-        assert entry.hub or entry.file, name
+        assert entry.hub or entry.file or (entry.url and entry.sha256), name
         assert not entry.hub or len(entry.revision) == 40, name
 
 

