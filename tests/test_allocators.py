@@ -177,22 +177,31 @@ def test_one_cluster_is_uniform():
 
 
 @pytest.mark.parametrize(
-    ("scores", "half"),
-    [([1, 1, 1, 1], 0), ([1, 10, 100, 1000, 10_000], 0.1), ([1, 10**0.25, 10**0.5, 1e9], None)],
+    ("decades", "half"),
+    [
+        ([0, 0, 0, 0], 0),
+        ([0, 1, 2, 3, 4], 0.1),
+        ([0, 0.375, 0.75, 1.125, 1.5], 0.05),  # quartiles three quarters of a decade apart
+        ([0, 0.25, 0.5, 0.75, 1], 0),  # half a decade
+        ([0, 0.2, 0.25, 0.3, 9], 0),  # one layer far off
+    ],
 )
-def test_the_automatic_range_is_as_wide_as_the_scores_are_spread(scores, half):
-    low, high = automatic_range({str(i): float(x) for i, x in enumerate(scores)}, 0.7)
-    assert high - 0.7 == pytest.approx(0.7 - low)
-    assert 0 <= 0.7 - low <= 0.1 + 1e-12
-    if half is not None:
-        assert 0.7 - low == pytest.approx(half)
+def test_the_automatic_range_opens_with_the_tail_of_the_scores(decades, half):
+    low, high = automatic_range({str(i): 10.0**x for i, x in enumerate(decades)}, 0.7)
+    assert high - 0.7 == pytest.approx(half)
+    assert 0.7 - low == pytest.approx(half)
+    if not half:
+        assert low == high == 0.7
+        clusters = {str(i): i for i in range(len(decades))}
+        sizes = dict.fromkeys(clusters, 3)
+        ratios = spread(clusters, sizes, target=0.7, low=low, high=high)
+        assert set(ratios.values()) == {0.7}
 
 
 def test_the_automatic_range_is_used_and_reported():
     found = make("hessian", range="auto", low=0.0, high=0.0, decades=0.1).allocate(walker_of(), 0.5)
     assert min(found.ratios.values()) >= found.facts["low"] >= 0.4
     assert max(found.ratios.values()) <= found.facts["high"] <= 0.6
-    assert found.facts["clusters"] > 1
 
 
 @pytest.mark.parametrize(

@@ -38,6 +38,7 @@ from prunebench.pruners.layer import Needs
 
 _COLUMNS = 128  # SparseGPT's block
 _HALF_WIDTH = 0.1  # of the paper's range
+_SHORT_TAIL, _LONG_TAIL = 0.5, 1.0  # decades between the quartiles of the scores
 _HIGHEST = 0.99
 
 
@@ -172,16 +173,19 @@ def automatic_range(scores: Mapping[str, float], target: float) -> tuple[float, 
     """Return a range around the target, as wide as the scores are spread.
 
     The paper's 0.1 on either side is for scores that differ by powers of ten. Half of the layers
-    lie between the quartiles of log10(score); where that is a decade or more the range is the
-    paper's, where it is less the range shrinks with it, and where all layers are alike it is the
-    target alone. Quartiles and not extremes: a few layers that hardly lose anything (the first
-    block's, often) say nothing of how the others should differ.
+    lie between the quartiles of log10(score): where that is a decade or more the range is the
+    paper's, where it is half a decade or less the range is the target alone, and between the two
+    it opens evenly. A layer's own error does not know what the layers behind it make of it, and a
+    factor of three is less than that may change; scores with so short a tail are a reason for no
+    difference, not for a small one. Quartiles and not extremes: a few layers that hardly lose
+    anything (the first block's, often) say nothing of how the others should differ.
     """
     logs = sorted(math.log10(score) for score in scores.values() if score > 0)
     if len(logs) < 2:
         return target, target
     lower, _, upper = statistics.quantiles(logs, n=4, method="inclusive")
-    half = _HALF_WIDTH * min(1.0, upper - lower)
+    opening = (upper - lower - _SHORT_TAIL) / (_LONG_TAIL - _SHORT_TAIL)
+    half = _HALF_WIDTH * min(1.0, max(0.0, opening))
     return max(0.0, target - half), min(max(target, _HIGHEST), target + half)
 
 
