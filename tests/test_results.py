@@ -147,15 +147,48 @@ def test_the_table_is_fresh():
     assert table == table_text(results), "run prunebench results table"
 
 
-def test_the_committed_rows_rank_as_the_papers_do():
-    """At 2:4, beyond the noise of the seeds: dense < sparsegpt < wanda < magnitude < random."""
+def committed_cells(sparsity, **settings):
+    """Values over the seeds of the committed rows, by method and allocation."""
     results, _ = ResultStore(REPOSITORY / "results").read(committed_results())
     selection = Selection.parse(
-        ["sparsity=0,2:4", "model=smollm2-135m-q4", "within_block=joint,None"]
-    )
+        [f"sparsity=0,{sparsity}", "model=smollm2-135m-q4", "within_block=joint,None",
+         *(f"{key}={value}" for key, value in settings.items())]
+    )  # fmt: skip
     (table,) = compare(results, selection)
-    cells = {cell.method: next(iter(cell.scores.values())) for cell in table.cells}
-    order = ["dense", "sparsegpt", "wanda", "magnitude", "random"]
+    return {
+        (cell.method, cell.settings["allocation"] or "uniform"): next(iter(cell.scores.values()))
+        for cell in table.cells
+    }
+
+
+@pytest.mark.parametrize(
+    ("sparsity", "order"),
+    [
+        ("2:4", "dense alps sparsegpt wanda magnitude random"),
+        ("2:4", "dense alps sparsegpt gblm magnitude random"),
+        ("0.5", "dense alps wanda magnitude random"),
+        ("0.5", "dense alps gblm magnitude random"),
+        ("0.5", "dense alps sparsegpt magnitude random"),
+    ],
+)
+def test_the_committed_rows_rank_as_the_papers_do(sparsity, order):
+    """Beyond the noise: the worst seed of one is better than the best seed of the next.
+
+    SparseGPT and Wanda at 50% are in no order here: on this model, with C4 for calibration and
+    Wikipedia for evaluation, the papers' order does not hold (README, "Which method").
+    """
+    cells = committed_cells(sparsity, allocation="uniform")
+    order = order.split()
     for better, worse in zip(order, order[1:], strict=False):
-        one, other = cells[better], cells[worse]
+        one, other = cells[better, "uniform"], cells[worse, "uniform"]
         assert max(one.values) < min(other.values), (better, worse)
+
+
+@pytest.mark.parametrize(
+    ("method", "allocation"), [("wanda", "owl"), ("wanda", "dlp"), ("sparsegpt", "sensitivity")]
+)
+def test_allocators_that_help_at_70_percent_do_so_beyond_the_noise(method, allocation):
+    cells = committed_cells("0.7")
+    one, other = cells[method, allocation], cells[method, "uniform"]
+    assert one.seeds == other.seeds == 3
+    assert max(one.values) < min(other.values)
