@@ -139,8 +139,18 @@ def test_a_gpt2_checkpoint_holds_along_its_input(cli, tmp_path):
 
 
 def test_a_dense_checkpoint(cli, tiny_folder):
-    assert "no matrix has zeros" in cli("inspect", tiny_folder).stdout
+    assert "no matrix is pruned" in cli("inspect", tiny_folder).stdout
     assert "no matrix is pruned" in cli("inspect", tiny_folder, "--pattern", "2:4", code=6).output
+
+
+def test_a_few_zeros_by_rounding_are_no_pruning(cli, tmp_path):
+    w = torch.ones(16, 16)
+    w[0, :13] = 0  # 5%
+    pruned = torch.tensor([1.0, 0, 0, 1]).repeat(16, 4)
+    save_file({"embed": w, "pruned": pruned}, tmp_path / "work" / "x.safetensors")
+    outcome = cli("inspect", "x.safetensors", "--pattern", "2:4").stdout
+    assert "2:4 holds in 1 of 1 matrices" in outcome
+    assert "under 10% zeros: 1 matrices: embed" in outcome
 
 
 def test_not_finite_values_are_told(cli, tmp_path):

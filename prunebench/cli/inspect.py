@@ -43,7 +43,7 @@ def inspect_command(
     """Show the sparsity of a checkpoint, matrix by matrix, and whether its N:M pattern holds.
 
     Nothing is loaded whole: the files are read in pieces of 16 MB. A matrix counts as pruned if
-    more than 1% of it is zero.
+    more than 10% of it is zero.
     """
     wanted = Sparsity.parse(pattern or "2:4")
     if not wanted.is_pattern:
@@ -136,12 +136,12 @@ def _summary(totals: Totals, pattern: Sparsity, left_out: Sequence[str]) -> list
             f"{pattern} holds in {totals.tensors - totals.broken} of {totals.tensors} matrices",
         ]
     else:
-        lines = ["no matrix has zeros"]
+        lines = ["no matrix is pruned"]
     if totals.non_finite:
         lines.append(f"{totals.non_finite:,} values are NaN or infinite")
     if left_out:
         names = ", ".join(left_out[:_NAMED]) + (", ..." if len(left_out) > _NAMED else "")
-        lines.append(f"not shown (--all), as dense: {len(left_out)} matrices: {names}")
+        lines.append(f"not shown (--all), under 10% zeros: {len(left_out)} matrices: {names}")
     return lines
 
 
