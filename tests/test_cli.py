@@ -279,32 +279,6 @@ def test_results_commands(cli, tiny_run, tmp_path):
     assert "1 of 2 files are damaged" in cli("results", "check", *folder, code=6).output
 
 
-def test_inspect_a_checkpoint(cli, tiny_run):
-    cli(*tiny_run, "-m", "wanda", "--sparsity", "2:4", "--save-model", "out")
-    outcome = cli("inspect", "out")
-    assert "50.00%" in outcome.stdout
-    assert "21 matrices are zero" in outcome.stdout
-    assert "no:" not in outcome.stdout
-    rows = json.loads(cli("inspect", "out", "--json").stdout)
-    pruned = [row for row in rows if row["zeros"] > 0.4 * row["size"]]
-    assert len(pruned) == 21
-    assert all(row["violations"] == 0 and row["negative_zeros"] == 0 for row in pruned)
-    assert "no: " in cli("inspect", "out", "--sparsity", "1:4").stdout
-
-
-def test_inspect_finds_the_first_violation_and_negative_zeros(cli, tmp_path):
-    from safetensors.torch import save_file
-
-    weight = torch.tensor([[1.0, 2, 0, 0, 1, 0, 0, 1], [0.0, 0, 1, 1, 3, 4, 5, -0.0]])
-    (tmp_path / "work" / "ck").mkdir()
-    save_file({"w": weight}, tmp_path / "work" / "ck" / "model.safetensors")
-    (row,) = json.loads(cli("inspect", "ck", "--json").stdout)
-    assert (row["violations"], row["first_violation"]) == (1, [1, 4])
-    assert row["negative_zeros"] == 1
-    assert row["zeros"] == 7
-    assert "there is no folder" in cli("inspect", "nowhere", code=3).output
-
-
 def test_lists(cli):
     for kind in ("methods", "models", "texts"):
         assert json.loads(cli("list", kind, "--json").stdout)

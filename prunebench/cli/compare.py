@@ -9,6 +9,7 @@ import typer
 
 from prunebench.cli.console import wide_console
 from prunebench.cli.guard import say
+from prunebench.cli.paired import compare_paired
 from prunebench.errors import UsageError, nearest
 from prunebench.results import render
 from prunebench.results.compare import Selection, Table, compare
@@ -25,8 +26,9 @@ def compare_command(
         list[str] | None,
         typer.Argument(
             metavar="[KEY=VALUE[,VALUE]]...",
-            help="Which results: model=, method=, sparsity=, protocol=, dataset=, seed=, dtype=, "
-            "calibration=, within_block=, device=; values may hold * and ?.",
+            help="Which results: model=, method=, sparsity=, metric=, protocol=, dataset=, seed=, "
+            "dtype=, calibration=, within_block=, device=; values may hold * and ?. "
+            "With --paired: A [B] first.",
             show_default=False,
         ),
     ] = None,
@@ -34,6 +36,14 @@ def compare_command(
         str, typer.Option("--format", "-f", help=f"One of {', '.join(_FORMATS)}.")
     ] = "table",
     as_json: Annotated[bool, typer.Option("--json", help="The same as --format json.")] = False,
+    paired: Annotated[
+        bool,
+        typer.Option(
+            "--paired",
+            help="Test two results (or one and its dense model) item by item, from the samples of "
+            "--log-samples. Name them by id, by its beginning, or by path.",
+        ),
+    ] = False,
     results_dir: Annotated[
         Path, typer.Option(envvar="PRUNEBENCH_RESULTS_DIR", help="Folder of the shared table.")
     ] = Path("results"),
@@ -41,6 +51,9 @@ def compare_command(
     """Show results side by side: dense first, mean and deviation over seeds, best in bold."""
     if format_ not in _FORMATS:
         raise UsageError(f"unknown format {format_!r}", fix=nearest(format_, _FORMATS))
+    if paired:
+        _compare_paired(selectors or [], format_, results_dir, as_json=as_json)
+        return
     selection = Selection.parse(selectors or [])
     results, damaged = ResultStore(results_dir).read()
     for one in damaged:
@@ -59,6 +72,12 @@ def compare_command(
             say(f"{failed} failed runs are not shown")
     if damaged:
         raise typer.Exit(4)
+
+
+def _compare_paired(words: list[str], format_: str, results_dir: Path, *, as_json: bool) -> None:
+    if format_ not in ("table", "json"):
+        raise UsageError(f"--paired has no format {format_!r}", fix="use table or json")
+    compare_paired(words, results_dir=results_dir, as_json=as_json or format_ == "json")
 
 
 def _print_tables(tables: list[Table]) -> None:

@@ -1,69 +1,163 @@
-"""`prunebench inspect`: what a checkpoint holds, read from its files tensor by tensor."""
+"""`prunebench inspect`: what a checkpoint holds, read from its files piece by piece."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from prunebench.cli.console import wide_console
-from prunebench.errors import MissingResource
+from prunebench.errors import CheckFailed, MissingResource, PrunebenchError, UsageError
+from prunebench.sparsity import Sparsity
+
+if TYPE_CHECKING:
+    from prunebench.models.inspect import TensorFacts, Totals
+
+_NAMED = 3  # so many of the matrices that are left out are named
 
 
 def inspect_command(
-    checkpoint: Annotated[Path, typer.Argument(help="Folder of safetensors.")],
-    sparsity: Annotated[
+    checkpoint: Annotated[
+        str,
+        typer.Argument(
+            help="Folder of safetensors (shards too), one .safetensors file, or a model that was "
+            "fetched before.",
+        ),
+    ],
+    pattern: Annotated[
         str | None,
-        typer.Option(help="N:M to check every group against. (default: 2:4 where it divides)"),
+        typer.Option(
+            help="N:M that every pruned matrix must keep: exit code 6 if one breaks it. "
+            "(default: 2:4 is shown, and not asked for)",
+        ),
     ] = None,
     every: Annotated[
-        bool, typer.Option("--all", help="Every matrix, not only the pruned.")
+        bool, typer.Option("--all", help="Every matrix, not only the pruned ones.")
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Show the sparsity of a checkpoint, layer by layer, and whether its N:M pattern holds."""
-    if not checkpoint.is_dir():
-        raise MissingResource(f"there is no folder {checkpoint}", fix="check the path")
-    from prunebench.models.inspect import inspect_checkpoint
-    from prunebench.sparsity import Sparsity
+    """Show the sparsity of a checkpoint, matrix by matrix, and whether its N:M pattern holds.
 
-    pattern = Sparsity.parse(sparsity or "2:4")
-    rows = inspect_checkpoint(checkpoint, pattern)
+    Nothing is loaded whole: the files are read in pieces of 16 MB. A matrix counts as pruned if
+    more than 10% of it is zero.
+    """
+    wanted = Sparsity.parse(pattern or "2:4")
+    if not wanted.is_pattern:
+        raise UsageError(f"--pattern {pattern} is not N:M", fix="as in --pattern 2:4")
+    path = _find(checkpoint)
+    from prunebench.models.inspect import Totals, inspect_checkpoint
+
+    rows = inspect_checkpoint(path, wanted)
+    matrices = [row for row in rows if len(row.shape) >= 2]
+    shown = [row for row in matrices if every or row.is_pruned]
+    vectors = [row for row in rows if len(row.shape) < 2 and row.non_finite]
+    totals = Totals.of(shown)
     if as_json:
-        typer.echo(json.dumps([dataclasses.asdict(row) for row in rows], indent=1))
-        return
+        document = {
+            "pattern": str(wanted),
+            "pruned": dataclasses.asdict(Totals.of([row for row in matrices if row.is_pruned])),
+            "all": dataclasses.asdict(Totals.of(matrices)),
+            "tensors": [dataclasses.asdict(row) for row in rows],
+        }
+        typer.echo(json.dumps(document, indent=1))
+    else:
+        _print_rows([*shown, *vectors], wanted)
+        left_out = [row.name for row in matrices if row not in shown]
+        for line in _summary(totals, wanted, left_out):
+            typer.echo(line)
+    if pattern is not None:
+        _require_pattern(shown, wanted)
+
+
+def _find(name: str) -> Path:
+    """Return the folder or file of a checkpoint that is on this machine."""
+    path = Path(name).expanduser()
+    if path.exists():
+        return path
+    from prunebench.models.source import find_model, local_path
+
+    try:
+        found = local_path(find_model(name))
+    except PrunebenchError:
+        raise MissingResource(
+            f"there is no folder or file {name}",
+            where="it is no model of prunebench list models either",
+            fix="check the path",
+        ) from None
+    if found is None:
+        raise MissingResource(
+            f"{name} is not on this machine", fix=f"run prunebench models fetch {name}"
+        )
+    return found
+
+
+def _print_rows(rows: Sequence[TensorFacts], pattern: Sparsity) -> None:
+    import rich.box
     from rich.table import Table
 
-    grid = Table(box=None, pad_edge=False, header_style="bold")
-    for title in ("matrix", "shape", "dtype", "zeros", "-0.0", f"{pattern} holds"):
+    if not rows:
+        return
+    grid = Table(box=rich.box.SIMPLE_HEAD, pad_edge=False)
+    for title in ("matrix", "shape", "dtype", "zeros", "-0.0", "not finite", f"{pattern} holds"):
         grid.add_column(title, justify="left" if title in ("matrix", "dtype") else "right")
-    shown = [row for row in rows if every or row.zeros > 0.01 * row.size]
-    for row in shown:
-        holds = (
-            "-"
-            if row.violations is None
-            else "yes"
-            if not row.violations
-            else (
-                f"no: {row.violations:,} groups, first row {row.first_violation[0]} "
-                f"column {row.first_violation[1]}"
-                if row.first_violation
-                else "no"
-            )
-        )
+    for row in rows:
         grid.add_row(
-            row.name, " x ".join(map(str, row.shape)), row.dtype,
-            f"{row.zeros / row.size:.2%}", str(row.negative_zeros), holds,
+            row.name, " x ".join(map(str, row.shape)), row.dtype, f"{row.zeros / row.size:.2%}",
+            f"{row.negative_zeros:,}", f"{row.non_finite:,}", _verdict(row),
         )  # fmt: skip
-    if shown:
-        wide_console().print(grid)
-    zeros, size = sum(row.zeros for row in shown), sum(row.size for row in shown)
-    hidden = len(rows) - len(shown)
-    typer.echo(
-        (f"{zeros / size:.2%} of {size:,} weights in {len(shown)} matrices are zero" if shown else
-         "no matrix has zeros")
-        + (f"; {hidden} dense matrices are not shown (--all)" if hidden and not every else "")
-    )  # fmt: skip
+    wide_console().print(grid)
+
+
+def _verdict(row: TensorFacts) -> str:
+    if row.violations is None:
+        return "-"
+    if row.first_violation is not None:
+        return f"no: {row.violations:,} groups, first {_place(row)}"
+    return "yes" if row.axis == -1 else "yes, stored as [in, out]"
+
+
+def _place(row: TensorFacts) -> str:
+    """Say where the first broken group lies: `row 3, column 8`, for experts `[1, 3, 8]`."""
+    index = row.first_violation or ()
+    if len(index) == 2:
+        return f"at row {index[0]}, column {index[1]}"
+    return f"at {list(index)}"
+
+
+def _summary(totals: Totals, pattern: Sparsity, left_out: Sequence[str]) -> list[str]:
+    if totals.tensors:
+        lines = [
+            f"{totals.zeros / totals.size:.2%} of {totals.size:,} weights in {totals.tensors} "
+            f"matrices are zero, {totals.negative_zeros:,} of them -0.0",
+            f"{pattern} holds in {totals.tensors - totals.broken} of {totals.tensors} matrices",
+        ]
+    else:
+        lines = ["no matrix is pruned"]
+    if totals.non_finite:
+        lines.append(f"{totals.non_finite:,} values are NaN or infinite")
+    if left_out:
+        names = ", ".join(left_out[:_NAMED]) + (", ..." if len(left_out) > _NAMED else "")
+        lines.append(f"not shown (--all), under 10% zeros: {len(left_out)} matrices: {names}")
+    return lines
+
+
+def _require_pattern(rows: Sequence[TensorFacts], pattern: Sparsity) -> None:
+    """Raise `CheckFailed` unless there are pruned matrices and all keep the pattern."""
+    if not rows:
+        raise CheckFailed(f"{pattern} does not hold: no matrix is pruned")
+    broken = [row for row in rows if not row.holds]
+    if broken:
+        first = broken[0]
+        raise CheckFailed(
+            f"{pattern} does not hold in {len(broken)} of {len(rows)} matrices",
+            where=f"the first is {first.name}: "
+            + (
+                f"{first.violations:,} groups, the first {_place(first)}"
+                if first.violations
+                else f"its width {first.shape[-1]} is not divisible by {pattern.group}"
+            ),
+        )

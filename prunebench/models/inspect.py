@@ -1,24 +1,41 @@
-"""Looking into a checkpoint's files, one tensor in memory at a time."""
+"""Looking into a checkpoint's files, a piece of a tensor in memory at a time."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from prunebench.models.safetensors_files import check_weight_files, weight_files
+from prunebench.errors import IncompatibleData
+from prunebench.models.safetensors_files import (
+    StoredTensor,
+    check_weight_files,
+    stored_tensors,
+    weight_files,
+)
 from prunebench.sparsity import Sparsity
+
+PRUNED_RATIO = 0.1
+"""A matrix with more zeros than this counts as pruned; rounding to 4 bits alone leaves some 1%."""
+
+_PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 
 @dataclass(frozen=True)
-class MatrixFacts:
-    """Counts of one stored matrix.
+class TensorFacts:
+    """Counts of one stored tensor of floating numbers.
 
     Attributes:
-        violations: Groups that break the pattern; None if its M does not divide the last dimension.
-        first_violation: Row and first column of the first of them.
+        zeros: Elements that are zero, of either sign.
+        negative_zeros: Those that are -0.0, which packers of 2:4 weights take for a value.
+        non_finite: NaN and infinities.
+        axis: The axis along which the groups of the pattern lie: -1, or 0 for a matrix whose
+            groups hold only that way (GPT-2 stores [in, out]); null where nothing was checked.
+        violations: Groups that break the pattern; null for a vector, or where M does not divide.
+        first_violation: Where the first of them begins: an index into the tensor.
     """
 
     name: str
@@ -27,50 +44,149 @@ class MatrixFacts:
     size: int
     zeros: int
     negative_zeros: int
+    non_finite: int
+    axis: int | None
     violations: int | None
-    first_violation: tuple[int, int] | None
+    first_violation: tuple[int, ...] | None
+
+    @property
+    def is_pruned(self) -> bool:
+        """Whether it is a matrix with zeros worth mentioning."""
+        return len(self.shape) >= 2 and self.zeros > PRUNED_RATIO * self.size
+
+    @property
+    def holds(self) -> bool:
+        """Whether the pattern was checked and holds in every group."""
+        return self.violations == 0
 
 
-def inspect_checkpoint(folder: Path, pattern: Sparsity) -> list[MatrixFacts]:
-    """Count zeros in every floating matrix of a folder of safetensors, in the files' order.
+@dataclass(frozen=True)
+class Totals:
+    """What a set of tensors shows together; `broken` is how many of them break the pattern."""
 
-    The groups of `pattern` run along the last dimension, which is the input for all layers but
-    GPT-2's. A ratio as pattern checks no groups.
+    tensors: int
+    size: int
+    zeros: int
+    negative_zeros: int
+    non_finite: int
+    broken: int
+
+    @classmethod
+    def of(cls, rows: Sequence[TensorFacts]) -> Totals:
+        """Add up."""
+        return cls(
+            tensors=len(rows),
+            size=sum(row.size for row in rows),
+            zeros=sum(row.zeros for row in rows),
+            negative_zeros=sum(row.negative_zeros for row in rows),
+            non_finite=sum(row.non_finite for row in rows),
+            broken=sum(not row.holds for row in rows),
+        )
+
+
+def inspect_checkpoint(path: Path, pattern: Sparsity) -> list[TensorFacts]:
+    """Count in every floating tensor of a safetensors file or of a folder of them.
+
+    Args:
+        path: A folder (of one file, or of shards), or one file.
+        pattern: N:M to check, along the last dimension; a ratio checks no groups.
 
     Raises:
-        IncompatibleData: The folder holds no safetensors, or a damaged file.
+        IncompatibleData: There are no safetensors, or a file is damaged.
     """
-    from safetensors import safe_open
+    if path.is_dir():
+        check_weight_files(path)
+        files = weight_files(path)
+    elif path.suffix != ".safetensors":
+        pickled = "pickled weights are never read" if path.suffix in _PICKLES else ""
+        raise IncompatibleData(
+            f"{path} is not a safetensors file",
+            where=pickled or "a checkpoint is a .safetensors file or a folder of them",
+            fix="name a folder written by save_pretrained, or one of its .safetensors files",
+        )
+    else:
+        files = [path]
+    return [
+        _facts(one, pattern)
+        for one in stored_tensors(files).values()
+        if one.size and isinstance(getattr(torch, one.dtype, None), torch.dtype)
+        if getattr(torch, one.dtype).is_floating_point
+    ]
 
-    check_weight_files(folder)
-    rows = []
-    for path in weight_files(folder):
-        with safe_open(path, framework="pt") as file:
-            for name in file.keys():  # noqa: SIM118 - not a dict
-                tensor = file.get_tensor(name)
-                if tensor.ndim >= 2 and tensor.is_floating_point():
-                    rows.append(_facts(name, tensor, pattern))
-    return rows
 
-
-def _facts(name: str, tensor: Tensor, pattern: Sparsity) -> MatrixFacts:
-    zero = tensor == 0
-    violations, first = None, None
-    kept, group = pattern.kept, pattern.group
-    if group is not None and kept is not None and tensor.shape[-1] % group == 0:
-        groups = zero.reshape(-1, tensor.shape[-1] // group, group)
-        broken = groups.sum(-1, dtype=torch.int32) < group - kept  # (rows, groups)
-        violations = int(broken.sum())
-        if violations:
-            row, column = divmod(int(broken.reshape(-1).to(torch.uint8).argmax()), broken.shape[1])
-            first = (row, column * group)
-    return MatrixFacts(
-        name=name,
-        shape=tuple(tensor.shape),
-        dtype=str(tensor.dtype).removeprefix("torch."),
-        size=tensor.numel(),
-        zeros=int(zero.sum()),
-        negative_zeros=int((zero & torch.signbit(tensor)).sum()),
+def _facts(stored: StoredTensor, pattern: Sparsity) -> TensorFacts:
+    zeros = negative = broken = bad = 0
+    checked = len(stored.shape) >= 2 and pattern.group is not None
+    along = checked and stored.shape[-1] % (pattern.group or 1) == 0
+    first: int | None = None
+    done = 0  # rows before this piece
+    for rows in _rows(stored):
+        zero = rows == 0
+        zeros += int(zero.sum())
+        negative += int((zero & torch.signbit(rows)).sum())
+        bad += int((~torch.isfinite(rows)).sum())
+        if along:
+            found, place = _violations(zero, pattern)
+            broken += found
+            if first is None and place is not None:
+                first = done * stored.shape[-1] + place
+        done += len(rows)
+    axis, violations = (-1, broken) if along else (None, None)
+    if violations != 0 and checked and _holds_across(stored, zeros, pattern):
+        axis, violations, first = 0, 0, None
+    return TensorFacts(
+        name=stored.name,
+        shape=stored.shape,
+        dtype=stored.dtype,
+        size=stored.size,
+        zeros=zeros,
+        negative_zeros=negative,
+        non_finite=bad,
+        axis=axis,
         violations=violations,
-        first_violation=first,
+        first_violation=None if first is None else _unravel(first, stored.shape),
     )
+
+
+def _rows(stored: StoredTensor, *, multiple: int = 1) -> Iterator[Tensor]:
+    """Yield pieces (rows, last dimension); all but the last have a multiple of so many rows."""
+    dtype = getattr(torch, stored.dtype)
+    width = stored.shape[-1] if stored.shape else 1
+    for piece in stored.pieces(align=width * dtype.itemsize * multiple):
+        rows = torch.frombuffer(piece, dtype=dtype).view(-1, width)
+        yield rows.float() if dtype.itemsize == 1 else rows  # few operations know float8
+
+
+def _violations(zero: Tensor, pattern: Sparsity) -> tuple[int, int | None]:
+    """Return how many groups along the rows break the pattern, and where the first begins.
+
+    Args:
+        zero: (rows, width), whose width M divides.
+        pattern: N:M.
+    """
+    assert pattern.kept is not None and pattern.group is not None
+    groups = zero.view(-1, pattern.group)
+    broken = groups.sum(-1, dtype=torch.int16) < pattern.group - pattern.kept
+    count = int(broken.sum())
+    return count, int(broken.to(torch.uint8).argmax()) * pattern.group if count else None
+
+
+def _holds_across(stored: StoredTensor, zeros: int, pattern: Sparsity) -> bool:
+    """Whether every group along the other axis of a matrix holds; read only if zeros suffice."""
+    assert pattern.kept is not None and pattern.group is not None
+    if len(stored.shape) != 2 or stored.shape[0] % pattern.group:
+        return False
+    if zeros * pattern.group < stored.size * (pattern.group - pattern.kept):
+        return False
+    return not any(
+        _violations((rows == 0).T.contiguous(), pattern)[0]
+        for rows in _rows(stored, multiple=pattern.group)
+    )
+
+
+def _unravel(position: int, shape: Sequence[int]) -> tuple[int, ...]:
+    index: list[int] = []
+    for size in reversed(shape):
+        position, rest = divmod(position, size)
+        index.append(rest)
+    return tuple(reversed(index))

@@ -1,4 +1,4 @@
-"""Looking at safetensors files without loading them: which there are, and whether they are whole.
+"""Safetensors files without loading them: which there are, whether they are whole, piece by piece.
 
 The format is an 8-byte little-endian header length, a JSON header, and the tensors' bytes
 (https://github.com/huggingface/safetensors#format); a file whose size differs from what its header
@@ -7,13 +7,64 @@ says was cut off or damaged.
 
 from __future__ import annotations
 
+import hashlib
 import json
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 from prunebench.errors import IncompatibleData
 
 _HEADER_LIMIT_BYTES = 100 << 20
 INDEX_NAME = "model.safetensors.index.json"
+_PIECE_BYTES = 16 << 20
+_DTYPES = {  # as the format names them: as torch does, and bytes an element
+    "BOOL": ("bool", 1), "U8": ("uint8", 1), "I8": ("int8", 1), "I16": ("int16", 2),
+    "U16": ("uint16", 2), "I32": ("int32", 4), "U32": ("uint32", 4), "I64": ("int64", 8),
+    "U64": ("uint64", 8), "F16": ("float16", 2), "BF16": ("bfloat16", 2), "F32": ("float32", 4),
+    "F64": ("float64", 8), "F8_E4M3": ("float8_e4m3fn", 1), "F8_E5M2": ("float8_e5m2", 1),
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """Where a tensor lies in a file.
+
+    Attributes:
+        dtype: As torch names it, e.g. `bfloat16`; as the format does where torch has none.
+        start: Offset of its first byte in the file.
+        stop: Offset behind its last byte.
+    """
+
+    path: Path
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    stop: int
+
+    @property
+    def size(self) -> int:
+        """Number of elements."""
+        return math.prod(self.shape)
+
+    def pieces(self, *, align: int = 1) -> Iterator[bytearray]:
+        """Read its bytes in pieces of about 16 MB, each a multiple of `align` bytes.
+
+        The bytes are row-major and little endian, as the format stores them.
+
+        Raises:
+            IncompatibleData: The file has become shorter.
+        """
+        step = max(1, _PIECE_BYTES // align) * align
+        with self.path.open("rb") as stream:
+            stream.seek(self.start)
+            for at in range(self.start, self.stop, step):
+                piece = bytearray(min(step, self.stop - at))
+                if stream.readinto(piece) != len(piece):
+                    raise _damaged(self.path, f"{self.name} ends early")
+                yield piece
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -48,6 +99,53 @@ def read_header(path: Path) -> dict[str, dict[str, object]]:
     if size != 8 + length + end:
         raise _damaged(path, f"its header promises {8 + length + end:,} bytes, it has {size:,}")
     return dict(header)
+
+
+def stored_tensors(files: Iterable[Path]) -> dict[str, StoredTensor]:
+    """Return what safetensors files hold, by name, in the files' order; no weight is read.
+
+    Raises:
+        IncompatibleData: A file is damaged, a tensor's bytes do not fit its shape, or two files
+            hold the same name.
+    """
+    found: dict[str, StoredTensor] = {}
+    for path in files:
+        header = read_header(path)
+        with path.open("rb") as stream:
+            begin = 8 + int.from_bytes(stream.read(8), "little")
+        for name, row in header.items():
+            try:
+                start, stop = (begin + int(offset) for offset in row["data_offsets"])  # type: ignore[attr-defined]
+                shape = tuple(map(int, row["shape"]))  # type: ignore[call-overload]
+                code = str(row["dtype"])
+            except (KeyError, TypeError, ValueError) as error:
+                raise _damaged(path, f"the header of {name} is not readable: {error}") from None
+            dtype, width = _DTYPES.get(code, (code, None))
+            if width is not None and not begin <= start <= stop == start + math.prod(shape) * width:
+                raise _damaged(path, f"the bytes of {name} do not fit {code} {list(shape)}")
+            if name in found:
+                raise _damaged(path, f"{name} is in {found[name].path.name} too")
+            found[name] = StoredTensor(path, name, dtype, shape, start, stop)
+    return found
+
+
+def hash_stored(tensors: Mapping[str, StoredTensor], names: Iterable[str]) -> str:
+    """Return the hash of parameters as they are stored, in pieces.
+
+    The same SHA-256 that `models.load.hash_weights` takes of a loaded model: over name, dtype,
+    shape and bytes of every parameter, sorted by name.
+
+    Args:
+        tensors: From `stored_tensors`.
+        names: Of the model's parameters (`named_parameters`, where a tied one counts once).
+    """
+    digest = hashlib.sha256()
+    for name in sorted(names):
+        one = tensors[name]
+        digest.update(f"{name}\0torch.{one.dtype}\0{one.shape}\0".encode())
+        for piece in one.pieces():
+            digest.update(piece)
+    return digest.hexdigest()
 
 
 def check_weight_files(folder: Path) -> None:

@@ -9,6 +9,7 @@ add results, and a folder of results is a plain union under git.
 from __future__ import annotations
 
 import datetime
+import difflib
 import json
 import secrets
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
-from prunebench.errors import MissingResource
+from prunebench.errors import MissingResource, UsageError
 from prunebench.files import publish_text, require_writable
 from prunebench.results.schema import SCHEMA_VERSION, Result
 from prunebench.spec import RunSpec
@@ -86,6 +87,38 @@ class ResultStore:
             else:
                 results.append(outcome)
         return results, damaged
+
+    def find(self, name: str) -> Path:
+        """Return the file of a result named by its id, the beginning of one, or its path.
+
+        Raises:
+            UsageError: No result is called so, or several are.
+            MissingResource: There is no results folder.
+        """
+        if Path(name).is_file():
+            return Path(name)
+        if not self.root.is_dir():
+            raise MissingResource(
+                f"there is no results folder {self.root}",
+                fix="name one with --results-dir, or the path of a result",
+            )
+        paths = {path.stem: path for path in sorted(self.root.rglob("*.json"))}
+        found = [one for one in paths if one.startswith(name)]
+        if len(found) == 1 or name in found:
+            return paths[name if name in found else found[0]]
+        if found:
+            raise UsageError(
+                f"{name!r} is the beginning of {len(found)} results",
+                where=", ".join(found[:4]) + (", ..." if len(found) > 4 else ""),
+                fix="give more of the id",
+            )
+        near = difflib.get_close_matches(name, paths, n=1, cutoff=0.3)
+        hint = f"did you mean {near[0]}? " if near else ""
+        raise UsageError(
+            f"no result is called {name!r}",
+            where=f"there are {len(paths)} in {self.root}",
+            fix=f"{hint}prunebench compare --json lists the result_ids",
+        )
 
 
 def read_result(path: Path) -> Result | Damaged:

@@ -1,0 +1,153 @@
+"""`prunebench compare --paired A B`: two runs item by item, and whether they differ."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import typer
+
+from prunebench.cli.console import wide_console
+from prunebench.cli.guard import say
+from prunebench.errors import IncompatibleData, UsageError, nearest
+from prunebench.results.compare import Selection
+from prunebench.results.paired import LEVEL, RESAMPLES, Comparison, Pairing, pair, read_sides
+from prunebench.results.render import MISSING, column_title, number
+from prunebench.results.schema import Result
+from prunebench.results.store import Damaged, ResultStore, read_result
+
+_KEYS = ("metric", "protocol")
+_USE = "as in prunebench compare --paired 4981b998 ccb34dfc metric=acc"
+
+
+def compare_paired(words: Sequence[str], *, results_dir: Path, as_json: bool) -> None:
+    """Compare two results, or one with its dense model, and print what can be told.
+
+    Raises:
+        UsageError: Not one or two results are named, or a name is unknown or ambiguous.
+        MissingResource: A run logged no samples, or nothing is selected.
+        IncompatibleData: The samples are damaged, or share no item.
+    """
+    names = [word for word in words if "=" not in word or Path(word).is_file()]
+    selection = Selection.parse([word for word in words if word not in names])
+    for key in selection.filters:
+        if key not in _KEYS:
+            raise UsageError(f"--paired does not select by {key!r}", fix=nearest(key, _KEYS))
+    if len(names) not in (1, 2):
+        raise UsageError(
+            f"--paired compares one or two results, {len(names)} are named",
+            where="with one, it is compared with its own dense model",
+            fix=_USE,
+        )
+    store = ResultStore(results_dir)
+    paths = [store.find(name) for name in names]
+    results = [_finished(path) for path in paths]
+    first, dense = read_sides(paths[0])
+    second = read_sides(paths[1])[0] if len(paths) == 2 else dense
+    lower = frozenset(s.metric for r in results for s in r.scores if not s.higher_is_better)
+    pairing = pair(
+        first,
+        second,
+        lower_is_better=lower,
+        metrics=selection.filters.get("metric", ("*",)),
+        protocols=selection.filters.get("protocol", ("*",)),
+    )
+    if as_json:
+        _print_json(pairing, {"a": first.name, "b": second.name})
+    else:
+        titles = {"A": _title(results[0])}
+        titles["B"] = _title(results[1]) if len(results) == 2 else "the dense model of A"
+        _print_table(pairing, titles)
+
+
+def _finished(path: Path) -> Result:
+    result = read_result(path)
+    if isinstance(result, Damaged):
+        raise IncompatibleData(f"{path} is damaged", where=result.reason)
+    if result.status != "ok":
+        raise IncompatibleData(f"{path.stem} is a failed run: it has no scores")
+    return result
+
+
+def _title(result: Result) -> str:
+    spec = result.spec
+    name = spec.method if spec.method == "dense" else f"{spec.method} {spec.sparsity}"
+    return f"{name} on {spec.model}, seed {spec.seed}, {result.id}"
+
+
+def _print_json(pairing: Pairing, ids: dict[str, str]) -> None:
+    rows = [dataclasses.asdict(row) for row in pairing.comparisons]
+    document = {**ids, "level": LEVEL, "resamples": RESAMPLES, "comparisons": rows}
+    document |= {"unmatched": pairing.unmatched, "uncompared": pairing.uncompared}
+    typer.echo(json.dumps(document, indent=1))
+
+
+def _print_table(pairing: Pairing, titles: dict[str, str]) -> None:
+    import rich.box
+    from rich.table import Table
+
+    for letter, title in titles.items():
+        typer.echo(f"{letter}  {title}")
+    several = len(pairing.comparisons) > 1
+    grid = Table(box=rich.box.SIMPLE_HEAD, pad_edge=False)
+    names = ["metric", "items", "A", "B", "A against B", "only A / only B right", "p"]
+    for i, name in enumerate([*names, *(["p (Holm)"] if several else []), "verdict"]):
+        grid.add_column(name, justify="left" if i == 0 or name == "verdict" else "right")
+    for row in pairing.comparisons:
+        ps = [_p(row.p), *([_p(row.p_holm)] if several else [])]
+        style = "" if row.verdict in ("A better", "B better") else "dim"
+        title = column_title(f"{row.metric} {row.protocol}")
+        grid.add_row(title, f"{row.items:,}", *_values(row), *ps, row.verdict, style=style)
+    if pairing.comparisons:
+        wide_console().print(grid)
+    for line in _notes(pairing):
+        say(line)
+
+
+def _values(row: Comparison) -> tuple[str, str, str, str]:
+    """Return the texts of A, B, their difference, and the items that tell them apart."""
+    if row.ratio is None:
+        error = "" if row.stderr is None else f" ± {100 * row.stderr:.1f}"
+        points = f"{100 * row.difference:+.1f}{error} points"
+        return f"{row.a:.1%}", f"{row.b:.1%}", points, f"{row.a_alone} / {row.b_alone}"
+    times = f"{_ratio(row.ratio)} times"
+    if row.ratio_low is not None and row.ratio_high is not None:
+        times += f" [{_ratio(row.ratio_low)}, {_ratio(row.ratio_high)}]"
+    return number(row.a), number(row.b), times, MISSING
+
+
+def _ratio(value: float) -> str:
+    return f"{value:.4f}" if 0.9 < value < 1.1 else number(value)
+
+
+def _p(value: float | None) -> str:
+    if value is None:
+        return MISSING
+    return f"{value:.4f}" if value >= 0.0001 else "< 0.0001"
+
+
+def _notes(pairing: Pairing) -> list[str]:
+    """Return what a reader should know: how it was tested, and what was left out."""
+    tests = {row.test for row in pairing.comparisons}
+    lines = []
+    if "exact McNemar" in tests:
+        lines.append("acc: difference ± its paired standard error; exact McNemar test")
+    if "paired bootstrap" in tests:
+        lines.append(
+            f"ppl: ratio [95% interval]; paired bootstrap over windows, {RESAMPLES:,} resamples"
+        )
+    several = len(pairing.comparisons) > 1
+    corrected = ", corrected by Holm's method for all rows shown" if several else ""
+    lines.append(f"verdict at 5%{corrected}: noise of the items, not of seeds")
+    for row in pairing.comparisons:
+        if row.only_a or row.only_b:
+            lines.append(
+                f"{row.protocol}: {row.items:,} items match, {row.only_a:,} are only in A, "
+                f"{row.only_b:,} only in B"
+            )
+    for protocol, (a, b) in pairing.unmatched.items():
+        lines.append(f"{protocol}: no item matches ({a:,} in A, {b:,} in B)")
+    lines += [f"{one}: not compared, neither 0 or 1 nor a loss" for one in pairing.uncompared]
+    return list(dict.fromkeys(lines))
