@@ -201,6 +201,28 @@ def gblm_peak_rss() -> list[Figure]:
     return [_at_most("gblm-peak-rss", allowed, "GB", [cost["peak_rss_bytes"] / 1e9])]
 
 
+@figure("alps-losses")
+def alps_losses() -> list[Figure]:
+    """Layers in which ALPS' exact loss is at or below SparseGPT's, on the same Hessian."""
+    from prunebench.models.blocks import BlockWalker
+    from prunebench.pruners.alps import Alps
+    from prunebench.pruners.sparsegpt import SparseGPT
+    from prunebench.sparsity import Sparsity
+
+    ratios = []
+    for group in BlockWalker(_model(), token_ids=_tokens()).survey(hessian=True):
+        wanted = {one.name: Sparsity.parse("2:4") for one in group.linears}
+        mine = [one.loss for one in Alps().prune_group(group, wanted)]
+        other = [one.loss for one in SparseGPT().prune_group(group, wanted)]
+        ratios += [a / b for a, b in zip(mine, other, strict=True) if a is not None and b]
+        del group
+    share = sum(ratio <= 1 for ratio in ratios) / len(ratios)
+    return [
+        _at_least("alps-layers-at-or-below-sparsegpt", 0.95, "of the layers", [share]),
+        _noted("alps-loss", "of SparseGPT's loss, median layer", ratios),
+    ]
+
+
 # ---------------------------------------------------------------- masks
 
 

