@@ -25,6 +25,7 @@ LAYERS = {
     "pruners": 3.0,
     "allocators": 3.1,
     "evaluate": 3.0,
+    "export": 4.0,
     "prepare": 4.0,
     "record": 4.1,
     "run": 4.2,

@@ -12,7 +12,7 @@ from typing import Annotated
 import typer
 
 from prunebench import __version__
-from prunebench.cli import check, compare, doctor, inspect, listing, models, results, run
+from prunebench.cli import check, compare, doctor, export, inspect, listing, models, results, run
 from prunebench.cli.guard import guarded
 
 app = typer.Typer(
@@ -26,6 +26,7 @@ app.command("run")(guarded(run.run_command))
 app.command("compare")(guarded(compare.compare_command))
 app.command("list")(guarded(listing.list_command))
 app.command("inspect")(guarded(inspect.inspect_command))
+app.command("export")(guarded(export.export_command))
 app.command("check")(guarded(check.check_command))
 app.command("doctor")(guarded(doctor.doctor_command))
 app.add_typer(models.app, name="models")

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -129,7 +129,12 @@ def stored_tensors(files: Iterable[Path]) -> dict[str, StoredTensor]:
     return found
 
 
-def hash_stored(tensors: Mapping[str, StoredTensor], names: Iterable[str]) -> str:
+def hash_stored(
+    tensors: Mapping[str, StoredTensor],
+    names: Iterable[str],
+    *,
+    advance: Callable[[int], None] | None = None,
+) -> str:
     """Return the hash of parameters as they are stored, in pieces.
 
     The same SHA-256 that `models.load.hash_weights` takes of a loaded model: over name, dtype,
@@ -138,6 +143,7 @@ def hash_stored(tensors: Mapping[str, StoredTensor], names: Iterable[str]) -> st
     Args:
         tensors: From `stored_tensors`.
         names: Of the model's parameters (`named_parameters`, where a tied one counts once).
+        advance: Hears the bytes as they are read.
     """
     digest = hashlib.sha256()
     for name in sorted(names):
@@ -145,6 +151,8 @@ def hash_stored(tensors: Mapping[str, StoredTensor], names: Iterable[str]) -> st
         digest.update(f"{name}\0torch.{one.dtype}\0{one.shape}\0".encode())
         for piece in one.pieces():
             digest.update(piece)
+            if advance:
+                advance(len(piece))
     return digest.hexdigest()
 
 

@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
-import json
+import zipfile
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from torch import nn
 
 from prunebench.errors import IncompatibleData, UsageError
 from prunebench.files import atomic_file, atomic_folder, require_writable
+from prunebench.models.card import model_card
 from prunebench.models.linears import Linear
 from prunebench.models.load import quiet_transformers
+from prunebench.models.safetensors_files import StoredTensor
 from prunebench.results.schema import Result
+
+RESULT_NAME = "prunebench.json"
+"""The copy of the result in a checkpoint's folder."""
 
 
 def check_target(path: Path, *, need_bytes: int, replace: bool, folder: bool) -> None:
@@ -52,51 +59,11 @@ def save_model(
         except RuntimeError as error:  # safetensors reports a full disk as its own error
             raise OSError(28, str(error)) from error
         (part / "README.md").write_text(model_card(result), encoding="utf-8")
-        (part / "prunebench.json").write_text(result.to_json(), encoding="utf-8")
-
-
-def model_card(result: Result) -> str:
-    """Return the README of a pruned checkpoint: method, sparsity and scores, from its result."""
-    model, method, sparsity = result.model, result.method, result.sparsity
-    assert model is not None and method is not None and sparsity is not None
-    front = ["---", "library_name: transformers", "tags: [pruned, sparsity, prunebench]"]
-    if model.source == "hub":
-        front.append(f"base_model: {json.dumps(result.spec.model)}")
-    lines = [
-        *front,
-        "---",
-        "",
-        f"# {result.spec.model}, {method.name} at {sparsity.requested}",
-        "",
-        f"Pruned with [{method.version}](https://github.com/prunebench/prunebench), "
-        f"`{method.implementation}`"
-        + (
-            f" ([arXiv:{method.paper}](https://arxiv.org/abs/{method.paper}))."
-            if method.paper
-            else "."
-        ),
-        "",
-        f"- {sparsity.realised_ratio:.2%} of the {model.prunable_parameters:,} weights in the "
-        "linear layers of the decoder blocks are zero; embeddings, norms, biases and the output "
-        "layer are dense",
-        "- zeros are stored in place: the files are as large as the dense model's",
-        f"- base weights: {model.revision}, in {model.dtype}",
-    ]
-    if result.calibration:
-        one = result.calibration
-        lines.append(
-            f"- calibrated on {one.samples} x {one.seqlen} tokens of {one.text} ({one.origin})"
-        )
-    lines += ["", "| metric | protocol | pruned | dense |", "|---|---|---:|---:|"]
-    for score in result.scores:
-        dense = "" if score.dense_value is None else f"{score.dense_value:.3f}"
-        lines.append(f"| {score.metric} | {score.protocol} | {score.value:.3f} | {dense} |")
-    lines += ["", f"Result `{result.id}`, repeat with:", "", f"    {result.command}", ""]
-    return "\n".join(lines)
+        (part / RESULT_NAME).write_text(result.to_json(), encoding="utf-8")
 
 
 def save_masks(linears: list[Linear], path: Path) -> None:
-    """Write the keep masks of all pruned parameters.
+    """Write the keep masks of all pruned parameters of a loaded model.
 
     The format in which the published MaskLLM masks come: `numpy.savez_compressed`, one entry a
     parameter, key `<parameter name>.mask`, `numpy.packbits` of the boolean keep mask in the
@@ -106,12 +73,42 @@ def save_masks(linears: list[Linear], path: Path) -> None:
         SaveError: It could not be written.
     """
     parameters = {one.parameter_name: getattr(one.module, one.attribute) for one in linears}
-    packed: dict[str, Any] = {
-        f"{name}.mask": np.packbits((parameter.detach() != 0).cpu().numpy().reshape(-1))
-        for name, parameter in parameters.items()
-    }
-    with atomic_file(path) as part, part.open("wb") as stream:
-        np.savez_compressed(stream, **packed)
+    _write_masks(
+        path,
+        (
+            (name, np.packbits((parameter.detach() != 0).cpu().numpy().reshape(-1)))
+            for name, parameter in parameters.items()
+        ),
+    )
+
+
+def save_stored_masks(tensors: Iterable[StoredTensor], path: Path) -> None:
+    """Write the same file as `save_masks` from the weights' files, a piece in memory at a time.
+
+    Raises:
+        SaveError: It could not be written.
+        IncompatibleData: A weight file has become shorter.
+    """
+    _write_masks(path, ((one.name, _packed(one)) for one in tensors))
+
+
+def _packed(stored: StoredTensor) -> np.ndarray:
+    dtype = getattr(torch, stored.dtype)
+    pieces = [
+        np.packbits((torch.frombuffer(piece, dtype=dtype) != 0).numpy())
+        for piece in stored.pieces(align=8 * dtype.itemsize)  # whole bytes of bits
+    ]
+    return np.concatenate(pieces)
+
+
+def _write_masks(path: Path, masks: Iterable[tuple[str, np.ndarray]]) -> None:
+    """Write what `numpy.savez_compressed` would, an entry at a time and with no dates in it."""
+    with atomic_file(path) as part, zipfile.ZipFile(part, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, packed in masks:
+            entry = zipfile.ZipInfo(f"{name}.mask.npy")
+            entry.compress_type = zipfile.ZIP_DEFLATED
+            with archive.open(entry, "w", force_zip64=True) as stream:
+                np.lib.format.write_array(stream, packed, allow_pickle=False)
 
 
 def load_masks(path: Path, shapes: dict[str, tuple[int, ...]]) -> dict[str, np.ndarray]:

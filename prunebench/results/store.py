@@ -123,6 +123,14 @@ class ResultStore:
 
 def read_result(path: Path) -> Result | Damaged:
     """Read one file; anything that is wrong with it comes back as `Damaged`."""
+    result = read_copy(path)
+    if isinstance(result, Result) and result.id != path.stem:
+        return Damaged(path, f"its id {result.id!r} is not its file name")
+    return result
+
+
+def read_copy(path: Path) -> Result | Damaged:
+    """Read a result that lies under another name, as in the folder of a checkpoint."""
     try:
         text = path.read_text(encoding="utf-8")
         version = json.loads(text).get("schema_version")
@@ -136,8 +144,6 @@ def read_result(path: Path) -> Result | Damaged:
             first = error.errors()[0]
             return Damaged(path, f"{'.'.join(map(str, first['loc']))}: {first['msg']}")
         return Damaged(path, f"not a JSON object: {error}")
-    if result.id != path.stem:
-        return Damaged(path, f"its id {result.id!r} is not its file name")
     if result.spec_id != result.spec.spec_id:
         return Damaged(path, "its spec_id does not follow from its spec")
     return result

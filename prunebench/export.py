@@ -1,0 +1,337 @@
+"""From a checkpoint that `run --save-model` wrote to a folder worth publishing.
+
+    README.md        the card: model-index, method, calibration, hashes, the command
+    prunebench.json  the result
+    recipe.toml      the run, for `run --recipe`
+    masks.npz        the keep masks, packed bits, as `run --save-masks` writes them
+    *                weights, config and tokenizer, as they were
+
+The weights in the files are hashed and must be those that the result scored: a card never describes
+other weights.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shlex
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from prunebench.allocators.allocation import save_allocation
+from prunebench.calibration.texts import texts
+from prunebench.errors import IncompatibleData, MissingResource, UsageError
+from prunebench.files import atomic_folder
+from prunebench.models.card import model_card
+from prunebench.models.linears import Linear, find_linears
+from prunebench.models.load import hash_weights, load_config, load_model, skeleton
+from prunebench.models.safetensors_files import (
+    StoredTensor,
+    check_weight_files,
+    hash_stored,
+    stored_tensors,
+    weight_files,
+)
+from prunebench.models.save import RESULT_NAME, check_target, save_masks, save_stored_masks
+from prunebench.progress import Progress
+from prunebench.results.schema import Result
+from prunebench.results.store import Damaged, read_copy
+from prunebench.sparsity import Sparsity
+from prunebench.spec import RunSpec
+
+MASKS_NAME, RECIPE_NAME, ALLOCATION_NAME = "masks.npz", "recipe.toml", "allocation.json"
+_KINDS = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja")
+_WRITTEN = ("README.md", RECIPE_NAME, MASKS_NAME, ALLOCATION_NAME)
+_ABOUT = {
+    RESULT_NAME: "the result: every setting, the sparsity of every layer, cost, versions",
+    RECIPE_NAME: f"the run, for `prunebench run --recipe {RECIPE_NAME}`",
+    MASKS_NAME: "the keep masks: `numpy.packbits`, one entry a parameter, row-major",
+    ALLOCATION_NAME: "the ratio of every layer, which the recipe reads",
+}
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What was written.
+
+    Attributes:
+        sizes: Bytes of every file, by name.
+        linked: Files that share their bytes with the checkpoint (hard links).
+        left_out: Files of the checkpoint that were not taken.
+    """
+
+    folder: Path
+    result: Result
+    sizes: dict[str, int]
+    linked: tuple[str, ...]
+    left_out: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class _Weights:
+    """The weights of a checkpoint: in their files, or loaded where the files name them otherwise.
+
+    transformers stores the fused experts of a mixture one by one, so that the parameters of such a
+    model are not in its files.
+    """
+
+    tensors: dict[str, StoredTensor]
+    linears: list[Linear]
+    loaded: bool
+
+    def write_masks(self, path: Path) -> None:
+        if self.loaded:
+            save_masks(self.linears, path)
+        else:
+            names = dict.fromkeys(one.parameter_name for one in self.linears)
+            save_stored_masks((self.tensors[name] for name in names), path)
+
+
+def read_checkpoint(folder: Path) -> Result:
+    """Return the result of a checkpoint's folder.
+
+    Raises:
+        IncompatibleData: The folder has none, or a damaged one.
+    """
+    path = folder / RESULT_NAME
+    if not path.is_file():
+        raise IncompatibleData(
+            f"{folder} says nothing of how it was made",
+            where=f"it has no {RESULT_NAME}",
+            fix="export a folder that prunebench run --save-model wrote",
+        )
+    result = read_copy(path)
+    if isinstance(result, Damaged):
+        raise IncompatibleData(f"{path} is damaged", where=result.reason)
+    if result.status != "ok" or None in (result.model, result.method, result.sparsity):
+        raise IncompatibleData(f"{path} is not the result of a finished run")
+    return result
+
+
+def no_weights(result: Result) -> MissingResource:
+    """Return the error for a result that was named instead of its checkpoint."""
+    words = shlex.split(result.command)
+    saved = next((b for a, b in zip(words, words[1:], strict=False) if a == "--save-model"), None)
+    saved = saved or next(
+        (w.partition("=")[2] for w in words if w.startswith("--save-model=")), None
+    )
+    if saved and Path(saved).is_dir():
+        fix = f"it saved them as {saved}: export that folder"
+    else:
+        fix = f"make them: {result.command}" + ("" if saved else " --save-model DIR")
+    return MissingResource(
+        f"{result.id} is a result, and a result holds no weights",
+        where="only a folder written by run --save-model can be exported",
+        fix=fix,
+    )
+
+
+def export(source: Path, target: Path, *, replace: bool, progress: Progress) -> Exported:
+    """Write the folder.
+
+    Args:
+        source: A folder that `run --save-model` wrote.
+        target: The folder to write; a whole one or none is left there.
+        replace: Whether it may replace what is there.
+        progress: Hears of the stages.
+
+    Raises:
+        IncompatibleData: The source is damaged, or its weights are not those that were scored.
+        UsageError: There is something at the target.
+        SaveError: It cannot be written.
+    """
+    result = read_checkpoint(source)
+    check_weight_files(source)
+    _check_target(source, target, replace=replace)
+    weights = _verify(source, result, progress)
+    wanted = [path for path in sorted(source.iterdir()) if _is_taken(path)]
+    if target.is_dir() and not any(target.iterdir()):
+        target.rmdir()
+    with atomic_folder(target, replace=replace) as part:
+        with progress.stage("copy", detail=f"{len(wanted)} files"):
+            linked = [path.name for path in wanted if _place(path, part / path.name)]
+        written = [RESULT_NAME, RECIPE_NAME]
+        recipe = recipe_text(result)
+        if result.spec.allocation == "file":
+            _write_allocation(part / ALLOCATION_NAME, result, weights.linears)
+            written.append(ALLOCATION_NAME)
+        (part / RECIPE_NAME).write_text(recipe, encoding="utf-8")
+        if result.spec.method != "dense":
+            with progress.stage("masks", detail=f"{len(weights.linears)} layers"):
+                weights.write_masks(part / MASKS_NAME)
+            written.append(MASKS_NAME)
+        about = {name: _ABOUT[name] for name in written}
+        (part / "README.md").write_text(model_card(result, about), encoding="utf-8")
+    sizes = {path.name: path.stat().st_size for path in sorted(target.iterdir())}
+    left_out = [p.name for p in sorted(source.iterdir()) if p not in wanted]
+    left_out = [name for name in left_out if name not in _WRITTEN]
+    return Exported(target, result, sizes, tuple(linked), tuple(left_out))
+
+
+def _is_taken(path: Path) -> bool:
+    """Whether a file belongs to a model; what we write ourselves is written anew."""
+    fits = any(path.match(kind) for kind in _KINDS) and not path.name.startswith(".")
+    return path.is_file() and fits and path.name not in _WRITTEN
+
+
+def _check_target(source: Path, target: Path, *, replace: bool) -> None:
+    here, there = source.resolve(), target.resolve()
+    if there == here or there in here.parents:
+        raise UsageError(
+            f"{target} is or holds the checkpoint itself", fix="name another folder with -o"
+        )
+    size = sum(path.stat().st_size for path in source.iterdir() if path.is_file())
+    parent = next(path for path in (there, *there.parents) if path.exists())
+    linked = parent.stat().st_dev == source.stat().st_dev
+    check_target(target, need_bytes=1 << 24 if linked else size, replace=replace, folder=True)
+
+
+def _place(source: Path, target: Path) -> bool:
+    """Link a file, or copy it where that cannot be; returns whether it was linked.
+
+    Only weights are linked: they are large, and nobody edits them in place. A file with
+    permissions of its own is copied, as a link would share them.
+    """
+    mask = os.umask(0)
+    os.umask(mask)
+    ordinary = source.stat().st_mode & 0o777 == 0o666 & ~mask
+    if source.suffix == ".safetensors" and ordinary and not source.is_symlink():
+        try:
+            os.link(source, target)
+        except OSError:
+            pass
+        else:
+            return True
+    shutil.copyfile(source, target)
+    return False
+
+
+def _verify(source: Path, result: Result, progress: Progress) -> _Weights:
+    """Refuse weights that are not those that the result scored."""
+    assert result.model is not None
+    model: nn.Module = skeleton(load_config(source))
+    tensors = stored_tensors(weight_files(source))
+    names = [name for name, _ in model.named_parameters()]
+    loaded = not set(names) <= tensors.keys()
+    if loaded:
+        with progress.stage("load", detail=f"{source}: its files name parameters otherwise"):
+            dtype = getattr(torch, result.model.dtype)
+            model = load_model(source, dtype=dtype, device=torch.device("cpu"))
+            digest = hash_weights(model)
+    else:
+        total = sum(tensors[name].stop - tensors[name].start for name in names)
+        with progress.stage("hash", total=total, detail="weights", unit="B") as advance:
+            digest = hash_stored(tensors, names, advance=advance)
+    if digest != result.model.evaluated_sha256:
+        raise IncompatibleData(
+            f"the weights in {source} are not those that were scored",
+            where=f"they hash to {digest[:16]}..., the result {result.id} scored "
+            f"{result.model.evaluated_sha256[:16]}...",
+            fix="export the folder as run --save-model wrote it, or run it again",
+        )
+    return _Weights(tensors, find_linears(model), loaded)
+
+
+def _write_allocation(path: Path, result: Result, linears: list[Linear]) -> None:
+    assert result.sparsity is not None
+    ratios = {one.name: Sparsity.parse(one.requested).ratio for one in result.sparsity.layers}
+    save_allocation(path, ratios, linears)
+
+
+# ---------------------------------------------------------------- the recipe
+
+
+def recipe_text(result: Result) -> str:
+    """Return a TOML recipe that repeats a run: the same spec, where the same data is there.
+
+    Texts of the catalogue are named with the place that they came from. Files of the user's are
+    named by their hash, and a comment says so: a recipe of another text must not run by mistake.
+    """
+    spec, notes = result.spec, [f"repeats {result.id}: prunebench run --recipe {RECIPE_NAME}"]
+    values: dict[str, Any] = {"method": spec.method, "model": _model_name(result, notes)}
+    values |= {"sparsity": spec.sparsity, "dtype": spec.dtype, "allocation": spec.allocation}
+    if spec.allocation == "file":
+        values["allocation"] = f"file:{ALLOCATION_NAME}"
+    if spec.within_block:
+        values["within_block"] = spec.within_block
+    if spec.calibration and spec.calibration_origin:
+        values["calibration"] = _text_name(spec.calibration, spec.calibration_origin, notes)
+        values["calibration_samples"] = spec.calibration_samples
+        values["seqlen"] = spec.seqlen
+    values["ppl"] = [
+        _text_name(*pair, notes) for pair in zip(spec.ppl, spec.ppl_origins, strict=True)
+    ]
+    values["ppl_seqlen"] = spec.ppl_seqlen
+    for name in (
+        "ppl_tokens",
+        "divergence",
+        "tasks",
+        "num_fewshot",
+        "limit",
+        "apply_chat_template",
+    ):
+        if getattr(spec, name) != RunSpec.model_fields[name].default:
+            values[name] = getattr(spec, name)
+    values["seed"] = spec.seed
+    lines = [*(f"# {note}" for note in notes), *_toml(values)]
+    if spec.method_options:
+        lines += ["", "[set]", *_toml(spec.method_options)]
+    if spec.allocation_options and spec.allocation != "file":
+        lines += ["", "[set.allocation]", *_toml(spec.allocation_options)]
+    return "\n".join([*lines, ""])
+
+
+def _model_name(result: Result, notes: list[str]) -> str:
+    assert result.model is not None
+    name, revision = result.spec.model, result.model.revision
+    if result.model.source == "hub" and "/" in name:
+        return f"{name}@{revision}"
+    if result.model.source in ("folder", "gguf"):
+        notes.append(f"model: a {result.model.source} of your own, {revision}; put its path there")
+        return f"./{name}" + (".gguf" if result.model.source == "gguf" else "")
+    return name
+
+
+def _text_name(resolved: str, origin: str, notes: list[str]) -> str:
+    """Return the name under which a text can be asked for again.
+
+    Args:
+        resolved: What the spec calls it: a protocol, or data set and split.
+        origin: Where it came from, as the spec says.
+        notes: Takes what the reader has to do.
+    """
+    for name, entry in texts().items():
+        if origin == entry.url or (entry.sha256 and origin.startswith("sha256:") and (
+            resolved.partition("/")[0] in (name, f"{name}-raw")
+        )):  # fmt: skip
+            return name
+        if entry.file and re.fullmatch(rf"wheel:[^/]+/{re.escape(entry.file)}", origin):
+            return f"{name}@wheel"
+        if entry.hub and origin.startswith(f"hub:{entry.hub}@"):
+            return f"{name}@hub"
+    digest = origin.removeprefix("sha256:")[:12]
+    kind, ending = ("tokens", "safetensors") if resolved.startswith("tokens") else ("file", "txt")
+    notes.append(f"{kind}:{digest}.{ending}: a file of your own, {origin}; put its path there")
+    return f"{kind}:{digest}.{ending}"
+
+
+def _toml(values: dict[str, Any]) -> list[str]:
+    return [f"{key} = {_toml_value(value)}" for key, value in values.items()]
+
+
+def _toml_value(value: Any) -> str:
+    if value is None:
+        return '"none"'  # TOML has no null; options are read from this word
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, list | tuple):
+        return f"[{', '.join(map(_toml_value, value))}]"
+    if isinstance(value, int | float):
+        return repr(value)
+    return json.dumps(str(value), ensure_ascii=False).replace("\x7f", "\\u007f")

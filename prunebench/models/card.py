@@ -1,0 +1,204 @@
+"""The model card of a pruned checkpoint, from its result and nothing else.
+
+The front matter follows the hub's metadata (https://github.com/huggingface/hub-docs, modelcard.md):
+scores are a `model-index`, one entry a protocol, so that the hub shows them and programs read them.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+
+from prunebench.models.source import CatalogEntry, catalog
+from prunebench.results.schema import Result, Score
+
+_TASK = "text-generation"
+_METRICS = {"token_ppl": "perplexity", "acc": "accuracy"}  # the hub's names, where it has one
+_LICENCES = {  # as the catalogue says it: as the hub does (hf.co/docs/hub/repositories-licenses)
+    "Apache-2.0": "apache-2.0",
+    "Llama 2 Community": "llama2",
+    "Llama 3 Community": "llama3",
+    "Llama 3.1 Community": "llama3.1",
+    "Gemma": "gemma",
+    "BigScience RAIL 1.0": "bigscience-bloom-rail-1.0",
+}
+
+
+def model_card(result: Result, files: Mapping[str, str] | None = None) -> str:
+    """Return the README of a pruned checkpoint.
+
+    Args:
+        result: A finished run.
+        files: What lies beside the weights: file name to a few words.
+    """
+    parts = [
+        f"---\n{front_matter(result)}---\n",
+        f"# {_text(result.spec.model)}, {_what(result)}\n",
+        *_about(result),
+        "\n## Scores\n",
+        *_scores(result),
+        "\n## Provenance\n",
+        *_provenance(result),
+    ]
+    if files:
+        parts += ["\n## Files\n", *(f"- `{name}`: {about}" for name, about in files.items())]
+    command = " ".join(result.command.split("\n"))
+    parts += ["\n## Repeat\n", f"    {command}", ""]
+    return "\n".join(parts)
+
+
+def front_matter(result: Result) -> str:
+    """Return the YAML at the top of the card, without its fences."""
+    from huggingface_hub import EvalResult, ModelCardData
+
+    spec, entry = result.spec, base_entry(result)
+    scores = [
+        EvalResult(
+            task_type=_TASK,
+            dataset_type=score.dataset,
+            dataset_name=score.protocol,
+            dataset_config=score.protocol,  # entries are told apart by it, not by their name
+            metric_type=_METRICS.get(score.metric, score.metric),
+            metric_name=f"{score.metric} ({score.protocol})",
+            metric_value=score.value,
+        )
+        for score in result.scores
+        if math.isfinite(score.value)
+    ]
+    base = None
+    if result.model is not None and result.model.source == "hub":
+        base = entry.hub if entry else spec.model
+    tags = ["prunebench", "sparsity"]
+    tags += ["pruned", spec.method.replace(":", ".")] if spec.method != "dense" else []
+    licence = _licence(entry)
+    card = ModelCardData(
+        library_name="transformers",
+        pipeline_tag=_TASK,
+        base_model=base,
+        tags=tags,
+        model_name=f"{spec.model_slug}-{spec.cell}",
+        eval_results=scores or None,
+        license=licence.get("license"),
+        license_name=licence.get("license_name"),
+        license_link=licence.get("license_link"),
+    )
+    return str(card.to_yaml(line_break="\n")) + "\n"
+
+
+def base_entry(result: Result) -> CatalogEntry | None:
+    """Return the catalogue's row of the model that was pruned, if it has one.
+
+    A folder of the user's that is called like an alias is not that model.
+    """
+    if result.model is None or result.model.source not in ("hub", "wheel"):
+        return None
+    found = catalog().get(result.spec.model)
+    return found or next((e for e in catalog().values() if e.hub == result.spec.model), None)
+
+
+def _licence(entry: CatalogEntry | None) -> dict[str, str]:
+    """Return what the front matter says of the base model's licence; nothing if it is unknown."""
+    if entry is None:
+        return {}
+    if entry.licence in _LICENCES:
+        return {"license": _LICENCES[entry.licence]}
+    named = {"license": "other", "license_name": re.sub(r"[^a-z0-9.]+", "-", entry.licence.lower())}
+    if entry.hub:
+        named["license_link"] = f"https://huggingface.co/{entry.hub}"
+    return {key: value.strip("-") for key, value in named.items()}
+
+
+def _what(result: Result) -> str:
+    name = _text(result.spec.method)
+    return name if name == "dense" else f"{name} at {result.spec.sparsity}"
+
+
+def _about(result: Result) -> list[str]:
+    model, method, sparsity = result.model, result.method, result.sparsity
+    assert model is not None and method is not None and sparsity is not None
+    link = (
+        f" ([arXiv:{method.paper}](https://arxiv.org/abs/{method.paper}))" if method.paper else ""
+    )
+    lines = [
+        "Made with [prunebench](https://github.com/prunebench/prunebench) by "
+        f"`{method.name}`{link}: `{method.implementation}` of {method.version}.\n",
+        f"- {sparsity.realised_ratio:.2%} of the {model.prunable_parameters:,} weights in the "
+        "linear layers of the decoder blocks are zero; embeddings, norms, biases and the output "
+        "layer are dense",
+        "- zeros are stored in place: the files are as large as the dense model's",
+        f"- base weights: {_text(result.spec.model)}, {model.revision}, in {model.dtype}",
+    ]
+    if method.options:
+        lines.append(f"- options: {_options(method.options)}")
+    if result.allocation:
+        one = result.allocation
+        lines.append(f"- spread over the layers by `{one.name}`: {_options(one.options)}")
+    if result.spec.within_block:
+        lines.append(f"- within a block: {result.spec.within_block}")
+    if result.calibration:
+        text = result.calibration
+        lines.append(
+            f"- calibrated on {text.samples} x {text.seqlen} tokens of {_text(text.text)} "
+            f"({_text(text.origin)}), seed {text.seed}"
+        )
+    else:
+        lines.append("- no calibration data")
+    if method.events:
+        kinds = ", ".join(sorted({event.kind for event in method.events}))
+        lines.append(f"- {len(method.events)} notes of the method: {_text(kinds)}")
+    return lines
+
+
+def _options(options: Mapping[str, object]) -> str:
+    return ", ".join(f"`{key}={value}`" for key, value in sorted(options.items())) or "no options"
+
+
+def _scores(result: Result) -> list[str]:
+    lines = ["| metric | protocol | this model | dense |", "|---|---|---:|---:|"]
+    for score in result.scores:
+        here = _value(score, score.value, score.stderr)
+        dense = ""
+        if score.dense_value is not None:
+            dense = _value(score, score.dense_value, score.dense_stderr)
+        lines.append(f"| {_text(score.metric)} | {_text(score.protocol)} | {here} | {dense} |")
+    if any(score.stderr is not None for score in result.scores):
+        lines += ["", "± is the standard error over documents or windows."]
+    if any(score.limited for score in result.scores):
+        lines += ["", "Protocols that end in `first-N` used only a part of their data."]
+    return lines
+
+
+def _value(score: Score, value: float, stderr: float | None) -> str:
+    digits = 3 if score.metric == "token_ppl" else 4
+    return f"{value:.{digits}f}" + (f" ± {stderr:.{digits}f}" if stderr is not None else "")
+
+
+def _provenance(result: Result) -> list[str]:
+    model, software, hardware = result.model, result.software, result.hardware
+    assert model is not None
+    rows = {
+        "result": f"`{result.id}`, spec `{result.spec_id}`, {result.created_at}",
+        "weights scored": f"`sha256:{model.evaluated_sha256}`",
+        "dense weights": f"`sha256:{model.dense_sha256}`",
+    }
+    if result.calibration:
+        rows["calibration tokens"] = f"`sha256:{result.calibration.tokens_sha256}`"
+    for score in result.scores:
+        rows[f"scored data, {_text(score.protocol)}"] = (
+            f"{_text(score.origin)}, `sha256:{score.tokens_sha256}`"
+        )
+    rows["software"] = (
+        f"prunebench {software.prunebench}, torch {software.torch}, "
+        f"transformers {software.transformers}, python {software.python}"
+    )
+    rows["hardware"] = f"{hardware.device}, {_text(hardware.device_name)}"
+    return [
+        *(f"- {name}: {value}" for name, value in rows.items()),
+        "- the hash of weights is taken over name, dtype, shape and bytes of every parameter",
+    ]
+
+
+def _text(text: str) -> str:
+    """Escape what Markdown or HTML would take for its own, and keep it on one line."""
+    return re.sub(r"([\\`*|<>\[\]])", r"\\\1", " ".join(text.split()))
