@@ -18,7 +18,7 @@ from prunebench.results.paired import (
     pair,
     read_sides,
 )
-from prunebench.results.samples import Sample, samples_path, write_samples
+from prunebench.results.samples import Sample, read_samples, samples_path, write_samples
 from prunebench.results.store import ResultStore
 from tests.test_results import make_result
 
@@ -186,6 +186,12 @@ def test_values_of_another_kind_are_named_and_left_out():
     assert pairing.uncompared == (f"f1 {PIQA}",)
 
 
+def test_a_model_that_broke_is_not_compared():
+    broken = [3.0] * 11 + [float("nan")]
+    pairing = pair(side([3.0] * 12, metric="nll"), side(broken, metric="nll"))
+    assert (pairing.comparisons, pairing.uncompared) == ((), (f"nll {PIQA}",))
+
+
 def test_selection_is_before_the_correction():
     rows = [{"acc": float(i % 2), "acc_norm": 1.0} for i in range(9)]
     one = Side("a", {(PIQA, i, "h"): row for i, row in enumerate(rows)})
@@ -290,6 +296,17 @@ def test_missing_samples(cli, two, tmp_path):
     )
     assert f"{two[0].stem} has no samples" in outcome.output
     assert "--log-samples" in outcome.output
+
+
+def test_samples_that_are_not_finite_are_read_again(tmp_path):
+    values = {"nll": float("nan"), "acc": float("inf")}
+    path = write_samples(
+        tmp_path / "x.json",
+        [Sample(protocol=WIKI, item=0, sha256="h", values=values, dense_values={"nll": 3.0})],
+    )
+    (sample,) = read_samples(tmp_path / "x.json")
+    assert math.isnan(sample.values["nll"]) and math.isinf(sample.values["acc"])
+    assert path.name == "x.samples.jsonl"
 
 
 def test_damaged_samples(cli, two, tmp_path):

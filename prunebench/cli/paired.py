@@ -149,5 +149,8 @@ def _notes(pairing: Pairing) -> list[str]:
             )
     for protocol, (a, b) in pairing.unmatched.items():
         lines.append(f"{protocol}: no item matches ({a:,} in A, {b:,} in B)")
-    lines += [f"{one}: not compared, neither 0 or 1 nor a loss" for one in pairing.uncompared]
+    lines += [
+        f"{one}: not compared: neither 0 or 1 nor a loss, or not finite"
+        for one in pairing.uncompared
+    ]
     return list(dict.fromkeys(lines))

@@ -102,7 +102,7 @@ class Pairing:
 
     Attributes:
         unmatched: Protocols that have no item in both, with the items of A and of B.
-        uncompared: `metric protocol` of values that are neither 0 or 1 nor losses of windows.
+        uncompared: `metric protocol` of values that are neither 0 or 1 nor losses, or NaN.
     """
 
     comparisons: tuple[Comparison, ...]
@@ -174,9 +174,10 @@ def pair(
             there.append(f"{name} {protocol}")
             if not (_matches(name, metrics) and _matches(protocol, protocols)):
                 continue
-            if metric == _LOSS:
+            values = {value for one in pairs for value in one}
+            if metric == _LOSS and all(map(math.isfinite, values)):
                 row = _bootstrapped(protocol, pairs)
-            elif {value for one in pairs for value in one} <= {0.0, 1.0}:
+            elif values <= {0.0, 1.0}:
                 row = _tested(metric, protocol, pairs, lower_is_better=metric in lower_is_better)
             else:
                 uncompared.append(f"{metric} {protocol}")

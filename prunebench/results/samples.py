@@ -31,7 +31,8 @@ class Sample(BaseModel):
         dense_values: The same of the dense model.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    # a model that broke gives NaN: pydantic would write null, which is not read again
+    model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="constants")
 
     protocol: str
     item: int
