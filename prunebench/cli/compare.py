@@ -18,7 +18,7 @@ from prunebench.results.store import ResultStore
 if TYPE_CHECKING:
     from rich.text import Text
 
-_FORMATS = ("table", "md", "csv", "json")
+_FORMATS = ("table", "md", "latex", "csv", "json")
 
 
 def compare_command(
@@ -65,6 +65,8 @@ def compare_command(
         typer.echo(render.to_csv(tables), nl=False)
     elif format_ == "md":
         typer.echo(render.to_markdown(tables), nl=False)
+    elif format_ == "latex":
+        typer.echo(render.to_latex(tables), nl=False)
     else:
         _print_tables(tables)
         failed = sum(result.status == "failed" for result in results)
@@ -107,7 +109,7 @@ def _print_tables(tables: list[Table]) -> None:
                 "Choose one with protocol=... to rank them.",
                 style="dim",
             )
-    console.print(Text(render.LEGEND, style="dim"))
+    console.print(Text(render.legend(tables), style="dim"))
 
 
 def _bold_between_marks(text: str) -> Text:

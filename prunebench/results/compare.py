@@ -4,24 +4,23 @@ A cell is everything of a spec but its seed and its evaluation; of a run that wa
 newest counts. A column is a metric under one protocol; two protocols
 never share a column, and rows are ranked only where the table has a single one. Within a column,
 the best of the rows with one sparsity is marked, and so is every other whose difference from it is
-inside the noise.
+inside the noise: that of the seeds, or, with a single seed, that of the documents.
 """
 
 from __future__ import annotations
 
 import fnmatch
 import json
-import math
 import statistics
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from prunebench.errors import MissingResource, UsageError, nearest
+from prunebench.results.cell_score import CellScore as CellScore
 from prunebench.results.schema import Result, Score
 from prunebench.sparsity import Sparsity
 
-_NOISE_STANDARD_ERRORS = 2.0
 _SETTINGS = (
     "method_options",
     "allocation",
@@ -51,36 +50,6 @@ _SELECTORS: dict[str, Callable[[Result], object]] = {
     "seqlen": lambda r: r.spec.seqlen,
     "device": lambda r: r.hardware.device,
 }
-
-
-@dataclass(frozen=True)
-class CellScore:
-    """A metric of one cell.
-
-    Attributes:
-        values: One value a seed.
-        mean: Mean over the seeds.
-        std: Sample standard deviation over the seeds; None with a single one.
-        seeds: Number of seeds.
-        dense: The dense model's value, same protocol and dtype.
-        best: True for the best of its sparsity in its column, where there is more than one.
-        within_noise: True if it cannot be told from the best one.
-    """
-
-    values: tuple[float, ...]
-    mean: float
-    std: float | None
-    seeds: int
-    dense: float | None
-    best: bool = False
-    within_noise: bool = False
-
-    @classmethod
-    def of(cls, values: Iterable[float], *, dense: float | None) -> CellScore:
-        """Fold the values of the seeds."""
-        found = tuple(values)
-        std = statistics.stdev(found) if len(found) > 1 else None
-        return cls(found, statistics.fmean(found), std, len(found), dense)
 
 
 @dataclass(frozen=True)
@@ -223,18 +192,11 @@ def _fold(results: list[Result], selection: Selection) -> Cell:
         method=first.method,
         sparsity=first.sparsity,
         settings=settings,
-        scores={column: _fold_scores(list(s.values())) for column, s in sorted(values.items())},
+        scores={column: CellScore.of(list(s.values())) for column, s in sorted(values.items())},
         realised_ratio=statistics.fmean(ratios),
         prune_seconds=statistics.fmean(seconds) if seconds else None,
         devices=tuple(sorted({r.hardware.device for r in results})),
         result_ids=tuple(sorted(r.id for r in results)),
-    )
-
-
-def _fold_scores(scores: list[Score]) -> CellScore:
-    dense = [score.dense_value for score in scores if score.dense_value is not None]
-    return CellScore.of(
-        (score.value for score in scores), dense=statistics.fmean(dense) if dense else None
     )
 
 
@@ -246,8 +208,9 @@ def _with_dense(cells: list[Cell]) -> list[Cell]:
         known = rows.get(key)
         scores = dict(known.scores) if known else {}
         for column, score in cell.scores.items():
-            if score.dense is not None and (column not in scores or cell.method == "dense"):
-                scores[column] = CellScore.of([score.dense], dense=score.dense)
+            dense = score.of_dense()
+            if dense and (column not in scores or cell.method == "dense"):
+                scores[column] = dense
         settings = dict.fromkeys(_SETTINGS) | {"dtype": key[0], "model_revision": key[1]}
         ids = cell.result_ids if cell.method == "dense" else (known.result_ids if known else ())
         rows[key] = Cell(cell.model, "dense", "0", settings, scores, 0.0, None, (), ids)
@@ -265,7 +228,7 @@ def _table(model: str, cells: list[Cell]) -> Table:
     ranked = len(columns) == 1
 
     def row_order(cell: Cell) -> tuple[Any, ...]:
-        value = cell.scores[columns[0]].mean if ranked else 0.0
+        value = cell.scores[columns[0]].loss if ranked else 0.0
         return (cell.method != "dense", *cell.order, value, cell.method, json.dumps(cell.settings))
 
     cells = _with_shown(cells)
@@ -290,14 +253,14 @@ _OWNERS = {"method_options": "method", "allocation_options": "allocation"}
 
 def _with_shown(cells: list[Cell]) -> list[Cell]:
     """Reduce the options that are shown to those in which rows of one method differ."""
+    varying = {name: _varying(name, owner, cells) for name, owner in _OWNERS.items()}
     marked = []
     for cell in cells:
         shown = dict(cell.settings)
         for name, owner in _OWNERS.items():
-            rivals = [c for c in cells if _owner(c, owner) == _owner(cell, owner)]
             mine: dict[str, Any] = cell.settings[name] or {}
-            varies = {k: v for k, v in mine.items() if _varies(k, name, rivals)}
-            shown[name] = varies or None
+            varies = varying[name][_owner(cell, owner)]
+            shown[name] = {k: v for k, v in mine.items() if k in varies} or None
         marked.append(replace(cell, shown=shown))
     return marked
 
@@ -306,12 +269,23 @@ def _owner(cell: Cell, owner: str) -> str | None:
     return cell.method if owner == "method" else cell.settings["allocation"]
 
 
-def _varies(key: str, name: str, cells: list[Cell]) -> bool:
-    return len({json.dumps((cell.settings[name] or {}).get(key)) for cell in cells}) > 1
+def _varying(name: str, owner: str, cells: list[Cell]) -> dict[str | None, set[str]]:
+    """Return, for every method (or allocator), the options in which its rows differ."""
+    rivals: dict[str | None, list[dict[str, Any]]] = {}
+    for cell in cells:
+        rivals.setdefault(_owner(cell, owner), []).append(cell.settings[name] or {})
+    return {
+        who: {
+            key
+            for key in set().union(*options)
+            if len({json.dumps(one.get(key)) for one in options}) > 1
+        }
+        for who, options in rivals.items()
+    }
 
 
 def _mark_best(cells: list[Cell], column: str) -> list[Cell]:
-    """Mark the lowest value among the pruned rows of each sparsity (all metrics are losses)."""
+    """Mark the best value among the pruned rows of each sparsity, and what equals it in effect."""
     best: dict[str, CellScore] = {}
     rivals: dict[str, int] = {}
     for cell in cells:
@@ -319,7 +293,7 @@ def _mark_best(cells: list[Cell], column: str) -> list[Cell]:
         if score is None or cell.method == "dense":
             continue
         rivals[cell.sparsity] = rivals.get(cell.sparsity, 0) + 1
-        if cell.sparsity not in best or score.mean < best[cell.sparsity].mean:
+        if cell.sparsity not in best or score.loss < best[cell.sparsity].loss:
             best[cell.sparsity] = score
     marked = []
     for cell in cells:
@@ -327,16 +301,8 @@ def _mark_best(cells: list[Cell], column: str) -> list[Cell]:
         if score is not None and cell.method != "dense" and rivals[cell.sparsity] > 1:
             top = best[cell.sparsity]
             score = replace(
-                score, best=score is top, within_noise=score is not top and _in_noise(score, top)
+                score, best=score is top, within_noise=score is not top and score.in_noise_of(top)
             )
             cell = replace(cell, scores={**cell.scores, column: score})
         marked.append(cell)
     return marked
-
-
-def _in_noise(one: CellScore, other: CellScore) -> bool:
-    """Compare the mean losses: a perplexity is the exponential of one, and its tail is heavy."""
-    losses = [[math.log(value) for value in score.values] for score in (one, other)]
-    errors = [statistics.stdev(x) / math.sqrt(len(x)) for x in losses if len(x) > 1]
-    distance = abs(statistics.fmean(losses[0]) - statistics.fmean(losses[1]))
-    return bool(errors) and distance <= _NOISE_STANDARD_ERRORS * math.hypot(*errors)

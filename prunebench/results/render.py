@@ -1,4 +1,4 @@
-"""Tables as text: Markdown, CSV, JSON, and the cells that the terminal shows."""
+"""Tables as text: Markdown, LaTeX, CSV, JSON, and the cells that the terminal shows."""
 
 from __future__ import annotations
 
@@ -6,13 +6,15 @@ import csv
 import dataclasses
 import io
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from prunebench.results.compare import Cell, CellScore, Table
 
 MISSING = "-"
 _METRIC_NAMES = {"token_ppl": "ppl"}
+_RATIOS = ("acc", "acc_norm", "exact_match", "top1_changed")  # shown in percent
+_FROM_ZERO = ("kl_divergence", "top1_changed")  # the dense model has 0: the value is the difference
 _SETTING_NAMES = {
     "method_options": "options",
     "allocation_options": "allocation options",
@@ -24,6 +26,16 @@ LEGEND = (
     "mean ± std over seeds, (difference to dense); best of its sparsity in bold; "
     "~ not to be told from the best one (2 standard errors)"
 )
+_LEGEND_STDERR = "± of a single seed: standard error over documents"
+
+
+def legend(tables: Sequence[Table]) -> str:
+    """Return what the marks in the tables mean."""
+    scores = [score for table in tables for cell in table.cells for score in cell.scores.values()]
+    parts = [LEGEND]
+    if any(score.std is None and score.stderr is not None for score in scores):
+        parts.append(_LEGEND_STDERR)
+    return "; ".join(parts)
 
 
 def header(table: Table) -> list[str]:
@@ -56,20 +68,35 @@ def row(table: Table, cell: Cell, *, bold: tuple[str, str]) -> list[str]:
 
 
 def score_text(score: CellScore | None, *, bold: tuple[str, str]) -> str:
-    """Return `48.81 ± 0.12 (+23.19)`, with the best value between `bold`."""
+    """Return `48.81 ± 0.12 (+23.19)` or `65.3% ± 0.4 (97.3% of dense)`, the best between `bold`."""
     if score is None:
         return MISSING
-    text = number(score.mean)
-    if score.std is not None:
-        text += f" ± {number(score.std)}"
+    text = value_text(score.metric, score.mean)
+    if score.error is not None:
+        text += f" ± {value_text(score.metric, score.error).removesuffix('%')}"
     if score.best:
         text = f"{bold[0]}{text}{bold[1]}"
     if score.within_noise:
         text = f"~{text}"
-    if score.dense is not None and score.mean != score.dense:
-        sign = "+" if score.mean >= score.dense else "-"
-        text += f" ({sign}{number(abs(score.mean - score.dense))})"
-    return text
+    beside_dense = against_dense(score)
+    return f"{text} ({beside_dense})" if beside_dense else text
+
+
+def against_dense(score: CellScore) -> str:
+    """Return what was lost: the difference to dense, or of an accuracy the share that is left."""
+    if score.dense is None or score.mean == score.dense or score.metric in _FROM_ZERO:
+        return ""
+    if score.metric in _RATIOS and score.higher_is_better:
+        return f"{score.mean / score.dense:.1%} of dense" if score.dense else ""
+    sign = "+" if score.mean >= score.dense else "-"
+    return f"{sign}{value_text(score.metric, abs(score.mean - score.dense))}"
+
+
+def value_text(metric: str, value: float) -> str:
+    """Return a value of a metric: ratios in percent with a decimal, divergences with four."""
+    if metric in _RATIOS:
+        return f"{value:.1%}"
+    return f"{value:.4f}" if metric == "kl_divergence" else number(value)
 
 
 def number(value: float) -> str:
@@ -91,7 +118,52 @@ def to_markdown(tables: Sequence[Table]) -> str:
             texts = row(table, cell, bold=("**", "**"))
             lines.append("| " + " | ".join(map(_escape, texts)) + " |")
         lines.append("")
-    return "\n".join([*lines, f"{LEGEND}.", ""])
+    return "\n".join([*lines, f"{legend(tables)}.", ""])
+
+
+def to_latex(tables: Sequence[Table]) -> str:
+    """Return one LaTeX `table` with booktabs rules a model; it needs nothing but `booktabs`."""
+    lines: list[str] = []
+    for table in tables:
+        columns = "ll" + "r" * (len(header(table)) - 2)
+        lines += [r"\begin{table}", r"\centering", rf"\begin{{tabular}}{{{columns}}}", r"\toprule"]
+        metrics, protocols = zip(*map(_latex_title, header(table)), strict=True)
+        lines.append(_latex_row(metrics))
+        if any(protocols):
+            lines.append(_latex_row(protocols))
+        last = None
+        for cell in table.cells:
+            if cell.sparsity != last:
+                lines.append(r"\midrule")
+            last = cell.sparsity
+            lines.append(_latex_row(map(_latex, row(table, cell, bold=("\0", "\0")))))
+        caption = _latex(f"{table.model}: {legend([table])}.")
+        lines += [r"\bottomrule", r"\end{tabular}", rf"\caption{{{caption}}}", r"\end{table}", ""]
+    return "% \\usepackage{booktabs}\n" + "\n".join(lines)
+
+
+def _latex_title(title: str) -> tuple[str, str]:
+    """Return the metric and, for the line below it, the protocol."""
+    metric, _, protocol = title.partition(" ") if "/" in title else (title, "", "")
+    return _latex(metric), rf"{{\scriptsize {_latex(protocol)}}}" if protocol else ""
+
+
+def _latex_row(texts: Iterable[str]) -> str:
+    return " & ".join(texts) + r" \\"
+
+
+_LATEX = {
+    "\\": r"\textbackslash{}", "{": r"\{", "}": r"\}", "&": r"\&", "%": r"\%", "$": r"\$",
+    "#": r"\#", "_": r"\_", "^": r"\textasciicircum{}", "~": r"$\sim$", "±": r"$\pm$",
+    "<": r"$<$", ">": r"$>$", "|": r"$|$",
+}  # fmt: skip
+
+
+def _latex(text: str) -> str:
+    """Escape a text; what is between two NULs becomes bold."""
+    parts = " ".join(text.split()).split("\0")
+    escaped = ["".join(_LATEX.get(character, character) for character in part) for part in parts]
+    return "".join(rf"\textbf{{{part}}}" if i % 2 else part for i, part in enumerate(escaped))
 
 
 def to_csv(tables: Sequence[Table]) -> str:
@@ -100,7 +172,10 @@ def to_csv(tables: Sequence[Table]) -> str:
     writer = csv.writer(out, lineterminator="\n")
     names = sorted({name for table in tables for cell in table.cells for name in cell.settings})
     titles = ["model", "method", "sparsity", *names, "metric", "protocol", "mean", "std", "seeds"]
-    writer.writerow([*titles, "dense", "best", "within_noise", "realised_ratio", "prune_seconds"])
+    writer.writerow(
+        [*titles, "dense", "best", "within_noise", "realised_ratio", "prune_seconds"]
+        + ["stderr", "dense_stderr", "higher_is_better"]
+    )
     for table in tables:
         for cell in table.cells:
             for column, score in cell.scores.items():
@@ -110,6 +185,7 @@ def to_csv(tables: Sequence[Table]) -> str:
                     [cell.model, cell.method, cell.sparsity, *settings, metric, protocol]
                     + [score.mean, score.std, score.seeds, score.dense]
                     + [score.best, score.within_noise, cell.realised_ratio, cell.prune_seconds]
+                    + [score.stderr, score.dense_stderr, score.higher_is_better]
                 )
     return out.getvalue()
 
