@@ -145,6 +145,21 @@ def test_a_tokenizer_without_ends_is_refused(byte_tokenizer):
         prepare_tasks(["piqa"], Protocol(), tokenizer=tokenizer, progress=Silent())
 
 
+def test_a_score_that_is_no_number_is_refused(cli, tiny_run, task_folder, monkeypatch):
+    import lm_eval.evaluator
+
+    evaluate = lm_eval.evaluator.evaluate
+
+    def undefined(**kwargs):
+        found = evaluate(**kwargs)
+        found["results"]["pangram"]["acc_norm,none"] = float("nan")
+        return found
+
+    monkeypatch.setattr(lm_eval.evaluator, "evaluate", undefined)
+    run = [*tiny_run, "-m", "dense", "--tasks", "pangram", "--include-path", task_folder]
+    assert "pangram: acc_norm is nan" in cli(*run, code=4).output
+
+
 def test_the_papers_lists():
     presets = task_table()["preset"]
     assert {name: len(tasks) for name, tasks in presets.items()} == {

@@ -14,6 +14,7 @@ import functools
 import hashlib
 import json
 import logging
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -228,11 +229,16 @@ class LmEvalTask:
             metric, _, kind = key.partition(",")
             if not kind or metric.endswith("_stderr") or not isinstance(value, int | float):
                 continue
+            if not math.isfinite(value):
+                raise IncompatibleData(
+                    f"{name}: {metric} is {value}",
+                    where="the model's logits are NaN, or the metric is not defined here",
+                    fix="leave the task out, ask more documents, or use --dtype float32",
+                )
             stderr = row.get(f"{metric}_stderr,{kind}")
+            known = isinstance(stderr, int | float) and math.isfinite(stderr)
             measures[metric if kind == "none" else key] = Measure(
-                float(value),
-                float(stderr) if isinstance(stderr, int | float) else None,
-                bool(better.get(metric, True)),
+                float(value), float(stderr) if known else None, bool(better.get(metric, True))
             )
         members = [name] if name in found["samples"] else self._leaves(task)
         items = {member: _items(found["samples"][member]) for member in members}
