@@ -6,12 +6,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from prunebench.results.cell_score import CellScore
-from prunebench.results.render import value_text
+from prunebench.results.render import score_text, value_text
 from prunebench.results.report.data import Cost, Machine, Row, ScoreFigure, sparsity_ratio
 from prunebench.results.report.drawing import Box, Drawing, Label, Line, Mark, fit, text_width
-from prunebench.results.report.scale import WIDTH, Scale, colour_of, score_text, tick_text
+from prunebench.results.report.scale import WIDTH, Scale, colour_of, tick_text
 from prunebench.spec import slug
 
+_PLAIN = ("", "")  # nothing around the best
 _ROW_HEIGHT = 21.0
 PublishedKey = tuple[str, str]  # method, sparsity
 
@@ -51,7 +52,7 @@ def accuracy_bars(figure: ScoreFigure, methods: Sequence[str]) -> Drawing:
     drawing = Drawing(
         name=slug(f"{figure.metric}-{figure.protocol}"),
         title=figure.title,
-        summary=f"{len(bars)} bars; higher is better. The values are in the table below.",
+        summary="Bars, one a row; higher is better. The values are in the table below.",
         width=WIDTH,
         height=0.0,
     )
@@ -80,7 +81,7 @@ def _score_bar(
         value=score.mean,
         error=score.error,
         text=value_text(score.metric, score.mean),
-        title=f"{row.name}: {score_text(score)}",
+        title=f"{row.name}: {score_text(score, bold=_PLAIN)}",
         link=row.anchor,
         hollow=hollow,
     )
@@ -97,7 +98,7 @@ def cost_bars(machine: Machine, methods: Sequence[str], *, number: int) -> list[
         drawing = Drawing(
             name=f"{slug(quantity.lower())}-{number}",
             title=title,
-            summary=f"{len(known)} bars in {unit}; lower is better.",
+            summary=f"Bars in {unit}, one a row; lower is better.",
             width=WIDTH,
             height=0.0,
         )
@@ -143,7 +144,7 @@ def _cost_bar(
 def _bars(
     drawing: Drawing, bars: Sequence[Bar], metric: str, *, dense: CellScore | None, note: str
 ) -> None:
-    left = min(max((text_width(bar.label) for bar in bars), default=0.0) + 22, 185)
+    left = min(max((text_width(bar.label) for bar in bars), default=0.0) + 22, 185.0)
     right = WIDTH - max((text_width(bar.text) for bar in bars), default=0.0) - 16
     tops = [bar.value + (bar.error or 0) for bar in bars if bar.value is not None]
     tops += [value for bar in bars for value, _ in bar.hollow]

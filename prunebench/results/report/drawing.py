@@ -7,11 +7,12 @@ a paper has the light one.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from html import escape as escape_html
 
 TEXT_SIZE = 12.5
+Pixels = float | int
 FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'DejaVu Sans', sans-serif"
 LIGHT = {
     "ink": "#1b1f24", "muted": "#59636e", "grid": "#e3e7eb", "front": "#d5dae0", "back": "#ffffff",
@@ -37,14 +38,14 @@ _CROSS = (
     (0.4, 1.1), (-0.4, 1.1), (-0.4, 0.4), (-1.1, 0.4), (-1.1, -0.4), (-0.4, -0.4),
 )  # fmt: skip
 SHAPES = {
-    "circle": _regular(24, 0, 1.0),
+    "circle": _regular(24, 0.0, 1.0),
     "square": _regular(4, math.pi / 4, 1.25),
     "up": _regular(3, -math.pi / 2, 1.35),
-    "diamond": _regular(4, 0, 1.35),
+    "diamond": _regular(4, 0.0, 1.35),
     "down": _regular(3, math.pi / 2, 1.35),
     "cross": _CROSS,
     "pentagon": _regular(5, -math.pi / 2, 1.15),
-    "hexagon": _regular(6, 0, 1.1),
+    "hexagon": _regular(6, 0.0, 1.1),
 }
 
 
@@ -52,20 +53,20 @@ SHAPES = {
 class Line:
     """A line through points."""
 
-    points: tuple[tuple[float, float], ...]
+    points: tuple[tuple[Pixels, Pixels], ...]
     colour: str = "ink"
-    width: float = 1.0
-    dash: tuple[float, ...] = ()
+    width: Pixels = 1.0
+    dash: tuple[Pixels, ...] = ()
 
 
 @dataclass(frozen=True)
 class Box:
     """A filled rectangle; `key` is its number for the page's script."""
 
-    x: float
-    y: float
-    width: float
-    height: float
+    x: Pixels
+    y: Pixels
+    width: Pixels
+    height: Pixels
     colour: str
     opacity: float = 1.0
     title: str = ""
@@ -76,18 +77,18 @@ class Box:
 class Mark:
     """A point of data: filled, or hollow where it is not ours; outlined where it is N:M."""
 
-    x: float
-    y: float
+    x: Pixels
+    y: Pixels
     shape: str
     colour: str
-    size: float = 4.5
+    size: Pixels = 4.5
     hollow: bool = False
     outlined: bool = False
     title: str = ""
     link: str = ""
 
     @property
-    def corners(self) -> list[tuple[float, float]]:
+    def corners(self) -> list[tuple[Pixels, Pixels]]:
         """The corners of its shape."""
         return [(self.x + self.size * x, self.y + self.size * y) for x, y in SHAPES[self.shape]]
 
@@ -96,12 +97,12 @@ class Mark:
 class Label:
     """A text; `y` is its baseline, `key` its name for the page's script."""
 
-    x: float
-    y: float
+    x: Pixels
+    y: Pixels
     text: str
     colour: str = "muted"
     anchor: str = "start"
-    size: float = TEXT_SIZE
+    size: Pixels = TEXT_SIZE
     bold: bool = False
     key: str = ""
 
@@ -122,8 +123,8 @@ class Drawing:
     name: str
     title: str
     summary: str
-    width: float
-    height: float
+    width: Pixels
+    height: Pixels
     shapes: list[Shape] = field(default_factory=list)
 
     def add(self, *shapes: Shape) -> None:
@@ -131,14 +132,14 @@ class Drawing:
         self.shapes.extend(shapes)
 
 
-def text_width(text: str, size: float = TEXT_SIZE) -> float:
+def text_width(text: str, size: Pixels = TEXT_SIZE) -> float:
     """Return about how wide a text is; no font is at hand to ask."""
     return size * sum(
         0.36 if c in "iljtfr.,:;|!'()[] -" else 0.9 if c in "mwMW@%±" else 0.6 for c in text
     )
 
 
-def fit(text: str, width: float, size: float = TEXT_SIZE) -> str:
+def fit(text: str, width: Pixels, size: Pixels = TEXT_SIZE) -> str:
     """Shorten a text to a width."""
     if text_width(text, size) <= width:
         return text
@@ -171,10 +172,11 @@ def to_svg(drawing: Drawing, *, themed: bool) -> str:
 
     size = f'viewBox="0 0 {drawing.width:g} {drawing.height:g}"'
     if not themed:
+        size = f'xmlns="http://www.w3.org/2000/svg" {size}'
         size += f' width="{drawing.width:g}" height="{drawing.height:g}"'
     body = "".join(_element(shape, colour) for shape in drawing.shapes)
     return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" {size} role="img" '
+        f'<svg {size} role="img" '
         f'aria-label="{escape(drawing.title)}. {escape(drawing.summary)}" '
         f'font-family="{escape(FONT)}">{body}</svg>'
     )
@@ -211,7 +213,7 @@ def _element(shape: Shape, colour: Callable[[str], str]) -> str:
     )
 
 
-def _places(points: tuple[tuple[float, float], ...] | list[tuple[float, float]]) -> str:
+def _places(points: Iterable[tuple[Pixels, Pixels]]) -> str:
     return " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
 
 

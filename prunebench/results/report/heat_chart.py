@@ -23,7 +23,9 @@ class HeatScale:
     logarithmic: bool
 
     def share(self, value: float) -> float:
-        """Return where a value lies, from 0 to 1."""
+        """Return where a value lies, from 0 to 1; what is not finite is beyond all others."""
+        if not math.isfinite(value):
+            return 1.0
         if self.logarithmic:
             if value <= self.low:
                 return 0.0
@@ -53,7 +55,7 @@ def ratio_scale(run: HeatRun) -> HeatScale:
 
 def loss_scale(run: HeatRun) -> HeatScale | None:
     """Return the logarithmic scale of layer loss; None where no loss is above zero."""
-    known = [value for value in run.losses if value is not None and value > 0]
+    known = [value for value in run.losses if value is not None and 0 < value < math.inf]
     if not known:
         return None
     low, high = min(known), max(known)
@@ -64,7 +66,7 @@ def heat_chart(
     heat: HeatMap, values: Sequence[float | None], scale: HeatScale, *, name: str, title: str
 ) -> Drawing:
     """Draw one quantity of one run."""
-    left = min(max(text_width(module) for module in heat.modules) + 14, 165)
+    left = min(max(text_width(module) for module in heat.modules) + 14, 165.0)
     width = (WIDTH - left - 6) / len(heat.blocks)
     drawing = Drawing(
         name=name,

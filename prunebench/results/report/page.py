@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import functools
 import hashlib
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import resources
@@ -17,6 +18,7 @@ from prunebench.results.render import (
     legend,
     row,
     score_text,
+    setting_text,
     value_text,
 )
 from prunebench.results.report.bar_chart import accuracy_bars, cost_bars
@@ -138,10 +140,19 @@ def _table_row(table: Table, cell: Cell) -> list[dict[str, Any]]:
             "best": "\0" in text,
             "noise": noisy,
             "parts": text.split("\0"),
-            "key": "" if key is None else key,
+            "key": _sort_key(key),
         }
         for text, key, noisy in zip(texts, keys, noise, strict=True)
     ]
+
+
+def _sort_key(value: Any) -> str:
+    """Return a value as the page's script reads it: empty is last."""
+    if value is None or value != value:
+        return ""
+    if isinstance(value, float) and math.isinf(value):
+        return "Infinity" if value > 0 else "-Infinity"
+    return setting_text(value)
 
 
 # ---------------------------------------------------------------- figures

@@ -1,4 +1,4 @@
-"""What the charts share: scales, colours of methods, and the words of a value."""
+"""What the charts share: scales and the colours of methods."""
 
 from __future__ import annotations
 
@@ -6,8 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from prunebench.results.cell_score import CellScore
-from prunebench.results.render import against_dense, value_text
+from prunebench.results.render import value_text
 from prunebench.results.report.drawing import SERIES_COLOURS
 
 WIDTH = 480.0
@@ -25,15 +24,6 @@ def colour_of(method: str, methods: Sequence[str]) -> str:
     return f"s{methods.index(method) % SERIES_COLOURS}" if method in methods else "muted"
 
 
-def score_text(score: CellScore) -> str:
-    """Return a value with its plus-minus and what dense is to it, for a tooltip."""
-    text = value_text(score.metric, score.mean)
-    if score.error is not None:
-        text += f" ± {value_text(score.metric, score.error)}"
-    beside = against_dense(score)
-    return f"{text} ({beside})" if beside else text
-
-
 @dataclass(frozen=True)
 class Scale:
     """From values to pixels; `low` lies at `start`, what lies outside is drawn at the edge."""
@@ -46,7 +36,8 @@ class Scale:
 
     def __call__(self, value: float) -> float:
         """Return the pixel of a value."""
-        share = self._share(min(max(value, self.low), self.high))
+        value = self.high if math.isnan(value) else min(max(value, self.low), self.high)
+        share = self._share(value)
         return self.start + share * (self.end - self.start)
 
     def _share(self, value: float) -> float:
@@ -58,7 +49,7 @@ class Scale:
         """Return round values inside the scale."""
         if self.logarithmic:
             return self._log_ticks(about)
-        step = 10 ** math.floor(math.log10((self.high - self.low) / about))
+        step = 10.0 ** math.floor(math.log10((self.high - self.low) / about))
         step *= next(
             k for k in (1, 2, 2.5, 5, 10, 20) if (self.high - self.low) / (k * step) <= about
         )

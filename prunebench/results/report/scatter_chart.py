@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from prunebench.results.cell_score import CellScore
-from prunebench.results.render import value_text
+from prunebench.results.render import score_text, value_text
 from prunebench.results.report.data import Row, ScoreFigure, sparsity_ratio
 from prunebench.results.report.drawing import SHAPES, Drawing, Label, Line, Mark, fit, text_width
-from prunebench.results.report.scale import WIDTH, Scale, colour_of, score_text, tick_text
+from prunebench.results.report.scale import WIDTH, Scale, colour_of, tick_text
 from prunebench.spec import slug
 
+_PLAIN = ("", "")  # nothing around the best
 _LEFT, _RIGHT, _TOP = 58.0, 24.0, 26.0
 _PLOT_HEIGHT = 290.0
 _APART = 10.0  # pixels between points, so that none hides another
@@ -38,21 +40,18 @@ def against_sparsity(figure: ScoreFigure, methods: Sequence[str]) -> Drawing:
     """Draw a metric that is better when lower against the share of zeros, with its front."""
     places = _places(figure)
     looks = _looks(places, methods)
-    logarithmic = figure.metric.endswith("_ppl") and all(p.value > 0 for p in places)
+    logarithmic = figure.metric.endswith("_ppl") and not any(p.value <= 0 for p in places)
     x, y = _scales(places, logarithmic=logarithmic, dense=figure.dense)
     title = f"{figure.title} against sparsity"
     drawing = Drawing(
         name=slug(f"{figure.metric}-{figure.protocol}"),
         title=title,
-        summary=f"{len(places)} points; lower is better. The values are in the table below.",
+        summary="Points, one a row; lower is better. The values are in the table below.",
         width=WIDTH,
         height=0.0,
     )
     _axes(drawing, x, y, figure.metric, note=", log scale" if logarithmic else "")
     centres = _dodged(places, x, y)
-    if figure.dense:
-        level = y(figure.dense.mean)
-        drawing.add(Line(((x.start, level), (x.end, level)), "muted", 1, (2, 3)))
     on_front = [
         (centre, y(p.value))
         for p, centre in zip(places, centres, strict=True)
@@ -60,6 +59,9 @@ def against_sparsity(figure: ScoreFigure, methods: Sequence[str]) -> Drawing:
     ]
     if len(on_front) > 1:
         drawing.add(Line(tuple(sorted(on_front)), "front", 7))
+    if figure.dense:
+        level = y(figure.dense.mean)
+        drawing.add(Line(((x.start, level), (x.end, level)), "muted", 1, (2, 3)))
     _join(drawing, places, centres, y, looks)
     for place, centre in zip(places, centres, strict=True):
         _point(drawing, place, centre, y, looks[place.series])
@@ -77,7 +79,7 @@ def _places(figure: ScoreFigure) -> list[_Place]:
             _Place(
                 row=row, score=score, series=label, method=row.cell.method if row else "dense",
                 ratio=row.cell.realised_ratio if row else 0.0, value=score.mean,
-                pattern=bool(row and row.is_pattern), title=f"{name}: {score_text(score)}",
+                pattern=bool(row and row.is_pattern), title=f"{name}: {score_text(score, bold=_PLAIN)}",
             )
         )  # fmt: skip
     for point in figure.published:
@@ -113,7 +115,7 @@ def _looks(places: Sequence[_Place], methods: Sequence[str]) -> dict[str, tuple[
 def _scales(
     places: Sequence[_Place], *, logarithmic: bool, dense: CellScore | None
 ) -> tuple[Scale, Scale]:
-    values = [p.value for p in places]
+    values = [p.value for p in places if math.isfinite(p.value)] or [1.0]
     low, high = min(values), max(values)
     if logarithmic:
         high = min(high, _OFF_SCALE * (dense.mean if dense else low))
@@ -171,7 +173,7 @@ def _point(drawing: Drawing, place: _Place, centre: float, y: Scale, look: tuple
     colour, shape = look
     height, title = y(place.value), place.title
     error = place.score.error if place.score else None
-    beyond = place.value > y.high
+    beyond = not place.value <= y.high  # so is NaN
     if beyond:
         height, title = _TOP + 8, f"{title}, beyond the scale"
         drawing.add(Line(((centre, height), (centre, height - 12)), colour, 1.5))
