@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 RUN := $(BIN)/prunebench run --calibration c4@wheel --within-block sequential
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-real lint check bench clean
+.PHONY: help install demo test test-real test-browser lint check bench clean
 
 help:  ## say what there is
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 20
@@ -37,6 +37,9 @@ test: install  ## the default tests: no network, no GPU
 
 test-real: install  ## the tests on the real default model and real text
 	$(BIN)/python -m pytest -q -m real
+
+test-browser: install  ## the report in a real browser (needs Chromium and chromedriver)
+	$(BIN)/python -m pytest -q -m browser
 
 lint: install
 	$(BIN)/ruff format --check .

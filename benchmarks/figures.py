@@ -323,9 +323,9 @@ def bf16() -> list[Figure]:
 # ---------------------------------------------------------------- whole commands
 
 
-def _run_cli(arguments: list[str], *, folder: Path) -> tuple[float, str]:
+def _run_cli(arguments: list[str], *, folder: Path, threads: int = THREADS) -> tuple[float, str]:
     command = [sys.executable, "-m", "prunebench", *arguments]
-    environment = {**os.environ, "OMP_NUM_THREADS": str(THREADS)}
+    environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
     begun = time.perf_counter()
     done = subprocess.run(
         command, cwd=folder, capture_output=True, text=True, check=True, env=environment
@@ -380,3 +380,24 @@ def demo() -> list[Figure]:
             _run_cli(run, folder=Path(folder))
         _run_cli(["compare"], folder=Path(folder))
     return [_at_most("demo", 300, "s", [time.perf_counter() - begun])]
+
+
+@figure("compare-2000")
+def compare_2000() -> list[Figure]:
+    """The table of 2,000 results with 420,000 layers: read, checked, folded, printed."""
+    return [_with_2000_results("compare-2000", 2, ["compare"])]
+
+
+@figure("report-2000")
+def report_2000() -> list[Figure]:
+    """The page of the same results."""
+    return [_with_2000_results("report-2000", 10, ["report", "--force", "-o", "report.html"])]
+
+
+def _with_2000_results(name: str, limit: float, arguments: list[str]) -> Figure:
+    from benchmarks.generated import publish_results
+
+    with tempfile.TemporaryDirectory() as folder:
+        publish_results(Path(folder) / "results", 2000)
+        runs = [_run_cli(arguments, folder=Path(folder), threads=1)[0] for _ in range(4)]
+    return _at_most(name, limit, "s", runs[1:])

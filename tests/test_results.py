@@ -66,6 +66,8 @@ def test_a_result_is_never_overwritten(tmp_path):
         (lambda d: "{", "not a JSON object"),
         (lambda d: "[]", "not a JSON object"),
         (lambda d: json.dumps({**d, "schema_version": 99}), "schema version 99"),
+        (lambda d: json.dumps({**d, "schema_version": 2, "new": 1}), "a newer prunebench"),
+        (lambda d: json.dumps({k: v for k, v in d.items() if k != "schema_version"}), "None"),
         (lambda d: json.dumps({**d, "id": "other"}), "not its file name"),
         (lambda d: json.dumps({**d, "spec": {**d["spec"], "seed": 7}}), "spec_id does not follow"),
         (lambda d: json.dumps({**d, "extra": 1}), "extra"),

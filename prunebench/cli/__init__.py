@@ -12,7 +12,18 @@ from typing import Annotated
 import typer
 
 from prunebench import __version__
-from prunebench.cli import check, compare, doctor, export, inspect, listing, models, results, run
+from prunebench.cli import (
+    check,
+    compare,
+    doctor,
+    export,
+    inspect,
+    listing,
+    models,
+    report,
+    results,
+    run,
+)
 from prunebench.cli.guard import guarded
 
 app = typer.Typer(
@@ -24,6 +35,7 @@ app = typer.Typer(
 )
 app.command("run")(guarded(run.run_command))
 app.command("compare")(guarded(compare.compare_command))
+app.command("report")(guarded(report.report_command))
 app.command("list")(guarded(listing.list_command))
 app.command("inspect")(guarded(inspect.inspect_command))
 app.command("export")(guarded(export.export_command))

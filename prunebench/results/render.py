@@ -53,7 +53,7 @@ def column_title(column: str) -> str:
 
 def row(table: Table, cell: Cell, *, bold: tuple[str, str]) -> list[str]:
     """Return the texts of one row; `bold` is what goes around the best value."""
-    settings = [_setting(cell.shown[name]) for name in table.settings]
+    settings = [setting_text(cell.shown[name]) for name in table.settings]
     scores = [score_text(cell.scores.get(column), bold=bold) for column in table.columns]
     seeds = max((score.seeds for score in cell.scores.values()), default=0)
     return [
@@ -180,7 +180,7 @@ def to_csv(tables: Sequence[Table]) -> str:
         for cell in table.cells:
             for column, score in cell.scores.items():
                 metric, _, protocol = column.partition(" ")
-                settings = [_setting(cell.settings[name], missing="") for name in names]
+                settings = [setting_text(cell.settings[name], missing="") for name in names]
                 writer.writerow(
                     [cell.model, cell.method, cell.sparsity, *settings, metric, protocol]
                     + [score.mean, score.std, score.seeds, score.dense]
@@ -195,7 +195,8 @@ def to_json(tables: Sequence[Table]) -> str:
     return json.dumps([dataclasses.asdict(table) for table in tables], indent=1) + "\n"
 
 
-def _setting(value: Any, *, missing: str = MISSING) -> str:
+def setting_text(value: Any, *, missing: str = MISSING) -> str:
+    """Return a setting of a spec as a table shows it."""
     if value is None or value == {}:
         return missing
     if isinstance(value, dict):

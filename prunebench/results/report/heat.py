@@ -1,0 +1,97 @@
+"""Layer by layer: the realised sparsity and the reconstruction loss of chosen runs of a model."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from prunebench.results.schema import LayerSparsity, Result
+
+_BLOCK = re.compile(r"^(?:.*?\.)?(\d+)\.(.+)$")
+_NUMBER = re.compile(r"(?<=\.)\d+(?=\.|$)")
+
+
+@dataclass(frozen=True)
+class HeatRun:
+    """One run: a value for every module (row) and block (column), None where it has no such layer.
+
+    Attributes:
+        losses: Empty where no loss is known.
+    """
+
+    name: str
+    result_id: str
+    ratios: tuple[float | None, ...]
+    losses: tuple[float | None, ...]
+
+
+@dataclass(frozen=True)
+class HeatMap:
+    """A grid of modules and blocks, and the runs that fill it, module after module."""
+
+    modules: tuple[str, ...]
+    blocks: tuple[int, ...]
+    runs: tuple[HeatRun, ...]
+
+
+def heat_map(runs: Sequence[tuple[str, Result]]) -> HeatMap | None:
+    """Make a heat map of the runs whose layers differ: by allocation, or by a known loss."""
+    folded = {
+        result.id: (name, _fold(result.sparsity.layers))
+        for name, result in runs
+        if result.sparsity and result.sparsity.layers and _differs(result)
+    }
+    places = dict.fromkeys(place for _, layers in folded.values() for place in layers)
+    if not places:
+        return None
+    modules = tuple(dict.fromkeys(module for module, _ in places))
+    blocks = tuple(sorted({block for _, block in places}))
+    grid = [(module, block) for module in modules for block in blocks]
+    return HeatMap(
+        modules=modules,
+        blocks=blocks,
+        runs=tuple(_run(name, one, layers, grid) for one, (name, layers) in folded.items()),
+    )
+
+
+def _differs(result: Result) -> bool:
+    layers = result.sparsity.layers if result.sparsity else []
+    return result.spec.allocation != "uniform" or any(layer.loss is not None for layer in layers)
+
+
+@dataclass
+class _Place:
+    zeros: int = 0
+    size: int = 0
+    loss: float | None = None
+
+
+def _fold(layers: Sequence[LayerSparsity]) -> dict[tuple[str, int], _Place]:
+    """Gather layers by module and block; the experts of a block share a place."""
+    places: dict[tuple[str, int], _Place] = {}
+    for layer in layers:
+        match = _BLOCK.match(layer.name)
+        block, rest = (int(match[1]), match[2]) if match else (0, layer.name)
+        place = places.setdefault((_NUMBER.sub("*", f".{rest}")[1:], block), _Place())
+        place.zeros += layer.zeros
+        place.size += layer.out_features * layer.in_features
+        if layer.loss is not None:
+            place.loss = (place.loss or 0.0) + layer.loss
+    return places
+
+
+def _run(
+    name: str,
+    result_id: str,
+    layers: dict[tuple[str, int], _Place],
+    grid: Sequence[tuple[str, int]],
+) -> HeatRun:
+    found = [layers.get(place) for place in grid]
+    losses = tuple(place.loss if place else None for place in found)
+    return HeatRun(
+        name=name,
+        result_id=result_id,
+        ratios=tuple(place.zeros / place.size if place and place.size else None for place in found),
+        losses=losses if any(loss is not None for loss in losses) else (),
+    )
