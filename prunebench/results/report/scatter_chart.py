@@ -79,7 +79,8 @@ def _places(figure: ScoreFigure) -> list[_Place]:
             _Place(
                 row=row, score=score, series=label, method=row.cell.method if row else "dense",
                 ratio=row.cell.realised_ratio if row else 0.0, value=score.mean,
-                pattern=bool(row and row.is_pattern), title=f"{name}: {score_text(score, bold=_PLAIN)}",
+                pattern=bool(row and row.is_pattern),
+                title=f"{name}: {score_text(score, bold=_PLAIN)}",
             )
         )  # fmt: skip
     for point in figure.published:
