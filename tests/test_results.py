@@ -53,6 +53,21 @@ def test_round_trip_and_place(tmp_path):
     assert json.loads(path.read_text())["cost"]["peak_gpu_bytes"] is None
 
 
+def test_layers_can_be_let_go_of_but_are_checked(tmp_path):
+    result = make_result()
+    layer = {"name": "l", "out_features": 1, "in_features": 2, "requested": "0.5", "zeros": 1}
+    document = json.loads(result.to_json())
+    document["sparsity"]["layers"] = [layer]
+    path = ResultStore(tmp_path).publish(Result(**document))
+    ((slim,), _) = ResultStore(tmp_path).read(layers=False)
+    assert slim == result
+    assert len(ResultStore(tmp_path).read()[0][0].sparsity.layers) == 1
+    document["sparsity"]["layers"][0]["zeros"] = "many"
+    path.write_text(json.dumps(document))
+    _, (damaged,) = ResultStore(tmp_path).read(layers=False)
+    assert "sparsity.layers.0.zeros" in damaged.reason
+
+
 def test_a_result_is_never_overwritten(tmp_path):
     store, result = ResultStore(tmp_path), make_result()
     store.publish(result)

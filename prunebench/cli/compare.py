@@ -55,7 +55,7 @@ def compare_command(
         _compare_paired(selectors or [], format_, results_dir, as_json=as_json)
         return
     selection = Selection.parse(selectors or [])
-    results, damaged = ResultStore(results_dir).read()
+    results, damaged = ResultStore(results_dir).read(layers=False)
     for one in damaged:
         say(f"warning: {one.path} is skipped: {one.reason}")
     tables = compare(results, selection)

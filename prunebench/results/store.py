@@ -68,8 +68,15 @@ class ResultStore:
         publish_text(path, result.to_json())
         return path
 
-    def read(self, paths: list[Path] | None = None) -> tuple[list[Result], list[Damaged]]:
+    def read(
+        self, paths: list[Path] | None = None, *, layers: bool = True
+    ) -> tuple[list[Result], list[Damaged]]:
         """Read all results (or those at `paths`), sorted by path, and name what is damaged.
+
+        Args:
+            paths: Which files; None for all in the folder.
+            layers: False to let go of the layers once they are checked. They are nearly all of a
+                result: a table of 2,000 of them needs no 420,000 layers in memory.
 
         Raises:
             MissingResource: There is no such folder.
@@ -89,7 +96,7 @@ class ResultStore:
                 if isinstance(outcome, Damaged):
                     damaged.append(outcome)
                 else:
-                    results.append(outcome)
+                    results.append(outcome if layers else _without_layers(outcome))
         return results, damaged
 
     def find(self, name: str) -> Path:
@@ -123,6 +130,13 @@ class ResultStore:
             where=f"there are {len(paths)} in {self.root}",
             fix=f"{hint}prunebench compare --json lists the result_ids",
         )
+
+
+def _without_layers(result: Result) -> Result:
+    if result.sparsity is None:
+        return result
+    sparsity = result.sparsity.model_copy(update={"layers": []})
+    return result.model_copy(update={"sparsity": sparsity})
 
 
 @contextlib.contextmanager
