@@ -1,18 +1,22 @@
 # prunebench: everything a clone can do. `make` alone says what there is.
+# The papers' models are large: ONLY="model=llama2-7b sparsity=2:4" chooses cells of a recipe.
 # On a machine without a GPU, TORCH_INDEX=https://download.pytorch.org/whl/cpu saves gigabytes.
 
 PYTHON ?= python3
 VENV ?= .venv
 ONLY ?=
 TORCH_INDEX ?=
+RESULTS ?= reproduced
 BIN := $(VENV)/bin
 RUN := $(BIN)/prunebench run --calibration c4@wheel --within-block sequential
 
+REPRODUCE := $(addprefix reproduce-,laptop wanda sparsegpt gblm alps scheduler)
+
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-real test-browser lint check bench clean
+.PHONY: help install demo test test-real test-browser lint check bench clean $(REPRODUCE)
 
 help:  ## say what there is
-	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 20
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 24
 
 $(BIN)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed")'
@@ -50,6 +54,15 @@ check: lint test  ## format, lint, types and the default tests
 
 bench: install  ## measure every promised figure (ONLY=name for some)
 	$(BIN)/python -m benchmarks --only "$(ONLY)"
+
+reproduce-laptop:  ## all one-shot methods on the default model, an hour on two cores (RESULTS=folder)
+reproduce-wanda:  ## tables of a paper: this and the next four need a GPU and a hub login
+reproduce-sparsegpt:  ## (ONLY="model=opt-125m" for some cells)
+reproduce-gblm:  ## ...
+reproduce-alps:  ## ...
+reproduce-scheduler:  ## the claims of a paper without printed tables
+$(REPRODUCE): reproduce-%: install
+	$(BIN)/prunebench sweep recipes/$*.toml $(ONLY) --results-dir $(RESULTS)
 
 clean:  ## remove the environment and caches of tools (not results, not downloads)
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist

@@ -67,6 +67,12 @@ class OutOfMemory(PrunebenchError):
     exit_code = 7
 
 
+class SomeCellsFailed(PrunebenchError):
+    """A sweep that went through, with cells that failed."""
+
+    exit_code = 8
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
     """Say which known name is nearest to `name`, as the end of an error message.
 

@@ -115,11 +115,10 @@ def prepare(spec: RunSpec, setup: Setup) -> Plan:
     started = time.perf_counter()
     clock = StageClock(setup.progress)
     with clock.stage("check", detail=f"{spec.method} on {spec.model}"):
-        spec, pruner, rule, sparsity = _resolve_method(spec)
         source = find_model(spec.model)
+        named = check_names(spec, setup)
+        spec, pruner, rule, sparsity = named.spec, named.pruner, named.allocator, named.sparsity
         spec = spec.model_copy(update={"model": source.id})
-        _check_texts(spec)
-        spec = _check_tasks(spec, setup)
         device = choose_device(setup.device)
         store = ResultStore(setup.results_dir)
         store.require_writable(spec)
@@ -154,6 +153,31 @@ def prepare(spec: RunSpec, setup: Setup) -> Plan:
         spec, setup, store, clock, device, local, tokenizer, pruner, allocator, sparsity, linears,
         windows, calibration, texts, tasks, started,
     )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Named:
+    """A spec whose names have been understood, with nothing read or fetched.
+
+    No allocator means that the ratios come from a file.
+    """
+
+    spec: RunSpec
+    pruner: Pruner
+    allocator: Allocator | None
+    sparsity: Sparsity
+
+
+def check_names(spec: RunSpec, setup: Setup) -> Named:
+    """Fill in all options, and refuse unknown methods, options, models, texts and tasks.
+
+    Raises:
+        PrunebenchError: The first thing that is wrong.
+    """
+    spec, pruner, allocator, sparsity = _resolve_method(spec)
+    find_model(spec.model)
+    _check_texts(spec)
+    return Named(_check_tasks(spec, setup), pruner, allocator, sparsity)
 
 
 def _resolve_method(spec: RunSpec) -> tuple[RunSpec, Pruner, Allocator | None, Sparsity]:

@@ -1,22 +1,16 @@
-"""`RunSpec`: everything that determines a result, its hash, and where each value came from.
-
-A recipe is a TOML file with the same keys as the options of `prunebench run`. TOML and not YAML:
-YAML 1.1 reads a bare `2:4` as the number 124.
-"""
+"""`RunSpec`: everything that determines a result, and its hash."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import re
-import tomllib
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from prunebench.errors import UsageError, nearest
+from prunebench.errors import UsageError
 
 OptionValue = bool | int | float | str | None
 Dtype = Literal["float32", "bfloat16", "float16"]
@@ -110,45 +104,3 @@ def build_spec(values: Mapping[str, Any]) -> RunSpec:
             where=str(first["msg"]),
             fix=f"see prunebench run --help for --{name}",
         ) from None
-
-
-def read_recipe(path: Path, *, known: Mapping[str, type | tuple[type, ...]]) -> dict[str, Any]:
-    """Read a TOML recipe whose keys are the option names of `run`, with underscores.
-
-    Args:
-        path: The file.
-        known: The keys that a recipe may have, and the types that each may take. `set` is a table.
-
-    Raises:
-        UsageError: The file is missing or not TOML, a key is unknown (file, line and the nearest
-            known key are named), or a value has the wrong type.
-    """
-    try:
-        text = path.read_text(encoding="utf-8")
-        recipe = tomllib.loads(text)
-    except OSError as error:
-        raise UsageError(f"cannot read the recipe {path}", where=str(error.strerror)) from None
-    except UnicodeDecodeError:
-        raise UsageError(f"the recipe {path} is not UTF-8 text") from None
-    except tomllib.TOMLDecodeError as error:
-        raise UsageError(f"the recipe {path} is not TOML", where=str(error)) from None
-    for key, value in recipe.items():
-        where = f"{path}, line {_line_of(text, key)}"
-        if key not in known:
-            raise UsageError(
-                f"unknown key {key!r} in a recipe", where=where, fix=nearest(key, known)
-            )
-        wanted = known[key]
-        if not isinstance(value, wanted) or (isinstance(value, bool) and wanted is int):
-            kinds = wanted if isinstance(wanted, tuple) else (wanted,)
-            raise UsageError(
-                f"{key} = {value!r} has the wrong type",
-                where=where,
-                fix="it should be " + " or ".join(kind.__name__ for kind in kinds),
-            )
-    return recipe
-
-
-def _line_of(text: str, key: str) -> int:
-    pattern = re.compile(rf"^\s*\[?\s*[\"']?{re.escape(key)}[\"']?\s*[=\].]")
-    return next((i for i, line in enumerate(text.splitlines(), 1) if pattern.match(line)), 1)

@@ -102,11 +102,11 @@ def test_two_protocols_never_share_a_column_and_are_not_ranked():
     rows = [make_result(value=40.0), make_result(method="magnitude", value=30.0, protocol=OTHER)]
     table = only_table(rows)
     assert len(table.columns) == 2
-    assert not table.ranked
+    assert table.ranked_by is None
     assert not any(s.best for c in table.cells for s in c.scores.values())
     assert "-" in render.row(table, table.cells[1], bold=("", ""))
     chosen = only_table(rows, f"protocol={OTHER}")
-    assert chosen.ranked
+    assert chosen.ranked_by
     assert [c.method for c in chosen.cells] == ["dense", "magnitude"]
 
 

@@ -1,17 +1,9 @@
-"""Specs: one hash for one meaning; recipes: wrong keys named with file, line and nearest key."""
+"""Specs: one hash for one meaning."""
 
 import pytest
 
 from prunebench.errors import UsageError
-from prunebench.spec import RunSpec, build_spec, read_recipe, slug
-
-KNOWN = {
-    "method": str,
-    "sparsity": (str, float, int),
-    "seqlen": int,
-    "set": dict,
-    "ppl": (str, list),
-}
+from prunebench.spec import RunSpec, build_spec, slug
 
 
 def test_the_hash_follows_every_field():
@@ -56,38 +48,3 @@ def test_folders_are_portable():
 def test_bad_values_name_their_option(values, says):
     with pytest.raises(UsageError, match=says):
         build_spec({"method": "wanda", **values})
-
-
-def test_a_recipe(tmp_path):
-    path = tmp_path / "r.toml"
-    path.write_text('method = "wanda"\nsparsity = "2:4"\n[set]\nalpha = 100\n')
-    assert read_recipe(path, known=KNOWN) == {
-        "method": "wanda", "sparsity": "2:4", "set": {"alpha": 100},
-    }  # fmt: skip
-
-
-@pytest.mark.parametrize(
-    ("text", "says"),
-    [
-        (
-            'method = "wanda"\n\nsparsty = "2:4"\n',
-            ["'sparsty'", "line 3", "did you mean 'sparsity'?"],
-        ),
-        ('method = "wanda"\nseqlen = "long"\n', ["seqlen = 'long'", "line 2", "int"]),
-        ("seqlen = true\n", ["seqlen = True", "line 1"]),
-        ("method = \n", ["not TOML", "line 1"]),
-        ("sparsity = 2:4\n", ["not TOML"]),
-    ],
-)
-def test_a_wrong_recipe_names_file_line_and_way_out(tmp_path, text, says):
-    path = tmp_path / "r.toml"
-    path.write_text(text)
-    with pytest.raises(UsageError) as error:
-        read_recipe(path, known=KNOWN)
-    for part in [*says, "r.toml"]:
-        assert part in str(error.value)
-
-
-def test_a_missing_recipe(tmp_path):
-    with pytest.raises(UsageError, match="cannot read the recipe"):
-        read_recipe(tmp_path / "none.toml", known=KNOWN)

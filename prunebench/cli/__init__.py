@@ -23,6 +23,7 @@ from prunebench.cli import (
     report,
     results,
     run,
+    sweep,
 )
 from prunebench.cli.guard import guarded
 
@@ -34,6 +35,8 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.command("run")(guarded(run.run_command))
+app.command("sweep")(guarded(sweep.sweep_command))
+app.command("validate")(guarded(sweep.validate_command))
 app.command("compare")(guarded(compare.compare_command))
 app.command("report")(guarded(report.report_command))
 app.command("list")(guarded(listing.list_command))

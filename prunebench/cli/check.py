@@ -24,7 +24,7 @@ def check_command(
     ] = False,
 ) -> None:
     """Run the public contract of a pruner on tiny random models."""
-    from prunebench.cli.values import read_options
+    from prunebench.options import read_options
     from prunebench.pruners import METHODS
     from prunebench.testing import ARCHITECTURES, check_pruner
 

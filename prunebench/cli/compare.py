@@ -10,6 +10,7 @@ import typer
 from prunebench.cli.console import wide_console
 from prunebench.cli.guard import say
 from prunebench.cli.paired import compare_paired
+from prunebench.cli.published import compare_published
 from prunebench.errors import UsageError, nearest
 from prunebench.results import render
 from prunebench.results.compare import Selection, Table, compare
@@ -44,6 +45,14 @@ def compare_command(
             "--log-samples. Name them by id, by its beginning, or by path.",
         ),
     ] = False,
+    published: Annotated[
+        bool,
+        typer.Option(
+            "--published",
+            help="Show what papers print beside ours, where model, method, sparsity, metric and "
+            "protocol agree.",
+        ),
+    ] = False,
     results_dir: Annotated[
         Path, typer.Option(envvar="PRUNEBENCH_RESULTS_DIR", help="Folder of the shared table.")
     ] = Path("results"),
@@ -51,6 +60,8 @@ def compare_command(
     """Show results side by side: dense first, mean and deviation over seeds, best in bold."""
     if format_ not in _FORMATS:
         raise UsageError(f"unknown format {format_!r}", fix=nearest(format_, _FORMATS))
+    if paired and published:
+        raise UsageError("--paired and --published are two different tables", fix="choose one")
     if paired:
         _compare_paired(selectors or [], format_, results_dir, as_json=as_json)
         return
@@ -59,7 +70,9 @@ def compare_command(
     for one in damaged:
         say(f"warning: {one.path} is skipped: {one.reason}")
     tables = compare(results, selection)
-    if as_json or format_ == "json":
+    if published:
+        _compare_published(tables, format_, as_json=as_json)
+    elif as_json or format_ == "json":
         typer.echo(render.to_json(tables), nl=False)
     elif format_ == "csv":
         typer.echo(render.to_csv(tables), nl=False)
@@ -68,7 +81,7 @@ def compare_command(
     elif format_ == "latex":
         typer.echo(render.to_latex(tables), nl=False)
     else:
-        _print_tables(tables)
+        print_tables(tables)
         failed = sum(result.status == "failed" for result in results)
         if failed:
             say(f"{failed} failed runs are not shown")
@@ -82,7 +95,14 @@ def _compare_paired(words: list[str], format_: str, results_dir: Path, *, as_jso
     compare_paired(words, results_dir=results_dir, as_json=as_json or format_ == "json")
 
 
-def _print_tables(tables: list[Table]) -> None:
+def _compare_published(tables: list[Table], format_: str, *, as_json: bool) -> None:
+    if format_ not in ("table", "json"):
+        raise UsageError(f"--published has no format {format_!r}", fix="use table or json")
+    compare_published(tables, as_json=as_json or format_ == "json")
+
+
+def print_tables(tables: list[Table]) -> None:
+    """Print the tables on stdout, as wide as they need to be."""
     import rich.box
     import rich.table
     from rich.text import Text
@@ -103,7 +123,7 @@ def _print_tables(tables: list[Table]) -> None:
             texts = render.row(table, cell, bold=("\0", "\0"))
             grid.add_row(*map(_bold_between_marks, texts))
         console.print(grid)
-        if not table.ranked:
+        if table.ranked_by is None:
             console.print(
                 f"{len(table.columns)} protocols: rows are not ranked. "
                 "Choose one with protocol=... to rank them.",

@@ -1,7 +1,7 @@
 """Every way out of a command: an exit code that means something, and three lines that help.
 
 0 ok, 1 bug, 2 usage, 3 missing resource, 4 incompatible data, 5 could not save, 6 check failed,
-7 out of memory, 130 interrupted (DESIGN section 7).
+7 out of memory, 8 some cells failed, 130 interrupted (DESIGN section 7).
 """
 
 from __future__ import annotations

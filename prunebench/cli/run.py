@@ -11,9 +11,10 @@ import typer
 
 from prunebench.cli.guard import command_line
 from prunebench.cli.progress import choose_progress
-from prunebench.cli.values import OUTSIDE_SPEC, collect, print_config
+from prunebench.cli.values import collect, print_config
 from prunebench.errors import UsageError
 from prunebench.models.source import find_model, local_path
+from prunebench.options import OUTSIDE_SPEC
 from prunebench.results.render import column_title, number
 from prunebench.results.schema import Result
 from prunebench.spec import DTYPES, RunSpec, build_spec

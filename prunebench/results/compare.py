@@ -2,7 +2,8 @@
 
 A cell is everything of a spec but its seed and its evaluation; of a run that was repeated, the
 newest counts. A column is a metric under one protocol; two protocols
-never share a column, and rows are ranked only where the table has a single one. Within a column,
+never share a column, and rows are ranked only where the table has a single perplexity (or a single
+column): accuracies and divergences then stand beside it. Within a column,
 the best of the rows with one sparsity is marked, and so is every other whose difference from it is
 inside the noise: that of the seeds, or, with a single seed, that of the documents.
 """
@@ -85,14 +86,15 @@ class Table:
     Attributes:
         columns: Column keys `metric protocol`, most used first.
         settings: The settings in which the cells differ; they are shown.
-        ranked: True if the rows of a sparsity are sorted by their only column.
+        ranked_by: The column by which the rows of a sparsity are sorted; None where there are
+            several protocols and none leads.
     """
 
     model: str
     columns: tuple[str, ...]
     settings: tuple[str, ...]
     cells: tuple[Cell, ...]
-    ranked: bool
+    ranked_by: str | None
 
 
 @dataclass(frozen=True)
@@ -225,11 +227,21 @@ def _table(model: str, cells: list[Cell]) -> Table:
     columns = tuple(sorted(used, key=lambda column: (-used[column], column)))
     for column in columns:
         cells = _mark_best(cells, column)
-    ranked = len(columns) == 1
+    perplexities = [column for column in columns if column.partition(" ")[0].endswith("_ppl")]
+    leading = perplexities or columns
+    ranked_by = leading[0] if len(leading) == 1 else None
 
     def row_order(cell: Cell) -> tuple[Any, ...]:
-        value = cell.scores[columns[0]].loss if ranked else 0.0
-        return (cell.method != "dense", *cell.order, value, cell.method, json.dumps(cell.settings))
+        score = cell.scores.get(ranked_by) if ranked_by else None
+        value = score.loss if score else 0.0
+        return (
+            cell.method != "dense",
+            *cell.order,
+            score is None,
+            value,
+            cell.method,
+            json.dumps(cell.settings),
+        )
 
     cells = _with_shown(cells)
     pruned = [cell for cell in cells if cell.method != "dense"]
@@ -238,7 +250,7 @@ def _table(model: str, cells: list[Cell]) -> Table:
         columns=columns,
         settings=tuple(name for name in _SETTINGS if _tells_apart(name, pruned)),
         cells=tuple(sorted(cells, key=row_order)),
-        ranked=ranked,
+        ranked_by=ranked_by,
     )
 
 

@@ -99,6 +99,14 @@ class ResultStore:
                     results.append(outcome if layers else _without_layers(outcome))
         return results, damaged
 
+    def newest(self, spec: RunSpec) -> Result | None:
+        """Return the newest finished result of a spec that has been resolved, without layers."""
+        folder = self.root / spec.model_slug / spec.cell
+        paths = sorted(folder.glob(f"{spec.spec_id[:8]}-*.json"))
+        results, _ = self.read(paths, layers=False) if paths else ([], [])
+        same = [one for one in results if one.status == "ok" and one.spec_id == spec.spec_id]
+        return max(same, key=lambda one: one.created_at, default=None)
+
     def find(self, name: str) -> Path:
         """Return the file of a result named by its id, the beginning of one, or its path.
 

@@ -1,0 +1,247 @@
+"""`prunebench sweep` and `prunebench validate`: recipes, run and checked."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from prunebench.cli.compare import print_tables
+from prunebench.cli.guard import command_line, say
+from prunebench.cli.progress import choose_progress
+from prunebench.cli.published import print_twins, twin_record
+from prunebench.errors import CheckFailed, PrunebenchError, SomeCellsFailed
+from prunebench.recipe import Recipe, RecipeCell, read_recipe
+from prunebench.results.compare import compare
+from prunebench.results.published import Twin, find_twins
+from prunebench.results.render import column_title, value_text
+from prunebench.results.schema import Result
+
+if TYPE_CHECKING:
+    from prunebench.sweep import CellOutcome, Sweep
+
+
+def validate_command(
+    recipes: Annotated[list[Path], typer.Argument(help="Recipes, as in recipes/*.toml.")],
+) -> None:
+    """Check recipes: keys, names, options and expectations, without a model or a network."""
+    failed = 0
+    for path in recipes:
+        try:
+            _print_checked(_checked(path))
+        except PrunebenchError as error:
+            failed += 1
+            say(f"{path}: {error.what}")
+            for line in (error.where, error.fix):
+                if line:
+                    say(f"  {line}")
+    if failed:
+        raise typer.Exit(2)
+
+
+def _checked(path: Path) -> Recipe:
+    from prunebench.prepare import Setup, check_names
+
+    recipe = read_recipe(path, complete=True)
+    for cell in recipe.cells:
+        try:
+            check_names(cell.spec, Setup())
+        except PrunebenchError as error:
+            error.where = " / ".join(
+                filter(None, (f"cell {cell.number}, {cell.name}", error.where))
+            )
+            raise
+    return recipe
+
+
+def _print_checked(recipe: Recipe) -> None:
+    models = dict.fromkeys(cell.values["model"] for cell in recipe.cells)
+    typer.echo(f"{recipe.path}: {recipe.about}")
+    typer.echo(f"  {_count(len(recipe.cells), 'cell')} on {', '.join(models)}")
+    typer.echo(f"  {_count(len(recipe.expectations), 'expected value')}")
+    if recipe.gpu_memory_gb:
+        sizes = ", ".join(f"{name} {size:g} GB" for name, size in recipe.gpu_memory_gb.items())
+        typer.echo(f"  GPU memory (computed): {sizes}")
+    if recipe.time:
+        typer.echo(f"  time: {recipe.time}")
+
+
+def sweep_command(
+    recipe_path: Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe (TOML).")],
+    selectors: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[KEY=VALUE[,VALUE]]...",
+            help="Which cells: an option of run and its values, as in model=llama2-7b.",
+            show_default=False,
+        ),
+    ] = None,
+    shard: Annotated[
+        str, typer.Option(metavar="I/N", help="Only the I-th of N equal parts of the cells.")
+    ] = "1/1",
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Say what would be run, and run nothing.")
+    ] = False,
+    log_samples: Annotated[
+        bool, typer.Option("--log-samples", help="As in prunebench run.")
+    ] = False,
+    results_dir: Annotated[
+        Path, typer.Option(envvar="PRUNEBENCH_RESULTS_DIR", help="Folder of the shared table.")
+    ] = Path("results"),
+    device: Annotated[
+        str, typer.Option(envvar="PRUNEBENCH_DEVICE", help="auto, cpu, cuda or cuda:N.")
+    ] = "auto",
+    batch_size: Annotated[
+        int | None,
+        typer.Option(envvar="PRUNEBENCH_BATCH_SIZE", min=1, help="As in prunebench run."),
+    ] = None,
+    include_path: Annotated[
+        Path | None,
+        typer.Option(envvar="PRUNEBENCH_INCLUDE_PATH", metavar="DIR", help="As in prunebench run."),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress on stderr.")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,
+) -> None:  # fmt: skip
+    """Run the cells of a recipe that are not finished yet, each in a process of its own.
+
+    Stopped or failed, the same command goes on where it was. It ends with exit code 8 if cells
+    failed, and with 6 if a value that the recipe expects is missed.
+    """
+    from prunebench.prepare import Setup
+    from prunebench.sweep import Sweep, parse_shard, require_resources
+    from prunebench.sweep import shard as part_of
+
+    part, parts = parse_shard(shard)
+    recipe = _checked(recipe_path)
+    cells = part_of(recipe.select(selectors or []), part, parts)
+    if not dry_run:
+        require_resources(recipe, cells, device=device)
+    setup = Setup(
+        results_dir=results_dir, device=device, batch_size=batch_size, include_path=include_path,
+        log_samples=log_samples, progress=choose_progress(quiet=True),
+    )  # fmt: skip
+    sweep = Sweep(setup, show=(lambda line: None) if quiet else say)
+    outcomes = _dry(sweep, cells) if dry_run else _run(sweep, cells, quiet=quiet)
+    results = [outcome.result for outcome in outcomes if outcome.result]
+    twins = _twins(recipe, results)
+    if as_json:
+        _print_json(sweep, outcomes, twins)
+    else:
+        _print_summary(sweep, outcomes, twins, dry_run=dry_run)
+    _raise_if_missed(outcomes, twins)
+
+
+def _run(sweep: Sweep, cells: Sequence[RecipeCell], *, quiet: bool) -> list[CellOutcome]:
+    outcomes: list[CellOutcome] = []
+    for i, cell in enumerate(cells, 1):
+        if not quiet:
+            say(f"[{i}/{len(cells)}] {cell.name}")
+        try:
+            outcomes.append(sweep.run(cell))
+        except KeyboardInterrupt:
+            say("")
+            say(f"interrupted in cell {i} of {len(cells)}: what was finished is filed")
+            say(f"go on with: {command_line()}")
+            raise typer.Exit(130) from None
+        if not quiet:
+            say(f"[{i}/{len(cells)}] {cell.name}: {_told(outcomes[-1])}")
+    return outcomes
+
+
+def _dry(sweep: Sweep, cells: Sequence[RecipeCell]) -> list[CellOutcome]:
+    from prunebench.models.source import find_model, local_path
+    from prunebench.sweep import CellOutcome
+
+    outcomes = []
+    for cell in cells:
+        here = local_path(find_model(cell.values["model"])) is not None
+        known = sweep.finished(cell) if here else None
+        outcomes.append(CellOutcome(cell, "finished" if known else "to run", known))
+    return outcomes
+
+
+def _told(outcome: CellOutcome) -> str:
+    if outcome.state == "failed":
+        return f"failed: {outcome.reason}"
+    if outcome.result is None:
+        return outcome.state
+    scores = ", ".join(
+        f"{column_title(f'{s.metric} {s.protocol}')} {value_text(s.metric, s.value)}"
+        for s in outcome.result.scores[:3]
+    )
+    if outcome.state == "finished":
+        return f"finished before ({outcome.result.id}), {scores}"
+    return f"{outcome.seconds:.0f} s, {scores}"
+
+
+def _twins(recipe: Recipe, results: Sequence[Result]) -> list[Twin]:
+    if not results or not recipe.expectations:
+        return []
+    tables = compare(results)
+    return [
+        twin
+        for expectation in recipe.expectations
+        for twin in find_twins(tables, [expectation.value], tolerance=expectation.tolerance)
+    ]
+
+
+def _print_json(sweep: Sweep, outcomes: Sequence[CellOutcome], twins: Sequence[Twin]) -> None:
+    cells = [
+        {
+            "number": one.cell.number,
+            "command": shlex.join(sweep.command(one.cell)),
+            "state": one.state,
+            "result_id": one.result.id if one.result else None,
+            "reason": one.reason or None,
+        }
+        for one in outcomes
+    ]
+    document = {"cells": cells, "expectations": [twin_record(twin) for twin in twins]}
+    typer.echo(json.dumps(document, indent=1))
+
+
+def _print_summary(
+    sweep: Sweep, outcomes: Sequence[CellOutcome], twins: Sequence[Twin], *, dry_run: bool
+) -> None:
+    results = [outcome.result for outcome in outcomes if outcome.result]
+    if dry_run:
+        for outcome in outcomes:
+            typer.echo(f"{outcome.state:<8}  {shlex.join(sweep.command(outcome.cell))}")
+    elif results:
+        print_tables(compare(results))
+    if twins:
+        print_twins(
+            twins, title="expected by the recipe",
+            legend="difference: ours minus expected; agrees: inside the recipe's tolerance or two "
+            "deviations over seeds",
+        )  # fmt: skip
+    states = [outcome.state for outcome in outcomes]
+    counts = [f"{states.count(state)} {state}" for state in dict.fromkeys(states)]
+    typer.echo(f"{_count(len(outcomes), 'cell')}: {', '.join(counts)}")
+
+
+def _raise_if_missed(outcomes: Sequence[CellOutcome], twins: Sequence[Twin]) -> None:
+    failed = [outcome for outcome in outcomes if outcome.state == "failed"]
+    if failed:
+        first = failed[0]
+        raise SomeCellsFailed(
+            f"{len(failed)} of {_count(len(outcomes), 'cell')} failed",
+            where=f"first {first.cell.name}: {first.reason}",
+            fix="the same command tries them again, and skips what is finished",
+        )
+    missed = [twin for twin in twins if twin.verdict == "worse"]
+    if missed:
+        raise CheckFailed(
+            f"{len(missed)} of {_count(len(twins), 'expected value')} were missed",
+            where="they are marked worse in the table above",
+            fix="another machine, version or calibration text moves values: see the results",
+        )
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
