@@ -59,7 +59,7 @@ def test_a_sweep_goes_through_and_goes_on(cli, grid, tmp_path):
     results = ["--results-dir", tmp_path / "results"]
     outcome = cli("sweep", path, *results, code=8)
     assert "3 cells: 2 done, 1 failed" in outcome.stdout
-    assert "1 of 3 cells failed" in outcome.stderr and "does not divide" in outcome.stderr
+    assert "1 of 3 cells failed" in outcome.stderr and "that divides every width" in outcome.stderr
     assert "[2/3] magnitude 0.5" in outcome.stderr and "prune " in outcome.stderr
     found, _ = ResultStore(tmp_path / "results").read()
     assert sorted(r.spec.method for r in found if r.status == "ok") == ["magnitude", "random"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shlex
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -15,11 +16,10 @@ from prunebench.cli.guard import command_line, say
 from prunebench.cli.progress import choose_progress
 from prunebench.cli.published import print_twins, twin_record
 from prunebench.errors import CheckFailed, PrunebenchError, SomeCellsFailed
-from prunebench.recipe import Recipe, RecipeCell, read_recipe
+from prunebench.recipe import Expectation, Recipe, RecipeCell, read_recipe
 from prunebench.results.compare import compare
 from prunebench.results.published import Twin, find_twins
 from prunebench.results.render import column_title, value_text
-from prunebench.results.schema import Result
 
 if TYPE_CHECKING:
     from prunebench.sweep import CellOutcome, Sweep
@@ -127,13 +127,12 @@ def sweep_command(
     )  # fmt: skip
     sweep = Sweep(setup, show=(lambda line: None) if quiet else say)
     outcomes = _dry(sweep, cells) if dry_run else _run(sweep, cells, quiet=quiet)
-    results = [outcome.result for outcome in outcomes if outcome.result]
-    twins = _twins(recipe, results)
+    twins, without = _twins(recipe, outcomes)
     if as_json:
         _print_json(sweep, outcomes, twins)
     else:
         _print_summary(sweep, outcomes, twins, dry_run=dry_run)
-    _raise_if_missed(outcomes, twins)
+    _raise_if_missed(outcomes, twins, without)
 
 
 def _run(sweep: Sweep, cells: Sequence[RecipeCell], *, quiet: bool) -> list[CellOutcome]:
@@ -179,15 +178,20 @@ def _told(outcome: CellOutcome) -> str:
     return f"{outcome.seconds:.0f} s, {scores}"
 
 
-def _twins(recipe: Recipe, results: Sequence[Result]) -> list[Twin]:
-    if not results or not recipe.expectations:
-        return []
-    tables = compare(results)
-    return [
-        twin
-        for expectation in recipe.expectations
-        for twin in find_twins(tables, [expectation.value], tolerance=expectation.tolerance)
-    ]
+def _twins(recipe: Recipe, outcomes: Sequence[CellOutcome]) -> tuple[list[Twin], list[Expectation]]:
+    """Return the expected values beside ours, and those whose cells ran without such a score."""
+    twins: list[Twin] = []
+    without: list[Expectation] = []
+    for expectation in recipe.expectations:
+        value = expectation.value
+        results = [one.result for one in outcomes if one.result and one.cell.scores(value)]
+        if not results:
+            continue
+        named = replace(value, model=results[0].spec.model)
+        found = find_twins(compare(results), [named], tolerance=expectation.tolerance)
+        twins += found
+        without += [] if found else [expectation]
+    return twins, without
 
 
 def _print_json(sweep: Sweep, outcomes: Sequence[CellOutcome], twins: Sequence[Twin]) -> None:
@@ -225,7 +229,9 @@ def _print_summary(
     typer.echo(f"{_count(len(outcomes), 'cell')}: {', '.join(counts)}")
 
 
-def _raise_if_missed(outcomes: Sequence[CellOutcome], twins: Sequence[Twin]) -> None:
+def _raise_if_missed(
+    outcomes: Sequence[CellOutcome], twins: Sequence[Twin], without: Sequence[Expectation]
+) -> None:
     failed = [outcome for outcome in outcomes if outcome.state == "failed"]
     if failed:
         first = failed[0]
@@ -233,6 +239,13 @@ def _raise_if_missed(outcomes: Sequence[CellOutcome], twins: Sequence[Twin]) -> 
             f"{len(failed)} of {_count(len(outcomes), 'cell')} failed",
             where=f"first {first.cell.name}: {first.reason}",
             fix="the same command tries them again, and skips what is finished",
+        )
+    if without:
+        value = without[0].value
+        raise CheckFailed(
+            f"{_count(len(without), 'expected value')} of the recipe met no score",
+            where=f"first {value.method} {value.sparsity}: {value.metric} {value.protocol}",
+            fix="correct the recipe: the table above names the protocols that were scored",
         )
     missed = [twin for twin in twins if twin.verdict == "worse"]
     if missed:
