@@ -12,7 +12,8 @@ import pytest
 from benchmarks.generated import generate_result
 from prunebench.errors import MissingResource
 from prunebench.results.compare import Selection
-from prunebench.results.report.data import PublishedPoint, build_report, pareto_front
+from prunebench.results.published import PublishedValue
+from prunebench.results.report.data import build_report, pareto_front
 from prunebench.results.report.drawing import Mark, fit, heat_colour, text_width, to_svg
 from prunebench.results.report.heat import heat_map
 from prunebench.results.report.heat_chart import HeatScale, loss_scale, ratio_scale
@@ -167,11 +168,16 @@ def test_two_protocols_are_two_figures():
 
 def test_published_values_are_hollow_and_only_there_if_given():
     results = mixed()
+    perplexity, accuracy = (
+        ("token_ppl", "wikitext2-raw/test/2048/v1"),
+        ("acc", "lm-eval/piqa/0-shot"),
+    )
     points = [
-        PublishedPoint("m", "wanda", "0.6", "token_ppl", "wikitext2-raw/test/2048/v1", 33.3, "T 2"),
-        PublishedPoint("m", "wanda", "2:4", "acc", "lm-eval/piqa/0-shot/v1.0", 0.61, "Table 9"),
-        PublishedPoint("m", "other", "0.6", "acc", "lm-eval/piqa/0-shot/v1.0", 0.62, "Table 8"),
-        PublishedPoint("m", "wanda", "0.6", "token_ppl", "of another protocol", 1.0, "nowhere"),
+        PublishedValue("wanda", "m", "0.6", *perplexity, 33.3, "T 2"),
+        PublishedValue("wanda", "m", "2:4", *accuracy, 0.61, "Table 9"),
+        PublishedValue("other", "m", "0.6", *accuracy, 0.62, "Table 8"),
+        PublishedValue("wanda", "m", "0.6", "token_ppl", "of another protocol", 1.0, "nowhere"),
+        PublishedValue("wanda", "other model", "0.6", *perplexity, 1.0, "nowhere"),
     ]
     assert "published" not in page_of(results)
     report = build_report(results, published=points)

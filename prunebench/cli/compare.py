@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -19,6 +20,7 @@ from prunebench.results.store import ResultStore
 if TYPE_CHECKING:
     from rich.text import Text
 
+_TITLE_WIDTH = 27  # wiki-sample/held-out/512/v1 in one line, lm-eval/... in two
 _FORMATS = ("table", "md", "latex", "csv", "json")
 
 
@@ -113,8 +115,7 @@ def print_tables(tables: list[Table]) -> None:
             title=table.model, title_justify="left", box=rich.box.SIMPLE_HEAD, pad_edge=False
         )
         for i, title in enumerate(render.header(table)):
-            text = title.replace(" ", "\n", 1) if "/" in title else title  # ppl above its protocol
-            grid.add_column(text, justify="left" if i < 2 else "right", overflow="fold")
+            grid.add_column(_broken(title), justify="left" if i < 2 else "right", overflow="fold")
         last = ""
         for cell in table.cells:
             if last and cell.sparsity != last:
@@ -130,6 +131,20 @@ def print_tables(tables: list[Table]) -> None:
                 style="dim",
             )
     console.print(Text(render.legend(tables), style="dim"))
+
+
+def _broken(title: str) -> str:
+    """Put the metric above its protocol, and break that after slashes only."""
+    metric, _, protocol = title.partition(" ")
+    if "/" not in protocol:
+        return title
+    lines = [""]
+    for part in re.findall("[^/]+/?", protocol):
+        if len(lines[-1] + part) <= _TITLE_WIDTH:
+            lines[-1] += part
+        else:
+            lines.append(part)
+    return "\n".join([metric, *lines])
 
 
 def _bold_between_marks(text: str) -> Text:

@@ -49,11 +49,12 @@ def report_command(
     results, damaged = ResultStore(results_dir).read()
     for one in damaged:
         say(f"warning: {one.path} is skipped: {one.reason}")
+    from prunebench.results.published import published_values
     from prunebench.results.report.data import build_report
     from prunebench.results.report.page import render_page
 
     skipped = [(one.path.relative_to(results_dir).as_posix(), one.reason) for one in damaged]
-    report = build_report(results, selection, skipped=skipped)
+    report = build_report(results, selection, published=published_values(), skipped=skipped)
     if figures:
         from prunebench.results.report.figures import require_figures, write_figures
         from prunebench.results.report.page import drawings_of

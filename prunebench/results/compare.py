@@ -84,7 +84,7 @@ class Table:
     """The cells of one model.
 
     Attributes:
-        columns: Column keys `metric protocol`, most used first.
+        columns: Column keys `metric protocol`; the ranking one, then the most used first.
         settings: The settings in which the cells differ; they are shown.
         ranked_by: The column by which the rows of a sparsity are sorted; None where there are
             several protocols and none leads.
@@ -224,12 +224,12 @@ def _table(model: str, cells: list[Cell]) -> Table:
     for cell in cells:
         for column in cell.scores:
             used[column] = used.get(column, 0) + 1
-    columns = tuple(sorted(used, key=lambda column: (-used[column], column)))
+    perplexities = [column for column in used if column.partition(" ")[0].endswith("_ppl")]
+    leading = perplexities or list(used)
+    ranked_by = leading[0] if len(leading) == 1 else None
+    columns = tuple(sorted(used, key=lambda column: (column != ranked_by, -used[column], column)))
     for column in columns:
         cells = _mark_best(cells, column)
-    perplexities = [column for column in columns if column.partition(" ")[0].endswith("_ppl")]
-    leading = perplexities or columns
-    ranked_by = leading[0] if len(leading) == 1 else None
 
     def row_order(cell: Cell) -> tuple[Any, ...]:
         score = cell.scores.get(ranked_by) if ranked_by else None

@@ -9,29 +9,13 @@ from dataclasses import dataclass
 from prunebench.errors import UsageError
 from prunebench.results.cell_score import CellScore
 from prunebench.results.compare import Cell, Selection, Table, compare
+from prunebench.results.published import PublishedValue
 from prunebench.results.render import column_title, setting_text
 from prunebench.results.report.heat import HeatMap, heat_map
 from prunebench.results.schema import Result
 from prunebench.sparsity import Sparsity
 
 MAX_ROWS = 30  # more than these in one figure cannot be told apart
-
-
-@dataclass(frozen=True)
-class PublishedPoint:
-    """A value of a paper, shown as a hollow mark beside ours and never mixed with them.
-
-    Attributes:
-        source: Paper and table, as a reader would cite it.
-    """
-
-    model: str
-    method: str
-    sparsity: str
-    metric: str
-    protocol: str
-    value: float
-    source: str
 
 
 @dataclass(frozen=True)
@@ -88,7 +72,7 @@ class ScoreFigure:
     rows: tuple[tuple[Row, CellScore], ...]
     by_method: bool
     front: frozenset[str]
-    published: tuple[PublishedPoint, ...]
+    published: tuple[PublishedValue, ...]
 
     @property
     def title(self) -> str:
@@ -156,7 +140,7 @@ def build_report(
     results: Sequence[Result],
     selection: Selection | None = None,
     *,
-    published: Sequence[PublishedPoint] = (),
+    published: Sequence[PublishedValue] = (),
     skipped: Sequence[tuple[str, str]] = (),
 ) -> Report:
     """Prepare a report of the selected results.
@@ -178,7 +162,7 @@ def build_report(
 
 
 def _model_part(
-    number: int, table: Table, by_id: dict[str, Result], published: Sequence[PublishedPoint]
+    number: int, table: Table, by_id: dict[str, Result], published: Sequence[PublishedValue]
 ) -> ModelPart:
     anchor = f"m{number}"
     rows = tuple(
@@ -246,7 +230,7 @@ def _representatives(rows: list[Row], columns: Sequence[str]) -> list[Row]:
 
 def _score_figure(
     column: str, rows: Sequence[Row], drawn: Sequence[Row], *,
-    published: Sequence[PublishedPoint], by_method: bool,
+    published: Sequence[PublishedValue], by_method: bool,
 ) -> ScoreFigure:  # fmt: skip
     metric, _, protocol = column.partition(" ")
     scored = [(row, row.cell.scores[column]) for row in rows if column in row.cell.scores]
@@ -262,7 +246,7 @@ def _score_figure(
         front=pareto_front(
             (row.name, row.cell.realised_ratio, score.loss) for row, score in scored
         ),
-        published=tuple(p for p in published if (p.metric, p.protocol) == (metric, protocol)),
+        published=tuple(value for value in published if value.fits(column)),
     )
 
 

@@ -12,6 +12,7 @@ from importlib import resources
 from typing import Any
 
 from prunebench.results.compare import Cell, Table
+from prunebench.results.published import PublishedValue
 from prunebench.results.render import (
     column_title,
     header,
@@ -24,7 +25,6 @@ from prunebench.results.render import (
 from prunebench.results.report.bar_chart import accuracy_bars, cost_bars
 from prunebench.results.report.data import (
     ModelPart,
-    PublishedPoint,
     Report,
     Row,
     ScoreFigure,
@@ -205,7 +205,7 @@ def _score_data(figure: ScoreFigure, one: Row) -> tuple[str, tuple[str, ...]]:
     return one.anchor, (one.name, ratio, value, str(score.seeds), on_front)
 
 
-def _published_data(point: PublishedPoint) -> tuple[str, tuple[str, ...]]:
+def _published_data(point: PublishedValue) -> tuple[str, tuple[str, ...]]:
     name = f"{point.method} {point.sparsity}, published in {point.source}"
     return "", (name, "-", value_text(point.metric, point.value), "-", "-")
 
