@@ -10,13 +10,13 @@ RESULTS ?= reproduced
 BIN := $(VENV)/bin
 RUN := $(BIN)/prunebench run --calibration c4@wheel --within-block sequential
 
-REPRODUCE := $(addprefix reproduce-,laptop wanda sparsegpt gblm alps scheduler)
+REPRODUCE := $(addprefix reproduce-,laptop allocation wanda sparsegpt gblm alps scheduler)
 
 .DEFAULT_GOAL := help
 .PHONY: help install demo test test-real test-browser lint check bench clean $(REPRODUCE)
 
 help:  ## say what there is
-	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 24
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 30
 
 $(BIN)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed")'
@@ -55,12 +55,13 @@ check: lint test  ## format, lint, types and the default tests
 bench: install  ## measure every promised figure (ONLY=name for some)
 	$(BIN)/python -m benchmarks --only "$(ONLY)"
 
-reproduce-laptop:  ## all one-shot methods on the default model, an hour on two cores (RESULTS=folder)
-reproduce-wanda:  ## tables of a paper: this and the next four need a GPU and a hub login
-reproduce-sparsegpt:  ## (ONLY="model=opt-125m" for some cells)
-reproduce-gblm:  ## ...
-reproduce-alps:  ## ...
-reproduce-scheduler:  ## the claims of a paper without printed tables
+reproduce-laptop:  ## the one-shot methods on the default model, an hour on two cores (RESULTS=folder)
+reproduce-allocation:  ## how the ratio is spread over the layers, on the default model, an hour and a half
+reproduce-wanda:  ## the tables of the paper: this and the next four need a GPU and the hub
+reproduce-sparsegpt:  ## the tables of the paper (ONLY="model=opt-125m" chooses cells)
+reproduce-gblm:  ## the table and the model zoo of the paper
+reproduce-alps:  ## the tables of the paper
+reproduce-scheduler:  ## the claims of the paper; its tables are not public
 $(REPRODUCE): reproduce-%: install
 	$(BIN)/prunebench sweep recipes/$*.toml $(ONLY) --results-dir $(RESULTS)
 

@@ -10,6 +10,8 @@ from typer.main import get_command
 from prunebench.calibration.texts import texts
 from prunebench.cli import app
 from prunebench.pruners import BUILTIN, METHODS
+from prunebench.recipe import read_recipe
+from prunebench.results.published import published_values
 from prunebench.testing import check_pruner
 
 ROOT = Path(__file__).parent.parent
@@ -58,6 +60,20 @@ def test_the_example_method_passes_the_contract(tmp_path, monkeypatch):
     )
     assert pruner.power == 0.7
     assert [str(o) for o in check_pruner(pruner) if not o.passed] == []
+
+
+def test_the_example_recipe_is_valid(tmp_path):
+    path = tmp_path / "r.toml"
+    path.write_text(re.search(r"```toml\n(.*?)```", README, re.DOTALL)[1])
+    recipe = read_recipe(path, complete=True)
+    assert (len(recipe.cells), len(recipe.expectations)) == (4, 2)
+
+
+def test_every_recipe_and_the_number_of_published_values_are_in_the_readme():
+    for path in sorted((ROOT / "recipes").glob("*.toml")):
+        assert f"| `recipes/{path.name}` |" in README
+        assert f"reproduce-{path.stem}:" in (ROOT / "Makefile").read_text("utf-8")
+    assert f"{len(published_values()):,} values of" in README
 
 
 def test_no_placeholder_is_left():
