@@ -293,7 +293,8 @@ def test_every_licence_of_the_catalogue_is_known_to_the_hub():
     from prunebench.models.source import catalog
 
     assert {entry.licence for entry in catalog().values()} - set(_LICENCES) == {
-        "OPT-175B (non-commercial)"
+        "LLaMA (non-commercial)",
+        "OPT-175B (non-commercial)",
     }
 
 
