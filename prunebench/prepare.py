@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import time
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +21,13 @@ from prunebench.allocators.allocation import (
     load_allocation,
     require_sound,
 )
-from prunebench.calibration.texts import check_text_name, load_text
+from prunebench.calibration.texts import Text, check_text_name, load_text
+from prunebench.calibration.training import Training, training_windows
 from prunebench.calibration.windows import Windows, load_windows, sample_windows
 from prunebench.errors import UsageError
 from prunebench.evaluate.outcome import Evaluator
 from prunebench.evaluate.perplexity import PerplexityTask, prepare_perplexity
-from prunebench.files import cache_dir, require_writable
+from prunebench.files import cache_dir, require_writable, sha256_file
 from prunebench.models.linears import Linear, find_linears
 from prunebench.models.load import (
     choose_device,
@@ -35,11 +36,12 @@ from prunebench.models.load import (
     require_context,
     skeleton,
 )
+from prunebench.models.masks import Masks, open_masks, require_masks_named
 from prunebench.models.save import check_target
-from prunebench.models.source import LocalModel, fetch_model, find_model
+from prunebench.models.source import CatalogEntry, LocalModel, fetch_model, find_model
 from prunebench.progress import Progress, Silent, StageClock
 from prunebench.pruners import METHODS
-from prunebench.pruners.layer import Pruner
+from prunebench.pruners.layer import DependsOnModel, Pruner
 from prunebench.results.schema import CalibrationBlock
 from prunebench.results.store import ResultStore
 from prunebench.sparsity import Sparsity
@@ -85,7 +87,8 @@ class Plan:
     """A run that has been checked as far as it can be without its weights.
 
     `allocator` is the rule that spreads the sparsity over the layers, or the ratios of a file;
-    `texts` are scored first, then `tasks`.
+    `texts` are scored first, then `tasks`; `training_text` is the name and origin of what is
+    learned from.
     """
 
     spec: RunSpec
@@ -104,6 +107,9 @@ class Plan:
     texts: list[PerplexityTask]
     tasks: list[Evaluator]
     started: float
+    training: Training | None = None
+    training_text: tuple[str, str] | None = None
+    masks: Masks | None = None
 
 
 def prepare(spec: RunSpec, setup: Setup) -> Plan:
@@ -148,10 +154,15 @@ def prepare(spec: RunSpec, setup: Setup) -> Plan:
         require_context(config, windows.token_ids.shape[1], option="seqlen")
     texts = _prepare_texts(spec, tokenizer, vocabulary, clock)
     tasks = _prepare_tasks(spec, setup, tokenizer, clock)
+    spec, masks = _open_masks(spec, pruner, linears, clock)
+    spec, training, learned_from = _prepare_training(spec, pruner, tokenizer, vocabulary, clock)
     spec = _resolved(spec, local, calibration, texts)
+    _require_apart(learned_from, texts)
+    if training is not None:
+        training = replace(training, folder=cache_dir() / "training" / spec.spec_id)
     return Plan(
         spec, setup, store, clock, device, local, tokenizer, pruner, allocator, sparsity, linears,
-        windows, calibration, texts, tasks, started,
+        windows, calibration, texts, tasks, started, training, learned_from, masks,
     )  # fmt: skip
 
 
@@ -174,18 +185,28 @@ def check_names(spec: RunSpec, setup: Setup) -> Named:
     Raises:
         PrunebenchError: The first thing that is wrong.
     """
-    spec, pruner, allocator, sparsity = _resolve_method(spec)
-    find_model(spec.model)
+    entry = find_model(spec.model).entry
+    spec, pruner, allocator, sparsity = _resolve_method(spec, entry)
     _check_texts(spec)
+    if pruner.needs.training is not None:
+        check_text_name(pruner.needs.training.text, use="calibration")
+    if pruner.needs.masks is not None:
+        require_masks_named(pruner.needs.masks)
     return Named(_check_tasks(spec, setup), pruner, allocator, sparsity)
 
 
-def _resolve_method(spec: RunSpec) -> tuple[RunSpec, Pruner, Allocator | None, Sparsity]:
+def _resolve_method(
+    spec: RunSpec, entry: CatalogEntry | None
+) -> tuple[RunSpec, Pruner, Allocator | None, Sparsity]:
     """Fill in all options, and drop from the spec what is not read; no allocator means a file."""
     row = METHODS.find(spec.method)
     options = METHODS.resolve_options(spec.method, spec.method_options, seed=spec.seed)
     pruner = METHODS.make(spec.method, options)
     sparsity = Sparsity.parse(spec.sparsity)
+    if isinstance(pruner, DependsOnModel):
+        pruner = pruner.for_model(entry, spec.calibration)
+        pruner.check(sparsity)
+        options = asdict(pruner)
     if row.patterns == "0" and sparsity.ratio != 0:
         raise UsageError(
             f"the method {spec.method} does not prune", fix="leave --sparsity out, or use 0"
@@ -236,6 +257,53 @@ def _read_allocation(
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
     update = {"allocation": "file", "allocation_options": {"sha256": digest}}
     return spec.model_copy(update=update), allocation
+
+
+def _open_masks(
+    spec: RunSpec, pruner: Pruner, linears: list[Linear], clock: StageClock
+) -> tuple[RunSpec, Masks | None]:
+    """Find the masks that a method names; the spec then names their content."""
+    name = pruner.needs.masks
+    if name is None:
+        return spec, None
+    with clock.stage("masks", detail=name):
+        masks = open_masks(name, linears, clock)
+    options = {k: masks.origin if v == name else v for k, v in spec.method_options.items()}
+    return spec.model_copy(update={"method_options": options}), masks
+
+
+def _prepare_training(
+    spec: RunSpec, pruner: Pruner, tokenizer: Any, vocabulary: int, clock: StageClock
+) -> tuple[RunSpec, Training | None, tuple[str, str] | None]:
+    """Cut what is learned from into windows; the spec then names their content."""
+    need = pruner.needs.training
+    if need is None:
+        return spec, None, None
+    with clock.stage("training", detail=need.text):
+        source: Text | Path
+        if need.text.startswith("tokens:"):
+            source = Path(need.text.partition(":")[2]).expanduser()
+            text = ("tokens", f"sha256:{sha256_file(source)}")
+        else:
+            source = load_text(need.text, use="calibration", progress=clock)
+            text = (f"{source.dataset}/{source.split}", source.origin)
+        training = training_windows(
+            source, tokenizer, samples=need.samples, seqlen=need.seqlen, held_out=need.held_out,
+            least=need.least, seed=spec.seed, vocabulary=vocabulary,
+        )  # fmt: skip
+    named = f"{text[0]}@{training.sha256[:16]}"
+    options = {**spec.method_options, "train_data": named}
+    return spec.model_copy(update={"method_options": options}), training, text
+
+
+def _require_apart(learned_from: tuple[str, str] | None, texts: list[PerplexityTask]) -> None:
+    origin = learned_from[1] if learned_from else ""
+    if origin.startswith("sha256:") and origin in {text.origin for text in texts}:
+        raise UsageError(
+            "one text is learned from and evaluated on",
+            where="a score on the training text says nothing",
+            fix="use another text for --set train_data or for --ppl",
+        )
 
 
 def _check_texts(spec: RunSpec) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import platform
 import sys
 import time
@@ -35,6 +36,8 @@ from prunebench.results.schema import (
     Score,
     SoftwareBlock,
     SparsityBlock,
+    TrainingBlock,
+    TrainingPoint,
 )
 from prunebench.results.store import new_run_id
 from prunebench.sparsity import Sparsity
@@ -97,6 +100,25 @@ def allocation_block(spec: RunSpec, allocation: Allocation) -> AllocationBlock |
         options=spec.allocation_options,
         paper=row.paper,
         facts=dict(allocation.facts),
+    )
+
+
+def training_block(plan: Plan, report: PruneReport) -> TrainingBlock | None:
+    """Describe what was learned from, and how it went."""
+    learned, training = report.learned, plan.training
+    if learned is None or training is None or plan.training_text is None:
+        return None
+    text, origin = plan.training_text
+    return TrainingBlock(
+        text=text,
+        origin=origin,
+        windows=len(training.train),
+        held_out_windows=len(training.held_out),
+        seqlen=training.train.shape[1],
+        tokens_sha256=training.sha256,
+        best_step=learned.best_step,
+        processes=learned.processes,
+        curve=[TrainingPoint(**dataclasses.asdict(point)) for point in learned.curve],
     )
 
 

@@ -192,7 +192,8 @@ class Registry(Generic[R]):
 
 
 def _read_value(name: str, key: str, value: OptionValue, hint: Any) -> OptionValue:
-    kinds = typing.get_args(hint) if isinstance(hint, UnionType) else (hint,)
+    is_union = typing.get_origin(hint) in (typing.Union, UnionType)
+    kinds = typing.get_args(hint) if is_union else (hint,)
     for kind in kinds:
         if kind is NoneType and (value is None or value in ("none", "None", "")):
             return None

@@ -8,6 +8,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,6 +17,7 @@ import torch
 from torch import nn
 
 from prunebench.allocators.allocation import Allocation, require_sound, save_allocation
+from prunebench.calibration.training import Training
 from prunebench.calibration.windows import save_windows
 from prunebench.errors import OutOfMemory, PrunebenchError, SaveError
 from prunebench.evaluate.divergence import Divergence, at_dense
@@ -33,8 +35,10 @@ from prunebench.models.load import hash_weights, load_model
 from prunebench.models.measure import measure_linear, require_met
 from prunebench.models.save import save_masks, save_model
 from prunebench.prepare import Plan, Setup, prepare
+from prunebench.processes import rank, together
+from prunebench.progress import Advance
 from prunebench.pruners import METHODS
-from prunebench.pruners.layer import PruneReport
+from prunebench.pruners.layer import Point, PruneReport
 from prunebench.record import (
     allocation_block,
     cost_block,
@@ -44,6 +48,7 @@ from prunebench.record import (
     samples_of,
     score_blocks,
     sparsity_block,
+    training_block,
 )
 from prunebench.results.samples import write_samples
 from prunebench.results.schema import FailureBlock, Result
@@ -51,8 +56,8 @@ from prunebench.sparsity import Sparsity
 from prunebench.spec import RunSpec
 
 
-def run(spec: RunSpec, setup: Setup) -> Result:
-    """Prepare and execute one run; returns the result, which has been filed.
+def run(spec: RunSpec, setup: Setup) -> Result | None:
+    """Prepare and execute one run; returns what `execute` does.
 
     Raises:
         PrunebenchError: Whatever a user can fix. Once weights have been loaded, a failed run leaves
@@ -61,12 +66,31 @@ def run(spec: RunSpec, setup: Setup) -> Result:
     return execute(prepare(spec, setup))
 
 
-def execute(plan: Plan) -> Result:
+def execute(plan: Plan) -> Result | None:
     """Load, score, prune, measure, score again, and file the result.
+
+    Returns:
+        The result; None in a process that only helps the first one to learn.
 
     Raises:
         PrunebenchError: Whatever a user can fix; the failure is filed too.
     """
+    with together(device=str(plan.device), trains=plan.training is not None):
+        if rank() == 0:
+            return _execute(plan)
+        _assist(plan)
+        return None
+
+
+def _assist(plan: Plan) -> None:
+    """Learn with the first process, and file nothing."""
+    with _memory_errors(plan.device):
+        dtype = getattr(torch, plan.spec.dtype)
+        model = load_model(plan.model.path, dtype=dtype, device=plan.device)
+        _prune(plan, model, {one.name: plan.sparsity for one in find_linears(model)})
+
+
+def _execute(plan: Plan) -> Result:
     spec, clock = plan.spec, plan.clock
     with _failures_are_filed(plan), _memory_errors(plan.device):
         dtype = getattr(torch, spec.dtype)
@@ -97,6 +121,7 @@ def execute(plan: Plan) -> Result:
             model=model_block(plan, model, dense_sha256, evaluated_sha256),
             method=method_block(spec, report),
             calibration=plan.calibration,
+            training=training_block(plan, report),
             allocation=allocation_block(spec, allocation),
             sparsity=sparsity_block(plan, measured, requested, report, allocation),
             scores=[
@@ -202,15 +227,42 @@ def _walk(
     plan: Plan, model: nn.Module, stage: str, detail: str, gradients: GradientNorms | None = None
 ) -> Iterator[BlockWalker]:
     """Open a walk over the calibration tokens as one stage of the run."""
-    blocks = max(one.block_index for one in plan.linears) + 1
-    with plan.clock.stage(stage, total=blocks, detail=detail, unit="blocks") as advance:
+    total, unit = max(one.block_index for one in plan.linears) + 1, "blocks"
+    if stage == "prune" and plan.training is not None:
+        total, unit = vars(plan.pruner)["steps"], "steps"
+    with plan.clock.stage(stage, total=total, detail=detail, unit=unit) as advance:
         yield BlockWalker(
             model,
             token_ids=plan.windows.token_ids if plan.windows else None,
             within_block=plan.spec.within_block or "joint",
             gradients=gradients,
+            training=_training(plan, advance),
+            masks=plan.masks,
             advance=advance,
         )
+
+
+def _training(plan: Plan, advance: Advance) -> Training | None:
+    """Let the steps of a training be heard; a state is kept for this very spec alone."""
+    if plan.training is None:
+        return None
+
+    def hear(point: Point) -> None:
+        advance(bool(point.step))
+        if point.held_out_ppl is not None:
+            plan.clock.note(training_line(point))
+
+    return dataclasses.replace(plan.training, hear=hear)
+
+
+def training_line(point: Point) -> str:
+    """Say what a step measured in one line."""
+    loss = "" if point.loss is None else f"loss {point.loss:.3f}, "
+    return (
+        f"  step {point.step}: {loss}held-out ppl {point.held_out_ppl:,.4g}, "
+        f"{point.changed:.2%} of the groups changed, certainty {point.certainty:.3f}, "
+        f"temperature {point.temperature:.2g}, {point.seconds:.0f} s"
+    )
 
 
 def _publish(plan: Plan, result: Result) -> None:

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from prunebench.calibration.training import Training
 from prunebench.errors import PrunebenchError
 from prunebench.models.blocks import BlockWalker
 from prunebench.models.gradients import gradient_norms
@@ -162,11 +163,15 @@ class _Trial:
         gradients = None
         if self.pruner.needs.gradients:
             gradients = gradient_norms(self.model, tokens, norm=vars(self.pruner)["norm"])
+        training = None
+        if self.pruner.needs.training is not None:
+            training = Training(tiny_tokens(samples=8), tiny_tokens(samples=2, seed=1))
         walker = BlockWalker(
             self.model,
             token_ids=tokens,
             within_block=self.within_block,
             gradients=gradients,
+            training=training,
             batch_tokens=48,
         )
         self.pruner.prune(walker, {linear.name: self.sparsity for linear in walker.linears})

@@ -17,6 +17,7 @@ LAYERS = {
     "progress": 0.0,
     "spec": 1.0,
     "wheels": 1.0,
+    "processes": 1.0,
     "hub": 1.0,
     "results": 1.5,
     "calibration": 2.0,

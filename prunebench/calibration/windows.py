@@ -78,12 +78,24 @@ def sample_windows(text: Text, tokenizer: Any, *, samples: int, seqlen: int, see
             rejected += 1
             if rejected > _MAX_REJECTIONS:
                 packed = _pack(documents, tokenizer, rng, samples=samples, seqlen=seqlen)
+                if len(packed) < samples:
+                    raise IncompatibleData(
+                        f"the text is too short: {packed.numel():,} tokens, {samples} x {seqlen} "
+                        "are wanted",
+                        fix="use fewer samples, shorter ones, or another text",
+                    )
                 return Windows(packed, packed=True)
             continue
         rejected = 0
         start = rng.randint(0, len(ids) - seqlen - 1)
         rows.append(ids[start : start + seqlen])
     return Windows(torch.tensor(rows, dtype=torch.int64), packed=False)
+
+
+def pack_windows(text: Text, tokenizer: Any, *, samples: int, seqlen: int, seed: int) -> Windows:
+    """Join documents in a random order and cut them into at most `samples` windows."""
+    rows = _pack(text.documents, tokenizer, random.Random(seed), samples=samples, seqlen=seqlen)
+    return Windows(rows, packed=True)
 
 
 def _require_enough(
@@ -106,18 +118,16 @@ def _require_enough(
 def _pack(
     documents: Sequence[str], tokenizer: Any, rng: random.Random, *, samples: int, seqlen: int
 ) -> Tensor:
-    """Join documents in a random order until the windows are full, and cut."""
+    """Join documents in a random order until the windows are full or none is left, and cut."""
     order = list(range(len(documents)))
     rng.shuffle(order)
     ids: list[int] = []
     for index in order:
         ids += tokenize(tokenizer, documents[index] + "\n\n")
         if len(ids) >= samples * seqlen:
-            return torch.tensor(ids[: samples * seqlen], dtype=torch.int64).view(samples, seqlen)
-    raise IncompatibleData(
-        f"the text is too short: {len(ids):,} tokens, {samples} x {seqlen} are wanted",
-        fix="use fewer samples, shorter ones, or another text",
-    )
+            break
+    count = min(samples, len(ids) // seqlen)
+    return torch.tensor(ids[: count * seqlen], dtype=torch.int64).view(count, seqlen)
 
 
 def load_windows(path: Path, *, vocabulary: int) -> Windows:

@@ -15,6 +15,7 @@ from prunebench.cli.values import collect, print_config
 from prunebench.errors import UsageError
 from prunebench.models.source import find_model, local_path
 from prunebench.options import OUTSIDE_SPEC
+from prunebench.processes import device_of, rank
 from prunebench.results.render import column_title, number
 from prunebench.results.schema import Result
 from prunebench.spec import DTYPES, RunSpec, build_spec
@@ -270,13 +271,13 @@ def run_command(
     if show_config:
         print_config(values, sources, as_json=as_json)
         return
-    progress = choose_progress(quiet=quiet)
+    progress = choose_progress(quiet=quiet or rank() > 0)
     with progress.stage("start", detail="loading torch and transformers"):
         from prunebench.prepare import Setup, prepare
         from prunebench.run import execute
     setup = Setup(
         results_dir=results_dir,
-        device=values["device"],
+        device=device_of(values["device"]),
         batch_size=batch_size,
         include_path=include_path,
         log_samples=log_samples,
@@ -293,6 +294,8 @@ def run_command(
         return
     plan = prepare(spec, setup)
     result = execute(plan)
+    if result is None:  # a process that helped the first one
+        return
     if as_json:
         sys.stdout.write(result.to_json())
     else:

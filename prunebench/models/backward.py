@@ -1,17 +1,22 @@
-"""The backward pass of one window, block by block, for `models.gradients`.
+"""The backward pass of some windows, block by block: for gradient norms and for learned masks.
 
 Forward without a graph: the input of every block and the output of every linear are kept. Backward
 from the last block to the first: the block runs again with a graph, its linears give what they gave
 before without a product, so that only attention and element-wise work is repeated. Of the graph
 only one block exists, and a linear's gradient goes straight to whoever sums it. (The matrices of
 fused experts run again, and their gradient exists until it is added.)
+
+A block is opened once forward and once backward for all batches of windows, so that a store may
+make its weights anew each time, as masks that are still soft do.
 """
 
 from __future__ import annotations
 
 import contextlib
 import inspect
+import math
 from collections.abc import Callable, Iterator, Sequence, Set
+from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -20,6 +25,7 @@ from torch import Tensor, nn
 
 from prunebench.models.linears import Linear, find_blocks
 from prunebench.models.replay import BlockCall, blocks_giving, check_replay, record_calls
+from prunebench.models.weights import ResidentWeights, WeightStore
 
 _HEAD_ROWS = 128  # tokens whose logits exist at a time
 
@@ -59,13 +65,37 @@ class _Replayed(torch.autograd.Function):
         return outer @ weight if ctx.needs_input_grad[0] else None, None, None, None
 
 
-class Backward:
-    """Adds the gradients of one window after the other."""
+@dataclass
+class _Batch:
+    """Windows that run together, and where they are: `hidden` is the input of the next block."""
 
-    def __init__(self, model: nn.Module, linears: Sequence[Linear], sums: Sums) -> None:
+    window: Int[Tensor, "batch seqlen"]
+    hidden: Tensor
+    calls: list[BlockCall]
+    inputs: list[Tensor] = field(default_factory=list)
+
+
+class Backward:
+    """Adds the gradients of some windows after others.
+
+    Args:
+        model: The model, under `plain_inference`.
+        linears: Those whose gradients are wanted.
+        sums: Who takes them.
+        weights: Where the weights of a block come from; by default the model has them.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        linears: Sequence[Linear],
+        sums: Sums,
+        weights: WeightStore | None = None,
+    ) -> None:
         self.model = model
         self.blocks = find_blocks(model)[1]
         self.sums = sums
+        self._weights = weights or ResidentWeights(self.blocks)
         self._by_block = [
             [one for one in linears if one.block_index == index]
             for index in range(len(self.blocks))
@@ -86,53 +116,103 @@ class Backward:
                 hidden = calls[index].run(block, hidden)
             self._changed |= {one for one, made in known.items() if any(t._version for t in made)}
 
-    def add(self, window: Int[Tensor, "one seqlen"]) -> None:
-        """Add |g| or g^2 of one window to the accumulators."""
-        hidden, calls = record_calls(self.model, self.blocks, window, returns_tuple=self._returns)
-        inputs: list[Tensor] = []
-        known: list[dict[Linear, list[Tensor]]] = []
-        with torch.no_grad():
-            for index, block in enumerate(self.blocks):
-                inputs.append(hidden)
-                known.append({})
-                with _outputs_kept(self._by_block[index], known[index], self._changed):
-                    hidden = calls[index].run(block, hidden)
-        gradient = self._head(window, hidden)
-        for index in reversed(range(len(self.blocks))):
-            gradient = self._block(index, calls[index], inputs.pop(), known.pop(), gradient)
-            self.sums.release()
+    def add(
+        self, windows: Int[Tensor, "windows seqlen"], *, batch: int = 1, scale: float = 1.0
+    ) -> float:
+        """Add the gradient of the windows' mean loss, times `scale`; return that loss in nats.
 
-    def _head(self, window: Tensor, hidden: Tensor) -> Tensor:
-        """Return the gradient of the window's loss with respect to the last hidden state."""
-        leaf = hidden.detach().requires_grad_()
-        targets = window[0, 1:]
-        step = _HEAD_ROWS if self._some_logits else len(targets)
+        Args:
+            windows: Token windows, on the model's device.
+            batch: Windows that run together.
+            scale: Factor of the gradient.
+        """
+        batches = self._batches(windows, batch)
+        known = self._forward(batches, keep=True)
+        share = scale / (windows[:, 1:].numel() or 1)
+        losses, gradients = [], []
+        for one in batches:
+            loss, gradient = self._head(one.window, one.hidden, share)
+            losses.append(loss)
+            gradients.append(gradient)
+        for index in reversed(range(len(self.blocks))):
+            outputs = known.pop()
+            with self._weights.open_block(index) as block:
+                self.sums.fetch(self._by_block[index])
+                for place, one in enumerate(batches):
+                    gradients[place] = self._block(block, index, one, outputs, gradients[place])
+                self.sums.release()
+        return math.fsum(losses) / (windows[:, 1:].numel() or 1)
+
+    def losses(self, windows: Int[Tensor, "windows seqlen"], *, batch: int = 1) -> list[float]:
+        """Return the summed cross-entropy of every batch of windows, in nats; no gradients."""
+        batches = self._batches(windows, batch)
+        self._forward(batches, keep=False)
+        return [self._head(one.window, one.hidden, None)[0] for one in batches]
+
+    def _batches(self, windows: Tensor, batch: int) -> list[_Batch]:
+        made = []
+        for window in torch.split(windows, batch):
+            hidden, calls = record_calls(
+                self.model, self.blocks, window, returns_tuple=self._returns
+            )
+            made.append(_Batch(window, hidden, calls))
+        return made
+
+    def _forward(self, batches: list[_Batch], *, keep: bool) -> list[dict[Linear, list[Tensor]]]:
+        """Run all batches through all blocks; return what each block's linears gave."""
+        known: list[dict[Linear, list[Tensor]]] = []
+        for index in range(len(self.blocks)):
+            made: dict[Linear, list[Tensor]] = {}
+            kept = _outputs_kept(self._by_block[index], made, self._changed)
+            with (
+                torch.no_grad(),
+                self._weights.open_block(index) as block,
+                kept if keep else contextlib.nullcontext(),
+            ):
+                for one in batches:
+                    if keep:
+                        one.inputs.append(one.hidden)
+                    one.hidden = one.calls[index].run(block, one.hidden)
+            known.append(made)
+        return known
+
+    def _head(self, window: Tensor, hidden: Tensor, share: float | None) -> tuple[float, Tensor]:
+        """Return the summed loss of a batch, and the gradient of `share` times it, if wanted."""
+        leaf = hidden.detach().requires_grad_(share is not None)
+        targets = window[:, 1:]
+        length = targets.shape[1]
+        step = max(1, _HEAD_ROWS // len(window)) if self._some_logits else length
         outputs = [leaf] * len(self.blocks)  # only the last one's is used
-        with blocks_giving(self.blocks, outputs, self._returns), torch.enable_grad():
-            for start in range(0, len(targets), step):
-                rows = torch.arange(start, min(start + step, len(targets)), device=window.device)
+        losses = []
+        with (
+            blocks_giving(self.blocks, outputs, self._returns),
+            torch.set_grad_enabled(share is not None),
+        ):
+            for start in range(0, length, step):
+                rows = torch.arange(start, min(start + step, length), device=window.device)
                 wanted: dict[str, Any] = {"logits_to_keep": rows} if self._some_logits else {}
                 logits = self.model(input_ids=window, use_cache=False, **wanted).logits
-                logits = logits[0] if self._some_logits else logits[0, :-1]
-                slope = _loss_slope(logits.detach(), targets[rows]).div_(len(targets))
-                torch.autograd.backward([logits], [slope.to(logits.dtype)])
-        assert leaf.grad is not None
-        return leaf.grad
+                logits = (logits if self._some_logits else logits[:, :-1]).flatten(0, 1)
+                loss, slope = _loss_slope(logits.detach(), targets[:, rows].flatten())
+                losses.append(loss)
+                if share is not None:
+                    slope.mul_(share)
+                    torch.autograd.backward([logits], [slope.to(logits.dtype)])
+        return math.fsum(losses), hidden if leaf.grad is None else leaf.grad
 
     def _block(
         self,
+        block: nn.Module,
         index: int,
-        call: BlockCall,
-        hidden: Tensor,
+        batch: _Batch,
         known: dict[Linear, list[Tensor]],
         gradient: Tensor,
     ) -> Tensor:
         """Run a block again with a graph, add its linears' gradients, return its input's."""
-        leaf = hidden.detach().requires_grad_()
+        leaf = batch.inputs.pop().detach().requires_grad_()
         linears = self._by_block[index]
-        self.sums.fetch(linears)
         with _outputs_given(linears, known, self.sums, self._changed), torch.enable_grad():
-            output = call.run(self.blocks[index], leaf)
+            output = batch.calls[index].run(block, leaf)
             torch.autograd.backward([output], [gradient])
         assert leaf.grad is not None
         return leaf.grad
@@ -140,11 +220,13 @@ class Backward:
 
 def _loss_slope(
     logits: Float[Tensor, "rows vocabulary"], targets: Int[Tensor, " rows"]
-) -> Float[Tensor, "rows vocabulary"]:
-    """Return the gradient of the summed cross-entropy: softmax - 1 at the target, float32."""
-    slope = logits.to(torch.float32).softmax(-1)
-    slope[torch.arange(len(targets), device=targets.device), targets] -= 1
-    return slope
+) -> tuple[float, Float[Tensor, "rows vocabulary"]]:
+    """Return the summed cross-entropy and its gradient: softmax - 1 at the target, float32."""
+    slope = logits.to(torch.float32).log_softmax(-1)
+    places = torch.arange(len(targets), device=targets.device), targets
+    loss = -float(slope[places].sum(dtype=torch.float64))
+    slope.exp_()[places] -= 1
+    return loss, slope
 
 
 @contextlib.contextmanager

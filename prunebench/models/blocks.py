@@ -25,9 +25,11 @@ from jaxtyping import Int
 from torch import Tensor, nn
 
 from prunebench.calibration.stats import InputStats, StatsAccumulator
+from prunebench.calibration.training import Training
 from prunebench.errors import IncompatibleData, UsageError
 from prunebench.models.gradients import GradientNorms
 from prunebench.models.linears import Linear, find_blocks, find_linears
+from prunebench.models.masks import Masks
 from prunebench.models.replay import (
     BlockCall,
     BlockPlan,
@@ -84,6 +86,8 @@ class BlockWalker:
         weights: Where the weights live; by default, wherever the model has them.
         activation_device: Where hidden states wait between blocks; by default beside the weights.
         gradients: Gradients of the dense model, for methods that read them.
+        training: Windows to learn from, for methods that learn.
+        masks: Masks that were named, for methods that apply them or begin with them.
         batch_tokens: Tokens run through a block at a time; by default what suits the device.
         advance: Hears 1 for every finished block.
     """
@@ -97,6 +101,8 @@ class BlockWalker:
         weights: WeightStore | None = None,
         activation_device: torch.device | None = None,
         gradients: GradientNorms | None = None,
+        training: Training | None = None,
+        masks: Masks | None = None,
         batch_tokens: int | None = None,
         advance: Callable[[int], None] = lambda done: None,
     ) -> None:
@@ -104,6 +110,8 @@ class BlockWalker:
         self.blocks = find_blocks(model)[1]
         self.linears = find_linears(model)
         self.within_block = within_block
+        self.training = training
+        self.masks = masks
         self._token_ids = token_ids
         self._gradients = gradients
         self._weights = weights or ResidentWeights(self.blocks)

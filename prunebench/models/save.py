@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from prunebench.errors import IncompatibleData, UsageError
+from prunebench.errors import UsageError
 from prunebench.files import atomic_file, atomic_folder, require_writable
 from prunebench.models.card import model_card
 from prunebench.models.linears import Linear
@@ -65,9 +65,7 @@ def save_model(
 def save_masks(linears: list[Linear], path: Path) -> None:
     """Write the keep masks of all pruned parameters of a loaded model.
 
-    The format in which the published MaskLLM masks come: `numpy.savez_compressed`, one entry a
-    parameter, key `<parameter name>.mask`, `numpy.packbits` of the boolean keep mask in the
-    parameter's own layout, flattened row-major.
+    The format is that of `models.masks`, in which the published MaskLLM masks come.
 
     Raises:
         SaveError: It could not be written.
@@ -109,33 +107,3 @@ def _write_masks(path: Path, masks: Iterable[tuple[str, np.ndarray]]) -> None:
             entry.compress_type = zipfile.ZIP_DEFLATED
             with archive.open(entry, "w", force_zip64=True) as stream:
                 np.lib.format.write_array(stream, packed, allow_pickle=False)
-
-
-def load_masks(path: Path, shapes: dict[str, tuple[int, ...]]) -> dict[str, np.ndarray]:
-    """Read a mask file: parameter name to boolean keep mask in the parameter's shape.
-
-    Args:
-        path: A file as `save_masks` writes it; pickled objects are refused.
-        shapes: Shape of each parameter that the file should cover.
-
-    Raises:
-        IncompatibleData: It is no mask file, or its masks do not fit the shapes.
-    """
-    try:
-        with np.load(path, allow_pickle=False) as stored:
-            packed = {name: stored[name] for name in stored.files}
-    except (OSError, ValueError) as error:
-        raise IncompatibleData(f"{path} is not a mask file", where=str(error)) from None
-    masks: dict[str, np.ndarray] = {}
-    for name, shape in shapes.items():
-        bits = packed.get(f"{name}.mask")
-        size = int(np.prod(shape))
-        if bits is None or bits.dtype != np.uint8 or bits.size != (size + 7) // 8:
-            found = "nothing" if bits is None else f"{bits.size} bytes of {bits.dtype}"
-            raise IncompatibleData(
-                f"{path} does not fit the model",
-                where=f"{name} needs {size} bits, the file holds {found}",
-                fix="use the masks of this very model",
-            )
-        masks[name] = np.unpackbits(bits, count=size).astype(bool).reshape(shape)
-    return masks

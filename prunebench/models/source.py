@@ -31,7 +31,10 @@ _HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
 
 @dataclass(frozen=True)
 class CatalogEntry:
-    """One row of `catalog.toml`; either `hub` or the four `wheel` fields are set."""
+    """One row of `catalog.toml`; either `hub` or the four `wheel` fields are set.
+
+    `masks` are published ones, by the name that `models.masks` takes.
+    """
 
     dtype: str
     size: str
@@ -44,6 +47,7 @@ class CatalogEntry:
     filename: str = ""
     sha256: str = ""
     member: str = ""
+    masks: str = ""
 
 
 @dataclass(frozen=True)

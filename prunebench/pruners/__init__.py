@@ -88,6 +88,14 @@ BUILTIN: dict[str, Method] = {
         paper="2311.04902",
         data=True,
     ),
+    "maskllm": Method(
+        "prunebench.pruners.maskllm.method:MaskLLM",
+        "N:M masks learned by the loss of the whole model, or published ones",
+        paper="2409.17481",
+        data=True,
+        patterns="N:M with at most 70 masks a group",
+        sparsity="2:4",
+    ),
     "scheduler": Method(
         "prunebench.pruners.sparsegpt:SparseGPT",
         "sparsegpt with the hessian allocator (reconstruction)",

@@ -6,30 +6,54 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from contextlib import closing
 from dataclasses import dataclass, field
-from typing import ClassVar, Protocol, runtime_checkable
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 from jaxtyping import Float
 from torch import Tensor
 
 from prunebench.calibration.stats import InputStats
 from prunebench.models.blocks import BlockWalker, LinearGroup
+from prunebench.models.source import CatalogEntry
 from prunebench.sparsity import Sparsity
 
 
 @dataclass(frozen=True)
+class TrainingNeeds:
+    """Windows that a method learns from.
+
+    Attributes:
+        text: A text name as `--calibration` takes it.
+        samples: Windows wanted; fewer if the text is short.
+        seqlen: Tokens in one.
+        held_out: More windows, which only decide what is kept.
+        least: Windows without which it cannot begin.
+    """
+
+    text: str
+    samples: int
+    seqlen: int
+    held_out: int
+    least: int
+
+
+@dataclass(frozen=True)
 class Needs:
-    """What a method or an allocator needs.
+    """What a method or an allocator needs; it may depend on its options.
 
     Attributes:
         calibration: Statistics of the inputs over the calibration windows.
         hessian: The Gram matrix of the inputs too, not only their norms.
         gradients: Norms of the dense model's gradients over the same windows; the option `norm`
             of the pruner says which.
+        training: Windows to learn from.
+        masks: Name of masks to read, see `models.masks`.
     """
 
     calibration: bool = False
     hessian: bool = False
     gradients: bool = False
+    training: TrainingNeeds | None = None
+    masks: str | None = None
 
     @property
     def tokens(self) -> bool:
@@ -68,10 +92,53 @@ class PruneReport:
 
     Attributes:
         losses: Reconstruction error of each layer, by name, see `Pruned.loss`.
+        learned: How a training went, for methods that train.
     """
 
     events: tuple[Event, ...] = ()
     losses: Mapping[str, float] = field(default_factory=dict)
+    learned: Learned | None = None
+
+
+@dataclass(frozen=True)
+class Point:
+    """What was measured at the end of a training step; step 0 is where it began.
+
+    Attributes:
+        step: Steps taken.
+        tokens: Tokens trained on so far, over all processes.
+        loss: Mean training loss of the step in nats a token, with soft masks; None at step 0.
+        temperature, scale: Of the step.
+        certainty: Mean over the groups of the largest probability, without noise.
+        changed: Share of the groups whose choice is not the prior's.
+        held_out_ppl: Perplexity of the hard mask on the held-out windows, where it was measured.
+        seconds: Since the beginning.
+    """
+
+    step: int
+    tokens: int
+    loss: float | None
+    temperature: float
+    scale: float
+    certainty: float
+    changed: float
+    held_out_ppl: float | None
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Learned:
+    """How a training went.
+
+    Attributes:
+        best_step: The step whose mask was kept; 0 is the prior.
+        processes: Processes that learned together.
+        curve: One point a step.
+    """
+
+    best_step: int
+    processes: int
+    curve: tuple[Point, ...]
 
 
 @runtime_checkable
@@ -81,10 +148,28 @@ class Pruner(Protocol):
     An implementation is a frozen dataclass whose fields are its options.
     """
 
-    needs: ClassVar[Needs]
+    @property
+    def needs(self) -> Needs:
+        """What it needs; a class attribute, unless it depends on options."""
 
     def prune(self, walker: BlockWalker, sparsity: Mapping[str, Sparsity]) -> PruneReport:
         """Prune every linear of `walker` to its sparsity, by name."""
+
+
+@runtime_checkable
+class DependsOnModel(Protocol):
+    """A pruner that fills in options by what is known of the model."""
+
+    def for_model(self, entry: CatalogEntry | None, calibration: str | None) -> Any:
+        """Return the pruner with all options filled in.
+
+        Args:
+            entry: The catalogue's row of the model, if it has one.
+            calibration: The calibration text of the run.
+        """
+
+    def check(self, sparsity: Sparsity) -> None:
+        """Refuse a sparsity that the method cannot reach, before anything is loaded."""
 
 
 class GroupPruner(ABC):

@@ -87,6 +87,54 @@ class CalibrationBlock(_Block):
     tokens_sha256: str
 
 
+class TrainingPoint(_Block):
+    """What was measured at the end of a training step; step 0 is where it began.
+
+    Attributes:
+        tokens: Tokens trained on so far.
+        loss: Mean training loss of the step, nats a token, with soft masks.
+        temperature: Of the softmax over the masks of a group.
+        scale: Factor of the logits.
+        certainty: Mean over the groups of the largest probability.
+        changed: Share of the groups whose mask is not the one begun with.
+        held_out_ppl: Perplexity of the hard mask on held-out windows, where it was measured.
+        seconds: Since the beginning of the training.
+    """
+
+    step: int
+    tokens: int
+    loss: float | None
+    temperature: float
+    scale: float
+    certainty: float
+    changed: float
+    held_out_ppl: float | None
+    seconds: float
+
+
+class TrainingBlock(_Block):
+    """What a method learned from, and how it went; absent where nothing is learned.
+
+    Attributes:
+        origin: As in the calibration block.
+        windows: Windows learned from; an epoch is all of them.
+        held_out_windows: Windows of the same text that were not learned from: they chose the mask.
+        tokens_sha256: Hash of all windows, those held out first.
+        best_step: The step whose mask was kept; 0 is the one begun with.
+        processes: Processes that learned together.
+    """
+
+    text: str
+    origin: str
+    windows: int
+    held_out_windows: int
+    seqlen: int
+    tokens_sha256: str
+    best_step: int
+    processes: int
+    curve: list[TrainingPoint]
+
+
 class AllocationBlock(_Block):
     """What spread the target over the layers; absent where all layers have the same.
 
@@ -214,6 +262,7 @@ class Result(_Block):
     method: MethodBlock | None = None
     allocation: AllocationBlock | None = None
     calibration: CalibrationBlock | None = None
+    training: TrainingBlock | None = None
     sparsity: SparsityBlock | None = None
     scores: list[Score] = []
     cost: CostBlock | None = None

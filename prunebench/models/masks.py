@@ -1,0 +1,179 @@
+"""Keep masks of a whole model, read one parameter at a time: from a mask file or a checkpoint.
+
+A mask file is what `run --save-masks` writes and in which the published MaskLLM masks come: one
+entry a parameter, `<parameter name>.mask`, `numpy.packbits` of the keep mask in the parameter's own
+layout. A checkpoint's mask is where its weights are not zero.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import zipfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Bool
+from torch import Tensor
+
+from prunebench.errors import IncompatibleData, MissingResource, UsageError
+from prunebench.files import sha256_file
+from prunebench.hub import hub_errors, require_hub, unreachable
+from prunebench.models.linears import Linear
+from prunebench.models.safetensors_files import weight_files
+from prunebench.progress import Progress
+
+HUB_FILE = "mask_compressed.npz"
+"""Name of the mask file in a repository of the hub, as the published ones have it."""
+
+
+@dataclass(frozen=True)
+class Masks:
+    """Masks that have been found to fit a model.
+
+    Attributes:
+        origin: `hub:REPO@COMMIT`, or `sha256:` and the hash of the file or files.
+        read_parameter: Returns the keep mask of a parameter, bool, in its own layout.
+    """
+
+    origin: str
+    read_parameter: Callable[[str], Bool[Tensor, "..."]]
+
+    def read(self, linear: Linear) -> Bool[Tensor, "out in"]:
+        """Return the keep mask of one matrix."""
+        keep = self.read_parameter(linear.parameter_name)
+        keep = keep if linear.expert is None else keep[linear.expert]
+        return keep.T.contiguous() if linear.transposed else keep
+
+
+def open_masks(name: str, linears: Sequence[Linear], progress: Progress) -> Masks:
+    """Find masks by name and check that they fit the model; none is kept in memory.
+
+    Args:
+        name: `hub:REPO` or `hub:REPO@REVISION`, a mask file (.npz), or a folder with a checkpoint.
+        linears: The prunable matrices of the model, maybe without weights.
+        progress: Hears of a download.
+
+    Raises:
+        MissingResource: There is nothing of the name, or the hub cannot be reached.
+        IncompatibleData: It is damaged, holds pickled objects, or belongs to another model.
+    """
+    shapes = {one.parameter_name: tuple(_parameter(one).shape) for one in linears}
+    if name.startswith("hub:"):
+        path, origin = _from_hub(name.removeprefix("hub:"), progress)
+        return Masks(origin, mask_file(path, shapes))
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return _checkpoint(path, shapes)
+    require_masks_named(name)
+    return Masks(f"sha256:{sha256_file(path)}", mask_file(path, shapes))
+
+
+def require_masks_named(name: str) -> None:
+    """Refuse a name that cannot be one of masks, before anything is fetched.
+
+    Raises:
+        MissingResource: It is no file or folder here.
+        UsageError: It is neither a mask file nor a folder.
+    """
+    path = Path(name).expanduser()
+    if name.startswith("hub:") or path.is_dir():
+        return
+    if not path.is_file():
+        raise MissingResource(f"there are no masks at {name}", fix="check the path")
+    if path.suffix != ".npz":
+        raise UsageError(
+            f"{name} is no file of masks",
+            where="masks are a .npz file, a checkpoint's folder, or hub:REPO",
+            fix="make one with prunebench run --save-masks masks.npz",
+        )
+
+
+def _parameter(linear: Linear) -> Tensor:
+    parameter: Tensor = getattr(linear.module, linear.attribute)
+    return parameter
+
+
+def _from_hub(repository: str, progress: Progress) -> tuple[Path, str]:
+    from huggingface_hub import hf_hub_download
+
+    name, _, revision = repository.partition("@")
+    fix = "download the file elsewhere, and name it: --set masks=PATH.npz"
+    require_hub(name, fix=fix)
+    try:
+        with progress.stage("download", detail=f"{name} {HUB_FILE}"):
+            path = Path(hf_hub_download(name, HUB_FILE, revision=revision or None))
+    except hub_errors() as error:
+        raise unreachable(name, error, fix=fix) from error
+    return path, f"hub:{name}@{path.parent.name}"  # snapshots/<commit>/<file>
+
+
+def mask_file(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> Callable[[str], Tensor]:
+    """Check that a mask file covers parameters of some shapes; return what reads one of them.
+
+    Raises:
+        IncompatibleData: It is no mask file, holds pickled objects, or does not fit the shapes.
+    """
+    try:
+        stored = np.load(path, allow_pickle=False)
+        entries = set(stored.files)
+    except (OSError, ValueError, zipfile.BadZipFile, AttributeError) as error:
+        raise IncompatibleData(f"{path} is not a mask file", where=str(error)) from None
+
+    def packed(name: str) -> Any:
+        shape = shapes[name]
+        size = int(np.prod(shape))
+        try:
+            bits = stored[f"{name}.mask"] if f"{name}.mask" in entries else None
+        except (ValueError, OSError, zipfile.BadZipFile) as error:  # pickled, or cut short
+            raise IncompatibleData(f"{path} is damaged", where=f"{name}: {error}") from None
+        if bits is None or bits.dtype != np.uint8 or bits.size != (size + 7) // 8:
+            found = "nothing" if bits is None else f"{bits.size} bytes of {bits.dtype}"
+            raise IncompatibleData(
+                f"{path} does not fit the model",
+                where=f"{name} needs {size} bits, the file holds {found}",
+                fix="use the masks of this very model",
+            )
+        return bits
+
+    for name in shapes:
+        packed(name)
+
+    def read(name: str) -> Tensor:
+        shape = shapes[name]
+        bits = np.unpackbits(packed(name), count=int(np.prod(shape)))
+        return torch.from_numpy(bits.astype(bool)).view(shape)
+
+    return read
+
+
+def _checkpoint(folder: Path, shapes: Mapping[str, tuple[int, ...]]) -> Masks:
+    from safetensors import SafetensorError, safe_open
+
+    files = weight_files(folder)
+    places: dict[str, Path] = {}
+    try:
+        for file in files:
+            with safe_open(file, framework="pt") as opened:
+                for name in opened.keys():  # noqa: SIM118
+                    if name in shapes and tuple(opened.get_slice(name).get_shape()) == shapes[name]:
+                        places[name] = file
+    except (SafetensorError, OSError) as error:
+        raise IncompatibleData(f"{folder} holds damaged weights", where=str(error)) from None
+    lacking = [name for name in shapes if name not in places]
+    if lacking:
+        raise IncompatibleData(
+            f"{folder} does not fit the model",
+            where=f"it holds no {lacking[0]} of shape {shapes[lacking[0]]}",
+            fix="use a checkpoint of this very model",
+        )
+
+    def read(name: str) -> Tensor:
+        with safe_open(places[name], framework="pt") as opened:
+            return torch.as_tensor(opened.get_tensor(name) != 0)
+
+    digests = "".join(map(sha256_file, sorted(files)))
+    return Masks(f"sha256:{hashlib.sha256(digests.encode()).hexdigest()}", read)

@@ -1,0 +1,66 @@
+"""One run in several processes, as torchrun and accelerate launch start them.
+
+They say by the environment who is who (`RANK`, `WORLD_SIZE`, `LOCAL_RANK`). The first process
+checks, scores and files; the others load, learn with it, and are silent.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from datetime import timedelta
+
+from prunebench.errors import UsageError
+
+_PATIENCE = timedelta(hours=12)  # the others wait while the first scores the dense model
+
+
+def world_size() -> int:
+    """Return how many processes were started together."""
+    return int(os.environ.get("WORLD_SIZE", "1")) if "RANK" in os.environ else 1
+
+
+def rank() -> int:
+    """Return which of them this is; the first is 0."""
+    return int(os.environ["RANK"]) if world_size() > 1 else 0
+
+
+def device_of(name: str) -> str:
+    """Return the device of this process for a `--device` value: each has a GPU of its own."""
+    if world_size() == 1 or name not in ("auto", "cuda"):
+        return name
+    import torch
+
+    if not torch.cuda.is_available():
+        return name
+    return f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
+
+
+@contextlib.contextmanager
+def together(*, device: str, trains: bool) -> Iterator[None]:
+    """Join the group of processes, if there is one, and leave it at the end.
+
+    Raises:
+        UsageError: The method does not learn: all processes would do the same work.
+    """
+    if world_size() == 1:
+        yield
+        return
+    if not trains:
+        raise UsageError(
+            f"{world_size()} processes were started, and this method works in one",
+            where="only a training is shared out",
+            fix="start it without torchrun or accelerate launch",
+        )
+    import torch
+    import torch.distributed as dist
+
+    on_gpu = device.startswith("cuda")
+    if on_gpu:
+        torch.cuda.set_device(device)
+    dist.init_process_group("nccl" if on_gpu else "gloo", timeout=_PATIENCE)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()

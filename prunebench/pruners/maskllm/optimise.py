@@ -1,0 +1,136 @@
+"""From the gradient of some logits to their new values, in one pass and in place.
+
+`adamw` is the paper's (decoupled weight decay, gradients clipped by their norm over all layers).
+`momentum` descends along gradients in units of their root mean square over the layer, clipped: a
+few dozen steps do not give Adam an estimate for every single logit. `mirror` does the same, but
+along s - mean(s) without the softmax's factor y: mirror descent on the simplex, in which a
+candidate that has become improbable still hears how good it would be.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from prunebench.pruners.maskllm.relax import LayerLogits, Relaxation, Slope, slope_of_logits
+from prunebench.pruners.maskllm.state import Packed, StateDtype, round_at_random
+
+Kind = Literal["adamw", "momentum", "mirror"]
+Directions = Iterator[tuple[slice, Tensor]]
+
+
+@dataclass(frozen=True)
+class Optimizer:
+    """How logits follow their gradient.
+
+    Attributes:
+        kind: See the module.
+        betas: Decay of the first and second moment; `momentum` and `mirror` have the first alone.
+        eps: Added to the root of the second moment.
+        weight_decay: Share of a logit that is lost a step, times the rate.
+        clip: Largest norm of the gradient over all layers (`adamw`); 0 for none.
+        outlier: Largest gradient in units of the layer's root mean square (the others).
+        state_dtype: How moments are kept.
+    """
+
+    kind: Kind = "adamw"
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: float = 1e-5
+    weight_decay: float = 0.1
+    clip: float = 1.0
+    outlier: float = 20.0
+    state_dtype: StateDtype = "float32"
+
+    def prepare(self, layer: LayerLogits) -> None:
+        """Make the moments of a layer."""
+        make = functools.partial(Packed.zeros, layer.logits, self.state_dtype, width=layer.width)
+        layer.state["first"] = make()
+        if self.kind == "adamw":
+            layer.state["second"] = make(positive=True)
+
+    def directions(
+        self, layer: LayerLogits, weight: Tensor, slope: Slope, how: Relaxation
+    ) -> Directions:
+        """Yield the direction of ascent of some groups after others, (choices, part).
+
+        Args:
+            layer: The logits.
+            weight: W, the rows that the layer has.
+            slope: How the loss changes with W~.
+            how: The relaxation of the forward pass.
+        """
+        for part, chosen, scores in layer.scores(weight, slope, how):
+            if self.kind == "mirror":
+                yield part, scores.sub_(scores.mean(0))
+            else:
+                yield part, slope_of_logits(chosen, scores, how)
+
+    def step(
+        self,
+        layer: LayerLogits,
+        directions: Directions,
+        how: Relaxation,
+        *,
+        rate: float,
+        unit: float,
+    ) -> None:
+        """Change a layer's logits in place.
+
+        Args:
+            layer: The logits and their moments.
+            directions: The gradient, piece by piece; overwritten.
+            how: The relaxation of the forward pass; its step counts from 0.
+            rate: Learning rate.
+            unit: What gradients are divided by: by what `clip` leaves (`adamw`), or the layer's
+                root mean square.
+        """
+        for part, gradient in directions:
+            gradient.div_(unit)
+            old = layer.logits[:, part].to(torch.float32)
+            if self.kind == "adamw":
+                new = self._adamw(layer, part, old, gradient, rate=rate, count=how.step + 1)
+            else:
+                new = self._momentum(layer, part, old, gradient, rate=rate)
+            if layer.logits.dtype == torch.bfloat16:
+                groups = torch.arange(part.start, part.stop, device=new.device) + layer.first
+                new = round_at_random(new, groups, seed=how.seed, step=how.step, layer=layer.index)
+            layer.logits[:, part] = new
+
+    def _adamw(
+        self,
+        layer: LayerLogits,
+        part: slice,
+        old: Tensor,
+        gradient: Tensor,
+        *,
+        rate: float,
+        count: int,
+    ) -> Tensor:
+        b1, b2 = self.betas
+        first = layer.state["first"].read(part).lerp_(gradient, 1 - b1)
+        second = (
+            layer.state["second"].read(part).mul_(b2).addcmul_(gradient, gradient, value=1 - b2)
+        )
+        layer.state["first"].write(part, first)
+        layer.state["second"].write(part, second)
+        scale = (second / (1 - b2**count)).sqrt_().add_(self.eps)
+        old.mul_(1 - rate * self.weight_decay)
+        return old.addcdiv_(first, scale, value=-rate / (1 - b1**count))
+
+    def _momentum(
+        self, layer: LayerLogits, part: slice, old: Tensor, gradient: Tensor, *, rate: float
+    ) -> Tensor:
+        gradient.clamp_(-self.outlier, self.outlier)
+        first = layer.state["first"].read(part).mul_(self.betas[0]).add_(gradient)
+        layer.state["first"].write(part, first)
+        return old.add_(first, alpha=-rate)
+
+
+def sum_squares(directions: Directions) -> float:
+    """Return the sum of squares of a direction."""
+    return float(sum(float(part.square_().sum(dtype=torch.float64)) for _, part in directions))

@@ -1,0 +1,172 @@
+"""The relaxed mask of one layer and the gradient of its logits, in pieces that stay in cache.
+
+With logits z (choices, groups), candidates S (choices, M), Gumbel noise g, temperature tau and
+scale kappa (arXiv 2409.17481, section 3):
+
+    y = softmax((kappa z + noise g) / tau)         the choice, relaxed
+    m = S^T y                                      the mask, in [0, 1]
+    W~ = W * m                                     what the model runs with
+
+and with G = dL/dW~ and the reward lambda sum |W~|^2 for weights that stay large:
+
+    h = G * W - 2 lambda W^2 * m + c/2 C * W^2 * (1 - 2 m)
+    s = S h,   dL/dz = kappa / tau * y * (s - <y, s>)
+
+The last term of h is ours, and 0 in the paper: a weight enters or leaves as a whole, and what that
+costs beyond the slope is c/2 C W^2 (p - m)^2 for the new mask p, C the curvature of the loss along
+that weight. As p is 0 or 1, it is linear in p.
+
+No tensor of the size of the logits is made beside the logits and what the optimizer keeps. Logits
+lie choice by choice, so that a softmax over six values is six long vector operations.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+
+import torch
+from jaxtyping import Float, Integer
+from torch import Tensor
+
+from prunebench.pruners.maskllm.noise import gumbel
+from prunebench.pruners.maskllm.state import Packed
+
+_CHUNK_LOGITS = 3 << 17  # logits at a time: what is made from them stays in cache
+
+
+@dataclass(frozen=True)
+class Relaxation:
+    """How soft a choice is at one step.
+
+    Attributes:
+        seed, step: Key of the noise.
+        temperature: tau.
+        scale: kappa.
+        noise: Factor of the Gumbel noise; 0 is the mean field, which needs no samples.
+        reward: lambda, for weights that stay large.
+        curvature: c, for what a weight's change costs beyond the slope.
+    """
+
+    seed: int
+    step: int
+    temperature: float
+    scale: float
+    noise: float = 1.0
+    reward: float = 0.0
+    curvature: float = 0.0
+
+
+@dataclass(frozen=True)
+class Slope:
+    """How the loss changes with the masked weight of some rows of a layer.
+
+    Attributes:
+        gradient: G = dL/dW~.
+        rows, columns: Factors of the curvature C of the loss along each weight: the sums over the
+            tokens of the squared gradients of the layer's outputs, and of its squared inputs (the
+            diagonal of the empirical Fisher matrix, factored).
+    """
+
+    gradient: Float[Tensor, "out in"]
+    rows: Float[Tensor, " out"]
+    columns: Float[Tensor, " in"]
+
+
+@dataclass
+class LayerLogits:
+    """The logits of one layer, or of some of its rows, and the optimizer's memory of them.
+
+    Attributes:
+        index: Of the layer in the model, for the noise.
+        logits: (choices, groups); the groups go along the input, row by row.
+        table: The candidates.
+        width: Groups in a row; pieces are whole rows.
+        first: Index of the first group in the whole layer: noise does not depend on who holds it.
+        state: Tensors of the optimizer, along the groups like the logits.
+    """
+
+    index: int
+    logits: Float[Tensor, "choices groups"]
+    table: Float[Tensor, "choices group"]
+    width: int
+    first: int = 0
+    state: dict[str, Packed] = field(default_factory=dict)
+
+    @property
+    def rows(self) -> int:
+        """Rows of the layer that these logits are of."""
+        return self.logits.shape[1] // self.width
+
+    def chunks(self) -> Iterator[slice]:
+        """Cut the groups into pieces."""
+        choices, total = self.logits.shape
+        size = max(1, _CHUNK_LOGITS // choices // self.width) * self.width
+        return (slice(start, min(start + size, total)) for start in range(0, total, size))
+
+    def probabilities(self, part: slice, how: Relaxation) -> Float[Tensor, "choices part"]:
+        """Return y of some groups, float32."""
+        scaled = self.logits[:, part].to(torch.float32) * how.scale
+        if how.noise:
+            groups = torch.arange(
+                self.first + part.start, self.first + part.stop, device=scaled.device
+            )
+            drawn = gumbel(groups, len(scaled), seed=how.seed, step=how.step, layer=self.index)
+            scaled.add_(drawn, alpha=how.noise)
+        scaled.sub_(scaled.amax(0)).div_(how.temperature).exp_()
+        return scaled.div_(scaled.sum(0))
+
+    def soften(
+        self, weight: Float[Tensor, "out in"], how: Relaxation, out: Float[Tensor, "out in"]
+    ) -> None:
+        """Write W~ = W * m into `out`, which may be of another dtype."""
+        group = self.table.shape[1]
+        flat, target = weight.reshape(-1, group), out.view(-1, group)
+        for part in self.chunks():
+            mask = self.table.T @ self.probabilities(part, how)  # (group, part)
+            torch.mul(flat[part], mask.T.to(flat.dtype), out=target[part])
+
+    def scores(
+        self, weight: Float[Tensor, "out in"], slope: Slope, how: Relaxation
+    ) -> Iterator[tuple[slice, Tensor, Tensor]]:
+        """Yield y and s, both (choices, part), piece by piece.
+
+        Args:
+            weight: W.
+            slope: How the loss changes with W~.
+            how: The relaxation of the forward pass.
+        """
+        group = self.table.shape[1]
+        flat, slopes = weight.reshape(-1, group), slope.gradient.view(-1, group)
+        for part in self.chunks():
+            chosen = self.probabilities(part, how)
+            w = flat[part].T.to(torch.float32)
+            h = slopes[part].T * w  # (group, part)
+            if how.reward or how.curvature:
+                mask, squares = self.table.T @ chosen, w.square()
+                h -= (2 * how.reward) * squares * mask
+                rows = slice(part.start // self.width, part.stop // self.width)
+                curved = slope.rows[rows, None] * slope.columns  # (rows, in)
+                curved = curved.view(-1, group).T * squares
+                h += curved.mul_(mask.mul_(-2).add_(1)).mul_(how.curvature / 2)
+            yield part, chosen, self.table @ h
+
+    def certainty(self, how: Relaxation) -> float:
+        """Return the sum over the groups of the largest probability, without noise."""
+        calm = replace(how, noise=0.0)
+        return math.fsum(
+            float(self.probabilities(part, calm).amax(0).sum()) for part in self.chunks()
+        )
+
+    def choices(self) -> Integer[Tensor, " groups"]:
+        """Return the most probable candidate of every group, uint8."""
+        return self.logits.argmax(0).to(torch.uint8)
+
+
+def slope_of_logits(
+    chosen: Float[Tensor, "choices part"], scores: Float[Tensor, "choices part"], how: Relaxation
+) -> Float[Tensor, "choices part"]:
+    """Return dL/dz = kappa / tau * y * (s - <y, s>); `scores` is overwritten."""
+    scores -= (chosen * scores).sum(0)
+    return scores.mul_(chosen).mul_(how.scale / how.temperature)
