@@ -10,7 +10,7 @@ RESULTS ?= reproduced
 BIN := $(VENV)/bin
 RUN := $(BIN)/prunebench run --calibration c4@wheel --within-block sequential
 
-REPRODUCE := $(addprefix reproduce-,laptop allocation wanda sparsegpt gblm alps scheduler)
+REPRODUCE := $(addprefix reproduce-,laptop allocation wanda sparsegpt gblm alps scheduler maskllm)
 
 .DEFAULT_GOAL := help
 .PHONY: help install demo test test-real test-browser lint check bench clean $(REPRODUCE)
@@ -57,11 +57,12 @@ bench: install  ## measure every promised figure (ONLY=name for some)
 
 reproduce-laptop:  ## the one-shot methods on the default model, an hour on two cores (RESULTS=folder)
 reproduce-allocation:  ## how the ratio is spread over the layers, on the default model, an hour and a half
-reproduce-wanda:  ## the tables of the paper: this and the next four need a GPU and the hub
+reproduce-wanda:  ## the tables of the paper: this and the next five need a GPU and the hub
 reproduce-sparsegpt:  ## the tables of the paper (ONLY="model=opt-125m" chooses cells)
 reproduce-gblm:  ## the table and the model zoo of the paper
 reproduce-alps:  ## the tables of the paper
 reproduce-scheduler:  ## the claims of the paper; its tables are not public
+reproduce-maskllm:  ## the published masks of the paper
 $(REPRODUCE): reproduce-%: install
 	$(BIN)/prunebench sweep recipes/$*.toml $(ONLY) --results-dir $(RESULTS)
 

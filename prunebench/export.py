@@ -279,9 +279,13 @@ def recipe_text(result: Result) -> str:
         if getattr(spec, name) != RunSpec.model_fields[name].default:
             values[name] = getattr(spec, name)
     values["seed"] = spec.seed
+    options = dict(spec.method_options)
+    if result.training is not None:
+        one = result.training
+        options["train_data"] = _text_name(one.text, one.origin, notes)
     lines = [*(f"# {note}" for note in notes), *_toml(values)]
-    if spec.method_options:
-        lines += ["", "[set]", *_toml(spec.method_options)]
+    if options:
+        lines += ["", "[set]", *_toml(options)]
     if spec.allocation_options and spec.allocation != "file":
         lines += ["", "[set.allocation]", *_toml(spec.allocation_options)]
     return "\n".join([*lines, ""])

@@ -283,7 +283,8 @@ def _prepare_training(
         source: Text | Path
         if need.text.startswith("tokens:"):
             source = Path(need.text.partition(":")[2]).expanduser()
-            text = ("tokens", f"sha256:{sha256_file(source)}")
+            digest = sha256_file(source)
+            text = (f"tokens-{digest[:12]}/all", f"sha256:{digest}")
         else:
             source = load_text(need.text, use="calibration", progress=clock)
             text = (f"{source.dataset}/{source.split}", source.origin)
@@ -291,8 +292,7 @@ def _prepare_training(
             source, tokenizer, samples=need.samples, seqlen=need.seqlen, held_out=need.held_out,
             least=need.least, seed=spec.seed, vocabulary=vocabulary,
         )  # fmt: skip
-    named = f"{text[0]}@{training.sha256[:16]}"
-    options = {**spec.method_options, "train_data": named}
+    options = {**spec.method_options, "train_data": text[0]}
     return spec.model_copy(update={"method_options": options}), training, text
 
 

@@ -44,7 +44,7 @@ from prunebench.pruners.maskllm.shards import Shards
 from prunebench.pruners.maskllm.state import StateDtype
 from prunebench.sparsity import Sparsity
 
-PRIORS = ("none", "magnitude", "wanda", "sparsegpt", "gblm", "ria", "alps")
+PRIORS = ("scratch", "magnitude", "wanda", "sparsegpt", "gblm", "ria", "alps")
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,8 @@ class MaskLLM:
         train_seqlen: Tokens in a window.
         held_out: Windows that decide which mask is kept.
         eval_every: Steps between two scores of the hard mask.
-        prior: A method whose mask is begun with (its weights are not), masks by name, or `none`.
+        prior: A method whose mask is begun with (its weights are not), masks by name, or
+            `scratch`.
         prior_strength: How far the prior's choice is ahead, in units of `logit_std`.
         prior_noise: Spread of the first logits, in the same units (1 in the paper).
         logit_std: Unit of the first logits.
@@ -150,7 +151,7 @@ class MaskLLM:
             least=one.batch,
         )
         if one.prior in PRIORS:
-            other = _prior_method(one.prior).needs if one.prior != "none" else Needs()
+            other = _prior_method(one.prior).needs if one.prior != "scratch" else Needs()
             return dataclasses.replace(other, training=training)
         return Needs(training=training, masks=one.prior)
 
@@ -240,7 +241,7 @@ class MaskLLM:
     ) -> dict[str, Tensor] | None:
         """Return the choices of the prior's mask, whole layers; the weights are as before."""
         assert self.prior is not None
-        if self.prior == "none":
+        if self.prior == "scratch":
             return None
         if walker.masks is not None:
             masks = walker.masks
