@@ -40,11 +40,11 @@ PRESETS: dict[str, dict[str, OptionValue]] = {
     | {"steps": 200, "batch": 32, "train_seqlen": 2048, "eval_every": 10, "prior_noise": 0.1},
     "laptop": _PAPER
     | {
-        "steps": 36,
+        "steps": 24,
         "batch": 4,
         "train_seqlen": 512,
         "held_out": 8,
-        "eval_every": 6,
+        "eval_every": 4,
         "prior": "wanda",
         "logit_std": 1.0,
         "prior_noise": 0.1,
@@ -54,7 +54,8 @@ PRESETS: dict[str, dict[str, OptionValue]] = {
         "scale": 1.0,
         "last_scale": 1.0,
         "optimizer": "mirror",
-        "rate": 0.02,
+        "rate": 0.025,
+        "last_rate": 0.4,
         "weight_decay": 0.0,
         "clip": 0.0,
         "reward": 0.0,
