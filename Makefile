@@ -10,7 +10,7 @@ RESULTS ?= reproduced
 BIN := $(VENV)/bin
 RUN := $(BIN)/prunebench run --calibration c4@wheel --within-block sequential
 
-REPRODUCE := $(addprefix reproduce-,laptop allocation wanda sparsegpt gblm alps scheduler maskllm)
+REPRODUCE := $(addprefix reproduce-,laptop allocation wanda sparsegpt gblm alps scheduler maskllm maskllm-laptop)
 
 .DEFAULT_GOAL := help
 .PHONY: help install demo test test-real test-browser lint check bench clean $(REPRODUCE)
@@ -63,6 +63,7 @@ reproduce-gblm:  ## the table and the model zoo of the paper
 reproduce-alps:  ## the tables of the paper
 reproduce-scheduler:  ## the claims of the paper; its tables are not public
 reproduce-maskllm:  ## the published masks of the paper
+reproduce-maskllm-laptop:  ## learned masks on the default model, three seeds and ablations (hours)
 $(REPRODUCE): reproduce-%: install
 	$(BIN)/prunebench sweep recipes/$*.toml $(ONLY) --results-dir $(RESULTS)
 
