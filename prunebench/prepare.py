@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import time
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -206,7 +206,7 @@ def _resolve_method(
     if isinstance(pruner, DependsOnModel):
         pruner = pruner.for_model(entry, spec.calibration)
         pruner.check(sparsity)
-        options = asdict(pruner)
+        options = pruner.options()
     if row.patterns == "0" and sparsity.ratio != 0:
         raise UsageError(
             f"the method {spec.method} does not prune", fix="leave --sparsity out, or use 0"

@@ -290,7 +290,7 @@ def _varying(name: str, owner: str, cells: list[Cell]) -> dict[str | None, set[s
         who: {
             key
             for key in set().union(*options)
-            if len({json.dumps(one.get(key)) for one in options}) > 1
+            if len({json.dumps(one[key]) for one in options if key in one}) > 1
         }
         for who, options in rivals.items()
     }

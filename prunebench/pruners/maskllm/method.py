@@ -43,6 +43,7 @@ from prunebench.pruners.maskllm.schedule import Schedule
 from prunebench.pruners.maskllm.shards import Shards
 from prunebench.pruners.maskllm.state import StateDtype
 from prunebench.sparsity import Sparsity
+from prunebench.spec import OptionValue
 
 PRIORS = ("scratch", "magnitude", "wanda", "sparsegpt", "gblm", "ria", "alps")
 
@@ -172,6 +173,10 @@ class MaskLLM:
         if self.masks:
             return self
         return dataclasses.replace(self.filled(), train_data=self.train_data or calibration)
+
+    def options(self) -> dict[str, OptionValue]:
+        """Return the options that matter: with masks, those alone."""
+        return {"masks": self.masks} if self.masks else dataclasses.asdict(self)
 
     def check(self, sparsity: Sparsity) -> None:
         """Refuse a sparsity that has no candidates, or too many."""
