@@ -120,7 +120,7 @@ class MaskLLM:
     logit_dtype: Literal["float32", "bfloat16"] = "float32"
     state_dtype: StateDtype = "float32"
     micro_tokens: int = 4096
-    save_every: int = 10
+    save_every: int | None = None
     seed: int = 0
 
     def __post_init__(self) -> None:
