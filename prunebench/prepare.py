@@ -42,6 +42,7 @@ from prunebench.pruners import METHODS
 from prunebench.pruners.layer import Pruner
 from prunebench.results.schema import CalibrationBlock
 from prunebench.results.store import ResultStore
+from prunebench.sparse24.folder import unpacked
 from prunebench.sparsity import Sparsity
 from prunebench.spec import RunSpec
 
@@ -124,7 +125,7 @@ def prepare(spec: RunSpec, setup: Setup) -> Plan:
         store.require_writable(spec)
         require_writable(cache_dir())
         _check_outputs(setup, need_model_bytes=1 << 20)
-    local = fetch_model(source, clock)
+    local = unpacked(fetch_model(source, clock), clock)
     with clock.stage("check", detail="config, tokenizer and sizes"):
         config = load_config(local.path)
         if spec.seqlen is not None and not (spec.calibration or "").startswith("tokens:"):

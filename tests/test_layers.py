@@ -25,6 +25,7 @@ LAYERS = {
     "pruners": 3.0,
     "allocators": 3.1,
     "evaluate": 3.0,
+    "sparse24": 3.0,
     "options": 3.4,
     "recipe": 3.5,
     "export": 4.0,
