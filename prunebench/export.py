@@ -334,6 +334,7 @@ def recipe_text(result: Result) -> str:
         "num_fewshot",
         "limit",
         "apply_chat_template",
+        "execute",
     ):
         if getattr(spec, name) != RunSpec.model_fields[name].default:
             values[name] = getattr(spec, name)

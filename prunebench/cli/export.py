@@ -100,9 +100,10 @@ def export_command(
 
 
 def _format(name: str | None) -> To | None:
-    if name is None or name == "packed24" or name == "dense":
-        return name
-    raise UsageError(f"--to {name!r} is not known", fix=nearest(name, ("packed24", "dense")))
+    known: dict[str, To] = {"packed24": "packed24", "dense": "dense"}
+    if name is None or name in known:
+        return known[name] if name else None
+    raise UsageError(f"--to {name!r} is not known", fix=nearest(name, known))
 
 
 def _find(name: str, results_dir: Path) -> Path:

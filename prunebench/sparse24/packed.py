@@ -186,7 +186,7 @@ def pack24(weight: Float[Tensor, "out in"], *, name: str = "the matrix") -> Pack
         pairs[start:stop] = (high | low).to(torch.int32)
         codes[start:stop] = code
     values = pairs.view(weight.dtype).view(rows, width // 2)
-    return Packed24(values, _join_halves(codes.view(rows, width // 4)))
+    return Packed24(values, join_codes(codes.view(rows, width // 4)))
 
 
 def unpack24(packed: Packed24, *, out: Tensor | None = None) -> Float[Tensor, "out in"]:
@@ -215,6 +215,14 @@ def split_codes(packed: Packed24) -> UInt8[Tensor, "out groups"]:
     """Return one code a byte, [N, K/4]."""
     both = torch.stack((packed.codes & 15, packed.codes >> 4), dim=-1).flatten(1)
     return both[:, : packed.shape[1] // 4].contiguous()
+
+
+def join_codes(codes: UInt8[Tensor, "out groups"]) -> UInt8[Tensor, "out bytes"]:
+    """Return two codes a byte, [N, ceil(K/8)]: the inverse of `split_codes`."""
+    if codes.shape[1] % 2:
+        codes = torch.nn.functional.pad(codes, (0, 1), value=_CODE_OF_BITS[0])
+    pairs = codes.view(codes.shape[0], -1, 2)
+    return pairs[..., 0] | pairs[..., 1] << 4
 
 
 def require_sound(packed: Packed24, *, name: str) -> None:
@@ -248,13 +256,6 @@ def _require_width(weight: Int[Tensor, "..."] | Float[Tensor, "..."], name: str)
             where="groups are four consecutive inputs of a matrix [out, in]",
             fix="leave it dense",
         )
-
-
-def _join_halves(codes: UInt8[Tensor, "out groups"]) -> UInt8[Tensor, "out bytes"]:
-    if codes.shape[1] % 2:
-        codes = torch.nn.functional.pad(codes, (0, 1), value=_CODE_OF_BITS[0])
-    pairs = codes.view(codes.shape[0], -1, 2)
-    return pairs[..., 0] | pairs[..., 1] << 4
 
 
 def _chunks(groups: int, device: torch.device) -> Iterator[tuple[int, int]]:
