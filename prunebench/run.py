@@ -27,6 +27,7 @@ from prunebench.evaluate.outcome import (
     cached_outcomes,
     remember_outcomes,
 )
+from prunebench.execution import executed
 from prunebench.files import cache_dir, write_text
 from prunebench.models.blocks import BlockWalker
 from prunebench.models.gradients import GradientNorms, Norm, gradient_norms
@@ -97,7 +98,7 @@ def _execute(plan: Plan) -> Result:
         with clock.stage("load", detail=f"{spec.model} in {spec.dtype} on {plan.device}"):
             model = load_model(plan.model.path, dtype=dtype, device=plan.device)
             dense_sha256 = hash_weights(model)
-        is_dense = METHODS.find(spec.method).patterns == "0"
+        is_dense = METHODS.find(spec.method).patterns == "0" and spec.execute == "dense"
         dense = [] if is_dense else _score_dense(plan, model, dense_sha256)
         references = _refer_to_dense(plan, model)
         linears = find_linears(model)
@@ -113,9 +114,10 @@ def _execute(plan: Plan) -> Result:
             measured = [measure_linear(one, requested[one.name]) for one in linears]
             require_met(measured, zeros, requested)
             evaluated_sha256 = dense_sha256 if is_dense else hash_weights(model)
-        outcomes = _score_pruned(plan, model, dense_sha256 if is_dense else None)
+        with executed(plan, model, linears) as execution:
+            outcomes = _score_pruned(plan, model, dense_sha256 if is_dense else None)
+            diverged = _diverge(plan, model, references)
         dense = outcomes if is_dense else dense
-        diverged = _diverge(plan, model, references)
         result = Result(
             **identity(plan, status="ok"),
             model=model_block(plan, model, dense_sha256, evaluated_sha256),
@@ -131,6 +133,7 @@ def _execute(plan: Plan) -> Result:
                 )
                 for score in score_blocks(*pair)
             ],
+            execution=execution,
             cost=cost_block(plan, prune_seconds),
         )
     _publish(plan, result)  # the row first: a full disk must not cost an hour's work twice

@@ -161,6 +161,14 @@ def run_command(
             "sequential: each sees the inputs left by those before it. (default: joint)",
         ),
     ] = None,
+    execute: Annotated[
+        str | None,
+        typer.Option(
+            envvar=_env("EXECUTE"), show_envvar=False, rich_help_panel=_SPEC,
+            help="dense, or sparse24: score the pruned 2:4 model with packed weights. "
+            "(default: dense)",
+        ),
+    ] = None,
     set_: Annotated[
         list[str] | None,
         typer.Option(
@@ -234,6 +242,14 @@ def run_command(
             help="Sequences of a task at a time. (default: 1 on a CPU, 16 on CUDA)",
         ),
     ] = None,
+    backend: Annotated[
+        str | None,
+        typer.Option(
+            envvar=_env("BACKEND"), show_envvar=False, rich_help_panel=_HOW,
+            help="What multiplies with --execute sparse24: triton, cslt, decompress, reference. "
+            "(default: the best that can)",
+        ),
+    ] = None,
     include_path: Annotated[
         Path | None,
         typer.Option(
@@ -274,12 +290,13 @@ def run_command(
     progress = choose_progress(quiet=quiet or rank() > 0)
     with progress.stage("start", detail="loading torch and transformers"):
         from prunebench.prepare import Setup, prepare
-        from prunebench.run import execute
+        from prunebench.run import execute as execute_plan
     setup = Setup(
         results_dir=results_dir,
         device=device_of(values["device"]),
         batch_size=batch_size,
         include_path=include_path,
+        backend=backend,
         log_samples=log_samples,
         save_model=save_model,
         save_masks=save_masks,
@@ -293,7 +310,7 @@ def run_command(
         _dry_run(spec, setup, as_json=as_json)
         return
     plan = prepare(spec, setup)
-    result = execute(plan)
+    result = execute_plan(plan)
     if result is None:  # a process that helped the first one
         return
     if as_json:
@@ -352,6 +369,15 @@ def _print_summary(result: Result, path: Path, setup: Any) -> None:
             f"  {sparsity.realised_ratio:.2%} of {result.model.prunable_parameters:,} weights "
             f"are zero, pruned in {cost.prune_seconds:.1f} s"
         )
+    if result.execution:
+        one = result.execution
+        served = ", ".join(f"{count} by {name}" for name, count in sorted(one.backends.items()))
+        typer.echo(
+            f"  scored with packed 2:4 weights: {served}; "
+            f"{one.stored_bytes / one.dense_bytes:.4f} of their dense bytes"
+        )
+        for name, reason in list(one.dense_layers.items())[:3]:
+            typer.echo(f"  stayed dense: {name}: {reason}")
     if result.method and result.method.events:
         kinds = sorted({event.kind for event in result.method.events})
         typer.echo(f"  {len(result.method.events)} notes of the method: {', '.join(kinds)}")
