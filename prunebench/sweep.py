@@ -219,6 +219,7 @@ class Sweep:
         finally:
             if self._running:
                 self._engine.cancel()
+            self._engine.close()
 
     def _begin(self, attempt: _Attempt, waiting: deque[_Attempt]) -> CellOutcome | None:
         """Give a cell to the engine, unless it is finished or cannot be run."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import shlex
+import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -167,7 +168,10 @@ def sweep_command(
 def _run(sweep: Sweep, cells: Sequence[RecipeCell], voice: Voice) -> list[CellOutcome]:
     outcomes: list[CellOutcome] = []
     try:
-        with contextlib.closing(sweep.run(cells)) as known:
+        with (  # Ray writes to stdout, and stdout is for data
+            contextlib.redirect_stdout(sys.stderr),
+            contextlib.closing(sweep.run(cells)) as known,
+        ):
             for outcome in known:
                 outcomes.append(outcome)
                 voice.tell(outcome.cell, _told(outcome))

@@ -35,3 +35,6 @@ class Engine(Protocol):
 
     def cancel(self) -> None:
         """End every job that runs or waits, and return when this machine's are gone."""
+
+    def close(self) -> None:
+        """Let go of the engine: nothing runs any more."""

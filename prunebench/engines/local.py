@@ -77,6 +77,9 @@ class LocalEngine:
             for process in running:
                 interrupt(process, number=9)
 
+    def close(self) -> None:
+        """Nothing is held."""
+
 
 def slots_of_machine(jobs: int, devices: Collection[str]) -> list[dict[str, str]]:
     """Return what each of so many jobs at a time gets of this machine: a GPU, or threads.

@@ -80,6 +80,10 @@ class RayEngine:
             self._ray.cancel(task, force=True)
         self._running.clear()
 
+    def close(self) -> None:
+        """Leave the cluster, which runs on; what is left of this sweep in it ends."""
+        self._ray.shutdown()
+
 
 def _has(node: dict[str, Any], wanted: Mapping[str, float]) -> bool:
     there = node.get("Resources", {})

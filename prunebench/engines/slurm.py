@@ -106,6 +106,9 @@ class SlurmEngine:
             handle.cancel(check=False)
         self._running.clear()
 
+    def close(self) -> None:
+        """Nothing is held."""
+
 
 def _parameters(resources: Resources) -> dict[str, Any]:
     return {
