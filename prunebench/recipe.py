@@ -236,7 +236,7 @@ def read_recipe(path: Path, *, complete: bool = False) -> Recipe:
     try:
         Resources.of(resources)
     except UsageError as error:
-        error.where = source.at("", "[resources]")
+        error.where = " / ".join(filter(None, (source.at("", "[resources]"), error.where)))
         raise
     return Recipe(
         path=path,

@@ -92,7 +92,7 @@ class SlurmEngine:
     def _end(self, handle: Any) -> JobEnd:
         try:
             end = handle.result()
-        except self._submitit.core.utils.UncompletedJobError:
+        except (self._submitit.core.utils.UncompletedJobError, OSError):  # or its folder is gone
             return JobEnd(
                 None, reason=f"Slurm job {handle.job_id} was lost ({handle.state}), log "
                 f"{handle.paths.stderr}",
