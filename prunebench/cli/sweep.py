@@ -135,12 +135,12 @@ def sweep_command(
     It ends with exit code 8 if cells failed, and with 6 if a value that the recipe expects is
     missed.
     """
+    asked = check_engine(executor, resource or [])
     from prunebench.prepare import Setup
     from prunebench.sweep import Sweep, parse_shard, require_resources
     from prunebench.sweep import shard as part_of
 
     part, parts = parse_shard(shard)
-    asked = check_engine(executor, resource or [])
     recipe = _checked(recipe_path)
     cells = part_of(recipe.select(selectors or []), part, parts)
     if not dry_run:
