@@ -209,7 +209,7 @@ def test_submitit_loses_a_job_in_the_middle_and_no_cell(work, monkeypatch):
     thread.start()
     victim = at_work(work, 2)[0]
     for parent in victim.parents():  # all of the job: what runs the cell, and what runs that
-        if "submitit" in " ".join(parent.cmdline()):
+        if "-m submitit." in " ".join(parent.cmdline()):
             parent.send_signal(signal.SIGKILL)
     wait_for(lambda: not victim.is_running())
     (work / "signs" / "go").touch()
