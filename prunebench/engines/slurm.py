@@ -121,5 +121,4 @@ def _parameters(resources: Resources) -> dict[str, Any]:
         "slurm_account": resources.account,
         "slurm_qos": resources.qos,
         "slurm_constraint": resources.constraint,
-        "slurm_wckey": "",
     }
