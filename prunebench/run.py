@@ -43,6 +43,7 @@ from prunebench.pruners.layer import Point, PruneReport
 from prunebench.record import (
     allocation_block,
     cost_block,
+    failed_result,
     identity,
     method_block,
     model_block,
@@ -52,7 +53,7 @@ from prunebench.record import (
     training_block,
 )
 from prunebench.results.samples import write_samples
-from prunebench.results.schema import FailureBlock, Result
+from prunebench.results.schema import Result
 from prunebench.sparsity import Sparsity
 from prunebench.spec import RunSpec
 
@@ -316,11 +317,11 @@ def _failures_are_filed(plan: Plan) -> Iterator[None]:
         yield
     except Exception as error:
         what = error.what if isinstance(error, PrunebenchError) else str(error)
-        failure = FailureBlock(
-            stage=plan.clock.current, error=type(error).__name__, message=what[:500]
+        record = failed_result(
+            plan, error=type(error).__name__, stage=plan.clock.current, message=what
         )
         try:
-            plan.store.publish(Result(**identity(plan, status="failed"), failure=failure))
+            plan.store.publish(record)
         except PrunebenchError as unsaved:
             plan.clock.note(f"the failure could not be filed: {unsaved.what}")
         raise

@@ -19,6 +19,7 @@ LAYERS = {
     "wheels": 1.0,
     "processes": 1.0,
     "hub": 1.0,
+    "engines": 1.2,
     "results": 1.5,
     "calibration": 2.0,
     "models": 2.5,
@@ -40,7 +41,18 @@ LAYERS = {
     "__main__": 6.0,
     "__init__": 0.0,
 }
-LIGHT = ("registry", "sparsity", "errors", "files", "progress", "spec", "wheels", "results", "cli")
+LIGHT = (
+    "registry",
+    "sparsity",
+    "errors",
+    "files",
+    "progress",
+    "spec",
+    "wheels",
+    "results",
+    "engines",
+    "cli",
+)
 HEAVY = {"torch", "transformers", "datasets", "lm_eval", "pandas", "numpy"}
 FILES = sorted(ROOT.rglob("*.py"))
 

@@ -224,6 +224,13 @@ def run_command(
             help="Folder of the shared table.",
         ),
     ] = Path("results"),
+    once: Annotated[
+        bool,
+        typer.Option(
+            "--once", envvar=_env("ONCE"), show_envvar=False, rich_help_panel=_OUT,
+            help="Where a result of the same specification is filed, show that and run nothing.",
+        ),
+    ] = False,
     force: Annotated[
         bool,
         typer.Option("--force", rich_help_panel=_OUT, help="Replace what --save-* finds there."),
@@ -310,13 +317,30 @@ def run_command(
         _dry_run(spec, setup, as_json=as_json)
         return
     plan = prepare(spec, setup)
-    result = execute_plan(plan)
+    known = _known(plan) if once else None
+    if known:
+        progress.note(f"{known.id} is of the same specification: nothing is run")
+    result = known or execute_plan(plan)
     if result is None:  # a process that helped the first one
         return
     if as_json:
         sys.stdout.write(result.to_json())
     else:
         _print_summary(result, plan.store.path_of(result), setup)
+
+
+def _known(plan: Any) -> Result | None:
+    """Return a finished result of the same specification for `--once`."""
+    setup = plan.setup
+    kept = (setup.save_model, setup.save_masks, setup.save_calibration, setup.save_allocation)
+    if any(kept):
+        raise UsageError(
+            "--once does not go with --save-*",
+            where="a result that is filed already has no weights to save",
+            fix="leave --once out",
+        )
+    known: Result | None = plan.store.newest(plan.spec, layers=True)
+    return known
 
 
 def _dry_run(spec: RunSpec, setup: Any, *, as_json: bool) -> None:
