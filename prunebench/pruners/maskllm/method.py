@@ -79,6 +79,7 @@ class MaskLLM:
         beta1, beta2: Decay of the moments.
         weight_decay: Of the logits (`adamw`).
         clip: Largest norm of the gradient (`adamw`), 0 for none.
+        outlier: Largest gradient in units of the layer's root mean square (`momentum`, `mirror`).
         reward: Of large kept weights.
         curvature: What the change of a whole weight costs beyond the slope, see `relax`; 0 in the
             paper.
@@ -115,6 +116,7 @@ class MaskLLM:
     beta2: float = 0.95
     weight_decay: float | None = None
     clip: float | None = None
+    outlier: float | None = None
     reward: float | None = None
     curvature: float | None = None
     logit_dtype: Literal["float32", "bfloat16"] = "float32"
@@ -303,11 +305,13 @@ class MaskLLM:
     def _optimizer(self) -> Optimizer:
         assert self.optimizer is not None and self.beta1 is not None
         assert self.weight_decay is not None and self.clip is not None
+        assert self.outlier is not None
         return Optimizer(
             self.optimizer,
             betas=(self.beta1, self.beta2),
             weight_decay=self.weight_decay,
             clip=self.clip,
+            outlier=self.outlier,
             state_dtype=self.state_dtype,
         )
 
