@@ -183,15 +183,13 @@ class Learner:
             optimizer.step(layer, self._directions(linear, how), how, rate=rate, unit=unit)
 
     def _directions(self, linear: Linear, how: Relaxation) -> Directions:
-        """Yield the direction of a layer's logits, from dL/dW~ or from what the draws left."""
+        """Return the direction of a layer's logits, from dL/dW~ or from what the draws left."""
         layer = self.layers[linear]
         kept = layer.state.get("directions")
         if kept is None:
             weight, slope = self._own_rows(linear), self._sums.own[linear]
-            yield from self.optimizer.directions(layer, weight, slope, how)
-        else:
-            for part in layer.chunks():
-                yield part, kept.read(part)
+            return self.optimizer.directions(layer, weight, slope, how)
+        return ((part, kept.read(part)) for part in layer.chunks())
 
     def _keep_directions(self) -> None:
         """Add this draw's directions to those of the step: needs memory like the logits."""
