@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 
 BLOCK = 128  # groups of a program: one a thread, so that no value moves between threads
-_NUMBERS = [
+NUMBERS = [
     "total",
     "width",
     "base",
@@ -59,7 +59,7 @@ def _uniform(words, field: tl.constexpr):
     return (bits.to(tl.float32) + 0.5) * 4.76837158203125e-07  # 2^-21
 
 
-@triton.jit(do_not_specialize=_NUMBERS)
+@triton.jit(do_not_specialize=NUMBERS)
 @no_type_check
 def uniforms_kernel(out, total, base, seed, step, layer, C: tl.constexpr, B: tl.constexpr):
     """Write what `noise.uniforms` returns."""
@@ -184,7 +184,7 @@ def _mask(chosen, TABLE: tl.constexpr, C: tl.constexpr, M: tl.constexpr):
     return mask
 
 
-@triton.jit(do_not_specialize=_NUMBERS)
+@triton.jit(do_not_specialize=NUMBERS)
 @no_type_check
 def soften_kernel(
     logits, weight, out, total, base, seed, step, layer, tau, kappa, noise,
@@ -207,7 +207,7 @@ def soften_kernel(
     tl.store(place, _rounded(_tile(masked, M, B), out.dtype.element_ty), mask=inside[:, None])
 
 
-@triton.jit(do_not_specialize=_NUMBERS)
+@triton.jit(do_not_specialize=NUMBERS)
 @no_type_check
 def certainty_kernel(
     logits, parts, total, tau, kappa, C: tl.constexpr, B: tl.constexpr
@@ -272,7 +272,7 @@ def _ascent(
     return direction
 
 
-@triton.jit(do_not_specialize=_NUMBERS)
+@triton.jit(do_not_specialize=NUMBERS)
 @no_type_check
 def directions_kernel(
     logits, weight, gradient, rows, columns, total, width, base, seed, step, layer,
@@ -299,7 +299,7 @@ def directions_kernel(
             tl.store(out + k * (end - begin).to(tl.int64) + at, direction[k], mask=inside)
 
 
-@triton.jit(do_not_specialize=_NUMBERS)
+@triton.jit(do_not_specialize=NUMBERS)
 @no_type_check
 def update_kernel(
     logits, weight, gradient, rows, columns, total, width, base, seed, step, layer,

@@ -312,12 +312,13 @@ class _Gradients:
 
     def add_product(self, linear: Linear, outer: Tensor, inputs: Tensor) -> None:
         """Add outer^T inputs; outer is (tokens, out) and inputs (tokens, in)."""
-        outer, inputs, whole = (
-            outer.to(torch.float32),
-            inputs.to(torch.float32),
-            self._whole[linear],
-        )
-        whole.gradient.addmm_(outer.T, inputs)
+        whole = self._whole[linear]
+        if outer.is_cuda and outer.dtype != torch.float32:  # tensor cores sum in float32 as well
+            whole.gradient.add_(torch.mm(outer.T, inputs, out_dtype=torch.float32))
+            outer, inputs = outer.to(torch.float32), inputs.to(torch.float32)
+        else:
+            outer, inputs = outer.to(torch.float32), inputs.to(torch.float32)
+            whole.gradient.addmm_(outer.T, inputs)
         whole.rows.add_(outer.square().sum(0))
         whole.columns.add_(inputs.square().sum(0))
 
