@@ -15,11 +15,15 @@ if importlib.util.find_spec("triton") is None:
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before the kernels are imported
 
+from prunebench.models.linears import find_linears
 from prunebench.pruners.maskllm import fused, launch, noise
 from prunebench.pruners.maskllm.candidates import candidates
+from prunebench.pruners.maskllm.learn import _Gradients
 from prunebench.pruners.maskllm.optimise import Optimizer, sum_squares
 from prunebench.pruners.maskllm.relax import LayerLogits, Relaxation, Slope
+from prunebench.pruners.maskllm.shards import Shards
 from prunebench.pruners.maskllm.state import Packed
+from prunebench.testing import tiny_model
 
 CPU = torch.device("cpu")
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -242,3 +246,20 @@ def test_on_a_device_at_the_size_of_a_layer(kind, dtype):
         directions = optimizer.directions(one, w, s, how)
         optimizer.step(one, directions, how, rate=0.02, unit=sum_squares(directions) ** 0.5)
     assert close(mine.logits, layer.logits)
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_products_of_bfloat16_are_summed_in_float32(device):
+    """Tensor cores give what float32 gives: the product of two bfloat16 numbers is exact there."""
+    linear = find_linears(tiny_model("llama").to(device))[0]
+    generator = torch.Generator().manual_seed(0)
+    outer, inputs = (
+        torch.randn(512, n, generator=generator).to(BF16)
+        for n in (linear.out_features, linear.in_features)
+    )
+    sums = _Gradients(Shards(), FLOAT)
+    sums.fetch([linear])
+    sums.add_product(linear, outer.to(device), inputs.to(device))
+    sums.release()
+    expected = outer.double().T @ inputs.double()
+    assert torch.allclose(sums.own[linear].gradient.cpu().double(), expected, atol=1e-3)
