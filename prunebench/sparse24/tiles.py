@@ -175,17 +175,20 @@ class TritonProduct:
 
     def run(self, x: Float[Tensor, "tokens in"], bias: Tensor | None) -> Tensor:
         """Multiply 1 to 64 tokens."""
-        launch = self.launches.get(x.shape[0]) or default_launch(self.form)
-        form = self.form
+        launch, form = self.launch_for(x.shape[0]), self.form
         product: Tensor = _operator()(
             form.words, form.meta, x.contiguous(), bias, form.shape[0],
             launch.split, launch.warps, launch.stages,
         )  # fmt: skip
         return product
 
+    def launch_for(self, tokens: int) -> Launch:
+        """Return how the kernel is started."""
+        return self.launches.get(tokens) or default_launch(self.form)
+
     def workspace_bytes(self, tokens: int) -> int:
         """The sums of the shares, in float32."""
-        split = (self.launches.get(tokens) or default_launch(self.form)).split
+        split = self.launch_for(tokens).split
         return 4 * split * tokens * self.form.shape[0] if split > 1 else 0
 
 
