@@ -4,6 +4,8 @@ import dataclasses
 import json
 import math
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -213,6 +215,15 @@ def test_the_report_says_what_is_held_and_what_is_not(tmp_path, capsys):
     assert "the cache was measured" in lines and "WRONG NUMBERS" in lines
     assert "not measured: no time left in the budget" in lines
     assert gpu_report.main([str(tmp_path / "none.json")]) == 2
+
+
+def test_make_bench_gpu_needs_torch_and_little_else():
+    """The machines with GPUs have no lm-eval, datasets, pydantic or platformdirs."""
+    missing = ("lm_eval", "datasets", "pydantic", "platformdirs", "accelerate")
+    code = f"import sys\nsys.modules.update(dict.fromkeys({missing}))\n"
+    code += "import benchmarks.gpu, benchmarks.gpu_report\n"
+    root = Path(__file__).parent.parent
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=root)
 
 
 def test_make_bench_gpu_without_a_gpu(tmp_path, capsys, monkeypatch):

@@ -31,14 +31,17 @@ from prunebench.sparse24.packed import Packed24, join_codes, split_codes, unpack
 SUPER = 256
 _META = {2: torch.uint8, 4: torch.int16, 8: torch.int32}  # STEPS codes of 4 bits
 _FILL = 0b0100
-_PROGRAMS = 528  # four a multiprocessor of an H100 or H200
+_PROGRAMS = 396  # three a multiprocessor of an H100 or H200
 
 
 @dataclass(frozen=True)
 class Tiling:
-    """Rows and inputs of a tile; with 64 or 128 inputs a strided dot has 16 or 32 terms."""
+    """Rows and inputs of a tile; with 64 or 128 inputs a strided dot has 16 or 32 terms.
 
-    rows: int = 16
+    32 x 64 are 16 bytes of words for each thread of four warps: the widest load there is.
+    """
+
+    rows: int = 32
     columns: int = 64
 
     @property
