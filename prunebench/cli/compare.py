@@ -14,6 +14,7 @@ from prunebench.cli.paired import compare_paired
 from prunebench.cli.published import compare_published
 from prunebench.errors import UsageError, nearest
 from prunebench.results import render
+from prunebench.results.bench import read_benches
 from prunebench.results.compare import Selection, Table, compare
 from prunebench.results.store import ResultStore
 
@@ -71,7 +72,10 @@ def compare_command(
     results, damaged = ResultStore(results_dir).read(layers=False)
     for one in damaged:
         say(f"warning: {one.path} is skipped: {one.reason}")
-    tables = compare(results, selection)
+    benches, broken = read_benches(results_dir)
+    for path, reason in broken:
+        say(f"warning: {path} is skipped: {reason}")
+    tables = compare(results, selection, benches)
     if published:
         _compare_published(tables, format_, as_json=as_json)
     elif as_json or format_ == "json":

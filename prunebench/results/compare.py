@@ -13,11 +13,12 @@ from __future__ import annotations
 import fnmatch
 import json
 import statistics
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from prunebench.errors import MissingResource, UsageError, nearest
+from prunebench.results.bench import Bench
 from prunebench.results.cell_score import CellScore as CellScore
 from prunebench.results.schema import Result, Score
 from prunebench.sparsity import Sparsity
@@ -56,6 +57,40 @@ _SELECTORS: dict[str, Callable[[Result], object]] = {
 
 
 @dataclass(frozen=True)
+class CellBench:
+    """Bytes and speed of one row, from the bench of one of its runs.
+
+    Attributes:
+        form: How its pruned matrices are stored: `2:4`, `bitmap` or `dense`.
+        bytes_ratio: Its bytes over those of the dense model, computed.
+        decode: Times the speed of dense, of one sequence; None where it was not measured.
+        prefill: The same, of a prompt of 2,048 tokens.
+        speed: `measured`, or why not.
+        gpu: The chip.
+    """
+
+    form: str
+    bytes_ratio: float
+    decode: float | None
+    prefill: float | None
+    speed: str
+    gpu: str | None
+
+    @classmethod
+    def of(cls, bench: Bench) -> CellBench:
+        """Take what a table shows."""
+        form, size = bench.storage.best
+        return cls(
+            form=form,
+            bytes_ratio=size / bench.storage.dense_bytes,
+            decode=bench.decode.median if bench.decode else None,
+            prefill=bench.prefill.median if bench.prefill else None,
+            speed=bench.speed,
+            gpu=bench.environment.get("gpu"),
+        )
+
+
+@dataclass(frozen=True)
 class Cell:
     """One row: a spec without its seed, and what its results say together.
 
@@ -72,6 +107,7 @@ class Cell:
     prune_seconds: float | None
     devices: tuple[str, ...]
     result_ids: tuple[str, ...]
+    bench: CellBench | None = None
     shown: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -97,6 +133,11 @@ class Table:
     settings: tuple[str, ...]
     cells: tuple[Cell, ...]
     ranked_by: str | None
+
+    @property
+    def has_bench(self) -> bool:
+        """Whether a row says what it takes and how fast it is."""
+        return any(cell.bench for cell in self.cells)
 
 
 @dataclass(frozen=True)
@@ -147,8 +188,17 @@ def _matches(value: object, patterns: Iterable[str]) -> bool:
     return any(fnmatch.fnmatchcase(str(value), pattern) for pattern in patterns)
 
 
-def compare(results: Sequence[Result], selection: Selection | None = None) -> list[Table]:
+def compare(
+    results: Sequence[Result],
+    selection: Selection | None = None,
+    benches: Mapping[str, Bench] | None = None,
+) -> list[Table]:
     """Fold results into one table a model.
+
+    Args:
+        results: What is there.
+        selection: What is shown.
+        benches: Bytes and speed by the id of a result.
 
     Raises:
         MissingResource: No finished result is selected.
@@ -166,7 +216,7 @@ def compare(results: Sequence[Result], selection: Selection | None = None) -> li
     tables = []
     for model in sorted({r.spec.model for r in chosen}):
         mine = [r for r in chosen if r.spec.model == model]
-        cells = _with_dense([_fold(group, selection) for group in _cells(mine)])
+        cells = _with_dense([_fold(group, selection, benches or {}) for group in _cells(mine)])
         tables.append(_table(model, cells))
     return tables
 
@@ -181,7 +231,7 @@ def _cells(results: Sequence[Result]) -> list[list[Result]]:
     return list(groups.values())
 
 
-def _fold(results: list[Result], selection: Selection) -> Cell:
+def _fold(results: list[Result], selection: Selection, benches: Mapping[str, Bench]) -> Cell:
     values: dict[str, dict[int, Score]] = {}  # column, seed; later results replace earlier ones
     for result in results:
         for score in filter(selection.takes_score, result.scores):
@@ -190,6 +240,7 @@ def _fold(results: list[Result], selection: Selection) -> Cell:
     seconds = [r.cost.prune_seconds for r in results if r.cost]
     options = {k: v for k, v in first.method_options.items() if k != "seed"}
     settings = {name: getattr(first, name) for name in _SETTINGS} | {"method_options": options}
+    found = next((benches[r.id] for r in reversed(results) if r.id in benches), None)
     ratios = [r.sparsity.realised_ratio for r in results if r.sparsity]
     return Cell(
         model=first.model,
@@ -201,6 +252,7 @@ def _fold(results: list[Result], selection: Selection) -> Cell:
         prune_seconds=statistics.fmean(seconds) if seconds else None,
         devices=tuple(sorted({r.hardware.device for r in results})),
         result_ids=tuple(sorted(r.id for r in results)),
+        bench=CellBench.of(found) if found else None,
     )
 
 

@@ -26,6 +26,10 @@ LEGEND = (
     "mean ± std over seeds, (difference to dense); best of its sparsity in bold; "
     "~ not to be told from the best one (2 standard errors)"
 )
+_LEGEND_BENCH = (
+    "bytes: of the dense model's, computed; decode, prefill: times the speed of dense, both in one "
+    "run (prunebench bench)"
+)
 _LEGEND_STDERR = "± of a single seed: standard error over documents"
 
 
@@ -35,6 +39,8 @@ def legend(tables: Sequence[Table]) -> str:
     parts = [LEGEND]
     if any(score.std is None and score.stderr is not None for score in scores):
         parts.append(_LEGEND_STDERR)
+    if any(table.has_bench for table in tables):
+        parts.append(_LEGEND_BENCH)
     return "; ".join(parts)
 
 
@@ -42,7 +48,8 @@ def header(table: Table) -> list[str]:
     """Return the column titles."""
     settings = [_SETTING_NAMES.get(name, name) for name in table.settings]
     scores = [column_title(column) for column in table.columns]
-    return ["method", "sparsity", *settings, *scores, "zeros", "prune", "seeds"]
+    bench = ["bytes", "decode", "prefill"] if table.has_bench else []
+    return ["method", "sparsity", *settings, *scores, "zeros", *bench, "prune", "seeds"]
 
 
 def column_title(column: str) -> str:
@@ -62,9 +69,19 @@ def row(table: Table, cell: Cell, *, bold: tuple[str, str]) -> list[str]:
         *settings,
         *scores,
         f"{cell.realised_ratio:.1%}" if cell.method != "dense" else MISSING,
+        *(_bench_texts(cell) if table.has_bench else []),
         MISSING if cell.prune_seconds is None else f"{cell.prune_seconds:.0f} s",
         str(seeds) if cell.method != "dense" else MISSING,
     ]
+
+
+def _bench_texts(cell: Cell) -> list[str]:
+    """Return bytes and speed: `0.60 (2:4)`, `1.41x`; `not measured` where no GPU was there."""
+    one = cell.bench
+    if one is None:
+        return [MISSING] * 3
+    speeds = ["not measured" if s is None else f"{s:.2f}x" for s in (one.decode, one.prefill)]
+    return [f"{one.bytes_ratio:.3f} ({one.form})", *speeds]
 
 
 def score_text(score: CellScore | None, *, bold: tuple[str, str]) -> str:
