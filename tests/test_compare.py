@@ -171,9 +171,32 @@ def test_bad_selectors(word, says):
 
 
 def test_an_empty_selection_says_how_many_there_are():
+    rows = [make_result(), make_result(method="magnitude", sparsity="0.6")]
     with pytest.raises(MissingResource, match="no result is selected") as error:
-        compare([make_result()], Selection.parse(["method=gblm"]))
-    assert "1 finished results" in error.value.where
+        compare(rows, Selection.parse(["method=wanda", "sparsity=0.6"]))
+    assert "2 finished results" in error.value.where
+
+
+@pytest.mark.parametrize(
+    ("words", "says", "near"),
+    [
+        (["metric=token_pl"], "no result has metric=token_pl", "did you mean 'token_ppl'?"),
+        (["method=wanda,wan*", "sparsity=0.51"], "has sparsity=0.51", "did you mean '0.5'?"),
+        (["method=wnda", "sparsity=0.5"], "has method=wnda", "did you mean 'wanda'?"),
+        (["seed=7"], "has seed=7", "Known: 0"),
+        (["method=z*"], "has method=z*", "Known: magnitude, wanda"),
+    ],
+)
+def test_a_value_that_no_result_has_names_the_nearest(words, says, near):
+    rows = [make_result(), make_result(method="magnitude", sparsity="0.6")]
+    with pytest.raises(MissingResource) as error:
+        compare(rows, Selection.parse(words))
+    assert says in str(error.value) and near in str(error.value)
+
+
+def test_no_result_at_all_is_not_the_selectors_fault():
+    with pytest.raises(MissingResource, match="no result is selected"):
+        compare([], Selection.parse(["method=gblm"]))
 
 
 def test_markdown_escapes_what_a_name_could_break():

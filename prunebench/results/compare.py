@@ -155,18 +155,37 @@ def compare(results: Sequence[Result], selection: Selection | None = None) -> li
     chosen = [r for r in results if r.status == "ok" and selection.takes(r)]
     chosen = [r for r in chosen if any(map(selection.takes_score, r.scores))]
     if not chosen:
-        finished = sum(r.status == "ok" for r in results)
-        raise MissingResource(
-            "no result is selected",
-            where=f"{finished} finished results are there, none matches",
-            fix="leave a selector out, or run prunebench compare without any",
-        )
+        raise _nothing_selected([r for r in results if r.status == "ok"], selection)
     tables = []
     for model in sorted({r.spec.model for r in chosen}):
         mine = [r for r in chosen if r.spec.model == model]
         cells = _with_dense([_fold(group, selection) for group in _cells(mine)])
         tables.append(_table(model, cells))
     return tables
+
+
+def _nothing_selected(finished: Sequence[Result], selection: Selection) -> MissingResource:
+    """Return the error: it names the first value that no result has, and the nearest one."""
+    where = f"{len(finished)} finished results are there, none matches"
+    for key, patterns in selection.filters.items() if finished else ():
+        known = _values(key, finished)
+        for pattern in patterns:
+            if not any(_matches(value, [pattern]) for value in known):
+                return MissingResource(
+                    f"no result has {key}={pattern}", where=where, fix=nearest(pattern, known)
+                )
+    return MissingResource(
+        "no result is selected",
+        where=where,
+        fix="leave a selector out, or run prunebench compare without any",
+    )
+
+
+def _values(key: str, results: Sequence[Result]) -> set[str]:
+    """Return all values that a selector's key has in some results."""
+    if key in _SELECTORS:
+        return {str(_SELECTORS[key](result)) for result in results}
+    return {str(getattr(score, key)) for result in results for score in result.scores}
 
 
 def _cells(results: Sequence[Result]) -> list[list[Result]]:
