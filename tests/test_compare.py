@@ -110,6 +110,16 @@ def test_two_protocols_never_share_a_column_and_are_not_ranked():
     assert [c.method for c in chosen.cells] == ["dense", "magnitude"]
 
 
+def test_a_perplexity_that_only_some_rows_have_does_not_undo_the_ranking():
+    rows = [make_result(value=40.0), make_result(method="magnitude", value=60.0)]
+    rows.append(make_result(method="magnitude", value=30.0, protocol=OTHER, seed=1))
+    table = only_table(rows)
+    assert table.ranked_by and OTHER not in table.ranked_by
+    assert [c.method for c in table.cells] == ["dense", "wanda", "magnitude"]
+    rows.append(make_result(value=50.0, protocol=OTHER, seed=1))
+    assert only_table(rows).ranked_by is None
+
+
 def test_one_protocol_is_ranked_within_a_sparsity():
     rows = [make_result(method=m, value=v) for m, v in (("a", 50.0), ("b", 30.0), ("c", 40.0))]
     rows.append(make_result(method="a", sparsity="0.6", value=10.0))

@@ -2,8 +2,8 @@
 
 A cell is everything of a spec but its seed and its evaluation; of a run that was repeated, the
 newest counts. A column is a metric under one protocol; two protocols
-never share a column, and rows are ranked only where the table has a single perplexity (or a single
-column): accuracies and divergences then stand beside it. Within a column,
+never share a column. Rows are ranked where the table has a single perplexity (or a single column), or a
+single one that all rows have: the other columns then stand beside it. Within a column,
 the best of the rows with one sparsity is marked, and so is every other whose difference from it is
 inside the noise: that of the seeds, or, with a single seed, that of the documents.
 """
@@ -245,6 +245,8 @@ def _table(model: str, cells: list[Cell]) -> Table:
             used[column] = used.get(column, 0) + 1
     perplexities = [column for column in used if column.partition(" ")[0].endswith("_ppl")]
     leading = perplexities or list(used)
+    if len(leading) > 1:
+        leading = [column for column in leading if used[column] == len(cells)]
     ranked_by = leading[0] if len(leading) == 1 else None
     columns = tuple(sorted(used, key=lambda column: (column != ranked_by, -used[column], column)))
     for column in columns:
