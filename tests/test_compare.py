@@ -228,7 +228,16 @@ def test_json_is_one_document():
 
 
 @pytest.mark.parametrize(
-    ("value", "text"), [(19.738, "19.74"), (125.8, "125.8"), (1087.96, "1,088"), (1e6, "1,000,000")]
+    ("value", "text"),
+    [
+        (19.738, "19.74"),
+        (125.8, "125.8"),
+        (1087.96, "1,088"),
+        (999_499.0, "999,499"),
+        (999_501.0, "1.00e6"),
+        (49_667_550.0, "4.97e7"),
+        (float("inf"), "inf"),
+    ],
 )
 def test_numbers_are_readable(value, text):
     assert render.number(value) == text
