@@ -6,13 +6,12 @@ printed by the very commands below; the tolerances allow for other CPUs' roundin
 
 import json
 import math
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
+from benchmarks.tasks import ask_lm_eval, write_local_tasks
 from prunebench.allocators import ALLOCATORS
 from prunebench.calibration.hessian import damped_hessian
 from prunebench.calibration.texts import load_text
@@ -325,30 +324,19 @@ def test_the_wheel_has_the_standard_tasks_whole(standard_tasks):
     assert first["sciq"][1][3] == "darwin"
 
 
-def test_accuracy_equals_lm_evals_own_command_line(
-    local, model, tokenizer, standard_tasks, tmp_path
-):
-    """The same documents, asked by the `lm_eval` program: every figure equal to the last digit."""
-    import lm_eval.tasks
-
-    folder = tmp_path / "tasks"
-    folder.mkdir()
-    data = tmp_path / "piqa.jsonl"
-    rows = [standard_tasks["piqa"].eval_docs[i] for i in range(12)]
-    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    upstream = Path(lm_eval.tasks.__file__).parent / "piqa" / "piqa.yaml"
-    (folder / "local.yaml").write_text(
-        f"include: {upstream}\ntask: piqa_local\ndataset_path: json\ntraining_split: null\n"
-        f"dataset_kwargs: {{data_files: {{validation: {data}}}}}\n"
-    )
-    command = [sys.executable, "-m", "lm_eval", "run", "--model", "hf", "--device", "cpu"]
-    command += ["--model_args", f"pretrained={local.path},dtype=float32", "--batch_size", "1"]
-    command += ["--include_path", str(folder), "--tasks", "piqa_local"]
-    subprocess.run([*command, "--output_path", str(tmp_path / "out")], check=True)
-    (found,) = (tmp_path / "out").rglob("results_*.json")
-    theirs = json.loads(found.read_text())["results"]["piqa_local"]
-    (task,) = prepare_tasks(["piqa"], Protocol(limit=12), tokenizer=tokenizer, progress=Silent())
-    (ours,) = task.score(model, advance=lambda done: None)
-    for metric in ("acc", "acc_norm"):
-        assert ours.measures[metric].value == theirs[f"{metric},none"]
-        assert ours.measures[metric].stderr == theirs[f"{metric}_stderr,none"]
+def test_accuracy_equals_lm_evals_own_command_line(model, tokenizer, tokens, tmp_path):
+    """`lm_eval` on the saved folder of a pruned model: every figure equal to the last digit."""
+    names, count = ("piqa", "winogrande"), 8
+    prune(model, "magnitude", "2:4", tokens)
+    model.save_pretrained(tmp_path / "out")
+    tokenizer.save_pretrained(tmp_path / "out")
+    write_local_tasks(tmp_path / "tasks", names, count=count)
+    _, theirs = ask_lm_eval(tmp_path, names)
+    ours = {}
+    built = prepare_tasks(names, Protocol(limit=count), tokenizer=tokenizer, progress=Silent())
+    for name, task in zip(names, built, strict=True):
+        (outcome,) = task.score(model, advance=lambda done: None)
+        for metric, found in outcome.measures.items():
+            ours[f"{name}_local {metric}"] = (found.value, found.stderr)
+    assert ours == theirs
+    assert len(ours) == 3
