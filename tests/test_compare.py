@@ -41,6 +41,13 @@ def test_seeds_are_folded():
     assert render.score_text(score, bold=("", "")) == "42.00 ± 2.00 (+22.00)"
 
 
+def test_a_run_beside_other_work_does_not_move_the_time_of_a_row():
+    rows = [make_result(seed=seed) for seed in range(3)]
+    slow = rows[2].cost.model_copy(update={"prune_seconds": 300.0})
+    rows[2] = rows[2].model_copy(update={"cost": slow})
+    assert only_table(rows).cells[1].prune_seconds == 3.0
+
+
 def test_the_newest_of_a_repeated_spec_counts():
     rows = [
         make_result(value=50.0, created="2026-01-02"),

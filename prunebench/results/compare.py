@@ -58,7 +58,8 @@ class Cell:
     """One row: a spec without its seed, and what its results say together.
 
     `shown` are the settings as a table shows them: of options, those in which rows of the same
-    method (or allocator) differ.
+    method (or allocator) differ. `prune_seconds` is the median of its runs: a run beside other work
+    may take ten times as long, and a mean would tell of that work.
     """
 
     model: str
@@ -215,7 +216,7 @@ def _fold(results: list[Result], selection: Selection) -> Cell:
         settings=settings,
         scores={column: CellScore.of(list(s.values())) for column, s in sorted(values.items())},
         realised_ratio=statistics.fmean(ratios),
-        prune_seconds=statistics.fmean(seconds) if seconds else None,
+        prune_seconds=statistics.median(seconds) if seconds else None,
         devices=tuple(sorted({r.hardware.device for r in results})),
         result_ids=tuple(sorted(r.id for r in results)),
     )
