@@ -255,7 +255,7 @@ def test_compare_formats(cli, tiny_run, tmp_path):
     assert cli("compare", *folder, "--format", "csv").stdout.startswith("model,method,sparsity")
     assert json.loads(cli("compare", *folder, "--json").stdout)[0]["model"] == "tiny-llama"
     assert "did you mean 'json'" in cli("compare", *folder, "-f", "jsn", code=2).output
-    assert "no result is selected" in cli("compare", *folder, "method=x", code=3).output
+    assert "no result has method=x" in cli("compare", *folder, "method=x", code=3).output
 
 
 def test_compare_skips_damaged_files_and_says_so(cli, tiny_run, tmp_path):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -119,7 +119,8 @@ def print_tables(tables: list[Table]) -> None:
             title=table.model, title_justify="left", box=rich.box.SIMPLE_HEAD, pad_edge=False
         )
         for i, title in enumerate(render.header(table)):
-            grid.add_column(_broken(title), justify="left" if i < 2 else "right", overflow="fold")
+            side: Literal["left", "right"] = "left" if i < render.text_columns(table) else "right"
+            grid.add_column(_broken(title), justify=side, overflow="fold")
         last = ""
         for cell in table.cells:
             if last and cell.sparsity != last:

@@ -1,11 +1,11 @@
 """From results to a table: one row a cell, seeds folded into mean and standard deviation.
 
 A cell is everything of a spec but its seed and its evaluation; of a run that was repeated, the
-newest counts. A column is a metric under one protocol; two protocols
-never share a column, and rows are ranked only where the table has a single perplexity (or a single
-column): accuracies and divergences then stand beside it. Within a column,
-the best of the rows with one sparsity is marked, and so is every other whose difference from it is
-inside the noise: that of the seeds, or, with a single seed, that of the documents.
+newest counts. A column is a metric under one protocol; two protocols never share a column. Rows are
+ranked where the table has a single perplexity (or a single column), or a single one that all rows
+have: the other columns then stand beside it. Within a column, the best of the rows with one
+sparsity is marked, and so is every other whose difference from it is inside the noise: that of the
+seeds, or, with a single seed, that of the documents.
 """
 
 from __future__ import annotations
@@ -95,7 +95,8 @@ class Cell:
     """One row: a spec without its seed, and what its results say together.
 
     `shown` are the settings as a table shows them: of options, those in which rows of the same
-    method (or allocator) differ.
+    method (or allocator) differ. `prune_seconds` is the median of its runs: a run beside other work
+    may take ten times as long, and a mean would tell of that work.
     """
 
     model: str
@@ -207,18 +208,37 @@ def compare(
     chosen = [r for r in results if r.status == "ok" and selection.takes(r)]
     chosen = [r for r in chosen if any(map(selection.takes_score, r.scores))]
     if not chosen:
-        finished = sum(r.status == "ok" for r in results)
-        raise MissingResource(
-            "no result is selected",
-            where=f"{finished} finished results are there, none matches",
-            fix="leave a selector out, or run prunebench compare without any",
-        )
+        raise _nothing_selected([r for r in results if r.status == "ok"], selection)
     tables = []
     for model in sorted({r.spec.model for r in chosen}):
         mine = [r for r in chosen if r.spec.model == model]
         cells = _with_dense([_fold(group, selection, benches or {}) for group in _cells(mine)])
         tables.append(_table(model, cells))
     return tables
+
+
+def _nothing_selected(finished: Sequence[Result], selection: Selection) -> MissingResource:
+    """Return the error: it names the first value that no result has, and the nearest one."""
+    where = f"{len(finished)} finished results are there, none matches"
+    for key, patterns in selection.filters.items() if finished else ():
+        known = _values(key, finished)
+        for pattern in patterns:
+            if not any(_matches(value, [pattern]) for value in known):
+                return MissingResource(
+                    f"no result has {key}={pattern}", where=where, fix=nearest(pattern, known)
+                )
+    return MissingResource(
+        "no result is selected",
+        where=where,
+        fix="leave a selector out, or run prunebench compare without any",
+    )
+
+
+def _values(key: str, results: Sequence[Result]) -> set[str]:
+    """Return all values that a selector's key has in some results."""
+    if key in _SELECTORS:
+        return {str(_SELECTORS[key](result)) for result in results}
+    return {str(getattr(score, key)) for result in results for score in result.scores}
 
 
 def _cells(results: Sequence[Result]) -> list[list[Result]]:
@@ -249,7 +269,7 @@ def _fold(results: list[Result], selection: Selection, benches: Mapping[str, Ben
         settings=settings,
         scores={column: CellScore.of(list(s.values())) for column, s in sorted(values.items())},
         realised_ratio=statistics.fmean(ratios),
-        prune_seconds=statistics.fmean(seconds) if seconds else None,
+        prune_seconds=statistics.median(seconds) if seconds else None,
         devices=tuple(sorted({r.hardware.device for r in results})),
         result_ids=tuple(sorted(r.id for r in results)),
         bench=CellBench.of(found) if found else None,
@@ -280,6 +300,8 @@ def _table(model: str, cells: list[Cell]) -> Table:
             used[column] = used.get(column, 0) + 1
     perplexities = [column for column in used if column.partition(" ")[0].endswith("_ppl")]
     leading = perplexities or list(used)
+    if len(leading) > 1:
+        leading = [column for column in leading if used[column] == len(cells)]
     ranked_by = leading[0] if len(leading) == 1 else None
     columns = tuple(sorted(used, key=lambda column: (column != ranked_by, -used[column], column)))
     for column in columns:

@@ -6,6 +6,7 @@ import csv
 import dataclasses
 import io
 import json
+import math
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -50,6 +51,11 @@ def header(table: Table) -> list[str]:
     scores = [column_title(column) for column in table.columns]
     bench = ["bytes", "decode", "prefill"] if table.has_bench else []
     return ["method", "sparsity", *settings, *scores, "zeros", *bench, "prune", "seeds"]
+
+
+def text_columns(table: Table) -> int:
+    """Return how many of the first columns hold words, which are aligned on the left."""
+    return 2 + len(table.settings)
 
 
 def column_title(column: str) -> str:
@@ -117,7 +123,10 @@ def value_text(metric: str, value: float) -> str:
 
 
 def number(value: float) -> str:
-    """Return a value with four significant digits or two decimals, never in exponents."""
+    """Return a value with four digits or two decimals; millions as `4.97e7`."""
+    if 999_500 <= value < math.inf:
+        digits, exponent = f"{value:.2e}".split("e")
+        return f"{digits}e{int(exponent)}"
     if value >= 1000:
         return f"{value:,.0f}"
     return f"{value:.1f}" if value >= 100 else f"{value:.2f}"
@@ -130,7 +139,8 @@ def to_markdown(tables: Sequence[Table]) -> str:
         titles = header(table)
         lines += [f"## {_escape(table.model)}", ""]
         lines.append("| " + " | ".join(map(_escape, titles)) + " |")
-        lines.append("|" + "|".join("---" if i < 2 else "---:" for i in range(len(titles))) + "|")
+        words = text_columns(table)
+        lines.append("|" + "---|" * words + "---:|" * (len(titles) - words))
         for cell in table.cells:
             texts = row(table, cell, bold=("**", "**"))
             lines.append("| " + " | ".join(map(_escape, texts)) + " |")
@@ -142,7 +152,8 @@ def to_latex(tables: Sequence[Table]) -> str:
     """Return one LaTeX `table` with booktabs rules a model; it needs nothing but `booktabs`."""
     lines: list[str] = []
     for table in tables:
-        columns = "ll" + "r" * (len(header(table)) - 2)
+        words = text_columns(table)
+        columns = "l" * words + "r" * (len(header(table)) - words)
         lines += [r"\begin{table}", r"\centering", rf"\begin{{tabular}}{{{columns}}}", r"\toprule"]
         metrics, protocols = zip(*map(_latex_title, header(table)), strict=True)
         lines.append(_latex_row(metrics))
