@@ -146,6 +146,24 @@ def atomic_folder(path: Path, *, replace: bool = False) -> Iterator[Path]:
             shutil.rmtree(old, ignore_errors=True)
 
 
+def link_or_copy(source: Path, target: Path) -> bool:
+    """Hard-link a file, or copy it where that cannot be; returns whether it was linked.
+
+    Only weights are linked: they are large, and nobody edits them in place. A file with
+    permissions of its own is copied, as a link would share them.
+    """
+    ordinary = source.stat().st_mode & 0o777 == 0o666 & ~_umask()
+    if source.suffix == ".safetensors" and ordinary and not source.is_symlink():
+        try:
+            os.link(source, target)
+        except OSError:
+            pass
+        else:
+            return True
+    shutil.copyfile(source, target)
+    return False
+
+
 def publish_text(path: Path, text: str) -> None:
     """Write a new text file; an existing one is never replaced.
 

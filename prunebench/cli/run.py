@@ -226,6 +226,22 @@ def run_command(
             help="auto, cpu, cuda or cuda:N. (default: auto)",
         ),
     ] = None,
+    weights: Annotated[
+        str | None,
+        typer.Option(
+            envvar=_env("WEIGHTS"), show_envvar=False, rich_help_panel=_HOW,
+            help="resident: in memory; disk: read a block at a time, and go on after a kill; "
+            "auto: in memory if they fit. The result is the same. (default: auto)",
+        ),
+    ] = None,
+    activations: Annotated[
+        str | None,
+        typer.Option(
+            envvar=_env("ACTIVATIONS"), show_envvar=False, rich_help_panel=_HOW,
+            help="Where hidden states wait between blocks that are on disk: device, cpu, disk. "
+            "(default: device)",
+        ),
+    ] = None,
     batch_size: Annotated[
         int | None,
         typer.Option(
@@ -277,6 +293,8 @@ def run_command(
     setup = Setup(
         results_dir=results_dir,
         device=values["device"],
+        weights=values["weights"],
+        activations=values["activations"],
         batch_size=batch_size,
         include_path=include_path,
         log_samples=log_samples,
