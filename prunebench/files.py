@@ -80,6 +80,13 @@ def require_writable(folder: Path, *, need_bytes: int = 1 << 20) -> None:
         )
 
 
+def free_disk(folder: Path) -> int:
+    """Return the free bytes of the disk that holds a folder, whether it is there yet or not."""
+    while not folder.is_dir() and folder != folder.parent:
+        folder = folder.parent
+    return shutil.disk_usage(folder).free
+
+
 @contextlib.contextmanager
 def atomic_file(path: Path) -> Iterator[Path]:
     """Yield a temporary path beside `path`; on success it is flushed and takes its place.

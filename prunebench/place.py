@@ -20,7 +20,7 @@ from torch import nn
 from prunebench import __version__
 from prunebench.files import cache_dir
 from prunebench.models.disk import DiskWeights, load_on_disk
-from prunebench.models.kept import KeptRun, read_journal
+from prunebench.models.kept import KeptInfo, KeptRun, kept_info, read_journal
 from prunebench.models.load import load_config, load_model
 from prunebench.models.weights import weights_of
 from prunebench.prepare import Plan
@@ -42,6 +42,13 @@ def kept_folder(plan: Plan) -> Path:
 def runs_folder() -> Path:
     """Return the folder of all that unfinished runs keep."""
     return cache_dir() / "runs"
+
+
+def kept_runs() -> list[KeptInfo]:
+    """Return what all interrupted runs have left, the newest first."""
+    folders = [path for path in runs_folder().glob("*") if path.is_dir()]
+    infos = [info for info in map(kept_info, sorted(folders)) if info]
+    return sorted(infos, key=lambda info: info.age_seconds)
 
 
 @contextmanager

@@ -35,6 +35,7 @@ from prunebench.models.kept import KeptRun
 from prunebench.models.linears import Linear, find_linears
 from prunebench.models.load import hash_weights
 from prunebench.models.measure import Measured, measure_linear, require_met
+from prunebench.models.memory import halvings_heard, is_out_of_memory
 from prunebench.models.save import save_masks, save_model
 from prunebench.models.weights import weights_of
 from prunebench.place import go_on, open_model, opened_run
@@ -74,7 +75,13 @@ def execute(plan: Plan) -> Result:
         PrunebenchError: Whatever a user can fix; the failure is filed too.
     """
     spec, clock = plan.spec, plan.clock
-    with _failures_are_filed(plan), _memory_errors(plan.device), opened_run(plan) as kept:
+    halvings: list[str] = []
+    with (
+        _failures_are_filed(plan),
+        _memory_errors(plan.device),
+        _halvings_are_told(plan, halvings),
+        opened_run(plan) as kept,
+    ):
         with clock.stage("load", detail=f"{spec.model} in {spec.dtype} on {plan.device}"):
             model = open_model(plan, kept)
             linears = find_linears(model)
@@ -108,7 +115,12 @@ def execute(plan: Plan) -> Result:
                 )
                 for score in score_blocks(*pair)
             ],
-            cost=cost_block(plan, prune_seconds(), starts=kept.facts["starts"] if kept else 1),
+            cost=cost_block(
+                plan,
+                prune_seconds(),
+                starts=kept.facts["starts"] if kept else 1,
+                halvings=halvings,
+            ),
         )
         result = _named_once(result, kept)
         _publish(plan, result)  # the row first: a full disk must not cost an hour's work twice
@@ -325,14 +337,29 @@ def _save_outputs(
 
 
 @contextmanager
+def _halvings_are_told(plan: Plan, halvings: list[str]) -> Iterator[None]:
+    """Say and note what did not fit into memory and was done in smaller batches."""
+
+    def hear(what: str, size: int) -> None:
+        halvings.append(f"{what}: {size} at a time")
+        plan.clock.note(f"out of memory: {what} goes on with {size} sequences at a time")
+
+    with halvings_heard(hear):
+        yield
+
+
+@contextmanager
 def _memory_errors(device: torch.device) -> Iterator[None]:
     try:
         yield
-    except (torch.OutOfMemoryError, MemoryError) as error:
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
         raise OutOfMemory(
             f"out of memory on {device}",
             where=str(error).splitlines()[0][:160] if str(error) else "the host has none left",
-            fix="use --dtype bfloat16, fewer --calibration-samples, or a shorter --seqlen",
+            fix="use --weights disk, --within-block joint, --dtype bfloat16, fewer "
+            "--calibration-samples, or a shorter --seqlen",
         ) from error
 
 

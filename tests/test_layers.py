@@ -29,6 +29,8 @@ LAYERS = {
     "recipe": 3.5,
     "export": 4.0,
     "capacity": 3.6,
+    "probe": 3.7,
+    "forecast": 4.1,
     "prepare": 4.0,
     "place": 4.1,
     "record": 4.1,

@@ -14,6 +14,7 @@ import typer
 from prunebench import __version__
 from prunebench.cli import (
     check,
+    clean,
     compare,
     doctor,
     export,
@@ -42,6 +43,7 @@ app.command("report")(guarded(report.report_command))
 app.command("list")(guarded(listing.list_command))
 app.command("inspect")(guarded(inspect.inspect_command))
 app.command("export")(guarded(export.export_command))
+app.command("clean")(guarded(clean.clean_command))
 app.command("check")(guarded(check.check_command))
 app.command("doctor")(guarded(doctor.doctor_command))
 app.add_typer(models.app, name="models")

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from prunebench.cli.clean import print_kept
 from prunebench.cli.guard import command_line
 from prunebench.cli.progress import choose_progress
 from prunebench.cli.values import collect, print_config
@@ -260,6 +262,13 @@ def run_command(
         bool,
         typer.Option("--dry-run", rich_help_panel=_HOW, help="Check everything, load no weights."),
     ] = False,
+    resume_info: Annotated[
+        bool,
+        typer.Option(
+            "--resume-info", rich_help_panel=_HOW,
+            help="Say what an interrupted run of this very command has kept, and stop.",
+        ),
+    ] = False,
     show_config: Annotated[
         bool,
         typer.Option(
@@ -306,6 +315,9 @@ def run_command(
         command=command_line(),
         progress=progress,
     )
+    if resume_info:
+        _resume_info(spec, setup, as_json=as_json)
+        return
     if dry_run:
         _dry_run(spec, setup, as_json=as_json)
         return
@@ -318,6 +330,7 @@ def run_command(
 
 
 def _dry_run(spec: RunSpec, setup: Any, *, as_json: bool) -> None:
+    from prunebench.forecast import require_fits
     from prunebench.prepare import prepare
 
     source = find_model(spec.model)
@@ -345,7 +358,59 @@ def _dry_run(spec: RunSpec, setup: Any, *, as_json: bool) -> None:
         typer.echo(f"              from {text.origin}")
     for task in plan.tasks:
         typer.echo(f"  accuracy    {task.name}, {task.units:,} documents")
+    found = _print_forecast(plan)
     typer.echo(f"  spec {plan.spec.spec_id}; nothing was loaded, nothing was written")
+    if found:
+        require_fits(plan, found)
+
+
+def _print_forecast(plan: Any) -> Any:
+    """Print what the run will take, and return it; None where that cannot be counted."""
+    from prunebench.capacity import gigabytes
+    from prunebench.forecast import duration, forecast
+
+    place = "in memory" if plan.weights == "resident" else "on disk, a block at a time"
+    typer.echo(f"  weights     {place}")
+    try:
+        found = forecast(plan)
+    except NotImplementedError:
+        typer.echo("  memory      not counted: what experts take depends on the text")
+        return None
+    need = found.need
+    for name, parts, total, free in (
+        ("memory" if not need.host else "GPU", need.device, need.device_total, found.device_free),
+        ("memory", need.host, need.host_total, found.host_free),
+    ):
+        if parts:
+            typer.echo(f"  {name:<11} {gigabytes(total)} at the peak, {gigabytes(free)} free")
+            for what, size in sorted(parts.items(), key=lambda item: -item[1]):
+                typer.echo(f"              {gigabytes(size):>10}  {what}")
+    if need.disk:
+        typer.echo(
+            f"  disk        {gigabytes(need.disk)} in the cache, {gigabytes(found.disk_free)} free"
+        )
+    if found.seconds:
+        stages = ", ".join(f"{name} {duration(s)}" for name, s in found.seconds.items())
+        typer.echo(f"  time        {stages} (estimated from a probe)")
+    else:
+        typer.echo("  time        not estimated: this method cannot be probed")
+    return found
+
+
+def _resume_info(spec: RunSpec, setup: Any, *, as_json: bool) -> None:
+    from prunebench.models.kept import kept_info
+    from prunebench.place import kept_folder
+    from prunebench.prepare import prepare
+
+    plan = prepare(spec, setup)
+    info = kept_info(kept_folder(plan))
+    if as_json:
+        facts = {**asdict(info), "folder": str(info.folder)} if info else None
+        typer.echo(json.dumps(facts, indent=1))
+    elif info is None:
+        typer.echo(f"nothing is kept of {plan.spec.method} {plan.sparsity} on {plan.spec.model}")
+    else:
+        print_kept(info)
 
 
 def _print_summary(result: Result, path: Path, setup: Any) -> None:

@@ -193,13 +193,10 @@ def window_losses(
     tokens = batch_tokens or BATCH_TOKENS.get(device.type, 2048)
     losses: list[float] = []
     batches = torch.split(windows, max(1, tokens // windows.shape[1]))
-    stream = batch_logits(model, batches, advance=advance)
-    for ids in batches:
-        logits = next(stream)
-        for row, targets in zip(logits, ids[:, 1:].to(device), strict=True):
-            losses.append(_summed_loss(row[:-1], targets))
-        del logits
-    next(stream, None)  # hears of the last batch
+    for logits in batch_logits(model, batches, advance=advance):
+        for row in logits:
+            losses.append(_summed_loss(row[:-1], windows[len(losses), 1:].to(device)))
+        del logits, row
     mean = sum(losses) / (windows.shape[0] * (windows.shape[1] - 1))
     if not mean < math.log(1e300):
         raise IncompatibleData(

@@ -26,6 +26,7 @@ from torch import nn
 from prunebench.errors import IncompatibleData, MissingResource, UsageError
 from prunebench.evaluate.outcome import Item, Measure, Outcome
 from prunebench.evaluate.records import Loaded, record_source, task_table
+from prunebench.models.memory import halved_if_needed
 from prunebench.models.stream import batch_logits, is_streamed
 from prunebench.progress import Progress
 
@@ -334,7 +335,9 @@ def _wrap(
             return found
 
         def _model_call(self, inps: Any, *args: Any, **kwargs: Any) -> Any:
-            logits = super()._model_call(inps, *args, **kwargs)
+            run = functools.partial(super()._model_call, **kwargs)
+            parts = list(halved_if_needed(run, inps, what="tasks"))
+            logits = parts[0] if len(parts) == 1 else torch.cat(parts)
             self.done = min(self.wanted, self.done + len(inps))
             answered(self.done, self.wanted)
             return logits

@@ -15,6 +15,7 @@ before it already pruned:
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Generator
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -29,6 +30,7 @@ from prunebench.errors import IncompatibleData, UsageError
 from prunebench.models.activations import Activations
 from prunebench.models.gradients import GradientNorms
 from prunebench.models.linears import Linear, find_blocks, find_linears
+from prunebench.models.memory import is_out_of_memory, tell_halved
 from prunebench.models.replay import (
     BlockCall,
     BlockPlan,
@@ -42,7 +44,7 @@ from prunebench.models.replay import (
 from prunebench.models.weights import WeightStore, weights_of
 from prunebench.spec import WithinBlock
 
-_BATCH_TOKENS = {"cpu": 1024, "cuda": 16384}
+BATCH_TOKENS = {"cpu": 1024, "cuda": 16384}
 _CHECK_TOKENS = 128  # the arguments that depend on length are recorded anew for every batch
 
 
@@ -62,13 +64,20 @@ class LinearGroup:
 
 @dataclass
 class _Calibration:
-    """The hidden states before the current block and the arguments of every block, by batch."""
+    """The hidden states before the current block and the arguments of every block, by batch.
+
+    Attributes:
+        calls: For every batch the arguments of its parts: one part, or more where a whole batch
+            was too much for the memory.
+        part: Sequences in a part.
+    """
 
     hidden: Activations
-    calls: list[list[BlockCall]]
+    calls: list[list[list[BlockCall]]]
     plans: list[BlockPlan]
     samples: int
     hessian: bool
+    part: int
     workspace: dict[int, Tensor] = field(default_factory=dict)
 
     def accumulator(self) -> StatsAccumulator:
@@ -116,7 +125,7 @@ class BlockWalker:
         self._weights = weights or weights_of(model)
         self._device = next(model.parameters()).device
         self._activation_device = activation_device or self._device
-        self._batch_tokens = batch_tokens or _BATCH_TOKENS.get(self._device.type, 4096)
+        self._batch_tokens = batch_tokens or BATCH_TOKENS.get(self._device.type, 4096)
         self._advance = advance
 
     def linears_of(self, index: int) -> list[Linear]:
@@ -191,21 +200,36 @@ class BlockWalker:
         token_ids = self._token_ids
         assert token_ids is not None
         by_block = [self.linears_of(index) for index in range(len(self.blocks))]
-        batches = torch.split(token_ids, max(1, self._batch_tokens // token_ids.shape[1]))
+        size = min(len(token_ids), max(1, self._batch_tokens // token_ids.shape[1]))
         sample = token_ids[:1, :_CHECK_TOKENS].to(self._device)
         plans = check_replay(self.model, self.blocks, by_block, sample)
         hidden = self._weights.activations(self._activation_device)
-        calls: list[list[BlockCall]] = []
-        for batch in batches:
-            first, made = record_calls(
-                self.model,
-                self.blocks,
-                batch.to(self._device),
-                returns_tuple=[plan.returns for plan in plans],
-            )
+        calls: list[list[list[BlockCall]]] = []
+        for batch in torch.split(token_ids, size):
+            first, made = self._record(batch, plans)
             hidden.append(first)
-            calls.append(share_arguments(made, calls[0]) if calls else made)
-        return _Calibration(hidden, calls, plans, samples=len(token_ids), hessian=hessian)
+            calls.append([share_arguments(made, calls[0][0]) if calls else made])
+        return _Calibration(
+            hidden, calls, plans, samples=len(token_ids), hessian=hessian, part=size
+        )
+
+    def _record(self, token_ids: Tensor, plans: list[BlockPlan]) -> tuple[Tensor, list[BlockCall]]:
+        returns = [plan.returns for plan in plans]
+        return record_calls(
+            self.model, self.blocks, token_ids.to(self._device), returns_tuple=returns
+        )
+
+    def _halve(self, data: _Calibration) -> None:
+        """Run half as many sequences at a time from now on."""
+        assert self._token_ids is not None
+        data.part = (data.part + 1) // 2
+        tell_halved("calibration", data.part)
+        size = len(data.hidden[0])
+        first: list[BlockCall] = []
+        for number, batch in enumerate(torch.split(self._token_ids, size)):
+            made = [self._record(part, data.plans)[1] for part in torch.split(batch, data.part)]
+            first = first or made[0]
+            data.calls[number] = [share_arguments(one, first) for one in made]
 
     def _go_on(self, begin: int, data: _Calibration | None) -> None:
         """Bring the activations before block `begin` back: as they were kept, or made again."""
@@ -220,8 +244,16 @@ class BlockWalker:
 
     def _propagate(self, block: nn.Module, index: int, data: _Calibration) -> None:
         with torch.no_grad():
-            for batch, hidden in enumerate(data.hidden):
-                data.hidden[batch] = self._forward(block, index, data, batch, hidden)
+            for batch in range(len(data.hidden)):
+                while True:
+                    try:
+                        hidden = data.hidden[batch]
+                        data.hidden[batch] = self._forward(block, index, data, batch, hidden)
+                        break
+                    except (RuntimeError, MemoryError) as error:
+                        if not is_out_of_memory(error) or data.part == 1:
+                            raise
+                    self._halve(data)
 
     def _static_order(self, plans: list[BlockPlan], order: str) -> WithinBlock:
         """Return sequential, or joint where the cheapest is wanted and sequential does not fit."""
@@ -243,7 +275,14 @@ class BlockWalker:
 
     def _joint(self, block: nn.Module, index: int, data: _Calibration) -> Generator[LinearGroup]:
         groups = data.plans[index].groups
-        collected = self._collect(block, index, data)
+        while True:
+            try:
+                collected = self._collect(block, index, data)
+                break
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error) or data.part == 1:
+                    raise
+            self._halve(data)  # and all batches again: some sums may be half made
         for members in groups:  # each is dropped when it has been used: a Hessian is large
             yield self._group(members, collected.pop(0), data)
         if index + 1 < len(self.blocks):
@@ -255,17 +294,24 @@ class BlockWalker:
         slot = {members[0]: i for i, members in enumerate(plan.groups)}
         last = None if plan.dynamic or plan.repeated else plan.groups[-1][0]
 
+        seen: dict[int, list[Tensor]] = {}  # a batch in parts is summed whole: the same rounding
+
         def tap(linear: Linear, inputs: Tensor) -> None:
-            collected[slot[linear]].add(inputs)
+            if len(parts) == 1 or plan.dynamic or plan.repeated:
+                collected[slot[linear]].add(inputs)
+            else:
+                seen.setdefault(slot[linear], []).append(inputs.flatten(0, -2))
             if linear is last:
                 raise Stop
 
         with torch.no_grad(), tapped(list(slot), tap):
             for batch, hidden in enumerate(data.hidden):
-                try:
-                    self._forward(block, index, data, batch, hidden)
-                except Stop:
-                    continue
+                parts = data.calls[batch]
+                for call, rows in zip(parts, torch.split(hidden, data.part), strict=True):
+                    with contextlib.suppress(Stop):
+                        call[index].run(block, rows.to(self._device))
+                for number in sorted(seen):
+                    collected[number].add(torch.cat(seen.pop(number)))
         return collected
 
     def _sequential(
@@ -305,7 +351,11 @@ class BlockWalker:
     def _forward(
         self, block: nn.Module, index: int, data: _Calibration, batch: int, hidden: Tensor
     ) -> Tensor:
-        return data.calls[batch][index].run(block, hidden.to(self._device))
+        parts = [
+            call[index].run(block, rows.to(self._device))
+            for call, rows in zip(data.calls[batch], torch.split(hidden, data.part), strict=True)
+        ]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def _group(
         self, members: list[Linear], accumulator: StatsAccumulator, data: _Calibration

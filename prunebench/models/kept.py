@@ -19,6 +19,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -217,20 +218,49 @@ def read_journal(folder: Path) -> dict[str, Any] | None:
     return journal if isinstance(journal, dict) else None
 
 
-def is_locked(folder: Path) -> bool:
-    """Return whether a running process has the folder."""
-    kept = KeptRun(folder)
+@dataclass(frozen=True)
+class KeptInfo:
+    """What an interrupted run has left, by its journal: nothing is hashed here.
+
+    Attributes:
+        title: What was run.
+        done: Finished blocks.
+        blocks: All blocks.
+        size: Bytes on disk.
+        age_seconds: Since something was written.
+        running: Whether a process is at it now.
+    """
+
+    folder: Path
+    title: str
+    command: str
+    done: int
+    blocks: int
+    size: int
+    age_seconds: float
+    running: bool
+
+
+def kept_info(folder: Path) -> KeptInfo | None:
+    """Return what is kept in a folder; None if there is no such folder."""
     if not folder.is_dir():
-        return False
+        return None
+    journal = read_journal(folder) or {}
+    facts = journal.get("facts", {})
+    files = [path.stat() for path in folder.iterdir() if path.is_file()]
+    kept = KeptRun(folder)
     free = kept.lock()
     kept.release()
-    return not free
-
-
-def age_seconds(folder: Path) -> float:
-    """Return how long ago something was kept in a folder."""
-    times = [path.stat().st_mtime for path in folder.iterdir()] if folder.is_dir() else []
-    return time.time() - max(times, default=time.time())
+    return KeptInfo(
+        folder=folder,
+        title=str(facts.get("title", "a run that left no journal")),
+        command=str(facts.get("command", "")),
+        done=len(journal.get("blocks", [])),
+        blocks=int(facts.get("blocks", 0)),
+        size=sum(one.st_size for one in files),
+        age_seconds=time.time() - max((one.st_mtime for one in files), default=time.time()),
+        running=not free,
+    )
 
 
 def _is_sound(folder: Path, row: dict[str, Any]) -> bool:

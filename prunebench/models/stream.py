@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from prunebench.models.activations import Activations
 from prunebench.models.disk import DiskWeights
 from prunebench.models.linears import find_blocks
+from prunebench.models.memory import halved_if_needed
 from prunebench.models.replay import (
     BlockCall,
     blocks_giving,
@@ -42,6 +43,8 @@ def batch_logits(
 ) -> Iterator[Tensor]:
     """Yield the logits of every batch of token ids, (samples, seqlen, vocabulary), in order.
 
+    A batch that is too much for the memory comes in parts, its rows in order.
+
     Args:
         model: A causal language model in evaluation mode.
         batches: int64 (samples, seqlen) each.
@@ -49,16 +52,19 @@ def batch_logits(
     """
     device = next(model.parameters()).device
     if not is_streamed(model):
-        for ids in batches:
+
+        def run(ids: Tensor) -> Tensor:
             logits: Tensor = model(input_ids=ids.to(device), use_cache=False).logits
-            yield logits
-            del logits
+            return logits
+
+        for ids in batches:
+            yield from halved_if_needed(run, ids, what="scoring")
             advance(len(ids))
         return
     streamed = StreamedHead(model)
     hidden = streamed.run(batches, advance=advance)
-    for ids, state in zip(batches, hidden, strict=True):
-        yield streamed.logits(ids, state)
+    for number, ids in enumerate(batches):
+        yield streamed.logits(ids, hidden[number])
 
 
 class StreamedHead:

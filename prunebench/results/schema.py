@@ -170,6 +170,7 @@ class CostBlock(_Block):
             of before there was a choice (in memory).
         starts: 1, and 1 more for every time the run was interrupted and went on; `prune_seconds`
             then is the sum for the finished blocks, the other times are those of the last start.
+        halved_batches: What ran out of memory and went on in smaller batches, and how small.
     """
 
     stage_seconds: dict[str, float]
@@ -179,6 +180,7 @@ class CostBlock(_Block):
     peak_gpu_bytes: int | None
     weights: Literal["resident", "disk"] | None = None
     starts: int = 1
+    halved_batches: list[str] = []
 
 
 class HardwareBlock(_Block):
