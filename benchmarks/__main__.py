@@ -15,6 +15,7 @@ import sys
 from dataclasses import asdict
 from pathlib import Path
 
+import benchmarks.disk  # noqa: F401  (registers its figures)
 from benchmarks.figures import FIGURES, Figure, machine
 
 LATEST = Path(__file__).parent / "latest.json"

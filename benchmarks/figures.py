@@ -63,7 +63,8 @@ def machine() -> dict[str, Any]:
     return {**hardware, **describe_software().model_dump()}
 
 
-def _at_most(name: str, limit: float, unit: str, runs: list[float]) -> Figure:
+def at_most(name: str, limit: float, unit: str, runs: list[float]) -> Figure:
+    """Return a figure whose median must not be above the limit."""
     return Figure(name, statistics.median(runs), "at most", limit, unit, runs)
 
 
@@ -71,14 +72,16 @@ def _at_least(name: str, limit: float, unit: str, runs: list[float]) -> Figure:
     return Figure(name, statistics.median(runs), "at least", limit, unit, runs)
 
 
-def _noted(name: str, unit: str, runs: list[float]) -> Figure:
+def noted(name: str, unit: str, runs: list[float]) -> Figure:
+    """Return a figure with no promise."""
     return Figure(name, statistics.median(runs), "", None, unit, runs)
 
 
 # ---------------------------------------------------------------- the default model and real text
 
 
-def _model(dtype: str = "float32") -> Any:
+def default_model(dtype: str = "float32") -> Any:
+    """Return the default model in memory."""
     import torch
 
     from prunebench.models.load import load_model
@@ -90,7 +93,8 @@ def _model(dtype: str = "float32") -> Any:
     return load_model(local.path, dtype=getattr(torch, dtype), device=torch.device("cpu"))
 
 
-def _tokens() -> Any:
+def default_tokens() -> Any:
+    """Return calibration windows of real text."""
     from prunebench.calibration.texts import load_text
     from prunebench.calibration.windows import sample_windows
     from prunebench.models.load import load_tokenizer
@@ -114,9 +118,10 @@ def _plain_seconds(model: Any, tokens: Any) -> float:
     return time.perf_counter() - begun
 
 
-def _prune_seconds(
+def prune_seconds(
     method: str, model: Any, tokens: Any, *, sparsity: str, within_block: Any, gradients: Any = None
 ) -> float:
+    """Prune a model and return how long that took."""
     from prunebench.models.blocks import BlockWalker
     from prunebench.pruners import METHODS
     from prunebench.sparsity import Sparsity
@@ -130,20 +135,20 @@ def _prune_seconds(
 
 def _passes(method: str, within_block: str, limit: float) -> list[Figure]:
     """Whole pruning as a share of two plain forward passes of the blocks."""
-    tokens = _tokens()
+    tokens = default_tokens()
     figures = []
     for sparsity in ("0.5", "2:4"):
         runs = []
         for _ in range(2):
-            model = _model()
+            model = default_model()
             _plain_seconds(model, tokens[:2])
             before = _plain_seconds(model, tokens)
-            pruned = _prune_seconds(
+            pruned = prune_seconds(
                 method, model, tokens, sparsity=sparsity, within_block=within_block
             )
             runs.append(pruned / (before + _plain_seconds(model, tokens)))
         title = f"{method}-{within_block}-{sparsity.replace(':', 'of')}"
-        figures.append(_at_most(title, limit, "of two plain passes", runs))
+        figures.append(at_most(title, limit, "of two plain passes", runs))
     return figures
 
 
@@ -161,11 +166,13 @@ def gblm() -> list[Figure]:
     """GBLM with and without cached gradients, against Wanda, both joint."""
     from prunebench.models.gradients import gradient_norms
 
-    tokens = _tokens()
+    tokens = default_tokens()
     first, cached = [], []
     for _ in range(2):
-        wanda = _prune_seconds("wanda", _model(), tokens, sparsity="2:4", within_block="joint")
-        model = _model()
+        wanda = prune_seconds(
+            "wanda", default_model(), tokens, sparsity="2:4", within_block="joint"
+        )
+        model = default_model()
         with tempfile.TemporaryDirectory() as folder:
             os.environ["PRUNEBENCH_CACHE"] = folder
             begun = time.perf_counter()
@@ -175,14 +182,14 @@ def gblm() -> list[Figure]:
             gradients = gradient_norms(model, tokens, norm="l1")
             again = time.perf_counter() - begun
             del os.environ["PRUNEBENCH_CACHE"]
-            pruned = _prune_seconds(
+            pruned = prune_seconds(
                 "gblm", model, tokens, sparsity="2:4", within_block="joint", gradients=gradients
             )
         first.append((fresh + pruned) / wanda)
         cached.append((again + pruned) / wanda)
     return [
-        _at_most("gblm-first-use", 3.2, "times wanda", first),
-        _at_most("gblm-cached", 1.1, "times wanda", cached),
+        at_most("gblm-first-use", 3.2, "times wanda", first),
+        at_most("gblm-cached", 1.1, "times wanda", cached),
     ]
 
 
@@ -198,7 +205,7 @@ def gblm_peak_rss() -> list[Figure]:
     result = json.loads(out)
     model, cost = result["model"], result["cost"]
     allowed = 4 * (model["parameters"] + model["prunable_parameters"]) / 1e9 + 0.5
-    return [_at_most("gblm-peak-rss", allowed, "GB", [cost["peak_rss_bytes"] / 1e9])]
+    return [at_most("gblm-peak-rss", allowed, "GB", [cost["peak_rss_bytes"] / 1e9])]
 
 
 @figure("alps-losses")
@@ -210,7 +217,7 @@ def alps_losses() -> list[Figure]:
     from prunebench.sparsity import Sparsity
 
     ratios = []
-    for group in BlockWalker(_model(), token_ids=_tokens()).survey(hessian=True):
+    for group in BlockWalker(default_model(), token_ids=default_tokens()).survey(hessian=True):
         wanted = {one.name: Sparsity.parse("2:4") for one in group.linears}
         mine = [one.loss for one in Alps().prune_group(group, wanted)]
         other = [one.loss for one in SparseGPT().prune_group(group, wanted)]
@@ -219,7 +226,7 @@ def alps_losses() -> list[Figure]:
     share = sum(ratio <= 1 for ratio in ratios) / len(ratios)
     return [
         _at_least("alps-layers-at-or-below-sparsegpt", 0.95, "of the layers", [share]),
-        _noted("alps-loss", "of SparseGPT's loss, median layer", ratios),
+        noted("alps-loss", "of SparseGPT's loss, median layer", ratios),
     ]
 
 
@@ -264,7 +271,7 @@ def nm_mask() -> list[Figure]:
                 runs.append((middle - begun) / (ended - middle))
         name = f"nm-mask-{kept}of{group}"
         unit = "times faster than the loop"
-        figures.append(_at_least(name, 10, unit, runs) if group == 4 else _noted(name, unit, runs))
+        figures.append(_at_least(name, 10, unit, runs) if group == 4 else noted(name, unit, runs))
     return figures
 
 
@@ -278,7 +285,7 @@ def ppl_throughput() -> list[Figure]:
 
     from prunebench.evaluate.perplexity import token_ppl
 
-    model, tokens = _model(), _tokens()[:8]
+    model, tokens = default_model(), default_tokens()[:8]
     runs = []
     for attempt in range(5):
         begun = time.perf_counter()
@@ -297,17 +304,17 @@ def bf16() -> list[Figure]:
     """Pruning and scoring in bfloat16 against float32, where the CPU has native bfloat16."""
     from prunebench.evaluate.perplexity import token_ppl
 
-    tokens = _tokens()[:8]
+    tokens = default_tokens()[:8]
     prune, score = [], []
     for _ in range(3):
         seconds = {}
         for dtype in ("float32", "bfloat16"):
-            model = _model(dtype)
+            model = default_model(dtype)
             _plain_seconds(model, tokens[:2])
             begun = time.perf_counter()
             token_ppl(model, tokens)
             seconds[dtype, "score"] = time.perf_counter() - begun
-            seconds[dtype, "prune"] = _prune_seconds(
+            seconds[dtype, "prune"] = prune_seconds(
                 "wanda", model, tokens, sparsity="2:4", within_block="joint"
             )
         prune.append(seconds["float32", "prune"] / seconds["bfloat16", "prune"])
@@ -316,7 +323,7 @@ def bf16() -> list[Figure]:
     native = cpuinfo.is_file() and "bf16" in cpuinfo.read_text("utf-8")
     unit = "times float32"
     if not native:
-        return [_noted("bf16-prune", unit, prune), _noted("bf16-score", unit, score)]
+        return [noted("bf16-prune", unit, prune), noted("bf16-score", unit, score)]
     return [_at_least("bf16-prune", 1.5, unit, prune), _at_least("bf16-score", 1.5, unit, score)]
 
 
@@ -343,7 +350,7 @@ def peak_rss() -> list[Figure]:
             arguments = [*run, "--calibration", "c4@wheel", "--json", "-q", "--ppl-tokens", "2048"]
             _, out = _run_cli(arguments, folder=Path(folder))
         gigabytes = json.loads(out)["cost"]["peak_rss_bytes"] / 1e9
-        figures.append(_at_most(f"peak-rss-{order}", 2.2, "GB", [gigabytes]))
+        figures.append(at_most(f"peak-rss-{order}", 2.2, "GB", [gigabytes]))
     return figures
 
 
@@ -359,7 +366,7 @@ def startup() -> list[Figure]:
     ):
         with tempfile.TemporaryDirectory() as folder:
             runs = [_run_cli(arguments, folder=Path(folder))[0] for _ in range(7)]
-        figures.append(_at_most(f"startup-{name}", 0.5, "s", runs[1:]))
+        figures.append(at_most(f"startup-{name}", 0.5, "s", runs[1:]))
     return figures
 
 
@@ -379,7 +386,7 @@ def demo() -> list[Figure]:
             run += ["--within-block", "sequential"]
             _run_cli(run, folder=Path(folder))
         _run_cli(["compare"], folder=Path(folder))
-    return [_at_most("demo", 300, "s", [time.perf_counter() - begun])]
+    return [at_most("demo", 300, "s", [time.perf_counter() - begun])]
 
 
 @figure("compare-2000")
@@ -400,4 +407,4 @@ def _with_2000_results(name: str, limit: float, arguments: list[str]) -> Figure:
     with tempfile.TemporaryDirectory() as folder:
         publish_results(Path(folder) / "results", 2000)
         runs = [_run_cli(arguments, folder=Path(folder), threads=1)[0] for _ in range(4)]
-    return _at_most(name, limit, "s", runs[1:])
+    return at_most(name, limit, "s", runs[1:])

@@ -4,8 +4,6 @@ import os
 import random
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -185,54 +183,81 @@ def test_clean_removes_what_is_kept(cli, folder, tmp_path):
     assert not list((tmp_path / "cache" / "runs").iterdir())
 
 
-def start(command, root, **environment):
-    return subprocess.Popen(
-        [sys.executable, "-m", "prunebench", *map(str, command)],
-        cwd=root, env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-    )  # fmt: skip
+def fork(command, root):
+    """Run a command in a child that has everything imported already; returns its process id."""
+    from prunebench.cli import app
+
+    child = os.fork()
+    if child:
+        return child
+    code = 1
+    try:
+        os.chdir(root)
+        quiet = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(quiet, 1)
+        os.dup2(quiet, 2)
+        app([str(word) for word in command])
+    except SystemExit as done:
+        code = done.code or 0
+    finally:
+        os._exit(code)
 
 
-@pytest.mark.real
-def test_thirty_kills_at_random_moments_end_with_the_same_bits(tiny_run, tmp_path):
-    """kill -9 at a random moment after the start, over all stages, until a run gets through."""
-    command = [*tiny_run, "-m", "sparsegpt", "--weights", "disk", "--save-model", "out", "-q"]
-    cache = {"PRUNEBENCH_CACHE": str(tmp_path / "cache")}
+def ended(child):
+    """Wait for a child; returns its exit code, or the negative signal."""
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def shards(folder):
+    return {path.name: path.read_bytes() for path in folder.glob("*.safetensors")}
+
+
+def kill_until(kills, command, root):
+    """kill -9 at random moments over all stages, as often as asked; the last run gets through.
+
+    A run that gets through in between is compared and removed, and the next begins anew.
+    """
     begun = time.perf_counter()
-    whole = start([*command, "--results-dir", "whole"], tmp_path, **cache)
-    assert whole.wait() == 0, whole.stdout.read()
+    assert ended(fork([*command, "--results-dir", "whole"], root)) == 0
     took = time.perf_counter() - begun
-    expected = the_result(tmp_path / "whole")
-    files = {path.name: path.read_bytes() for path in (tmp_path / "out").glob("*.safetensors")}
-    shutil.rmtree(tmp_path / "out")
-    draw, kills = random.Random(0), 0
-    while kills < 30:
-        process = start(command, tmp_path, **cache)
-        time.sleep(took * draw.uniform(0.4, 1.02))  # before that only imports happen
-        if process.poll() is None:
-            process.send_signal(signal.SIGKILL)
-            kills += 1
-        process.wait()
-        if (tmp_path / "out").exists():  # it got through: begin anew
-            mine = {path.name: path.read_bytes() for path in (tmp_path / "out").glob("*.saf*")}
-            assert mine == files
-            shutil.rmtree(tmp_path / "out")
-            assert numbers(the_result(tmp_path / "results")) == numbers(expected)
-            shutil.rmtree(tmp_path / "results")
-    process = start(command, tmp_path, **cache)
-    assert process.wait() == 0, process.stdout.read()
-    assert numbers(the_result(tmp_path / "results")) == numbers(expected)
-    assert {p.name: p.read_bytes() for p in (tmp_path / "out").glob("*.safetensors")} == files
-    runs = tmp_path / "cache" / "runs"
-    assert not any(read_journal(one) for one in runs.iterdir())
+    expected, files = numbers(the_result(root / "whole")), shards(root / "out")
+    shutil.rmtree(root / "out")
+    draw, killed, through = random.Random(0), 0, 0
+    while True:
+        child = fork(command, root)
+        if killed < kills:
+            time.sleep(took * draw.uniform(0.05, 1.0))
+            os.kill(child, signal.SIGKILL)
+        code = ended(child)
+        killed += code == -signal.SIGKILL
+        if code == 0 or (root / "out").is_dir():
+            assert shards(root / "out") == files
+            assert numbers(the_result(root / "results")) == expected
+            if code == 0 and killed >= kills:
+                break
+            through += 1
+            shutil.rmtree(root / "out")
+            if code == 0:
+                shutil.rmtree(root / "results")
+    assert not any(read_journal(one) for one in (root / "cache" / "runs").iterdir())
+    return through
 
 
-@pytest.mark.real
-def test_eight_at_once_in_one_cache_and_results_folder(tiny_run, tmp_path):
+@pytest.fixture
+def in_one_cache(monkeypatch, tmp_path):
+    monkeypatch.setenv("PRUNEBENCH_CACHE", str(tmp_path / "cache"))
+
+
+@pytest.mark.parametrize("kills", [3, pytest.param(30, marks=pytest.mark.real)])
+def test_kills_at_random_moments_end_with_the_same_bits(tiny_run, tmp_path, in_one_cache, kills):
+    command = [*tiny_run, "-m", "sparsegpt", "--weights", "disk", "--save-model", "out", "-q"]
+    kill_until(kills, command, tmp_path)
+
+
+def test_eight_at_once_in_one_cache_and_results_folder(tiny_run, tmp_path, in_one_cache):
     command = [*tiny_run, "-m", "wanda", "--weights", "disk", "-q"]
-    cache = {"PRUNEBENCH_CACHE": str(tmp_path / "cache")}
-    processes = [start(command, tmp_path, **cache) for _ in range(8)]
-    assert [process.wait() for process in processes] == [0] * 8
+    children = [fork(command, tmp_path) for _ in range(8)]
+    assert [ended(child) for child in children] == [0] * 8
     found, damaged = ResultStore(tmp_path / "results").read()
     assert (len(found), damaged) == (8, [])
     assert len({one.model.evaluated_sha256 for one in found}) == 1

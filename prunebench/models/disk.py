@@ -13,6 +13,7 @@ or the walker, which take all windows through one block before they open the nex
 from __future__ import annotations
 
 import contextlib
+import time
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -66,6 +67,12 @@ class DiskWeights:
         device: Where a block computes.
         kept: Takes the blocks that have been pruned.
         placement: Where hidden states wait between two blocks.
+
+    Attributes:
+        read_bytes: What has been read so far.
+        read_seconds: How long that took, most of it while another block was at work.
+        wait_seconds: How long a block that was wanted was not there yet.
+        returns: What follows the hidden state in each block's output, once it has been seen.
     """
 
     def __init__(
@@ -91,6 +98,7 @@ class DiskWeights:
         self._reader = ThreadPoolExecutor(1, thread_name_prefix="next-block")
         self._coming: tuple[int, Future[dict[str, Tensor]]] | None = None
         self.read_bytes = 0
+        self.read_seconds = self.wait_seconds = 0.0
         self.returns: list[tuple[Any, ...] | None] | None = None
         for index, block in enumerate(self._blocks):
             self._open_when_called(index, block)
@@ -177,7 +185,9 @@ class DiskWeights:
         if self._depth[index] > 1:
             return
         try:
+            begun = time.perf_counter()
             tensors = self._take(index)
+            self.wait_seconds += time.perf_counter() - begun
             if then < len(self._blocks) and then != index:
                 self._coming = (then, self._reader.submit(self._read, then))
             for slot in self._slots[index]:
@@ -210,6 +220,7 @@ class DiskWeights:
     def _read(self, index: int) -> dict[str, Tensor]:
         places = self._pruned.get(index, self._stored)
         pin = self._device.type == "cuda"
+        begun = time.perf_counter()
         tensors = {
             slot.name: read_tensor(places[slot.name], slot.dtype, pin=pin)
             for slot in self._slots[index]
@@ -217,6 +228,7 @@ class DiskWeights:
         self.read_bytes += sum(
             places[slot.name].stop - places[slot.name].start for slot in self._slots[index]
         )
+        self.read_seconds += time.perf_counter() - begun
         return tensors
 
     def _open_when_called(self, index: int, block: nn.Module) -> None:

@@ -40,11 +40,15 @@ class KeptRun:
     Attributes:
         folder: Where it is.
         facts: What else the run wants to find again, as JSON has it.
+        written_bytes: What this process has written.
+        write_seconds: How long that took, hashing included.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.facts: dict[str, Any] = {}
+        self.written_bytes = 0
+        self.write_seconds = 0.0
         self._blocks: list[dict[str, Any]] = []
         self._hidden: dict[str, Any] | None = None
         self._lock: int | None = None
@@ -179,9 +183,12 @@ class KeptRun:
     # ------------------------------------------------------------ files
 
     def _write(self, name: str, tensors: dict[str, Tensor]) -> dict[str, Any]:
+        begun = time.perf_counter()
         with self._renamed(name) as part:
             digest = write_tensors(part, tensors)
             size = part.stat().st_size
+        self.write_seconds += time.perf_counter() - begun
+        self.written_bytes += size
         return {"file": name, "sha256": digest, "bytes": size}
 
     @contextlib.contextmanager
