@@ -11,7 +11,7 @@ import json
 import platform
 import secrets
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import torch
@@ -65,13 +65,14 @@ def opened_run(plan: Plan) -> Iterator[KeptRun | None]:
         return
     folder, clock = kept_folder(plan), plan.clock
     kept = KeptRun(folder)
-    if not kept.lock():
+    shared = kept.lock()
+    if not shared:
         clock.note(f"another process runs this very command ({folder}): this one keeps nothing")
         kept = KeptRun(folder.with_name(f"{folder.name}-{secrets.token_hex(4)}"))
         kept.lock()
-    if read_journal(kept.folder):
-        with clock.stage("verify", detail="what an interrupted run has kept"):
-            kept.read()
+    found = read_journal(kept.folder) is not None
+    with clock.stage("verify", detail="what is kept") if found else nullcontext():
+        kept.read()
     if kept.blocks:
         clock.note(f"going on: {len(kept.blocks)} blocks were finished before, in {kept.folder}")
     kept.facts |= {
@@ -83,6 +84,9 @@ def opened_run(plan: Plan) -> Iterator[KeptRun | None]:
     try:
         yield kept
     except BaseException:
+        if not shared:
+            kept.remove()
+            raise
         done = len(kept.blocks)
         clock.note(f"{done} finished blocks are kept: the same command goes on from there")
         kept.release()

@@ -62,18 +62,24 @@ class KeptRun:
         Raises:
             SaveError: It cannot be made.
         """
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            handle = os.open(self.folder / _LOCK, os.O_RDWR | os.O_CREAT, 0o666)
-        except OSError as error:
-            raise explain_os_error(error, self.folder) from error
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            os.close(handle)
-            return False
-        self._lock = handle
-        return True
+        path = self.folder / _LOCK
+        while True:
+            try:
+                self.folder.mkdir(parents=True, exist_ok=True)
+                handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+            except FileNotFoundError:
+                continue  # a run that was finished has just removed the folder
+            except OSError as error:
+                raise explain_os_error(error, self.folder) from error
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                os.close(handle)
+                return False
+            if _is_at(path, handle):
+                self._lock = handle
+                return True
+            os.close(handle)  # it was removed between the opening and the lock
 
     def read(self) -> None:
         """Find out what is there and sound; what is not is removed."""
@@ -268,6 +274,14 @@ def kept_info(folder: Path) -> KeptInfo | None:
         age_seconds=time.time() - max((one.st_mtime for one in files), default=time.time()),
         running=not free,
     )
+
+
+def _is_at(path: Path, handle: int) -> bool:
+    """Return whether an open file is still the one that has this name."""
+    try:
+        return os.path.samestat(os.fstat(handle), path.stat())
+    except OSError:
+        return False
 
 
 def _is_sound(folder: Path, row: dict[str, Any]) -> bool:
