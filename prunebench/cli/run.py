@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from prunebench.cli.dry_run import print_dry_run, print_resume_info
 from prunebench.cli.guard import command_line
 from prunebench.cli.progress import choose_progress
 from prunebench.cli.values import collect, print_config
 from prunebench.errors import UsageError
-from prunebench.models.source import find_model, local_path
 from prunebench.options import OUTSIDE_SPEC
 from prunebench.processes import device_of, rank
 from prunebench.results.render import column_title, number
 from prunebench.results.schema import Result
-from prunebench.spec import DTYPES, RunSpec, build_spec
+from prunebench.spec import DTYPES, build_spec
 
 
 def _env(name: str) -> str:
@@ -242,6 +241,22 @@ def run_command(
             help="auto, cpu, cuda or cuda:N. (default: auto)",
         ),
     ] = None,
+    weights: Annotated[
+        str | None,
+        typer.Option(
+            envvar=_env("WEIGHTS"), show_envvar=False, rich_help_panel=_HOW,
+            help="resident: in memory; disk: read a block at a time, and go on after a kill; "
+            "auto: in memory if they fit. The result is the same. (default: auto)",
+        ),
+    ] = None,
+    activations: Annotated[
+        str | None,
+        typer.Option(
+            envvar=_env("ACTIVATIONS"), show_envvar=False, rich_help_panel=_HOW,
+            help="Where hidden states wait between blocks that are on disk: device, cpu, disk. "
+            "(default: device)",
+        ),
+    ] = None,
     batch_size: Annotated[
         int | None,
         typer.Option(
@@ -267,6 +282,13 @@ def run_command(
     dry_run: Annotated[
         bool,
         typer.Option("--dry-run", rich_help_panel=_HOW, help="Check everything, load no weights."),
+    ] = False,
+    resume_info: Annotated[
+        bool,
+        typer.Option(
+            "--resume-info", rich_help_panel=_HOW,
+            help="Say what an interrupted run of this very command has kept, and stop.",
+        ),
     ] = False,
     show_config: Annotated[
         bool,
@@ -301,6 +323,8 @@ def run_command(
     setup = Setup(
         results_dir=results_dir,
         device=device_of(values["device"]),
+        weights=values["weights"],
+        activations=values["activations"],
         batch_size=batch_size,
         include_path=include_path,
         backend=backend,
@@ -313,8 +337,11 @@ def run_command(
         command=command_line(),
         progress=progress,
     )
+    if resume_info:
+        print_resume_info(spec, setup, as_json=as_json)
+        return
     if dry_run:
-        _dry_run(spec, setup, as_json=as_json)
+        print_dry_run(spec, setup, as_json=as_json)
         return
     plan = prepare(spec, setup)
     known = _known(plan) if once else None
@@ -341,37 +368,6 @@ def _known(plan: Any) -> Result | None:
         )
     known: Result | None = plan.store.newest(plan.spec, layers=True)
     return known
-
-
-def _dry_run(spec: RunSpec, setup: Any, *, as_json: bool) -> None:
-    from prunebench.prepare import prepare
-
-    source = find_model(spec.model)
-    if source.kind != "gguf" and local_path(source) is None:
-        raise UsageError(
-            f"--dry-run needs the files of {spec.model}, and they are not on this machine",
-            where="it checks sizes and tokens, and never downloads a model",
-            fix=f"run prunebench models fetch {spec.model} first",
-        )
-    plan = prepare(spec, setup)
-    if as_json:
-        typer.echo(json.dumps(plan.spec.model_dump(mode="json"), indent=1))
-        return
-    weights = sum(linear.size for linear in plan.linears)
-    typer.echo(f"{plan.spec.method} {plan.sparsity} on {plan.spec.model}, {plan.device}")
-    if plan.spec.allocation != "uniform":
-        typer.echo(f"  spread over the layers by {plan.spec.allocation}")
-    typer.echo(f"  {len(plan.linears)} linears with {weights:,} weights would be pruned")
-    if plan.calibration:
-        one = plan.calibration
-        typer.echo(f"  calibration {one.samples} x {one.seqlen} tokens of {one.text}")
-        typer.echo(f"              from {one.origin}")
-    for text in plan.texts:
-        typer.echo(f"  perplexity  {text.protocol}, {text.targets:,} targets")
-        typer.echo(f"              from {text.origin}")
-    for task in plan.tasks:
-        typer.echo(f"  accuracy    {task.name}, {task.units:,} documents")
-    typer.echo(f"  spec {plan.spec.spec_id}; nothing was loaded, nothing was written")
 
 
 def _print_summary(result: Result, path: Path, setup: Any) -> None:
