@@ -61,7 +61,7 @@ def test_methods_are_counted_on_small_matrices():
     wanda = probe_method(Wanda(), Sparsity.parse("2:4"), CPU)
     sparsegpt = probe_method(SparseGPT(), Sparsity.parse("2:4"), CPU)
     assert wanda.per_weight >= 4  # at least the score
-    assert sparsegpt.per_square >= 8  # at least the Hessian and its factor
+    assert sparsegpt.per_square >= 4  # at least the factor: the Hessian is one of the statistics
     assert sparsegpt.peak(64, 64) > wanda.peak(64, 64)
 
 
