@@ -155,6 +155,8 @@ def prepare(spec: RunSpec, setup: Setup) -> Plan:
     texts = _prepare_texts(spec, tokenizer, vocabulary, clock)
     tasks = _prepare_tasks(spec, setup, tokenizer, clock)
     spec, masks = _open_masks(spec, pruner, linears, clock)
+    if pruner.needs.training is not None:
+        require_context(config, pruner.needs.training.seqlen, option="set train_seqlen")
     spec, training, learned_from = _prepare_training(spec, pruner, tokenizer, vocabulary, clock)
     spec = _resolved(spec, local, calibration, texts)
     _require_apart(learned_from, texts)

@@ -84,7 +84,7 @@ def execute(plan: Plan) -> Result | None:
 
 def _assist(plan: Plan) -> None:
     """Learn with the first process, and file nothing."""
-    with _memory_errors(plan.device):
+    with _memory_errors(plan.device, trains=True):
         dtype = getattr(torch, plan.spec.dtype)
         model = load_model(plan.model.path, dtype=dtype, device=plan.device)
         _prune(plan, model, {one.name: plan.sparsity for one in find_linears(model)})
@@ -92,7 +92,8 @@ def _assist(plan: Plan) -> None:
 
 def _execute(plan: Plan) -> Result:
     spec, clock = plan.spec, plan.clock
-    with _failures_are_filed(plan), _memory_errors(plan.device):
+    trains = plan.training is not None
+    with _failures_are_filed(plan), _memory_errors(plan.device, trains=trains):
         dtype = getattr(torch, spec.dtype)
         with clock.stage("load", detail=f"{spec.model} in {spec.dtype} on {plan.device}"):
             model = load_model(plan.model.path, dtype=dtype, device=plan.device)
@@ -134,6 +135,8 @@ def _execute(plan: Plan) -> Result:
             cost=cost_block(plan, prune_seconds),
         )
     _publish(plan, result)  # the row first: a full disk must not cost an hour's work twice
+    if plan.training is not None:
+        plan.training.forget()
     if plan.setup.log_samples:
         write_samples(plan.store.path_of(result), samples_of(outcomes, dense))
     _save_outputs(plan, model, linears, result, allocation)
@@ -252,7 +255,7 @@ def _training(plan: Plan, advance: Advance) -> Training | None:
         if point.held_out_ppl is not None:
             plan.clock.note(training_line(point))
 
-    return dataclasses.replace(plan.training, hear=hear)
+    return dataclasses.replace(plan.training, hear=hear, note=plan.clock.note)
 
 
 def training_line(point: Point) -> str:
@@ -295,14 +298,17 @@ def _save_outputs(
 
 
 @contextmanager
-def _memory_errors(device: torch.device) -> Iterator[None]:
+def _memory_errors(device: torch.device, *, trains: bool) -> Iterator[None]:
     try:
         yield
     except (torch.OutOfMemoryError, MemoryError) as error:
         raise OutOfMemory(
             f"out of memory on {device}",
             where=str(error).splitlines()[0][:160] if str(error) else "the host has none left",
-            fix="use --dtype bfloat16, fewer --calibration-samples, or a shorter --seqlen",
+            fix="use --dtype bfloat16, fewer --calibration-samples, or a shorter --seqlen"
+            if not trains
+            else "use --dtype bfloat16, --set logit_dtype=bfloat16, --set state_dtype=int8, or a "
+            "smaller --set micro_tokens",
         ) from error
 
 

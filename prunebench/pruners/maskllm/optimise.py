@@ -76,6 +76,7 @@ class Optimizer:
         directions: Directions,
         how: Relaxation,
         *,
+        count: int,
         rate: float,
         unit: float,
     ) -> None:
@@ -84,7 +85,8 @@ class Optimizer:
         Args:
             layer: The logits and their moments.
             directions: The gradient, piece by piece; overwritten.
-            how: The relaxation of the forward pass; its step counts from 0.
+            how: The relaxation of the forward pass; random rounding has its seed and step.
+            count: Steps so far, with this one.
             rate: Learning rate.
             unit: What gradients are divided by: by what `clip` leaves (`adamw`), or the layer's
                 root mean square.
@@ -93,7 +95,7 @@ class Optimizer:
             gradient.div_(unit)
             old = layer.logits[:, part].to(torch.float32)
             if self.kind == "adamw":
-                new = self._adamw(layer, part, old, gradient, rate=rate, count=how.step + 1)
+                new = self._adamw(layer, part, old, gradient, rate=rate, count=count)
             else:
                 new = self._momentum(layer, part, old, gradient, rate=rate)
             if layer.logits.dtype == torch.bfloat16:
