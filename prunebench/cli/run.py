@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -12,13 +11,11 @@ import typer
 from prunebench.cli.guard import command_line
 from prunebench.cli.progress import choose_progress
 from prunebench.cli.values import collect, print_config
-from prunebench.errors import UsageError
-from prunebench.models.source import find_model, local_path
 from prunebench.options import OUTSIDE_SPEC
 from prunebench.processes import device_of, rank
 from prunebench.results.render import column_title, number
 from prunebench.results.schema import Result
-from prunebench.spec import DTYPES, RunSpec, build_spec
+from prunebench.spec import DTYPES, build_spec
 
 
 def _env(name: str) -> str:
@@ -290,7 +287,9 @@ def run_command(
         progress=progress,
     )
     if dry_run:
-        _dry_run(spec, setup, as_json=as_json)
+        from prunebench.cli.dry_run import dry_run as tell
+
+        tell(spec, setup, as_json=as_json)
         return
     plan = prepare(spec, setup)
     result = execute(plan)
@@ -300,37 +299,6 @@ def run_command(
         sys.stdout.write(result.to_json())
     else:
         _print_summary(result, plan.store.path_of(result), setup)
-
-
-def _dry_run(spec: RunSpec, setup: Any, *, as_json: bool) -> None:
-    from prunebench.prepare import prepare
-
-    source = find_model(spec.model)
-    if source.kind != "gguf" and local_path(source) is None:
-        raise UsageError(
-            f"--dry-run needs the files of {spec.model}, and they are not on this machine",
-            where="it checks sizes and tokens, and never downloads a model",
-            fix=f"run prunebench models fetch {spec.model} first",
-        )
-    plan = prepare(spec, setup)
-    if as_json:
-        typer.echo(json.dumps(plan.spec.model_dump(mode="json"), indent=1))
-        return
-    weights = sum(linear.size for linear in plan.linears)
-    typer.echo(f"{plan.spec.method} {plan.sparsity} on {plan.spec.model}, {plan.device}")
-    if plan.spec.allocation != "uniform":
-        typer.echo(f"  spread over the layers by {plan.spec.allocation}")
-    typer.echo(f"  {len(plan.linears)} linears with {weights:,} weights would be pruned")
-    if plan.calibration:
-        one = plan.calibration
-        typer.echo(f"  calibration {one.samples} x {one.seqlen} tokens of {one.text}")
-        typer.echo(f"              from {one.origin}")
-    for text in plan.texts:
-        typer.echo(f"  perplexity  {text.protocol}, {text.targets:,} targets")
-        typer.echo(f"              from {text.origin}")
-    for task in plan.tasks:
-        typer.echo(f"  accuracy    {task.name}, {task.units:,} documents")
-    typer.echo(f"  spec {plan.spec.spec_id}; nothing was loaded, nothing was written")
 
 
 def _print_summary(result: Result, path: Path, setup: Any) -> None:

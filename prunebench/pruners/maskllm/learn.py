@@ -303,10 +303,14 @@ class Learner:
         after_step(point)
 
     def _batch(self, windows: Tensor) -> int:
-        """Return how many windows run together: on a CPU what stays in cache."""
-        if windows.device.type != "cpu":
-            return len(windows)
-        return max(1, _CPU_BATCH_TOKENS // windows.shape[1])
+        return batch_windows(len(windows), windows.shape[1], windows.device.type)
+
+
+def batch_windows(windows: int, seqlen: int, device: str) -> int:
+    """Return how many windows run together: on a CPU what stays in cache."""
+    if device != "cpu":
+        return windows
+    return max(1, min(windows, _CPU_BATCH_TOKENS // seqlen))
 
 
 class _Gradients:

@@ -23,7 +23,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from prunebench.calibration.training import Training
 from prunebench.errors import IncompatibleData, SaveError, UsageError
@@ -33,6 +33,7 @@ from prunebench.models.masks import Masks
 from prunebench.models.source import CatalogEntry
 from prunebench.pruners.layer import (
     Event,
+    Forecast,
     Learned,
     Needs,
     Point,
@@ -45,6 +46,8 @@ from prunebench.pruners.maskllm.kept import Keeper
 from prunebench.pruners.maskllm.learn import Learner
 from prunebench.pruners.maskllm.optimise import Optimizer
 from prunebench.pruners.maskllm.options import PRIORS, Options, require_prior
+from prunebench.pruners.maskllm.plan import Load
+from prunebench.pruners.maskllm.presets import PRESETS
 from prunebench.pruners.maskllm.prior import Start
 from prunebench.pruners.maskllm.relax import LayerLogits
 from prunebench.pruners.maskllm.schedule import Schedule
@@ -75,6 +78,11 @@ class MaskLLM(Options):
             return dataclasses.replace(other, training=training)
         return Needs(training=training, masks=one.prior)
 
+    def filled(self) -> MaskLLM:
+        """Return the same with every option that was left out taken from the preset."""
+        preset = {k: v for k, v in PRESETS[self.preset].items() if getattr(self, k) is None}
+        return dataclasses.replace(self, **preset)  # type: ignore[arg-type]
+
     def for_model(self, entry: CatalogEntry | None, calibration: str | None) -> MaskLLM:
         """Fill in what depends on the model: its published masks, unless something is learned.
 
@@ -92,6 +100,20 @@ class MaskLLM(Options):
     def check(self, sparsity: Sparsity) -> None:
         """Refuse a sparsity that has no candidates, or too many."""
         require_learnable(sparsity)
+
+    def forecast(
+        self,
+        model: nn.Module,
+        sparsity: Sparsity,
+        *,
+        dtype: torch.dtype,
+        device: torch.device,
+        processes: int,
+    ) -> Forecast | None:
+        """Return what a training will need; masks that are applied need nothing."""
+        if self.masks:
+            return None
+        return Load(model, self.filled(), sparsity, dtype, device, processes).forecast()
 
     def prune(self, walker: BlockWalker, sparsity: Mapping[str, Sparsity]) -> PruneReport:
         """Learn or apply a mask for every linear of `walker`.

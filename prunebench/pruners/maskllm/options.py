@@ -6,7 +6,7 @@ import dataclasses
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, Self
+from typing import Literal
 
 from prunebench.errors import UsageError, nearest
 from prunebench.pruners.maskllm.optimise import Kind
@@ -127,11 +127,6 @@ class Options:
             value = getattr(self, name)
             if value is not None and not 0 <= value < 1:
                 raise ValueError(f"{name} must be in [0, 1)")
-
-    def filled(self) -> Self:
-        """Return the same with every option that was left out taken from the preset."""
-        preset = {k: v for k, v in PRESETS[self.preset].items() if getattr(self, k) is None}
-        return dataclasses.replace(self, **preset)  # type: ignore[arg-type]
 
     def require_no_training(self, masks: str) -> None:
         """Refuse options that would not be read, as `masks` are applied.
