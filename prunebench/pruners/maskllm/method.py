@@ -31,6 +31,7 @@ from prunebench.models.blocks import BlockWalker
 from prunebench.models.linears import Linear
 from prunebench.models.masks import Masks
 from prunebench.models.source import CatalogEntry
+from prunebench.processes import world_size
 from prunebench.pruners.layer import (
     Event,
     Forecast,
@@ -98,8 +99,10 @@ class MaskLLM(Options):
         return dataclasses.replace(self.filled(), train_data=self.train_data or calibration)
 
     def check(self, sparsity: Sparsity) -> None:
-        """Refuse a sparsity that has no candidates, or too many."""
+        """Refuse a sparsity without candidates or with too many, and steps of unequal shares."""
         require_learnable(sparsity)
+        if not self.masks:
+            self.filled()._require_shares(world_size())
 
     def forecast(
         self,
@@ -142,7 +145,7 @@ class MaskLLM(Options):
         if data is None:
             raise UsageError("maskllm needs text to learn from", fix="give --set train_data=NAME")
         shards = Shards.of_group()
-        self._require_shares(shards)
+        self._require_shares(shards.world)
         assert target.kept is not None and target.group is not None
         table = candidates(target.kept, target.group)
         prior = self._prior(walker, target, table)
@@ -173,13 +176,13 @@ class MaskLLM(Options):
         learned = Learned(progress.best_step, shards.world, tuple(progress.curve))
         return PruneReport(events, learned=learned)
 
-    def _require_shares(self, shards: Shards) -> None:
+    def _require_shares(self, world: int) -> None:
         assert self.batch is not None
-        if self.batch % (shards.world * self.noise_samples):
+        if self.batch % (world * self.noise_samples):
             raise UsageError(
                 f"{self.batch} windows a step cannot be shared out equally",
-                where=f"{shards.world} processes, {self.noise_samples} draws of the noise",
-                fix=f"use --set batch={shards.world * self.noise_samples} or a multiple",
+                where=f"{world} processes, {self.noise_samples} draws of the noise",
+                fix=f"use --set batch={world * self.noise_samples} or a multiple",
             )
 
     def _prior(

@@ -1,0 +1,183 @@
+"""MaskLLM as a command: bad input, what is kept, and runs that are killed or shared out."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+
+from prunebench.errors import SaveError
+
+SMALL = ("-m", "maskllm", "--set", "steps=2", "--set", "batch=2", "--set", "train_seqlen=24",
+         "--set", "held_out=2", "--set", "prior=magnitude")  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("options", "code", "words"),
+    [
+        (("--sparsity", "0.5"), 2, "is a ratio"),
+        (("--sparsity", "8:16"), 2, "12,870 candidates"),
+        (("--sparsity", "2:5"), 4, "not divisible by 5"),
+        (("--set", "train_seqlen=20000"), 2, "beyond the model's context"),
+        (("--set", "batch=5000"), 4, "a step takes 5000"),
+        (("--set", "held_out=5000"), 4, "5000 are held out"),
+        (("--set", "prior=wandaa"), 2, "did you mean 'wanda'"),
+        (("--set", "prior=nope.npz"), 3, "no masks at nope.npz"),
+        (("--set", "prior=hub:a/b"), 3, "cannot be downloaded"),
+        (("--set", "train_data=file:nope.txt"), 3, "nope.txt"),
+        (("--set", "preset=lap"), 2, "did you mean 'laptop'"),
+        (("--set", "rate=0"), 2, "rate must be"),
+        (("--set", "rate=nan"), 2, "rate must be"),
+        (("--set", "beta1=1"), 2, "beta1 must be in [0, 1)"),
+        (("--set", "noise=-1"), 2, "noise must be"),
+        (("--set", "optimizer=sgd"), 2, "optimizer"),
+        (("--set", "state_dtype=int4"), 2, "state_dtype"),
+        (("--set", "stepz=3"), 2, "did you mean 'steps'"),
+        (("--allocation", "owl"), 2, "does not go with maskllm"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, tuple) else None,
+)
+def test_what_cannot_be_is_said_before_anything_is_loaded(options, code, words, cli, tiny_run):
+    told = cli(*tiny_run, *SMALL, *options, code=code).output
+    assert words in told
+    assert "load " not in told
+
+
+def test_the_text_that_is_evaluated_is_not_learned_from(cli, tiny_run, eval_file):
+    told = cli(*tiny_run, *SMALL, "--set", f"train_data=file:{eval_file}", code=2).output
+    assert "learned from and evaluated on" in told
+
+
+@pytest.fixture
+def as_one_of_two(monkeypatch):
+    for name, value in (("RANK", "0"), ("WORLD_SIZE", "2"), ("LOCAL_RANK", "0")):
+        monkeypatch.setenv(name, value)
+
+
+def test_a_method_that_does_not_learn_is_refused_in_several_processes(cli, tiny_run, as_one_of_two):
+    told = cli(*tiny_run, "-m", "wanda", code=2).output
+    assert "2 processes were started, and this method works in one" in told
+
+
+def test_a_batch_that_cannot_be_shared_out_is_refused_first(cli, tiny_run, as_one_of_two):
+    told = cli(*tiny_run, *SMALL, "--set", "batch=3", code=2).output
+    assert "3 windows a step cannot be shared out equally" in told
+    assert "batch=4" in told or "batch=2" in told
+    assert "load " not in told
+
+
+def test_a_run_keeps_its_state_until_the_result_is_filed(cli, tiny_run, tmp_path, monkeypatch):
+    from prunebench import run
+
+    def full(plan, result):
+        raise SaveError("no room for the result")
+
+    states = tmp_path / "cache" / "training"
+    with monkeypatch.context() as patched:
+        patched.setattr(run, "_publish", full)
+        cli(*tiny_run, *SMALL, code=5)
+    assert len(list(states.glob("*/state"))) == 1
+    told = cli(*tiny_run, *SMALL).output
+    assert "goes on after step 2" in told
+    assert "step 2: loss" in told
+    assert list(states.iterdir()) == []
+
+
+def test_a_dry_run_says_what_a_training_needs(cli, tiny_run):
+    told = cli(*tiny_run, *SMALL, "--dry-run").output
+    assert "training    96 tokens of file-" in told
+    for item in ("model", "logits", "moments", "gradients", "workspace", "activations", "in all"):
+        assert f"GB  {item}" in told
+    assert "about 0.0 minutes for the steps" in told
+    assert "nothing was loaded" in told
+
+
+def test_check_speaks_sensibly(cli):
+    quick = ("--set", "steps=1", "--set", "batch=1", "--set", "prior=magnitude")
+    told = cli("check", "maskllm", *quick).output
+    assert "maskllm passes all" in told
+    assert "FAILED" not in told
+    assert "reaches 3:4" in told
+    assert "reaches 0.5" not in told  # it refuses ratios, and is not asked for them
+    told = cli("check", "maskllm", *quick, "--sparsity", "0.5", code=6).output
+    assert "0.5 is a ratio" in told
+
+
+# ------------------------------------------------------------ real processes
+
+
+def command(tiny_run, *options, processes=1):
+    """Return the command of a run, by torchrun if in several processes."""
+    start = [sys.executable, "-m"]
+    if processes > 1:
+        start += ["torch.distributed.run", "--nproc-per-node", str(processes), "-m"]
+    return [*start, "prunebench", *tiny_run, *SMALL, *map(str, options)]
+
+
+def finished(line, **how):
+    done = subprocess.run(line, capture_output=True, text=True, check=False, timeout=600, **how)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done
+
+
+def same_masks(one, other):
+    one, other = np.load(one), np.load(other)
+    return one.files == other.files and all((one[k] == other[k]).all() for k in one.files)
+
+
+@pytest.fixture
+def alone(tmp_path):
+    """Where and how a command runs: its own cache, one thread."""
+    cache = {"PRUNEBENCH_CACHE": str(tmp_path / "cache"), "OMP_NUM_THREADS": "1"}
+    return {"cwd": tmp_path, "env": {**os.environ, **cache}}
+
+
+@pytest.mark.processes
+def test_torchrun_learns_the_same_masks_and_files_one_result(tiny_run, tmp_path, alone):
+    line = command(tiny_run, "--save-masks", "two.npz", "--json", processes=2)
+    result = json.loads(finished(line, **alone).stdout)
+    assert result["training"]["processes"] == 2
+    finished(command(tiny_run, "--save-masks", "one.npz"), **alone)
+    assert same_masks(tmp_path / "one.npz", tmp_path / "two.npz")
+    filed = [json.loads(p.read_text()) for p in (tmp_path / "results").rglob("*.json")]
+    assert sorted(one["training"]["processes"] for one in filed) == [1, 2]
+    assert len({one["spec_id"] for one in filed}) == 1
+
+
+@pytest.mark.processes
+def test_torchrun_refuses_a_method_that_does_not_learn(tiny_run, tmp_path, alone):
+    line = command(tiny_run, processes=2)
+    line[line.index("maskllm")] = "wanda"
+    line = line[: line.index("wanda") + 1]
+    done = subprocess.run(line, capture_output=True, text=True, check=False, **alone)
+    assert done.returncode != 0
+    assert "2 processes were started, and this method works in one" in done.stderr
+    assert not list((tmp_path / "results").rglob("*.json"))
+
+
+@pytest.mark.processes
+@pytest.mark.parametrize("then", [1, 2])
+def test_a_run_that_was_killed_goes_on_with_the_same_command(then, tiny_run, tmp_path, alone):
+    """kill -9 in the middle; the same command, maybe in more processes, ends with the same mask."""
+    longer = ("--set", "steps=400", "--set", "eval_every=100", "--set", "save_every=5")
+    states = tmp_path / "cache" / "training"
+    running = subprocess.Popen(
+        command(tiny_run, *longer), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, **alone
+    )
+    until = time.monotonic() + 300
+    while not list(states.glob("*/state")) and time.monotonic() < until:
+        assert running.poll() is None, "it ended before it could be killed"
+        time.sleep(0.02)
+    running.send_signal(signal.SIGKILL)
+    running.wait()
+    assert len(list(states.glob("*/state"))) == 1
+    done = finished(command(tiny_run, *longer, "--save-masks", "b.npz", processes=then), **alone)
+    assert "goes on after step" in done.stderr
+    assert list(states.iterdir()) == []  # the result is filed: nothing is left behind
+    done = finished(command(tiny_run, *longer, "--save-masks", "a.npz"), **alone)
+    assert "goes on after step" not in done.stderr
+    assert same_masks(tmp_path / "a.npz", tmp_path / "b.npz")
