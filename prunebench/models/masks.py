@@ -31,7 +31,7 @@ HUB_FILE = "mask_compressed.npz"
 """Name of the mask file in a repository of the hub, as the published ones have it."""
 
 
-_DAMAGE = (ValueError, OSError, EOFError, NotImplementedError, zipfile.BadZipFile, zlib.error)
+_DAMAGE = (ValueError, OSError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error)
 """What numpy and zipfile raise where a file is not what it should be."""
 
 
