@@ -13,7 +13,7 @@ RUN := $(BIN)/prunebench run --calibration c4@wheel --within-block sequential
 REPRODUCE := $(addprefix reproduce-,laptop allocation wanda sparsegpt gblm alps scheduler maskllm maskllm-laptop)
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-real test-browser lint check bench clean $(REPRODUCE)
+.PHONY: help install demo test test-real test-browser test-cluster lint check bench clean $(REPRODUCE)
 
 help:  ## say what there is
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 30
@@ -44,6 +44,13 @@ test-real: install  ## the tests on the real default model and real text
 
 test-browser: install  ## the report in a real browser (needs Chromium and chromedriver)
 	$(BIN)/python -m pytest -q -m browser
+
+test-cluster: $(BIN)/.cluster  ## sweeps on a local Ray cluster and on submitit (installs both)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m cluster
+
+$(BIN)/.cluster: $(BIN)/.installed
+	$(BIN)/pip install -q -c constraints.txt -e '.[slurm,ray]'
+	touch $@
 
 lint: install
 	$(BIN)/ruff format --check .

@@ -15,7 +15,8 @@ import sys
 from dataclasses import asdict
 from pathlib import Path
 
-import benchmarks.maskllm  # noqa: F401  (registers its figures)
+import benchmarks.maskllm
+import benchmarks.packed  # noqa: F401  (they register their figures)
 from benchmarks.figures import FIGURES, Figure, machine
 
 LATEST = Path(__file__).parent / "latest.json"

@@ -63,15 +63,18 @@ def machine() -> dict[str, Any]:
     return {**hardware, **describe_software().model_dump()}
 
 
-def _at_most(name: str, limit: float, unit: str, runs: list[float]) -> Figure:
+def at_most(name: str, limit: float, unit: str, runs: list[float]) -> Figure:
+    """Return a figure that should not be above its limit."""
     return Figure(name, statistics.median(runs), "at most", limit, unit, runs)
 
 
-def _at_least(name: str, limit: float, unit: str, runs: list[float]) -> Figure:
+def at_least(name: str, limit: float, unit: str, runs: list[float]) -> Figure:
+    """Return a figure that should not be below its limit."""
     return Figure(name, statistics.median(runs), "at least", limit, unit, runs)
 
 
-def _noted(name: str, unit: str, runs: list[float]) -> Figure:
+def noted(name: str, unit: str, runs: list[float]) -> Figure:
+    """Return a figure without a promise."""
     return Figure(name, statistics.median(runs), "", None, unit, runs)
 
 
@@ -143,7 +146,7 @@ def _passes(method: str, within_block: str, limit: float) -> list[Figure]:
             )
             runs.append(pruned / (before + _plain_seconds(model, tokens)))
         title = f"{method}-{within_block}-{sparsity.replace(':', 'of')}"
-        figures.append(_at_most(title, limit, "of two plain passes", runs))
+        figures.append(at_most(title, limit, "of two plain passes", runs))
     return figures
 
 
@@ -181,8 +184,8 @@ def gblm() -> list[Figure]:
         first.append((fresh + pruned) / wanda)
         cached.append((again + pruned) / wanda)
     return [
-        _at_most("gblm-first-use", 3.2, "times wanda", first),
-        _at_most("gblm-cached", 1.1, "times wanda", cached),
+        at_most("gblm-first-use", 3.2, "times wanda", first),
+        at_most("gblm-cached", 1.1, "times wanda", cached),
     ]
 
 
@@ -198,7 +201,7 @@ def gblm_peak_rss() -> list[Figure]:
     result = json.loads(out)
     model, cost = result["model"], result["cost"]
     allowed = 4 * (model["parameters"] + model["prunable_parameters"]) / 1e9 + 0.5
-    return [_at_most("gblm-peak-rss", allowed, "GB", [cost["peak_rss_bytes"] / 1e9])]
+    return [at_most("gblm-peak-rss", allowed, "GB", [cost["peak_rss_bytes"] / 1e9])]
 
 
 @figure("alps-losses")
@@ -218,8 +221,8 @@ def alps_losses() -> list[Figure]:
         del group
     share = sum(ratio <= 1 for ratio in ratios) / len(ratios)
     return [
-        _at_least("alps-layers-at-or-below-sparsegpt", 0.95, "of the layers", [share]),
-        _noted("alps-loss", "of SparseGPT's loss, median layer", ratios),
+        at_least("alps-layers-at-or-below-sparsegpt", 0.95, "of the layers", [share]),
+        noted("alps-loss", "of SparseGPT's loss, median layer", ratios),
     ]
 
 
@@ -264,7 +267,7 @@ def nm_mask() -> list[Figure]:
                 runs.append((middle - begun) / (ended - middle))
         name = f"nm-mask-{kept}of{group}"
         unit = "times faster than the loop"
-        figures.append(_at_least(name, 10, unit, runs) if group == 4 else _noted(name, unit, runs))
+        figures.append(at_least(name, 10, unit, runs) if group == 4 else noted(name, unit, runs))
     return figures
 
 
@@ -289,7 +292,7 @@ def ppl_throughput() -> list[Figure]:
         token_ppl(model, tokens)
         if attempt:
             runs.append((middle - begun) / (time.perf_counter() - middle))
-    return [_at_least("ppl-throughput", 0.9, "of a plain forward pass", runs)]
+    return [at_least("ppl-throughput", 0.9, "of a plain forward pass", runs)]
 
 
 @figure("bf16")
@@ -316,8 +319,8 @@ def bf16() -> list[Figure]:
     native = cpuinfo.is_file() and "bf16" in cpuinfo.read_text("utf-8")
     unit = "times float32"
     if not native:
-        return [_noted("bf16-prune", unit, prune), _noted("bf16-score", unit, score)]
-    return [_at_least("bf16-prune", 1.5, unit, prune), _at_least("bf16-score", 1.5, unit, score)]
+        return [noted("bf16-prune", unit, prune), noted("bf16-score", unit, score)]
+    return [at_least("bf16-prune", 1.5, unit, prune), at_least("bf16-score", 1.5, unit, score)]
 
 
 # ---------------------------------------------------------------- whole commands
@@ -343,7 +346,7 @@ def peak_rss() -> list[Figure]:
             arguments = [*run, "--calibration", "c4@wheel", "--json", "-q", "--ppl-tokens", "2048"]
             _, out = _run_cli(arguments, folder=Path(folder))
         gigabytes = json.loads(out)["cost"]["peak_rss_bytes"] / 1e9
-        figures.append(_at_most(f"peak-rss-{order}", 2.2, "GB", [gigabytes]))
+        figures.append(at_most(f"peak-rss-{order}", 2.2, "GB", [gigabytes]))
     return figures
 
 
@@ -359,7 +362,7 @@ def startup() -> list[Figure]:
     ):
         with tempfile.TemporaryDirectory() as folder:
             runs = [_run_cli(arguments, folder=Path(folder))[0] for _ in range(7)]
-        figures.append(_at_most(f"startup-{name}", 0.5, "s", runs[1:]))
+        figures.append(at_most(f"startup-{name}", 0.5, "s", runs[1:]))
     return figures
 
 
@@ -379,7 +382,7 @@ def demo() -> list[Figure]:
             run += ["--within-block", "sequential"]
             _run_cli(run, folder=Path(folder))
         _run_cli(["compare"], folder=Path(folder))
-    return [_at_most("demo", 300, "s", [time.perf_counter() - begun])]
+    return [at_most("demo", 300, "s", [time.perf_counter() - begun])]
 
 
 @figure("compare-2000")
@@ -400,4 +403,4 @@ def _with_2000_results(name: str, limit: float, arguments: list[str]) -> Figure:
     with tempfile.TemporaryDirectory() as folder:
         publish_results(Path(folder) / "results", 2000)
         runs = [_run_cli(arguments, folder=Path(folder), threads=1)[0] for _ in range(4)]
-    return _at_most(name, limit, "s", runs[1:])
+    return at_most(name, limit, "s", runs[1:])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from typing import Any
 
-from benchmarks.figures import Figure, _at_most, _model, _noted, _tokens, figure
+from benchmarks.figures import Figure, _model, _tokens, at_most, figure, noted
 
 _WINDOWS = 8  # of 512 tokens: 4,096 a step
 _ROUNDS = 2
@@ -60,7 +60,7 @@ def maskllm_step() -> list[Figure]:
                 learner._step(step, tokens)
                 taken = time.perf_counter() - begun
                 ratios.append(2 * taken / (before + _dense_step(model, tokens)))
-        figures.append(_at_most(f"maskllm-step-{preset}", 2.0, "of a dense step", ratios))
+        figures.append(at_most(f"maskllm-step-{preset}", 2.0, "of a dense step", ratios))
     figures.append(_mask_pass(learner))
     return figures
 
@@ -79,4 +79,4 @@ def _mask_pass(learner: Any) -> Figure:
         for one, layer in learner.layers.items():
             layer.soften(one.stored, calm, torch.empty_like(one.stored))
         rates.append(moved / 1e9 / (time.perf_counter() - begun))
-    return _noted("maskllm-mask-pass", "GB/s", rates)
+    return noted("maskllm-mask-pass", "GB/s", rates)

@@ -4,7 +4,8 @@
     prunebench.json  the result
     recipe.toml      the run, for `run --recipe`
     masks.npz        the keep masks, packed bits, as `run --save-masks` writes them
-    *                weights, config and tokenizer, as they were
+    *                weights, config and tokenizer, as they were; with `to="packed24"` the 2:4
+                     matrices packed, with `to="dense"` as plain safetensors again
 
 The weights in the files are hashed and must be those that the result scored: a card never describes
 other weights.
@@ -17,9 +18,9 @@ import os
 import re
 import shlex
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -31,23 +32,35 @@ from prunebench.files import atomic_folder
 from prunebench.models.card import model_card
 from prunebench.models.linears import Linear, find_linears
 from prunebench.models.load import hash_weights, load_config, load_model, skeleton
-from prunebench.models.safetensors_files import (
-    StoredTensor,
-    check_weight_files,
-    hash_stored,
-    stored_tensors,
-    weight_files,
-)
+from prunebench.models.safetensors_files import INDEX_NAME, StoredTensor, hash_stored
 from prunebench.models.save import RESULT_NAME, check_target, save_masks, save_stored_masks
+from prunebench.models.source import LocalModel, ModelSource
 from prunebench.progress import Progress
 from prunebench.results.schema import Result
 from prunebench.results.store import Damaged, read_copy
+from prunebench.sparse24.folder import (
+    PACKED_INDEX,
+    Packing,
+    copy_companions,
+    dense_tensors,
+    kind_of,
+    unpacked,
+    write_dense,
+    write_packed,
+)
 from prunebench.sparsity import Sparsity
 from prunebench.spec import RunSpec
 
 MASKS_NAME, RECIPE_NAME, ALLOCATION_NAME = "masks.npz", "recipe.toml", "allocation.json"
 _KINDS = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja")
 _WRITTEN = ("README.md", RECIPE_NAME, MASKS_NAME, ALLOCATION_NAME)
+_STORAGE = {
+    "dense": "zeros are stored in place: the files are as large as the dense model's",
+    "packed24": "2:4 matrices are packed (values and 4-bit codes, 0.5625 of the dense bytes): run "
+    "them with `prunebench`, or get plain safetensors with `prunebench export DIR --to dense`",
+    "sparse-24-bitmask": "2:4 matrices are stored as sparse-24-bitmask",
+}
+To = Literal["dense", "packed24"]
 _ABOUT = {
     RESULT_NAME: "the result: every setting, the sparsity of every layer, cost, versions",
     RECIPE_NAME: f"the run, for `prunebench run --recipe {RECIPE_NAME}`",
@@ -64,13 +77,15 @@ class Exported:
         sizes: Bytes of every file, by name.
         linked: Files that share their bytes with the checkpoint (hard links).
         left_out: Files of the checkpoint that were not taken.
+        packing: What packing did, where the matrices were packed.
     """
 
     folder: Path
-    result: Result
+    result: Result | None
     sizes: dict[str, int]
     linked: tuple[str, ...]
     left_out: tuple[str, ...]
+    packing: Packing | None = field(default=None)
 
 
 @dataclass(frozen=True)
@@ -132,7 +147,9 @@ def no_weights(result: Result) -> MissingResource:
     )
 
 
-def export(source: Path, target: Path, *, replace: bool, progress: Progress) -> Exported:
+def export(
+    source: Path, target: Path, *, replace: bool, progress: Progress, to: To | None = None
+) -> Exported:
     """Write the folder.
 
     Args:
@@ -140,22 +157,36 @@ def export(source: Path, target: Path, *, replace: bool, progress: Progress) -> 
         target: The folder to write; a whole one or none is left there.
         replace: Whether it may replace what is there.
         progress: Hears of the stages.
+        to: How the weights are stored; None is as they are now. With one, any folder of a model
+            is taken, also one that nobody here has scored: it then gets no card.
 
     Raises:
         IncompatibleData: The source is damaged, or its weights are not those that were scored.
         UsageError: There is something at the target.
         SaveError: It cannot be written.
     """
+    stored = kind_of(source)
+    to = None if to == stored else to
+    if to is not None and not (source / RESULT_NAME).is_file():
+        return _convert(source, target, to, replace=replace, progress=progress)
     result = read_checkpoint(source)
-    check_weight_files(source)
+    tensors = dense_tensors(source)
     _check_target(source, target, replace=replace)
-    weights = _verify(source, result, progress)
+    weights = _verify(source, tensors, result, progress)
     wanted = [path for path in sorted(source.iterdir()) if _is_taken(path)]
+    if to is not None:
+        wanted = [path for path in wanted if not _is_weight(path)]
+    packing = None
     if target.is_dir() and not any(target.iterdir()):
         target.rmdir()
     with atomic_folder(target, replace=replace) as part:
         with progress.stage("copy", detail=f"{len(wanted)} files"):
             linked = [path.name for path in wanted if _place(path, part / path.name)]
+        if to == "packed24":
+            packing = write_packed(tensors, part, progress=progress)
+        elif to == "dense":
+            with progress.stage("write", detail="dense safetensors"):
+                write_dense(tensors, part)
         written = [RESULT_NAME, RECIPE_NAME]
         recipe = recipe_text(result)
         if result.spec.allocation == "file":
@@ -167,11 +198,35 @@ def export(source: Path, target: Path, *, replace: bool, progress: Progress) -> 
                 weights.write_masks(part / MASKS_NAME)
             written.append(MASKS_NAME)
         about = {name: _ABOUT[name] for name in written}
-        (part / "README.md").write_text(model_card(result, about), encoding="utf-8")
-    sizes = {path.name: path.stat().st_size for path in sorted(target.iterdir())}
-    left_out = [p.name for p in sorted(source.iterdir()) if p not in wanted]
-    left_out = [name for name in left_out if name not in _WRITTEN]
-    return Exported(target, result, sizes, tuple(linked), tuple(left_out))
+        card = model_card(result, about, storage=_STORAGE[to or stored])
+        (part / "README.md").write_text(card, encoding="utf-8")
+    left_out = [p for p in sorted(source.iterdir()) if p not in wanted and not _is_weight(p)]
+    names = tuple(path.name for path in left_out if path.name not in _WRITTEN)
+    return Exported(target, result, _sizes(target), tuple(linked), names, packing)
+
+
+def _convert(source: Path, target: Path, to: To, *, replace: bool, progress: Progress) -> Exported:
+    """Store the weights of a folder without a result in another way; the rest is copied."""
+    load_config(source)
+    tensors = dense_tensors(source)
+    _check_target(source, target, replace=replace)
+    packing = None
+    with atomic_folder(target, replace=replace) as part:
+        copy_companions(source, part)
+        if to == "packed24":
+            packing = write_packed(tensors, part, progress=progress)
+        else:
+            with progress.stage("write", detail="dense safetensors"):
+                write_dense(tensors, part)
+    return Exported(target, None, _sizes(target), (), (), packing)
+
+
+def _sizes(folder: Path) -> dict[str, int]:
+    return {path.name: path.stat().st_size for path in sorted(folder.iterdir())}
+
+
+def _is_weight(path: Path) -> bool:
+    return path.suffix == ".safetensors" or path.name in (INDEX_NAME, PACKED_INDEX)
 
 
 def _is_taken(path: Path) -> bool:
@@ -212,17 +267,21 @@ def _place(source: Path, target: Path) -> bool:
     return False
 
 
-def _verify(source: Path, result: Result, progress: Progress) -> _Weights:
+def _verify(
+    source: Path, tensors: dict[str, StoredTensor], result: Result, progress: Progress
+) -> _Weights:
     """Refuse weights that are not those that the result scored."""
     assert result.model is not None
     model: nn.Module = skeleton(load_config(source))
-    tensors = stored_tensors(weight_files(source))
     names = [name for name, _ in model.named_parameters()]
     loaded = not set(names) <= tensors.keys()
     if loaded:
         with progress.stage("load", detail=f"{source}: its files name parameters otherwise"):
             dtype = getattr(torch, result.model.dtype)
-            model = load_model(source, dtype=dtype, device=torch.device("cpu"))
+            here = ModelSource(source.resolve().name, "folder", str(source))
+            local = LocalModel(here, source, f"sha256:{result.model.evaluated_sha256}")
+            path = unpacked(local, progress).path
+            model = load_model(path, dtype=dtype, device=torch.device("cpu"))
             digest = hash_weights(model)
     else:
         total = sum(tensors[name].stop - tensors[name].start for name in names)
@@ -275,6 +334,7 @@ def recipe_text(result: Result) -> str:
         "num_fewshot",
         "limit",
         "apply_chat_template",
+        "execute",
     ):
         if getattr(spec, name) != RunSpec.model_fields[name].default:
             values[name] = getattr(spec, name)

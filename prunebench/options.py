@@ -10,7 +10,7 @@ from prunebench.errors import UsageError, nearest
 from prunebench.models.source import find_model
 from prunebench.pruners import METHODS
 from prunebench.sparsity import Sparsity
-from prunebench.spec import DTYPES, ORDERS, RunSpec
+from prunebench.spec import DTYPES, EXECUTIONS, ORDERS, RunSpec
 
 RUN_KEYS: dict[str, type | tuple[type, ...]] = {
     "method": str,
@@ -28,6 +28,7 @@ RUN_KEYS: dict[str, type | tuple[type, ...]] = {
     "num_fewshot": int,
     "limit": int,
     "apply_chat_template": bool,
+    "execute": str,
     "seed": int,
     "dtype": str,
     "within_block": str,
@@ -58,7 +59,11 @@ def with_defaults(given: Mapping[str, Any]) -> dict[str, Any]:
     values |= {"sparsity": row.sparsity, "allocation": row.allocation, "device": "auto"}
     values["dtype"] = source.entry.dtype if source.entry else "float32"
     values |= {key: value for key, value in given.items() if key != "set"}
-    for name, known in (("dtype", DTYPES), ("within_block", ORDERS)):
+    for name, known in (
+        ("dtype", DTYPES),
+        ("within_block", ORDERS),
+        ("execute", EXECUTIONS),
+    ):
         if values[name] not in known:
             raise UsageError(
                 f"--{name.replace('_', '-')} {values[name]!r} is not known",

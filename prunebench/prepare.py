@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import time
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +44,8 @@ from prunebench.pruners import METHODS
 from prunebench.pruners.layer import DependsOnModel, Pruner
 from prunebench.results.schema import CalibrationBlock
 from prunebench.results.store import ResultStore
+from prunebench.sparse24.folder import unpacked
+from prunebench.sparse24.guards import check_execution
 from prunebench.sparsity import Sparsity
 from prunebench.spec import RunSpec
 
@@ -58,6 +60,7 @@ class Setup:
         batch_size: Sequences that a task of lm-eval is asked at a time; None is what suits the
             device.
         include_path: Folder with more task files for lm-eval.
+        backend: What multiplies by packed weights, with `execute` of the spec; None is the best.
         log_samples: Whether to file what came out for every document and window.
         save_model: Folder for the pruned checkpoint.
         save_masks: File for the keep masks.
@@ -72,6 +75,7 @@ class Setup:
     device: str = "auto"
     batch_size: int | None = None
     include_path: Path | None = None
+    backend: str | None = None
     log_samples: bool = False
     save_model: Path | None = None
     save_masks: Path | None = None
@@ -126,11 +130,12 @@ def prepare(spec: RunSpec, setup: Setup) -> Plan:
         spec, pruner, rule, sparsity = named.spec, named.pruner, named.allocator, named.sparsity
         spec = spec.model_copy(update={"model": source.id})
         device = choose_device(setup.device)
+        check_execution(spec, sparsity, backend=setup.backend, device=device)
         store = ResultStore(setup.results_dir)
         store.require_writable(spec)
         require_writable(cache_dir())
         _check_outputs(setup, need_model_bytes=1 << 20)
-    local = fetch_model(source, clock)
+    local = unpacked(fetch_model(source, clock), clock)
     with clock.stage("check", detail="config, tokenizer and sizes"):
         config = load_config(local.path)
         if spec.seqlen is not None and not (spec.calibration or "").startswith("tokens:"):
@@ -208,7 +213,7 @@ def _resolve_method(
     if isinstance(pruner, DependsOnModel):
         pruner = pruner.for_model(entry, spec.calibration)
         pruner.check(sparsity)
-        options = asdict(pruner)
+        options = pruner.options()
     if row.patterns == "0" and sparsity.ratio != 0:
         raise UsageError(
             f"the method {spec.method} does not prune", fix="leave --sparsity out, or use 0"

@@ -23,6 +23,10 @@
     gpu_memory_gb = { llama2-7b = 19 }
     time = "not measured"
 
+    [resources]                     # what a cell asks of Slurm or Ray, if --resource does not
+    gpus = 1
+    time = "4:00:00"
+
 `ppl` and `tasks` are lists of names and never axes. TOML and not YAML: YAML 1.1 reads a bare `2:4`
 as the number 124.
 """
@@ -39,6 +43,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from prunebench.engines.job import RESOURCE_KEYS, Resources
 from prunebench.errors import PrunebenchError, UsageError, nearest
 from prunebench.evaluate.records import task_table
 from prunebench.options import OUTSIDE_SPEC, RUN_KEYS, with_defaults
@@ -49,7 +54,7 @@ _NUMBER = (int, float)
 _Kinds = type | tuple[type, ...]
 _NEVER_AXES = ("ppl", "tasks")
 _TOP: dict[str, _Kinds] = {
-    **RUN_KEYS, "about": str, "grid": list, "expect": list, "needs": dict,
+    **RUN_KEYS, "about": str, "grid": list, "expect": list, "needs": dict, "resources": dict,
 }  # fmt: skip
 _EXPECT: dict[str, _Kinds] = {
     "paper": str, "table": (str, list), "tolerance": _NUMBER, "metric": str, "model": str,
@@ -149,6 +154,7 @@ class Recipe:
         expectations: What should come out.
         gpu_memory_gb: What a GPU needs for a model, as far as the recipe says.
         time: What the recipe says about time.
+        resources: What a cell asks of a cluster, by the keys of `--resource`.
     """
 
     path: Path
@@ -157,6 +163,7 @@ class Recipe:
     expectations: tuple[Expectation, ...] = ()
     gpu_memory_gb: dict[str, float] = field(default_factory=dict)
     time: str = ""
+    resources: dict[str, Any] = field(default_factory=dict)
 
     def single(self) -> dict[str, Any]:
         """Return the options of its only cell.
@@ -224,6 +231,13 @@ def read_recipe(path: Path, *, complete: bool = False) -> Recipe:
         cells = _cells(source, _expand(source, given, grids))
     needs = table.get("needs", {})
     source.check(needs, _NEEDS, "[needs]")
+    resources = table.get("resources", {})
+    source.check(resources, RESOURCE_KEYS, "[resources]")
+    try:
+        Resources.of(resources)
+    except UsageError as error:
+        error.where = " / ".join(filter(None, (source.at("", "[resources]"), error.where)))
+        raise
     return Recipe(
         path=path,
         about=table.get("about", ""),
@@ -231,6 +245,7 @@ def read_recipe(path: Path, *, complete: bool = False) -> Recipe:
         expectations=tuple(_expectations(source, table.get("expect", []), cells)),
         gpu_memory_gb={k: float(v) for k, v in needs.get("gpu_memory_gb", {}).items()},
         time=needs.get("time", ""),
+        resources=resources,
     )
 
 

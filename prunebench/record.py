@@ -28,11 +28,13 @@ from prunebench.results.samples import Sample
 from prunebench.results.schema import (
     AllocationBlock,
     CostBlock,
+    FailureBlock,
     HardwareBlock,
     LayerSparsity,
     MethodBlock,
     MethodEvent,
     ModelBlock,
+    Result,
     Score,
     SoftwareBlock,
     SparsityBlock,
@@ -56,6 +58,12 @@ def identity(plan: Plan, *, status: str) -> dict[str, Any]:
         "hardware": describe_hardware(plan.device),
         "software": describe_software(with_tasks=bool(plan.tasks)),
     }
+
+
+def failed_result(plan: Plan, *, error: str, stage: str, message: str) -> Result:
+    """Return the record of a run that did not finish."""
+    failure = FailureBlock(stage=stage, error=error, message=message[:500])
+    return Result(**identity(plan, status="failed"), failure=failure)
 
 
 def model_block(

@@ -27,6 +27,7 @@ from prunebench.evaluate.outcome import (
     cached_outcomes,
     remember_outcomes,
 )
+from prunebench.execution import executed
 from prunebench.files import cache_dir, write_text
 from prunebench.models.blocks import BlockWalker
 from prunebench.models.gradients import GradientNorms, Norm, gradient_norms
@@ -42,6 +43,7 @@ from prunebench.pruners.layer import Point, PruneReport
 from prunebench.record import (
     allocation_block,
     cost_block,
+    failed_result,
     identity,
     method_block,
     model_block,
@@ -51,7 +53,7 @@ from prunebench.record import (
     training_block,
 )
 from prunebench.results.samples import write_samples
-from prunebench.results.schema import FailureBlock, Result
+from prunebench.results.schema import Result
 from prunebench.sparsity import Sparsity
 from prunebench.spec import RunSpec
 
@@ -98,7 +100,7 @@ def _execute(plan: Plan) -> Result:
         with clock.stage("load", detail=f"{spec.model} in {spec.dtype} on {plan.device}"):
             model = load_model(plan.model.path, dtype=dtype, device=plan.device)
             dense_sha256 = hash_weights(model)
-        is_dense = METHODS.find(spec.method).patterns == "0"
+        is_dense = METHODS.find(spec.method).patterns == "0" and spec.execute == "dense"
         dense = [] if is_dense else _score_dense(plan, model, dense_sha256)
         references = _refer_to_dense(plan, model)
         linears = find_linears(model)
@@ -114,9 +116,10 @@ def _execute(plan: Plan) -> Result:
             measured = [measure_linear(one, requested[one.name]) for one in linears]
             require_met(measured, zeros, requested)
             evaluated_sha256 = dense_sha256 if is_dense else hash_weights(model)
-        outcomes = _score_pruned(plan, model, dense_sha256 if is_dense else None)
+        with executed(plan, model, linears) as execution:
+            outcomes = _score_pruned(plan, model, dense_sha256 if is_dense else None)
+            diverged = _diverge(plan, model, references)
         dense = outcomes if is_dense else dense
-        diverged = _diverge(plan, model, references)
         result = Result(
             **identity(plan, status="ok"),
             model=model_block(plan, model, dense_sha256, evaluated_sha256),
@@ -132,6 +135,7 @@ def _execute(plan: Plan) -> Result:
                 )
                 for score in score_blocks(*pair)
             ],
+            execution=execution,
             cost=cost_block(plan, prune_seconds),
         )
     _publish(plan, result)  # the row first: a full disk must not cost an hour's work twice
@@ -319,11 +323,11 @@ def _failures_are_filed(plan: Plan) -> Iterator[None]:
         yield
     except Exception as error:
         what = error.what if isinstance(error, PrunebenchError) else str(error)
-        failure = FailureBlock(
-            stage=plan.clock.current, error=type(error).__name__, message=what[:500]
+        record = failed_result(
+            plan, error=type(error).__name__, stage=plan.clock.current, message=what
         )
         try:
-            plan.store.publish(Result(**identity(plan, status="failed"), failure=failure))
+            plan.store.publish(record)
         except PrunebenchError as unsaved:
             plan.clock.note(f"the failure could not be filed: {unsaved.what}")
         raise

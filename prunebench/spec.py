@@ -15,9 +15,11 @@ from prunebench.errors import UsageError
 OptionValue = bool | int | float | str | None
 Dtype = Literal["float32", "bfloat16", "float16"]
 WithinBlock = Literal["joint", "sequential"]
+Execute = Literal["dense", "sparse24"]
 
 DTYPES: tuple[str, ...] = get_args(Dtype)
 ORDERS: tuple[str, ...] = get_args(WithinBlock)
+EXECUTIONS: tuple[str, ...] = get_args(Execute)
 
 
 class RunSpec(BaseModel):
@@ -52,6 +54,7 @@ class RunSpec(BaseModel):
     num_fewshot: int | None = Field(default=None, ge=0)
     limit: int | None = Field(default=None, ge=1)
     apply_chat_template: bool = False
+    execute: Execute = "dense"
     seed: int = Field(default=0, ge=0, lt=2**32)
 
     @property
@@ -67,7 +70,8 @@ class RunSpec(BaseModel):
         fields = self.model_dump(mode="json")
         if self.allocation == "uniform" and not self.allocation_options:
             del fields["allocation"], fields["allocation_options"]
-        for name in ("divergence", "tasks", "num_fewshot", "limit", "apply_chat_template"):
+        later = ("divergence", "tasks", "num_fewshot", "limit", "apply_chat_template", "execute")
+        for name in later:
             if getattr(self, name) == RunSpec.model_fields[name].default:
                 del fields[name]
         return json.dumps(fields, sort_keys=True, separators=(",", ":"))

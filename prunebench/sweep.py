@@ -1,31 +1,47 @@
 """From a recipe to results: one process a cell, finished cells skipped, failures kept apart.
 
+    sweep = Sweep(setup, engine=LocalEngine(slots, show=show))
+    for outcome in sweep.run(recipe.cells): ...
+
 A cell is finished when the shared table holds a result of the very same spec, resolved to content
 (weights, texts, options, seed): a sweep that was stopped, killed or interrupted is started again
 with the same command, and goes on. A process a cell: whatever one does to memory, the next starts
-clean, and its peak is its own.
+clean, and its peak is its own. Every cell is checked on the machine that runs the sweep before an
+engine gets it; a job looks once more whether its cell is finished, so that several sweeps of one
+recipe do little twice. A cell that fails is tried once more unless its exit code says that it
+would fail the same way, and then a `failed` record says why.
 """
 
 from __future__ import annotations
 
 import os
 import re
-import subprocess
-import sys
+import shlex
 import time
-from collections.abc import Callable, Sequence
+from collections import deque
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Literal
 
+from prunebench.engines import Engine
+from prunebench.engines.job import Job, JobEnd, Refused
+from prunebench.engines.local import LocalEngine
 from prunebench.errors import MissingResource, PrunebenchError, UsageError
 from prunebench.hub import hub_reachable
 from prunebench.models.source import ModelSource, find_model, local_path
 from prunebench.options import RUN_KEYS
-from prunebench.prepare import Setup, prepare
+from prunebench.prepare import Plan, Setup, prepare
 from prunebench.recipe import Recipe, RecipeCell
+from prunebench.record import failed_result
 from prunebench.results.schema import Result
-from prunebench.results.store import ResultStore
+from prunebench.results.store import ResultStore, read_result
+from prunebench.spec import RunSpec
 
+_TRIES = 2
+_INTERRUPTED = 130
+_FINAL = (2, 4, 6, _INTERRUPTED)  # usage, damaged data, a check: the same again would not help
+_ARRIVAL_SECONDS, _ARRIVAL_POLL_SECONDS = 60.0, 1.0  # a network file system hides new files a while
 _SHARD = re.compile(r"(\d+)/(\d+)")
 
 
@@ -38,6 +54,7 @@ class CellOutcome:
         result: What was filed, unless it failed.
         reason: Why it failed, in one line.
         exit_code: That of its process.
+        tries: How often it was started.
     """
 
     cell: RecipeCell
@@ -46,6 +63,17 @@ class CellOutcome:
     reason: str = ""
     exit_code: int = 0
     seconds: float = 0.0
+    tries: int = 0
+
+
+@dataclass(frozen=True)
+class _Attempt:
+    """A cell on its way: what it is, and the failures that were on file before."""
+
+    cell: RecipeCell
+    spec: RunSpec | None = None
+    failed_before: frozenset[str] = frozenset()
+    tries: int = 0
 
 
 def parse_shard(text: str) -> tuple[int, int]:
@@ -66,15 +94,27 @@ def shard(cells: Sequence[RecipeCell], part: int, parts: int) -> list[RecipeCell
     return list(cells[part - 1 :: parts])
 
 
-def require_resources(recipe: Recipe, cells: Sequence[RecipeCell], *, device: str) -> None:
+def needs_gpu(recipe: Recipe, cells: Sequence[RecipeCell], *, device: str) -> bool:
+    """Whether any of the cells cannot well do without a GPU."""
+    if device != "auto":
+        return device.startswith("cuda")
+    named = (cell.values["device"].startswith("cuda") for cell in cells)
+    return any(named) or any(cell.values["model"] in recipe.gpu_memory_gb for cell in cells)
+
+
+def require_resources(
+    recipe: Recipe, cells: Sequence[RecipeCell], *, device: str, here: bool = True
+) -> None:
     """Say before the first cell what is missing for any: a GPU, the hub, a login.
+
+    With `here` False the cells run elsewhere, where there may be a GPU.
 
     Raises:
         MissingResource: What is missing, and for which models.
     """
     models = {cell.values["model"]: find_model(cell.values["model"]) for cell in cells}
     big = {name: recipe.gpu_memory_gb[name] for name in models if name in recipe.gpu_memory_gb}
-    if big and device == "auto" and not _has_gpu():
+    if here and big and device == "auto" and not _has_gpu():
         name, size = max(big.items(), key=lambda item: item[1])
         raise MissingResource(
             f"{recipe.path} needs a CUDA device, and there is none here",
@@ -114,66 +154,164 @@ def _logged_in() -> bool:
 
 
 class Sweep:
-    """The cells of a recipe, run one after the other.
+    """The cells of a recipe, given to an engine.
 
     Args:
         setup: What all cells share: results folder, device, batch size, task files, samples.
-        show: Gets every line that a cell's process writes to stderr, as it comes.
+        engine: Where they run.
+        tell: Gets a cell and one line about what became of it on the way.
     """
 
-    def __init__(self, setup: Setup, *, show: Callable[[str], None]) -> None:
+    def __init__(
+        self,
+        setup: Setup,
+        *,
+        engine: Engine | None = None,
+        tell: Callable[[RecipeCell, str], None] = lambda cell, line: None,
+    ) -> None:
         self._setup = setup
-        self._show = show
+        self._engine = engine or LocalEngine([{}], show=lambda number, line: None)
+        self._here = isinstance(self._engine, LocalEngine)
+        self._tell = tell
         self._store = ResultStore(setup.results_dir)
+        self._running: dict[int, _Attempt] = {}
+        self._at_once = self._engine.at_once
 
-    def finished(self, cell: RecipeCell) -> Result | None:
-        """Return the newest finished result of the same spec, if there is one.
+    def prepared(self, cell: RecipeCell) -> Plan:
+        """Check a cell on this machine, and fetch what it needs.
 
         Raises:
             PrunebenchError: The cell cannot be run: what `prunebench run` would say.
         """
         device = cell.values["device"] if self._setup.device == "auto" else self._setup.device
-        plan = prepare(cell.spec, replace(self._setup, device=device))
-        return self._store.newest(plan.spec)
+        setup = replace(
+            self._setup,
+            device=device if self._here else "cpu",
+            command=shlex.join(self.command(cell)),
+        )
+        if not cell.values["tasks"]:
+            setup = replace(setup, batch_size=None, include_path=None)
+        return prepare(cell.spec, setup)
 
-    def run(self, cell: RecipeCell) -> CellOutcome:
-        """Run a cell in a process of its own, unless it is finished."""
-        started = time.monotonic()
+    def finished(self, cell: RecipeCell) -> Result | None:
+        """Return the newest finished result of the same spec, if there is one.
+
+        Raises:
+            PrunebenchError: As for `prepared`.
+        """
+        return self._store.newest(self.prepared(cell).spec)
+
+    def run(self, cells: Sequence[RecipeCell]) -> Generator[CellOutcome]:
+        """Run the cells that are not finished; yields what became of each, as it is known.
+
+        Closing the iterator, or an interrupt, ends all jobs.
+        """
+        waiting = deque(_Attempt(cell) for cell in cells)
         try:
-            known = self.finished(cell)
+            while waiting or self._running:
+                full = self._at_once is not None and len(self._running) >= self._at_once
+                if waiting and not full:
+                    outcome = self._begin(waiting.popleft(), waiting)
+                else:
+                    outcome = self._end(*self._engine.wait(), waiting)
+                if outcome:
+                    yield outcome
+        finally:
+            if self._running:
+                self._engine.cancel()
+            self._engine.close()
+
+    def _begin(self, attempt: _Attempt, waiting: deque[_Attempt]) -> CellOutcome | None:
+        """Give a cell to the engine, unless it is finished or cannot be run."""
+        cell = attempt.cell
+        try:
+            spec = self.prepared(cell).spec
         except PrunebenchError as error:
             reason = " / ".join(str(error).splitlines())
             return CellOutcome(cell, "failed", reason=reason, exit_code=error.exit_code)
+        known = self._store.newest(spec)
         if known:
-            return CellOutcome(cell, "finished", known)
-        process = subprocess.Popen(
-            [sys.executable, "-m", "prunebench", *self.command(cell)[1:]],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            env={k: v for k, v in os.environ.items() if not _is_option(k)},
-            text=True,
-            errors="replace",
-        )
-        assert process.stderr is not None and process.stdout is not None
-        reasons: list[str] = []
+            return CellOutcome(cell, "done" if attempt.tries else "finished", known)
+        if attempt.spec is None:
+            attempt = replace(attempt, spec=spec, failed_before=self._failed(spec))
         try:
-            for line in process.stderr:
-                self._show(line.rstrip("\n"))
-                if reasons or line.startswith("error: "):
-                    reasons.append(line.strip())
-            output = process.stdout.read()
-            code = process.wait()
-        except KeyboardInterrupt:
-            process.wait()  # it was interrupted too: a Ctrl-C goes to the whole group
-            raise
-        seconds = time.monotonic() - started
-        if code == 0:
-            return CellOutcome(cell, "done", Result.model_validate_json(output), seconds=seconds)
-        if code == 130:
+            name = self._engine.submit(self._job(cell))
+        except Refused:
+            if not self._running:
+                raise
+            self._at_once = len(self._running)
+            waiting.appendleft(attempt)
+            return None
+        self._running[cell.number] = replace(attempt, tries=attempt.tries + 1)
+        self._tell(cell, name)
+        return None
+
+    def _end(self, job: Job, end: JobEnd, waiting: deque[_Attempt]) -> CellOutcome | None:
+        """Fetch the result of a job that ended, or try it again, or give it up."""
+        attempt = self._running.pop(job.number)
+        cell, reason = attempt.cell, end.reason
+        if end.code == 0:
+            result = self._arrived(attempt, end.result_id)
+            if result:
+                return CellOutcome(cell, "done", result, seconds=end.seconds, tries=attempt.tries)
+            reason = (
+                f"its result {end.result_id} did not arrive in {self._store.root}: "
+                "is the folder the same on all machines?"
+            )
+        if end.code == _INTERRUPTED and self._here:
             raise KeyboardInterrupt
-        died = f"its process was ended by signal {-code}" if code < 0 else f"exit code {code}"
-        reason = " / ".join(reasons).removeprefix("error: ") or died
-        return CellOutcome(cell, "failed", reason=reason, exit_code=code, seconds=seconds)
+        if end.code not in _FINAL and attempt.tries < _TRIES:
+            self._tell(cell, f"failed: {reason}: it is tried once more")
+            waiting.appendleft(attempt)
+            return None
+        self._record(attempt, end, reason)
+        return CellOutcome(
+            cell, "failed", reason=reason, exit_code=end.code or 1, seconds=end.seconds,
+            tries=attempt.tries,
+        )  # fmt: skip
+
+    def _arrived(self, attempt: _Attempt, result_id: str) -> Result | None:
+        """Return the result that a job filed; a shared file system may show it a little later."""
+        assert attempt.spec is not None
+        deadline = time.monotonic() + _ARRIVAL_SECONDS
+        while True:
+            found = self._filed(result_id) if result_id else self._store.newest(attempt.spec)
+            if found or time.monotonic() > deadline:
+                return found
+            time.sleep(_ARRIVAL_POLL_SECONDS)
+
+    def _filed(self, result_id: str) -> Result | None:
+        try:
+            found = read_result(self._store.find(result_id))
+        except (UsageError, MissingResource):
+            return None
+        return found if isinstance(found, Result) else None
+
+    def _failed(self, spec: RunSpec) -> frozenset[str]:
+        return frozenset(one.id for one in self._store.of(spec) if one.status == "failed")
+
+    def _record(self, attempt: _Attempt, end: JobEnd, reason: str) -> None:
+        """File a failure, unless the run could still do so itself."""
+        assert attempt.spec is not None
+        if self._failed(attempt.spec) - attempt.failed_before:
+            return
+        error = "WorkerLost" if end.code is None else "ProcessFailed"
+        if not self._here:
+            reason += " (the hardware here is that of the machine that ran the sweep)"
+        try:
+            plan = self.prepared(attempt.cell)
+            record = failed_result(plan, error=error, stage=end.stage or "sweep", message=reason)
+            self._store.publish(record)
+        except PrunebenchError as unsaved:
+            self._tell(attempt.cell, f"the failure could not be filed: {unsaved.what}")
+
+    def _job(self, cell: RecipeCell) -> Job:
+        return Job(
+            number=cell.number,
+            words=tuple(self.command(cell)[1:]),
+            folder=str(Path.cwd()),
+            settings=_settings(os.environ),
+        )
 
     def command(self, cell: RecipeCell) -> list[str]:
         """Return the command that runs a cell, as one would type it."""
@@ -188,6 +326,15 @@ class Sweep:
         return [*words, *(["--log-samples"] if setup.log_samples else []), "--json"]
 
 
-def _is_option(name: str) -> bool:
-    """Whether a variable of the environment would change a cell behind the recipe's back."""
-    return name in {f"PRUNEBENCH_{key.upper()}" for key in (*RUN_KEYS, "recipe")}
+def _settings(environment: Mapping[str, str]) -> dict[str, str | None]:
+    """Return what a job's environment takes over from ours, and what it must not have.
+
+    What would change a cell behind the recipe's back is taken away; a token is never sent.
+    """
+    options = (*RUN_KEYS, "recipe", "batch_size", "include_path")
+    sent: dict[str, str | None] = {
+        name: value
+        for name, value in environment.items()
+        if name.startswith(("PRUNEBENCH_", "HF_")) and "TOKEN" not in name
+    }
+    return sent | {f"PRUNEBENCH_{key.upper()}": None for key in options} | {"PRUNEBENCH_ONCE": "1"}

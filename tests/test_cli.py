@@ -39,7 +39,7 @@ def test_the_options_of_run_are_a_decision():
     names = {o for p in commands()["run"].params for o in p.opts if o.startswith("--")}
     assert names == {
         "--method", "--model", "--sparsity", "--allocation", "--save-allocation", "--calibration",
-        "--calibration-samples", "--seqlen",
+        "--calibration-samples", "--seqlen", "--execute", "--backend",
         "--ppl", "--ppl-seqlen", "--ppl-tokens", "--divergence", "--tasks", "--num-fewshot",
         "--limit", "--apply-chat-template", "--batch-size", "--include-path", "--log-samples",
         "--seed", "--dtype", "--device", "--set",

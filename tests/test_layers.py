@@ -19,6 +19,7 @@ LAYERS = {
     "wheels": 1.0,
     "processes": 1.0,
     "hub": 1.0,
+    "engines": 1.2,
     "results": 1.5,
     "calibration": 2.0,
     "models": 2.5,
@@ -26,11 +27,13 @@ LAYERS = {
     "pruners": 3.0,
     "allocators": 3.1,
     "evaluate": 3.0,
+    "sparse24": 3.0,
     "options": 3.4,
     "recipe": 3.5,
     "export": 4.0,
     "prepare": 4.0,
     "record": 4.1,
+    "execution": 4.1,
     "run": 4.2,
     "sweep": 4.3,
     "testing": 5.0,
@@ -38,7 +41,18 @@ LAYERS = {
     "__main__": 6.0,
     "__init__": 0.0,
 }
-LIGHT = ("registry", "sparsity", "errors", "files", "progress", "spec", "wheels", "results", "cli")
+LIGHT = (
+    "registry",
+    "sparsity",
+    "errors",
+    "files",
+    "progress",
+    "spec",
+    "wheels",
+    "results",
+    "engines",
+    "cli",
+)
 HEAVY = {"torch", "transformers", "datasets", "lm_eval", "pandas", "numpy"}
 FILES = sorted(ROOT.rglob("*.py"))
 

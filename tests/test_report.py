@@ -14,7 +14,7 @@ from prunebench.errors import MissingResource
 from prunebench.results.compare import Selection
 from prunebench.results.published import PublishedValue
 from prunebench.results.report.data import build_report, pareto_front
-from prunebench.results.report.drawing import Mark, fit, heat_colour, text_width, to_svg
+from prunebench.results.report.drawing import Line, Mark, fit, heat_colour, text_width, to_svg
 from prunebench.results.report.heat import heat_map
 from prunebench.results.report.heat_chart import HeatScale, loss_scale, ratio_scale
 from prunebench.results.report.page import drawings_of, render_page
@@ -447,3 +447,36 @@ def test_figures_of_models_with_one_slug_do_not_meet():
 def test_an_empty_selection_is_an_error():
     with pytest.raises(MissingResource):
         build_report(mixed(), Selection.parse(["method=none"]))
+
+
+def test_learning_curves_have_a_line_a_seed_and_a_row_a_measured_step():
+    from prunebench.results.report.curve_chart import curves_of, learning_curves
+    from prunebench.results.schema import TrainingBlock, TrainingPoint
+
+    def point(step, ppl):
+        return TrainingPoint(
+            step=step, tokens=64 * step, loss=None, temperature=1.0, scale=1.0, certainty=0.9,
+            changed=0.0, held_out_ppl=ppl, seconds=1.0,
+        )  # fmt: skip
+
+    def trained(seed, curve):
+        training = TrainingBlock(
+            text="c4-sample/rest", origin="wheel:x", windows=9, held_out_windows=2, seqlen=64,
+            tokens_sha256="0" * 64, best_step=2, processes=1, curve=curve,
+        )  # fmt: skip
+        made = make_result(method="maskllm", sparsity="2:4", value=50.0, seed=seed)
+        return made.model_copy(update={"training": training})
+
+    curve = [point(0, 250.0), point(1, None), point(2, 125.0), point(3, float("inf"))]
+    results = [trained(0, curve), trained(1, curve[:3]), make_result(method="wanda", value=60.0)]
+    report = build_report(results)
+    found = curves_of(report.models[0].rows)
+    assert [len(one.points) for one in found] == [2, 2]
+    drawing = learning_curves(found)
+    lines = [one for one in drawing.shapes if isinstance(one, Line) and one.width == 1.6]
+    assert len(lines) == 2
+    (_, before), (_, after) = lines[0].points
+    assert after > before  # half the perplexity lies lower on the page
+    page = render_page(report)
+    assert "seed 1" in page and drawing.title in page
+    assert drawing.title not in render_page(build_report(results[2:]))

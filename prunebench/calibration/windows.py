@@ -8,6 +8,7 @@ too rare, the search gives up after a bounded number of rejections and packs doc
 
 from __future__ import annotations
 
+import array
 import hashlib
 import random
 from collections.abc import Sequence
@@ -15,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from jaxtyping import Int
 from torch import Tensor
@@ -121,13 +123,13 @@ def _pack(
     """Join documents in a random order until the windows are full or none is left, and cut."""
     order = list(range(len(documents)))
     rng.shuffle(order)
-    ids: list[int] = []
+    ids = array.array("q")  # 8 bytes a token, however many
     for index in order:
-        ids += tokenize(tokenizer, documents[index] + "\n\n")
+        ids.extend(tokenize(tokenizer, documents[index] + "\n\n"))
         if len(ids) >= samples * seqlen:
             break
     count = min(samples, len(ids) // seqlen)
-    return torch.tensor(ids[: count * seqlen], dtype=torch.int64).view(count, seqlen)
+    return torch.from_numpy(np.array(ids[: count * seqlen], dtype=np.int64)).view(count, seqlen)
 
 
 def load_windows(path: Path, *, vocabulary: int) -> Windows:

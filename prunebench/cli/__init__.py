@@ -6,6 +6,7 @@ without torch.
 
 from __future__ import annotations
 
+import os
 import sys
 from typing import Annotated
 
@@ -67,6 +68,10 @@ def _root(
 
 def main() -> None:
     """Run the command line; the entry point of the `prunebench` program."""
+    if "PRUNEBENCH_PARENT" in os.environ:
+        from prunebench.engines.process import end_with_parent
+
+        end_with_parent()
     try:
         app()
     except KeyboardInterrupt:  # before or after the command itself

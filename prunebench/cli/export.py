@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import sys
 from pathlib import Path
@@ -11,11 +12,16 @@ import typer
 
 from prunebench.cli.guard import say
 from prunebench.cli.progress import choose_progress
-from prunebench.errors import IncompatibleData, MissingResource, UsageError
+from prunebench.errors import IncompatibleData, MissingResource, UsageError, nearest
 from prunebench.results.store import Damaged, ResultStore, read_result
 
 if TYPE_CHECKING:
+    from prunebench.export import To
     from prunebench.hub import Repository
+    from prunebench.sparse24.folder import Packing
+
+
+_NAMED = 3  # so many of the matrices that stay dense are named
 
 
 def export_command(
@@ -23,6 +29,14 @@ def export_command(
         str, typer.Argument(metavar="DIR", help="Folder that `run --save-model` wrote.")
     ],
     output: Annotated[Path, typer.Option("--output", "-o", metavar="DIR", help="Folder to write.")],
+    to: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FORMAT",
+            help="packed24 stores 2:4 matrices in 0.5625 of their bytes, dense as plain "
+            "safetensors. (default: as they are)",
+        ),
+    ] = None,
     push: Annotated[
         str | None,
         typer.Option(metavar="ORG/NAME", help="Push the folder to this repository of the hub."),
@@ -43,8 +57,10 @@ def export_command(
     """Write a Hugging Face folder: weights, model card with scores, keep masks, recipe.
 
     The weights are hashed and must be those that the result scored. They are hard-linked where
-    that can be. --push asks before it sends anything.
+    that can be. --push asks before it sends anything. With --to, any folder of a model is taken,
+    also one in the format sparse-24-bitmask.
     """
+    wanted = _format(to)
     if push is None and (public or yes):
         raise UsageError("--public and --yes go with --push", fix="add --push org/name")
     if push is not None and not yes and not _at_a_terminal():
@@ -56,7 +72,7 @@ def export_command(
     progress = choose_progress(quiet=quiet)
     with progress.stage("start", detail="loading torch and transformers"):
         from prunebench.export import export
-    done = export(source, output, replace=force, progress=progress)
+    done = export(source, output, replace=force, progress=progress, to=wanted)
     if not as_json:
         _print_summary(done)
     pushed = None
@@ -64,19 +80,30 @@ def export_command(
         from prunebench.hub import push_folder
 
         with progress.stage("push", detail=repository.url):
-            message = f"{done.result.spec.method} {done.result.spec.sparsity} by prunebench"
+            message = "2:4, packed by prunebench"
+            if done.result is not None:
+                message = f"{done.result.spec.method} {done.result.spec.sparsity} by prunebench"
             push_folder(output, repository, private=not public, message=message)
         pushed = repository.url
     if as_json:
         document = {
-            "folder": str(done.folder), "result": done.result.id,
-            "evaluated_sha256": done.result.model and done.result.model.evaluated_sha256,
+            "folder": str(done.folder), "result": done.result and done.result.id,
+            "evaluated_sha256": done.result
+            and done.result.model
+            and done.result.model.evaluated_sha256,
             "files": done.sizes, "linked": done.linked, "left_out": done.left_out,
-            "pushed": pushed,
+            "packing": done.packing and dataclasses.asdict(done.packing), "pushed": pushed,
         }  # fmt: skip
         typer.echo(json.dumps(document, indent=1))
     elif repository:
         typer.echo(f"pushed to {pushed}" if pushed else "nothing was pushed")
+
+
+def _format(name: str | None) -> To | None:
+    known: dict[str, To] = {"packed24": "packed24", "dense": "dense"}
+    if name is None or name in known:
+        return known[name] if name else None
+    raise UsageError(f"--to {name!r} is not known", fix=nearest(name, known))
 
 
 def _find(name: str, results_dir: Path) -> Path:
@@ -128,9 +155,15 @@ def _at_a_terminal() -> bool:
 
 
 def _print_summary(done: Any) -> None:
-    spec, model = done.result.spec, done.result.model
-    typer.echo(f"{spec.method} {spec.sparsity} on {spec.model}, result {done.result.id}")
-    typer.echo(f"  the weights are those that were scored: sha256 {model.evaluated_sha256[:16]}...")
+    if done.result is not None:
+        spec, model = done.result.spec, done.result.model
+        typer.echo(f"{spec.method} {spec.sparsity} on {spec.model}, result {done.result.id}")
+        digest = model.evaluated_sha256[:16]
+        typer.echo(f"  the weights are those that were scored: sha256 {digest}...")
+    else:
+        typer.echo("a folder without a result of prunebench: nothing says how it was made")
+    if done.packing:
+        _print_packing(done.packing)
     width = max(map(len, done.sizes))
     for name, size in done.sizes.items():
         note = "  hard link" if name in done.linked else ""
@@ -138,3 +171,17 @@ def _print_summary(done: Any) -> None:
     if done.left_out:
         typer.echo(f"  left out, no part of a model: {', '.join(done.left_out)}")
     typer.echo(f"  exported to {done.folder}")
+
+
+def _print_packing(packing: Packing) -> None:
+    share = packing.packed_bytes / packing.dense_bytes
+    typer.echo(
+        f"  {len(packing.packed)} matrices are packed, {packing.packed_bytes:,} of "
+        f"{packing.dense_bytes:,} bytes ({share:.4f}), embeddings and output layer included"
+    )
+    if packing.negative_zeros:
+        typer.echo(f"  {packing.negative_zeros:,} times -0.0 became +0.0")
+    for name, reason in list(packing.dense.items())[:_NAMED]:
+        typer.echo(f"  stays dense: {name}, {reason}")
+    if len(packing.dense) > _NAMED:
+        typer.echo(f"  and {len(packing.dense) - _NAMED} more matrices stay dense")

@@ -49,9 +49,14 @@ def inspect_command(
     if not wanted.is_pattern:
         raise UsageError(f"--pattern {pattern} is not N:M", fix="as in --pattern 2:4")
     path = _find(checkpoint)
-    from prunebench.models.inspect import Totals, inspect_checkpoint
+    from prunebench.models.inspect import Totals, inspect_checkpoint, inspect_tensors
+    from prunebench.sparse24.folder import dense_tensors, kind_of
 
-    rows = inspect_checkpoint(path, wanted)
+    kind = kind_of(path)
+    if kind == "dense":
+        rows = inspect_checkpoint(path, wanted)
+    else:
+        rows = inspect_tensors(dense_tensors(path).values(), wanted)
     matrices = [row for row in rows if len(row.shape) >= 2]
     shown = [row for row in matrices if every or row.is_pruned]
     vectors = [row for row in rows if len(row.shape) < 2 and row.non_finite]
@@ -59,6 +64,7 @@ def inspect_command(
     if as_json:
         document = {
             "pattern": str(wanted),
+            "stored": kind,
             "pruned": dataclasses.asdict(Totals.of([row for row in matrices if row.is_pruned])),
             "all": dataclasses.asdict(Totals.of(matrices)),
             "tensors": [dataclasses.asdict(row) for row in rows],
@@ -69,6 +75,8 @@ def inspect_command(
         left_out = [row.name for row in matrices if row not in shown]
         for line in _summary(totals, wanted, left_out):
             typer.echo(line)
+        if kind != "dense":
+            typer.echo(f"stored as {kind}; shown as the dense weights that it holds")
     if pattern is not None:
         _require_pattern(shown, wanted)
 

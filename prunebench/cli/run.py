@@ -11,6 +11,7 @@ import typer
 from prunebench.cli.guard import command_line
 from prunebench.cli.progress import choose_progress
 from prunebench.cli.values import collect, print_config
+from prunebench.errors import UsageError
 from prunebench.options import OUTSIDE_SPEC
 from prunebench.processes import device_of, rank
 from prunebench.results.render import column_title, number
@@ -158,6 +159,14 @@ def run_command(
             "sequential: each sees the inputs left by those before it. (default: joint)",
         ),
     ] = None,
+    execute: Annotated[
+        str | None,
+        typer.Option(
+            envvar=_env("EXECUTE"), show_envvar=False, rich_help_panel=_SPEC,
+            help="dense, or sparse24: score the pruned 2:4 model with packed weights. "
+            "(default: dense)",
+        ),
+    ] = None,
     set_: Annotated[
         list[str] | None,
         typer.Option(
@@ -213,6 +222,13 @@ def run_command(
             help="Folder of the shared table.",
         ),
     ] = Path("results"),
+    once: Annotated[
+        bool,
+        typer.Option(
+            "--once", envvar=_env("ONCE"), show_envvar=False, rich_help_panel=_OUT,
+            help="Where a result of the same specification is filed, show that and run nothing.",
+        ),
+    ] = False,
     force: Annotated[
         bool,
         typer.Option("--force", rich_help_panel=_OUT, help="Replace what --save-* finds there."),
@@ -229,6 +245,14 @@ def run_command(
         typer.Option(
             envvar=_env("BATCH_SIZE"), show_envvar=False, min=1, rich_help_panel=_HOW,
             help="Sequences of a task at a time. (default: 1 on a CPU, 16 on CUDA)",
+        ),
+    ] = None,
+    backend: Annotated[
+        str | None,
+        typer.Option(
+            envvar=_env("BACKEND"), show_envvar=False, rich_help_panel=_HOW,
+            help="What multiplies with --execute sparse24: triton, cslt, decompress, reference. "
+            "(default: the best that can)",
         ),
     ] = None,
     include_path: Annotated[
@@ -271,12 +295,13 @@ def run_command(
     progress = choose_progress(quiet=quiet or rank() > 0)
     with progress.stage("start", detail="loading torch and transformers"):
         from prunebench.prepare import Setup, prepare
-        from prunebench.run import execute
+        from prunebench.run import execute as execute_plan
     setup = Setup(
         results_dir=results_dir,
         device=device_of(values["device"]),
         batch_size=batch_size,
         include_path=include_path,
+        backend=backend,
         log_samples=log_samples,
         save_model=save_model,
         save_masks=save_masks,
@@ -292,13 +317,30 @@ def run_command(
         tell(spec, setup, as_json=as_json)
         return
     plan = prepare(spec, setup)
-    result = execute(plan)
+    known = _known(plan) if once else None
+    if known:
+        progress.note(f"{known.id} is of the same specification: nothing is run")
+    result = known or execute_plan(plan)
     if result is None:  # a process that helped the first one
         return
     if as_json:
         sys.stdout.write(result.to_json())
     else:
         _print_summary(result, plan.store.path_of(result), setup)
+
+
+def _known(plan: Any) -> Result | None:
+    """Return a finished result of the same specification for `--once`."""
+    setup = plan.setup
+    kept = (setup.save_model, setup.save_masks, setup.save_calibration, setup.save_allocation)
+    if any(kept):
+        raise UsageError(
+            "--once does not go with --save-*",
+            where="a result that is filed already has no weights to save",
+            fix="leave --once out",
+        )
+    known: Result | None = plan.store.newest(plan.spec, layers=True)
+    return known
 
 
 def _print_summary(result: Result, path: Path, setup: Any) -> None:
@@ -320,6 +362,15 @@ def _print_summary(result: Result, path: Path, setup: Any) -> None:
             f"  {sparsity.realised_ratio:.2%} of {result.model.prunable_parameters:,} weights "
             f"are zero, pruned in {cost.prune_seconds:.1f} s"
         )
+    if result.execution:
+        one = result.execution
+        served = ", ".join(f"{count} by {name}" for name, count in sorted(one.backends.items()))
+        typer.echo(
+            f"  scored with packed 2:4 weights: {served}; "
+            f"{one.stored_bytes / one.dense_bytes:.4f} of their dense bytes"
+        )
+        for name, reason in list(one.dense_layers.items())[:3]:
+            typer.echo(f"  stayed dense: {name}: {reason}")
     if result.method and result.method.events:
         kinds = sorted({event.kind for event in result.method.events})
         typer.echo(f"  {len(result.method.events)} notes of the method: {', '.join(kinds)}")

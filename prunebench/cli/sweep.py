@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shlex
+import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -12,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from prunebench.cli.compare import print_tables
+from prunebench.cli.engine import Voice, check_engine, open_engine
 from prunebench.cli.guard import command_line, say
 from prunebench.cli.progress import choose_progress
 from prunebench.cli.published import print_twins, twin_record
@@ -83,6 +86,25 @@ def sweep_command(
     shard: Annotated[
         str, typer.Option(metavar="I/N", help="Only the I-th of N equal parts of the cells.")
     ] = "1/1",
+    executor: Annotated[
+        str, typer.Option(help="Where cells run: local, slurm (submitit), or ray.")
+    ] = "local",
+    jobs: Annotated[
+        int | None,
+        typer.Option(
+            min=1, show_default=False,
+            help="How many cells at a time, each with a GPU or threads of its own. (default: 1; "
+            "slurm and ray: all)",
+        ),
+    ] = None,
+    resource: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="KEY=VALUE", show_default=False,
+            help="What a cell asks of Slurm or Ray: gpus, cpus, memory_gb, time, partition, "
+            "account, qos, constraint; may be repeated.",
+        ),
+    ] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Say what would be run, and run nothing.")
     ] = False,
@@ -109,9 +131,11 @@ def sweep_command(
 ) -> None:  # fmt: skip
     """Run the cells of a recipe that are not finished yet, each in a process of its own.
 
-    Stopped or failed, the same command goes on where it was. It ends with exit code 8 if cells
-    failed, and with 6 if a value that the recipe expects is missed.
+    Stopped or failed, the same command goes on where it was. A cell that fails is tried once more.
+    It ends with exit code 8 if cells failed, and with 6 if a value that the recipe expects is
+    missed.
     """
+    asked = check_engine(executor, resource or [])
     from prunebench.prepare import Setup
     from prunebench.sweep import Sweep, parse_shard, require_resources
     from prunebench.sweep import shard as part_of
@@ -120,13 +144,19 @@ def sweep_command(
     recipe = _checked(recipe_path)
     cells = part_of(recipe.select(selectors or []), part, parts)
     if not dry_run:
-        require_resources(recipe, cells, device=device)
+        require_resources(recipe, cells, device=device, here=executor == "local")
     setup = Setup(
         results_dir=results_dir, device=device, batch_size=batch_size, include_path=include_path,
         log_samples=log_samples, progress=choose_progress(quiet=True),
     )  # fmt: skip
-    sweep = Sweep(setup, show=(lambda line: None) if quiet else say)
-    outcomes = _dry(sweep, cells) if dry_run else _run(sweep, cells, quiet=quiet)
+    voice = Voice(cells, side_by_side=executor == "local" and (jobs or 1) > 1, quiet=quiet)
+    if dry_run:
+        sweep = Sweep(setup)
+        outcomes = _dry(sweep, cells)
+    else:
+        engine = open_engine(executor, asked, recipe, cells, jobs=jobs, device=device, voice=voice)
+        sweep = Sweep(setup, engine=engine, tell=voice.tell)
+        outcomes = _run(sweep, cells, voice)
     twins, without = _twins(recipe, outcomes)
     if as_json:
         _print_json(sweep, outcomes, twins)
@@ -135,21 +165,23 @@ def sweep_command(
     _raise_if_missed(outcomes, twins, without)
 
 
-def _run(sweep: Sweep, cells: Sequence[RecipeCell], *, quiet: bool) -> list[CellOutcome]:
+def _run(sweep: Sweep, cells: Sequence[RecipeCell], voice: Voice) -> list[CellOutcome]:
     outcomes: list[CellOutcome] = []
-    for i, cell in enumerate(cells, 1):
-        if not quiet:
-            say(f"[{i}/{len(cells)}] {cell.name}")
-        try:
-            outcomes.append(sweep.run(cell))
-        except KeyboardInterrupt:
-            say("")
-            say(f"interrupted in cell {i} of {len(cells)}: what was finished is filed")
-            say(f"go on with: {command_line()}")
-            raise typer.Exit(130) from None
-        if not quiet:
-            say(f"[{i}/{len(cells)}] {cell.name}: {_told(outcomes[-1])}")
-    return outcomes
+    try:
+        with (  # Ray writes to stdout, and stdout is for data
+            contextlib.redirect_stdout(sys.stderr),
+            contextlib.closing(sweep.run(cells)) as known,
+        ):
+            for outcome in known:
+                outcomes.append(outcome)
+                voice.tell(outcome.cell, _told(outcome))
+    except KeyboardInterrupt:
+        say("")
+        say(f"interrupted with {len(outcomes)} of {_count(len(cells), 'cell')} done with: what "
+            "was finished is filed, what ran was ended")  # fmt: skip
+        say(f"go on with: {command_line()}")
+        raise typer.Exit(130) from None
+    return sorted(outcomes, key=lambda outcome: outcome.cell.number)
 
 
 def _dry(sweep: Sweep, cells: Sequence[RecipeCell]) -> list[CellOutcome]:
@@ -166,7 +198,8 @@ def _dry(sweep: Sweep, cells: Sequence[RecipeCell]) -> list[CellOutcome]:
 
 def _told(outcome: CellOutcome) -> str:
     if outcome.state == "failed":
-        return f"failed: {outcome.reason}"
+        again = f" ({outcome.tries} times)" if outcome.tries > 1 else ""
+        return f"failed{again}: {outcome.reason}"
     if outcome.result is None:
         return outcome.state
     scores = ", ".join(
@@ -202,6 +235,7 @@ def _print_json(sweep: Sweep, outcomes: Sequence[CellOutcome], twins: Sequence[T
             "state": one.state,
             "result_id": one.result.id if one.result else None,
             "reason": one.reason or None,
+            "tries": one.tries,
         }
         for one in outcomes
     ]

@@ -14,6 +14,7 @@ from prunebench.models.source import CatalogEntry, catalog
 from prunebench.results.schema import Result, Score
 
 _TASK = "text-generation"
+_IN_PLACE = "zeros are stored in place: the files are as large as the dense model's"
 _METRICS = {"token_ppl": "perplexity", "acc": "accuracy"}  # the hub's names, where it has one
 _LICENCES = {  # as the catalogue says it: as the hub does (hf.co/docs/hub/repositories-licenses)
     "Apache-2.0": "apache-2.0",
@@ -25,17 +26,20 @@ _LICENCES = {  # as the catalogue says it: as the hub does (hf.co/docs/hub/repos
 }
 
 
-def model_card(result: Result, files: Mapping[str, str] | None = None) -> str:
+def model_card(
+    result: Result, files: Mapping[str, str] | None = None, *, storage: str = _IN_PLACE
+) -> str:
     """Return the README of a pruned checkpoint.
 
     Args:
         result: A finished run.
         files: What lies beside the weights: file name to a few words.
+        storage: How the zeros are stored.
     """
     parts = [
         f"---\n{front_matter(result)}---\n",
         f"# {_text(result.spec.model)}, {_what(result)}\n",
-        *_about(result),
+        *_about(result, storage),
         "\n## Scores\n",
         *_scores(result),
         "\n## Provenance\n",
@@ -114,7 +118,7 @@ def _what(result: Result) -> str:
     return name if name == "dense" else f"{name} at {result.spec.sparsity}"
 
 
-def _about(result: Result) -> list[str]:
+def _about(result: Result, storage: str) -> list[str]:
     model, method, sparsity = result.model, result.method, result.sparsity
     assert model is not None and method is not None and sparsity is not None
     link = (
@@ -126,7 +130,7 @@ def _about(result: Result) -> list[str]:
         f"- {sparsity.realised_ratio:.2%} of the {model.prunable_parameters:,} weights in the "
         "linear layers of the decoder blocks are zero; embeddings, norms, biases and the output "
         "layer are dense",
-        "- zeros are stored in place: the files are as large as the dense model's",
+        f"- {storage}",
         f"- base weights: {_text(result.spec.model)}, {model.revision}, in {model.dtype}",
     ]
     if method.options:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -106,9 +106,14 @@ def inspect_checkpoint(path: Path, pattern: Sparsity) -> list[TensorFacts]:
         )
     else:
         files = [path]
+    return inspect_tensors(stored_tensors(files).values(), pattern)
+
+
+def inspect_tensors(tensors: Iterable[StoredTensor], pattern: Sparsity) -> list[TensorFacts]:
+    """Count in every floating tensor of those given; see `inspect_checkpoint`."""
     return [
         _facts(one, pattern)
-        for one in stored_tensors(files).values()
+        for one in tensors
         if one.size and isinstance(getattr(torch, one.dtype, None), torch.dtype)
         if getattr(torch, one.dtype).is_floating_point
     ]

@@ -16,6 +16,7 @@ from prunebench.calibration.stats import InputStats
 from prunebench.models.blocks import BlockWalker, LinearGroup
 from prunebench.models.source import CatalogEntry
 from prunebench.sparsity import Sparsity
+from prunebench.spec import OptionValue
 
 
 @dataclass(frozen=True)
@@ -168,6 +169,9 @@ class DependsOnModel(Protocol):
             entry: The catalogue's row of the model, if it has one.
             calibration: The calibration text of the run.
         """
+
+    def options(self) -> dict[str, OptionValue]:
+        """Return the options that matter, filled in."""
 
     def check(self, sparsity: Sparsity) -> None:
         """Refuse a sparsity that the method cannot reach, before anything is loaded."""

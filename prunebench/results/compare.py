@@ -32,6 +32,7 @@ _SETTINGS = (
     "seqlen",
     "dtype",
     "model_revision",
+    "execute",
 )
 _NOT_OF_A_CELL = {
     "seed", "ppl", "ppl_origins", "ppl_seqlen", "ppl_tokens", "divergence", "tasks", "num_fewshot",
@@ -50,6 +51,7 @@ _SELECTORS: dict[str, Callable[[Result], object]] = {
     "calibration_samples": lambda r: r.spec.calibration_samples,
     "seqlen": lambda r: r.spec.seqlen,
     "device": lambda r: r.hardware.device,
+    "execute": lambda r: r.spec.execute,
 }
 
 
@@ -290,7 +292,7 @@ def _varying(name: str, owner: str, cells: list[Cell]) -> dict[str | None, set[s
         who: {
             key
             for key in set().union(*options)
-            if len({json.dumps(one.get(key)) for one in options}) > 1
+            if len({json.dumps(one[key]) for one in options if key in one}) > 1
         }
         for who, options in rivals.items()
     }

@@ -210,6 +210,28 @@ class Score(_Block):
     dense_stderr: float | None = None
 
 
+class ExecutionBlock(_Block):
+    """How the pruned model was run when it was scored with packed weights.
+
+    Attributes:
+        mode: `sparse24`: 2:4 weights as values and 4-bit codes.
+        backends: Layers by the backend that served the scored windows.
+        dense_layers: Linears that were not packed, with the reason.
+        stored_bytes: Of the packed layers' weights, by storage.
+        dense_bytes: Of the same weights when they are dense.
+        checked_windows: Windows on which the packed model was compared with the masked dense one.
+        ppl_difference: Relative difference of their perplexities there.
+    """
+
+    mode: Literal["sparse24"]
+    backends: dict[str, int]
+    dense_layers: dict[str, str]
+    stored_bytes: int
+    dense_bytes: int
+    checked_windows: int
+    ppl_difference: float | None
+
+
 class CostBlock(_Block):
     """What the run took. `prune_seconds` includes collecting statistics, not loading or scoring."""
 
@@ -265,6 +287,7 @@ class Result(_Block):
     training: TrainingBlock | None = None
     sparsity: SparsityBlock | None = None
     scores: list[Score] = []
+    execution: ExecutionBlock | None = None
     cost: CostBlock | None = None
     hardware: HardwareBlock
     software: SoftwareBlock

@@ -99,13 +99,17 @@ class ResultStore:
                     results.append(outcome if layers else _without_layers(outcome))
         return results, damaged
 
-    def newest(self, spec: RunSpec) -> Result | None:
-        """Return the newest finished result of a spec that has been resolved, without layers."""
+    def newest(self, spec: RunSpec, *, layers: bool = False) -> Result | None:
+        """Return the newest finished result of a spec that has been resolved."""
+        same = [one for one in self.of(spec, layers=layers) if one.status == "ok"]
+        return max(same, key=lambda one: one.created_at, default=None)
+
+    def of(self, spec: RunSpec, *, layers: bool = False) -> list[Result]:
+        """Return all results of a spec that has been resolved, failed ones too."""
         folder = self.root / spec.model_slug / spec.cell
         paths = sorted(folder.glob(f"{spec.spec_id[:8]}-*.json"))
-        results, _ = self.read(paths, layers=False) if paths else ([], [])
-        same = [one for one in results if one.status == "ok" and one.spec_id == spec.spec_id]
-        return max(same, key=lambda one: one.created_at, default=None)
+        results, _ = self.read(paths, layers=layers) if paths else ([], [])
+        return [one for one in results if one.spec_id == spec.spec_id]
 
     def find(self, name: str) -> Path:
         """Return the file of a result named by its id, the beginning of one, or its path.

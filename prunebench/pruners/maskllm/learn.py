@@ -380,6 +380,7 @@ class _Gradients:
         self.total = torch.zeros(())
 
 
+@functools.lru_cache(maxsize=2)  # a step asks for every window, and may cross into a new epoch
 def _order(count: int, seed: int, epoch: int) -> Tensor:
     generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
     return torch.randperm(count, generator=generator)

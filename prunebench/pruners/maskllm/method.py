@@ -54,6 +54,7 @@ from prunebench.pruners.maskllm.relax import LayerLogits
 from prunebench.pruners.maskllm.schedule import Schedule
 from prunebench.pruners.maskllm.shards import Shards
 from prunebench.sparsity import Sparsity
+from prunebench.spec import OptionValue
 
 
 @dataclass(frozen=True)
@@ -97,6 +98,10 @@ class MaskLLM(Options):
             return dataclasses.replace(self, masks=masks)
         require_prior(self.filled().prior or "scratch")
         return dataclasses.replace(self.filled(), train_data=self.train_data or calibration)
+
+    def options(self) -> dict[str, OptionValue]:
+        """Return the options that matter: with masks, those alone."""
+        return {"masks": self.masks} if self.masks else dataclasses.asdict(self)
 
     def check(self, sparsity: Sparsity) -> None:
         """Refuse a sparsity without candidates or with too many, and steps of unequal shares."""

@@ -66,6 +66,7 @@ class Options:
         beta1, beta2: Decay of the moments.
         weight_decay: Of the logits (`adamw`).
         clip: Largest norm of the gradient (`adamw`), 0 for none.
+        outlier: Largest gradient in units of the layer's root mean square (`momentum`, `mirror`).
         reward: Of large kept weights.
         curvature: What the change of a whole weight costs beyond the slope, see `relax`; 0 in the
             paper.
@@ -102,12 +103,13 @@ class Options:
     beta2: float = 0.95
     weight_decay: float | None = None
     clip: float | None = None
+    outlier: float | None = None
     reward: float | None = None
     curvature: float | None = None
     logit_dtype: Literal["float32", "bfloat16"] = "float32"
     state_dtype: StateDtype = "float32"
     micro_tokens: int = 4096
-    save_every: int = 10
+    save_every: int | None = None
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -119,7 +121,15 @@ class Options:
             value = getattr(self, name)
             if value is not None and not least <= value < math.inf:
                 raise ValueError(f"{name} must be a number of at least {least}")
-        for name in ("temperature", "last_temperature", "scale", "last_scale", "logit_std", "rate"):
+        for name in (
+            "temperature",
+            "last_temperature",
+            "scale",
+            "last_scale",
+            "logit_std",
+            "rate",
+            "outlier",
+        ):
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
                 raise ValueError(f"{name} must be a number above 0")

@@ -15,6 +15,7 @@ _PAPER: dict[str, OptionValue] = {
     "train_seqlen": 4096,
     "held_out": 16,
     "eval_every": 50,
+    "save_every": 100,
     "prior": "sparsegpt",
     "prior_strength": 3.0,
     "logit_std": 0.01,
@@ -37,7 +38,14 @@ _PAPER: dict[str, OptionValue] = {
 PRESETS: dict[str, dict[str, OptionValue]] = {
     "paper": _PAPER,
     "lite": _PAPER
-    | {"steps": 200, "batch": 32, "train_seqlen": 2048, "eval_every": 10, "prior_noise": 0.1},
+    | {
+        "steps": 200,
+        "batch": 32,
+        "train_seqlen": 2048,
+        "eval_every": 10,
+        "save_every": 50,
+        "prior_noise": 0.1,
+    },
     "laptop": _PAPER
     | {
         "steps": 24,
@@ -45,6 +53,7 @@ PRESETS: dict[str, dict[str, OptionValue]] = {
         "train_seqlen": 512,
         "held_out": 8,
         "eval_every": 4,
+        "save_every": 4,
         "prior": "wanda",
         "logit_std": 1.0,
         "prior_noise": 0.1,
@@ -54,8 +63,7 @@ PRESETS: dict[str, dict[str, OptionValue]] = {
         "scale": 1.0,
         "last_scale": 1.0,
         "optimizer": "mirror",
-        "rate": 0.025,
-        "last_rate": 0.4,
+        "rate": 0.02,
         "weight_decay": 0.0,
         "clip": 0.0,
         "reward": 0.0,

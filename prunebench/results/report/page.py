@@ -23,6 +23,7 @@ from prunebench.results.render import (
     value_text,
 )
 from prunebench.results.report.bar_chart import accuracy_bars, cost_bars
+from prunebench.results.report.curve_chart import curves_of, learning_curves
 from prunebench.results.report.data import (
     ModelPart,
     Report,
@@ -38,6 +39,7 @@ from prunebench.results.schema import Result
 from prunebench.spec import slug
 
 NOT_MEASURED = "not measured"
+MAX_CURVES = 8  # more lines than these in one figure cannot be told apart
 _HEAT_STEPS = 64
 _MAX_HEAT_FILES = 12
 
@@ -81,7 +83,8 @@ def drawings_of(report: Report) -> tuple[list[tuple[str, Drawing]], int]:
     named: dict[str, Drawing] = {}
     left_out = 0
     for part in report.models:
-        drawings = [figure.drawing for figure in _score_figures(part, report.methods)]
+        figures = [*_score_figures(part, report.methods), *_curve_figures(part)]
+        drawings = [figure.drawing for figure in figures]
         if part.heat:
             runs = part.heat.runs[:_MAX_HEAT_FILES]
             left_out += len(part.heat.runs) - len(runs)
@@ -106,7 +109,7 @@ def _model(part: ModelPart, methods: Sequence[str]) -> dict[str, Any]:
         "part": part,
         "head": header(part.table),
         "rows": [(one, _table_row(part.table, one.cell)) for one in part.rows],
-        "figures": _score_figures(part, methods),
+        "figures": [*_score_figures(part, methods), *_curve_figures(part)],
         "heat": _heat(part.heat) if part.heat else None,
         "costs": _cost_figures(part, methods),
         "provenance": [(one, [_provenance(r) for r in one.results]) for one in part.rows],
@@ -195,6 +198,21 @@ def _score_figure(figure: ScoreFigure, part: ModelPart, methods: Sequence[str]) 
             (link, texts if not figure.higher_is_better else texts[:-1]) for link, texts in rows
         ),
     )
+
+
+def _curve_figures(part: ModelPart) -> list[Figure]:
+    curves = curves_of(part.rows)[:MAX_CURVES]
+    if not curves:
+        return []
+    drawing = learning_curves(curves)
+    rows = tuple(
+        (curve.row.anchor, (curve.name, f"{p.step}", f"{p.tokens:,}", f"{p.held_out_ppl:.4g}"))
+        for curve in curves
+        for p in curve.points
+    )
+    caption = "Windows of the training text that were not learned from; step 0 is the prior."
+    head = ("training", "step", "tokens", "held-out perplexity")
+    return [Figure(drawing, to_svg(drawing, themed=True), caption, head, rows)]
 
 
 def _score_data(figure: ScoreFigure, one: Row) -> tuple[str, tuple[str, ...]]:

@@ -1,0 +1,94 @@
+"""The engine that `prunebench sweep --executor` names, and what a sweep says on the way."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from prunebench.cli.guard import say
+from prunebench.engines import EXECUTORS, Engine
+from prunebench.engines.job import SLURM_ONLY, Resources, read_resources
+from prunebench.errors import UsageError, nearest
+from prunebench.recipe import Recipe, RecipeCell
+
+
+class Voice:
+    """Writes to stderr which cell a line is about.
+
+    Args:
+        cells: The cells of this sweep, in order.
+        side_by_side: Whether lines of several cells come mixed, so that each needs its number.
+        quiet: Whether to say nothing.
+    """
+
+    def __init__(
+        self, cells: Sequence[RecipeCell], *, side_by_side: bool = False, quiet: bool = False
+    ) -> None:
+        self._place = {cell.number: f"[{i}/{len(cells)}]" for i, cell in enumerate(cells, 1)}
+        self._side_by_side, self._quiet = side_by_side, quiet
+
+    def tell(self, cell: RecipeCell, text: str) -> None:
+        """Say what became of a cell, or that it starts."""
+        if not self._quiet:
+            say(f"{self._place[cell.number]} {cell.name}" + (f": {text}" if text else ""))
+
+    def show(self, number: int, line: str) -> None:
+        """Pass on a line of a cell's own process."""
+        if not self._quiet:
+            say(f"{self._place[number]} {line}" if self._side_by_side else line)
+
+    def note(self, text: str) -> None:
+        """Say what is about no cell."""
+        if not self._quiet:
+            say(text)
+
+
+def check_engine(executor: str, words: Sequence[str]) -> dict[str, Any]:
+    """Read `--resource`, and refuse what does not go with the executor.
+
+    Raises:
+        UsageError: An unknown executor or key, or a resource that the executor knows not of.
+    """
+    if executor not in EXECUTORS:
+        raise UsageError(f"unknown executor {executor!r}", fix=nearest(executor, EXECUTORS))
+    asked = read_resources(words)
+    deaf = {"local": tuple(asked), "ray": SLURM_ONLY, "slurm": ()}[executor]
+    wrong = [key for key in asked if key in deaf]
+    if wrong:
+        raise UsageError(
+            f"--resource {wrong[0]} does not go with --executor {executor}",
+            fix="use --executor slurm" + (" or ray" if wrong[0] not in SLURM_ONLY else ""),
+        )
+    return asked
+
+
+def open_engine(
+    executor: str, asked: dict[str, Any], recipe: Recipe, cells: Sequence[RecipeCell], *,
+    jobs: int | None, device: str, voice: Voice,
+) -> Engine:  # fmt: skip
+    """Open the engine: what `--resource` asks goes before the recipe's [resources].
+
+    Raises:
+        PrunebenchError: What is missing for it.
+    """
+    if executor == "local":
+        from prunebench.engines.local import LocalEngine, slots_of_machine
+
+        devices = {cell.values["device"] if device == "auto" else device for cell in cells}
+        return LocalEngine(slots_of_machine(jobs or 1, devices), show=voice.show)
+    from prunebench.files import cache_dir, require_writable
+    from prunebench.sweep import needs_gpu
+
+    options = {**recipe.resources, **asked}
+    if needs_gpu(recipe, cells, device=device):
+        options.setdefault("gpus", 1)
+    resources = Resources.of(options)
+    if executor == "ray":
+        from prunebench.engines.ray import RayEngine
+
+        return RayEngine(resources, at_once=jobs, note=voice.note)
+    from prunebench.engines.slurm import SlurmEngine
+
+    folder = cache_dir() / "slurm"
+    require_writable(folder)
+    return SlurmEngine(resources, folder=folder, at_once=jobs)

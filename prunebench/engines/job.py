@@ -1,0 +1,142 @@
+"""What an engine is given, what it gives back, and what a job may ask of a cluster."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from prunebench.errors import PrunebenchError, UsageError, nearest
+
+_NUMBER = (int, float)
+RESOURCE_KEYS: dict[str, type | tuple[type, ...]] = {
+    "gpus": int, "cpus": int, "memory_gb": _NUMBER, "time": (str, int), "partition": str,
+    "account": str, "qos": str, "constraint": str,
+}  # fmt: skip
+SLURM_ONLY = ("time", "partition", "account", "qos", "constraint")
+_TIME = re.compile(r"(?:(?P<d>\d+)-)?(?P<h>\d+):(?P<m>[0-5]\d):[0-5]\d|(?P<minutes>\d+)")
+
+
+class Refused(PrunebenchError):
+    """An engine did not take a job: wrong options, or too many jobs already."""
+
+    exit_code = 2
+
+
+@dataclass(frozen=True)
+class Job:
+    """One command, for whichever machine runs it.
+
+    Attributes:
+        number: What its sender knows it by.
+        words: What follows `prunebench` on its command line.
+        folder: The folder it runs in: paths in a recipe are relative to it.
+        settings: Changes to the environment; None takes a variable away.
+    """
+
+    number: int
+    words: tuple[str, ...]
+    folder: str
+    settings: Mapping[str, str | None] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class JobEnd:
+    """How a job ended.
+
+    Attributes:
+        code: Exit code of its process, negative for a signal; None where the engine lost it.
+        result_id: The result it filed or found.
+        reason: Why it failed, in one line.
+        stage: The stage in which its process was ended, as far as that is known.
+    """
+
+    code: int | None
+    result_id: str = ""
+    reason: str = ""
+    stage: str = ""
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What one cell asks of Slurm or Ray; None leaves it to the cluster.
+
+    Attributes:
+        minutes: How long it may take, in Slurm.
+    """
+
+    gpus: int | None = None
+    cpus: int | None = None
+    memory_gb: float | None = None
+    minutes: int | None = None
+    partition: str | None = None
+    account: str | None = None
+    qos: str | None = None
+    constraint: str | None = None
+
+    @classmethod
+    def of(cls, options: Mapping[str, Any]) -> Resources:
+        """Make them of options that have the right types.
+
+        Raises:
+            UsageError: A number is out of range, or the time is not one.
+        """
+        for key, least in (("gpus", 0), ("cpus", 1), ("memory_gb", 0.1)):
+            if key in options and options[key] < least:
+                raise UsageError(f"{key} = {options[key]} asks for too little", where="what a "
+                                 "cell asks of the cluster", fix=f"at least {least}")  # fmt: skip
+        values = {key: value for key, value in options.items() if key != "time"}
+        if "time" in options:
+            values["minutes"] = _minutes(str(options["time"]))
+        return cls(**values)
+
+    def described(self) -> str:
+        """Say in a few words what is asked for."""
+        asked = [(one.name, getattr(self, one.name)) for one in fields(self)]
+        return ", ".join(f"{name} {value:g}" if isinstance(value, _NUMBER) else f"{name} {value}"
+                         for name, value in asked if value is not None)  # fmt: skip
+
+
+def read_resources(words: Sequence[str]) -> dict[str, Any]:
+    """Read the words of `--resource`.
+
+    Raises:
+        UsageError: A word is not KEY=VALUE, its key unknown, or its value no number.
+    """
+    options: dict[str, Any] = {}
+    for word in words:
+        key, equals, value = word.partition("=")
+        key = key.replace("-", "_")
+        if not equals or not value:
+            raise UsageError(f"--resource {word!r} is not KEY=VALUE", fix="as in --resource gpus=1")
+        if key not in RESOURCE_KEYS:
+            raise UsageError(f"unknown key {key!r} in --resource", fix=nearest(key, RESOURCE_KEYS))
+        try:
+            options[key] = _typed(RESOURCE_KEYS[key], value)
+        except ValueError:
+            raise UsageError(f"--resource {word!r} is not a number", fix=f"as in {key}=1") from None
+    return options
+
+
+def _typed(kind: type | tuple[type, ...], value: str) -> Any:
+    if kind is int:
+        return int(value)
+    return float(value) if kind == _NUMBER else value
+
+
+def _minutes(text: str) -> int:
+    """Read minutes, `4:00:00` or `1-12:00:00`; `4:00` is refused, for it means two things."""
+    found = _TIME.fullmatch(text.strip())
+    if not found:
+        raise UsageError(
+            f"time {text!r} is not understood",
+            where="Slurm reads 4:00 as four minutes, people as four hours",
+            fix="as in time=240 (minutes), 4:00:00 or 1-12:00:00",
+        )
+    parts = {name: int(value or 0) for name, value in found.groupdict().items()}
+    minutes = parts["minutes"] or (parts["d"] * 24 + parts["h"]) * 60 + parts["m"]
+    if minutes < 1:
+        raise UsageError(f"time {text!r} is less than a minute", fix="as in time=60")
+    return minutes

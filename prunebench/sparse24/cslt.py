@@ -1,0 +1,249 @@
+"""`cslt`: torch's cuSPARSELt operators, called directly, for many tokens.
+
+Why directly, and not `to_sparse_semi_structured`: that class holds one algorithm a tensor, and the
+best one depends on the number of tokens. What is guarded against (SPARSE24, section 1.5): a library
+that is missing or known to be slow, shapes it does not take, fewer than 64 tokens, float16 that
+kills the CUDA context on some chips (tried in a process of its own), algorithms that give wrong
+results (each is run three times against a float32 product before it is used).
+"""
+
+from __future__ import annotations
+
+import functools
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from prunebench.errors import IncompatibleData
+from prunebench.sparse24.backends import DECODE_TOKENS, Product, Verdict, takes_dtype
+from prunebench.sparse24.buckets import bucket_of
+from prunebench.sparse24.forms import Form
+
+CAPABILITIES = ((8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (10, 3), (12, 0), (12, 1))
+_SLOW_ON_HOPPER = 800  # 0.8.0: "performance regressions on H100 and L4", fixed in 0.8.1
+_REPEATS = 3
+_PAD_TOKENS = 8
+_ROWS_MULTIPLE = 16
+
+
+@dataclass(frozen=True)
+class Algorithm:
+    """One of the library's ways to run a product; ids mean something in one version only."""
+
+    id: int = 0
+    split_k: int = 1
+    split_k_mode: int = -1
+
+
+class Operators(Protocol):
+    """What is called; torch's own, or another in tests."""
+
+    has_split_k: bool
+
+    def compress(self, weight: Tensor) -> Tensor: ...  # noqa: D102
+    def mm(  # noqa: D102
+        self, blob: Tensor, x: Tensor, bias: Tensor | None, algorithm: Algorithm
+    ) -> Tensor: ...
+    def search(self, blob: Tensor, x: Tensor, bias: Tensor | None) -> list[Algorithm]: ...  # noqa: D102
+
+
+class TorchOperators:
+    """`torch._cslt_*`. The product comes out as (tokens, out), contiguous."""
+
+    def __init__(self) -> None:
+        schemas = torch._C._jit_get_schemas_for_operator("aten::_cslt_sparse_mm")
+        self.has_split_k = any(a.name == "split_k" for one in schemas for a in one.arguments)
+
+    def compress(self, weight: Tensor) -> Tensor:
+        """Return the library's own form of a 2:4 matrix."""
+        return torch._cslt_compress(weight)
+
+    def mm(self, blob: Tensor, x: Tensor, bias: Tensor | None, algorithm: Algorithm) -> Tensor:
+        """Return x @ W.T + bias."""
+        options: dict[str, Any] = {"alg_id": algorithm.id}
+        if self.has_split_k:
+            options |= {"split_k": algorithm.split_k, "split_k_mode": algorithm.split_k_mode}
+        return torch._cslt_sparse_mm(blob, x.t(), bias=bias, transpose_result=True, **options)
+
+    def search(self, blob: Tensor, x: Tensor, bias: Tensor | None) -> list[Algorithm]:
+        """Return what the library found fastest, then its default."""
+        found: list[Algorithm] = []
+        search = getattr(getattr(torch._C, "_cusparselt", None), "mm_search", None)
+        if search is not None and self.has_split_k:
+            best, split_k, mode, _ = search(blob, x.t(), bias, None, None, True)
+            found.append(Algorithm(best, split_k, mode))
+        elif hasattr(torch, "_cslt_sparse_mm_search"):
+            best = torch._cslt_sparse_mm_search(blob, x.t(), bias=bias, transpose_result=True)
+            found.append(Algorithm(int(best)))
+        return [*found, Algorithm()]
+
+
+def library_version() -> int | None:
+    """Return the version of cuSPARSELt (801 is 0.8.1); None without it."""
+    if not torch.backends.cusparselt.is_available():
+        return None
+    version = torch.backends.cusparselt.version()
+    return None if version is None else int(version)
+
+
+class Cslt:
+    """The backend."""
+
+    name = "cslt"
+
+    def available(self, device: torch.device) -> Verdict:
+        """On the chips that the library knows."""
+        if device.type != "cuda":
+            return Verdict(False, f"the device is {device.type}, not cuda")
+        if not torch.cuda.is_available():
+            return Verdict(False, "no CUDA device")
+        major, minor = torch.cuda.get_device_capability(device)
+        if (major, minor) not in CAPABILITIES:
+            return Verdict(False, f"cuSPARSELt does not know sm_{major}{minor}")
+        if not (hasattr(torch, "_cslt_compress") and hasattr(torch, "_cslt_sparse_mm")):
+            return Verdict(False, f"torch {torch.__version__} has no cuSPARSELt operators")
+        version = library_version()
+        if version is None:
+            return Verdict(False, f"torch {torch.__version__} was built without cuSPARSELt")
+        if version == _SLOW_ON_HOPPER and (major, minor) == (9, 0):
+            return Verdict(True, "cuSPARSELt 0.8.0 is known to be slow on H100: 0.8.1 mends it")
+        return Verdict(True, f"cuSPARSELt {version}")
+
+    def takes(self, shape: tuple[int, int], dtype: torch.dtype, tokens: int) -> Verdict:
+        """Many tokens, sizes that 16 divides, bfloat16; float16 where it survives a trial."""
+        if tokens < DECODE_TOKENS:
+            return Verdict(False, f"{tokens} tokens: cuSPARSELt has no gain below {DECODE_TOKENS}")
+        if shape[0] % _ROWS_MULTIPLE or shape[1] % _ROWS_MULTIPLE:
+            return Verdict(False, f"16 does not divide {shape[0]} x {shape[1]}")
+        if dtype == torch.float16:
+            return _float16_survives()
+        return takes_dtype(dtype)
+
+    def build(self, form: Form) -> Product:
+        """Compress a dense copy that is let go at once."""
+        return CsltProduct.of(form, TorchOperators())
+
+
+@dataclass(frozen=True)
+class CsltProduct:
+    """A compressed matrix, with the algorithm of each bucket of tokens as it is needed."""
+
+    blob: Tensor
+    form: Form
+    operators: Operators
+    algorithms: dict[str, Algorithm] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, form: Form, operators: Operators) -> CsltProduct:
+        """Compress the matrix of a form."""
+        return cls(operators.compress(_dense(form)), form, operators)
+
+    @property
+    def stored_bytes(self) -> int:
+        """The blob, beside the form."""
+        return self.blob.nbytes
+
+    def run(self, x: Float[Tensor, "tokens in"], bias: Tensor | None) -> Tensor:
+        """Multiply; tokens are padded to a multiple of 8."""
+        tokens = x.shape[0]
+        algorithm = self.algorithm_for(tokens)
+        padded = _padded(x)
+        out = self.operators.mm(self.blob, padded, bias, algorithm)
+        return out if len(padded) == tokens else out[:tokens].contiguous()
+
+    def workspace_bytes(self, tokens: int) -> int:
+        """The padded input."""
+        return 0 if tokens % _PAD_TOKENS == 0 else (tokens + 7) * self.form.shape[1] * 2
+
+    def algorithm_for(self, tokens: int) -> Algorithm:
+        """Return the algorithm of a bucket, searched and verified when it is first needed.
+
+        Raises:
+            IncompatibleData: Every algorithm gives wrong results here.
+        """
+        bucket = bucket_of(tokens)
+        if bucket.name not in self.algorithms:
+            self.algorithms[bucket.name] = self._search(bucket.last)
+        return self.algorithms[bucket.name]
+
+    def _search(self, tokens: int) -> Algorithm:
+        if self.blob.is_cuda and torch.cuda.is_current_stream_capturing():
+            raise IncompatibleData(
+                "an algorithm of cuSPARSELt cannot be searched while a CUDA graph is captured",
+                fix="run the layer once with as many tokens before",
+            )
+        generator = torch.Generator(device=self.form.device).manual_seed(0)
+        shape = (tokens, self.form.shape[1])
+        x = torch.randn(shape, generator=generator, device=self.form.device).to(self.form.dtype)
+        dense = _dense(self.form)
+        for algorithm in self.operators.search(self.blob, x, None):
+            if is_right(algorithm, self, x, dense):
+                return algorithm
+        rows, width = self.form.shape
+        raise IncompatibleData(
+            f"cuSPARSELt gives wrong results for {rows} x {width} with {tokens} tokens",
+            where=f"every algorithm failed {_REPEATS} repeats against a float32 product",
+            fix="use --backend decompress, or another version of cuSPARSELt",
+        )
+
+
+def is_right(algorithm: Algorithm, product: CsltProduct, x: Tensor, dense: Tensor) -> bool:
+    """Whether an algorithm repeats itself, and errs at most twice as much as the dense product.
+
+    Both are compared with the product in float32; some algorithms of some versions are wrong, and
+    differ from run to run (pytorch#155333).
+    """
+    exact = x.float() @ dense.float().t()
+    scale = exact.norm() + 1e-30
+    allowed = 2 * ((x @ dense.t()).float() - exact).norm() / scale + 1e-6
+    first: Tensor | None = None
+    for found in _repeats(algorithm, product, x):
+        if not (found.float() - exact).norm() / scale <= allowed:
+            return False
+        if first is not None and not torch.equal(found, first):
+            return False
+        first = found
+    return True
+
+
+def _repeats(algorithm: Algorithm, product: CsltProduct, x: Tensor) -> Iterator[Tensor]:
+    for _ in range(_REPEATS):
+        yield product.operators.mm(product.blob, _padded(x), None, algorithm)[: len(x)].clone()
+
+
+def _padded(x: Tensor) -> Tensor:
+    missing = -x.shape[0] % _PAD_TOKENS
+    x = x.contiguous()
+    return torch.nn.functional.pad(x, (0, 0, 0, missing)) if missing else x
+
+
+def _dense(form: Form) -> Tensor:
+    dense = torch.empty(form.shape, dtype=form.dtype, device=form.device)
+    form.write_dense(dense)
+    return dense
+
+
+_TRIAL = """
+import torch
+weight = torch.tensor([1, 0, 0, 1], device="cuda").half().tile((256, 64))
+x = torch.randn(256, 256, device="cuda").half()
+blob = torch._cslt_compress(weight)
+out = torch._cslt_sparse_mm(blob, x.t(), transpose_result=True)
+torch.cuda.synchronize()
+assert torch.allclose(out, x @ weight.t(), atol=0.5, rtol=0.05)
+"""
+
+
+@functools.cache
+def _float16_survives() -> Verdict:
+    """Try float16 in a process of its own: where it fails it takes the CUDA context with it."""
+    done = subprocess.run([sys.executable, "-c", _TRIAL], capture_output=True, check=False)
+    if done.returncode == 0:
+        return Verdict(True, "float16 works here")
+    return Verdict(False, "float16 fails in cuSPARSELt on this machine: use bfloat16")

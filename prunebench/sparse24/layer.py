@@ -1,0 +1,252 @@
+"""`Sparse24Linear`, and the conversion of a model to it, layer by layer and back."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from prunebench.errors import IncompatibleData
+from prunebench.models.linears import Linear
+from prunebench.sparse24.backends import Product, backends
+from prunebench.sparse24.buckets import BUCKETS
+from prunebench.sparse24.forms import Canonical, Form
+from prunebench.sparse24.packed import Packed24, check_24, pack24, require_24, unpack24
+from prunebench.sparse24.policy import Choice, Policy
+from prunebench.sparse24.tiles import Tiled, Tiling
+
+
+class Sparse24Linear(nn.Module):
+    """A linear layer whose 2:4 weight stays packed; it computes what the dense one would.
+
+    It has no parameters and no gradients for the weight. Its state holds `values24` and `codes24`
+    in the canonical format, whatever form is resident.
+
+    Args:
+        packed: The weight.
+        bias: Of the weight's dtype, or None.
+        policy: Chooses the backend for a number of tokens.
+        tiling: The order of the `triton` form, where it is used.
+
+    Raises:
+        IncompatibleData: The bias is of another dtype.
+    """
+
+    def __init__(
+        self, packed: Packed24, bias: Tensor | None, *, policy: Policy, tiling: Tiling | None = None
+    ) -> None:
+        super().__init__()
+        if bias is not None and bias.dtype != packed.dtype:
+            raise IncompatibleData(f"the bias is {bias.dtype}, the weight {packed.dtype}")
+        self.out_features, self.in_features = packed.shape
+        self.policy = policy
+        self.form: Form = Canonical(packed)
+        wanted = [self._choose(bucket.last).backend for bucket in BUCKETS]
+        if "triton" in wanted:
+            self.form = Tiled.of(packed, tiling or Tiling())
+        self.products: dict[str, Product] = {}
+        self._routes: dict[int, Product] = {}
+        self.register_buffer("bias", bias, persistent=False)
+        self.bias: Tensor | None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return x @ W.T + bias; x is (..., in), of the weight's dtype."""
+        flat = x.reshape(-1, self.in_features).contiguous()
+        if flat.requires_grad and torch.is_grad_enabled():
+            dense = torch.nn.functional.linear(flat, unpack24(self.form.packed()), self.bias)
+            return dense.view(*x.shape[:-1], self.out_features)
+        tokens = flat.shape[0]
+        product = self._routes.get(tokens)
+        if product is None:
+            product = self._routes.setdefault(tokens, self.product_for(tokens))
+        return product.run(flat, self.bias).view(*x.shape[:-1], self.out_features)
+
+    def product_for(self, tokens: int) -> Product:
+        """Return the built product of the backend for a number of tokens."""
+        return self.product_of(self._choose(max(1, tokens)).backend)
+
+    def product_of(self, name: str) -> Product:
+        """Return the product of a backend, built when it is first needed."""
+        if name not in self.products:
+            self.products[name] = backends()[name].build(self.form)
+        return self.products[name]
+
+    def _choose(self, tokens: int) -> Choice:
+        return self.policy.choose(self.shape, self.form.dtype, tokens)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Outputs and inputs."""
+        return self.out_features, self.in_features
+
+    @property
+    def stored_bytes(self) -> int:
+        """What the weight takes, in all the forms that are resident."""
+        return self.form.stored_bytes + sum(one.stored_bytes for one in self.products.values())
+
+    @property
+    def dense_bytes(self) -> int:
+        """What the dense weight takes."""
+        return self.out_features * self.in_features * self.form.dtype.itemsize
+
+    def packed(self) -> Packed24:
+        """Return the weight in the canonical format."""
+        return self.form.packed()
+
+    def extra_repr(self) -> str:
+        """Show the shape, the form, and the backend for one token."""
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, "
+            f"form={self.form.name}, backend={self._choose(1).backend}"
+        )
+
+    def _save_to_state_dict(
+        self, destination: dict[str, Any], prefix: str, keep_vars: bool
+    ) -> None:
+        packed = self.packed()
+        destination[f"{prefix}values24"] = packed.values
+        destination[f"{prefix}codes24"] = packed.codes
+        if self.bias is not None:
+            destination[f"{prefix}bias"] = self.bias
+
+
+@dataclass
+class Conversion:
+    """A model whose 2:4 linears have been replaced.
+
+    Attributes:
+        layers: The new layers by name.
+        dense: Linears that stayed as they were, with the reason.
+    """
+
+    layers: dict[str, Sparse24Linear] = field(default_factory=dict)
+    dense: dict[str, str] = field(default_factory=dict)
+    _undo: list[tuple[nn.Module, str, Linear, Sparse24Linear]] = field(default_factory=list)
+
+    @property
+    def stored_bytes(self) -> int:
+        """Of the weights of the new layers, by storage."""
+        return sum(layer.stored_bytes for layer in self.layers.values())
+
+    @property
+    def dense_bytes(self) -> int:
+        """Of the same weights when they are dense."""
+        return sum(layer.dense_bytes for layer in self.layers.values())
+
+    def restore(self) -> None:
+        """Put the dense layers back, one at a time; their weights are bit for bit the old ones."""
+        while self._undo:
+            parent, child, linear, layer = self._undo.pop()
+            weight = unpack24(layer.packed())
+            weight = weight.T.contiguous() if linear.transposed else weight
+            setattr(linear.module, linear.attribute, nn.Parameter(weight, requires_grad=False))
+            setattr(parent, child, linear.module)
+            del self.layers[linear.name]
+
+    def count(self, tokens: int) -> dict[str, int]:
+        """Return how many layers each backend serves for a number of tokens."""
+        counts: dict[str, int] = {}
+        for layer in self.layers.values():
+            name = layer.policy.choose(layer.shape, layer.form.dtype, tokens).backend
+            counts[name] = counts.get(name, 0) + 1
+        return counts
+
+
+def convert(
+    model: nn.Module, linears: Iterable[Linear], *, policy: Policy, strict: bool = False
+) -> Conversion:
+    """Replace the 2:4 linears of a model, one after the other: no layer is there twice.
+
+    Args:
+        model: On its device, in bfloat16 or float16.
+        linears: From `find_linears`.
+        policy: Chooses backends.
+        strict: Whether a linear that is not 2:4 is an error.
+
+    Raises:
+        IncompatibleData: `strict`, and a linear is not 2:4: layer and group are named. Or none is.
+    """
+    done = Conversion()
+    for linear in linears:
+        reason = _why_dense(linear, policy, strict=strict)
+        if reason:
+            done.dense[linear.name] = reason
+            continue
+        path, _, child = linear.name.rpartition(".")
+        parent = model.get_submodule(path)
+        weight = linear.stored.T if linear.transposed else linear.stored
+        layer = Sparse24Linear(
+            pack24(weight.contiguous(), name=linear.name),
+            getattr(linear.module, "bias", None),
+            policy=policy,
+        )
+        setattr(linear.module, linear.attribute, None)  # the dense weight goes before the next
+        setattr(parent, child, layer)
+        done.layers[linear.name] = layer
+        done._undo.append((parent, child, linear, layer))
+    if not done.layers:
+        name, reason = next(iter(done.dense.items()), ("the model", "it has no linears"))
+        raise IncompatibleData(
+            f"no layer can be run as 2:4: {name}: {reason}",
+            where=f"{len(done.dense)} linears were looked at",
+            fix="prune with --sparsity 2:4 in bfloat16",
+        )
+    return done
+
+
+def _why_dense(linear: Linear, policy: Policy, *, strict: bool) -> str:
+    """Say why a linear cannot be replaced; empty if it can."""
+    if linear.expert is not None:
+        return "the experts of a mixture are one parameter, not layers"
+    dtype = linear.stored.dtype
+    if linear.in_features % 4:
+        return f"4 does not divide its {linear.in_features} inputs"
+    weight = linear.stored.T if linear.transposed else linear.stored
+    report = check_24(weight.contiguous(), name=linear.name)
+    if not report.holds:
+        if strict:
+            require_24(report, weight, name=linear.name)
+        return f"not 2:4: {report.over:,} of {report.groups:,} groups keep more than 2"
+    if dtype not in (torch.bfloat16, torch.float16):
+        return f"its weight is {str(dtype).removeprefix('torch.')}: 2:4 is packed in 16 bits"
+    return policy.gains_nothing((linear.out_features, linear.in_features), dtype)
+
+
+@dataclass(frozen=True)
+class Explained:
+    """Why a layer runs as it does for some number of tokens."""
+
+    layer: str
+    shape: tuple[int, int]
+    tokens: int
+    backend: str
+    why: str
+    why_not: dict[str, str]
+
+
+def explain(conversion: Conversion, tokens: Sequence[int]) -> list[Explained]:
+    """Return for every layer and number of tokens the backend, why, and why not the others.
+
+    Layers that stayed dense have the backend `dense` and no reasons for the others.
+    """
+    rows = []
+    for name, layer in conversion.layers.items():
+        for count in tokens:
+            choice = layer.policy.choose(layer.shape, layer.form.dtype, count)
+            others = layer.policy.verdicts(layer.shape, layer.form.dtype, count)
+            why_not = {
+                one: verdict.reason if not verdict.ok else _slower(choice)
+                for one, verdict in others.items()
+                if one != choice.backend
+            }
+            rows.append(Explained(name, layer.shape, count, choice.backend, choice.why, why_not))
+    for name, reason in conversion.dense.items():
+        rows.append(Explained(name, (0, 0), 0, "dense", reason, {}))
+    return rows
+
+
+def _slower(choice: Choice) -> str:
+    return "slower here" if choice.ratio is not None else "it could; another comes first"

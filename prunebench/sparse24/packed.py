@@ -1,0 +1,264 @@
+"""`Packed24`: a 2:4 matrix as its kept values and the places they came from.
+
+Of every four consecutive inputs two values are stored, and a 4-bit code `i0 | i1 << 2` with their
+places `i0 < i1`. A group with fewer than two non-zeros stores +0.0 at a free place. In 16-bit
+numbers that is 4.5 bytes for 8: 0.5625 of the dense matrix. The format is the same on every device
+and in files; what a chip's library wants is made from it and never stored.
+
+Packing works on whole groups: four 16-bit numbers are one 64-bit word, a kept pair two shifts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Float, Int, UInt8
+from torch import Tensor
+
+from prunebench.errors import IncompatibleData
+
+DTYPES = (torch.bfloat16, torch.float16)
+RATIO_16_BIT = 0.5625
+_CHUNK_GROUPS = {"cpu": 1 << 17, "cuda": 1 << 26}  # a chunk of the CPU stays in its cache
+_CODE_OF_BITS = [  # which of the four are not zero (bit j: place j): the code of the stored pair
+    0b0100, 0b0100, 0b1001, 0b0100, 0b1110, 0b1000, 0b1001, 0,
+    0b1110, 0b1100, 0b1101, 0, 0b1110, 0, 0, 0,
+]  # fmt: skip
+VALID_CODES = tuple(c for c in range(16) if c & 3 < c >> 2)
+_OVER = [bits for bits in range(16) if bits.bit_count() > 2]
+_UNDER = [bits for bits in range(16) if bits.bit_count() < 2]
+_GATHER_BITS = (1 << 24) + (1 << 17) + (1 << 10) + (1 << 3)
+
+
+@dataclass(frozen=True, eq=False)
+class Packed24:
+    """A 2:4 matrix [N, K].
+
+    Attributes:
+        values: The kept pair of every group, [N, K/2], bfloat16 or float16; no -0.0.
+        codes: Two 4-bit codes a byte, the first group in the low half, [N, ceil(K/8)].
+    """
+
+    values: Float[Tensor, "out pairs"]
+    codes: UInt8[Tensor, "out bytes"]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Outputs and inputs of the dense matrix."""
+        return self.values.shape[0], 2 * self.values.shape[1]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the values."""
+        return self.values.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Where it is."""
+        return self.values.device
+
+    @property
+    def bytes(self) -> int:
+        """What it takes, by storage."""
+        return self.values.nbytes + self.codes.nbytes
+
+    @property
+    def dense_bytes(self) -> int:
+        """What the dense matrix takes."""
+        return 2 * self.values.nbytes
+
+    def to(self, device: torch.device) -> Packed24:
+        """Return it on a device."""
+        return Packed24(self.values.to(device), self.codes.to(device))
+
+
+@dataclass(frozen=True)
+class Report24:
+    """What stands in the way of packing a matrix.
+
+    Attributes:
+        groups: Number of groups of four.
+        over: Groups with more than two non-zeros: the matrix is not 2:4.
+        under: Groups with fewer than two, where a zero is stored.
+        negative_zeros: Elements that are -0.0; they are packed as +0.0.
+        first_over: Row and first column of the first group that is over-full.
+    """
+
+    groups: int
+    over: int
+    under: int
+    negative_zeros: int
+    first_over: tuple[int, int] | None
+
+    @property
+    def holds(self) -> bool:
+        """Whether the matrix is 2:4."""
+        return self.over == 0
+
+
+def check_24(weight: Float[Tensor, "out in"], *, name: str = "the matrix") -> Report24:
+    """Count the groups of four consecutive inputs that hold more or fewer than two non-zeros.
+
+    Raises:
+        IncompatibleData: The width is not a multiple of four.
+    """
+    _require_width(weight, name)
+    flat = weight.detach().contiguous().view(-1)
+    groups = flat.numel() // 4
+    patterns = torch.zeros(16, dtype=torch.int64, device=weight.device)
+    negative, first = 0, None
+    for start, stop in _chunks(groups, weight.device):
+        four = flat[4 * start : 4 * stop]
+        bits = _bits(four)
+        found = torch.bincount(bits, minlength=16)
+        patterns += found
+        negative += int((torch.signbit(four) & (four == 0)).sum())
+        if first is None and found[_OVER].any():
+            full = torch.isin(bits, torch.tensor(_OVER, dtype=bits.dtype, device=bits.device))
+            row, group = divmod(start + int(full.to(torch.uint8).argmax()), weight.shape[1] // 4)
+            first = (row, 4 * group)
+    return Report24(
+        groups=groups,
+        over=int(patterns[_OVER].sum()),
+        under=int(patterns[_UNDER].sum()),
+        negative_zeros=negative,
+        first_over=first,
+    )
+
+
+def require_24(report: Report24, weight: Float[Tensor, "out in"], *, name: str) -> None:
+    """Raise `IncompatibleData` with layer and group unless the matrix is 2:4."""
+    if report.first_over is None:
+        return
+    row, column = report.first_over
+    four = ", ".join(f"{value:.4g}" for value in weight[row, column : column + 4].tolist())
+    raise IncompatibleData(
+        f"{name} is not 2:4: row {row}, columns {column} to {column + 3} hold {four}",
+        where=f"{report.over:,} of its {report.groups:,} groups keep more than 2 of 4",
+        fix="prune it with --sparsity 2:4; a packer that took it would drop weights",
+    )
+
+
+def canonicalize(
+    weight: Float[Tensor, "out in"], keep: Bool[Tensor, "out in"]
+) -> Float[Tensor, "out in"]:
+    """Return the weight with +0.0 where it is not kept, and for -0.0.
+
+    `weight * keep` would leave -0.0 at masked negative weights, which packers take for a value.
+    """
+    return torch.where(keep, weight, 0) + 0.0
+
+
+def pack24(weight: Float[Tensor, "out in"], *, name: str = "the matrix") -> Packed24:
+    """Pack a 2:4 matrix; a -0.0 is packed as +0.0, everything else bit for bit.
+
+    Args:
+        weight: (out, in) in bfloat16 or float16; groups are along the inputs.
+        name: What errors call it.
+
+    Raises:
+        IncompatibleData: A group keeps more than two (layer and group are named), the width is no
+            multiple of four, or the numbers are not of 16 bits.
+    """
+    _require_width(weight, name)
+    if weight.dtype not in DTYPES:
+        raise IncompatibleData(
+            f"{name} is {str(weight.dtype).removeprefix('torch.')}, and 2:4 is packed in 16 bits",
+            where="no sparse tensor core takes 2:4 weights in float32",
+            fix="use --dtype bfloat16",
+        )
+    rows, width = weight.shape
+    groups = rows * width // 4
+    flat = weight.detach().contiguous().view(-1)
+    pairs = torch.empty(groups, dtype=torch.int32, device=weight.device)
+    codes = torch.empty(groups, dtype=torch.uint8, device=weight.device)
+    table = torch.tensor(_CODE_OF_BITS, dtype=torch.uint8, device=weight.device)
+    for start, stop in _chunks(groups, weight.device):
+        four = flat[4 * start : 4 * stop] + 0.0  # -0.0 + 0.0 = +0.0
+        code = table[_bits(four)]
+        if not code.all():  # the entry of an over-full group
+            require_24(check_24(weight, name=name), weight, name=name)
+        word, place = four.view(torch.int64), code.to(torch.int64)
+        low = word >> ((place & 3) << 4) & 0xFFFF
+        high = word >> (place >> 2 << 4) << 16  # upper half of the 32 bits that are kept
+        pairs[start:stop] = (high | low).to(torch.int32)
+        codes[start:stop] = code
+    values = pairs.view(weight.dtype).view(rows, width // 2)
+    return Packed24(values, join_codes(codes.view(rows, width // 4)))
+
+
+def unpack24(packed: Packed24, *, out: Tensor | None = None) -> Float[Tensor, "out in"]:
+    """Return the dense matrix, bit for bit what was packed.
+
+    Args:
+        packed: Any device.
+        out: Where to write it, contiguous, of the same shape and dtype; a new matrix if None.
+    """
+    rows, width = packed.shape
+    groups = rows * width // 4
+    if out is None:
+        out = torch.empty(rows, width, dtype=packed.dtype, device=packed.device)
+    words = out.view(-1).view(torch.int64)
+    pairs = packed.values.contiguous().view(-1).view(torch.int32)
+    codes = split_codes(packed).view(-1)
+    for start, stop in _chunks(groups, packed.device):
+        pair, code = pairs[start:stop].to(torch.int64), codes[start:stop].to(torch.int64)
+        low = (pair & 0xFFFF) << ((code & 3) << 4)
+        high = (pair >> 16 & 0xFFFF) << (code >> 2 << 4)
+        torch.bitwise_or(low, high, out=words[start:stop])
+    return out
+
+
+def split_codes(packed: Packed24) -> UInt8[Tensor, "out groups"]:
+    """Return one code a byte, [N, K/4]."""
+    both = torch.stack((packed.codes & 15, packed.codes >> 4), dim=-1).flatten(1)
+    return both[:, : packed.shape[1] // 4].contiguous()
+
+
+def join_codes(codes: UInt8[Tensor, "out groups"]) -> UInt8[Tensor, "out bytes"]:
+    """Return two codes a byte, [N, ceil(K/8)]: the inverse of `split_codes`."""
+    if codes.shape[1] % 2:
+        codes = torch.nn.functional.pad(codes, (0, 1), value=_CODE_OF_BITS[0])
+    pairs = codes.view(codes.shape[0], -1, 2)
+    return pairs[..., 0] | pairs[..., 1] << 4
+
+
+def require_sound(packed: Packed24, *, name: str) -> None:
+    """Raise `IncompatibleData` where codes and values, as read from a file, cannot be 2:4."""
+    rows, width = packed.shape
+    if packed.dtype not in DTYPES or packed.codes.dtype != torch.uint8 or width % 4:
+        raise _unsound(name, f"values are {packed.dtype}, codes {packed.codes.dtype}")
+    if tuple(packed.codes.shape) != (rows, (width + 7) // 8):
+        raise _unsound(name, f"codes {list(packed.codes.shape)}, values {[rows, width // 2]}")
+    valid = torch.zeros(16, dtype=torch.bool, device=packed.device)
+    valid[list(VALID_CODES)] = True
+    if not valid[split_codes(packed).to(torch.int32)].all():
+        raise _unsound(name, "a code names one place twice, or the second place first")
+
+
+def _bits(four: Float[Tensor, "numbers"]) -> Int[Tensor, "groups"]:
+    """Return, for every group of four, a number whose bit j says that element j is not zero."""
+    return ((four != 0).view(torch.int32) * _GATHER_BITS >> 24) & 15
+
+
+def _unsound(name: str, reason: str) -> IncompatibleData:
+    return IncompatibleData(
+        f"{name} is not a packed 2:4 matrix", where=reason, fix="export the checkpoint again"
+    )
+
+
+def _require_width(weight: Int[Tensor, "..."] | Float[Tensor, "..."], name: str) -> None:
+    if weight.ndim != 2 or weight.shape[1] % 4:
+        raise IncompatibleData(
+            f"{name} cannot be 2:4: it has the shape {list(weight.shape)}",
+            where="groups are four consecutive inputs of a matrix [out, in]",
+            fix="leave it dense",
+        )
+
+
+def _chunks(groups: int, device: torch.device) -> Iterator[tuple[int, int]]:
+    step = _CHUNK_GROUPS.get(device.type, 1 << 26)
+    for start in range(0, groups, step):
+        yield start, min(groups, start + step)

@@ -1,0 +1,52 @@
+"""Tensors of a file that are computed from others in it, read as if they were stored."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from prunebench.models.safetensors_files import StoredTensor
+
+
+@dataclass(frozen=True)
+class Derived(StoredTensor):
+    """A dense matrix that its file holds in another form; made whole when it is read."""
+
+    make: Callable[[], Tensor]
+
+    @classmethod
+    def of(
+        cls,
+        source: StoredTensor,
+        *,
+        name: str,
+        dtype: str,
+        shape: tuple[int, ...],
+        make: Callable[[], Tensor],
+    ) -> Derived:
+        """Describe a matrix of the file of `source`; `stop - start` is its size when dense."""
+        size = math.prod(shape) * getattr(torch, dtype).itemsize
+        return cls(source.path, name, dtype, shape, 0, size, make)
+
+    def pieces(self, *, align: int = 1) -> Iterator[bytearray]:
+        """Yield all its bytes, row-major."""
+        yield bytearray(self.make().contiguous().view(-1).view(torch.uint8).numpy().data)
+
+
+def read_tensor(stored: StoredTensor) -> Tensor:
+    """Read a tensor whole.
+
+    Raises:
+        IncompatibleData: The file has become shorter.
+    """
+    if isinstance(stored, Derived):
+        return stored.make()
+    dtype = getattr(torch, stored.dtype)
+    data = bytearray().join(stored.pieces())
+    if not data:
+        return torch.empty(stored.shape, dtype=dtype)
+    return torch.frombuffer(data, dtype=dtype).view(stored.shape)
