@@ -8,11 +8,13 @@ not match them is never used.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
 import shutil
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -66,7 +68,8 @@ class Keeper:
 
         self._first(begin)
         try:
-            save(self._tensors(learner), checkpoint_id=part, no_dist=self.shards.world == 1)
+            with _in_one_process_if_alone():
+                save(self._tensors(learner), checkpoint_id=part, no_dist=self.shards.world == 1)
         except CheckpointException as error:
             raise SaveError(
                 f"cannot write {self.folder}",
@@ -103,7 +106,8 @@ class Keeper:
             name: torch.empty_like(best) for name, best in learner.progress.best.items()
         }
         try:
-            load(self._tensors(learner), checkpoint_id=state, no_dist=self.shards.world == 1)
+            with _in_one_process_if_alone():
+                load(self._tensors(learner), checkpoint_id=state, no_dist=self.shards.world == 1)
         except (CheckpointException, OSError, ValueError, KeyError) as error:
             raise IncompatibleData(
                 f"the kept state in {self.folder} cannot be read",
@@ -175,6 +179,14 @@ class Keeper:
             rows, mesh, [Shard(1)], run_check=False, shape=shape,
             stride=(total * rows.shape[2], rows.shape[2], 1),
         )  # fmt: skip
+
+
+@contextlib.contextmanager
+def _in_one_process_if_alone() -> Iterator[None]:
+    """Keep torch from warning that a training in one process is one."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        yield
 
 
 def _first_line(error: BaseException) -> str:
