@@ -36,9 +36,17 @@ def pruner_of(**options):
     return METHODS.make("maskllm", METHODS.resolve_options("maskllm", {**QUICK, **options}, seed=0))
 
 
+def one_block():
+    """Return a tiny Llama of one block: for what does not depend on how many there are."""
+    model = tiny_model("llama")
+    model.model.layers = model.model.layers[:1]
+    model.config.num_hidden_layers = 1
+    return model
+
+
 def train(folder=None, *, model=None, notes=None, hear=lambda point: None, **options):
     """Learn masks of a tiny model; returns it and the report."""
-    model = model or tiny_model("llama")
+    model = model or one_block()
     note = notes.append if notes is not None else lambda text: None
     data = Training(tiny_tokens(samples=8), tiny_tokens(samples=3, seed=1), folder, hear, note)
     walker = BlockWalker(model, token_ids=tiny_tokens(), training=data)
@@ -191,7 +199,7 @@ def test_steps_descend_along_the_gradient_that_autograd_finds(
 
 
 def test_the_factored_curvature_does_not_depend_on_micro_batches_or_draws():
-    model, windows = tiny_model("llama"), tiny_tokens(samples=4, seqlen=12)
+    model, windows = one_block(), tiny_tokens(samples=4, seqlen=12)
     windows = windows[:1].expand(4, 12).contiguous()  # each draw then sees the same text
     made = []
     for options in ({}, {"micro_tokens": 12}, {"noise_samples": 2}):
@@ -263,7 +271,7 @@ def masks_of(model):
 
 
 def magnitude_masks():
-    model = tiny_model("llama")
+    model = one_block()
     walker = BlockWalker(model)
     METHODS.make("magnitude", {}).prune(walker, {one.name: HALF for one in walker.linears})
     return masks_of(model)
@@ -322,7 +330,7 @@ def test_the_curve_says_what_happened_at_every_step():
 
 def test_all_windows_are_used_before_any_is_used_again():
     windows = torch.arange(10)[:, None].expand(10, 4).contiguous()
-    learner = learner_of(tiny_model("llama"), batch=4)
+    learner = learner_of(one_block(), batch=4)
     seen = [int(row[0]) for step in range(5) for row in learner._windows(step, windows)]
     first, second = seen[:10], seen[10:]
     assert sorted(first) == sorted(second) == list(range(10))
@@ -373,7 +381,7 @@ def test_a_loss_that_is_not_finite_stops_with_the_state_of_the_step_before(
 
 
 def test_weights_that_overflow_are_reported_and_not_learned_from():
-    model = tiny_model("llama")
+    model = one_block()
     model.get_output_embeddings().weight.data[5] = 1e37
     with pytest.raises(IncompatibleData, match="not finite at step 1"):
         train(model=model)
