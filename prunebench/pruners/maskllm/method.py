@@ -294,7 +294,7 @@ def _resume(keeper: Keeper, learner: Learner, data: Training) -> tuple[Event, ..
     data.note(f"  the training goes on after step {learner.done}, kept in {keeper.folder}")
     for point in learner.progress.curve:
         data.hear(point)
-    return (Event("all", "training resumed after step", learner.done),)
+    return (Event("all", "training resumed after step", float(learner.done)),)
 
 
 def _keep(keeper: Keeper, learner: Learner, data: Training) -> None:
