@@ -13,7 +13,7 @@ RUN := $(BIN)/prunebench run --calibration c4@wheel --within-block sequential
 REPRODUCE := $(addprefix reproduce-,laptop allocation wanda sparsegpt gblm alps scheduler maskllm maskllm-laptop)
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-real test-browser test-cluster lint check bench clean $(REPRODUCE)
+.PHONY: help install demo test test-real test-browser test-cluster lint check bench bench-gpu bench-gpu-report bench-maskllm-gpu clean $(REPRODUCE)
 
 help:  ## say what there is
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 30
@@ -61,6 +61,15 @@ check: lint test  ## format, lint, types and the default tests
 
 bench: install  ## measure every promised figure (ONLY=name for some)
 	$(BIN)/python -m benchmarks --only "$(ONLY)"
+
+bench-maskllm-gpu: install  ## a MaskLLM step at LLaMA-2-7B's size on a CUDA GPU (minutes)
+	$(BIN)/python -m benchmarks.maskllm_gpu
+
+bench-gpu: install  ## every figure of real 2:4 on one GPU, under ten minutes, into benchmarks/gpu.json
+	$(BIN)/python -m benchmarks.gpu -o benchmarks/gpu.json
+
+bench-gpu-report: install  ## the table of the last make bench-gpu, against what is promised
+	$(BIN)/python -m benchmarks.gpu_report benchmarks/gpu.json
 
 reproduce-laptop:  ## the one-shot methods on the default model, an hour on two cores (RESULTS=folder)
 reproduce-allocation:  ## how the ratio is spread over the layers, on the default model, an hour and a half

@@ -16,7 +16,8 @@ from dataclasses import asdict
 from pathlib import Path
 
 import benchmarks.maskllm
-import benchmarks.packed  # noqa: F401  (they register their figures)
+import benchmarks.packed
+import benchmarks.tasks  # noqa: F401  (they register their figures)
 from benchmarks.figures import FIGURES, Figure, machine
 
 LATEST = Path(__file__).parent / "latest.json"

@@ -64,7 +64,7 @@ def machine() -> dict[str, Any]:
 
 
 def at_most(name: str, limit: float, unit: str, runs: list[float]) -> Figure:
-    """Return a figure that should not be above its limit."""
+    """Return the median of `runs`, which should not be above `limit`."""
     return Figure(name, statistics.median(runs), "at most", limit, unit, runs)
 
 
@@ -197,7 +197,7 @@ def gblm_peak_rss() -> list[Figure]:
     with tempfile.TemporaryDirectory() as folder:
         shutil.rmtree(cache_dir() / "gradients", ignore_errors=True)
         run = ["run", "-m", "gblm", "--sparsity", "2:4", "--calibration", "c4@wheel", "--json"]
-        _, out = _run_cli([*run, "-q", "--ppl-tokens", "2048"], folder=Path(folder))
+        _, out = run_cli([*run, "-q", "--ppl-tokens", "2048"], folder=Path(folder))
     result = json.loads(out)
     model, cost = result["model"], result["cost"]
     allowed = 4 * (model["parameters"] + model["prunable_parameters"]) / 1e9 + 0.5
@@ -326,7 +326,8 @@ def bf16() -> list[Figure]:
 # ---------------------------------------------------------------- whole commands
 
 
-def _run_cli(arguments: list[str], *, folder: Path, threads: int = THREADS) -> tuple[float, str]:
+def run_cli(arguments: list[str], *, folder: Path, threads: int = THREADS) -> tuple[float, str]:
+    """Run a command of prunebench in a process and folder; return its seconds and its output."""
     command = [sys.executable, "-m", "prunebench", *arguments]
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
     begun = time.perf_counter()
@@ -344,7 +345,7 @@ def peak_rss() -> list[Figure]:
         with tempfile.TemporaryDirectory() as folder:
             run = ["run", "-m", "wanda", "--sparsity", "2:4", "--within-block", order]
             arguments = [*run, "--calibration", "c4@wheel", "--json", "-q", "--ppl-tokens", "2048"]
-            _, out = _run_cli(arguments, folder=Path(folder))
+            _, out = run_cli(arguments, folder=Path(folder))
         gigabytes = json.loads(out)["cost"]["peak_rss_bytes"] / 1e9
         figures.append(at_most(f"peak-rss-{order}", 2.2, "GB", [gigabytes]))
     return figures
@@ -361,7 +362,7 @@ def startup() -> list[Figure]:
         ("compare", ["compare", "--results-dir", results]),
     ):
         with tempfile.TemporaryDirectory() as folder:
-            runs = [_run_cli(arguments, folder=Path(folder))[0] for _ in range(7)]
+            runs = [run_cli(arguments, folder=Path(folder))[0] for _ in range(7)]
         figures.append(at_most(f"startup-{name}", 0.5, "s", runs[1:]))
     return figures
 
@@ -380,8 +381,8 @@ def demo() -> list[Figure]:
         ):
             run = ["run", "-m", method, "--sparsity", sparsity, "--calibration", "c4@wheel", "-q"]
             run += ["--within-block", "sequential"]
-            _run_cli(run, folder=Path(folder))
-        _run_cli(["compare"], folder=Path(folder))
+            run_cli(run, folder=Path(folder))
+        run_cli(["compare"], folder=Path(folder))
     return [at_most("demo", 300, "s", [time.perf_counter() - begun])]
 
 
@@ -402,5 +403,5 @@ def _with_2000_results(name: str, limit: float, arguments: list[str]) -> Figure:
 
     with tempfile.TemporaryDirectory() as folder:
         publish_results(Path(folder) / "results", 2000)
-        runs = [_run_cli(arguments, folder=Path(folder), threads=1)[0] for _ in range(4)]
+        runs = [run_cli(arguments, folder=Path(folder), threads=1)[0] for _ in range(4)]
     return at_most(name, limit, "s", runs[1:])

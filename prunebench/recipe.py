@@ -112,9 +112,12 @@ class RecipeCell:
         return build_spec({k: v for k, v in self.values.items() if k not in OUTSIDE_SPEC})
 
     def matches(self, filters: Mapping[str, Sequence[str]]) -> bool:
-        """Whether it is selected by `key=value,value` filters; a value may hold `*`."""
+        """Whether it is selected by `key=value,value` filters; a value may hold `*`.
+
+        Of an option that is a list, such as `tasks`, one of its values is enough.
+        """
         return all(
-            any(fnmatch.fnmatchcase(_word(self.values[key]), pattern) for pattern in patterns)
+            any(fnmatch.filter(_words(self.values[key]), pattern) for pattern in patterns)
             for key, patterns in filters.items()
         )
 
@@ -199,7 +202,7 @@ class Recipe:
         if not chosen:
             missed = [k for k in filters if not any(c.matches({k: filters[k]}) for c in self.cells)]
             key = (missed or list(filters))[0]
-            there = sorted({_word(cell.values[key]) for cell in self.cells})
+            there = {word for cell in self.cells for word in _words(cell.values[key])}
             raise UsageError(
                 f"no cell of {self.path} has {key} {','.join(filters[key])}",
                 fix=nearest(filters[key][0], there),
@@ -427,6 +430,10 @@ def _flat(options: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, A
 
 
 def _word(value: Any) -> str:
-    if isinstance(value, tuple | list):
-        return ",".join(map(str, value))
     return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def _words(value: Any) -> list[str]:
+    """Return what a selector may call a value; an empty list is `None`."""
+    values = value or [None] if isinstance(value, tuple | list) else [value]
+    return list(map(_word, values))

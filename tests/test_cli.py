@@ -39,7 +39,7 @@ def test_the_options_of_run_are_a_decision():
     names = {o for p in commands()["run"].params for o in p.opts if o.startswith("--")}
     assert names == {
         "--method", "--model", "--sparsity", "--allocation", "--save-allocation", "--calibration",
-        "--calibration-samples", "--seqlen", "--execute", "--backend",
+        "--calibration-samples", "--seqlen", "--execute", "--backend", "--once",
         "--ppl", "--ppl-seqlen", "--ppl-tokens", "--divergence", "--tasks", "--num-fewshot",
         "--limit", "--apply-chat-template", "--batch-size", "--include-path", "--log-samples",
         "--seed", "--dtype", "--device", "--set",
@@ -255,7 +255,7 @@ def test_compare_formats(cli, tiny_run, tmp_path):
     assert cli("compare", *folder, "--format", "csv").stdout.startswith("model,method,sparsity")
     assert json.loads(cli("compare", *folder, "--json").stdout)[0]["model"] == "tiny-llama"
     assert "did you mean 'json'" in cli("compare", *folder, "-f", "jsn", code=2).output
-    assert "no result is selected" in cli("compare", *folder, "method=x", code=3).output
+    assert "no result has method=x" in cli("compare", *folder, "method=x", code=3).output
 
 
 def test_compare_skips_damaged_files_and_says_so(cli, tiny_run, tmp_path):

@@ -41,6 +41,13 @@ def test_seeds_are_folded():
     assert render.score_text(score, bold=("", "")) == "42.00 ± 2.00 (+22.00)"
 
 
+def test_a_run_beside_other_work_does_not_move_the_time_of_a_row():
+    rows = [make_result(seed=seed) for seed in range(3)]
+    slow = rows[2].cost.model_copy(update={"prune_seconds": 300.0})
+    rows[2] = rows[2].model_copy(update={"cost": slow})
+    assert only_table(rows).cells[1].prune_seconds == 3.0
+
+
 def test_the_newest_of_a_repeated_spec_counts():
     rows = [
         make_result(value=50.0, created="2026-01-02"),
@@ -110,6 +117,16 @@ def test_two_protocols_never_share_a_column_and_are_not_ranked():
     assert [c.method for c in chosen.cells] == ["dense", "magnitude"]
 
 
+def test_a_perplexity_that_only_some_rows_have_does_not_undo_the_ranking():
+    rows = [make_result(value=40.0), make_result(method="magnitude", value=60.0)]
+    rows.append(make_result(method="magnitude", value=30.0, protocol=OTHER, seed=1))
+    table = only_table(rows)
+    assert table.ranked_by and OTHER not in table.ranked_by
+    assert [c.method for c in table.cells] == ["dense", "wanda", "magnitude"]
+    rows.append(make_result(value=50.0, protocol=OTHER, seed=1))
+    assert only_table(rows).ranked_by is None
+
+
 def test_one_protocol_is_ranked_within_a_sparsity():
     rows = [make_result(method=m, value=v) for m, v in (("a", 50.0), ("b", 30.0), ("c", 40.0))]
     rows.append(make_result(method="a", sparsity="0.6", value=10.0))
@@ -171,9 +188,32 @@ def test_bad_selectors(word, says):
 
 
 def test_an_empty_selection_says_how_many_there_are():
+    rows = [make_result(), make_result(method="magnitude", sparsity="0.6")]
     with pytest.raises(MissingResource, match="no result is selected") as error:
-        compare([make_result()], Selection.parse(["method=gblm"]))
-    assert "1 finished results" in error.value.where
+        compare(rows, Selection.parse(["method=wanda", "sparsity=0.6"]))
+    assert "2 finished results" in error.value.where
+
+
+@pytest.mark.parametrize(
+    ("words", "says", "near"),
+    [
+        (["metric=token_pl"], "no result has metric=token_pl", "did you mean 'token_ppl'?"),
+        (["method=wanda,wan*", "sparsity=0.51"], "has sparsity=0.51", "did you mean '0.5'?"),
+        (["method=wnda", "sparsity=0.5"], "has method=wnda", "did you mean 'wanda'?"),
+        (["seed=7"], "has seed=7", "Known: 0"),
+        (["method=z*"], "has method=z*", "Known: magnitude, wanda"),
+    ],
+)
+def test_a_value_that_no_result_has_names_the_nearest(words, says, near):
+    rows = [make_result(), make_result(method="magnitude", sparsity="0.6")]
+    with pytest.raises(MissingResource) as error:
+        compare(rows, Selection.parse(words))
+    assert says in str(error.value) and near in str(error.value)
+
+
+def test_no_result_at_all_is_not_the_selectors_fault():
+    with pytest.raises(MissingResource, match="no result is selected"):
+        compare([], Selection.parse(["method=gblm"]))
 
 
 def test_markdown_escapes_what_a_name_could_break():
@@ -195,7 +235,16 @@ def test_json_is_one_document():
 
 
 @pytest.mark.parametrize(
-    ("value", "text"), [(19.738, "19.74"), (125.8, "125.8"), (1087.96, "1,088"), (1e6, "1,000,000")]
+    ("value", "text"),
+    [
+        (19.738, "19.74"),
+        (125.8, "125.8"),
+        (1087.96, "1,088"),
+        (999_499.0, "999,499"),
+        (999_501.0, "1.00e6"),
+        (49_667_550.0, "4.97e7"),
+        (float("inf"), "inf"),
+    ],
 )
 def test_numbers_are_readable(value, text):
     assert render.number(value) == text

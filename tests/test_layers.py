@@ -34,6 +34,7 @@ LAYERS = {
     "prepare": 4.0,
     "record": 4.1,
     "execution": 4.1,
+    "bench": 4.1,
     "run": 4.2,
     "sweep": 4.3,
     "testing": 5.0,

@@ -83,8 +83,11 @@ def test_selecting_cells(recipe):
     assert len(grid.select([])) == 7
     assert [c.number for c in grid.select(["method=wanda,magnitude", "sparsity=2:4"])] == [3, 5]
     assert [c.number for c in grid.select(["method=m*"])] == [2, 3]
+    assert [c.number for c in grid.select(["tasks=rte"])] == [6, 7]
+    assert len(grid.select(["tasks=None", "ppl=c4"])) == 5
     for words, says in (
         (["method=wnda"], ["no cell", "method wnda", "did you mean 'wanda'?"]),
+        (["tasks=piq"], ["tasks piq", "did you mean 'piqa'? Known: None, piqa, rte"]),
         (["colour=red"], ["unknown selector 'colour'"]),
         (["wanda"], ["is not a selector"]),
     ):

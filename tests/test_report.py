@@ -356,7 +356,7 @@ def test_the_command_writes_the_page(cli, results_dir, tmp_path):
         (["-o", "there.html"], 5, "there.html exists already"),
         (["-o", "folder"], 5, "folder is a folder"),
         (["-o", "there.html/x.html"], 5, "a file stands where a folder should be"),
-        (["method=gblm"], 3, "no result is selected"),
+        (["method=gblm"], 3, "no result has method=gblm"),
         (["methd=gblm"], 2, "did you mean 'method'?"),
         (["--figures", "there.html"], 5, "cannot write there.html"),
     ],

@@ -209,3 +209,33 @@ def test_allocators_that_help_at_70_percent_do_so_beyond_the_noise(method, alloc
     one, other = cells[method, allocation], cells[method, "uniform"]
     assert one.seeds == other.seeds == 3
     assert max(one.values) < min(other.values)
+
+
+def committed_layers(method, sparsity):
+    """The layers of every committed row, by seed."""
+    results, _ = ResultStore(REPOSITORY / "results").read(committed_results())
+    rows = [r for r in results if (r.spec.method, r.spec.sparsity) == (method, sparsity)]
+    return {r.spec.seed: {one.name: one for one in r.sparsity.layers} for r in rows}
+
+
+@pytest.mark.parametrize("sparsity", ["0.5", "2:4"])
+def test_alps_loses_no_more_than_sparsegpt_in_nearly_all_layers(sparsity):
+    """Each behind its own pruned blocks; on one Hessian it is the benchmark `alps-losses`.
+
+    The exception is down_proj of block 11, which loses ten times as much as its neighbours.
+    """
+    ours, theirs = committed_layers("alps", sparsity), committed_layers("sparsegpt", sparsity)
+    for seed in (0, 1, 2):
+        worse = {n for n, one in ours[seed].items() if one.loss > theirs[seed][n].loss}
+        assert len(ours[seed]) == 210
+        assert worse <= {"model.layers.11.mlp.down_proj"}
+
+
+@pytest.mark.parametrize("sparsity", ["0.6", "0.7", "0.8"])
+def test_the_scheduler_ranks_layers_by_what_they_lose(sparsity):
+    """Spearman's correlation of estimate and measured loss is above 0.9, as METHODS asks."""
+    import pandas
+
+    for layers in committed_layers("scheduler", sparsity).values():
+        frame = pandas.DataFrame([(x.estimate, x.loss) for x in layers.values()])
+        assert frame[0].rank().corr(frame[1].rank()) > 0.9

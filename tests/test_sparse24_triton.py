@@ -1,13 +1,13 @@
 """Kernel A in Triton's interpreter, against the dense product. On a GPU the same runs compiled."""
 
-import importlib.util
 import os
+import sys
 
 import pytest
 import torch
 
-if importlib.util.find_spec("triton") is None:
-    pytest.skip("triton is not installed", allow_module_level=True)
+if sys.platform != "linux":
+    pytest.skip("Triton is made for Linux alone", allow_module_level=True)
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before the kernels are imported
 

@@ -14,6 +14,7 @@ import typer
 
 from prunebench import __version__
 from prunebench.cli import (
+    bench,
     check,
     compare,
     doctor,
@@ -41,6 +42,7 @@ app.command("validate")(guarded(sweep.validate_command))
 app.command("compare")(guarded(compare.compare_command))
 app.command("report")(guarded(report.report_command))
 app.command("list")(guarded(listing.list_command))
+app.command("bench")(guarded(bench.bench_command))
 app.command("inspect")(guarded(inspect.inspect_command))
 app.command("export")(guarded(export.export_command))
 app.command("check")(guarded(check.check_command))

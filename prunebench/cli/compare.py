@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -14,6 +14,7 @@ from prunebench.cli.paired import compare_paired
 from prunebench.cli.published import compare_published
 from prunebench.errors import UsageError, nearest
 from prunebench.results import render
+from prunebench.results.bench import read_benches
 from prunebench.results.compare import Selection, Table, compare
 from prunebench.results.store import ResultStore
 
@@ -71,7 +72,10 @@ def compare_command(
     results, damaged = ResultStore(results_dir).read(layers=False)
     for one in damaged:
         say(f"warning: {one.path} is skipped: {one.reason}")
-    tables = compare(results, selection)
+    benches, broken = read_benches(results_dir)
+    for path, reason in broken:
+        say(f"warning: {path} is skipped: {reason}")
+    tables = compare(results, selection, benches)
     if published:
         _compare_published(tables, format_, as_json=as_json)
     elif as_json or format_ == "json":
@@ -115,7 +119,8 @@ def print_tables(tables: list[Table]) -> None:
             title=table.model, title_justify="left", box=rich.box.SIMPLE_HEAD, pad_edge=False
         )
         for i, title in enumerate(render.header(table)):
-            grid.add_column(_broken(title), justify="left" if i < 2 else "right", overflow="fold")
+            side: Literal["left", "right"] = "left" if i < render.text_columns(table) else "right"
+            grid.add_column(_broken(title), justify=side, overflow="fold")
         last = ""
         for cell in table.cells:
             if last and cell.sparsity != last:

@@ -1,11 +1,11 @@
 """From results to a table: one row a cell, seeds folded into mean and standard deviation.
 
 A cell is everything of a spec but its seed and its evaluation; of a run that was repeated, the
-newest counts. A column is a metric under one protocol; two protocols
-never share a column, and rows are ranked only where the table has a single perplexity (or a single
-column): accuracies and divergences then stand beside it. Within a column,
-the best of the rows with one sparsity is marked, and so is every other whose difference from it is
-inside the noise: that of the seeds, or, with a single seed, that of the documents.
+newest counts. A column is a metric under one protocol; two protocols never share a column. Rows are
+ranked where the table has a single perplexity (or a single column), or a single one that all rows
+have: the other columns then stand beside it. Within a column, the best of the rows with one
+sparsity is marked, and so is every other whose difference from it is inside the noise: that of the
+seeds, or, with a single seed, that of the documents.
 """
 
 from __future__ import annotations
@@ -13,11 +13,12 @@ from __future__ import annotations
 import fnmatch
 import json
 import statistics
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from prunebench.errors import MissingResource, UsageError, nearest
+from prunebench.results.bench import Bench
 from prunebench.results.cell_score import CellScore as CellScore
 from prunebench.results.schema import Result, Score
 from prunebench.sparsity import Sparsity
@@ -56,11 +57,46 @@ _SELECTORS: dict[str, Callable[[Result], object]] = {
 
 
 @dataclass(frozen=True)
+class CellBench:
+    """Bytes and speed of one row, from the bench of one of its runs.
+
+    Attributes:
+        form: How its pruned matrices are stored: `2:4`, `bitmap` or `dense`.
+        bytes_ratio: Its bytes over those of the dense model, computed.
+        decode: Times the speed of dense, of one sequence; None where it was not measured.
+        prefill: The same, of a prompt of 2,048 tokens.
+        speed: `measured`, or why not.
+        gpu: The chip.
+    """
+
+    form: str
+    bytes_ratio: float
+    decode: float | None
+    prefill: float | None
+    speed: str
+    gpu: str | None
+
+    @classmethod
+    def of(cls, bench: Bench) -> CellBench:
+        """Take what a table shows."""
+        form, size = bench.storage.best
+        return cls(
+            form=form,
+            bytes_ratio=size / bench.storage.dense_bytes,
+            decode=bench.decode.median if bench.decode else None,
+            prefill=bench.prefill.median if bench.prefill else None,
+            speed=bench.speed,
+            gpu=bench.environment.get("gpu"),
+        )
+
+
+@dataclass(frozen=True)
 class Cell:
     """One row: a spec without its seed, and what its results say together.
 
     `shown` are the settings as a table shows them: of options, those in which rows of the same
-    method (or allocator) differ.
+    method (or allocator) differ. `prune_seconds` is the median of its runs: a run beside other work
+    may take ten times as long, and a mean would tell of that work.
     """
 
     model: str
@@ -72,6 +108,7 @@ class Cell:
     prune_seconds: float | None
     devices: tuple[str, ...]
     result_ids: tuple[str, ...]
+    bench: CellBench | None = None
     shown: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -97,6 +134,11 @@ class Table:
     settings: tuple[str, ...]
     cells: tuple[Cell, ...]
     ranked_by: str | None
+
+    @property
+    def has_bench(self) -> bool:
+        """Whether a row says what it takes and how fast it is."""
+        return any(cell.bench for cell in self.cells)
 
 
 @dataclass(frozen=True)
@@ -147,8 +189,17 @@ def _matches(value: object, patterns: Iterable[str]) -> bool:
     return any(fnmatch.fnmatchcase(str(value), pattern) for pattern in patterns)
 
 
-def compare(results: Sequence[Result], selection: Selection | None = None) -> list[Table]:
+def compare(
+    results: Sequence[Result],
+    selection: Selection | None = None,
+    benches: Mapping[str, Bench] | None = None,
+) -> list[Table]:
     """Fold results into one table a model.
+
+    Args:
+        results: What is there.
+        selection: What is shown.
+        benches: Bytes and speed by the id of a result.
 
     Raises:
         MissingResource: No finished result is selected.
@@ -157,18 +208,37 @@ def compare(results: Sequence[Result], selection: Selection | None = None) -> li
     chosen = [r for r in results if r.status == "ok" and selection.takes(r)]
     chosen = [r for r in chosen if any(map(selection.takes_score, r.scores))]
     if not chosen:
-        finished = sum(r.status == "ok" for r in results)
-        raise MissingResource(
-            "no result is selected",
-            where=f"{finished} finished results are there, none matches",
-            fix="leave a selector out, or run prunebench compare without any",
-        )
+        raise _nothing_selected([r for r in results if r.status == "ok"], selection)
     tables = []
     for model in sorted({r.spec.model for r in chosen}):
         mine = [r for r in chosen if r.spec.model == model]
-        cells = _with_dense([_fold(group, selection) for group in _cells(mine)])
+        cells = _with_dense([_fold(group, selection, benches or {}) for group in _cells(mine)])
         tables.append(_table(model, cells))
     return tables
+
+
+def _nothing_selected(finished: Sequence[Result], selection: Selection) -> MissingResource:
+    """Return the error: it names the first value that no result has, and the nearest one."""
+    where = f"{len(finished)} finished results are there, none matches"
+    for key, patterns in selection.filters.items() if finished else ():
+        known = _values(key, finished)
+        for pattern in patterns:
+            if not any(_matches(value, [pattern]) for value in known):
+                return MissingResource(
+                    f"no result has {key}={pattern}", where=where, fix=nearest(pattern, known)
+                )
+    return MissingResource(
+        "no result is selected",
+        where=where,
+        fix="leave a selector out, or run prunebench compare without any",
+    )
+
+
+def _values(key: str, results: Sequence[Result]) -> set[str]:
+    """Return all values that a selector's key has in some results."""
+    if key in _SELECTORS:
+        return {str(_SELECTORS[key](result)) for result in results}
+    return {str(getattr(score, key)) for result in results for score in result.scores}
 
 
 def _cells(results: Sequence[Result]) -> list[list[Result]]:
@@ -181,7 +251,7 @@ def _cells(results: Sequence[Result]) -> list[list[Result]]:
     return list(groups.values())
 
 
-def _fold(results: list[Result], selection: Selection) -> Cell:
+def _fold(results: list[Result], selection: Selection, benches: Mapping[str, Bench]) -> Cell:
     values: dict[str, dict[int, Score]] = {}  # column, seed; later results replace earlier ones
     for result in results:
         for score in filter(selection.takes_score, result.scores):
@@ -190,6 +260,7 @@ def _fold(results: list[Result], selection: Selection) -> Cell:
     seconds = [r.cost.prune_seconds for r in results if r.cost]
     options = {k: v for k, v in first.method_options.items() if k != "seed"}
     settings = {name: getattr(first, name) for name in _SETTINGS} | {"method_options": options}
+    found = next((benches[r.id] for r in reversed(results) if r.id in benches), None)
     ratios = [r.sparsity.realised_ratio for r in results if r.sparsity]
     return Cell(
         model=first.model,
@@ -198,9 +269,10 @@ def _fold(results: list[Result], selection: Selection) -> Cell:
         settings=settings,
         scores={column: CellScore.of(list(s.values())) for column, s in sorted(values.items())},
         realised_ratio=statistics.fmean(ratios),
-        prune_seconds=statistics.fmean(seconds) if seconds else None,
+        prune_seconds=statistics.median(seconds) if seconds else None,
         devices=tuple(sorted({r.hardware.device for r in results})),
         result_ids=tuple(sorted(r.id for r in results)),
+        bench=CellBench.of(found) if found else None,
     )
 
 
@@ -228,6 +300,8 @@ def _table(model: str, cells: list[Cell]) -> Table:
             used[column] = used.get(column, 0) + 1
     perplexities = [column for column in used if column.partition(" ")[0].endswith("_ppl")]
     leading = perplexities or list(used)
+    if len(leading) > 1:
+        leading = [column for column in leading if used[column] == len(cells)]
     ranked_by = leading[0] if len(leading) == 1 else None
     columns = tuple(sorted(used, key=lambda column: (column != ranked_by, -used[column], column)))
     for column in columns:

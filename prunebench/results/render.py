@@ -6,6 +6,7 @@ import csv
 import dataclasses
 import io
 import json
+import math
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -26,6 +27,10 @@ LEGEND = (
     "mean ± std over seeds, (difference to dense); best of its sparsity in bold; "
     "~ not to be told from the best one (2 standard errors)"
 )
+_LEGEND_BENCH = (
+    "bytes: of the dense model's, computed; decode, prefill: times the speed of dense, both in one "
+    "run (prunebench bench)"
+)
 _LEGEND_STDERR = "± of a single seed: standard error over documents"
 
 
@@ -35,6 +40,8 @@ def legend(tables: Sequence[Table]) -> str:
     parts = [LEGEND]
     if any(score.std is None and score.stderr is not None for score in scores):
         parts.append(_LEGEND_STDERR)
+    if any(table.has_bench for table in tables):
+        parts.append(_LEGEND_BENCH)
     return "; ".join(parts)
 
 
@@ -42,7 +49,13 @@ def header(table: Table) -> list[str]:
     """Return the column titles."""
     settings = [_SETTING_NAMES.get(name, name) for name in table.settings]
     scores = [column_title(column) for column in table.columns]
-    return ["method", "sparsity", *settings, *scores, "zeros", "prune", "seeds"]
+    bench = ["bytes", "decode", "prefill"] if table.has_bench else []
+    return ["method", "sparsity", *settings, *scores, "zeros", *bench, "prune", "seeds"]
+
+
+def text_columns(table: Table) -> int:
+    """Return how many of the first columns hold words, which are aligned on the left."""
+    return 2 + len(table.settings)
 
 
 def column_title(column: str) -> str:
@@ -62,9 +75,19 @@ def row(table: Table, cell: Cell, *, bold: tuple[str, str]) -> list[str]:
         *settings,
         *scores,
         f"{cell.realised_ratio:.1%}" if cell.method != "dense" else MISSING,
+        *(_bench_texts(cell) if table.has_bench else []),
         MISSING if cell.prune_seconds is None else f"{cell.prune_seconds:.0f} s",
         str(seeds) if cell.method != "dense" else MISSING,
     ]
+
+
+def _bench_texts(cell: Cell) -> list[str]:
+    """Return bytes and speed: `0.60 (2:4)`, `1.41x`; `not measured` where no GPU was there."""
+    one = cell.bench
+    if one is None:
+        return [MISSING] * 3
+    speeds = ["not measured" if s is None else f"{s:.2f}x" for s in (one.decode, one.prefill)]
+    return [f"{one.bytes_ratio:.3f} ({one.form})", *speeds]
 
 
 def score_text(score: CellScore | None, *, bold: tuple[str, str]) -> str:
@@ -100,7 +123,10 @@ def value_text(metric: str, value: float) -> str:
 
 
 def number(value: float) -> str:
-    """Return a value with four significant digits or two decimals, never in exponents."""
+    """Return a value with four digits or two decimals; millions as `4.97e7`."""
+    if 999_500 <= value < math.inf:
+        digits, exponent = f"{value:.2e}".split("e")
+        return f"{digits}e{int(exponent)}"
     if value >= 1000:
         return f"{value:,.0f}"
     return f"{value:.1f}" if value >= 100 else f"{value:.2f}"
@@ -113,7 +139,8 @@ def to_markdown(tables: Sequence[Table]) -> str:
         titles = header(table)
         lines += [f"## {_escape(table.model)}", ""]
         lines.append("| " + " | ".join(map(_escape, titles)) + " |")
-        lines.append("|" + "|".join("---" if i < 2 else "---:" for i in range(len(titles))) + "|")
+        words = text_columns(table)
+        lines.append("|" + "---|" * words + "---:|" * (len(titles) - words))
         for cell in table.cells:
             texts = row(table, cell, bold=("**", "**"))
             lines.append("| " + " | ".join(map(_escape, texts)) + " |")
@@ -125,7 +152,8 @@ def to_latex(tables: Sequence[Table]) -> str:
     """Return one LaTeX `table` with booktabs rules a model; it needs nothing but `booktabs`."""
     lines: list[str] = []
     for table in tables:
-        columns = "ll" + "r" * (len(header(table)) - 2)
+        words = text_columns(table)
+        columns = "l" * words + "r" * (len(header(table)) - words)
         lines += [r"\begin{table}", r"\centering", rf"\begin{{tabular}}{{{columns}}}", r"\toprule"]
         metrics, protocols = zip(*map(_latex_title, header(table)), strict=True)
         lines.append(_latex_row(metrics))

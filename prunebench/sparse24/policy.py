@@ -2,6 +2,9 @@
 
 Measured on this very device if `measure` was run (kept in the cache, by GPU, library versions,
 dtype, shape and bucket of tokens); else the first kind that takes the shape. Forced by `--backend`.
+
+The cache's imports are inside the methods that need them: `benchmarks/gpu.py` chooses backends on
+machines that have torch and little else.
 """
 
 from __future__ import annotations
@@ -13,11 +16,9 @@ from pathlib import Path
 
 import torch
 
-from prunebench.files import cache_dir, write_text
 from prunebench.sparse24.backends import Verdict, backends
 from prunebench.sparse24.buckets import Bucket, bucket_of
 from prunebench.sparse24.cslt import library_version
-from prunebench.spec import slug
 
 MIN_RATIO = 1.02
 """A layer that nothing makes faster than this stays dense, where that was measured."""
@@ -65,6 +66,9 @@ class Policy:
     @property
     def path(self) -> Path:
         """The file of this device and these libraries."""
+        from prunebench.files import cache_dir
+        from prunebench.spec import slug
+
         return cache_dir() / "sparse24" / f"policy-{slug(device_key(self.device))}.json"
 
     def save(self) -> None:
@@ -73,6 +77,8 @@ class Policy:
         Raises:
             SaveError: The cache cannot be written.
         """
+        from prunebench.files import write_text
+
         rows = {key: asdict(choice) for key, choice in sorted(self.table.items())}
         write_text(self.path, json.dumps(rows, indent=1) + "\n")
 

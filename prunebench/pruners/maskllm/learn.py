@@ -188,14 +188,12 @@ class Learner:
             )
 
     def _directions(self, linear: Linear, how: Relaxation) -> Directions:
-        """Yield the direction of a layer's logits, from dL/dW~ or from what the draws left."""
+        """Return the direction of a layer's logits, from dL/dW~ or from what the draws left."""
         layer, drawn = self.layers[linear], self._drawn.get(linear)
         if drawn is None:
             weight, slope = self._own_rows(linear), self._sums.own[linear]
-            yield from self.optimizer.directions(layer, weight, slope, how)
-        else:
-            for part in layer.chunks():
-                yield part, drawn[:, part].clone()
+            return self.optimizer.directions(layer, weight, slope, how)
+        return ((part, drawn[:, part].clone()) for part in layer.chunks())
 
     def _keep_directions(self) -> None:
         """Add this draw's directions to those of the step: needs memory like the logits.
@@ -340,12 +338,13 @@ class _Gradients:
 
     def add_product(self, linear: Linear, outer: Tensor, inputs: Tensor) -> None:
         """Add outer^T inputs; outer is (tokens, out) and inputs (tokens, in)."""
-        outer, inputs, whole = (
-            outer.to(torch.float32),
-            inputs.to(torch.float32),
-            self._whole[linear],
-        )
-        whole.gradient.addmm_(outer.T, inputs)
+        whole = self._whole[linear]
+        if outer.is_cuda and outer.dtype != torch.float32:  # tensor cores sum in float32 as well
+            whole.gradient.add_(torch.mm(outer.T, inputs, out_dtype=torch.float32))
+            outer, inputs = outer.to(torch.float32), inputs.to(torch.float32)
+        else:
+            outer, inputs = outer.to(torch.float32), inputs.to(torch.float32)
+            whole.gradient.addmm_(outer.T, inputs)
         whole.rows.add_(outer.square().sum(0))
         whole.columns.add_(inputs.square().sum(0))
 

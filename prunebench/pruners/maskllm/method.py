@@ -252,11 +252,13 @@ class MaskLLM(Options):
     def _optimizer(self) -> Optimizer:
         assert self.optimizer is not None and self.beta1 is not None
         assert self.weight_decay is not None and self.clip is not None
+        assert self.outlier is not None
         return Optimizer(
             self.optimizer,
             betas=(self.beta1, self.beta2),
             weight_decay=self.weight_decay,
             clip=self.clip,
+            outlier=self.outlier,
             state_dtype=self.state_dtype,
         )
 

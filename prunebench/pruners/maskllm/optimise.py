@@ -10,18 +10,48 @@ candidate that has become improbable still hears how good it would be.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from types import ModuleType
 from typing import Literal
 
 import torch
 from torch import Tensor
 
+from prunebench.pruners.maskllm.fused import kernels_for
 from prunebench.pruners.maskllm.relax import LayerLogits, Relaxation, Slope, slope_of_logits
 from prunebench.pruners.maskllm.state import Packed, StateDtype, round_at_random
 
 Kind = Literal["adamw", "momentum", "mirror"]
-Directions = Iterator[tuple[slice, Tensor]]
+Directions = Iterable[tuple[slice, Tensor]]
+
+
+@dataclass(frozen=True)
+class _Ascent:
+    """The directions of a layer, made from its gradient wherever they are used."""
+
+    layer: LayerLogits
+    weight: Tensor
+    slope: Slope
+    how: Relaxation
+    mirror: bool
+
+    @property
+    def kernels(self) -> ModuleType | None:
+        """What makes them in one pass, if it can."""
+        return kernels_for(self.layer.logits, self.layer.table)
+
+    def __iter__(self) -> Iterator[tuple[slice, Tensor]]:
+        given = (self.layer, self.weight, self.slope, self.how)
+        if self.kernels is not None:
+            for part in self.layer.chunks():
+                yield part, self.kernels.directions(*given, mirror=self.mirror, part=part)
+            return
+        for part, chosen, scores in self.layer.scores(*given[1:]):
+            if self.mirror:
+                yield part, scores.sub_(scores.mean(0))
+            else:
+                yield part, slope_of_logits(chosen, scores, self.how)
 
 
 @dataclass(frozen=True)
@@ -56,7 +86,9 @@ class Optimizer:
     def directions(
         self, layer: LayerLogits, weight: Tensor, slope: Slope, how: Relaxation
     ) -> Directions:
-        """Yield the direction of ascent of some groups after others, (choices, part).
+        """Return the direction of ascent of some groups after others, (choices, part).
+
+        It is made while one iterates, or in a kernel by whoever uses it.
 
         Args:
             layer: The logits.
@@ -64,11 +96,7 @@ class Optimizer:
             slope: How the loss changes with W~.
             how: The relaxation of the forward pass.
         """
-        for part, chosen, scores in layer.scores(weight, slope, how):
-            if self.kind == "mirror":
-                yield part, scores.sub_(scores.mean(0))
-            else:
-                yield part, slope_of_logits(chosen, scores, how)
+        return _Ascent(layer, weight, slope, how, mirror=self.kind == "mirror")
 
     def step(
         self,
@@ -91,6 +119,15 @@ class Optimizer:
             unit: What gradients are divided by: by what `clip` leaves (`adamw`), or the layer's
                 root mean square.
         """
+        if isinstance(directions, _Ascent) and self.state_dtype != "int8":
+            kernels = directions.kernels
+            if kernels is not None:
+                kernels.update(
+                    layer, directions.weight, directions.slope, how, kind=self.kind, rate=rate,
+                    unit=unit, betas=self.betas, eps=self.eps, weight_decay=self.weight_decay,
+                    outlier=self.outlier,
+                )  # fmt: skip
+                return
         for part, gradient in directions:
             gradient.div_(unit)
             old = layer.logits[:, part].to(torch.float32)
@@ -135,4 +172,10 @@ class Optimizer:
 
 def sum_squares(directions: Directions) -> float:
     """Return the sum of squares of a direction."""
+    kernels = directions.kernels if isinstance(directions, _Ascent) else None
+    if isinstance(directions, _Ascent) and kernels is not None:
+        one = directions
+        return float(
+            kernels.sum_squares(one.layer, one.weight, one.slope, one.how, mirror=one.mirror)
+        )
     return float(sum(float(part.square_().sum(dtype=torch.float64)) for _, part in directions))

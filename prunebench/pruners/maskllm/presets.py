@@ -31,6 +31,7 @@ _PAPER: dict[str, OptionValue] = {
     "beta1": 0.9,
     "weight_decay": 0.1,
     "clip": 1.0,
+    "outlier": 20.0,
     "reward": 1e-5,
     "curvature": 0.0,
 }
@@ -63,7 +64,8 @@ PRESETS: dict[str, dict[str, OptionValue]] = {
         "scale": 1.0,
         "last_scale": 1.0,
         "optimizer": "mirror",
-        "rate": 0.02,
+        "rate": 0.05,
+        "outlier": 1.5,
         "weight_decay": 0.0,
         "clip": 0.0,
         "reward": 0.0,

@@ -22,6 +22,7 @@ lie choice by choice, so that a softmax over six values is six long vector opera
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
@@ -30,10 +31,12 @@ import torch
 from jaxtyping import Float, Integer
 from torch import Tensor
 
+from prunebench.pruners.maskllm.fused import kernels_for
 from prunebench.pruners.maskllm.noise import gumbel
 from prunebench.pruners.maskllm.state import Packed
 
 _CHUNK_LOGITS = 3 << 17  # logits at a time: what is made from them stays in cache
+_DEVICE_LOGITS = 3 << 22  # on a device, where every piece costs dozens of launches
 
 
 @dataclass(frozen=True)
@@ -99,10 +102,17 @@ class LayerLogits:
         """Rows of the layer that these logits are of."""
         return self.logits.shape[1] // self.width
 
+    @functools.cached_property
+    def pattern(self) -> int:
+        """The candidates as one number: bit k * M + j says that candidate k keeps weight j."""
+        bits = (self.table > 0).flatten().tolist()
+        return sum(1 << place for place, kept in enumerate(bits) if kept)
+
     def chunks(self) -> Iterator[slice]:
         """Cut the groups into pieces."""
         choices, total = self.logits.shape
-        size = max(1, _CHUNK_LOGITS // choices // self.width) * self.width
+        most = _CHUNK_LOGITS if self.logits.device.type == "cpu" else _DEVICE_LOGITS
+        size = max(1, most // choices // self.width) * self.width
         return (slice(start, min(start + size, total)) for start in range(0, total, size))
 
     def probabilities(self, part: slice, how: Relaxation) -> Float[Tensor, "choices part"]:
@@ -121,6 +131,10 @@ class LayerLogits:
         self, weight: Float[Tensor, "out in"], how: Relaxation, out: Float[Tensor, "out in"]
     ) -> None:
         """Write W~ = W * m into `out`, which may be of another dtype."""
+        kernels = kernels_for(self.logits, self.table)
+        if kernels is not None:
+            kernels.soften(self, weight, how, out)
+            return
         group = self.table.shape[1]
         flat, target = weight.reshape(-1, group), out.view(-1, group)
         for part in self.chunks():
@@ -154,6 +168,9 @@ class LayerLogits:
 
     def certainty(self, how: Relaxation) -> float:
         """Return the sum over the groups of the largest probability, without noise."""
+        kernels = kernels_for(self.logits, self.table)
+        if kernels is not None:
+            return float(kernels.certainty(self, how))
         calm = replace(how, noise=0.0)
         return math.fsum(
             float(self.probabilities(part, calm).amax(0).sum()) for part in self.chunks()

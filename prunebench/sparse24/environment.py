@@ -1,0 +1,66 @@
+"""What a speed depends on besides the code: chip, driver, libraries, clocks, power."""
+
+from __future__ import annotations
+
+import platform
+import shutil
+import subprocess
+from typing import Any
+
+import torch
+
+from prunebench.sparse24.cslt import library_version
+
+_QUERY = "name,driver_version,clocks.sm,clocks.mem,power.limit,temperature.gpu"
+
+
+def environment(device: torch.device) -> dict[str, Any]:
+    """Return versions and the chip; null for what is not there."""
+    found: dict[str, Any] = {
+        "device": device.type,
+        "python": platform.python_version(),
+        "torch": str(torch.__version__),
+        "cuda": torch.version.cuda,
+        "cusparselt": library_version(),
+        "triton": _version("triton"),
+        "transformers": _version("transformers"),
+        "gpu": None,
+        "capability": None,
+        "l2_bytes": None,
+        "memory_bytes": None,
+        "warnings": [],
+    }
+    if device.type == "cuda":
+        one = torch.cuda.get_device_properties(device)
+        found |= {
+            "gpu": one.name,
+            "capability": f"sm_{one.major}{one.minor}",
+            "l2_bytes": getattr(one, "L2_cache_size", None),
+            "memory_bytes": one.total_memory,
+        }
+        if found["cusparselt"] == 800 and (one.major, one.minor) == (9, 0):
+            found["warnings"].append(
+                "cuSPARSELt 0.8.0 is known to be slow on H100 (fixed in 0.8.1)"
+            )
+    return found
+
+
+def clocks(device: torch.device) -> dict[str, str] | None:
+    """Return what nvidia-smi says of clocks and power now; None without it."""
+    if device.type != "cuda" or shutil.which("nvidia-smi") is None:
+        return None
+    command = ["nvidia-smi", f"--query-gpu={_QUERY}", "--format=csv,noheader"]
+    command += ["-i", str(device.index or 0)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    values = [value.strip() for value in done.stdout.strip().split(",")]
+    names = _QUERY.split(",")
+    return dict(zip(names, values, strict=True)) if len(values) == len(names) else None
+
+
+def _version(name: str) -> str | None:
+    from importlib import metadata
+
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None

@@ -1,0 +1,84 @@
+"""The layer shapes that are measured, and the figures to hold ourselves to (H200, bfloat16)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class LayerShape:
+    """A linear layer of a model; `fused` are several that share their input."""
+
+    model: str
+    name: str
+    rows: int
+    width: int
+
+    @property
+    def dense_bytes(self) -> int:
+        """In 16-bit numbers."""
+        return 2 * self.rows * self.width
+
+
+SHAPES = (
+    LayerShape("LLaMA-2-7B", "attention", 4096, 4096),
+    LayerShape("LLaMA-2-7B", "gate or up", 11008, 4096),
+    LayerShape("LLaMA-2-7B", "down", 4096, 11008),
+    LayerShape("LLaMA-2-7B", "fused q, k, v", 12288, 4096),
+    LayerShape("LLaMA-2-7B", "fused gate, up", 22016, 4096),
+    LayerShape("OPT-175B", "attention", 12288, 12288),
+    LayerShape("OPT-175B", "fc1", 49152, 12288),
+    LayerShape("OPT-175B", "fc2", 12288, 49152),
+    LayerShape("BLOOM-176B", "fused q, k, v", 43008, 14336),
+    LayerShape("BLOOM-176B", "up", 57344, 14336),
+    LayerShape("BLOOM-176B", "down", 14336, 57344),
+)
+TOKENS = (1, 8, 64, 2048)
+CROSSOVER_TOKENS = (512, 8192)
+LARGE_BYTES = 90_000_000
+MOST_BYTES_A_SECOND = 4.5e12
+"""More than an H200's memory gives: above it, the cache was measured."""
+
+
+@dataclass(frozen=True)
+class Promise:
+    """What a case should reach on an H200, and what is too little; ratios to the best dense."""
+
+    target: float
+    floor: float
+
+
+_DECODE = {
+    (4096, 4096): Promise(1.30, 1.10),
+    (11008, 4096): Promise(1.45, 1.25),
+    (4096, 11008): Promise(1.45, 1.25),
+    (12288, 4096): Promise(1.50, 1.30),
+    (22016, 4096): Promise(1.50, 1.30),
+}
+_LARGE = Promise(1.60, 1.40)
+END_TO_END = {"decode": Promise(1.38, 1.22), "prefill": Promise(1.20, 1.05)}
+RESIDENT = Promise(0.585, 0.60)
+MENDED_LIBRARY = 801
+"""cuSPARSELt 0.8.1; 0.8.0 is slow on Hopper."""
+
+
+def promise(rows: int, width: int, tokens: int, library: int | None) -> Promise | None:
+    """Return what a layer should reach for a number of tokens; None where nothing is promised.
+
+    Args:
+        rows: Outputs.
+        width: Inputs.
+        tokens: Of the product.
+        library: The version of cuSPARSELt, 801 for 0.8.1.
+    """
+    decode = _DECODE.get((rows, width), _LARGE if rows * width >= 12288 * 12288 else None)
+    if tokens <= 2:
+        return decode
+    if tokens <= 8:
+        return decode and Promise(decode.target - 0.05, decode.floor - 0.05)
+    if tokens == 64:
+        return Promise(1.30, 1.00)
+    if tokens == 2048:
+        mended = library is not None and library >= MENDED_LIBRARY
+        return Promise(1.30, 1.15) if mended else Promise(0.88, 0.82)
+    return None
