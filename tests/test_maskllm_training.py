@@ -122,7 +122,7 @@ class Descent(Optimizer):
 
     clip: float = 0.0
 
-    def step(self, layer, directions, how, *, count, rate, unit):
+    def step(self, layer, directions, how, *, rate, unit, count=None):
         for part, gradient in directions:
             layer.logits[:, part] -= rate / unit * gradient
 

@@ -104,9 +104,9 @@ class Optimizer:
         directions: Directions,
         how: Relaxation,
         *,
-        count: int,
         rate: float,
         unit: float,
+        count: int | None = None,
     ) -> None:
         """Change a layer's logits in place.
 
@@ -114,10 +114,10 @@ class Optimizer:
             layer: The logits and their moments.
             directions: The gradient, piece by piece; overwritten.
             how: The relaxation of the forward pass; random rounding has its seed and step.
-            count: Steps so far, with this one.
             rate: Learning rate.
             unit: What gradients are divided by: by what `clip` leaves (`adamw`), or the layer's
                 root mean square.
+            count: Steps so far, with this one; `how` counts draws, of which a step may have many.
         """
         if isinstance(directions, _Ascent) and self.state_dtype != "int8":
             kernels = directions.kernels
@@ -128,6 +128,7 @@ class Optimizer:
                     outlier=self.outlier,
                 )  # fmt: skip
                 return
+        count = how.step + 1 if count is None else count
         for part, gradient in directions:
             gradient.div_(unit)
             old = layer.logits[:, part].to(torch.float32)
