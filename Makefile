@@ -40,7 +40,7 @@ test: install  ## the default tests: no network, no GPU
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --maxprocesses 4 --dist loadgroup
 
 test-real: install  ## the tests on the real default model and real text
-	$(BIN)/python -m pytest -q -m real
+	$(BIN)/python -m pytest -q -m "real or processes"
 
 test-browser: install  ## the report in a real browser (needs Chromium and chromedriver)
 	$(BIN)/python -m pytest -q -m browser

@@ -170,6 +170,8 @@ def prepare(spec: RunSpec, setup: Setup) -> Plan:
     texts = _prepare_texts(spec, tokenizer, vocabulary, clock)
     tasks = _prepare_tasks(spec, setup, tokenizer, clock)
     spec, masks = _open_masks(spec, pruner, linears, clock)
+    if pruner.needs.training is not None:
+        require_context(config, pruner.needs.training.seqlen, option="set train_seqlen")
     spec, training, learned_from = _prepare_training(spec, pruner, tokenizer, vocabulary, clock)
     needs = (pruner.needs, *([] if rule is None else [rule.needs]))
     weights = _place_weights(spec, setup, local, model, needs, tasks, device, clock)
@@ -438,7 +440,9 @@ def _place_weights(
     else:
         chosen = "disk"
     reason = ""
-    if any(one.gradients for one in needs):
+    if any(one.training is not None for one in needs):
+        reason = f"{spec.method} learns, and runs every block forward and backward in each step"
+    elif any(one.gradients for one in needs):
         reason = f"{spec.method} reads gradients, which need the whole model"
     elif any(one.whole_model for one in needs):
         reason = f"{spec.allocation} runs the whole model for every group of layers"

@@ -93,7 +93,7 @@ def execute(plan: Plan) -> Result | None:
 
 def _assist(plan: Plan) -> None:
     """Learn with the first process, and file nothing."""
-    with _memory_errors(plan.device):
+    with _memory_errors(plan.device, trains=True):
         model = open_model(plan, None)
         _prune(plan, model, {one.name: plan.sparsity for one in find_linears(model)})
 
@@ -101,9 +101,10 @@ def _assist(plan: Plan) -> None:
 def _execute(plan: Plan) -> Result:
     spec, clock = plan.spec, plan.clock
     halvings: list[str] = []
+    trains = plan.training is not None
     with (
         _failures_are_filed(plan),
-        _memory_errors(plan.device),
+        _memory_errors(plan.device, trains=trains),
         _halvings_are_told(plan, halvings),
         opened_run(plan) as kept,
     ):
@@ -152,6 +153,8 @@ def _execute(plan: Plan) -> Result:
         )
         result = _named_once(result, kept)
         _publish(plan, result)  # the row first: a full disk must not cost an hour's work twice
+        if plan.training is not None:
+            plan.training.forget()
         if plan.setup.log_samples:
             write_samples(plan.store.path_of(result), samples_of(outcomes, dense))
         _save_outputs(plan, model, linears, result, allocation)
@@ -338,7 +341,7 @@ def _training(plan: Plan, advance: Advance) -> Training | None:
         if point.held_out_ppl is not None:
             plan.clock.note(training_line(point))
 
-    return dataclasses.replace(plan.training, hear=hear)
+    return dataclasses.replace(plan.training, hear=hear, note=plan.clock.note)
 
 
 def training_line(point: Point) -> str:
@@ -404,7 +407,7 @@ def _halvings_are_told(plan: Plan, halvings: list[str]) -> Iterator[None]:
 
 
 @contextmanager
-def _memory_errors(device: torch.device) -> Iterator[None]:
+def _memory_errors(device: torch.device, *, trains: bool) -> Iterator[None]:
     try:
         yield
     except (RuntimeError, MemoryError) as error:
@@ -414,7 +417,10 @@ def _memory_errors(device: torch.device) -> Iterator[None]:
             f"out of memory on {device}",
             where=str(error).splitlines()[0][:160] if str(error) else "the host has none left",
             fix="use --weights disk, --within-block joint, --dtype bfloat16, fewer "
-            "--calibration-samples, or a shorter --seqlen",
+            "--calibration-samples, or a shorter --seqlen"
+            if not trains
+            else "use --dtype bfloat16, --set logit_dtype=bfloat16, --set state_dtype=int8, or a "
+            "smaller --set micro_tokens",
         ) from error
 
 

@@ -18,15 +18,18 @@ import torch
 from torch import Tensor, nn
 
 from prunebench.calibration.training import Training
-from prunebench.errors import PrunebenchError
+from prunebench.errors import PrunebenchError, UsageError
 from prunebench.models.blocks import BlockWalker
 from prunebench.models.gradients import gradient_norms
 from prunebench.models.linears import find_linears
 from prunebench.models.load import hash_weights, quiet_transformers
 from prunebench.models.measure import measure_linear, require_met
-from prunebench.pruners.layer import Pruner
+from prunebench.pruners.layer import DependsOnModel, Pruner
 from prunebench.sparsity import Sparsity
 from prunebench.spec import WithinBlock
+
+SPARSITIES = ("0.5", "0.3", "2:4", "1:4", "3:4")
+"""What a method is checked with, unless it refuses some of them."""
 
 VOCABULARY = 256
 CONTEXT = 128
@@ -182,18 +185,21 @@ def check_pruner(
     pruner: Pruner,
     *,
     architectures: tuple[str, ...] = ("llama", "gpt2", "falcon"),
-    sparsities: tuple[str, ...] = ("0.5", "0.3", "2:4", "1:4", "3:4"),
+    sparsities: tuple[str, ...] | None = None,
 ) -> list[Outcome]:
     """Run the contract that every pruner must keep, on tiny models; nothing is raised.
 
     Args:
         pruner: The method, with its options.
         architectures: Names of tiny models to run it on.
-        sparsities: Targets that it claims to reach.
+        sparsities: Targets that it claims to reach; by default those of `SPARSITIES` that it does
+            not refuse.
     """
+    if sparsities is None:
+        sparsities = tuple(one for one in SPARSITIES if _takes(pruner, one))
     outcomes: list[Outcome] = []
     for architecture in architectures:
-        for name, check in _checks(architecture, sparsities):
+        for name, check in _checks(architecture, sparsities, pruner.needs.calibration):
             failure = ""
             try:
                 check(pruner)
@@ -205,12 +211,23 @@ def check_pruner(
     return outcomes
 
 
+def _takes(pruner: Pruner, sparsity: str) -> bool:
+    """Return whether a method takes a sparsity, as far as it says."""
+    if not isinstance(pruner, DependsOnModel):
+        return True
+    try:
+        pruner.check(Sparsity.parse(sparsity))
+    except UsageError:
+        return False
+    return True
+
+
 def _checks(
-    architecture: str, sparsities: tuple[str, ...]
+    architecture: str, sparsities: tuple[str, ...], calibrated: bool
 ) -> Iterator[tuple[str, Callable[[Pruner], None]]]:
     dense = tiny_model(architecture)
     orders: tuple[WithinBlock, ...] = ("joint",)
-    if architecture not in FUSED_EXPERTS:
+    if architecture not in FUSED_EXPERTS and calibrated:
         orders = ("joint", "sequential")
     for text in sparsities:
         for order in orders:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,12 +26,19 @@ class Training:
         held_out: Windows that are not learned from.
         folder: For the state of this very run, or None to keep none.
         hear: Is told what each step measured.
+        note: Is told what the user should know.
     """
 
     train: Int[Tensor, "windows seqlen"]
     held_out: Int[Tensor, "held seqlen"]
     folder: Path | None = None
     hear: Callable[[Any], None] = lambda point: None
+    note: Callable[[str], None] = lambda text: None
+
+    def forget(self) -> None:
+        """Remove the state: what was learned is safe elsewhere."""
+        if self.folder is not None:
+            shutil.rmtree(self.folder, ignore_errors=True)
 
     @property
     def sha256(self) -> str:

@@ -11,6 +11,7 @@ import typer
 from prunebench.cli.clean import print_kept
 from prunebench.errors import UsageError
 from prunebench.models.source import find_model, local_path
+from prunebench.processes import world_size
 from prunebench.spec import RunSpec
 
 
@@ -44,7 +45,11 @@ def print_dry_run(spec: RunSpec, setup: Any, *, as_json: bool) -> None:
         typer.echo(f"              from {text.origin}")
     for task in plan.tasks:
         typer.echo(f"  accuracy    {task.name}, {task.units:,} documents")
-    found = _print_forecast(plan)
+    found = None
+    if plan.training is not None:
+        _print_training(plan)
+    else:
+        found = _print_forecast(plan)
     typer.echo(f"  spec {plan.spec.spec_id}; nothing was loaded, nothing was written")
     if found:
         require_fits(plan, found)
@@ -81,6 +86,47 @@ def _print_forecast(plan: Any) -> Any:
     else:
         typer.echo("  time        not estimated: this method cannot be probed")
     return found
+
+
+def _print_training(plan: Any) -> None:
+    """Print what a training will need."""
+    from prunebench.models.load import load_config, skeleton
+    from prunebench.pruners.layer import Forecasts
+
+    if not isinstance(plan.pruner, Forecasts):
+        return
+    import torch
+
+    found = plan.pruner.forecast(
+        skeleton(load_config(plan.model.path)),
+        plan.sparsity,
+        dtype=getattr(torch, plan.spec.dtype),
+        device=plan.device,
+        processes=world_size(),
+    )
+    if found is None:
+        return
+    data, (text, origin) = plan.training, plan.training_text
+    typer.echo(f"  training    {found.tokens:,} tokens of {text}")
+    typer.echo(
+        f"              {len(data.train):,} windows of {data.train.shape[1]}, "
+        f"{len(data.held_out)} more are held out"
+    )
+    typer.echo(f"              from {origin}")
+    for name, size in found.memory.items():
+        typer.echo(f"  memory      {size / 1e9:8.2f} GB  {name}")
+    total = sum(found.memory.values())
+    typer.echo(f"              {total / 1e9:8.2f} GB  in all, in each process")
+    if found.seconds is not None:
+        typer.echo(
+            f"  time        about {_duration(found.seconds)} for the steps, by a probe of this "
+            "machine's products and mask passes;"
+        )
+        typer.echo("              loading, the prior and the scores come on top")
+
+
+def _duration(seconds: float) -> str:
+    return f"{seconds / 60:.1f} minutes" if seconds < 5400 else f"{seconds / 3600:.1f} hours"
 
 
 def print_resume_info(spec: RunSpec, setup: Any, *, as_json: bool) -> None:

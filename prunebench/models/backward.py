@@ -27,7 +27,8 @@ from prunebench.models.linears import Linear, find_blocks
 from prunebench.models.replay import BlockCall, blocks_giving, check_replay, record_calls
 from prunebench.models.weights import Blocks, ResidentWeights
 
-_HEAD_ROWS = 128  # tokens whose logits exist at a time
+HEAD_ROWS = 128
+"""Tokens whose logits exist at a time."""
 
 
 @runtime_checkable
@@ -181,7 +182,7 @@ class Backward:
         leaf = hidden.detach().requires_grad_(share is not None)
         targets = window[:, 1:]
         length = targets.shape[1]
-        step = max(1, _HEAD_ROWS // len(window)) if self._some_logits else length
+        step = max(1, HEAD_ROWS // len(window)) if self._some_logits else length
         outputs = [leaf] * len(self.blocks)  # only the last one's is used
         losses = []
         with (

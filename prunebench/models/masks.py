@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import zipfile
+import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +29,10 @@ from prunebench.progress import Progress
 
 HUB_FILE = "mask_compressed.npz"
 """Name of the mask file in a repository of the hub, as the published ones have it."""
+
+
+_DAMAGE = (ValueError, OSError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error)
+"""What numpy and zipfile raise where a file is not what it should be."""
 
 
 @dataclass(frozen=True)
@@ -120,16 +125,22 @@ def mask_file(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> Callable[[st
     try:
         stored = np.load(path, allow_pickle=False)
         entries = set(stored.files)
-    except (OSError, ValueError, zipfile.BadZipFile, AttributeError) as error:
-        raise IncompatibleData(f"{path} is not a mask file", where=str(error)) from None
+    except (*_DAMAGE, AttributeError) as error:
+        raise IncompatibleData(
+            f"{path} is not a mask file",
+            where=str(error),
+            fix="make one with prunebench run --save-masks masks.npz",
+        ) from None
 
     def packed(name: str) -> Any:
         shape = shapes[name]
         size = int(np.prod(shape))
         try:
             bits = stored[f"{name}.mask"] if f"{name}.mask" in entries else None
-        except (ValueError, OSError, zipfile.BadZipFile) as error:  # pickled, or cut short
-            raise IncompatibleData(f"{path} is damaged", where=f"{name}: {error}") from None
+        except _DAMAGE as error:  # pickled, cut short, or with wrong bits
+            raise IncompatibleData(
+                f"{path} is damaged", where=f"{name}: {error}", fix="copy or make it again"
+            ) from None
         if bits is None or bits.dtype != np.uint8 or bits.size != (size + 7) // 8:
             found = "nothing" if bits is None else f"{bits.size} bytes of {bits.dtype}"
             raise IncompatibleData(

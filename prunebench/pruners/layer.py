@@ -8,8 +8,9 @@ from contextlib import closing
 from dataclasses import asdict, dataclass, field
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
+import torch
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 
 from prunebench.calibration.stats import InputStats
 from prunebench.models.blocks import BlockWalker, LinearGroup
@@ -177,6 +178,45 @@ class DependsOnModel(Protocol):
 
     def check(self, sparsity: Sparsity) -> None:
         """Refuse a sparsity that the method cannot reach, before anything is loaded."""
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """What a training will need.
+
+    Attributes:
+        memory: Bytes by item, in each process.
+        tokens: To learn from, over all processes.
+        seconds: About how long it takes, if that could be estimated.
+    """
+
+    memory: Mapping[str, int]
+    tokens: int
+    seconds: float | None
+
+
+@runtime_checkable
+class Forecasts(Protocol):
+    """A pruner that can say what it will need before anything is loaded."""
+
+    def forecast(
+        self,
+        model: nn.Module,
+        sparsity: Sparsity,
+        *,
+        dtype: torch.dtype,
+        device: torch.device,
+        processes: int,
+    ) -> Forecast | None:
+        """Return what is needed, or None if nothing is trained.
+
+        Args:
+            model: On the meta device: shapes alone.
+            sparsity: The target.
+            dtype: Of the weights.
+            device: Where it will run.
+            processes: How many learn together.
+        """
 
 
 class GroupPruner(ABC):

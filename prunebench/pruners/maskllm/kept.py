@@ -2,14 +2,19 @@
 
 `torch.distributed.checkpoint` writes what each process owns of a layer; a training that goes on
 with another number of processes reads the rows that are then its own. A state is written beside the
-last one, and takes its place and name when it is whole.
+last one, and takes its place when it is whole; the hashes of its files are in it, and one that does
+not match them is never used.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import hashlib
 import json
 import shutil
+import warnings
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +26,7 @@ from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
 from prunebench.errors import IncompatibleData, SaveError
-from prunebench.files import explain_os_error
+from prunebench.files import explain_os_error, sha256_file
 from prunebench.pruners.layer import Point
 from prunebench.pruners.maskllm.learn import Learner
 from prunebench.pruners.maskllm.shards import Shards
@@ -45,80 +50,121 @@ class Keeper:
         """Write the state; the one before it stays until this one is whole.
 
         Raises:
-            SaveError: The folder cannot be written.
+            SaveError: The folder cannot be written; every process raises it.
         """
-        part = self.folder.with_name(f"{self.folder.name}.part")
+        part, state, old = (self.folder / name for name in ("part", "state", "old"))
+
+        def begin() -> None:
+            shutil.rmtree(part, ignore_errors=True)
+            part.mkdir(parents=True)
+
+        def end() -> None:
+            _write_facts(part / _FACTS, self._facts(learner, hashes))
+            shutil.rmtree(old, ignore_errors=True)
+            if state.exists():  # moved aside, not removed: one is whole at any time
+                state.rename(old)
+            part.rename(state)
+            shutil.rmtree(old, ignore_errors=True)
+
+        self._first(begin)
         try:
-            if self.shards.rank == 0:
-                shutil.rmtree(part, ignore_errors=True)
-                part.mkdir(parents=True)
-            self._meet()
-            save(self._tensors(learner), checkpoint_id=part, no_dist=self.shards.world == 1)
-            if self.shards.rank == 0:
-                facts = {
-                    "done": learner.done,
-                    "best_step": learner.progress.best_step,
-                    "curve": [dataclasses.asdict(point) for point in learner.progress.curve],
-                }
-                (part / _FACTS).write_text(json.dumps(facts), encoding="utf-8")
-                self.clear()
-                part.rename(self.folder)
-            self._meet()
-        except OSError as error:
-            raise explain_os_error(error, self.folder) from error
+            with _in_one_process_if_alone():
+                save(self._tensors(learner), checkpoint_id=part, no_dist=self.shards.world == 1)
         except CheckpointException as error:
             raise SaveError(
                 f"cannot write {self.folder}",
-                where=str(error).splitlines()[0][:200],
+                where=_first_line(error),
                 fix="free space there, or use --set save_every=0",
             ) from error
+        hashes = self._hashes(part)
+        self._first(end)
 
-    def restore(self, learner: Learner) -> bool:
+    def restore(self, learner: Learner) -> str:
         """Take up the state, if there is a whole one.
 
+        Returns:
+            What is wrong with the state that is there, if it cannot be used.
+
         Raises:
-            IncompatibleData: It is damaged.
+            IncompatibleData: It was made by another specification, or by a torch that wrote it in
+                another way.
         """
-        facts_file = self.folder / _FACTS
-        if not facts_file.is_file():
-            return False
-        try:
-            facts = json.loads(facts_file.read_text("utf-8"))
-            tensors = self._tensors(learner)
-            load(tensors, checkpoint_id=self.folder, no_dist=self.shards.world == 1)
-            curve = [Point(**point) for point in facts["curve"]]
-            done, best_step = int(facts["done"]), int(facts["best_step"])
-        except (CheckpointException, OSError, ValueError, KeyError, TypeError) as error:
+        state = self.folder / ("state" if (self.folder / "state").exists() else "old")
+        if not state.exists():
+            return ""
+        facts = _read_facts(state / _FACTS)
+        sound = facts is not None and facts["files"] == self._hashes(state)
+        if facts is None or self.shards.sum(float(not sound))[0]:
+            return f"the kept state in {self.folder} is damaged"
+        if facts["run"] != self.folder.name:
             raise IncompatibleData(
-                f"the kept state in {self.folder} is damaged",
-                where=str(error).splitlines()[0][:200],
+                f"the kept state in {self.folder} is not of this run",
+                where=f"it was made by the specification {facts['run']}",
+                fix="move that folder back to where it was",
+            )
+        learner.progress.best = {
+            name: torch.empty_like(best) for name, best in learner.progress.best.items()
+        }
+        try:
+            with _in_one_process_if_alone():
+                load(self._tensors(learner), checkpoint_id=state, no_dist=self.shards.world == 1)
+        except (CheckpointException, OSError, ValueError, KeyError) as error:
+            raise IncompatibleData(
+                f"the kept state in {self.folder} cannot be read",
+                where=_first_line(error),
                 fix="remove that folder: the training then begins anew",
             ) from error
-        learner.done, learner.progress.best_step = done, best_step
-        learner.progress.curve = curve
-        return True
+        learner.done, learner.progress.best_step = facts["done"], facts["best_step"]
+        learner.progress.curve = [Point(**point) for point in facts["curve"]]
+        return ""
 
-    def clear(self) -> None:
-        """Remove the state."""
+    def _facts(self, learner: Learner, hashes: dict[str, str]) -> dict[str, Any]:
+        return {
+            "run": self.folder.name,
+            "done": learner.done,
+            "best_step": learner.progress.best_step,
+            "curve": [dataclasses.asdict(point) for point in learner.progress.curve],
+            "files": hashes,
+        }
+
+    def _first(self, action: Callable[[], None]) -> None:
+        """Let the first process do something; if it cannot, all raise the error."""
+        failed: OSError | None = None
         if self.shards.rank == 0:
-            shutil.rmtree(self.folder, ignore_errors=True)
+            try:
+                action()
+            except OSError as error:
+                failed = error
+        if self.shards.sum(float(failed is not None))[0]:
+            raise explain_os_error(failed or OSError("the first process failed"), self.folder)
 
-    def _meet(self) -> None:
-        if self.shards.world > 1:
-            dist.barrier()
+    def _hashes(self, state: Path) -> dict[str, str]:
+        """Return the hash of every file; each process reads its share of them."""
+        names = sorted(path.name for path in state.iterdir() if path.name != _FACTS)
+        mine = {
+            name: sha256_file(state / name) for name in names[self.shards.rank :: self.shards.world]
+        }
+        if self.shards.world == 1:
+            return mine
+        shares: list[Any] = [None] * self.shards.world
+        dist.all_gather_object(shares, mine)
+        return {name: digest for share in shares for name, digest in share.items()}
 
     def _tensors(self, learner: Learner) -> dict[str, Any]:
         """Return every tensor of the state, described so that any process finds its rows."""
         found: dict[str, Any] = {}
         for linear, layer in learner.layers.items():
             named = {"logits": layer.logits, "best": learner.progress.best[linear.name][None]}
-            for name, packed in layer.state.items():
-                named[name] = packed.values
-                if packed.scales.numel():
-                    named[f"{name}.scales"] = packed.scales
+            named |= {name: packed.values for name, packed in layer.state.items()}
             for name, tensor in named.items():
-                rows = tensor.view(len(tensor), layer.rows, -1)  # (choices, rows, in a row)
+                rows = tensor.view(len(tensor), layer.rows, layer.width)
                 found[f"{linear.name}.{name}"] = self._described(rows, linear.out_features)
+            for name, packed in layer.state.items():
+                if packed.scales.shape[1]:
+                    rows = packed.scales[..., None]  # (choices, rows, 1)
+                    found[f"{linear.name}.{name}.scales"] = self._described(
+                        rows, linear.out_features
+                    )
         return found
 
     def _described(self, rows: Tensor, total: int) -> Any:
@@ -133,3 +179,32 @@ class Keeper:
             rows, mesh, [Shard(1)], run_check=False, shape=shape,
             stride=(total * rows.shape[2], rows.shape[2], 1),
         )  # fmt: skip
+
+
+@contextlib.contextmanager
+def _in_one_process_if_alone() -> Iterator[None]:
+    """Keep torch from warning that a training in one process is one."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        yield
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0][:200]
+
+
+def _write_facts(path: Path, facts: dict[str, Any]) -> None:
+    text = json.dumps(facts)
+    digest = hashlib.sha256(text.encode()).hexdigest()
+    path.write_text(json.dumps({"facts": text, "sha256": digest}), encoding="utf-8")
+
+
+def _read_facts(path: Path) -> dict[str, Any] | None:
+    """Return the facts, or None if the file is not as it was written."""
+    try:
+        stored = json.loads(path.read_text("utf-8"))
+        text = str(stored["facts"])
+        sound = hashlib.sha256(text.encode()).hexdigest() == stored["sha256"]
+        return dict(json.loads(text)) if sound else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None

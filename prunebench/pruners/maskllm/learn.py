@@ -1,8 +1,8 @@
 """The training loop: soft masks forward, gradients of the logits backward, the best mask kept.
 
 A step opens every block twice (forward, backward) and then passes over the logits. Which hard mask
-is kept is decided on text that is not trained on; the prior is the first candidate, so what is kept
-is never worse there than what was begun with.
+is kept is decided on text that is not trained on; the prior itself, which the noise of the first
+logits does not touch, is the first candidate, so what is kept is never worse there.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import functools
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from jaxtyping import Int, Integer
@@ -28,7 +28,6 @@ from prunebench.pruners.maskllm.optimise import Directions, Optimizer, sum_squar
 from prunebench.pruners.maskllm.relax import LayerLogits, Relaxation, Slope
 from prunebench.pruners.maskllm.schedule import Schedule
 from prunebench.pruners.maskllm.shards import Shards
-from prunebench.pruners.maskllm.state import Packed
 
 _CHECK_TOKENS = 128
 _CPU_BATCH_TOKENS = 1024
@@ -97,6 +96,7 @@ class Learner:
         self.progress = Progress(best=dict(prior))
         self._groups = sum(one.size // self._group(one) for one in self.layers)
         self._sums = _Gradients(self.shards, gradient_dtype)
+        self._drawn: dict[Linear, Tensor] = {}
         self._how: Relaxation | None = None
         linears = list(self.layers)
         self._store = MaskedWeights(find_blocks(model)[1], linears, self._soft)
@@ -154,15 +154,18 @@ class Learner:
                 loss += share * self._backward.add(few, batch=self._batch(few), scale=scale)
             if self.noise_samples > 1:
                 self._keep_directions()
-        loss = self.shards.sum(loss / self.shards.world)[0]
-        if not math.isfinite(loss):
+        loss, total = self.shards.sum(loss / self.shards.world, float(self._sums.total))
+        if not math.isfinite(loss + total):
+            culprit = "gradient" if math.isfinite(loss) else "loss"
             raise IncompatibleData(
-                f"the loss is not finite at step {step + 1}",
-                where=f"the last good state is that of step {step}",
+                f"the {culprit} is not finite at step {step + 1}",
+                where=f"the masks are those of step {step}, and nothing of this step was applied",
                 fix="use --dtype float32 or bfloat16, a lower --set rate, or check the weights",
             )
         self._update(step)
         self._sums.clear()
+        for drawn in self._drawn.values():
+            drawn.zero_()
         return loss
 
     def _update(self, step: int) -> None:
@@ -180,39 +183,48 @@ class Learner:
                 squares = self.shards.sum(own)[0]
                 count = linear.size // self._group(linear) * len(layer.table)
                 unit = max(math.sqrt(squares / count), 1e-30)
-            optimizer.step(layer, self._directions(linear, how), how, rate=rate, unit=unit)
+            optimizer.step(
+                layer, self._directions(linear, how), how, count=step + 1, rate=rate, unit=unit
+            )
 
     def _directions(self, linear: Linear, how: Relaxation) -> Directions:
         """Return the direction of a layer's logits, from dL/dW~ or from what the draws left."""
-        layer = self.layers[linear]
-        kept = layer.state.get("directions")
-        if kept is None:
+        layer, drawn = self.layers[linear], self._drawn.get(linear)
+        if drawn is None:
             weight, slope = self._own_rows(linear), self._sums.own[linear]
             return self.optimizer.directions(layer, weight, slope, how)
-        return ((part, kept.read(part)) for part in layer.chunks())
+        return ((part, drawn[:, part].clone()) for part in layer.chunks())
 
     def _keep_directions(self) -> None:
-        """Add this draw's directions to those of the step: needs memory like the logits."""
+        """Add this draw's directions to those of the step: needs memory like the logits.
+
+        A draw sees its share of the step's windows. The reward, which no window scales, is shared
+        out alike; the factored curvature shrinks with the square of the share.
+        """
         assert self._how is not None
+        how = replace(
+            self._how,
+            reward=self._how.reward / self.noise_samples,
+            curvature=self._how.curvature * self.noise_samples,
+        )
         for linear, layer in self.layers.items():
-            slope = self._sums.own[linear]
-            kept = layer.state.get("directions") or Packed.zeros(
-                layer.logits, "float32", width=layer.width
-            )
-            made = self.optimizer.directions(layer, self._own_rows(linear), slope, self._how)
-            for part, direction in made:
-                kept.values[:, part] += direction
-            layer.state["directions"] = kept
-        self._sums.clear()
+            if linear not in self._drawn:
+                self._drawn[linear] = torch.zeros_like(layer.logits, dtype=torch.float32)
+            weight, slope = self._own_rows(linear), self._sums.own[linear]
+            for part, direction in self.optimizer.directions(layer, weight, slope, how):
+                self._drawn[linear][:, part] += direction
+        self._sums.forget()
 
     def _windows(self, step: int, train: Tensor) -> Tensor:
         """Return this process's windows of a step: all are used once before any is used again."""
-        rows: list[int] = []
-        first = step * self.schedule.batch
-        for place in range(first, first + self.schedule.batch):
-            epoch, at = divmod(place, len(train))
-            rows.append(int(_order(len(train), self.seed, epoch)[at]))
-        mine = torch.tensor(rows).view(-1)[self.shards.rank :: self.shards.world]
+        first, count = step * self.schedule.batch, len(train)
+        places = torch.arange(first, first + self.schedule.batch)
+        epochs = places // count
+        rows = [
+            _order(count, self.seed, epoch)[places[epochs == epoch] % count]
+            for epoch in sorted(set(epochs.tolist()))
+        ]
+        mine = torch.cat(rows)[self.shards.rank :: self.shards.world]
         return train[mine].to(self._device)
 
     # ------------------------------------------------------------ masks and measurements
@@ -232,9 +244,13 @@ class Learner:
         layer.soften(weight, how, mine)
         self.shards.gather(mine, out)
 
+    def _choices(self, linear: Linear) -> Tensor:
+        """Return the hard choices of the own rows: before the first step, the prior's."""
+        return self.layers[linear].choices() if self.done else self.prior[linear.name]
+
     def _hard(self, linear: Linear, out: Tensor) -> None:
         weight, layer = self._own_rows(linear), self.layers[linear]
-        keep = mask_of(layer.choices(), layer.table, weight.shape)
+        keep = mask_of(self._choices(linear), layer.table, weight.shape)
         self.shards.gather(torch.where(keep, weight, 0), out)
 
     def _measure(self, held_out: Tensor) -> float:
@@ -250,7 +266,7 @@ class Learner:
         ppl = math.exp(min(loss, 700.0)) if math.isfinite(loss) else math.inf
         scores = [point.held_out_ppl for point in self.progress.held_out]
         if all(ppl < score for score in scores if score is not None):
-            self.progress.best = {one.name: layer.choices() for one, layer in self.layers.items()}
+            self.progress.best = {one.name: self._choices(one) for one in self.layers}
             self.progress.best_step = self.done
         return ppl
 
@@ -285,17 +301,27 @@ class Learner:
         after_step(point)
 
     def _batch(self, windows: Tensor) -> int:
-        """Return how many windows run together: on a CPU what stays in cache."""
-        if windows.device.type != "cpu":
-            return len(windows)
-        return max(1, _CPU_BATCH_TOKENS // windows.shape[1])
+        return batch_windows(len(windows), windows.shape[1], windows.device.type)
+
+
+def batch_windows(windows: int, seqlen: int, device: str) -> int:
+    """Return how many windows run together: on a CPU what stays in cache."""
+    if device != "cpu":
+        return windows
+    return max(1, min(windows, _CPU_BATCH_TOKENS // seqlen))
 
 
 class _Gradients:
-    """How the loss changes with W~: of one block whole, and of the own rows of all blocks."""
+    """How the loss changes with W~: of one block whole, and of the own rows of all blocks.
+
+    Attributes:
+        own: The sums so far, by linear.
+        total: Of all that was added in this step: not finite if any of it is not.
+    """
 
     def __init__(self, shards: Shards, dtype: torch.dtype) -> None:
         self.own: dict[Linear, Slope] = {}
+        self.total = torch.zeros(())
         self._shards = shards
         self._dtype = dtype
         self._whole: dict[Linear, Slope] = {}
@@ -332,6 +358,8 @@ class _Gradients:
             mine = self._shards.sum_rows(whole.gradient).to(self._dtype)
             rows = self._shards.sum_rows(whole.rows[:, None])[:, 0]
             columns = self._shards.sum_all(whole.columns)
+            sums = whole.gradient.sum() + rows.sum() + columns.sum()
+            self.total = self.total.to(sums.device) + sums
             if linear in self.own:
                 known = self.own[linear]
                 known.gradient.add_(mine)
@@ -341,9 +369,14 @@ class _Gradients:
                 self.own[linear] = Slope(mine, rows, columns)
         self._whole = {}
 
+    def forget(self) -> None:
+        """Forget what has been added so far in this step."""
+        self.own = {}
+
     def clear(self) -> None:
         """Forget the step."""
-        self.own = {}
+        self.forget()
+        self.total = torch.zeros(())
 
 
 @functools.lru_cache(maxsize=2)  # a step asks for every window, and may cross into a new epoch

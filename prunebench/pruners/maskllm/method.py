@@ -20,124 +20,47 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
+from contextlib import closing
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from prunebench.errors import IncompatibleData, UsageError, nearest
+from prunebench.calibration.training import Training
+from prunebench.errors import IncompatibleData, SaveError, UsageError
 from prunebench.models.blocks import BlockWalker
 from prunebench.models.linears import Linear
 from prunebench.models.masks import Masks
 from prunebench.models.source import CatalogEntry
-from prunebench.pruners.layer import Learned, Needs, Point, Pruner, PruneReport, TrainingNeeds
+from prunebench.processes import world_size
+from prunebench.pruners.layer import (
+    Event,
+    Forecast,
+    Learned,
+    Needs,
+    Point,
+    Pruner,
+    PruneReport,
+    TrainingNeeds,
+)
 from prunebench.pruners.maskllm.candidates import candidates, choose, mask_of, require_learnable
 from prunebench.pruners.maskllm.kept import Keeper
 from prunebench.pruners.maskllm.learn import Learner
-from prunebench.pruners.maskllm.optimise import Kind, Optimizer
+from prunebench.pruners.maskllm.optimise import Optimizer
+from prunebench.pruners.maskllm.options import PRIORS, Options, require_prior
+from prunebench.pruners.maskllm.plan import Load
 from prunebench.pruners.maskllm.presets import PRESETS
 from prunebench.pruners.maskllm.prior import Start
 from prunebench.pruners.maskllm.relax import LayerLogits
 from prunebench.pruners.maskllm.schedule import Schedule
 from prunebench.pruners.maskllm.shards import Shards
-from prunebench.pruners.maskllm.state import StateDtype
 from prunebench.sparsity import Sparsity
 from prunebench.spec import OptionValue
 
-PRIORS = ("scratch", "magnitude", "wanda", "sparsegpt", "gblm", "ria", "alps")
-
 
 @dataclass(frozen=True)
-class MaskLLM:
-    """Learns which N of every M weights stay, by the loss of the whole model.
-
-    An option left out has the value of the preset.
-
-    Attributes:
-        preset: `laptop`, `lite` or `paper`, see `presets`.
-        masks: Masks to apply instead of learning: FILE.npz, a checkpoint's folder, or hub:REPO.
-        train: Whether to learn although masks of the model have been published.
-        train_data: Text to learn from, a name as --calibration takes it; None is that of the run.
-        steps: Optimizer steps.
-        batch: Windows in a step, over all processes.
-        train_seqlen: Tokens in a window.
-        held_out: Windows that decide which mask is kept.
-        eval_every: Steps between two scores of the hard mask.
-        prior: A method whose mask is begun with (its weights are not), masks by name, or
-            `scratch`.
-        prior_strength: How far the prior's choice is ahead, in units of `logit_std`.
-        prior_noise: Spread of the first logits, in the same units (1 in the paper).
-        logit_std: Unit of the first logits.
-        noise: Factor of the Gumbel noise.
-        noise_samples: Draws of the noise a step; more than one needs memory like the logits.
-        temperature, last_temperature: tau at the first and last step.
-        scale, last_scale: kappa at the first and last step.
-        optimizer: `adamw`, `momentum` or `mirror`.
-        rate: Learning rate at the first step.
-        last_rate: Share of it that is left at the last step.
-        beta1, beta2: Decay of the moments.
-        weight_decay: Of the logits (`adamw`).
-        clip: Largest norm of the gradient (`adamw`), 0 for none.
-        outlier: Largest gradient in units of the layer's root mean square (`momentum`, `mirror`).
-        reward: Of large kept weights.
-        curvature: What the change of a whole weight costs beyond the slope, see `relax`; 0 in the
-            paper.
-        logit_dtype: float32, or bfloat16 with random rounding.
-        state_dtype: Of the optimizer's moments: float32, bfloat16 or int8.
-        micro_tokens: Tokens whose activations exist at a time, in each process.
-        save_every: Steps between two saved states, for resuming; 0 for never.
-        seed: Of noise and order.
-    """
-
-    preset: str = "laptop"
-    masks: str | None = None
-    train: bool = False
-    train_data: str | None = None
-    steps: int | None = None
-    batch: int | None = None
-    train_seqlen: int | None = None
-    held_out: int | None = None
-    eval_every: int | None = None
-    prior: str | None = None
-    prior_strength: float | None = None
-    prior_noise: float | None = None
-    logit_std: float | None = None
-    noise: float | None = None
-    noise_samples: int = 1
-    temperature: float | None = None
-    last_temperature: float | None = None
-    scale: float | None = None
-    last_scale: float | None = None
-    optimizer: Kind | None = None
-    rate: float | None = None
-    last_rate: float | None = None
-    beta1: float | None = None
-    beta2: float = 0.95
-    weight_decay: float | None = None
-    clip: float | None = None
-    outlier: float | None = None
-    reward: float | None = None
-    curvature: float | None = None
-    logit_dtype: Literal["float32", "bfloat16"] = "float32"
-    state_dtype: StateDtype = "float32"
-    micro_tokens: int = 4096
-    save_every: int | None = None
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        if self.preset not in PRESETS:
-            raise ValueError(f"no preset {self.preset!r}: {nearest(self.preset, PRESETS)}")
-        if self.masks and self.train:
-            raise ValueError("masks are given, and train=true wants to learn others")
-        for name in ("steps", "noise_samples", "micro_tokens", "held_out", "eval_every", "batch"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name} must be at least 1")
-        for name in ("temperature", "last_temperature", "scale", "last_scale", "logit_std", "rate"):
-            value = getattr(self, name)
-            if value is not None and not value > 0:
-                raise ValueError(f"{name} must be above 0")
+class MaskLLM(Options):
+    """Learns which N of every M weights stay, by the loss of the whole model; see `Options`."""
 
     @property
     def needs(self) -> Needs:
@@ -170,10 +93,11 @@ class MaskLLM:
             entry: The catalogue's row of the model, if it has one.
             calibration: The calibration text of the run, which is learned from by default.
         """
-        if entry is not None and entry.masks and not self.train and not self.masks:
-            return dataclasses.replace(self, masks=entry.masks)
-        if self.masks:
-            return self
+        masks = self.masks or (entry.masks if entry is not None and not self.train else None)
+        if masks:
+            self.require_no_training(masks)
+            return dataclasses.replace(self, masks=masks)
+        require_prior(self.filled().prior or "scratch")
         return dataclasses.replace(self.filled(), train_data=self.train_data or calibration)
 
     def options(self) -> dict[str, OptionValue]:
@@ -181,8 +105,24 @@ class MaskLLM:
         return {"masks": self.masks} if self.masks else dataclasses.asdict(self)
 
     def check(self, sparsity: Sparsity) -> None:
-        """Refuse a sparsity that has no candidates, or too many."""
+        """Refuse a sparsity without candidates or with too many, and steps of unequal shares."""
         require_learnable(sparsity)
+        if not self.masks:
+            self.filled()._require_shares(world_size())
+
+    def forecast(
+        self,
+        model: nn.Module,
+        sparsity: Sparsity,
+        *,
+        dtype: torch.dtype,
+        device: torch.device,
+        processes: int,
+    ) -> Forecast | None:
+        """Return what a training will need; masks that are applied need nothing."""
+        if self.masks:
+            return None
+        return Load(model, self.filled(), sparsity, dtype, device, processes).forecast()
 
     def prune(self, walker: BlockWalker, sparsity: Mapping[str, Sparsity]) -> PruneReport:
         """Learn or apply a mask for every linear of `walker`.
@@ -197,9 +137,10 @@ class MaskLLM:
         if self.masks:
             if walker.masks is None:
                 raise UsageError("masks are named, and none were opened")
-            for linear in walker.linears:
-                keep = _checked(walker.masks, linear, target)
-                linear.write(torch.where(keep.to(linear.stored.device), linear.read(), 0))
+            with closing(walker.groups(stats=False)) as groups:
+                for linear in (one for group in groups for one in group.linears):
+                    keep = _checked(walker.masks, linear, target)
+                    linear.write(torch.where(keep.to(linear.stored.device), linear.read(), 0))
             return PruneReport()
         require_learnable(target)
         return self.filled()._learn(walker, target)
@@ -211,7 +152,7 @@ class MaskLLM:
         if data is None:
             raise UsageError("maskllm needs text to learn from", fix="give --set train_data=NAME")
         shards = Shards.of_group()
-        self._require_shares(shards)
+        self._require_shares(shards.world)
         assert target.kept is not None and target.group is not None
         table = candidates(target.kept, target.group)
         prior = self._prior(walker, target, table)
@@ -220,27 +161,35 @@ class MaskLLM:
 
         def after_step(point: Point) -> None:
             data.hear(point)
-            due = self.save_every and point.step and point.step % self.save_every == 0
-            if keeper is not None and due and point.step < learner.schedule.steps:
-                keeper.save(learner)
+            last = point.step == learner.schedule.steps
+            if keeper is None or not (self.save_every and point.step):
+                return
+            if last or point.step % self.save_every == 0:
+                _keep(keeper, learner, data)
 
         keeper = Keeper(data.folder, shards) if data.folder is not None else None
-        if keeper is not None:
-            keeper.restore(learner)
-        learner.learn(data.train, data.held_out, eval_every=self.eval_every, after_step=after_step)
+        events = _resume(keeper, learner, data) if keeper is not None else ()
+        try:
+            learner.learn(
+                data.train, data.held_out, eval_every=self.eval_every, after_step=after_step
+            )
+        except IncompatibleData as error:
+            if keeper is not None and self.save_every:
+                _keep(keeper, learner, data)
+                error.where += f", kept in {keeper.folder}"
+            raise
         self._write(walker, learner, table, shards)
-        if keeper is not None:
-            keeper.clear()
         progress = learner.progress
-        return PruneReport(learned=Learned(progress.best_step, shards.world, tuple(progress.curve)))
+        learned = Learned(progress.best_step, shards.world, tuple(progress.curve))
+        return PruneReport(events, learned=learned)
 
-    def _require_shares(self, shards: Shards) -> None:
+    def _require_shares(self, world: int) -> None:
         assert self.batch is not None
-        if self.batch % (shards.world * self.noise_samples):
+        if self.batch % (world * self.noise_samples):
             raise UsageError(
                 f"{self.batch} windows a step cannot be shared out equally",
-                where=f"{shards.world} processes, {self.noise_samples} draws of the noise",
-                fix=f"use --set batch={shards.world * self.noise_samples} or a multiple",
+                where=f"{world} processes, {self.noise_samples} draws of the noise",
+                fix=f"use --set batch={world * self.noise_samples} or a multiple",
             )
 
     def _prior(
@@ -337,6 +286,27 @@ class MaskLLM:
             shape = torch.Size((linear.out_features, linear.in_features))
             keep = mask_of(choice.flatten(), table.to(choice.device), shape)
             linear.write(torch.where(keep, linear.read(), 0))
+
+
+def _resume(keeper: Keeper, learner: Learner, data: Training) -> tuple[Event, ...]:
+    """Take up the kept state of this very run; the result says from where the training went on."""
+    damage = keeper.restore(learner)
+    if damage:
+        data.note(f"  {damage}: the training begins anew")
+    if not learner.done:
+        return ()
+    data.note(f"  the training goes on after step {learner.done}, kept in {keeper.folder}")
+    for point in learner.progress.curve:
+        data.hear(point)
+    return (Event("all", "training resumed after step", float(learner.done)),)
+
+
+def _keep(keeper: Keeper, learner: Learner, data: Training) -> None:
+    """Save the state; a full disk does not end a training."""
+    try:
+        keeper.save(learner)
+    except SaveError as error:
+        data.note(f"  step {learner.done} could not be kept: {error.what} ({error.where})")
 
 
 def _prior_method(name: str) -> Pruner:

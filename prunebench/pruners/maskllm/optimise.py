@@ -106,16 +106,18 @@ class Optimizer:
         *,
         rate: float,
         unit: float,
+        count: int | None = None,
     ) -> None:
         """Change a layer's logits in place.
 
         Args:
             layer: The logits and their moments.
             directions: The gradient, piece by piece; overwritten.
-            how: The relaxation of the forward pass; its step counts from 0.
+            how: The relaxation of the forward pass; random rounding has its seed and step.
             rate: Learning rate.
             unit: What gradients are divided by: by what `clip` leaves (`adamw`), or the layer's
                 root mean square.
+            count: Steps so far, with this one; `how` counts draws, of which a step may have many.
         """
         if isinstance(directions, _Ascent) and self.state_dtype != "int8":
             kernels = directions.kernels
@@ -126,11 +128,12 @@ class Optimizer:
                     outlier=self.outlier,
                 )  # fmt: skip
                 return
+        count = how.step + 1 if count is None else count
         for part, gradient in directions:
             gradient.div_(unit)
             old = layer.logits[:, part].to(torch.float32)
             if self.kind == "adamw":
-                new = self._adamw(layer, part, old, gradient, rate=rate, count=how.step + 1)
+                new = self._adamw(layer, part, old, gradient, rate=rate, count=count)
             else:
                 new = self._momentum(layer, part, old, gradient, rate=rate)
             if layer.logits.dtype == torch.bfloat16:

@@ -1,0 +1,194 @@
+"""MaskLLM as a command: bad input, what is kept, and runs that are killed or shared out."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+
+from prunebench.errors import SaveError
+from prunebench.pruners import METHODS
+from prunebench.testing import check_pruner
+
+SMALL = {"steps": 2, "batch": 2, "train_seqlen": 24, "held_out": 2, "prior": "magnitude"}
+
+
+def small(**options):
+    """Return the words of a short training."""
+    given = {**SMALL, **options}
+    return ["-m", "maskllm", *(w for k, v in given.items() for w in ("--set", f"{k}={v}"))]
+
+
+@pytest.mark.parametrize(
+    ("options", "code", "words"),
+    [
+        ({"sparsity": "0.5"}, 2, "is a ratio"),
+        ({"sparsity": "8:16"}, 2, "12,870 candidates"),
+        ({"sparsity": "2:5"}, 4, "not divisible by 5"),
+        ({"train_seqlen": 20_000}, 2, "beyond the model's context"),
+        ({"batch": 5000}, 4, "a step takes 5000"),
+        ({"held_out": 5000}, 4, "5000 are held out"),
+        ({"prior": "wandaa"}, 2, "did you mean 'wanda'"),
+        ({"prior": "nope.npz"}, 3, "no masks at nope.npz"),
+        ({"prior": "hub:a/b"}, 3, "cannot be downloaded"),
+        ({"train_data": "file:nope.txt"}, 3, "nope.txt"),
+        ({"preset": "lap"}, 2, "did you mean 'laptop'"),
+        ({"rate": 0}, 2, "rate must be"),
+        ({"beta1": 1}, 2, "beta1 must be in [0, 1)"),
+        ({"noise": -1}, 2, "noise must be"),
+        ({"optimizer": "sgd"}, 2, "optimizer"),
+        ({"state_dtype": "int4"}, 2, "state_dtype"),
+        ({"stepz": 3}, 2, "did you mean 'steps'"),
+        ({"allocation": "owl"}, 2, "does not go with maskllm"),
+    ],
+    ids=lambda value: "-".join(map(str, *value.items())) if isinstance(value, dict) else "",
+)
+def test_what_cannot_be_is_said_before_anything_is_loaded(options, code, words, cli, tiny_run):
+    apart = ("sparsity", "allocation")
+    flags = [word for k in apart if k in options for word in (f"--{k}", options[k])]
+    inner = {k: v for k, v in options.items() if k not in apart}
+    told = cli(*tiny_run, *small(**inner), *flags, code=code).output
+    assert words in told
+    assert "\nload" not in told
+
+
+def test_the_text_that_is_evaluated_is_not_learned_from(cli, tiny_run, eval_file):
+    told = cli(*tiny_run, *small(train_data=f"file:{eval_file}"), code=2).output
+    assert "learned from and evaluated on" in told
+
+
+@pytest.fixture
+def as_one_of_two(monkeypatch):
+    for name, value in (("RANK", "0"), ("WORLD_SIZE", "2"), ("LOCAL_RANK", "0")):
+        monkeypatch.setenv(name, value)
+
+
+def test_a_method_that_does_not_learn_is_refused_in_several_processes(cli, tiny_run, as_one_of_two):
+    told = cli(*tiny_run, "-m", "wanda", code=2).output
+    assert "2 processes were started, and this method works in one" in told
+
+
+def test_a_batch_that_cannot_be_shared_out_is_refused_first(cli, tiny_run, as_one_of_two):
+    told = cli(*tiny_run, *small(batch=3), code=2).output
+    assert "3 windows a step cannot be shared out equally" in told
+    assert "batch=4" in told or "batch=2" in told
+    assert "\nload" not in told
+
+
+def test_a_run_keeps_its_state_until_the_result_is_filed(cli, tiny_run, tmp_path, monkeypatch):
+    from prunebench import run
+
+    def full(plan, result):
+        raise SaveError("no room for the result")
+
+    states = tmp_path / "cache" / "training"
+    with monkeypatch.context() as patched:
+        patched.setattr(run, "_publish", full)
+        cli(*tiny_run, *small(), code=5)
+    assert len(list(states.glob("*/state"))) == 1
+    told = cli(*tiny_run, *small()).output
+    assert "goes on after step 2" in told
+    assert "step 2: loss" in told
+    assert list(states.iterdir()) == []
+
+
+def test_a_dry_run_says_what_a_training_needs(cli, tiny_run):
+    told = cli(*tiny_run, *small(), "--dry-run").output
+    assert "training    96 tokens of file-" in told
+    for item in ("model", "logits", "moments", "gradients", "workspace", "activations", "in all"):
+        assert f"GB  {item}" in told
+    assert re.search(r"about [\d.]+ minutes for the steps", told)
+    assert "nothing was loaded" in told
+
+
+def test_check_asks_only_for_what_can_be_learned(cli):
+    quick = {"steps": 1, "batch": 1, "prior": "magnitude"}
+    pruner = METHODS.make("maskllm", METHODS.resolve_options("maskllm", quick, seed=0))
+    outcomes = check_pruner(pruner, architectures=("gpt2",))
+    assert [one.failure for one in outcomes if not one.passed] == []
+    checks = {one.check for one in outcomes}
+    assert {"reaches 2:4, joint", "reaches 1:4, joint", "reaches 3:4, joint"} <= checks
+    assert not any("0.5" in check for check in checks)
+    told = cli("check", "maskllm", "--sparsity", "0.5", code=6).output
+    assert "0.5 is a ratio" in told
+
+
+# ------------------------------------------------------------ real processes
+
+
+def command(tiny_run, *words, processes=1, **options):
+    """Return the command of a run, by torchrun if in several processes."""
+    start = [sys.executable, "-m"]
+    if processes > 1:
+        start += ["torch.distributed.run", "--nproc-per-node", str(processes), "-m"]
+    return [*start, "prunebench", *tiny_run, *small(**options), *words]
+
+
+def finished(line, **how):
+    done = subprocess.run(line, capture_output=True, text=True, check=False, timeout=600, **how)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done
+
+
+def same_masks(one, other):
+    one, other = np.load(one), np.load(other)
+    return one.files == other.files and all((one[k] == other[k]).all() for k in one.files)
+
+
+@pytest.fixture
+def alone(tmp_path):
+    """Where and how a command runs: its own cache, one thread."""
+    cache = {"PRUNEBENCH_CACHE": str(tmp_path / "cache"), "OMP_NUM_THREADS": "1"}
+    return {"cwd": tmp_path, "env": {**os.environ, **cache}}
+
+
+@pytest.mark.processes
+def test_torchrun_learns_the_same_masks_and_files_one_result(tiny_run, tmp_path, alone):
+    line = command(tiny_run, "--save-masks", "two.npz", "--json", processes=2)
+    result = json.loads(finished(line, **alone).stdout)
+    assert result["training"]["processes"] == 2
+    finished(command(tiny_run, "--save-masks", "one.npz"), **alone)
+    assert same_masks(tmp_path / "one.npz", tmp_path / "two.npz")
+    filed = [json.loads(p.read_text()) for p in (tmp_path / "results").rglob("*.json")]
+    assert sorted(one["training"]["processes"] for one in filed) == [1, 2]
+    assert len({one["spec_id"] for one in filed}) == 1
+
+
+@pytest.mark.processes
+def test_torchrun_refuses_a_method_that_does_not_learn(tiny_run, tmp_path, alone):
+    line = command(tiny_run, processes=2)
+    line[line.index("maskllm")] = "wanda"
+    line = line[: line.index("wanda") + 1]
+    done = subprocess.run(line, capture_output=True, text=True, check=False, **alone)
+    assert done.returncode != 0
+    assert "2 processes were started, and this method works in one" in done.stderr
+    assert not list((tmp_path / "results").rglob("*.json"))
+
+
+@pytest.mark.processes
+@pytest.mark.parametrize("then", [1, 2])
+def test_a_run_that_was_killed_goes_on_with_the_same_command(then, tiny_run, tmp_path, alone):
+    """kill -9 in the middle; the same command, maybe in more processes, ends with the same mask."""
+    longer = {"steps": 400, "eval_every": 100, "save_every": 5}
+    states = tmp_path / "cache" / "training"
+    running = subprocess.Popen(
+        command(tiny_run, **longer), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, **alone
+    )
+    until = time.monotonic() + 300
+    while not list(states.glob("*/state")) and time.monotonic() < until:
+        assert running.poll() is None, "it ended before it could be killed"
+        time.sleep(0.02)
+    running.send_signal(signal.SIGKILL)
+    running.wait()
+    assert len(list(states.glob("*/state"))) == 1
+    done = finished(command(tiny_run, "--save-masks", "b.npz", processes=then, **longer), **alone)
+    assert "goes on after step" in done.stderr
+    assert list(states.iterdir()) == []  # the result is filed: nothing is left behind
+    done = finished(command(tiny_run, "--save-masks", "a.npz", **longer), **alone)
+    assert "goes on after step" not in done.stderr
+    assert same_masks(tmp_path / "a.npz", tmp_path / "b.npz")

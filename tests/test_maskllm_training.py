@@ -1,0 +1,387 @@
+"""Learning masks, as a whole: gradients, memory, and which mask is kept."""
+
+import copy
+import functools
+import math
+from dataclasses import dataclass
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from prunebench.calibration.training import Training
+from prunebench.errors import IncompatibleData, UsageError
+from prunebench.models.backward import Backward
+from prunebench.models.blocks import BlockWalker
+from prunebench.models.linears import find_linears
+from prunebench.models.load import hash_weights
+from prunebench.models.replay import plain_inference
+from prunebench.pruners import METHODS
+from prunebench.pruners.maskllm import relax
+from prunebench.pruners.maskllm.candidates import candidates
+from prunebench.pruners.maskllm.learn import Learner
+from prunebench.pruners.maskllm.noise import gumbel
+from prunebench.pruners.maskllm.optimise import Optimizer
+from prunebench.pruners.maskllm.relax import LayerLogits
+from prunebench.pruners.maskllm.schedule import Schedule
+from prunebench.pruners.maskllm.shards import Shards
+from prunebench.sparsity import Sparsity
+from prunebench.testing import tiny_model, tiny_tokens
+
+QUICK = {"steps": 4, "batch": 2, "eval_every": 2, "prior": "magnitude", "train_seqlen": 24}
+HALF = Sparsity.parse("2:4")
+
+
+def pruner_of(**options):
+    return METHODS.make("maskllm", METHODS.resolve_options("maskllm", {**QUICK, **options}, seed=0))
+
+
+def one_block():
+    """Return a tiny Llama of one block: for what does not depend on how many there are."""
+    model = tiny_model("llama")
+    model.model.layers = model.model.layers[:1]
+    model.config.num_hidden_layers = 1
+    return model
+
+
+def train(folder=None, *, model=None, notes=None, hear=lambda point: None, **options):
+    """Learn masks of a tiny model; returns it and the report."""
+    model = model or one_block()
+    note = notes.append if notes is not None else lambda text: None
+    data = Training(tiny_tokens(samples=8), tiny_tokens(samples=3, seed=1), folder, hear, note)
+    walker = BlockWalker(model, token_ids=tiny_tokens(), training=data)
+    report = pruner_of(**options).prune(walker, {one.name: HALF for one in walker.linears})
+    return model, report
+
+
+# ------------------------------------------------------------ gradients
+
+
+class Collected:
+    """The sums of gradients, (out, in), and how many blocks were released."""
+
+    def __init__(self):
+        self.gradients, self.blocks = {}, 0
+
+    def fetch(self, linears):
+        for one in linears:
+            self.gradients.setdefault(one.name, torch.zeros(one.out_features, one.in_features))
+
+    def add_product(self, linear, outer, inputs):
+        self.gradients[linear.name] += outer.T @ inputs
+
+    def add_gradient(self, linear, gradient):
+        self.gradients[linear.name] += gradient.T if linear.transposed else gradient
+
+    def release(self):
+        self.blocks += 1
+
+
+def mean_loss(model, windows, parameters=None):
+    """Return the mean cross-entropy of windows by a plain forward pass."""
+    run = functools.partial(torch.func.functional_call, model, parameters or {})
+    logits = run(kwargs={"input_ids": windows, "use_cache": False}).logits[:, :-1]
+    return torch.nn.functional.cross_entropy(logits.flatten(0, 1), windows[:, 1:].flatten())
+
+
+def gradients_by_autograd(model, windows):
+    model = copy.deepcopy(model).requires_grad_()
+    loss = mean_loss(model, windows)
+    loss.backward()
+    found = {}
+    for one in find_linears(model):
+        gradient = getattr(one.module, one.attribute).grad
+        gradient = gradient if one.expert is None else gradient[one.expert]
+        found[one.name] = gradient.T if one.transposed else gradient
+    return float(loss.detach()), found
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2", "mixtral", "falcon"])
+def test_windows_in_batches_have_the_gradients_of_autograd(architecture):
+    model, windows = tiny_model(architecture), tiny_tokens(samples=5, seqlen=12)
+    loss, expected = gradients_by_autograd(model, windows)
+    for batch in (1, 2):
+        sums = Collected()
+        with plain_inference(model):
+            backward = Backward(model, find_linears(model), sums)
+            backward.prepare(windows[:1])
+            got = backward.add(windows[:2], batch=batch, scale=0.4) * 0.4
+            got += backward.add(windows[2:], batch=batch, scale=0.6) * 0.6
+            sums_of_losses = backward.losses(windows, batch=batch)
+        assert math.isclose(got, loss, rel_tol=1e-5)
+        assert math.isclose(sum(sums_of_losses) / windows[:, 1:].numel(), loss, rel_tol=1e-5)
+        assert sums.blocks == 6
+        assert sums.gradients.keys() == expected.keys()
+        for name, gradient in expected.items():
+            assert torch.allclose(sums.gradients[name], gradient, atol=1e-6, rtol=1e-3), name
+
+
+@dataclass(frozen=True)
+class Descent(Optimizer):
+    """Plain gradient descent: what a step does to the logits is the gradient itself."""
+
+    clip: float = 0.0
+
+    def step(self, layer, directions, how, *, rate, unit, count=None):
+        for part, gradient in directions:
+            layer.logits[:, part] -= rate / unit * gradient
+
+
+def learner_of(model, *, optimizer=None, noise=1.0, reward=0.0, curvature=0.0, batch=4, steps=4,
+               logits_seed=3, dtype=torch.float32, **options):  # fmt: skip
+    table = candidates(2, 4)
+    optimizer = optimizer or Optimizer("adamw")
+    layers, prior = {}, {}
+    for index, one in enumerate(find_linears(model)):
+        generator = torch.Generator().manual_seed(logits_seed + index)
+        groups = one.out_features * one.in_features // 4
+        logits = torch.randn(6, groups, generator=generator).to(dtype)
+        layers[one] = LayerLogits(index, logits, table, one.in_features // 4)
+        prior[one.name] = logits.argmax(0).to(torch.uint8)
+        optimizer.prepare(layers[one])
+    schedule = Schedule(
+        steps=steps, batch=batch, temperature=(2.0, 0.5), scale=(1.0, 2.0), noise=noise,
+        reward=reward, curvature=curvature, peak_rate=30.0, last_rate=1.0,
+    )  # fmt: skip
+    return Learner(model, layers, prior, optimizer=optimizer, schedule=schedule, seed=5, **options)
+
+
+def masked(model, learner, logits, how):
+    """Return the masked parameters that the model runs with, by name, with a graph."""
+    made = {}
+    for one, layer in learner.layers.items():
+        drawn = gumbel(torch.arange(layer.logits.shape[1]), 6, seed=how.seed, step=how.step,
+                       layer=layer.index)  # fmt: skip
+        y = ((how.scale * logits[one.name] + how.noise * drawn) / how.temperature).softmax(0)
+        soft = one.read() * (y.T @ layer.table).view(one.out_features, one.in_features)
+        stored = getattr(one.module, one.attribute)
+        whole = made.setdefault(one.parameter_name, torch.zeros_like(stored))
+        if one.expert is None:
+            made[one.parameter_name] = soft.T if one.transposed else soft
+        else:
+            whole[one.expert] = soft.T if one.transposed else soft
+    return made
+
+
+@pytest.mark.parametrize(
+    ("architecture", "samples", "steps"), [("llama", 1, 1), ("gpt2", 2, 2), ("mixtral", 2, 1)]
+)
+def test_steps_descend_along_the_gradient_that_autograd_finds(
+    architecture, samples, steps, monkeypatch
+):
+    monkeypatch.setattr(relax, "_CHUNK_LOGITS", 2000)
+    model, windows = tiny_model(architecture), tiny_tokens(samples=8, seqlen=12)
+    learner = learner_of(
+        model, optimizer=Descent(), reward=1e-3, noise_samples=samples, micro_tokens=24
+    )
+    logits = {one.name: layer.logits.clone() for one, layer in learner.layers.items()}
+    with plain_inference(model):
+        learner._backward.prepare(windows[:1])
+        for step in range(steps):
+            got = learner._step(step, windows)
+            leaves = {name: value.requires_grad_() for name, value in logits.items()}
+            losses, objective = [], 0.0
+            for draw, part in enumerate(learner._windows(step, windows).chunk(samples)):
+                how = learner.schedule.relaxation(step, seed=5, draw=step * samples + draw)
+                with torch.enable_grad():
+                    weights = masked(model, learner, leaves, how)
+                    losses.append(mean_loss(model, part, weights))
+                    squares = sum(one.square().sum() for one in weights.values())
+                    objective = objective + (losses[-1] - how.reward * squares) / samples
+            objective.backward()
+            assert math.isclose(got, sum(map(float, losses)) / samples, rel_tol=1e-5)
+            logits = {name: (leaf - 30.0 * leaf.grad).detach() for name, leaf in leaves.items()}
+    moved = False
+    for one, layer in learner.layers.items():
+        assert torch.allclose(layer.logits, logits[one.name], atol=2e-4, rtol=1e-3), one.name
+        moved |= bool((layer.logits - leaves[one.name]).abs().max() > 0.01)
+    assert moved
+
+
+def test_the_factored_curvature_does_not_depend_on_micro_batches_or_draws():
+    model, windows = one_block(), tiny_tokens(samples=4, seqlen=12)
+    windows = windows[:1].expand(4, 12).contiguous()  # each draw then sees the same text
+    made = []
+    for options in ({}, {"micro_tokens": 12}, {"noise_samples": 2}):
+        learner = learner_of(model, optimizer=Descent(), noise=0.0, curvature=1e3, **options)
+        with plain_inference(model):
+            learner._backward.prepare(windows[:1])
+            learner._step(0, windows)
+        made.append(torch.cat([layer.logits.flatten() for layer in learner.layers.values()]))
+    for other in made[1:]:
+        assert torch.allclose(made[0], other, atol=1e-4, rtol=1e-3)
+
+
+# ------------------------------------------------------------ memory
+
+
+class Fresh(TorchDispatchMode):
+    """The element counts of all tensors that operations make, but for views of known ones."""
+
+    def __init__(self, known):
+        super().__init__()
+        self.known = {tensor.untyped_storage().data_ptr() for tensor in known}
+        self.largest = 0
+        self.of = ""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        made = func(*args, **(kwargs or {}))
+        for one in made if isinstance(made, tuple | list) else (made,):
+            if not isinstance(one, torch.Tensor) or one.is_meta:
+                continue
+            if one.untyped_storage().data_ptr() in self.known or one.numel() <= self.largest:
+                continue
+            self.largest, self.of = one.numel(), str(func)
+        return made
+
+
+def test_a_step_makes_no_tensor_of_the_size_of_the_logits(monkeypatch):
+    monkeypatch.setattr(relax, "_CHUNK_LOGITS", 1500)
+    model, windows = tiny_model("llama"), tiny_tokens(samples=2, seqlen=6)
+    learner = learner_of(model, batch=2)
+    known = [parameter.data for parameter in model.parameters()] + [learner._store._workspace]
+    for layer in learner.layers.values():
+        known += [layer.logits, *(packed.values for packed in layer.state.values())]
+    largest = max(layer.logits.numel() for layer in learner.layers.values())
+    with plain_inference(model):
+        learner._backward.prepare(windows[:1])
+        with Fresh(known) as seen:
+            learner._step(0, windows)
+            learner._measure(windows)
+    assert 64 * 32 <= seen.largest < largest, seen.of  # a gradient has 2/3 of the logits' size
+    assert largest == 64 * 32 // 4 * 6
+
+
+def test_the_dense_weights_are_never_written_while_masks_are_learned():
+    model = tiny_model("gpt2")
+    before = hash_weights(model)
+    learner = learner_of(model)
+    learner.learn(
+        tiny_tokens(samples=4, seqlen=12), tiny_tokens(samples=2, seqlen=12), eval_every=2
+    )
+    assert hash_weights(model) == before
+    assert learner.done == 4
+
+
+# ------------------------------------------------------------ what is kept
+
+
+def masks_of(model):
+    return {one.name: one.read() != 0 for one in find_linears(model)}
+
+
+def magnitude_masks():
+    model = one_block()
+    walker = BlockWalker(model)
+    METHODS.make("magnitude", {}).prune(walker, {one.name: HALF for one in walker.linears})
+    return masks_of(model)
+
+
+def test_a_training_that_only_does_harm_ends_with_its_prior():
+    """The paper's first noise flips groups: what stays is the prior itself, not where it began."""
+    model, report = train(prior_noise=1.0, logit_std=1.0, rate=5.0, optimizer="momentum")
+    learned = report.learned
+    assert learned.curve[0].changed > 0.02
+    if learned.best_step == 0:
+        prior = magnitude_masks()
+        assert all(torch.equal(keep, prior[name]) for name, keep in masks_of(model).items())
+    held = [point.held_out_ppl for point in learned.curve if point.held_out_ppl is not None]
+    assert held[0] >= min(held)
+
+
+def test_the_kept_mask_has_the_best_held_out_score_and_never_one_below_the_prior():
+    scores = {}
+    for seed in (0, 1):
+        model, report = train(steps=6, eval_every=1, optimizer="momentum", rate=0.5, seed=seed)
+        points = {point.step: point.held_out_ppl for point in report.learned.curve}
+        assert points[report.learned.best_step] == min(points.values()) <= points[0]
+        held = tiny_tokens(samples=3, seed=1)
+        ppl = math.exp(float(mean_loss(model, held)))
+        assert math.isclose(ppl, points[report.learned.best_step], rel_tol=1e-4)
+        scores[seed] = points
+    assert scores[0][0] == scores[1][0]  # the prior does not depend on the seed
+
+
+def test_the_curve_says_what_happened_at_every_step():
+    heard = []
+    _, report = train(
+        steps=5, eval_every=2, hear=heard.append, temperature=2.0, last_temperature=1.0
+    )
+    curve = report.learned.curve
+    assert heard == list(curve)
+    assert [point.step for point in curve] == [0, 1, 2, 3, 4, 5]
+    assert [point.tokens for point in curve] == [2 * 24 * step for step in range(6)]
+    assert [point.held_out_ppl is not None for point in curve] == [
+        True,
+        False,
+        True,
+        False,
+        True,
+        True,
+    ]
+    assert curve[0].loss is None
+    assert curve[0].changed == 0
+    assert all(3 < point.loss < 12 for point in curve[1:])
+    assert [point.temperature for point in curve] == pytest.approx([2, 2, 1.75, 1.5, 1.25, 1])
+    assert all(1 / 6 <= point.certainty <= 1 for point in curve)
+    assert [point.seconds for point in curve] == sorted(point.seconds for point in curve)
+    assert report.learned.processes == 1
+
+
+def test_all_windows_are_used_before_any_is_used_again():
+    windows = torch.arange(10)[:, None].expand(10, 4).contiguous()
+    learner = learner_of(one_block(), batch=4)
+    seen = [int(row[0]) for step in range(5) for row in learner._windows(step, windows)]
+    first, second = seen[:10], seen[10:]
+    assert sorted(first) == sorted(second) == list(range(10))
+    assert first != second
+    assert first != sorted(first)
+    shares = []
+    for rank in range(2):
+        learner.shards = Shards(rank, 2)
+        shares.append([int(row[0]) for row in learner._windows(2, windows)])
+    assert sorted(sum(shares, [])) == sorted(seen[8:12])
+
+
+def test_several_draws_need_windows_for_each():
+    with pytest.raises(UsageError, match="shared out"):
+        train(batch=3, noise_samples=2)
+    _, report = train(batch=2, noise_samples=2, noise=1.0)
+    assert report.learned.curve[-1].step == 4
+
+
+@pytest.mark.parametrize("culprit", ["loss", "gradient"])
+def test_a_loss_that_is_not_finite_stops_with_the_state_of_the_step_before(
+    culprit, monkeypatch, tmp_path
+):
+    plain, calls = Backward.add, []
+
+    def add(self, windows, **options):
+        calls.append(0)
+        loss = plain(self, windows, **options)
+        if len(calls) == 3 and culprit == "loss":
+            return math.nan
+        if len(calls) == 3:
+            next(iter(self.sums.own.values())).gradient[0, 0] = math.inf
+            self.sums.total += math.inf
+        return loss
+
+    monkeypatch.setattr(Backward, "add", add)
+    folder = tmp_path / "run"
+    with pytest.raises(IncompatibleData, match=f"the {culprit} is not finite at step 3") as caught:
+        train(folder, save_every=10)
+    assert str(folder) in caught.value.where
+    assert "step 2" in caught.value.where
+    monkeypatch.setattr(Backward, "add", plain)
+    notes = []
+    model, report = train(folder, notes=notes)
+    assert "goes on after step 2" in notes[0]
+    assert hash_weights(model) == hash_weights(train()[0])
+    assert report.events[0].value == 2
+
+
+def test_weights_that_overflow_are_reported_and_not_learned_from():
+    model = one_block()
+    model.get_output_embeddings().weight.data[5] = 1e37
+    with pytest.raises(IncompatibleData, match="not finite at step 1"):
+        train(model=model)
