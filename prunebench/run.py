@@ -103,7 +103,7 @@ def _execute(plan: Plan) -> Result:
     halvings: list[str] = []
     trains = plan.training is not None
     with (
-        _failures_are_filed(plan),
+        _failures_are_filed(plan) as row_is_filed,
         _memory_errors(plan.device, trains=trains),
         _halvings_are_told(plan, halvings),
         opened_run(plan) as kept,
@@ -153,6 +153,7 @@ def _execute(plan: Plan) -> Result:
         )
         result = _named_once(result, kept)
         _publish(plan, result)  # the row first: a full disk must not cost an hour's work twice
+        row_is_filed()
         if plan.training is not None:
             plan.training.forget()
         if plan.setup.log_samples:
@@ -425,11 +426,18 @@ def _memory_errors(device: torch.device, *, trains: bool) -> Iterator[None]:
 
 
 @contextmanager
-def _failures_are_filed(plan: Plan) -> Iterator[None]:
-    """Leave a `failed` record for anything that goes wrong after the checks; Ctrl-C leaves none."""
+def _failures_are_filed(plan: Plan) -> Iterator[Callable[[], None]]:
+    """Leave a `failed` record for anything that goes wrong after the checks; Ctrl-C leaves none.
+
+    Yields:
+        What to call once the row is filed: what goes wrong then is no failed run.
+    """
+    filed: list[bool] = []
     try:
-        yield
+        yield lambda: filed.append(True)
     except Exception as error:
+        if filed:
+            raise
         what = error.what if isinstance(error, PrunebenchError) else str(error)
         record = failed_result(
             plan, error=type(error).__name__, stage=plan.clock.current, message=what

@@ -62,7 +62,7 @@ def test_methods_are_counted_on_small_matrices():
     sparsegpt = probe_method(SparseGPT(), Sparsity.parse("2:4"), CPU)
     assert wanda.per_weight >= 4  # at least the score
     assert sparsegpt.per_square >= 4  # at least the factor: the Hessian is one of the statistics
-    assert sparsegpt.peak(64, 64) > wanda.peak(64, 64)
+    assert sparsegpt.per_square > wanda.per_square
 
 
 def test_parts_add_up_where_they_are():

@@ -333,7 +333,8 @@ def test_a_cancelled_job_is_interrupted_once(tmp_path, monkeypatch):
     settings = fake_program(
         tmp_path / "fake",
         """
-        import pathlib, sys, time
+        import pathlib, signal, sys, time
+        signal.signal(signal.SIGINT, signal.default_int_handler)
         times = 0
         pathlib.Path("started").touch()
         while True:

@@ -132,6 +132,8 @@ def end_with_parent() -> None:
     """
     named = os.environ.pop(_PARENT, "")
     if named.isdigit():
+        if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # started by a shell with &
+            signal.signal(signal.SIGINT, signal.default_int_handler)
         threading.Thread(target=_watch, args=(int(named),), daemon=True).start()
 
 
