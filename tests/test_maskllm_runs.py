@@ -12,6 +12,8 @@ import numpy as np
 import pytest
 
 from prunebench.errors import SaveError
+from prunebench.pruners import METHODS
+from prunebench.testing import check_pruner
 
 SMALL = {"steps": 2, "batch": 2, "train_seqlen": 24, "held_out": 2, "prior": "magnitude"}
 
@@ -104,14 +106,15 @@ def test_a_dry_run_says_what_a_training_needs(cli, tiny_run):
     assert "nothing was loaded" in told
 
 
-def test_check_speaks_sensibly(cli):
-    quick = ("--set", "steps=1", "--set", "batch=1", "--set", "prior=magnitude")
-    told = cli("check", "maskllm", *quick).output
-    assert "maskllm passes all" in told
-    assert "FAILED" not in told
-    assert "reaches 3:4" in told
-    assert "reaches 0.5" not in told  # it refuses ratios, and is not asked for them
-    told = cli("check", "maskllm", *quick, "--sparsity", "0.5", code=6).output
+def test_check_asks_only_for_what_can_be_learned(cli):
+    quick = {"steps": 1, "batch": 1, "prior": "magnitude"}
+    pruner = METHODS.make("maskllm", METHODS.resolve_options("maskllm", quick, seed=0))
+    outcomes = check_pruner(pruner, architectures=("gpt2",))
+    assert [one.failure for one in outcomes if not one.passed] == []
+    checks = {one.check for one in outcomes}
+    assert {"reaches 2:4, joint", "reaches 1:4, joint", "reaches 3:4, joint"} <= checks
+    assert not any("0.5" in check for check in checks)
+    told = cli("check", "maskllm", "--sparsity", "0.5", code=6).output
     assert "0.5 is a ratio" in told
 
 

@@ -27,7 +27,7 @@ from prunebench.pruners.maskllm.relax import LayerLogits, Relaxation, Slope
 from prunebench.pruners.maskllm.shards import Shards
 from prunebench.sparsity import Sparsity
 
-_GRAPH_COPIES = 4  # tensors of a block's graph beside each output of its linears
+_GRAPH_COPIES = 1.5  # tensors of a block's graph beside each output of its linears
 _PIECE_BYTES = 48 << 20  # what is made from one piece of the logits, with its random bits
 _PROBE_ROWS, _PROBE_WIDTH = 512, 2048  # of a mask pass: a million weights
 _STATE_BYTES = {"float32": 4, "bfloat16": 2, "int8": 1}
@@ -129,7 +129,7 @@ class Load:
         blocks = linears[-1].block_index + 1
         hidden = self._hidden()
         outputs = sum(one.out_features for one in plain) + (blocks + 1) * hidden
-        graph = _GRAPH_COPIES * (outputs // blocks + 2 * hidden)
+        graph = int(_GRAPH_COPIES * (outputs / blocks + 2 * hidden))
         head = (
             max(1, HEAD_ROWS // batch) * batch * self._vocabulary() * (2 * self.dtype.itemsize + 8)
         )
