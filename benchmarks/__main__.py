@@ -15,6 +15,7 @@ import sys
 from dataclasses import asdict
 from pathlib import Path
 
+import benchmarks.disk
 import benchmarks.maskllm
 import benchmarks.packed
 import benchmarks.tasks  # noqa: F401  (they register their figures)

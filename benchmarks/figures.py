@@ -81,7 +81,8 @@ def noted(name: str, unit: str, runs: list[float]) -> Figure:
 # ---------------------------------------------------------------- the default model and real text
 
 
-def _model(dtype: str = "float32") -> Any:
+def default_model(dtype: str = "float32") -> Any:
+    """Return the default model in memory."""
     import torch
 
     from prunebench.models.load import load_model
@@ -93,7 +94,8 @@ def _model(dtype: str = "float32") -> Any:
     return load_model(local.path, dtype=getattr(torch, dtype), device=torch.device("cpu"))
 
 
-def _tokens() -> Any:
+def default_tokens() -> Any:
+    """Return calibration windows of real text."""
     from prunebench.calibration.texts import load_text
     from prunebench.calibration.windows import sample_windows
     from prunebench.models.load import load_tokenizer
@@ -117,9 +119,10 @@ def _plain_seconds(model: Any, tokens: Any) -> float:
     return time.perf_counter() - begun
 
 
-def _prune_seconds(
+def prune_seconds(
     method: str, model: Any, tokens: Any, *, sparsity: str, within_block: Any, gradients: Any = None
 ) -> float:
+    """Prune a model and return how long that took."""
     from prunebench.models.blocks import BlockWalker
     from prunebench.pruners import METHODS
     from prunebench.sparsity import Sparsity
@@ -133,15 +136,15 @@ def _prune_seconds(
 
 def _passes(method: str, within_block: str, limit: float) -> list[Figure]:
     """Whole pruning as a share of two plain forward passes of the blocks."""
-    tokens = _tokens()
+    tokens = default_tokens()
     figures = []
     for sparsity in ("0.5", "2:4"):
         runs = []
         for _ in range(2):
-            model = _model()
+            model = default_model()
             _plain_seconds(model, tokens[:2])
             before = _plain_seconds(model, tokens)
-            pruned = _prune_seconds(
+            pruned = prune_seconds(
                 method, model, tokens, sparsity=sparsity, within_block=within_block
             )
             runs.append(pruned / (before + _plain_seconds(model, tokens)))
@@ -164,11 +167,13 @@ def gblm() -> list[Figure]:
     """GBLM with and without cached gradients, against Wanda, both joint."""
     from prunebench.models.gradients import gradient_norms
 
-    tokens = _tokens()
+    tokens = default_tokens()
     first, cached = [], []
     for _ in range(2):
-        wanda = _prune_seconds("wanda", _model(), tokens, sparsity="2:4", within_block="joint")
-        model = _model()
+        wanda = prune_seconds(
+            "wanda", default_model(), tokens, sparsity="2:4", within_block="joint"
+        )
+        model = default_model()
         with tempfile.TemporaryDirectory() as folder:
             os.environ["PRUNEBENCH_CACHE"] = folder
             begun = time.perf_counter()
@@ -178,7 +183,7 @@ def gblm() -> list[Figure]:
             gradients = gradient_norms(model, tokens, norm="l1")
             again = time.perf_counter() - begun
             del os.environ["PRUNEBENCH_CACHE"]
-            pruned = _prune_seconds(
+            pruned = prune_seconds(
                 "gblm", model, tokens, sparsity="2:4", within_block="joint", gradients=gradients
             )
         first.append((fresh + pruned) / wanda)
@@ -213,7 +218,7 @@ def alps_losses() -> list[Figure]:
     from prunebench.sparsity import Sparsity
 
     ratios = []
-    for group in BlockWalker(_model(), token_ids=_tokens()).survey(hessian=True):
+    for group in BlockWalker(default_model(), token_ids=default_tokens()).survey(hessian=True):
         wanted = {one.name: Sparsity.parse("2:4") for one in group.linears}
         mine = [one.loss for one in Alps().prune_group(group, wanted)]
         other = [one.loss for one in SparseGPT().prune_group(group, wanted)]
@@ -281,7 +286,7 @@ def ppl_throughput() -> list[Figure]:
 
     from prunebench.evaluate.perplexity import token_ppl
 
-    model, tokens = _model(), _tokens()[:8]
+    model, tokens = default_model(), default_tokens()[:8]
     runs = []
     for attempt in range(5):
         begun = time.perf_counter()
@@ -300,17 +305,17 @@ def bf16() -> list[Figure]:
     """Pruning and scoring in bfloat16 against float32, where the CPU has native bfloat16."""
     from prunebench.evaluate.perplexity import token_ppl
 
-    tokens = _tokens()[:8]
+    tokens = default_tokens()[:8]
     prune, score = [], []
     for _ in range(3):
         seconds = {}
         for dtype in ("float32", "bfloat16"):
-            model = _model(dtype)
+            model = default_model(dtype)
             _plain_seconds(model, tokens[:2])
             begun = time.perf_counter()
             token_ppl(model, tokens)
             seconds[dtype, "score"] = time.perf_counter() - begun
-            seconds[dtype, "prune"] = _prune_seconds(
+            seconds[dtype, "prune"] = prune_seconds(
                 "wanda", model, tokens, sparsity="2:4", within_block="joint"
             )
         prune.append(seconds["float32", "prune"] / seconds["bfloat16", "prune"])

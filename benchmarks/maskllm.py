@@ -5,7 +5,14 @@ from __future__ import annotations
 import time
 from typing import Any
 
-from benchmarks.figures import Figure, _model, _tokens, at_most, figure, noted
+from benchmarks.figures import (
+    Figure,
+    at_most,
+    default_model,
+    default_tokens,
+    figure,
+    noted,
+)
 
 _WINDOWS = 8  # of 512 tokens: 4,096 a step
 _ROUNDS = 2
@@ -46,7 +53,7 @@ def maskllm_step() -> list[Figure]:
 
     from prunebench.models.replay import plain_inference
 
-    model, tokens = _model(), _tokens()[:_WINDOWS]
+    model, tokens = default_model(), default_tokens()[:_WINDOWS]
     figures = []
     for preset in ("laptop", "paper"):
         learner = _learner(model, preset)

@@ -14,10 +14,8 @@ other weights.
 from __future__ import annotations
 
 import json
-import os
 import re
 import shlex
-import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -28,7 +26,7 @@ from torch import nn
 from prunebench.allocators.allocation import save_allocation
 from prunebench.calibration.texts import texts
 from prunebench.errors import IncompatibleData, MissingResource, UsageError
-from prunebench.files import atomic_folder
+from prunebench.files import atomic_folder, link_or_copy
 from prunebench.models.card import model_card
 from prunebench.models.linears import Linear, find_linears
 from prunebench.models.load import hash_weights, load_config, load_model, skeleton
@@ -181,7 +179,7 @@ def export(
         target.rmdir()
     with atomic_folder(target, replace=replace) as part:
         with progress.stage("copy", detail=f"{len(wanted)} files"):
-            linked = [path.name for path in wanted if _place(path, part / path.name)]
+            linked = [path.name for path in wanted if link_or_copy(path, part / path.name)]
         if to == "packed24":
             packing = write_packed(tensors, part, progress=progress)
         elif to == "dense":
@@ -245,26 +243,6 @@ def _check_target(source: Path, target: Path, *, replace: bool) -> None:
     parent = next(path for path in (there, *there.parents) if path.exists())
     linked = parent.stat().st_dev == source.stat().st_dev
     check_target(target, need_bytes=1 << 24 if linked else size, replace=replace, folder=True)
-
-
-def _place(source: Path, target: Path) -> bool:
-    """Link a file, or copy it where that cannot be; returns whether it was linked.
-
-    Only weights are linked: they are large, and nobody edits them in place. A file with
-    permissions of its own is copied, as a link would share them.
-    """
-    mask = os.umask(0)
-    os.umask(mask)
-    ordinary = source.stat().st_mode & 0o777 == 0o666 & ~mask
-    if source.suffix == ".safetensors" and ordinary and not source.is_symlink():
-        try:
-            os.link(source, target)
-        except OSError:
-            pass
-        else:
-            return True
-    shutil.copyfile(source, target)
-    return False
 
 
 def _verify(

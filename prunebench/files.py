@@ -80,6 +80,13 @@ def require_writable(folder: Path, *, need_bytes: int = 1 << 20) -> None:
         )
 
 
+def free_disk(folder: Path) -> int:
+    """Return the free bytes of the disk that holds a folder, whether it is there yet or not."""
+    while not folder.is_dir() and folder != folder.parent:
+        folder = folder.parent
+    return shutil.disk_usage(folder).free
+
+
 @contextlib.contextmanager
 def atomic_file(path: Path) -> Iterator[Path]:
     """Yield a temporary path beside `path`; on success it is flushed and takes its place.
@@ -144,6 +151,24 @@ def atomic_folder(path: Path, *, replace: bool = False) -> Iterator[Path]:
         shutil.rmtree(part, ignore_errors=True)
         if path.exists():
             shutil.rmtree(old, ignore_errors=True)
+
+
+def link_or_copy(source: Path, target: Path) -> bool:
+    """Hard-link a file, or copy it where that cannot be; returns whether it was linked.
+
+    Only weights are linked: they are large, and nobody edits them in place. A file with
+    permissions of its own is copied, as a link would share them.
+    """
+    ordinary = source.stat().st_mode & 0o777 == 0o666 & ~_umask()
+    if source.suffix == ".safetensors" and ordinary and not source.is_symlink():
+        try:
+            os.link(source, target)
+        except OSError:
+            pass
+        else:
+            return True
+    shutil.copyfile(source, target)
+    return False
 
 
 def publish_text(path: Path, text: str) -> None:

@@ -10,7 +10,7 @@ from prunebench.errors import UsageError, nearest
 from prunebench.models.source import find_model
 from prunebench.pruners import METHODS
 from prunebench.sparsity import Sparsity
-from prunebench.spec import DTYPES, EXECUTIONS, ORDERS, RunSpec
+from prunebench.spec import DTYPES, EXECUTIONS, ORDERS, PLACEMENTS, WEIGHTS, RunSpec
 
 RUN_KEYS: dict[str, type | tuple[type, ...]] = {
     "method": str,
@@ -33,9 +33,11 @@ RUN_KEYS: dict[str, type | tuple[type, ...]] = {
     "dtype": str,
     "within_block": str,
     "device": str,
+    "weights": str,
+    "activations": str,
     "set": dict,
 }
-OUTSIDE_SPEC = ("device",)
+OUTSIDE_SPEC = ("device", "weights", "activations")
 _ALLOCATION = "allocation."  # begins the options of the allocator among those of --set
 
 
@@ -56,13 +58,16 @@ def with_defaults(given: Mapping[str, Any]) -> dict[str, Any]:
         if name in RUN_KEYS and name != "method"
     }
     source = find_model(given.get("model", values["model"]))
-    values |= {"sparsity": row.sparsity, "allocation": row.allocation, "device": "auto"}
+    values |= {"sparsity": row.sparsity, "allocation": row.allocation}
+    values |= {"device": "auto", "weights": "auto", "activations": "device"}
     values["dtype"] = source.entry.dtype if source.entry else "float32"
     values |= {key: value for key, value in given.items() if key != "set"}
     for name, known in (
         ("dtype", DTYPES),
         ("within_block", ORDERS),
         ("execute", EXECUTIONS),
+        ("weights", WEIGHTS),
+        ("activations", PLACEMENTS),
     ):
         if values[name] not in known:
             raise UsageError(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -24,10 +25,12 @@ from prunebench.allocators.allocation import (
 from prunebench.calibration.texts import Text, check_text_name, load_text
 from prunebench.calibration.training import Training, training_windows
 from prunebench.calibration.windows import Windows, load_windows, sample_windows
+from prunebench.capacity import choose_weights, model_sizes
 from prunebench.errors import UsageError
 from prunebench.evaluate.outcome import Evaluator
 from prunebench.evaluate.perplexity import PerplexityTask, prepare_perplexity
 from prunebench.files import cache_dir, require_writable, sha256_file
+from prunebench.models.checkpoint_keys import match_keys
 from prunebench.models.linears import Linear, find_linears
 from prunebench.models.load import (
     choose_device,
@@ -37,17 +40,18 @@ from prunebench.models.load import (
     skeleton,
 )
 from prunebench.models.masks import Masks, open_masks, require_masks_named
+from prunebench.models.safetensors_files import stored_tensors, weight_files
 from prunebench.models.save import check_target
 from prunebench.models.source import CatalogEntry, LocalModel, fetch_model, find_model
 from prunebench.progress import Progress, Silent, StageClock
 from prunebench.pruners import METHODS
-from prunebench.pruners.layer import DependsOnModel, Pruner
+from prunebench.pruners.layer import DependsOnModel, Needs, Pruner
 from prunebench.results.schema import CalibrationBlock
 from prunebench.results.store import ResultStore
 from prunebench.sparse24.folder import unpacked
 from prunebench.sparse24.guards import check_execution
 from prunebench.sparsity import Sparsity
-from prunebench.spec import RunSpec
+from prunebench.spec import Placement, RunSpec, Weights
 
 
 @dataclass(frozen=True)
@@ -57,6 +61,8 @@ class Setup:
     Attributes:
         results_dir: Folder of the shared table.
         device: `auto`, `cpu`, `cuda` or `cuda:N`.
+        weights: Where they are: `resident`, `disk`, or `auto`.
+        activations: Where hidden states wait between blocks that are read from disk.
         batch_size: Sequences that a task of lm-eval is asked at a time; None is what suits the
             device.
         include_path: Folder with more task files for lm-eval.
@@ -73,6 +79,8 @@ class Setup:
 
     results_dir: Path = Path("results")
     device: str = "auto"
+    weights: str = "auto"
+    activations: Placement = "device"
     batch_size: int | None = None
     include_path: Path | None = None
     backend: str | None = None
@@ -91,8 +99,8 @@ class Plan:
     """A run that has been checked as far as it can be without its weights.
 
     `allocator` is the rule that spreads the sparsity over the layers, or the ratios of a file;
-    `texts` are scored first, then `tasks`; `training_text` is the name and origin of what is
-    learned from.
+    `texts` are scored first, then `tasks`; `weights` is where the weights will be;
+    `training_text` is the name and origin of what is learned from.
     """
 
     spec: RunSpec
@@ -110,6 +118,7 @@ class Plan:
     calibration: CalibrationBlock | None
     texts: list[PerplexityTask]
     tasks: list[Evaluator]
+    weights: Weights
     started: float
     training: Training | None = None
     training_text: tuple[str, str] | None = None
@@ -143,7 +152,8 @@ def prepare(spec: RunSpec, setup: Setup) -> Plan:
         if not all(name.startswith("tokens:") for name in spec.ppl):
             require_context(config, spec.ppl_seqlen, option="ppl-seqlen")
         tokenizer = load_tokenizer(local.path)
-        linears = find_linears(skeleton(config))
+        model = skeleton(config)
+        linears = find_linears(model)
         for linear in linears:
             sparsity.require_width(linear.in_features, name=linear.name)
         allocator: Allocator | Allocation
@@ -163,13 +173,15 @@ def prepare(spec: RunSpec, setup: Setup) -> Plan:
     if pruner.needs.training is not None:
         require_context(config, pruner.needs.training.seqlen, option="set train_seqlen")
     spec, training, learned_from = _prepare_training(spec, pruner, tokenizer, vocabulary, clock)
+    needs = (pruner.needs, *([] if rule is None else [rule.needs]))
+    weights = _place_weights(spec, setup, local, model, needs, tasks, device, clock)
     spec = _resolved(spec, local, calibration, texts)
     _require_apart(learned_from, texts)
     if training is not None:
         training = replace(training, folder=cache_dir() / "training" / spec.spec_id)
     return Plan(
         spec, setup, store, clock, device, local, tokenizer, pruner, allocator, sparsity, linears,
-        windows, calibration, texts, tasks, started, training, learned_from, masks,
+        windows, calibration, texts, tasks, weights, started, training, learned_from, masks,
     )  # fmt: skip
 
 
@@ -399,6 +411,52 @@ def _prepare_tasks(
             include_path=setup.include_path,
         )
         return [*prepare_tasks(spec.tasks, protocol, tokenizer=tokenizer, progress=clock)]
+
+
+def _place_weights(
+    spec: RunSpec,
+    setup: Setup,
+    local: LocalModel,
+    model: torch.nn.Module,
+    needs: Sequence[Needs],
+    tasks: list[Evaluator],
+    device: torch.device,
+    clock: StageClock,
+) -> Weights:
+    """Decide where the weights will be, and say so where they will not be in memory.
+
+    Raises:
+        UsageError: The method, the allocator or a task needs all weights in memory.
+        IncompatibleData: The checkpoint cannot be read a block at a time.
+    """
+    if setup.weights == "resident":
+        return "resident"
+    dtype = getattr(torch, spec.dtype)
+    chosen, facts = choose_weights(model_sizes(model, dtype), device)
+    if setup.weights == "auto":
+        if chosen == "resident":
+            return "resident"
+        clock.note(f"weights stay on disk: {facts}")
+    else:
+        chosen = "disk"
+    reason = ""
+    if any(one.training is not None for one in needs):
+        reason = f"{spec.method} learns, and runs every block forward and backward in each step"
+    elif any(one.gradients for one in needs):
+        reason = f"{spec.method} reads gradients, which need the whole model"
+    elif any(one.whole_model for one in needs):
+        reason = f"{spec.allocation} runs the whole model for every group of layers"
+    for task in tasks:
+        if getattr(task, "generates", False):
+            reason = f"{task.name} makes the model write text, token by token"
+    if reason:
+        raise UsageError(
+            f"--weights disk does not go with {spec.method} here",
+            where=reason,
+            fix=f"use --weights resident ({facts}), or leave it out",
+        )
+    match_keys(model, stored_tensors(weight_files(local.path)), dtype=dtype)
+    return chosen
 
 
 def _prepare_texts(

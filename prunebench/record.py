@@ -195,8 +195,8 @@ def samples_of(outcomes: list[Outcome], dense: list[Outcome]) -> list[Sample]:
     ]
 
 
-def cost_block(plan: Plan, prune_seconds: float) -> CostBlock:
-    """Describe what the run took so far."""
+def cost_block(plan: Plan, prune_seconds: float, *, starts: int, halvings: list[str]) -> CostBlock:
+    """Describe what the run took so far, see `CostBlock`."""
     on_gpu = plan.device.type == "cuda"
     return CostBlock(
         stage_seconds={name: round(s, 3) for name, s in plan.clock.seconds.items()},
@@ -204,6 +204,9 @@ def cost_block(plan: Plan, prune_seconds: float) -> CostBlock:
         total_seconds=round(time.perf_counter() - plan.started, 3),
         peak_rss_bytes=peak_rss_bytes(),
         peak_gpu_bytes=torch.cuda.max_memory_allocated(plan.device) if on_gpu else None,
+        weights=plan.weights,
+        starts=starts,
+        halved_batches=halvings,
     )
 
 

@@ -10,8 +10,10 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict
+from typing import Any
 
 import torch
 from torch import nn
@@ -25,16 +27,21 @@ from prunebench.evaluate.outcome import (
     Evaluator,
     Outcome,
     cached_outcomes,
+    outcomes_from,
     remember_outcomes,
 )
 from prunebench.execution import executed
 from prunebench.files import cache_dir, write_text
 from prunebench.models.blocks import BlockWalker
 from prunebench.models.gradients import GradientNorms, Norm, gradient_norms
+from prunebench.models.kept import KeptRun
 from prunebench.models.linears import Linear, find_linears
-from prunebench.models.load import hash_weights, load_model
-from prunebench.models.measure import measure_linear, require_met
+from prunebench.models.load import hash_weights
+from prunebench.models.measure import Measured, measure_linear, require_met
+from prunebench.models.memory import halvings_heard, is_out_of_memory
 from prunebench.models.save import save_masks, save_model
+from prunebench.models.weights import weights_of
+from prunebench.place import go_on, open_model, opened_run
 from prunebench.prepare import Plan, Setup, prepare
 from prunebench.processes import rank, together
 from prunebench.progress import Advance
@@ -87,37 +94,38 @@ def execute(plan: Plan) -> Result | None:
 def _assist(plan: Plan) -> None:
     """Learn with the first process, and file nothing."""
     with _memory_errors(plan.device, trains=True):
-        dtype = getattr(torch, plan.spec.dtype)
-        model = load_model(plan.model.path, dtype=dtype, device=plan.device)
+        model = open_model(plan, None)
         _prune(plan, model, {one.name: plan.sparsity for one in find_linears(model)})
 
 
 def _execute(plan: Plan) -> Result:
     spec, clock = plan.spec, plan.clock
+    halvings: list[str] = []
     trains = plan.training is not None
-    with _failures_are_filed(plan), _memory_errors(plan.device, trains=trains):
-        dtype = getattr(torch, spec.dtype)
+    with (
+        _failures_are_filed(plan),
+        _memory_errors(plan.device, trains=trains),
+        _halvings_are_told(plan, halvings),
+        opened_run(plan) as kept,
+    ):
         with clock.stage("load", detail=f"{spec.model} in {spec.dtype} on {plan.device}"):
-            model = load_model(plan.model.path, dtype=dtype, device=plan.device)
-            dense_sha256 = hash_weights(model)
+            model = open_model(plan, kept)
+            linears = find_linears(model)
+            dense_sha256, zeros = _look_at_dense(model, linears, kept)
         is_dense = METHODS.find(spec.method).patterns == "0" and spec.execute == "dense"
         dense = [] if is_dense else _score_dense(plan, model, dense_sha256)
         references = _refer_to_dense(plan, model)
-        linears = find_linears(model)
-        zeros = {one.name: int((one.stored == 0).sum()) for one in linears}
-        begun = time.perf_counter()
-        allocation = _allocate(plan, model, linears)
-        requested = {
-            one.name: plan.sparsity.with_ratio(allocation.ratios[one.name]) for one in linears
-        }
-        report = _prune(plan, model, requested)
-        prune_seconds = time.perf_counter() - begun
+        with _stopwatch(kept) as prune_seconds:
+            allocation = _allocate(plan, model, linears, kept)
+            requested = {
+                one.name: plan.sparsity.with_ratio(allocation.ratios[one.name]) for one in linears
+            }
+            report = _prune(plan, model, requested)
         with clock.stage("measure", detail="sparsity of every layer"):
-            measured = [measure_linear(one, requested[one.name]) for one in linears]
+            evaluated_sha256, measured = _look_at_pruned(model, linears, requested)
             require_met(measured, zeros, requested)
-            evaluated_sha256 = dense_sha256 if is_dense else hash_weights(model)
         with executed(plan, model, linears) as execution:
-            outcomes = _score_pruned(plan, model, dense_sha256 if is_dense else None)
+            outcomes = _score_pruned(plan, model, dense_sha256 if is_dense else None, kept)
             diverged = _diverge(plan, model, references)
         dense = outcomes if is_dense else dense
         result = Result(
@@ -136,15 +144,55 @@ def _execute(plan: Plan) -> Result:
                 for score in score_blocks(*pair)
             ],
             execution=execution,
-            cost=cost_block(plan, prune_seconds),
+            cost=cost_block(
+                plan,
+                prune_seconds(),
+                starts=kept.facts["starts"] if kept else 1,
+                halvings=halvings,
+            ),
         )
-    _publish(plan, result)  # the row first: a full disk must not cost an hour's work twice
-    if plan.training is not None:
-        plan.training.forget()
-    if plan.setup.log_samples:
-        write_samples(plan.store.path_of(result), samples_of(outcomes, dense))
-    _save_outputs(plan, model, linears, result, allocation)
+        result = _named_once(result, kept)
+        _publish(plan, result)  # the row first: a full disk must not cost an hour's work twice
+        if plan.training is not None:
+            plan.training.forget()
+        if plan.setup.log_samples:
+            write_samples(plan.store.path_of(result), samples_of(outcomes, dense))
+        _save_outputs(plan, model, linears, result, allocation)
     return result
+
+
+def _look_at_dense(
+    model: nn.Module, linears: list[Linear], kept: KeptRun | None
+) -> tuple[str, dict[str, int]]:
+    """Return the hash of the dense weights and the zeros of every linear, in one pass."""
+    known = kept.facts.get("dense") if kept else None
+    if known:
+        return known["sha256"], known["zeros"]
+    zeros: dict[str, int] = {}
+
+    def count(index: int) -> None:
+        mine = [one for one in linears if one.block_index == index]
+        zeros.update({one.name: int((one.stored == 0).sum()) for one in mine})
+
+    sha256 = hash_weights(model, look=count)
+    if kept:
+        kept.remember(dense={"sha256": sha256, "zeros": zeros})
+    return sha256, zeros
+
+
+def _look_at_pruned(
+    model: nn.Module, linears: list[Linear], requested: dict[str, Sparsity]
+) -> tuple[str, list[Measured]]:
+    """Return the hash of the weights and what they show, in one pass."""
+    found: dict[str, Measured] = {}
+
+    def measure(index: int) -> None:
+        for one in linears:
+            if one.block_index == index:
+                found[one.name] = measure_linear(one, requested[one.name])
+
+    sha256 = hash_weights(model, look=measure)
+    return sha256, [found[one.name] for one in linears]
 
 
 def _evaluators(plan: Plan) -> list[Evaluator]:
@@ -163,11 +211,20 @@ def _score_dense(plan: Plan, model: nn.Module, dense_sha256: str) -> list[Outcom
     return outcomes
 
 
-def _score_pruned(plan: Plan, model: nn.Module, dense_sha256: str | None) -> list[Outcome]:
+def _score_pruned(
+    plan: Plan, model: nn.Module, dense_sha256: str | None, kept: KeptRun | None
+) -> list[Outcome]:
     """Score the model as it is now; what a dense model got is remembered."""
     outcomes = []
+    scored: dict[str, Any] = kept.facts.get("scored", {}) if kept else {}
     for evaluator in _evaluators(plan):
+        if evaluator.name in scored:
+            outcomes += outcomes_from(scored[evaluator.name])
+            continue
         found = _score(plan, model, evaluator, stage="score")
+        if kept:
+            scored[evaluator.name] = [asdict(one) for one in found]
+            kept.remember(scored=scored)
         if dense_sha256 is not None:
             remember_outcomes(dense_sha256, evaluator, found)
         outcomes += found
@@ -204,9 +261,13 @@ def _diverge(plan: Plan, model: nn.Module, references: list[Divergence]) -> list
     return outcomes
 
 
-def _allocate(plan: Plan, model: nn.Module, linears: list[Linear]) -> Allocation:
+def _allocate(
+    plan: Plan, model: nn.Module, linears: list[Linear], kept: KeptRun | None
+) -> Allocation:
     """Choose a ratio for every layer."""
     target, allocator = plan.sparsity.ratio, plan.allocator
+    if kept and "allocation" in kept.facts:
+        return Allocation(**kept.facts["allocation"])
     if isinstance(allocator, Allocation):
         return allocator
     if plan.spec.allocation == "uniform":
@@ -214,10 +275,13 @@ def _allocate(plan: Plan, model: nn.Module, linears: list[Linear]) -> Allocation
     with _walk(plan, model, "allocate", f"{plan.spec.allocation} {plan.sparsity}") as walker:
         allocation = allocator.allocate(walker, target)
     require_sound(allocation, linears, target)
+    if kept:
+        kept.remember(allocation={name: dict(value) for name, value in vars(allocation).items()})
     return allocation
 
 
 def _prune(plan: Plan, model: nn.Module, requested: dict[str, Sparsity]) -> PruneReport:
+    go_on(plan, model)
     gradients = None
     if plan.pruner.needs.gradients and plan.windows:
         norm: Norm = vars(plan.pruner)["norm"]
@@ -225,8 +289,26 @@ def _prune(plan: Plan, model: nn.Module, requested: dict[str, Sparsity]) -> Prun
         detail = f"of the dense model, {norm}"
         with plan.clock.stage("gradients", total=samples, detail=detail, unit="windows") as advance:
             gradients = gradient_norms(model, plan.windows.token_ids, norm=norm, advance=advance)
-    with _walk(plan, model, "prune", f"{plan.spec.method} {plan.sparsity}", gradients) as walker:
+    detail = f"{plan.spec.method} {plan.sparsity}"
+    with _walk(plan, model, "prune", detail, gradients) as walker:
         return plan.pruner.prune(walker, requested)
+
+
+@contextmanager
+def _stopwatch(kept: KeptRun | None) -> Iterator[Callable[[], float]]:
+    """Yield what says how long the work inside took, earlier starts of this run included."""
+    before = float(kept.facts.get("seconds", 0.0)) if kept else 0.0
+    begun = time.perf_counter()
+    ended: list[float] = []
+
+    def seconds() -> float:
+        return before + (ended[0] if ended else time.perf_counter()) - begun
+
+    with kept.on_save(lambda: {"seconds": seconds()}) if kept else nullcontext():
+        yield seconds
+    ended.append(time.perf_counter())
+    if kept:
+        kept.remember(seconds=seconds())
 
 
 @contextmanager
@@ -272,8 +354,19 @@ def training_line(point: Point) -> str:
     )
 
 
+def _named_once(result: Result, kept: KeptRun | None) -> Result:
+    """Return the result that an earlier start was about to file, if there was one: same name."""
+    if kept is None:
+        return result
+    if "result" not in kept.facts:
+        kept.remember(result=result.to_json())
+    return Result.model_validate_json(kept.facts["result"])
+
+
 def _publish(plan: Plan, result: Result) -> None:
     """File the result; where that fails now, keep it in the cache and say where."""
+    if plan.weights == "disk" and plan.store.path_of(result).exists():
+        return  # an earlier start of this run has filed it
     try:
         plan.store.publish(result)
     except SaveError as error:
@@ -293,7 +386,7 @@ def _save_outputs(
         save_windows(setup.save_calibration, plan.windows)
     if setup.save_masks:
         with plan.clock.stage("save", detail=str(setup.save_masks)):
-            save_masks(linears, setup.save_masks)
+            save_masks(linears, setup.save_masks, weights=weights_of(model))
     if setup.save_model:
         with plan.clock.stage("save", detail=str(setup.save_model)):
             save_model(
@@ -302,14 +395,29 @@ def _save_outputs(
 
 
 @contextmanager
+def _halvings_are_told(plan: Plan, halvings: list[str]) -> Iterator[None]:
+    """Say and note what did not fit into memory and was done in smaller batches."""
+
+    def hear(what: str, size: int) -> None:
+        halvings.append(f"{what}: {size} at a time")
+        plan.clock.note(f"out of memory: {what} goes on with {size} sequences at a time")
+
+    with halvings_heard(hear):
+        yield
+
+
+@contextmanager
 def _memory_errors(device: torch.device, *, trains: bool) -> Iterator[None]:
     try:
         yield
-    except (torch.OutOfMemoryError, MemoryError) as error:
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
         raise OutOfMemory(
             f"out of memory on {device}",
             where=str(error).splitlines()[0][:160] if str(error) else "the host has none left",
-            fix="use --dtype bfloat16, fewer --calibration-samples, or a shorter --seqlen"
+            fix="use --weights disk, --within-block joint, --dtype bfloat16, fewer "
+            "--calibration-samples, or a shorter --seqlen"
             if not trains
             else "use --dtype bfloat16, --set logit_dtype=bfloat16, --set state_dtype=int8, or a "
             "smaller --set micro_tokens",

@@ -21,6 +21,12 @@ DTYPES: tuple[str, ...] = get_args(Dtype)
 ORDERS: tuple[str, ...] = get_args(WithinBlock)
 EXECUTIONS: tuple[str, ...] = get_args(Execute)
 
+# Where things are while a run works: no part of a spec, because they change no number.
+Weights = Literal["resident", "disk"]
+Placement = Literal["device", "cpu", "disk"]
+WEIGHTS: tuple[str, ...] = (*get_args(Weights), "auto")
+PLACEMENTS: tuple[str, ...] = get_args(Placement)
+
 
 class RunSpec(BaseModel):
     """One run. Time, machine and file paths are not part of it.

@@ -40,6 +40,7 @@ def test_the_options_of_run_are_a_decision():
     assert names == {
         "--method", "--model", "--sparsity", "--allocation", "--save-allocation", "--calibration",
         "--calibration-samples", "--seqlen", "--execute", "--backend", "--once",
+            "--weights", "--activations", "--resume-info",
         "--ppl", "--ppl-seqlen", "--ppl-tokens", "--divergence", "--tasks", "--num-fewshot",
         "--limit", "--apply-chat-template", "--batch-size", "--include-path", "--log-samples",
         "--seed", "--dtype", "--device", "--set",

@@ -52,7 +52,7 @@ class Sensitivity:
         damping: As in SparseGPT.
     """
 
-    needs: ClassVar[Needs] = Needs(calibration=True, hessian=True)
+    needs: ClassVar[Needs] = Needs(calibration=True, hessian=True, whole_model=True)
     windows: int = 2
     width: float = 0.15
     damping: float = 0.01

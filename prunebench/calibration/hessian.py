@@ -68,10 +68,14 @@ def factorise(stats: InputStats, *, damping: float, name: str) -> InverseFactor:
     tried = damping
     for retries in range(_MAX_RETRIES + 1):
         hessian, dead = damped_hessian(stats, damping=tried)
-        lower, failed = torch.linalg.cholesky_ex(hessian.flip(0, 1))
+        flipped = hessian.flip(0, 1)
+        del hessian  # at most three such matrices at a time: of BLOOM's widest, each has 13 GB
+        lower, failed = torch.linalg.cholesky_ex(flipped)
+        del flipped
         if not failed:
             identity = torch.eye(len(lower), dtype=lower.dtype, device=lower.device)
             inverse = torch.linalg.solve_triangular(lower, identity, upper=False)
+            del lower, identity
             return InverseFactor(inverse.flip(0, 1).contiguous(), dead, tried, retries)
         if retries < _MAX_RETRIES:
             tried = max(tried, 1e-4) * _DAMPING_STEP

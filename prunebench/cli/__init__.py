@@ -16,6 +16,7 @@ from prunebench import __version__
 from prunebench.cli import (
     bench,
     check,
+    clean,
     compare,
     doctor,
     export,
@@ -45,6 +46,7 @@ app.command("list")(guarded(listing.list_command))
 app.command("bench")(guarded(bench.bench_command))
 app.command("inspect")(guarded(inspect.inspect_command))
 app.command("export")(guarded(export.export_command))
+app.command("clean")(guarded(clean.clean_command))
 app.command("check")(guarded(check.check_command))
 app.command("doctor")(guarded(doctor.doctor_command))
 app.add_typer(models.app, name="models")

@@ -1,24 +1,23 @@
-"""`prunebench run --dry-run`: everything that can be said of a run without a weight."""
+"""What `prunebench run` says instead of running: `--dry-run` and `--resume-info`."""
 
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from typing import Any
 
 import typer
 
+from prunebench.cli.clean import print_kept
 from prunebench.errors import UsageError
 from prunebench.models.source import find_model, local_path
 from prunebench.processes import world_size
 from prunebench.spec import RunSpec
 
 
-def dry_run(spec: RunSpec, setup: Any, *, as_json: bool) -> None:
-    """Check a run, and say what it would read, do and need.
-
-    Raises:
-        UsageError: The model is not on this machine.
-    """
+def print_dry_run(spec: RunSpec, setup: Any, *, as_json: bool) -> None:
+    """Check everything, print what would be run and what it would take; refuse what cannot fit."""
+    from prunebench.forecast import require_fits
     from prunebench.prepare import prepare
 
     source = find_model(spec.model)
@@ -44,18 +43,57 @@ def dry_run(spec: RunSpec, setup: Any, *, as_json: bool) -> None:
     for text in plan.texts:
         typer.echo(f"  perplexity  {text.protocol}, {text.targets:,} targets")
         typer.echo(f"              from {text.origin}")
-    _forecast(plan)
     for task in plan.tasks:
         typer.echo(f"  accuracy    {task.name}, {task.units:,} documents")
+    found = None
+    if plan.training is not None:
+        _print_training(plan)
+    else:
+        found = _print_forecast(plan)
     typer.echo(f"  spec {plan.spec.spec_id}; nothing was loaded, nothing was written")
+    if found:
+        require_fits(plan, found)
 
 
-def _forecast(plan: Any) -> None:
-    """Say what a training will need."""
+def _print_forecast(plan: Any) -> Any:
+    """Print what the run will take, and return it; None where that cannot be counted."""
+    from prunebench.capacity import gigabytes
+    from prunebench.forecast import duration, forecast
+
+    place = "in memory" if plan.weights == "resident" else "on disk, a block at a time"
+    typer.echo(f"  weights     {place}")
+    try:
+        found = forecast(plan)
+    except NotImplementedError:
+        typer.echo("  memory      not counted: what experts take depends on the text")
+        return None
+    need = found.need
+    for name, parts, total, free in (
+        ("memory" if not need.host else "GPU", need.device, need.device_total, found.device_free),
+        ("memory", need.host, need.host_total, found.host_free),
+    ):
+        if parts:
+            typer.echo(f"  {name:<11} {gigabytes(total)} at the peak, {gigabytes(free)} free")
+            for what, size in sorted(parts.items(), key=lambda item: -item[1]):
+                typer.echo(f"              {gigabytes(size):>10}  {what}")
+    if need.disk:
+        typer.echo(
+            f"  disk        {gigabytes(need.disk)} in the cache, {gigabytes(found.disk_free)} free"
+        )
+    if found.seconds:
+        stages = ", ".join(f"{name} {duration(s)}" for name, s in found.seconds.items())
+        typer.echo(f"  time        {stages} (estimated from a probe)")
+    else:
+        typer.echo("  time        not estimated: this method cannot be probed")
+    return found
+
+
+def _print_training(plan: Any) -> None:
+    """Print what a training will need."""
     from prunebench.models.load import load_config, skeleton
     from prunebench.pruners.layer import Forecasts
 
-    if plan.training is None or not isinstance(plan.pruner, Forecasts):
+    if not isinstance(plan.pruner, Forecasts):
         return
     import torch
 
@@ -89,3 +127,20 @@ def _forecast(plan: Any) -> None:
 
 def _duration(seconds: float) -> str:
     return f"{seconds / 60:.1f} minutes" if seconds < 5400 else f"{seconds / 3600:.1f} hours"
+
+
+def print_resume_info(spec: RunSpec, setup: Any, *, as_json: bool) -> None:
+    """Print what an interrupted run of this very command has kept."""
+    from prunebench.models.kept import kept_info
+    from prunebench.place import kept_folder
+    from prunebench.prepare import prepare
+
+    plan = prepare(spec, setup)
+    info = kept_info(kept_folder(plan))
+    if as_json:
+        facts = {**asdict(info), "folder": str(info.folder)} if info else None
+        typer.echo(json.dumps(facts, indent=1))
+    elif info is None:
+        typer.echo(f"nothing is kept of {plan.spec.method} {plan.sparsity} on {plan.spec.model}")
+    else:
+        print_kept(info)

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
+from prunebench.cli.dry_run import print_dry_run, print_resume_info
 from prunebench.cli.guard import command_line
 from prunebench.cli.progress import choose_progress
 from prunebench.cli.values import collect, print_config
@@ -240,6 +241,22 @@ def run_command(
             help="auto, cpu, cuda or cuda:N. (default: auto)",
         ),
     ] = None,
+    weights: Annotated[
+        str | None,
+        typer.Option(
+            envvar=_env("WEIGHTS"), show_envvar=False, rich_help_panel=_HOW,
+            help="resident: in memory; disk: read a block at a time, and go on after a kill; "
+            "auto: in memory if they fit. The result is the same. (default: auto)",
+        ),
+    ] = None,
+    activations: Annotated[
+        str | None,
+        typer.Option(
+            envvar=_env("ACTIVATIONS"), show_envvar=False, rich_help_panel=_HOW,
+            help="Where hidden states wait between blocks that are on disk: device, cpu, disk. "
+            "(default: device)",
+        ),
+    ] = None,
     batch_size: Annotated[
         int | None,
         typer.Option(
@@ -265,6 +282,13 @@ def run_command(
     dry_run: Annotated[
         bool,
         typer.Option("--dry-run", rich_help_panel=_HOW, help="Check everything, load no weights."),
+    ] = False,
+    resume_info: Annotated[
+        bool,
+        typer.Option(
+            "--resume-info", rich_help_panel=_HOW,
+            help="Say what an interrupted run of this very command has kept, and stop.",
+        ),
     ] = False,
     show_config: Annotated[
         bool,
@@ -299,6 +323,8 @@ def run_command(
     setup = Setup(
         results_dir=results_dir,
         device=device_of(values["device"]),
+        weights=values["weights"],
+        activations=values["activations"],
         batch_size=batch_size,
         include_path=include_path,
         backend=backend,
@@ -311,10 +337,11 @@ def run_command(
         command=command_line(),
         progress=progress,
     )
+    if resume_info:
+        print_resume_info(spec, setup, as_json=as_json)
+        return
     if dry_run:
-        from prunebench.cli.dry_run import dry_run as tell
-
-        tell(spec, setup, as_json=as_json)
+        print_dry_run(spec, setup, as_json=as_json)
         return
     plan = prepare(spec, setup)
     known = _known(plan) if once else None

@@ -22,6 +22,7 @@ from prunebench.evaluate.outcome import Measure, Outcome, standard_error
 from prunebench.evaluate.perplexity import PerplexityTask
 from prunebench.models.linears import find_blocks
 from prunebench.models.replay import blocks_giving, run_model
+from prunebench.models.stream import StreamedHead, batch_logits, is_streamed
 
 _ROWS = 128  # tokens whose distributions are compared at a time
 
@@ -52,6 +53,10 @@ class Divergence:
         """Run the dense model once over the windows of `text`."""
         _, blocks = find_blocks(model)
         device = next(model.parameters()).device
+        if is_streamed(model):
+            streamed = StreamedHead(model)
+            states = streamed.run(torch.split(text.windows, 1), advance=advance)
+            return cls(text, tuple(state.cpu() for state in states), tuple(streamed.returns))
         hidden: list[Tensor] = []
         returns: tuple[tuple[object, ...] | None, ...] = ()
         for window in torch.split(text.windows, 1):
@@ -68,15 +73,18 @@ class Divergence:
         device = next(model.parameters()).device
         divergences: list[float] = []
         changed: list[int] = []
-        for window, hidden in zip(torch.split(self.text.windows, 1), self.dense, strict=True):
+        windows = torch.split(self.text.windows, 1)
+        stream = batch_logits(model, windows, advance=advance)
+        for window, hidden in zip(windows, self.dense, strict=True):
             ids = window.to(device)
-            now = model(input_ids=ids, use_cache=False).logits[0, :-1]
+            now = next(stream)[0, :-1]
             outputs = [hidden.to(device)] * len(blocks)
             with blocks_giving(blocks, outputs, self.returns_tuple):
                 dense = model(input_ids=ids, use_cache=False).logits[0, :-1]
             divergences.append(_summed_kl(dense, now))
             changed.append(int((dense.argmax(-1) != now.argmax(-1)).sum()))
-            advance(1)
+            del now
+        next(stream, None)  # hears of the last window
         each = self.text.windows.shape[1] - 1
         measures = {
             KL: _mean_of(divergences, each),

@@ -13,7 +13,7 @@ import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 from torch import nn
 
@@ -94,17 +94,21 @@ def cached_outcomes(dense_sha256: str, evaluator: Evaluator) -> list[Outcome] | 
     """Return what these very weights got in this very evaluation, if it was ever run."""
     try:
         rows = json.loads(_cache_path(dense_sha256, evaluator).read_text("utf-8"))
-        found = [
-            Outcome(
-                **row
-                | {"measures": {name: Measure(**m) for name, m in row["measures"].items()}}
-                | {"items": tuple(Item(**item) for item in row["items"])}
-            )
-            for row in rows
-        ]
-        return found or None
+        return outcomes_from(rows) or None
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
+
+
+def outcomes_from(rows: list[dict[str, Any]]) -> list[Outcome]:
+    """Return outcomes from what `dataclasses.asdict` made of them."""
+    return [
+        Outcome(
+            **row
+            | {"measures": {name: Measure(**m) for name, m in row["measures"].items()}}
+            | {"items": tuple(Item(**item) for item in row["items"])}
+        )
+        for row in rows
+    ]
 
 
 def remember_outcomes(dense_sha256: str, evaluator: Evaluator, outcomes: list[Outcome]) -> None:

@@ -23,6 +23,7 @@ from prunebench.calibration.texts import load_text
 from prunebench.calibration.windows import hash_tokens, load_windows, tokenize
 from prunebench.errors import IncompatibleData
 from prunebench.evaluate.outcome import Item, Measure, Outcome, standard_error
+from prunebench.models.stream import batch_logits
 from prunebench.progress import Progress
 
 METRIC = "token_ppl"
@@ -191,13 +192,11 @@ def window_losses(
     device = next(model.parameters()).device
     tokens = batch_tokens or BATCH_TOKENS.get(device.type, 2048)
     losses: list[float] = []
-    for batch in torch.split(windows, max(1, tokens // windows.shape[1])):
-        ids = batch.to(device)
-        logits = model(input_ids=ids, use_cache=False).logits
-        for row, targets in zip(logits, ids[:, 1:], strict=True):
-            losses.append(_summed_loss(row[:-1], targets))
-        del logits
-        advance(len(batch))
+    batches = torch.split(windows, max(1, tokens // windows.shape[1]))
+    for logits in batch_logits(model, batches, advance=advance):
+        for row in logits:
+            losses.append(_summed_loss(row[:-1], windows[len(losses), 1:].to(device)))
+        del logits, row
     mean = sum(losses) / (windows.shape[0] * (windows.shape[1] - 1))
     if not mean < math.log(1e300):
         raise IncompatibleData(

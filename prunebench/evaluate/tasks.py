@@ -20,11 +20,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from prunebench.errors import IncompatibleData, MissingResource, UsageError
 from prunebench.evaluate.outcome import Item, Measure, Outcome
 from prunebench.evaluate.records import Loaded, record_source, task_table
+from prunebench.models.memory import halved_if_needed
+from prunebench.models.stream import batch_logits, is_streamed
 from prunebench.progress import Progress
 
 _FEWSHOT_SEED = 1234  # lm-eval's default
@@ -161,6 +164,11 @@ class LmEvalTask:
     def units(self) -> int:
         """Number of documents."""
         return sum(min(count, self.protocol.limit or count) for count in self.counts.values())
+
+    @property
+    def generates(self) -> bool:
+        """Whether some task asks the model to write, not to judge."""
+        return any(task.OUTPUT_TYPE == "generate_until" for task in self.built["tasks"].values())
 
     @property
     def protocols(self) -> tuple[str, ...]:
@@ -327,14 +335,45 @@ def _wrap(
             return found
 
         def _model_call(self, inps: Any, *args: Any, **kwargs: Any) -> Any:
-            logits = super()._model_call(inps, *args, **kwargs)
+            run = functools.partial(super()._model_call, **kwargs)
+            parts = list(halved_if_needed(run, inps, what="tasks"))
+            logits = parts[0] if len(parts) == 1 else torch.cat(parts)
             self.done = min(self.wanted, self.done + len(inps))
             answered(self.done, self.wanted)
             return logits
 
+    class Streamed(HFLM):  # type: ignore[misc]
+        """Hears all questions first, takes them through the model block by block, then answers.
+
+        lm-eval asks one batch after the other. It is run twice: once to hear what it asks, with
+        logits of zero for an answer, and once with the answers.
+        """
+
+        def _loglikelihood_tokens(self, requests: Any, *args: Any, **kwargs: Any) -> Any:
+            self.heard: list[Any] = []
+            self.answers: Iterator[Any] | None = None
+            super()._loglikelihood_tokens(requests, *args, **kwargs)
+            total, done = sum(map(len, self.heard)), 0
+
+            def advance(count: int) -> None:
+                nonlocal done
+                done += count
+                answered(done, total)
+
+            self.answers = batch_logits(model, self.heard, advance=advance)
+            return super()._loglikelihood_tokens(requests, *args, **kwargs)
+
+        def _model_call(self, inps: Any, *args: Any, **kwargs: Any) -> Any:
+            if self.answers is None:
+                self.heard.append(inps.cpu())
+                vocabulary = model.config.get_text_config().vocab_size
+                return torch.zeros((*inps.shape, vocabulary), dtype=model.dtype)
+            return next(self.answers)
+
     device = next(model.parameters()).device
     size = batch_size or _BATCH_SIZE.get(device.type, 1)
-    return Counted(pretrained=model, tokenizer=tokenizer, backend="causal", batch_size=size)
+    kind = Streamed if is_streamed(model) else Counted
+    return kind(pretrained=model, tokenizer=tokenizer, backend="causal", batch_size=size)
 
 
 @contextlib.contextmanager

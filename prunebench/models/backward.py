@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from prunebench.models.linears import Linear, find_blocks
 from prunebench.models.replay import BlockCall, blocks_giving, check_replay, record_calls
-from prunebench.models.weights import ResidentWeights, WeightStore
+from prunebench.models.weights import Blocks, ResidentWeights
 
 HEAD_ROWS = 128
 """Tokens whose logits exist at a time."""
@@ -91,12 +91,12 @@ class Backward:
         model: nn.Module,
         linears: Sequence[Linear],
         sums: Sums,
-        weights: WeightStore | None = None,
+        weights: Blocks | None = None,
     ) -> None:
         self.model = model
         self.blocks = find_blocks(model)[1]
         self.sums = sums
-        self._weights = weights or ResidentWeights(self.blocks)
+        self._weights: Blocks = weights or ResidentWeights(self.blocks)
         self._by_block = [
             [one for one in linears if one.block_index == index]
             for index in range(len(self.blocks))

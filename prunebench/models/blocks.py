@@ -15,6 +15,7 @@ before it already pruned:
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Generator
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -27,9 +28,11 @@ from torch import Tensor, nn
 from prunebench.calibration.stats import InputStats, StatsAccumulator
 from prunebench.calibration.training import Training
 from prunebench.errors import IncompatibleData, UsageError
+from prunebench.models.activations import Activations
 from prunebench.models.gradients import GradientNorms
 from prunebench.models.linears import Linear, find_blocks, find_linears
 from prunebench.models.masks import Masks
+from prunebench.models.memory import is_out_of_memory, tell_halved
 from prunebench.models.replay import (
     BlockCall,
     BlockPlan,
@@ -37,12 +40,13 @@ from prunebench.models.replay import (
     check_replay,
     plain_inference,
     record_calls,
+    share_arguments,
     tapped,
 )
-from prunebench.models.weights import ResidentWeights, WeightStore
+from prunebench.models.weights import WeightStore, weights_of
 from prunebench.spec import WithinBlock
 
-_BATCH_TOKENS = {"cpu": 1024, "cuda": 16384}
+BATCH_TOKENS = {"cpu": 1024, "cuda": 16384}
 _CHECK_TOKENS = 128  # the arguments that depend on length are recorded anew for every batch
 
 
@@ -62,13 +66,20 @@ class LinearGroup:
 
 @dataclass
 class _Calibration:
-    """The hidden states before the current block and the arguments of every block, by batch."""
+    """The hidden states before the current block and the arguments of every block, by batch.
 
-    hidden: list[Tensor]
-    calls: list[list[BlockCall]]
+    Attributes:
+        calls: For every batch the arguments of its parts: one part, or more where a whole batch
+            was too much for the memory.
+        part: Sequences in a part.
+    """
+
+    hidden: Activations
+    calls: list[list[list[BlockCall]]]
     plans: list[BlockPlan]
     samples: int
     hessian: bool
+    part: int
     workspace: dict[int, Tensor] = field(default_factory=dict)
 
     def accumulator(self) -> StatsAccumulator:
@@ -83,13 +94,17 @@ class BlockWalker:
         model: A causal language model of transformers, in evaluation mode.
         token_ids: Calibration windows, or None for methods that need none.
         within_block: The order inside a block, see the module's docstring.
-        weights: Where the weights live; by default, wherever the model has them.
+        weights: Where the weights live; by default, wherever the model has them (`weights_of`).
         activation_device: Where hidden states wait between blocks; by default beside the weights.
         gradients: Gradients of the dense model, for methods that read them.
         training: Windows to learn from, for methods that learn.
         masks: Masks that were named, for methods that apply them or begin with them.
         batch_tokens: Tokens run through a block at a time; by default what suits the device.
         advance: Hears 1 for every finished block.
+
+    Attributes:
+        notes: What the pruning method has to say of each block so far, as JSON has it; kept with
+            the block, so that a run that goes on has it again.
     """
 
     def __init__(
@@ -114,10 +129,11 @@ class BlockWalker:
         self.masks = masks
         self._token_ids = token_ids
         self._gradients = gradients
-        self._weights = weights or ResidentWeights(self.blocks)
+        self.notes: list[list[Any]] = []
+        self._weights = weights or weights_of(model)
         self._device = next(model.parameters()).device
         self._activation_device = activation_device or self._device
-        self._batch_tokens = batch_tokens or _BATCH_TOKENS.get(self._device.type, 4096)
+        self._batch_tokens = batch_tokens or BATCH_TOKENS.get(self._device.type, 4096)
         self._advance = advance
 
     def linears_of(self, index: int) -> list[Linear]:
@@ -140,14 +156,18 @@ class BlockWalker:
         stats: bool,
         hessian: bool = False,
         within_block: WithinBlock | Literal["cheapest"] | None = None,
+        write: bool = True,
     ) -> Generator[LinearGroup]:
         """Visit every linear once, block by block; write the new weights before asking for more.
+
+        The blocks that an interrupted run has finished are not visited again.
 
         Args:
             stats: Whether the method needs statistics; without, nothing is run.
             hessian: Whether the statistics include the Gram matrix of the inputs.
             within_block: Another order than the walker's. As long as nothing is written the orders
                 are equal; `cheapest` is the one with one pass, where the architecture allows it.
+            write: False where nothing is written, and so nothing is to be kept.
 
         Raises:
             UsageError: Statistics are wanted, and there are no calibration tokens.
@@ -160,7 +180,11 @@ class BlockWalker:
             calibration = self._prepare(hessian=hessian) if stats else None
             if calibration is not None and order != "joint":
                 order = self._static_order(calibration.plans, order)
-            for index in range(len(self.blocks)):
+            self.notes = [list(notes) for notes in self._weights.finished] if write else []
+            begin = len(self.notes)
+            self._go_on(begin, calibration)
+            for index in range(begin, len(self.blocks)):
+                self.notes.append([])
                 with self._weights.open_block(index) as block:
                     if calibration is None:
                         yield LinearGroup(tuple(self.linears_of(index)), None, self._gradients)
@@ -168,11 +192,15 @@ class BlockWalker:
                         yield from self._joint(block, index, calibration)
                     else:
                         yield from self._sequential(block, index, calibration)
+                    if write:
+                        goes_on = calibration is not None and index + 1 < len(self.blocks)
+                        hidden = calibration.hidden if calibration and goes_on else None
+                        self._weights.keep_block(index, notes=self.notes[index], hidden=hidden)
                 self._advance(1)
 
     def survey(self, *, hessian: bool = False) -> Generator[LinearGroup]:
         """Visit every linear of the model as it is, with statistics; nothing may be written."""
-        return self.groups(stats=True, hessian=hessian, within_block="cheapest")
+        return self.groups(stats=True, hessian=hessian, within_block="cheapest", write=False)
 
     # ------------------------------------------------------------ preparation
 
@@ -180,21 +208,60 @@ class BlockWalker:
         token_ids = self._token_ids
         assert token_ids is not None
         by_block = [self.linears_of(index) for index in range(len(self.blocks))]
-        batches = torch.split(token_ids, max(1, self._batch_tokens // token_ids.shape[1]))
+        size = min(len(token_ids), max(1, self._batch_tokens // token_ids.shape[1]))
         sample = token_ids[:1, :_CHECK_TOKENS].to(self._device)
         plans = check_replay(self.model, self.blocks, by_block, sample)
-        hidden: list[Tensor] = []
-        calls: list[list[BlockCall]] = []
-        for batch in batches:
-            first, made = record_calls(
-                self.model,
-                self.blocks,
-                batch.to(self._device),
-                returns_tuple=[plan.returns for plan in plans],
-            )
-            hidden.append(first.to(self._activation_device))
-            calls.append(_share(made, calls[0]) if calls else made)
-        return _Calibration(hidden, calls, plans, samples=len(token_ids), hessian=hessian)
+        hidden = self._weights.activations(self._activation_device)
+        calls: list[list[list[BlockCall]]] = []
+        for batch in torch.split(token_ids, size):
+            first, made = self._record(batch, plans)
+            hidden.append(first)
+            calls.append([share_arguments(made, calls[0][0]) if calls else made])
+        return _Calibration(
+            hidden, calls, plans, samples=len(token_ids), hessian=hessian, part=size
+        )
+
+    def _record(self, token_ids: Tensor, plans: list[BlockPlan]) -> tuple[Tensor, list[BlockCall]]:
+        returns = [plan.returns for plan in plans]
+        return record_calls(
+            self.model, self.blocks, token_ids.to(self._device), returns_tuple=returns
+        )
+
+    def _halve(self, data: _Calibration) -> None:
+        """Run half as many sequences at a time from now on."""
+        assert self._token_ids is not None
+        data.part = (data.part + 1) // 2
+        tell_halved("calibration", data.part)
+        size = len(data.hidden[0])
+        first: list[BlockCall] = []
+        for number, batch in enumerate(torch.split(self._token_ids, size)):
+            made = [self._record(part, data.plans)[1] for part in torch.split(batch, data.part)]
+            first = first or made[0]
+            data.calls[number] = [share_arguments(one, first) for one in made]
+
+    def _go_on(self, begin: int, data: _Calibration | None) -> None:
+        """Bring the activations before block `begin` back: as they were kept, or made again."""
+        if data is not None and 0 < begin < len(self.blocks):
+            kept = self._weights.kept_hidden(begin)
+            for batch, hidden in enumerate(kept or ()):
+                data.hidden[batch] = hidden
+            for index in range(0 if kept is None else begin, begin):
+                with self._weights.open_block(index) as block:
+                    self._propagate(block, index, data)
+        self._advance(begin)
+
+    def _propagate(self, block: nn.Module, index: int, data: _Calibration) -> None:
+        with torch.no_grad():
+            for batch in range(len(data.hidden)):
+                while True:
+                    try:
+                        hidden = data.hidden[batch]
+                        data.hidden[batch] = self._forward(block, index, data, batch, hidden)
+                        break
+                    except (RuntimeError, MemoryError) as error:
+                        if not is_out_of_memory(error) or data.part == 1:
+                            raise
+                    self._halve(data)
 
     def _static_order(self, plans: list[BlockPlan], order: str) -> WithinBlock:
         """Return sequential, or joint where the cheapest is wanted and sequential does not fit."""
@@ -216,13 +283,18 @@ class BlockWalker:
 
     def _joint(self, block: nn.Module, index: int, data: _Calibration) -> Generator[LinearGroup]:
         groups = data.plans[index].groups
-        collected = self._collect(block, index, data)
+        while True:
+            try:
+                collected = self._collect(block, index, data)
+                break
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error) or data.part == 1:
+                    raise
+            self._halve(data)  # and all batches again: some sums may be half made
         for members in groups:  # each is dropped when it has been used: a Hessian is large
             yield self._group(members, collected.pop(0), data)
         if index + 1 < len(self.blocks):
-            with torch.no_grad():
-                for batch, hidden in enumerate(data.hidden):
-                    data.hidden[batch] = self._forward(block, index, data, batch, hidden)
+            self._propagate(block, index, data)
 
     def _collect(self, block: nn.Module, index: int, data: _Calibration) -> list[StatsAccumulator]:
         plan = data.plans[index]
@@ -230,17 +302,24 @@ class BlockWalker:
         slot = {members[0]: i for i, members in enumerate(plan.groups)}
         last = None if plan.dynamic or plan.repeated else plan.groups[-1][0]
 
+        seen: dict[int, list[Tensor]] = {}  # a batch in parts is summed whole: the same rounding
+
         def tap(linear: Linear, inputs: Tensor) -> None:
-            collected[slot[linear]].add(inputs)
+            if len(parts) == 1 or plan.dynamic or plan.repeated:
+                collected[slot[linear]].add(inputs)
+            else:
+                seen.setdefault(slot[linear], []).append(inputs.flatten(0, -2))
             if linear is last:
                 raise Stop
 
         with torch.no_grad(), tapped(list(slot), tap):
             for batch, hidden in enumerate(data.hidden):
-                try:
-                    self._forward(block, index, data, batch, hidden)
-                except Stop:
-                    continue
+                parts = data.calls[batch]
+                for call, rows in zip(parts, torch.split(hidden, data.part), strict=True):
+                    with contextlib.suppress(Stop):
+                        call[index].run(block, rows.to(self._device))
+                for number in sorted(seen):
+                    collected[number].add(torch.cat(seen.pop(number)))
         return collected
 
     def _sequential(
@@ -280,8 +359,11 @@ class BlockWalker:
     def _forward(
         self, block: nn.Module, index: int, data: _Calibration, batch: int, hidden: Tensor
     ) -> Tensor:
-        output = data.calls[batch][index].run(block, hidden.to(self._device))
-        return output.to(self._activation_device)
+        parts = [
+            call[index].run(block, rows.to(self._device))
+            for call, rows in zip(data.calls[batch], torch.split(hidden, data.part), strict=True)
+        ]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def _group(
         self, members: list[Linear], accumulator: StatsAccumulator, data: _Calibration
@@ -296,32 +378,3 @@ class BlockWalker:
                 fix="use --dtype float32 or bfloat16, or check the weights",
             )
         return LinearGroup(tuple(members), stats, self._gradients)
-
-
-def _share(calls: list[BlockCall], first: list[BlockCall]) -> list[BlockCall]:
-    """Use the first batch's arguments where this batch's are equal, so that one copy is kept."""
-    known: dict[tuple[int, int], Any] = {}
-
-    def shared(new: Any, old: Any) -> Any:
-        key = (id(new), id(old))
-        if key not in known:
-            known[key] = old if _same(new, old) else new
-        return known[key]
-
-    for call, old in zip(calls, first, strict=True):
-        if len(call.args) == len(old.args) and call.kwargs.keys() == old.kwargs.keys():
-            call.args = tuple(map(shared, call.args, old.args))
-            call.kwargs = {
-                name: shared(call.kwargs[name], old.kwargs[name]) for name in call.kwargs
-            }
-    return calls
-
-
-def _same(one: Any, other: Any) -> bool:
-    if isinstance(one, Tensor) and isinstance(other, Tensor):
-        return one is other or (
-            one.shape == other.shape and one.dtype == other.dtype and torch.equal(one, other)
-        )
-    if isinstance(one, tuple | list) and type(one) is type(other):
-        return len(one) == len(other) and all(map(_same, one, other))
-    return one is other

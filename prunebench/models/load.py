@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-from collections.abc import Iterator
+import itertools
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,8 @@ import torch
 from torch import nn
 
 from prunebench.errors import IncompatibleData, MissingResource, UsageError
+from prunebench.models.linears import find_blocks
+from prunebench.models.weights import weights_of
 
 
 @contextlib.contextmanager
@@ -107,6 +110,15 @@ def skeleton(config: Any) -> nn.Module:
     return model
 
 
+def attention_of(config: Any) -> str:
+    """Return the attention that the architecture is run with: `sdpa`, or `eager` if it has none."""
+    from transformers import AutoModelForCausalLM
+
+    known: Any = AutoModelForCausalLM._model_mapping
+    kind = known.get(type(config), None)
+    return "sdpa" if getattr(kind, "_supports_sdpa", True) else "eager"
+
+
 def load_model(path: Path, *, dtype: torch.dtype, device: torch.device) -> nn.Module:
     """Load the weights, ready to be evaluated: eval mode, no gradients, no missing tensors.
 
@@ -115,13 +127,14 @@ def load_model(path: Path, *, dtype: torch.dtype, device: torch.device) -> nn.Mo
     """
     from transformers import AutoModelForCausalLM
 
+    config = load_config(path)
     with quiet_transformers():
         try:
             model, info = AutoModelForCausalLM.from_pretrained(
                 path,
                 dtype=dtype,
                 use_safetensors=True,
-                attn_implementation="sdpa",
+                attn_implementation=attention_of(config),
                 output_loading_info=True,
             )
         except (ValueError, OSError, KeyError, RuntimeError) as error:
@@ -146,14 +159,53 @@ def load_model(path: Path, *, dtype: torch.dtype, device: torch.device) -> nn.Mo
     return ready
 
 
-def hash_weights(model: nn.Module) -> str:
-    """Return the SHA-256 over name, dtype, shape and bytes of every parameter, sorted by name."""
+def hash_weights(
+    model: nn.Module,
+    *,
+    look: Callable[[int], None] = lambda index: None,
+    advance: Callable[[int], None] = lambda done: None,
+) -> str:
+    """Return the SHA-256 over name, dtype, shape and bytes of every parameter, sorted by name.
+
+    Args:
+        model: The model; blocks that are on disk are read one at a time.
+        look: Called with the index of every block while it is there, for whoever wants to see it
+            in the same pass.
+        advance: Hears 1 for every block.
+    """
     digest = hashlib.sha256()
-    for name, parameter in sorted(model.named_parameters()):
-        tensor = parameter.detach().contiguous().cpu()
+    prefix, _ = find_blocks(model)
+    weights = weights_of(model)
+    names = sorted(name for name, _ in model.named_parameters())
+    runs = [(index, list(run)) for index, run in itertools.groupby(names, _block_in(prefix))]
+    order = [index for index, _ in runs if index is not None]
+    following = dict(zip(order, [*order[1:], order[-1]], strict=True))
+    for index, members in runs:
+        if index is None:
+            _hash_parameters(model, members, digest)
+            continue
+        with weights.open_block(index, then=following[index]):
+            _hash_parameters(model, members, digest)
+            look(index)
+        advance(1)
+    return digest.hexdigest()
+
+
+def _block_in(prefix: str) -> Callable[[str], int | None]:
+    """Return what says of a parameter's name which block it is in; None for no block."""
+
+    def block(name: str) -> int | None:
+        inside = name.startswith(f"{prefix}.")
+        return int(name[len(prefix) + 1 :].partition(".")[0]) if inside else None
+
+    return block
+
+
+def _hash_parameters(model: nn.Module, names: list[str], digest: Any) -> None:
+    for name in names:
+        tensor = model.get_parameter(name).detach().contiguous().cpu()
         digest.update(f"{name}\0{tensor.dtype}\0{tuple(tensor.shape)}\0".encode())
         digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()
 
 
 def choose_device(name: str) -> torch.device:

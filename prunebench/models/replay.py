@@ -69,17 +69,21 @@ def hidden_of(output: Any) -> Tensor:
 
 
 @contextlib.contextmanager
-def plain_inference(model: nn.Module) -> Iterator[None]:
+def plain_inference(model: nn.Module, *, plain_experts: bool = True) -> Iterator[None]:
     """Evaluation mode, no KV cache, experts one by one; everything is put back afterwards.
 
     A KV cache among the recorded arguments would grow at every replay, and the second pass would
     attend to the keys of the first.
+
+    Args:
+        model: A causal language model.
+        plain_experts: Whether experts run one by one, so that each one's inputs can be seen.
     """
     pretrained: Any = model  # what transformers adds to nn.Module
     config = pretrained.config
     use_cache, training = getattr(config, "use_cache", None), model.training
     experts = pretrained.get_experts_implementation()
-    has_experts = any(experts.values())
+    has_experts = plain_experts and any(experts.values())
     model.eval()
     config.use_cache = False
     if has_experts:
@@ -184,6 +188,35 @@ def record_calls(
         for block in blocks:
             vars(block).pop("forward", None)
     return first[0], calls
+
+
+def share_arguments(calls: list[BlockCall], first: list[BlockCall]) -> list[BlockCall]:
+    """Use the first batch's arguments where this batch's are equal, so that one copy is kept."""
+    known: dict[tuple[int, int], Any] = {}
+
+    def shared(new: Any, old: Any) -> Any:
+        key = (id(new), id(old))
+        if key not in known:
+            known[key] = old if _same(new, old) else new
+        return known[key]
+
+    for call, old in zip(calls, first, strict=True):
+        if len(call.args) == len(old.args) and call.kwargs.keys() == old.kwargs.keys():
+            call.args = tuple(map(shared, call.args, old.args))
+            call.kwargs = {
+                name: shared(call.kwargs[name], old.kwargs[name]) for name in call.kwargs
+            }
+    return calls
+
+
+def _same(one: Any, other: Any) -> bool:
+    if isinstance(one, Tensor) and isinstance(other, Tensor):
+        return one is other or (
+            one.shape == other.shape and one.dtype == other.dtype and torch.equal(one, other)
+        )
+    if isinstance(one, tuple | list) and type(one) is type(other):
+        return len(one) == len(other) and all(map(_same, one, other))
+    return one is other
 
 
 @torch.no_grad()

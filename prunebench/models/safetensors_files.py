@@ -25,6 +25,8 @@ _DTYPES = {  # as the format names them: as torch does, and bytes an element
     "U64": ("uint64", 8), "F16": ("float16", 2), "BF16": ("bfloat16", 2), "F32": ("float32", 4),
     "F64": ("float64", 8), "F8_E4M3": ("float8_e4m3fn", 1), "F8_E5M2": ("float8_e5m2", 1),
 }  # fmt: skip
+DTYPE_CODES = {name: code for code, (name, _) in _DTYPES.items()}
+"""What the format calls a dtype of torch."""
 
 
 @dataclass(frozen=True)

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
+import json
+import shutil
 import zipfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +16,14 @@ import torch
 from torch import nn
 
 from prunebench.errors import UsageError
-from prunebench.files import atomic_file, atomic_folder, require_writable
+from prunebench.files import atomic_file, atomic_folder, link_or_copy, require_writable
 from prunebench.models.card import model_card
-from prunebench.models.linears import Linear
+from prunebench.models.disk import DiskWeights
+from prunebench.models.linears import Linear, find_blocks
 from prunebench.models.load import quiet_transformers
-from prunebench.models.safetensors_files import StoredTensor
+from prunebench.models.safetensors_files import INDEX_NAME, StoredTensor, stored_tensors
+from prunebench.models.tensor_files import write_tensors
+from prunebench.models.weights import WeightStore, weights_of
 from prunebench.results.schema import Result
 
 RESULT_NAME = "prunebench.json"
@@ -52,9 +59,13 @@ def save_model(
     """
     if path.is_dir() and not any(path.iterdir()):
         path.rmdir()
+    weights = weights_of(model)
     with atomic_folder(path, replace=replace) as part, quiet_transformers():
         try:
-            model.save_pretrained(part)  # type: ignore[operator]
+            if isinstance(weights, DiskWeights):
+                save_shards(model, weights, part)
+            else:
+                model.save_pretrained(part)  # type: ignore[operator]
             tokenizer.save_pretrained(part)
         except RuntimeError as error:  # safetensors reports a full disk as its own error
             raise OSError(28, str(error)) from error
@@ -62,22 +73,74 @@ def save_model(
         (part / RESULT_NAME).write_text(result.to_json(), encoding="utf-8")
 
 
-def save_masks(linears: list[Linear], path: Path) -> None:
+def save_shards(model: Any, weights: DiskWeights, folder: Path) -> None:
+    """Write a model whose blocks are on disk: a shard a block, one for the rest, and the index.
+
+    The files of pruned blocks are linked into the folder where the file system can, else copied.
+
+    Raises:
+        OSError: The disk is full.
+    """
+    prefix, blocks = find_blocks(model)
+    count = len(blocks) + 1
+    outside = {
+        name: tensor
+        for name, tensor in {**dict(model.named_parameters()), **_kept_buffers(model)}.items()
+        if not name.startswith(f"{prefix}.")
+    }
+    where: dict[str, str] = {}
+    size = 0
+    for shard in range(count):
+        name = f"model-{shard + 1:05d}-of-{count:05d}.safetensors"
+        pruned = weights.pruned_file(shard - 1) if shard else None
+        if pruned is not None:
+            link_or_copy(pruned, folder / name)
+        elif shard:
+            with weights.open_block(shard - 1):
+                write_tensors(folder / name, weights.tensors_of(shard - 1))
+        else:
+            write_tensors(folder / name, outside)
+        for key, row in stored_tensors([folder / name]).items():
+            where[key] = name
+            size += row.stop - row.start
+    index = {"metadata": {"total_size": size}, "weight_map": where}
+    (folder / INDEX_NAME).write_text(json.dumps(index, indent=1, sort_keys=True), "utf-8")
+    model.config.architectures = [type(model).__name__]
+    model.config.save_pretrained(folder)
+    generation = weights.source / "generation_config.json"
+    if generation.is_file():
+        shutil.copyfile(generation, folder / generation.name)
+
+
+def _kept_buffers(model: nn.Module) -> dict[str, torch.Tensor]:
+    kept = set(model.state_dict())
+    return {name: tensor for name, tensor in model.named_buffers() if name in kept}
+
+
+def save_masks(linears: list[Linear], path: Path, *, weights: WeightStore | None = None) -> None:
     """Write the keep masks of all pruned parameters of a loaded model.
 
     The format is that of `models.masks`, in which the published MaskLLM masks come.
 
+    Args:
+        linears: All of the model, in order.
+        path: Where to.
+        weights: Where they are; by default in the model.
+
     Raises:
         SaveError: It could not be written.
     """
-    parameters = {one.parameter_name: getattr(one.module, one.attribute) for one in linears}
-    _write_masks(
-        path,
-        (
-            (name, np.packbits((parameter.detach() != 0).cpu().numpy().reshape(-1)))
-            for name, parameter in parameters.items()
-        ),
-    )
+    _write_masks(path, _masks_of(linears, weights))
+
+
+def _masks_of(
+    linears: list[Linear], weights: WeightStore | None
+) -> Iterator[tuple[str, np.ndarray]]:
+    for index, mine in itertools.groupby(linears, lambda one: one.block_index):
+        with weights.open_block(index) if weights else contextlib.nullcontext():
+            parameters = {one.parameter_name: getattr(one.module, one.attribute) for one in mine}
+            for name, parameter in parameters.items():
+                yield name, np.packbits((parameter.detach() != 0).cpu().numpy().reshape(-1))
 
 
 def save_stored_masks(tensors: Iterable[StoredTensor], path: Path) -> None:

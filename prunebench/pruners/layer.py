@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import closing
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import torch
@@ -49,6 +49,8 @@ class Needs:
             of the pruner says which.
         training: Windows to learn from.
         masks: Name of masks to read, see `models.masks`.
+        whole_model: The model is run from any block to its end, again and again, so all weights
+            must be in memory.
     """
 
     calibration: bool = False
@@ -56,6 +58,7 @@ class Needs:
     gradients: bool = False
     training: TrainingNeeds | None = None
     masks: str | None = None
+    whole_model: bool = False
 
     @property
     def tokens(self) -> bool:
@@ -232,22 +235,30 @@ class GroupPruner(ABC):
 
     def prune(self, walker: BlockWalker, sparsity: Mapping[str, Sparsity]) -> PruneReport:
         """Walk the model and replace every weight by what `prune_group` makes of it."""
-        events: list[Event] = []
-        losses: dict[str, float] = {}
         needs = self.needs
         with closing(walker.groups(stats=needs.calibration, hessian=needs.hessian)) as groups:
             for group in groups:
+                notes = walker.notes[-1]
                 if group.stats is not None and group.stats.tokens == 0:
-                    events += [Event(one.name, "no calibration token") for one in group.linears]
+                    notes += [
+                        asdict(Event(one.name, "no calibration token")) for one in group.linears
+                    ]
                 for linear, new in zip(
                     group.linears, self.prune_group(group, sparsity), strict=True
                 ):
                     linear.write(new.weight)
-                    events += new.events
+                    notes += map(asdict, new.events)
                     if new.loss is not None:
-                        losses[linear.name] = new.loss
+                        notes.append({"layer": linear.name, "loss": new.loss})
                 del group, new  # a Hessian is freed before the next is made
-        return PruneReport(tuple(events), losses)
+        return _report(walker.notes)
+
+
+def _report(notes: Iterable[Iterable[Mapping[str, Any]]]) -> PruneReport:
+    """Return what the notes of all blocks say: events, and losses by layer."""
+    rows = [row for block in notes for row in block]
+    events = [Event(**row) for row in rows if "kind" in row]
+    return PruneReport(tuple(events), {row["layer"]: row["loss"] for row in rows if "loss" in row})
 
 
 class LayerPruner(GroupPruner):

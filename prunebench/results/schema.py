@@ -233,13 +233,24 @@ class ExecutionBlock(_Block):
 
 
 class CostBlock(_Block):
-    """What the run took. `prune_seconds` includes collecting statistics, not loading or scoring."""
+    """What the run took. `prune_seconds` includes collecting statistics, not loading or scoring.
+
+    Attributes:
+        weights: Where they were: in memory, or on disk and read a block at a time; null in results
+            of before there was a choice (in memory).
+        starts: 1, and 1 more for every time the run was interrupted and went on; `prune_seconds`
+            then is the sum for the finished blocks, the other times are those of the last start.
+        halved_batches: What ran out of memory and went on in smaller batches, and how small.
+    """
 
     stage_seconds: dict[str, float]
     prune_seconds: float
     total_seconds: float
     peak_rss_bytes: int
     peak_gpu_bytes: int | None
+    weights: Literal["resident", "disk"] | None = None
+    starts: int = 1
+    halved_batches: list[str] = []
 
 
 class HardwareBlock(_Block):

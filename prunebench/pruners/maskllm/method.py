@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
+from contextlib import closing
 from dataclasses import dataclass
 
 import torch
@@ -136,9 +137,10 @@ class MaskLLM(Options):
         if self.masks:
             if walker.masks is None:
                 raise UsageError("masks are named, and none were opened")
-            for linear in walker.linears:
-                keep = _checked(walker.masks, linear, target)
-                linear.write(torch.where(keep.to(linear.stored.device), linear.read(), 0))
+            with closing(walker.groups(stats=False)) as groups:
+                for linear in (one for group in groups for one in group.linears):
+                    keep = _checked(walker.masks, linear, target)
+                    linear.write(torch.where(keep.to(linear.stored.device), linear.read(), 0))
             return PruneReport()
         require_learnable(target)
         return self.filled()._learn(walker, target)

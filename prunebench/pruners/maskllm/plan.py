@@ -94,7 +94,8 @@ class Load:
     def _rows(self, linear: Linear) -> int:
         """Return the most rows that one process owns: those of the first."""
         rows = Shards(0, self.processes).rows(linear.out_features)
-        return rows.stop - rows.start
+        count: int = rows.stop - rows.start
+        return count
 
     def _groups(self, linears: Sequence[Linear]) -> int:
         assert self.sparsity.group is not None

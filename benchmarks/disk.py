@@ -1,0 +1,166 @@
+"""The figures of `--weights disk`: time against the resident run, memory against the plan, cost."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from benchmarks.figures import (
+    MODEL,
+    Figure,
+    at_most,
+    default_model,
+    default_tokens,
+    figure,
+    noted,
+    prune_seconds,
+)
+
+
+def _on_disk(folder: Path, kept: Path) -> Any:
+    import torch
+
+    from prunebench.models.disk import load_on_disk
+    from prunebench.models.kept import KeptRun
+    from prunebench.models.load import load_config
+
+    run = KeptRun(kept)
+    run.lock()
+    return load_on_disk(
+        folder, load_config(folder), dtype=torch.float32, device=torch.device("cpu"), kept=run
+    )
+
+
+def _local() -> Path:
+    from prunebench.models.source import fetch_model, find_model
+    from prunebench.progress import Silent
+
+    return fetch_model(find_model(MODEL), Silent()).path
+
+
+@figure("disk-time")
+def disk_time() -> list[Figure]:
+    """Pruning from disk with a warm page cache against pruning in memory, one after the other."""
+    tokens, runs = default_tokens(), []
+    for _ in range(2):
+        resident = prune_seconds(
+            "wanda", default_model(), tokens, sparsity="2:4", within_block="joint"
+        )
+        with tempfile.TemporaryDirectory() as kept:
+            model = _on_disk(_local(), Path(kept))
+            runs.append(
+                prune_seconds("wanda", model, tokens, sparsity="2:4", within_block="joint")
+                / resident
+            )
+    return [at_most("disk-prune", 1.3, "times the resident prune", runs)]
+
+
+@figure("disk-memory")
+def disk_memory() -> list[Figure]:
+    """Peak anonymous memory of pruning from disk, in a fresh process, over what the plan says."""
+    done = subprocess.run(
+        [sys.executable, "-c", "import benchmarks.disk as d; d.memory_in_this_process()"],
+        check=True, stdout=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    row = json.loads(done.stdout.splitlines()[-1])
+    share = row["measured"] / row["planned"]
+    return [
+        at_most("disk-memory", 1.1, "of the planned peak", [share]),
+        noted("disk-memory-measured", "GB anonymous", [row["measured"] / 1e9]),
+    ]
+
+
+def memory_in_this_process() -> None:
+    """Prune the default model from disk; print what was planned and what was measured."""
+    import torch
+
+    from benchmarks.large_model import PeakAnonymous
+    from prunebench.capacity import Work, model_sizes, plan_memory
+    from prunebench.forecast import anonymous_bytes, groups_of
+    from prunebench.models.blocks import BATCH_TOKENS
+    from prunebench.models.footprint import count_footprint
+    from prunebench.models.linears import find_linears
+    from prunebench.models.load import load_config, skeleton
+    from prunebench.probe import probe_method
+    from prunebench.pruners import METHODS
+    from prunebench.sparsity import Sparsity
+
+    tokens, config = default_tokens(), load_config(_local())
+    model = skeleton(config)
+    samples, seqlen = tokens.shape
+    batch = BATCH_TOKENS["cpu"] // seqlen
+    work = Work(samples, seqlen, batch, windows=0, window=seqlen, scored=1, sequential=False,
+                hessian=True)  # fmt: skip
+    footprint = count_footprint(
+        config, torch.float32, calibration=(batch, seqlen), scoring=(1, seqlen), hessian=True
+    )
+    cost = probe_method(METHODS.make("sparsegpt", {}), Sparsity.parse("2:4"), torch.device("cpu"))
+    need = plan_memory(
+        model_sizes(model, torch.float32), config.hidden_size, footprint, work,
+        method_peak=max(cost.peak(*group) for group in groups_of(find_linears(model))),
+        dtype=torch.float32, weights="disk", placement="device", on_gpu=False,
+        process=anonymous_bytes(),
+    )  # fmt: skip
+    watch = PeakAnonymous()
+    watch.start()
+    with tempfile.TemporaryDirectory() as kept:
+        prune_seconds(
+            "sparsegpt", _on_disk(_local(), Path(kept)), tokens, sparsity="2:4",
+            within_block="joint",
+        )  # fmt: skip
+    watch.stop.set()
+    print(json.dumps({"planned": need.device_total, "measured": watch.peak}))
+
+
+@figure("large-model")
+def large_model() -> list[Figure]:
+    """A LLaMA of random weights four times larger than its allowance, pruned and scored."""
+    words = "--blocks 96 --hidden 1024 --ffn 2816 --allowance-gb 0.8 --samples 2 --seqlen 64"
+    done = subprocess.run(
+        [sys.executable, "-m", "benchmarks.large_model", *words.split()], check=False
+    )
+    return [at_most("large-model-missed", 0, "methods above their allowance", [done.returncode])]
+
+
+@figure("cost-exponents")
+def cost_exponents() -> list[Figure]:
+    """How pruning a block's matrices grows with their width, beside the theory."""
+    figures = []
+    for method, theory in (("wanda", 2), ("sparsegpt", 3)):
+        points = [(width, _solve_seconds(method, width)) for width in (512, 1024, 2048)]
+        slopes = [
+            math.log(b[1] / a[1]) / math.log(b[0] / a[0]) for a, b in itertools.pairwise(points)
+        ]
+        figures.append(noted(f"{method}-width", f"exponent (theory: {theory})", slopes))
+    return figures
+
+
+def _solve_seconds(method: str, width: int) -> float:
+    import torch
+
+    from prunebench.calibration.stats import StatsAccumulator
+    from prunebench.models.blocks import LinearGroup
+    from prunebench.models.linears import Linear
+    from prunebench.pruners import METHODS
+    from prunebench.sparsity import Sparsity
+
+    pruner = METHODS.make(method, {})
+    module = torch.nn.Linear(width, width, bias=False).requires_grad_(False)
+    linear = Linear("one", "one.weight", 0, module, "weight", width, width)
+    sums = StatsAccumulator(hessian=pruner.needs.hessian)
+    sums.add(torch.randn(2 * width, width))
+    stats = sums.result(samples=4, width=width, device=torch.device("cpu"))
+    times = []
+    for _ in range(3):
+        begun = time.perf_counter()
+        group = LinearGroup((linear,), stats)
+        list(pruner.prune_group(group, {"one": Sparsity.parse("0.5")}))
+        times.append(time.perf_counter() - begun)
+    return min(times)

@@ -1,0 +1,143 @@
+"""Running many batches through a model: one after the other, or all of them block by block.
+
+A model in memory takes one batch after the other. Where the blocks stay on disk that would read
+the whole model for every batch; there all batches go through block i before block i + 1 is read.
+The arithmetic is the same: the same batches, and every block with the arguments that the model
+gives it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from prunebench.models.activations import Activations
+from prunebench.models.disk import DiskWeights
+from prunebench.models.linears import find_blocks
+from prunebench.models.memory import halved_if_needed
+from prunebench.models.replay import (
+    BlockCall,
+    blocks_giving,
+    plain_inference,
+    record_calls,
+    run_model,
+    share_arguments,
+)
+from prunebench.models.weights import ResidentWeights, weights_of
+
+_PROBE_TOKENS = 8
+Advance = Callable[[int], None]
+
+
+def is_streamed(model: nn.Module) -> bool:
+    """Return whether a model's blocks are read when they are used."""
+    return not isinstance(weights_of(model), ResidentWeights)
+
+
+@torch.no_grad()
+def batch_logits(
+    model: nn.Module, batches: Sequence[Tensor], *, advance: Advance = lambda done: None
+) -> Iterator[Tensor]:
+    """Yield the logits of every batch of token ids, (samples, seqlen, vocabulary), in order.
+
+    A batch that is too much for the memory comes in parts, its rows in order.
+
+    Args:
+        model: A causal language model in evaluation mode.
+        batches: int64 (samples, seqlen) each.
+        advance: Hears the samples of every finished batch.
+    """
+    device = next(model.parameters()).device
+    if not is_streamed(model):
+
+        def run(ids: Tensor) -> Tensor:
+            logits: Tensor = model(input_ids=ids.to(device), use_cache=False).logits
+            return logits
+
+        for ids in batches:
+            yield from halved_if_needed(run, ids, what="scoring")
+            advance(len(ids))
+        return
+    streamed = StreamedHead(model)
+    hidden = streamed.run(batches, advance=advance)
+    for number, ids in enumerate(batches):
+        yield streamed.logits(ids, hidden[number])
+
+
+class StreamedHead:
+    """A model whose blocks are on disk, in two steps: all batches through the blocks, and the head.
+
+    Attributes:
+        returns: What follows the hidden state in each block's output, see `models.replay`.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+        self._blocks = find_blocks(model)[1]
+        weights = weights_of(model)
+        assert isinstance(weights, DiskWeights)
+        self._weights = weights
+        self._device = next(model.parameters()).device
+
+    @torch.no_grad()
+    def run(
+        self, batches: Sequence[Tensor], *, advance: Advance = lambda done: None
+    ) -> Activations:
+        """Return the hidden states behind the last block, one tensor a batch.
+
+        Args:
+            batches: int64 (samples, seqlen) each.
+            advance: Hears all samples, spread over the blocks.
+        """
+        states = self._weights.activations(self._device)
+        with plain_inference(self._model, plain_experts=False):
+            calls = self._record(batches, states)
+            told, total = 0, sum(map(len, batches))
+            for index in range(len(self._blocks)):
+                with self._weights.open_block(index) as block:
+                    for batch, mine in enumerate(calls):
+                        here = states[batch].to(self._device)
+                        states[batch] = mine[index].run(block, here)
+                now = total * (index + 1) // len(self._blocks)
+                advance(now - told)
+                told = now
+        return states
+
+    def _record(self, batches: Sequence[Tensor], states: Activations) -> list[list[BlockCall]]:
+        """Note the arguments of every block for every batch; equal ones are kept once."""
+        returns = self.returns
+        calls: list[list[BlockCall]] = []
+        known: dict[torch.Size, list[BlockCall]] = {}
+        for ids in batches:
+            first, made = record_calls(
+                self._model, self._blocks, ids.to(self._device), returns_tuple=returns
+            )
+            states.append(first)
+            calls.append(share_arguments(made, known.setdefault(ids.shape, made)))
+        return calls
+
+    @property
+    def returns(self) -> list[tuple[Any, ...] | None]:
+        """What follows the hidden state in each block's output; the model is run once to see it."""
+        if self._weights.returns is None:
+            with plain_inference(self._model, plain_experts=False), torch.no_grad():
+                probe = torch.zeros((1, _PROBE_TOKENS), dtype=torch.int64, device=self._device)
+                seen = run_model(self._model, self._blocks, probe)
+                self._weights.returns = seen.returns_tuple
+        return self._weights.returns
+
+    @torch.no_grad()
+    def logits(self, ids: Tensor, hidden: Tensor) -> Tensor:
+        """Return the logits that the model makes of hidden states behind its last block.
+
+        Args:
+            ids: int64 (samples, seqlen), from which they came.
+            hidden: (samples, seqlen, hidden).
+        """
+        outputs = [hidden.to(self._device)] * len(self._blocks)
+        with blocks_giving(self._blocks, outputs, self.returns):
+            logits: Tensor = self._model(input_ids=ids.to(self._device), use_cache=False).logits
+        return logits

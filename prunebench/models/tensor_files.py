@@ -1,0 +1,98 @@
+"""Tensors to and from safetensors files, one at a time and without a mapping.
+
+Pages of a mapped file count as resident memory of whoever maps them, and every first touch of one
+costs a fault; a plain read into a tensor costs neither. Files are hashed while they are written.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from prunebench.errors import IncompatibleData
+from prunebench.models.safetensors_files import DTYPE_CODES, StoredTensor
+
+_ALIGN = 4096  # of the first tensor's bytes
+
+
+def read_tensor(stored: StoredTensor, dtype: torch.dtype, *, pin: bool = False) -> Tensor:
+    """Read one tensor into host memory, converted to `dtype`; at most 16 MB exist twice.
+
+    Args:
+        stored: Where it lies.
+        dtype: What it should be.
+        pin: Whether to use page-locked memory, from which a GPU copies in the background.
+
+    Raises:
+        IncompatibleData: The file has become shorter.
+    """
+    own = getattr(torch, stored.dtype)
+    whole = torch.empty(stored.shape, dtype=dtype, pin_memory=pin)
+    flat = whole.view(-1)
+    if own == dtype and flat.numel():
+        with stored.path.open("rb", buffering=0) as stream:
+            stream.seek(stored.start)
+            _read_into(stream, memoryview(bytes_of(flat)), stored)
+        return whole
+    at = 0
+    for piece in stored.pieces(align=own.itemsize):
+        part = torch.frombuffer(piece, dtype=own)
+        flat[at : at + len(part)].copy_(part)
+        at += len(part)
+    return whole
+
+
+def _read_into(stream: Any, target: memoryview, stored: StoredTensor) -> None:
+    done = 0
+    while done < len(target):
+        count = stream.readinto(target[done:])
+        if not count:
+            raise IncompatibleData(
+                f"{stored.path} is damaged",
+                where=f"{stored.name} ends early",
+                fix="copy or download the file again",
+            )
+        done += count
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> str:
+    """Write a safetensors file, a tensor at a time; return its SHA-256.
+
+    Args:
+        path: Where to; the caller gives it its final name when it is whole.
+        tensors: By name, on any device.
+    """
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, tensor in tensors.items():
+        size = tensor.numel() * tensor.element_size()
+        header[name] = {
+            "dtype": DTYPE_CODES[str(tensor.dtype).removeprefix("torch.")],
+            "shape": list(tensor.shape),
+            "data_offsets": [end, end + size],
+        }
+        end += size
+    text = json.dumps(header).encode()
+    text += b" " * (-(len(text) + 8) % _ALIGN)
+    digest = hashlib.sha256()
+    with path.open("wb", buffering=0) as stream:
+        for piece in (len(text).to_bytes(8, "little"), text):
+            digest.update(piece)
+            stream.write(piece)
+        for tensor in tensors.values():
+            data = memoryview(bytes_of(tensor))
+            digest.update(data)
+            while data:
+                data = data[stream.write(data) or 0 :]
+    return digest.hexdigest()
+
+
+def bytes_of(tensor: Tensor) -> Any:
+    """Return the bytes of a tensor, row-major, as a numpy array of uint8."""
+    return tensor.detach().contiguous().cpu().reshape(-1).view(torch.uint8).numpy()

@@ -1,0 +1,269 @@
+"""A run on disk goes on after anything: a kill, Ctrl-C, a full disk, damaged state; same bits."""
+
+import os
+import random
+import shutil
+import signal
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from prunebench.errors import SaveError
+from prunebench.models.blocks import BlockWalker
+from prunebench.models.disk import load_on_disk
+from prunebench.models.kept import KeptRun, kept_info, read_journal
+from prunebench.models.load import hash_weights, load_config
+from prunebench.pruners import METHODS
+from prunebench.results.store import ResultStore
+from prunebench.sparsity import Sparsity
+from prunebench.testing import tiny_model, tiny_tokens
+
+CPU = torch.device("cpu")
+
+
+class Killed(BaseException):
+    """What a kill is to the code: nothing behind it runs."""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("resume") / "tiny"
+    tiny_model("llama").save_pretrained(path)
+    return path
+
+
+def prune(folder, kept_folder, *, method="sparsegpt", order="joint", stop_at=None):
+    """Prune on disk, going on from what is kept; `stop_at` a block, in the middle of it."""
+    kept = KeptRun(kept_folder)
+    assert kept.lock()
+    kept.read()
+    model = load_on_disk(folder, load_config(folder), dtype=torch.float32, device=CPU, kept=kept)
+    walker = BlockWalker(model, token_ids=tiny_tokens(), within_block=order, batch_tokens=48)
+    walker._weights.go_on()
+    visited = []
+    plain = walker._weights.keep_block
+
+    def keep(index, **options):
+        visited.append(index)
+        if index == stop_at:
+            raise Killed
+        plain(index, **options)
+
+    walker._weights.keep_block = keep
+    report = None
+    try:
+        pruner = METHODS.make(method, {})
+        report = pruner.prune(walker, {x.name: Sparsity.parse("0.5") for x in walker.linears})
+    except Killed:
+        pass
+    finally:
+        kept.release()
+    return (hash_weights(model) if report else None), report, visited
+
+
+@pytest.mark.parametrize("order", ["joint", "sequential"])
+@pytest.mark.parametrize("method", ["wanda", "sparsegpt", "magnitude"])
+def test_it_goes_on_at_the_first_unfinished_block(folder, tmp_path, method, order):
+    whole = prune(folder, tmp_path / "whole", method=method, order=order)
+    _, _, first = prune(folder, tmp_path / "kept", method=method, order=order, stop_at=1)
+    _, _, second = prune(folder, tmp_path / "kept", method=method, order=order, stop_at=2)
+    sha256, report, third = prune(folder, tmp_path / "kept", method=method, order=order)
+    assert (first, second, third) == ([0, 1], [1, 2], [2])
+    assert (sha256, report) == whole[:2]
+
+
+def flip(path):
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+def cut(path):
+    path.write_bytes(path.read_bytes()[:-7])
+
+
+@pytest.mark.parametrize(
+    ("name", "redone", "damage"),
+    [
+        ("block-00000", [0, 1, 2], flip),
+        ("block-00001", [1, 2], cut),
+        ("block-00001", [1, 2], Path.unlink),
+        ("hidden-00002", [2], flip),
+        ("hidden-00002", [2], Path.unlink),
+        ("journal", [0, 1, 2], flip),
+        ("journal", [0, 1, 2], cut),
+    ],
+)
+def test_damaged_state_is_found_by_its_hash_and_done_again(folder, tmp_path, name, redone, damage):
+    expected = prune(folder, tmp_path / "whole")[:2]
+    prune(folder, tmp_path / "kept", stop_at=2)
+    (path,) = (tmp_path / "kept").glob(f"{name}*")
+    damage(path)
+    sha256, report, visited = prune(folder, tmp_path / "kept")
+    assert (sha256, report) == expected
+    assert visited == redone
+
+
+def test_a_folder_belongs_to_one_process(tmp_path):
+    one, other = KeptRun(tmp_path / "kept"), KeptRun(tmp_path / "kept")
+    assert one.lock()
+    assert not other.lock()
+    assert kept_info(tmp_path / "kept").running
+    one.release()
+    assert other.lock()
+
+
+def test_a_full_disk_loses_nothing_that_was_kept(folder, tmp_path, monkeypatch):
+    """The write of block 1 fails; after that there is room again."""
+    from prunebench.models import kept as module
+
+    plain, calls = module.write_tensors, []
+
+    def full(path, tensors):
+        calls.append(path.name)
+        if "block-00001" in path.name:
+            path.write_bytes(b"half")
+            raise OSError(28, "No space left on device")
+        return plain(path, tensors)
+
+    expected = prune(folder, tmp_path / "whole")[:2]
+    monkeypatch.setattr(module, "write_tensors", full)
+    with pytest.raises(SaveError, match="cannot write .*block-00001") as error:
+        prune(folder, tmp_path / "kept")
+    assert "free space" in error.value.fix
+    assert not list((tmp_path / "kept").glob(".*part"))
+    monkeypatch.undo()
+    sha256, report, visited = prune(folder, tmp_path / "kept")
+    assert ((sha256, report), visited) == (expected, [1, 2])
+
+
+# ---------------------------------------------------------------- whole commands
+
+
+def the_result(root):
+    found, damaged = ResultStore(root).read()
+    assert not damaged
+    (result,) = [one for one in found if one.status == "ok"]
+    return result
+
+
+def numbers(result):
+    return result.model_dump(exclude={"id", "created_at", "command", "cost"})
+
+
+def test_the_same_command_goes_on_and_says_what_it_kept(cli, tiny_run, tmp_path, monkeypatch):
+    from prunebench import run
+
+    command = [*tiny_run, "-m", "wanda", "--divergence", "--weights", "disk"]
+    assert "nothing is kept" in cli(*command, "--resume-info").output
+    plain, stages = run.hash_weights, []
+
+    def stopped(model, **options):
+        stages.append(1)
+        if len(stages) == 2:  # the weights that were pruned
+            raise KeyboardInterrupt
+        return plain(model, **options)
+
+    monkeypatch.setattr(run, "hash_weights", stopped)
+    outcome = cli(*command, code=130)
+    assert "3 finished blocks are kept: the same command goes on" in outcome.output
+    monkeypatch.undo()
+    monkeypatch.setenv("PRUNEBENCH_CACHE", str(tmp_path / "cache"))
+    monkeypatch.chdir(tmp_path / "work")
+    assert "3 of 3 blocks" in cli(*command, "--resume-info").output
+    assert "3 of 3 blocks" in cli("clean", "--list").output
+    outcome = cli(*command)
+    assert "going on: 3 blocks were finished before" in outcome.output
+    again = the_result(tmp_path / "results")
+    assert again.cost.starts == 2
+    cli(*tiny_run, "-m", "wanda", "--divergence", "--results-dir", "fresh")
+    assert numbers(again) == numbers(the_result(Path("fresh")))
+    assert cli("clean").output == "nothing is kept\n"
+
+
+def test_clean_removes_what_is_kept(cli, folder, tmp_path):
+    prune(folder, tmp_path / "cache" / "runs" / "abc", stop_at=2)
+    assert "removed" in cli("clean").output
+    assert not list((tmp_path / "cache" / "runs").iterdir())
+
+
+def fork(command, root):
+    """Run a command in a child that has everything imported already; returns its process id."""
+    from prunebench.cli import app
+
+    child = os.fork()
+    if child:
+        return child
+    code = 1
+    try:
+        os.chdir(root)
+        quiet = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(quiet, 1)
+        os.dup2(quiet, 2)
+        app([str(word) for word in command])
+    except SystemExit as done:
+        code = done.code or 0
+    finally:
+        os._exit(code)
+
+
+def ended(child):
+    """Wait for a child; returns its exit code, or the negative signal."""
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def shards(folder):
+    return {path.name: path.read_bytes() for path in folder.glob("*.safetensors")}
+
+
+def kill_until(kills, command, root):
+    """kill -9 at random moments over all stages, as often as asked; the last run gets through.
+
+    A run that gets through in between is compared and removed, and the next begins anew.
+    """
+    begun = time.perf_counter()
+    assert ended(fork([*command, "--results-dir", "whole"], root)) == 0
+    took = time.perf_counter() - begun
+    expected, files = numbers(the_result(root / "whole")), shards(root / "out")
+    shutil.rmtree(root / "out")
+    draw, killed, through = random.Random(0), 0, 0
+    while True:
+        child = fork(command, root)
+        if killed < kills:
+            time.sleep(took * draw.uniform(0.05, 1.0))
+            os.kill(child, signal.SIGKILL)
+        code = ended(child)
+        killed += code == -signal.SIGKILL
+        if code == 0 or (root / "out").is_dir():
+            assert shards(root / "out") == files
+            assert numbers(the_result(root / "results")) == expected
+            if code == 0 and killed >= kills:
+                break
+            through += 1
+            shutil.rmtree(root / "out")
+            if code == 0:
+                shutil.rmtree(root / "results")
+    assert not any(read_journal(one) for one in (root / "cache" / "runs").iterdir())
+    return through
+
+
+@pytest.fixture
+def in_one_cache(monkeypatch, tmp_path):
+    monkeypatch.setenv("PRUNEBENCH_CACHE", str(tmp_path / "cache"))
+
+
+@pytest.mark.parametrize("kills", [2, pytest.param(30, marks=pytest.mark.real)])
+def test_kills_at_random_moments_end_with_the_same_bits(tiny_run, tmp_path, in_one_cache, kills):
+    command = [*tiny_run, "-m", "sparsegpt", "--weights", "disk", "--save-model", "out", "-q"]
+    kill_until(kills, command, tmp_path)
+
+
+def test_eight_at_once_in_one_cache_and_results_folder(tiny_run, tmp_path, in_one_cache):
+    command = [*tiny_run, "-m", "wanda", "--weights", "disk", "-q"]
+    children = [fork(command, tmp_path) for _ in range(8)]
+    assert [ended(child) for child in children] == [0] * 8
+    found, damaged = ResultStore(tmp_path / "results").read()
+    assert (len(found), damaged) == (8, [])
+    assert len({one.model.evaluated_sha256 for one in found}) == 1
