@@ -174,7 +174,7 @@ def test_torchrun_refuses_a_method_that_does_not_learn(tiny_run, tmp_path, alone
 @pytest.mark.parametrize("then", [1, 2])
 def test_a_run_that_was_killed_goes_on_with_the_same_command(then, tiny_run, tmp_path, alone):
     """kill -9 in the middle; the same command, maybe in more processes, ends with the same mask."""
-    longer = {"steps": 400, "eval_every": 100, "save_every": 5}
+    longer = {"steps": 60, "eval_every": 30, "save_every": 5}
     states = tmp_path / "cache" / "training"
     running = subprocess.Popen(
         command(tiny_run, **longer), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, **alone
