@@ -29,9 +29,9 @@ def pruner_of(name, **options):
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize("method", NAMES)
 def test_contract(method, architecture):
-    sparsities = ("2:4", "1:4") if method in PATTERNS_ONLY else ("0.5", "2:4")
+    sparsities = ("2:4",) if method in PATTERNS_ONLY else ("0.5", "2:4")
     outcomes = check_pruner(pruner_of(method), architectures=(architecture,), sparsities=sparsities)
-    assert len(outcomes) >= 6
+    assert len(outcomes) >= 4 + len(sparsities)
     assert [str(o) for o in outcomes if not o.passed] == []
 
 
