@@ -37,10 +37,10 @@ demo: install  ## prune the default model by magnitude and Wanda, print the tabl
 	$(BIN)/prunebench compare method=dense,magnitude,wanda seed=0 within_block=sequential,None
 
 test: install  ## the default tests: no network, no GPU
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --maxprocesses 4 --dist loadgroup
+	$(BIN)/python -m pytest -q -n auto --maxprocesses 4 --dist loadgroup
 
 test-real: install  ## the tests on the real default model and real text
-	$(BIN)/python -m pytest -q -m "real or processes"
+	$(BIN)/python -m pytest -q -n auto --maxprocesses 2 --dist loadgroup -m "real or processes"
 
 test-browser: install  ## the report in a real browser (needs Chromium and chromedriver)
 	$(BIN)/python -m pytest -q -m browser

@@ -69,7 +69,7 @@ def test_scoring_goes_on_with_halves():
     told = []
     with halvings_heard(lambda what, size: told.append((what, size))):
         assert window_losses(model, windows, batch_tokens=96) == pytest.approx(expected, rel=1e-6)
-    assert told == [("scoring", 2), ("scoring", 1), ("scoring", 1)]
+    assert told == [("scoring", 2), ("scoring", 1)]
 
 
 def test_it_is_said_and_recorded(cli, tiny_run, tmp_path, monkeypatch):

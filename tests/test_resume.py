@@ -1,10 +1,8 @@
 """A run on disk goes on after anything: a kill, Ctrl-C, a full disk, damaged state; same bits."""
 
 import os
-import random
-import shutil
-import signal
-import time
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -13,7 +11,7 @@ import torch
 from prunebench.errors import SaveError
 from prunebench.models.blocks import BlockWalker
 from prunebench.models.disk import load_on_disk
-from prunebench.models.kept import KeptRun, kept_info, read_journal
+from prunebench.models.kept import KeptRun, kept_info
 from prunebench.models.load import hash_weights, load_config
 from prunebench.pruners import METHODS
 from prunebench.results.store import ResultStore
@@ -21,6 +19,7 @@ from prunebench.sparsity import Sparsity
 from prunebench.testing import tiny_model, tiny_tokens
 
 CPU = torch.device("cpu")
+PROCESSES = Path(__file__).parent / "processes.py"
 
 
 class Killed(BaseException):
@@ -189,64 +188,13 @@ def test_clean_removes_what_is_kept(cli, folder, tmp_path):
     assert not list((tmp_path / "cache" / "runs").iterdir())
 
 
-def fork(command, root):
-    """Run a command in a child that has everything imported already; returns its process id."""
-    from prunebench.cli import app
-
-    child = os.fork()
-    if child:
-        return child
-    code = 1
-    try:
-        os.chdir(root)
-        quiet = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(quiet, 1)
-        os.dup2(quiet, 2)
-        app([str(word) for word in command])
-    except SystemExit as done:
-        code = done.code or 0
-    finally:
-        os._exit(code)
-
-
-def ended(child):
-    """Wait for a child; returns its exit code, or the negative signal."""
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-
-
-def shards(folder):
-    return {path.name: path.read_bytes() for path in folder.glob("*.safetensors")}
-
-
-def kill_until(kills, command, root):
-    """kill -9 at random moments over all stages, as often as asked; the last run gets through.
-
-    A run that gets through in between is compared and removed, and the next begins anew.
-    """
-    begun = time.perf_counter()
-    assert ended(fork([*command, "--results-dir", "whole"], root)) == 0
-    took = time.perf_counter() - begun
-    expected, files = numbers(the_result(root / "whole")), shards(root / "out")
-    shutil.rmtree(root / "out")
-    draw, killed, through = random.Random(0), 0, 0
-    while True:
-        child = fork(command, root)
-        if killed < kills:
-            time.sleep(took * draw.uniform(0.05, 1.0))
-            os.kill(child, signal.SIGKILL)
-        code = ended(child)
-        killed += code == -signal.SIGKILL
-        if code == 0 or (root / "out").is_dir():
-            assert shards(root / "out") == files
-            assert numbers(the_result(root / "results")) == expected
-            if code == 0 and killed >= kills:
-                break
-            through += 1
-            shutil.rmtree(root / "out")
-            if code == 0:
-                shutil.rmtree(root / "results")
-    assert not any(read_journal(one) for one in (root / "cache" / "runs").iterdir())
-    return through
+def clean_processes(arguments, root, **environment):
+    """Run `processes.py` in a process of its own, in `root`."""
+    done = subprocess.run(
+        [sys.executable, PROCESSES, *map(str, arguments)], cwd=root, capture_output=True,
+        text=True, check=False, env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 @pytest.fixture
@@ -254,16 +202,16 @@ def in_one_cache(monkeypatch, tmp_path):
     monkeypatch.setenv("PRUNEBENCH_CACHE", str(tmp_path / "cache"))
 
 
-@pytest.mark.parametrize("kills", [2, pytest.param(30, marks=pytest.mark.real)])
-def test_kills_at_random_moments_end_with_the_same_bits(tiny_run, tmp_path, in_one_cache, kills):
+@pytest.mark.processes
+def test_kills_at_random_moments_end_with_the_same_bits(tiny_run, tmp_path, in_one_cache):
     command = [*tiny_run, "-m", "sparsegpt", "--weights", "disk", "--save-model", "out", "-q"]
-    kill_until(kills, command, tmp_path)
+    clean_processes(["kill", 30, *command], tmp_path)
 
 
+@pytest.mark.processes
 def test_eight_at_once_in_one_cache_and_results_folder(tiny_run, tmp_path, in_one_cache):
     command = [*tiny_run, "-m", "wanda", "--weights", "disk", "-q"]
-    children = [fork(command, tmp_path) for _ in range(8)]
-    assert [ended(child) for child in children] == [0] * 8
+    clean_processes(["together", 8, *command], tmp_path)
     found, damaged = ResultStore(tmp_path / "results").read()
     assert (len(found), damaged) == (8, [])
     assert len({one.model.evaluated_sha256 for one in found}) == 1

@@ -44,28 +44,39 @@ def tell_halved(what: str, size: int) -> None:
         listener(what, size)
 
 
-def halved_if_needed(
-    run: Callable[[Tensor], Tensor], batch: Tensor, *, what: str
-) -> Iterator[Tensor]:
-    """Yield what `run` makes of a batch: whole, or of consecutive parts of it.
+class FittingBatches:
+    """Runs batches, in parts where a whole one is too much; what did not fit is not tried again.
 
-    Args:
-        run: From (samples, ...) to a tensor with as many rows.
-        batch: The whole batch.
+    Attributes:
         what: For the message.
-
-    Raises:
-        RuntimeError: One sequence alone is too much; the device's own error.
+        size: The most sequences at a time from now on; None as long as every batch fitted.
     """
-    try:
-        whole = run(batch)
-    except (RuntimeError, MemoryError) as error:
-        if not is_out_of_memory(error) or len(batch) == 1:
-            raise
-    else:
-        yield whole
-        return
-    size = (len(batch) + 1) // 2
-    tell_halved(what, size)
-    for part in torch.split(batch, size):
-        yield from halved_if_needed(run, part, what=what)
+
+    def __init__(self, what: str) -> None:
+        self.what = what
+        self.size: int | None = None
+
+    def run(self, function: Callable[[Tensor], Tensor], batch: Tensor) -> Iterator[Tensor]:
+        """Yield what a function makes of a batch: whole, or of consecutive parts of it.
+
+        Args:
+            function: From (samples, ...) to a tensor with as many rows.
+            batch: The whole batch.
+
+        Raises:
+            RuntimeError: One sequence alone is too much; the device's own error.
+        """
+        while len(batch):
+            part = batch[: self.size]
+            try:
+                result = function(part)
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error) or len(part) == 1:
+                    raise
+            else:
+                yield result
+                del result
+                batch = batch[len(part) :]
+                continue
+            self.size = (len(part) + 1) // 2
+            tell_halved(self.what, self.size)

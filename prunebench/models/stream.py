@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from prunebench.models.activations import Activations
 from prunebench.models.disk import DiskWeights
 from prunebench.models.linears import find_blocks
-from prunebench.models.memory import halved_if_needed
+from prunebench.models.memory import FittingBatches
 from prunebench.models.replay import (
     BlockCall,
     blocks_giving,
@@ -57,8 +57,9 @@ def batch_logits(
             logits: Tensor = model(input_ids=ids.to(device), use_cache=False).logits
             return logits
 
+        fitting = FittingBatches("scoring")
         for ids in batches:
-            yield from halved_if_needed(run, ids, what="scoring")
+            yield from fitting.run(run, ids)
             advance(len(ids))
         return
     streamed = StreamedHead(model)
