@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from pathlib import Path
 
@@ -91,19 +92,27 @@ def tiny_run(tiny_folder, text_file, eval_file, tmp_path):
     ]  # fmt: skip
 
 
+@functools.cache
+def command_of(app):
+    from typer.main import get_command
+
+    return get_command(app)
+
+
 @pytest.fixture
 def cli(monkeypatch, tmp_path):
     """Run the command line in this process, in a folder of its own; returns the outcome."""
-    from typer.testing import CliRunner
+    import typer.testing
 
     from prunebench.cli import app
 
+    monkeypatch.setattr(typer.testing, "_get_command", command_of)  # built once, not every time
     work = tmp_path / "work"
     work.mkdir(exist_ok=True)
     monkeypatch.chdir(work)
 
     def invoke(*arguments: str, code: int = 0):
-        outcome = CliRunner().invoke(app, [str(one) for one in arguments])
+        outcome = typer.testing.CliRunner().invoke(app, [str(one) for one in arguments])
         assert outcome.exit_code == code, f"{outcome.exit_code}: {outcome.output}"
         assert "Traceback" not in outcome.output
         return outcome

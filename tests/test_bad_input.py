@@ -230,7 +230,7 @@ def start(arguments, tmp_path, *, slow=False):
     )  # fmt: skip
 
 
-@pytest.mark.processes
+@pytest.mark.slow
 def test_ctrl_c(tiny_run, tmp_path):
     process = start(tiny_run, tmp_path, slow=True)
     seen = ""
@@ -246,7 +246,7 @@ def test_ctrl_c(tiny_run, tmp_path):
     assert not (tmp_path / "work" / "out").exists()
 
 
-@pytest.mark.processes
+@pytest.mark.slow
 def test_kill_9_at_any_moment_leaves_no_half_result(tiny_run, tmp_path):
     process = start(tiny_run, tmp_path)
     begun = time.monotonic()

@@ -57,6 +57,7 @@ def test_a_block_is_counted_from_the_config_alone():
     assert small.head == (32 + 3 * 32) * 256 * 4
 
 
+@pytest.mark.slow
 def test_methods_are_counted_on_small_matrices():
     wanda = probe_method(Wanda(), Sparsity.parse("2:4"), CPU)
     sparsegpt = probe_method(SparseGPT(), Sparsity.parse("2:4"), CPU)

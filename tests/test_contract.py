@@ -1,5 +1,7 @@
 """Every registered method keeps the contract on every architecture: a new row enrols itself."""
 
+import itertools
+
 import pytest
 import torch
 
@@ -19,6 +21,8 @@ QUICK = {
     "maskllm": {"steps": 1, "batch": 1, "prior": "magnitude", "save_every": 0},
 }
 PATTERNS_ONLY = {"maskllm"}
+FOR_ALL = {"wanda", "sparsegpt", "gblm"}  # by statistics, by Hessians, by gradients
+FOR_EACH = {"llama", "gpt2", "bloom", "mixtral"}  # linears, Conv1D, fused, experts
 
 
 def pruner_of(name, **options):
@@ -26,8 +30,14 @@ def pruner_of(name, **options):
     return METHODS.make(name, METHODS.resolve_options(name, given, seed=0))
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
-@pytest.mark.parametrize("method", NAMES)
+def matrix():
+    """Every method on every architecture; what follows from the others is slow by mark."""
+    for method, architecture in itertools.product(NAMES, ARCHITECTURES):
+        apart = method not in FOR_ALL and architecture not in FOR_EACH
+        yield pytest.param(method, architecture, marks=pytest.mark.slow if apart else ())
+
+
+@pytest.mark.parametrize(("method", "architecture"), matrix())
 def test_contract(method, architecture):
     """At 2:4; ratios and other patterns are computed alike on every architecture, see below."""
     outcomes = check_pruner(pruner_of(method), architectures=(architecture,), sparsities=("2:4",))
@@ -38,7 +48,9 @@ def test_contract(method, architecture):
 ANY = ("0.5", "0.37", "0", "0.01", "0.9", "0.99", "1:4", "3:4", "4:8", "16:32", "1:2")
 
 
-@pytest.mark.parametrize("method", NAMES)
+@pytest.mark.parametrize(
+    "method", [pytest.param(m, marks=() if m in FOR_ALL else pytest.mark.slow) for m in NAMES]
+)
 def test_any_ratio_and_pattern(method):
     sparsities = ("1:4", "3:4", "4:8", "1:2") if method in PATTERNS_ONLY else ANY
     outcomes = check_pruner(pruner_of(method), architectures=("llama",), sparsities=sparsities)

@@ -440,7 +440,7 @@ sys.exit(sum(os.waitpid(pid, 0)[1] != 0 for pid in children))
 """
 
 
-@pytest.mark.processes
+@pytest.mark.slow
 def test_eight_runs_in_one_results_and_one_cache_folder(
     tmp_path, tiny_folder, text_file, eval_file
 ):

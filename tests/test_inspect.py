@@ -191,6 +191,7 @@ def test_bytes_that_do_not_fit_the_shape_are_refused(tmp_path):
     assert "the bytes of w do not fit F32 [2, 2]" in str(caught.value)
 
 
+@pytest.mark.slow
 def test_memory_is_that_of_pieces(tmp_path):
     """A file of 512 MB (of holes: zeros) with one tensor, read within 150 MB."""
     rows, width = 1 << 15, 1 << 12

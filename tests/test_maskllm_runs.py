@@ -147,7 +147,7 @@ def alone(tmp_path):
     return {"cwd": tmp_path, "env": {**os.environ, **cache}}
 
 
-@pytest.mark.processes
+@pytest.mark.slow
 def test_torchrun_learns_the_same_masks_and_files_one_result(tiny_run, tmp_path, alone):
     line = command(tiny_run, "--save-masks", "two.npz", "--json", processes=2)
     result = json.loads(finished(line, **alone).stdout)
@@ -159,7 +159,7 @@ def test_torchrun_learns_the_same_masks_and_files_one_result(tiny_run, tmp_path,
     assert len({one["spec_id"] for one in filed}) == 1
 
 
-@pytest.mark.processes
+@pytest.mark.slow
 def test_torchrun_refuses_a_method_that_does_not_learn(tiny_run, tmp_path, alone):
     line = command(tiny_run, processes=2)
     line[line.index("maskllm")] = "wanda"
@@ -170,7 +170,7 @@ def test_torchrun_refuses_a_method_that_does_not_learn(tiny_run, tmp_path, alone
     assert not list((tmp_path / "results").rglob("*.json"))
 
 
-@pytest.mark.processes
+@pytest.mark.slow
 @pytest.mark.parametrize("then", [1, 2])
 def test_a_run_that_was_killed_goes_on_with_the_same_command(then, tiny_run, tmp_path, alone):
     """kill -9 in the middle; the same command, maybe in more processes, ends with the same mask."""

@@ -184,7 +184,7 @@ TOGETHER = {"optimizer": "momentum", "rate": 0.5, "noise": 1.0, "state_dtype": "
             "logit_dtype": "bfloat16", "prior_noise": 0.5, "clip": 0.0}  # fmt: skip
 
 
-@pytest.mark.processes
+@pytest.mark.slow
 def test_two_processes_learn_what_one_learns_and_go_on_for_each_other(tmp_path):
     """The same noise and masks; a state of one is taken up by two, and one of two by one."""
     model, report = train(**TOGETHER)

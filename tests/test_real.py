@@ -16,6 +16,7 @@ from prunebench.allocators import ALLOCATORS
 from prunebench.calibration.hessian import damped_hessian
 from prunebench.calibration.texts import load_text
 from prunebench.calibration.windows import sample_windows
+from prunebench.evaluate import tasks
 from prunebench.evaluate.perplexity import prepare_perplexity, token_ppl
 from prunebench.evaluate.tasks import Protocol, prepare_tasks
 from prunebench.models.blocks import BlockWalker
@@ -318,8 +319,8 @@ STANDARD = {
 
 @pytest.fixture(scope="module")
 def standard_tasks(tokenizer):
-    tasks = prepare_tasks(list(STANDARD), Protocol(), tokenizer=tokenizer, progress=Silent())
-    return {one.name: one.built["tasks"][one.name] for one in tasks}
+    ready = prepare_tasks(list(STANDARD), Protocol(), tokenizer=tokenizer, progress=Silent())
+    return {one.name: one.built["tasks"][one.name] for one in ready}
 
 
 def test_the_wheel_has_the_standard_tasks_whole(standard_tasks):
@@ -348,6 +349,15 @@ def test_the_wheel_has_the_standard_tasks_whole(standard_tasks):
     assert first["copa"][1][1].strip() == "water flowed from the spout."
     assert first["rte"][2] == 1
     assert first["sciq"][1][3] == "darwin"
+
+
+def test_the_papers_tasks_are_read_from_the_files_that_all_would_be(standard_tasks):
+    """Only some folders of lm-eval are read for these; they hold what all of them hold."""
+    few, every = tasks._few_tasks(None), tasks._all_tasks(None)
+    for name in (*STANDARD, "race"):
+        assert few._index[name].yaml_path == every._index[name].yaml_path
+    assert tasks._manager(["piqa"], None) is few
+    assert tasks._manager(["piqa", "mmlu"], None) is every
 
 
 def test_accuracy_equals_lm_evals_own_command_line(model, tokenizer, tokens, tmp_path):

@@ -103,7 +103,7 @@ def test_no_folder():
         ResultStore(Path("/nonexistent")).read()
 
 
-@pytest.mark.processes
+@pytest.mark.slow
 def test_fifty_processes_at_once_lose_nothing(tmp_path):
     script = tmp_path / "writer.py"
     script.write_text(

@@ -202,13 +202,13 @@ def in_one_cache(monkeypatch, tmp_path):
     monkeypatch.setenv("PRUNEBENCH_CACHE", str(tmp_path / "cache"))
 
 
-@pytest.mark.processes
+@pytest.mark.slow
 def test_kills_at_random_moments_end_with_the_same_bits(tiny_run, tmp_path, in_one_cache):
     command = [*tiny_run, "-m", "sparsegpt", "--weights", "disk", "--save-model", "out", "-q"]
     clean_processes(["kill", 30, *command], tmp_path)
 
 
-@pytest.mark.processes
+@pytest.mark.slow
 def test_eight_at_once_in_one_cache_and_results_folder(tiny_run, tmp_path, in_one_cache):
     command = [*tiny_run, "-m", "wanda", "--weights", "disk", "-q"]
     clean_processes(["together", 8, *command], tmp_path)

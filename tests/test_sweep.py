@@ -83,7 +83,7 @@ def test_a_sweep_goes_through_and_goes_on(cli, grid, tmp_path):
     assert not list((tmp_path / "none").rglob("*.json"))
 
 
-@pytest.mark.processes
+@pytest.mark.slow
 def test_the_environment_does_not_change_a_cell(cli, grid, tmp_path, monkeypatch):
     monkeypatch.setenv("PRUNEBENCH_SEED", "5")
     cli("sweep", grid(), "-q", "--results-dir", tmp_path / "results", "method=random")
@@ -91,7 +91,7 @@ def test_the_environment_does_not_change_a_cell(cli, grid, tmp_path, monkeypatch
     assert result.spec.seed == 0
 
 
-@pytest.mark.processes
+@pytest.mark.slow
 def test_ctrl_c_ends_a_sweep_and_says_how_to_go_on(grid, tmp_path):
     (tmp_path / "work").mkdir(exist_ok=True)
     process = subprocess.Popen(

@@ -118,6 +118,7 @@ def test_the_dense_answers_are_kept_but_never_given_to_other_weights(cli, tiny_r
     assert "baseline" not in again.stderr and "score        pangram" in again.stderr
 
 
+@pytest.mark.slow
 def test_an_unknown_task_names_the_nearest_before_the_work(cli, tiny_run):
     output = cli(*tiny_run, "-m", "wanda", "--tasks", "piqa,hellaswg", code=2).output
     assert "unknown task 'hellaswg'" in output and "hellaswag" in output
