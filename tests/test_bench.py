@@ -1,6 +1,8 @@
 """`bench`: bytes are computed, a speed is there only where it was measured, and rows join."""
 
+import csv
 import dataclasses
+import io
 import json
 import math
 import shutil
@@ -260,6 +262,11 @@ def test_bench_without_a_gpu(cli, tiny_run, tmp_path, monkeypatch):
     text = cli("compare", *results).stdout
     assert f"{size / found.storage.dense_bytes:.3f} (2:4)" in text
     assert "not measured" in text and "bytes" in text and "decode" in text
+    lines = io.StringIO(cli("compare", *results, "--format", "csv").stdout)
+    (row,) = (one for one in csv.DictReader(lines) if one["method"] == "magnitude")
+    assert (row["storage"], row["speed"]) == ("2:4", "not measured (no CUDA device)")
+    assert float(row["bytes_ratio"]) == size / found.storage.dense_bytes
+    assert row["decode_speedup"] == row["prefill_speedup"] == ""
     shutil.copytree("ck", "bare")
     Path("bare/prunebench.json").unlink()
     assert "quality: unknown" in cli("bench", "bare", *results, "-o", "b.json").stdout

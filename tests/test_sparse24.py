@@ -69,6 +69,39 @@ def test_its_state_is_the_canonical_format():
     assert torch.equal(state["values24"], packed.values)
 
 
+def test_a_state_is_taken_up():
+    one, other = (pack24(random_24(24, 16, seed=seed)) for seed in (1, 2))
+    biases = [torch.full((24,), value, dtype=torch.bfloat16) for value in (1.0, 2.0)]
+    source = nn.Sequential(Sparse24Linear(one, biases[0], policy=policy()))
+    target = nn.Sequential(Sparse24Linear(other, biases[1], policy=policy()))
+    x = torch.randn(3, 64).to(torch.bfloat16)
+    assert not torch.equal(target(x), source(x))
+    state = {name: value.clone() for name, value in source.state_dict().items()}
+    target.load_state_dict(state)
+    assert torch.equal(target(x), source(x))
+    for value in state.values():
+        value.zero_()  # the layer has its own
+    assert torch.equal(target(x), source(x))
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"0.codes24": None}, "Missing key.*0.codes24"),
+        ({"0.weight": torch.zeros(1)}, "Unexpected key.*0.weight"),
+        ({"0.codes24": torch.zeros(24, 8, dtype=torch.uint8)}, "0 is not a packed 2:4 matrix"),
+        ({"0.values24": torch.zeros(24, 32, dtype=torch.float16)}, "float16 matrix"),
+    ],
+)
+def test_a_state_that_does_not_fit_is_refused(change, says):
+    target = nn.Sequential(Sparse24Linear(pack24(random_24(24, 16)), None, policy=policy()))
+    state = {k: v for k, v in {**target.state_dict(), **change}.items() if v is not None}
+    before = target[0].packed()
+    with pytest.raises(RuntimeError, match=says):
+        target.load_state_dict(state)
+    assert torch.equal(target[0].packed().values, before.values)
+
+
 def test_gradients_pass_through():
     weight = random_24(8, 4)
     x = torch.randn(3, 16).to(torch.bfloat16).requires_grad_()

@@ -203,9 +203,16 @@ def to_csv(tables: Sequence[Table]) -> str:
     writer.writerow(
         [*titles, "dense", "best", "within_noise", "realised_ratio", "prune_seconds"]
         + ["stderr", "dense_stderr", "higher_is_better"]
+        + ["storage", "bytes_ratio", "decode_speedup", "prefill_speedup", "speed", "gpu"]
     )
     for table in tables:
         for cell in table.cells:
+            found = cell.bench
+            bench = (
+                [found.form, found.bytes_ratio, found.decode, found.prefill, found.speed, found.gpu]
+                if found
+                else [None] * 6
+            )
             for column, score in cell.scores.items():
                 metric, _, protocol = column.partition(" ")
                 settings = [setting_text(cell.settings[name], missing="") for name in names]
@@ -214,6 +221,7 @@ def to_csv(tables: Sequence[Table]) -> str:
                     + [score.mean, score.std, score.seeds, score.dense]
                     + [score.best, score.within_noise, cell.realised_ratio, cell.prune_seconds]
                     + [score.stderr, score.dense_stderr, score.higher_is_better]
+                    + bench
                 )
     return out.getvalue()
 

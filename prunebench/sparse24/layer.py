@@ -14,7 +14,14 @@ from prunebench.models.linears import Linear
 from prunebench.sparse24.backends import Product, backends
 from prunebench.sparse24.buckets import BUCKETS
 from prunebench.sparse24.forms import Canonical, Form
-from prunebench.sparse24.packed import Packed24, check_24, pack24, require_24, unpack24
+from prunebench.sparse24.packed import (
+    Packed24,
+    check_24,
+    pack24,
+    require_24,
+    require_sound,
+    unpack24,
+)
 from prunebench.sparse24.policy import Choice, Policy
 from prunebench.sparse24.tiles import Tiled, Tiling
 
@@ -43,14 +50,19 @@ class Sparse24Linear(nn.Module):
             raise IncompatibleData(f"the bias is {bias.dtype}, the weight {packed.dtype}")
         self.out_features, self.in_features = packed.shape
         self.policy = policy
+        self.tiling = tiling or Tiling()
+        self._take(packed)
+        self.register_buffer("bias", bias, persistent=False)
+        self.bias: Tensor | None
+
+    def _take(self, packed: Packed24) -> None:
+        """Keep a weight in the form that its backends read."""
         self.form: Form = Canonical(packed)
         wanted = [self._choose(bucket.last).backend for bucket in BUCKETS]
         if "triton" in wanted:
-            self.form = Tiled.of(packed, tiling or Tiling())
+            self.form = Tiled.of(packed, self.tiling)
         self.products: dict[str, Product] = {}
         self._routes: dict[int, Product] = {}
-        self.register_buffer("bias", bias, persistent=False)
-        self.bias: Tensor | None
 
     def forward(self, x: Tensor) -> Tensor:
         """Return x @ W.T + bias; x is (..., in), of the weight's dtype."""
@@ -111,6 +123,46 @@ class Sparse24Linear(nn.Module):
         destination[f"{prefix}codes24"] = packed.codes
         if self.bias is not None:
             destination[f"{prefix}bias"] = self.bias
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        names = ["values24", "codes24", *(["bias"] if self.bias is not None else [])]
+        found = {name: state_dict[prefix + name] for name in names if prefix + name in state_dict}
+        missing_keys += [prefix + name for name in names if name not in found]
+        known = {prefix + name for name in names}
+        if strict:
+            unexpected_keys += [
+                key for key in state_dict if key.startswith(prefix) and key not in known
+            ]
+        if len(found) < len(names):
+            return
+        device = self.form.device
+        packed = Packed24(*(found[n].to(device, copy=True) for n in ("values24", "codes24")))
+        try:
+            require_sound(packed, name=prefix.removesuffix(".") or "the state")
+        except IncompatibleData as error:
+            error_msgs.append(str(error))
+            return
+        if (packed.shape, packed.dtype) != (self.shape, self.form.dtype):
+            error_msgs.append(
+                f"{prefix}values24 is a {packed.dtype} matrix {list(packed.shape)}, the layer "
+                f"{self.form.dtype} {list(self.shape)}"
+            )
+            return
+        if self.bias is not None:
+            if found["bias"].shape != self.bias.shape:
+                error_msgs.append(f"{prefix}bias has {found['bias'].numel()} elements")
+                return
+            self.bias.copy_(found["bias"])
+        self._take(packed)
 
 
 @dataclass
