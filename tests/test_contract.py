@@ -37,7 +37,7 @@ def matrix():
         yield pytest.param(method, architecture, marks=pytest.mark.slow if apart else ())
 
 
-@pytest.mark.parametrize(("method", "architecture"), matrix())
+@pytest.mark.parametrize(("method", "architecture"), list(matrix()))
 def test_contract(method, architecture):
     """At 2:4; ratios and other patterns are computed alike on every architecture, see below."""
     outcomes = check_pruner(pruner_of(method), architectures=(architecture,), sparsities=("2:4",))

@@ -121,11 +121,18 @@ def test_check_asks_only_for_what_can_be_learned(cli):
 # ------------------------------------------------------------ real processes
 
 
-def command(tiny_run, *words, processes=1, **options):
-    """Return the command of a run, by torchrun if in several processes."""
-    start = [sys.executable, "-m"]
-    if processes > 1:
-        start += ["torch.distributed.run", "--nproc-per-node", str(processes), "-m"]
+STARTERS = {
+    "torchrun": ["torch.distributed.run", "--nproc-per-node", "2", "-m"],
+    "accelerate": [
+        "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1",
+        "--mixed_precision", "no", "--dynamo_backend", "no", "-m",
+    ],
+}  # fmt: skip
+
+
+def command(tiny_run, *words, starter="", **options):
+    """Return the command of a run, in two processes if a starter is named."""
+    start = [sys.executable, "-m", *STARTERS.get(starter, ())]
     return [*start, "prunebench", *tiny_run, *small(**options), *words]
 
 
@@ -148,8 +155,9 @@ def alone(tmp_path):
 
 
 @pytest.mark.slow
-def test_torchrun_learns_the_same_masks_and_files_one_result(tiny_run, tmp_path, alone):
-    line = command(tiny_run, "--save-masks", "two.npz", "--json", processes=2)
+@pytest.mark.parametrize("starter", STARTERS)
+def test_two_processes_learn_the_same_masks_and_file_one_result(starter, tiny_run, tmp_path, alone):
+    line = command(tiny_run, "--save-masks", "two.npz", "--json", starter=starter)
     result = json.loads(finished(line, **alone).stdout)
     assert result["training"]["processes"] == 2
     finished(command(tiny_run, "--save-masks", "one.npz"), **alone)
@@ -161,7 +169,7 @@ def test_torchrun_learns_the_same_masks_and_files_one_result(tiny_run, tmp_path,
 
 @pytest.mark.slow
 def test_torchrun_refuses_a_method_that_does_not_learn(tiny_run, tmp_path, alone):
-    line = command(tiny_run, processes=2)
+    line = command(tiny_run, starter="torchrun")
     line[line.index("maskllm")] = "wanda"
     line = line[: line.index("wanda") + 1]
     done = subprocess.run(line, capture_output=True, text=True, check=False, **alone)
@@ -186,7 +194,12 @@ def test_a_run_that_was_killed_goes_on_with_the_same_command(then, tiny_run, tmp
     running.send_signal(signal.SIGKILL)
     running.wait()
     assert len(list(states.glob("*/state"))) == 1
-    done = finished(command(tiny_run, "--save-masks", "b.npz", processes=then, **longer), **alone)
+    done = finished(
+        command(
+            tiny_run, "--save-masks", "b.npz", starter="torchrun" if then == 2 else "", **longer
+        ),
+        **alone,
+    )
     assert "goes on after step" in done.stderr
     assert list(states.iterdir()) == []  # the result is filed: nothing is left behind
     done = finished(command(tiny_run, "--save-masks", "a.npz", **longer), **alone)

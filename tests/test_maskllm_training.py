@@ -189,7 +189,9 @@ def test_steps_descend_along_the_gradient_that_autograd_finds(
                     squares = sum(one.square().sum() for one in weights.values())
                     objective = objective + (losses[-1] - how.reward * squares) / samples
             objective.backward()
-            assert math.isclose(got, sum(map(float, losses)) / samples, rel_tol=1e-5)
+            assert math.isclose(
+                got, sum(map(float, [one.detach() for one in losses])) / samples, rel_tol=1e-5
+            )
             logits = {name: (leaf - 30.0 * leaf.grad).detach() for name, leaf in leaves.items()}
     moved = False
     for one, layer in learner.layers.items():
