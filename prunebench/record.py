@@ -34,6 +34,7 @@ from prunebench.results.schema import (
     MethodBlock,
     MethodEvent,
     ModelBlock,
+    PriorScore,
     Result,
     Score,
     SoftwareBlock,
@@ -127,6 +128,11 @@ def training_block(plan: Plan, report: PruneReport) -> TrainingBlock | None:
         best_step=learned.best_step,
         processes=learned.processes,
         curve=[TrainingPoint(**dataclasses.asdict(point)) for point in learned.curve],
+        prior_scores=[
+            PriorScore(metric=metric, protocol=one.protocol, value=measure.value)
+            for one in learned.prior_scores
+            for metric, measure in one.measures.items()
+        ],
     )
 
 

@@ -326,13 +326,13 @@ def _walk(
             token_ids=plan.windows.token_ids if plan.windows else None,
             within_block=plan.spec.within_block or "joint",
             gradients=gradients,
-            training=_training(plan, advance),
+            training=_training(plan, model, advance),
             masks=plan.masks,
             advance=advance,
         )
 
 
-def _training(plan: Plan, advance: Advance) -> Training | None:
+def _training(plan: Plan, model: nn.Module, advance: Advance) -> Training | None:
     """Let the steps of a training be heard; a state is kept for this very spec alone."""
     if plan.training is None:
         return None
@@ -342,7 +342,28 @@ def _training(plan: Plan, advance: Advance) -> Training | None:
         if point.held_out_ppl is not None:
             plan.clock.note(training_line(point))
 
-    return dataclasses.replace(plan.training, hear=hear, note=plan.clock.note)
+    def score_prior() -> tuple[Outcome, ...]:
+        return tuple(_score_prior(plan, model)) if rank() == 0 else ()
+
+    return dataclasses.replace(
+        plan.training, hear=hear, note=plan.clock.note, score_prior=score_prior
+    )
+
+
+def _score_prior(plan: Plan, model: nn.Module) -> list[Outcome]:
+    """Score the mask that a training begins with on the texts, once for the same weights."""
+    outcomes = []
+    sha256 = hash_weights(model) if plan.texts else ""
+    for text in plan.texts:
+        found = cached_outcomes(sha256, text)
+        if found is None:
+            found = text.score(model, advance=lambda done: None)
+            remember_outcomes(sha256, text, found)
+        for one in found:
+            value = one.measures["token_ppl"].value
+            plan.clock.note(f"  the prior: ppl {value:,.4g} on {one.protocol}")
+        outcomes += found
+    return outcomes
 
 
 def training_line(point: Point) -> str:

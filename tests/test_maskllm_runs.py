@@ -97,6 +97,32 @@ def test_a_run_keeps_its_state_until_the_result_is_filed(cli, tiny_run, tmp_path
     assert list(states.iterdir()) == []
 
 
+def test_a_mask_is_specialised_on_a_text_and_its_scores_before_are_in_the_row(
+    cli, tiny_run, tmp_path
+):
+    """The general mask of a checkpoint is begun with; its scores are those that its own row has."""
+    domain = tmp_path / "domain.txt"
+    domain.write_text("the judge of the quiz packs five liquor jugs on sunday. " * 200)
+    both = ["--ppl", f"file:{domain}", "--json", "--quiet"]
+    plain = tiny_run[: tiny_run.index("--results-dir")]
+    general = json.loads(
+        cli(*plain, *small(), *both, "--save-model", "general", "--results-dir", "a").stdout
+    )
+    wanted = {one["protocol"]: one["value"] for one in general["scores"]}
+    assert len(wanted) == 2
+    options = small(prior="general", train_data=f"file:{tmp_path / 'to-learn.txt'}")
+    (tmp_path / "to-learn.txt").write_text("five dozen liquor jugs, the judge and a quiz. " * 200)
+    words = [*plain, *options, *both[:2], "--results-dir", "b"]
+    told = cli(*words).output
+    for protocol, value in wanted.items():
+        assert f"the prior: ppl {value:,.4g} on {protocol}" in told
+    assert told.count("; the prior ") == 2
+    found = json.loads(cli(*words, "--json", "--quiet").stdout)["training"]["prior_scores"]
+    assert {one["protocol"]: one["value"] for one in found} == pytest.approx(wanted)
+    scratch = cli(*plain, *small(prior="scratch"), *both, "--results-dir", "c").stdout
+    assert json.loads(scratch)["training"]["prior_scores"] == []
+
+
 def test_a_dry_run_says_what_a_training_needs(cli, tiny_run):
     told = cli(*tiny_run, *small(), "--dry-run").output
     assert "training    96 tokens of file-" in told

@@ -165,11 +165,15 @@ def test_the_table_is_fresh():
     assert table == table_text(results), "run prunebench results table"
 
 
+PROTOCOL = "wiki-sample/held-out/512/v1"
+
+
 def committed_cells(sparsity, **settings):
     """Values over the seeds of the committed rows, by method and allocation."""
     results, _ = ResultStore(REPOSITORY / "results").read(committed_results())
     selection = Selection.parse(
         [f"sparsity=0,{sparsity}", "model=smollm2-135m-q4", "within_block=joint,None",
+         "calibration=c4-sample/rest,None", "metric=token_ppl", f"protocol={PROTOCOL}",
          *(f"{key}={value}" for key, value in settings.items())]
     )  # fmt: skip
     (table,) = compare(results, selection)
@@ -215,7 +219,8 @@ def test_allocators_that_help_at_70_percent_do_so_beyond_the_noise(method, alloc
 def committed_layers(method, sparsity):
     """The layers of every committed row, by seed."""
     results, _ = ResultStore(REPOSITORY / "results").read(committed_results())
-    rows = [r for r in results if (r.spec.method, r.spec.sparsity) == (method, sparsity)]
+    wanted = (method, sparsity, "c4-sample/rest")
+    rows = [r for r in results if (r.spec.method, r.spec.sparsity, r.spec.calibration) == wanted]
     return {r.spec.seed: {one.name: one for one in r.sparsity.layers} for r in rows}
 
 

@@ -27,6 +27,7 @@ class Training:
         folder: For the state of this very run, or None to keep none.
         hear: Is told what each step measured.
         note: Is told what the user should know.
+        score_prior: Returns what the model gets as it is; called with the prior's mask applied.
     """
 
     train: Int[Tensor, "windows seqlen"]
@@ -34,6 +35,7 @@ class Training:
     folder: Path | None = None
     hear: Callable[[Any], None] = lambda point: None
     note: Callable[[str], None] = lambda text: None
+    score_prior: Callable[[], tuple[Any, ...]] = lambda: ()
 
     def forget(self) -> None:
         """Remove the state: what was learned is safe elsewhere."""

@@ -382,7 +382,13 @@ def _print_summary(result: Result, path: Path, setup: Any) -> None:
         line = f"  {column_title(f'{score.metric} {score.protocol}')}  {number(score.value)}"
         if name != "dense" and score.dense_value:
             times = score.value / score.dense_value
-            line += f"  (dense {number(score.dense_value)}, {number(times)} times)"
+            line += f"  (dense {number(score.dense_value)}, {number(times)} times"
+            before = [
+                number(one.value)
+                for one in (result.training.prior_scores if result.training else [])
+                if (one.metric, one.protocol) == (score.metric, score.protocol)
+            ]
+            line += "".join(f"; the prior {value}" for value in before) + ")"
         typer.echo(line)
     if name != "dense":
         typer.echo(

@@ -139,11 +139,14 @@ class Learned:
         best_step: The step whose mask was kept; 0 is the prior.
         processes: Processes that learned together.
         curve: One point a step.
+        prior_scores: What the model got with the mask that was begun with; empty if it was not
+            asked.
     """
 
     best_step: int
     processes: int
     curve: tuple[Point, ...]
+    prior_scores: tuple[Any, ...] = ()
 
 
 @runtime_checkable

@@ -112,6 +112,14 @@ class TrainingPoint(_Block):
     seconds: float
 
 
+class PriorScore(_Block):
+    """What a model got, under one protocol, with the mask that a training began with."""
+
+    metric: str
+    protocol: str
+    value: float
+
+
 class TrainingBlock(_Block):
     """What a method learned from, and how it went; absent where nothing is learned.
 
@@ -122,6 +130,7 @@ class TrainingBlock(_Block):
         tokens_sha256: Hash of all windows, those held out first.
         best_step: The step whose mask was kept; 0 is the one begun with.
         processes: Processes that learned together.
+        prior_scores: On the texts of the scores, before the first step.
     """
 
     text: str
@@ -133,6 +142,7 @@ class TrainingBlock(_Block):
     best_step: int
     processes: int
     curve: list[TrainingPoint]
+    prior_scores: list[PriorScore] = []
 
 
 class AllocationBlock(_Block):

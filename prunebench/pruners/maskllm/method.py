@@ -22,6 +22,7 @@ import dataclasses
 from collections.abc import Mapping
 from contextlib import closing
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -167,6 +168,7 @@ class MaskLLM(Options):
             if last or point.step % self.save_every == 0:
                 _keep(keeper, learner, data)
 
+        scores = _prior_scores(walker, learner, table, data) if prior else ()
         keeper = Keeper(data.folder, shards) if data.folder is not None else None
         events = _resume(keeper, learner, data) if keeper is not None else ()
         try:
@@ -178,9 +180,9 @@ class MaskLLM(Options):
                 _keep(keeper, learner, data)
                 error.where += f", kept in {keeper.folder}"
             raise
-        self._write(walker, learner, table, shards)
         progress = learner.progress
-        learned = Learned(progress.best_step, shards.world, tuple(progress.curve))
+        _write(walker, progress.best, table, shards)
+        learned = Learned(progress.best_step, shards.world, tuple(progress.curve), scores)
         return PruneReport(events, learned=learned)
 
     def _require_shares(self, world: int) -> None:
@@ -277,15 +279,32 @@ class MaskLLM(Options):
             peak_rate=self.rate or 0.0,
         )
 
-    def _write(self, walker: BlockWalker, learner: Learner, table: Tensor, shards: Shards) -> None:
-        for linear in walker.linears:
-            width = linear.in_features // table.shape[1]
-            own = learner.progress.best[linear.name].view(-1, width)
-            choice = own.new_empty(linear.out_features, width)
-            shards.gather(own, choice)
-            shape = torch.Size((linear.out_features, linear.in_features))
-            keep = mask_of(choice.flatten(), table.to(choice.device), shape)
-            linear.write(torch.where(keep, linear.read(), 0))
+
+def _write(
+    walker: BlockWalker, choices: Mapping[str, Tensor], table: Tensor, shards: Shards
+) -> None:
+    """Apply masks, of which each process has the choices of its own rows."""
+    for linear in walker.linears:
+        width = linear.in_features // table.shape[1]
+        own = choices[linear.name].view(-1, width)
+        choice = own.new_empty(linear.out_features, width)
+        shards.gather(own, choice)
+        shape = torch.Size((linear.out_features, linear.in_features))
+        keep = mask_of(choice.flatten(), table.to(choice.device), shape)
+        linear.write(torch.where(keep, linear.read(), 0))
+
+
+def _prior_scores(
+    walker: BlockWalker, learner: Learner, table: Tensor, data: Training
+) -> tuple[Any, ...]:
+    """Return what the model gets with the prior's mask; the weights are as before."""
+    dense = {one.name: one.stored.cpu().clone() for one in walker.linears}
+    _write(walker, learner.prior, table, learner.shards)
+    try:
+        return data.score_prior()
+    finally:
+        for one in walker.linears:
+            one.stored.copy_(dense.pop(one.name))
 
 
 def _resume(keeper: Keeper, learner: Learner, data: Training) -> tuple[Event, ...]:
