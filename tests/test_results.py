@@ -10,7 +10,7 @@ import pytest
 
 from prunebench.errors import MissingResource, SaveError
 from prunebench.results.compare import Selection, compare
-from prunebench.results.schema import Result, json_schema
+from prunebench.results.schema import LayerSparsity, Result, json_schema
 from prunebench.results.store import Damaged, ResultStore, new_run_id, read_result
 from prunebench.spec import RunSpec
 
@@ -53,7 +53,7 @@ def test_round_trip_and_place(tmp_path):
     assert json.loads(path.read_text())["cost"]["peak_gpu_bytes"] is None
 
 
-def test_layers_can_be_let_go_of_but_are_checked(tmp_path):
+def test_layers_can_be_let_go_of_and_are_checked_where_they_are_read(tmp_path):
     result = make_result()
     layer = {"name": "l", "out_features": 1, "in_features": 2, "requested": "0.5", "zeros": 1}
     document = json.loads(result.to_json())
@@ -62,9 +62,8 @@ def test_layers_can_be_let_go_of_but_are_checked(tmp_path):
     ((slim,), _) = ResultStore(tmp_path).read(layers=False)
     assert slim == result
     assert len(ResultStore(tmp_path).read()[0][0].sparsity.layers) == 1
-    document["sparsity"]["layers"][0]["zeros"] = "many"
-    path.write_text(json.dumps(document))
-    _, (damaged,) = ResultStore(tmp_path).read(layers=False)
+    path.write_text(path.read_text().replace('"zeros": 1', '"zeros": "many"'))
+    _, (damaged,) = ResultStore(tmp_path).read()
     assert "sparsity.layers.0.zeros" in damaged.reason
 
 
@@ -155,6 +154,25 @@ def test_committed_results_are_sound():
         assert result.status == "ok"
         assert result.sparsity.pattern_violations == result.sparsity.negative_zeros == 0
         assert "/work/" not in path.read_text("utf-8")
+
+
+def test_a_table_needs_no_layers(tmp_path):
+    """They are cut out of the text before it is parsed; all else is the same."""
+    store = ResultStore(tmp_path)
+    result = make_result()
+    shape = {"out_features": 8, "in_features": 8, "requested": "0.5", "zeros": 32}
+    layers = [LayerSparsity(name='blocks[0]."x", ]', **shape)]
+    odd = result.sparsity.model_copy(update={"layers": layers})
+    plain = [LayerSparsity(name=name, **shape) for name in "ab"]
+    usual = result.sparsity.model_copy(update={"layers": plain})
+    store.publish(result.model_copy(update={"sparsity": usual}))
+    store.publish(result.model_copy(update={"id": "0" * 8 + "-odd", "sparsity": odd}))
+    whole, cut = (store.read(layers=how)[0] for how in (True, False))
+    assert sorted(len(one.sparsity.layers) for one in whole) == [1, 2]
+    assert sorted((one.sparsity.layers for one in cut), key=len) == [[], layers]
+    for one, other in zip(whole, cut, strict=True):
+        same = one.sparsity.model_copy(update={"layers": other.sparsity.layers})
+        assert one.model_copy(update={"sparsity": same}) == other
 
 
 def test_the_table_is_fresh():

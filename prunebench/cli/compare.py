@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -111,6 +112,7 @@ def print_tables(tables: list[Table]) -> None:
     """Print the tables on stdout, as wide as they need to be."""
     import rich.box
     import rich.table
+    from rich.cells import cell_len
     from rich.text import Text
 
     console = wide_console()
@@ -118,15 +120,27 @@ def print_tables(tables: list[Table]) -> None:
         grid = rich.table.Table(
             title=table.model, title_justify="left", box=rich.box.SIMPLE_HEAD, pad_edge=False
         )
-        for i, title in enumerate(render.header(table)):
+        titles = [_broken(title) for title in render.header(table)]
+        rows = [render.row(table, cell, bold=("\0", "\0")) for cell in table.cells]
+        widths = [
+            max(cell_len(text.replace("\0", "")) for text in [*title.split("\n"), *texts])
+            for title, *texts in zip(titles, *rows, strict=True)
+        ]
+        needed = sum(widths) + 3 * len(widths)
+        if not sys.stdout.isatty():
+            console.width = max(console.width, needed)  # a file or pipe has no width
+        fits = needed <= console.width
+        for i, (title, width) in enumerate(zip(titles, widths, strict=True)):
             side: Literal["left", "right"] = "left" if i < render.text_columns(table) else "right"
-            grid.add_column(_broken(title), justify=side, overflow="fold")
+            if fits:  # rich would lay out every cell twice to find that
+                grid.add_column(title, justify=side, no_wrap=True, width=width)
+            else:
+                grid.add_column(title, justify=side, overflow="fold")
         last = ""
-        for cell in table.cells:
+        for cell, texts in zip(table.cells, rows, strict=True):
             if last and cell.sparsity != last:
                 grid.add_section()
             last = cell.sparsity
-            texts = render.row(table, cell, bold=("\0", "\0"))
             grid.add_row(*map(_bold_between_marks, texts))
         console.print(grid)
         if table.ranked_by is None:
