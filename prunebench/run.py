@@ -9,6 +9,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -204,12 +205,20 @@ def _score_dense(plan: Plan, model: nn.Module, dense_sha256: str) -> list[Outcom
     """Score the dense model, or take what these weights got before in the same evaluation."""
     outcomes = []
     for evaluator in _evaluators(plan):
-        found = cached_outcomes(dense_sha256, evaluator)
-        if found is None:
-            found = _score(plan, model, evaluator, stage="baseline")
-            remember_outcomes(dense_sha256, evaluator, found)
-        outcomes += found
+        baseline = functools.partial(_score, plan, model, evaluator, stage="baseline")
+        outcomes += _scored_once(dense_sha256, evaluator, baseline)
     return outcomes
+
+
+def _scored_once(
+    sha256: str, evaluator: Evaluator, score: Callable[[], list[Outcome]]
+) -> list[Outcome]:
+    """Return what these weights got before in the same evaluation, or score them and keep that."""
+    found = cached_outcomes(sha256, evaluator)
+    if found is None:
+        found = score()
+        remember_outcomes(sha256, evaluator, found)
+    return found
 
 
 def _score_pruned(
@@ -355,10 +364,8 @@ def _score_prior(plan: Plan, model: nn.Module) -> list[Outcome]:
     outcomes = []
     sha256 = hash_weights(model) if plan.texts else ""
     for text in plan.texts:
-        found = cached_outcomes(sha256, text)
-        if found is None:
-            found = text.score(model, advance=lambda done: None)
-            remember_outcomes(sha256, text, found)
+        silently = functools.partial(text.score, model, advance=lambda done: None)
+        found = _scored_once(sha256, text, silently)
         for one in found:
             value = one.measures["token_ppl"].value
             plan.clock.note(f"  the prior: ppl {value:,.4g} on {one.protocol}")

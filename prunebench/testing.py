@@ -199,10 +199,10 @@ def check_pruner(
         sparsities = tuple(one for one in SPARSITIES if _takes(pruner, one))
     outcomes: list[Outcome] = []
     for architecture in architectures:
-        for name, check in _checks(architecture, sparsities, pruner.needs.calibration):
+        for name, check in _checks(pruner, architecture, sparsities):
             failure = ""
             try:
-                check(pruner)
+                check()
             except PrunebenchError as error:
                 failure = str(error).replace("\n", "; ")
             except Exception as error:  # whatever a plug-in does, the report goes on
@@ -223,43 +223,35 @@ def _takes(pruner: Pruner, sparsity: str) -> bool:
 
 
 def _checks(
-    architecture: str, sparsities: tuple[str, ...], calibrated: bool
-) -> Iterator[tuple[str, Callable[[Pruner], None]]]:
+    pruner: Pruner, architecture: str, sparsities: tuple[str, ...]
+) -> Iterator[tuple[str, Callable[[], None]]]:
     dense = tiny_model(architecture)
     orders: tuple[WithinBlock, ...] = ("joint",)
-    if architecture not in FUSED_EXPERTS and calibrated:
+    if architecture not in FUSED_EXPERTS and pruner.needs.calibration:
         orders = ("joint", "sequential")
     half = Sparsity.parse(sparsities[0])
-    kept: list[nn.Module] = []
 
-    def first(pruner: Pruner) -> nn.Module:
-        """Return the model of the first trial, which several checks look at."""
-        if not kept:
-            kept.append(_Trial(pruner, copy.deepcopy(dense), half).run())
-        return kept[0]
-
-    def again(pruner: Pruner, sparsity: Sparsity, order: WithinBlock) -> nn.Module:
-        if (sparsity, order) == (half, "joint"):
-            return first(pruner)
+    def trial(sparsity: Sparsity, order: WithinBlock = "joint") -> nn.Module:
         return _Trial(pruner, copy.deepcopy(dense), sparsity, order).run()
 
+    pruned = functools.cache(trial)  # several checks look at one model
+
+    def reached(sparsity: Sparsity, order: WithinBlock) -> None:
+        _check_reached(pruned(sparsity, order), dense, sparsity)
+
     for text in sparsities:
-        one = Sparsity.parse(text)
         for order in orders:
-            trial = functools.partial(again, sparsity=one, order=order)
-            reached = functools.partial(_check_reached, trial=trial, dense=dense, sparsity=one)
-            yield f"reaches {text}, {order}", reached
-    yield "leaves everything else alone", lambda p: _check_rest(first(p), dense)
-    yield "same input, same weights", lambda p: _check_repeatable(p, first(p), dense, half)
-    yield "ratio 0 changes nothing", lambda p: _check_identity(p, dense)
-    yield "puts hooks and settings back", lambda p: _check_clean(first(p), dense)
+            check = functools.partial(reached, Sparsity.parse(text), order)
+            yield f"reaches {text}, {order}", check
+    yield "leaves everything else alone", lambda: _check_rest(pruned(half, "joint"), dense)
+    yield "same input, same weights", lambda: _check_repeatable(pruned(half, "joint"), trial(half))
+    yield "ratio 0 changes nothing", lambda: _check_identity(trial(Sparsity(0.0)), dense)
+    yield "puts hooks and settings back", lambda: _check_clean(pruned(half, "joint"), dense)
 
 
-def _check_reached(
-    pruner: Pruner, trial: Callable[[Pruner], nn.Module], dense: nn.Module, sparsity: Sparsity
-) -> None:
+def _check_reached(pruned: nn.Module, dense: nn.Module, sparsity: Sparsity) -> None:
     before = {one.name: int((one.stored == 0).sum()) for one in find_linears(dense)}
-    after = [measure_linear(linear, sparsity) for linear in find_linears(trial(pruner))]
+    after = [measure_linear(linear, sparsity) for linear in find_linears(pruned)]
     require_met(after, before, {one.linear.name: sparsity for one in after})
     for one in after:
         if one.negative_zeros:
@@ -276,15 +268,12 @@ def _check_rest(pruned: nn.Module, dense: nn.Module) -> None:
             raise AssertionError(f"{name} is not a linear of a block, and changed")
 
 
-def _check_repeatable(
-    pruner: Pruner, pruned: nn.Module, dense: nn.Module, sparsity: Sparsity
-) -> None:
-    if hash_weights(_Trial(pruner, copy.deepcopy(dense), sparsity).run()) != hash_weights(pruned):
+def _check_repeatable(pruned: nn.Module, again: nn.Module) -> None:
+    if hash_weights(again) != hash_weights(pruned):
         raise AssertionError("two runs with the same seed and tokens gave different weights")
 
 
-def _check_identity(pruner: Pruner, dense: nn.Module) -> None:
-    kept = _Trial(pruner, copy.deepcopy(dense), Sparsity(0.0)).run()
+def _check_identity(kept: nn.Module, dense: nn.Module) -> None:
     ours = dict(kept.named_parameters())
     for name, parameter in dense.named_parameters():
         if not torch.equal(ours[name], parameter):

@@ -188,11 +188,11 @@ def test_clean_removes_what_is_kept(cli, folder, tmp_path):
     assert not list((tmp_path / "cache" / "runs").iterdir())
 
 
-def clean_processes(arguments, root, **environment):
+def clean_processes(arguments, root):
     """Run `processes.py` in a process of its own, in `root`."""
     done = subprocess.run(
         [sys.executable, PROCESSES, *map(str, arguments)], cwd=root, capture_output=True,
-        text=True, check=False, env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
+        text=True, check=False, env={**os.environ, "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
 

@@ -19,8 +19,8 @@ With `masks` nothing is learned: a mask file, such as the paper's published ones
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
-from contextlib import closing
+from collections.abc import Iterator, Mapping
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -204,13 +204,12 @@ class MaskLLM(Options):
         if walker.masks is not None:
             masks = walker.masks
             return {one.name: choose(_checked(masks, one, target), table) for one in walker.linears}
-        dense = {one.name: one.stored.cpu().clone() for one in walker.linears}
-        _prior_method(self.prior).prune(walker, {one.name: target for one in walker.linears})
         chosen = {}
-        for one in walker.linears:
-            keep = one.stored.T != 0 if one.transposed else one.stored != 0
-            chosen[one.name] = choose(keep.cpu(), table)
-            one.stored.copy_(dense.pop(one.name))
+        with _weights_put_back(walker):
+            _prior_method(self.prior).prune(walker, {one.name: target for one in walker.linears})
+            for one in walker.linears:
+                keep = one.stored.T != 0 if one.transposed else one.stored != 0
+                chosen[one.name] = choose(keep.cpu(), table)
         return chosen
 
     def _learner(
@@ -298,10 +297,17 @@ def _prior_scores(
     walker: BlockWalker, learner: Learner, table: Tensor, data: Training
 ) -> tuple[Any, ...]:
     """Return what the model gets with the prior's mask; the weights are as before."""
-    dense = {one.name: one.stored.cpu().clone() for one in walker.linears}
-    _write(walker, learner.prior, table, learner.shards)
-    try:
+    with _weights_put_back(walker):
+        _write(walker, learner.prior, table, learner.shards)
         return data.score_prior()
+
+
+@contextmanager
+def _weights_put_back(walker: BlockWalker) -> Iterator[None]:
+    """Keep the weights of all linears on the host, and put them back at the end."""
+    dense = {one.name: one.stored.cpu().clone() for one in walker.linears}
+    try:
+        yield
     finally:
         for one in walker.linears:
             one.stored.copy_(dense.pop(one.name))
