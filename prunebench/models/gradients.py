@@ -42,7 +42,7 @@ _SLICE = 1 << 19  # elements of a gradient that are made at a time
 _VERSION = 1
 _PAGE = mmap.PAGESIZE
 _POPULATE_WRITE = 23  # MADV_POPULATE_WRITE of Linux
-_CHECK_TOKENS = 32
+_CHECK_TOKENS = 128
 
 
 @dataclass(frozen=True)
