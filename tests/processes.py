@@ -49,6 +49,12 @@ def numbers(folder):
     return result.model_dump(exclude={"id", "created_at", "command", "cost"})
 
 
+def unfinished():
+    """Return whether a run is kept that goes on when it is started again."""
+    kept = Path(os.environ["PRUNEBENCH_CACHE"]) / "runs"
+    return any(read_journal(one) for one in kept.iterdir())
+
+
 def kill(count, command):
     """kill -9 at random moments over all stages, as often as asked; the last run gets through.
 
@@ -78,10 +84,9 @@ def kill(count, command):
             if code == 0 and killed >= count:
                 break
             shutil.rmtree(out)
-            if code == 0:
+            if not unfinished():  # killed at its very end, perhaps: the next begins anew, too
                 shutil.rmtree(results)
-    kept = Path(os.environ["PRUNEBENCH_CACHE"]) / "runs"
-    assert not any(read_journal(one) for one in kept.iterdir())
+    assert not unfinished()
 
 
 def together(count, command):
