@@ -33,7 +33,7 @@ from prunebench.files import cache_dir, require_writable, sha256_file
 from prunebench.models.checkpoint_keys import match_keys
 from prunebench.models.linears import Linear, find_linears
 from prunebench.models.load import (
-    choose_device,
+    choose_devices,
     load_config,
     load_tokenizer,
     require_context,
@@ -99,7 +99,8 @@ class Plan:
     """A run that has been checked as far as it can be without its weights.
 
     `allocator` is the rule that spreads the sparsity over the layers, or the ratios of a file;
-    `texts` are scored first, then `tasks`; `weights` is where the weights will be;
+    `devices` run calibration batches in turn, all else is done on the first; `texts` are scored
+    first, then `tasks`; `weights` is where the weights will be;
     `training_text` is the name and origin of what is learned from.
     """
 
@@ -107,7 +108,7 @@ class Plan:
     setup: Setup
     store: ResultStore
     clock: StageClock
-    device: torch.device
+    devices: tuple[torch.device, ...]
     model: LocalModel
     tokenizer: Any
     pruner: Pruner
@@ -124,6 +125,11 @@ class Plan:
     training_text: tuple[str, str] | None = None
     masks: Masks | None = None
 
+    @property
+    def device(self) -> torch.device:
+        """The device that holds the model."""
+        return self.devices[0]
+
 
 def prepare(spec: RunSpec, setup: Setup) -> Plan:
     """Resolve every name, fetch what is missing and check all that needs no weights.
@@ -138,8 +144,13 @@ def prepare(spec: RunSpec, setup: Setup) -> Plan:
         named = check_names(spec, setup)
         spec, pruner, rule, sparsity = named.spec, named.pruner, named.allocator, named.sparsity
         spec = spec.model_copy(update={"model": source.id})
-        device = choose_device(setup.device)
-        check_execution(spec, sparsity, backend=setup.backend, device=device)
+        devices = choose_devices(setup.device)
+        if len(devices) > 1 and pruner.needs.training is not None:
+            raise UsageError(
+                f"{spec.method} does not learn on several --device of one process",
+                fix=f"torchrun --nproc-per-node {len(devices)} -m prunebench run ...",
+            )
+        check_execution(spec, sparsity, backend=setup.backend, device=devices[0])
         store = ResultStore(setup.results_dir)
         store.require_writable(spec)
         require_writable(cache_dir())
@@ -174,13 +185,13 @@ def prepare(spec: RunSpec, setup: Setup) -> Plan:
         require_context(config, pruner.needs.training.seqlen, option="set train_seqlen")
     spec, training, learned_from = _prepare_training(spec, pruner, tokenizer, vocabulary, clock)
     needs = (pruner.needs, *([] if rule is None else [rule.needs]))
-    weights = _place_weights(spec, setup, local, model, needs, tasks, device, clock)
+    weights = _place_weights(spec, setup, local, model, needs, tasks, devices[0], clock)
     spec = _resolved(spec, local, calibration, texts)
     _require_apart(learned_from, texts)
     if training is not None:
         training = replace(training, folder=cache_dir() / "training" / spec.spec_id)
     return Plan(
-        spec, setup, store, clock, device, local, tokenizer, pruner, allocator, sparsity, linears,
+        spec, setup, store, clock, devices, local, tokenizer, pruner, allocator, sparsity, linears,
         windows, calibration, texts, tasks, weights, started, training, learned_from, masks,
     )  # fmt: skip
 

@@ -56,7 +56,7 @@ def identity(plan: Plan, *, status: str) -> dict[str, Any]:
         "command": plan.setup.command,
         "spec_id": plan.spec.spec_id,
         "spec": plan.spec,
-        "hardware": describe_hardware(plan.device),
+        "hardware": describe_hardware(plan.device, count=len(plan.devices)),
         "software": describe_software(with_tasks=bool(plan.tasks)),
     }
 
@@ -203,13 +203,13 @@ def samples_of(outcomes: list[Outcome], dense: list[Outcome]) -> list[Sample]:
 
 def cost_block(plan: Plan, prune_seconds: float, *, starts: int, halvings: list[str]) -> CostBlock:
     """Describe what the run took so far, see `CostBlock`."""
-    on_gpu = plan.device.type == "cuda"
+    peaks = [torch.cuda.max_memory_allocated(one) for one in plan.devices if one.type == "cuda"]
     return CostBlock(
         stage_seconds={name: round(s, 3) for name, s in plan.clock.seconds.items()},
         prune_seconds=round(prune_seconds, 3),
         total_seconds=round(time.perf_counter() - plan.started, 3),
         peak_rss_bytes=peak_rss_bytes(),
-        peak_gpu_bytes=torch.cuda.max_memory_allocated(plan.device) if on_gpu else None,
+        peak_gpu_bytes=max(peaks, default=None),
         weights=plan.weights,
         starts=starts,
         halved_batches=halvings,
@@ -233,8 +233,8 @@ def peak_rss_bytes() -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
-def describe_hardware(device: torch.device) -> HardwareBlock:
-    """Describe this machine, without its name."""
+def describe_hardware(device: torch.device, *, count: int = 1) -> HardwareBlock:
+    """Describe this machine, without its name; `count` is how many such devices are used."""
     cpu = platform.processor() or platform.machine()
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.is_file():
@@ -243,7 +243,7 @@ def describe_hardware(device: torch.device) -> HardwareBlock:
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else cpu
     return HardwareBlock(
         device=device.type,
-        device_name=name,
+        device_name=name if count == 1 else f"{count} x {name}",
         cpu=cpu,
         cpu_threads=torch.get_num_threads(),
         memory_bytes=psutil.virtual_memory().total,

@@ -334,6 +334,7 @@ def _walk(
             model,
             token_ids=plan.windows.token_ids if plan.windows else None,
             within_block=plan.spec.within_block or "joint",
+            devices=plan.devices,
             gradients=gradients,
             training=_training(plan, model, advance),
             masks=plan.masks,

@@ -5,11 +5,14 @@ Linears that read the same tensor (q, k and v; gate and up) share one of these.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
+
+Workspace = dict[tuple[int, torch.device], Tensor]
 
 _PANEL = 192  # columns; smaller panels save more products, larger ones run faster
 
@@ -54,19 +57,26 @@ class StatsAccumulator:
     """Collects `InputStats` batch by batch.
 
     Args:
-        workspace: Scratch memory by width, shared by the accumulators of a walk. A fresh block of
-            megabytes for every batch would cost more in page faults than the arithmetic.
+        workspace: Scratch memory by width and device, shared by the accumulators of a walk. A fresh
+            block of megabytes for every batch would cost more in page faults than the arithmetic.
         hessian: Whether to collect the Gram matrix too.
+        devices: Where the Gram matrix is summed, panel by panel in turn, and the first is where
+            the result will be; by default where the inputs are.
     """
 
     def __init__(
-        self, workspace: dict[int, Tensor] | None = None, *, hessian: bool = False
+        self,
+        workspace: Workspace | None = None,
+        *,
+        hessian: bool = False,
+        devices: Sequence[torch.device] = (),
     ) -> None:
         self.tokens = 0
         self._workspace = {} if workspace is None else workspace
         self._hessian = hessian
+        self._devices = devices
         self._sum_squares: Tensor | None = None
-        self._gram: Tensor | None = None
+        self._grams: list[Tensor] = []
 
     def add(self, inputs: Float[Tensor, "*tokens in"]) -> None:
         """Add the inputs of one batch, in any floating dtype."""
@@ -78,11 +88,13 @@ class StatsAccumulator:
             self._add_squares(rows)
 
     def _add_squares(self, rows: Tensor) -> None:
-        scratch = self._workspace.get(rows.shape[1])
+        key = (rows.shape[1], rows.device)
+        scratch = self._workspace.get(key)
         if scratch is None or len(scratch) < len(rows):
             scratch = torch.empty(rows.shape, dtype=torch.float64, device=rows.device)
-            self._workspace[rows.shape[1]] = scratch
+            self._workspace[key] = scratch
         squares = scratch[: len(rows)].copy_(rows).square_().sum(0)
+        squares = squares.to(self._devices[0] if self._devices else rows.device)
         if self._sum_squares is None:
             self._sum_squares = squares
         else:
@@ -91,16 +103,22 @@ class StatsAccumulator:
     def _add_gram(self, rows: Tensor) -> None:
         """Add X^T X, panel by panel from the diagonal to the right: half the products suffice."""
         width = rows.shape[1]
-        if self._gram is None:
-            self._gram = torch.zeros(width, width, dtype=torch.float32, device=rows.device)
-        for start in range(0, width, _PANEL):
-            panel = rows[:, start : start + _PANEL]
-            self._gram[start : start + _PANEL, start:].addmm_(panel.T, rows[:, start:])
+        devices = self._devices or (rows.device,)
+        if not self._grams:
+            self._grams = [torch.zeros(width, width, device=device) for device in devices]
+        there = [rows.to(device) for device in devices]
+        for number, start in enumerate(range(0, width, _PANEL)):
+            x, gram = there[number % len(there)], self._grams[number % len(there)]
+            panel = x[:, start : start + _PANEL]
+            gram[start : start + _PANEL, start:].addmm_(panel.T, x[:, start:])
 
     def result(self, *, samples: int, width: int, device: torch.device) -> InputStats:
         """Return what was collected; zeros of length `width` if nothing ever came."""
-        if self._gram is not None:
-            upper = self._gram.triu_()
+        if self._grams:
+            upper, *others = self._grams
+            for other in others:  # each has other panels, and zeros where those are not
+                upper += other.to(upper.device)
+            upper = upper.triu_()
             squares = upper.diagonal().to(torch.float64)
             upper += upper.triu(1).T
             return InputStats(samples, self.tokens, squares, upper)

@@ -238,7 +238,8 @@ def run_command(
         str | None,
         typer.Option(
             envvar=_env("DEVICE"), show_envvar=False, rich_help_panel=_HOW,
-            help="auto, cpu, cuda or cuda:N. (default: auto)",
+            help="auto, cpu, cuda or cuda:N; cuda:0,cuda:1: calibration on several GPUs. "
+            "(default: auto)",
         ),
     ] = None,
     weights: Annotated[

@@ -16,7 +16,7 @@ before it already pruned:
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -25,7 +25,7 @@ from greenlet import GreenletExit, getcurrent, greenlet
 from jaxtyping import Int
 from torch import Tensor, nn
 
-from prunebench.calibration.stats import InputStats, StatsAccumulator
+from prunebench.calibration.stats import InputStats, StatsAccumulator, Workspace
 from prunebench.calibration.training import Training
 from prunebench.errors import IncompatibleData, UsageError
 from prunebench.models.activations import Activations
@@ -36,13 +36,14 @@ from prunebench.models.memory import is_out_of_memory, tell_halved
 from prunebench.models.replay import (
     BlockCall,
     BlockPlan,
+    Known,
     Stop,
     check_replay,
     plain_inference,
     record_calls,
     share_arguments,
-    tapped,
 )
+from prunebench.models.spread import Spread
 from prunebench.models.weights import WeightStore, weights_of
 from prunebench.spec import WithinBlock
 
@@ -72,6 +73,7 @@ class _Calibration:
         calls: For every batch the arguments of its parts: one part, or more where a whole batch
             was too much for the memory.
         part: Sequences in a part.
+        devices: Where the batches run, in turn.
     """
 
     hidden: Activations
@@ -80,11 +82,12 @@ class _Calibration:
     samples: int
     hessian: bool
     part: int
-    workspace: dict[int, Tensor] = field(default_factory=dict)
+    devices: Sequence[torch.device]
+    workspace: Workspace = field(default_factory=dict)
 
     def accumulator(self) -> StatsAccumulator:
         """Return an empty accumulator of what the method needs."""
-        return StatsAccumulator(self.workspace, hessian=self.hessian)
+        return StatsAccumulator(self.workspace, hessian=self.hessian, devices=self.devices)
 
 
 class BlockWalker:
@@ -96,6 +99,8 @@ class BlockWalker:
         within_block: The order inside a block, see the module's docstring.
         weights: Where the weights live; by default, wherever the model has them (`weights_of`).
         activation_device: Where hidden states wait between blocks; by default beside the weights.
+        devices: Where the calibration batches run, in turn; the first is where the model is, and
+            the default.
         gradients: Gradients of the dense model, for methods that read them.
         training: Windows to learn from, for methods that learn.
         masks: Masks that were named, for methods that apply them or begin with them.
@@ -115,6 +120,7 @@ class BlockWalker:
         within_block: WithinBlock = "joint",
         weights: WeightStore | None = None,
         activation_device: torch.device | None = None,
+        devices: Sequence[torch.device] = (),
         gradients: GradientNorms | None = None,
         training: Training | None = None,
         masks: Masks | None = None,
@@ -133,6 +139,7 @@ class BlockWalker:
         self._weights = weights or weights_of(model)
         self._device = next(model.parameters()).device
         self._activation_device = activation_device or self._device
+        self._devices = devices or (self._device,)
         self._batch_tokens = batch_tokens or BATCH_TOKENS.get(self._device.type, 4096)
         self._advance = advance
 
@@ -189,9 +196,9 @@ class BlockWalker:
                     if calibration is None:
                         yield LinearGroup(tuple(self.linears_of(index)), None, self._gradients)
                     elif order == "joint":
-                        yield from self._joint(block, index, calibration)
+                        yield from self._joint(self._spread(block, index), index, calibration)
                     else:
-                        yield from self._sequential(block, index, calibration)
+                        yield from self._sequential(self._spread(block, index), index, calibration)
                     if write:
                         goes_on = calibration is not None and index + 1 < len(self.blocks)
                         hidden = calibration.hidden if calibration and goes_on else None
@@ -218,8 +225,24 @@ class BlockWalker:
             hidden.append(first)
             calls.append([share_arguments(made, calls[0][0]) if calls else made])
         return _Calibration(
-            hidden, calls, plans, samples=len(token_ids), hessian=hessian, part=size
-        )
+            hidden, self._sent(calls), plans, samples=len(token_ids), hessian=hessian, part=size,
+            devices=self._devices,
+        )  # fmt: skip
+
+    def _sent(self, calls: list[list[list[BlockCall]]]) -> list[list[list[BlockCall]]]:
+        """Return the calls with the arguments of every batch where it will run."""
+        known: list[Known] = [{} for _ in self._devices]
+        sent = []
+        for batch, parts in enumerate(calls):
+            which = batch % len(self._devices)
+            if which:
+                device = self._devices[which]
+                parts = [[call.to(device, known[which]) for call in part] for part in parts]
+            sent.append(parts)
+        return sent
+
+    def _spread(self, block: nn.Module, index: int) -> Spread:
+        return Spread(block, self.linears_of(index), self._devices)
 
     def _record(self, token_ids: Tensor, plans: list[BlockPlan]) -> tuple[Tensor, list[BlockCall]]:
         returns = [plan.returns for plan in plans]
@@ -233,11 +256,12 @@ class BlockWalker:
         data.part = (data.part + 1) // 2
         tell_halved("calibration", data.part)
         size = len(data.hidden[0])
-        first: list[BlockCall] = []
-        for number, batch in enumerate(torch.split(self._token_ids, size)):
+        calls: list[list[list[BlockCall]]] = []
+        for batch in torch.split(self._token_ids, size):
             made = [self._record(part, data.plans)[1] for part in torch.split(batch, data.part)]
-            first = first or made[0]
-            data.calls[number] = [share_arguments(one, first) for one in made]
+            first = calls[0][0] if calls else made[0]
+            calls.append([share_arguments(one, first) for one in made])
+        data.calls = self._sent(calls)
 
     def _go_on(self, begin: int, data: _Calibration | None) -> None:
         """Bring the activations before block `begin` back: as they were kept, or made again."""
@@ -247,16 +271,16 @@ class BlockWalker:
                 data.hidden[batch] = hidden
             for index in range(0 if kept is None else begin, begin):
                 with self._weights.open_block(index) as block:
-                    self._propagate(block, index, data)
+                    self._propagate(self._spread(block, index), index, data)
         self._advance(begin)
 
-    def _propagate(self, block: nn.Module, index: int, data: _Calibration) -> None:
+    def _propagate(self, spread: Spread, index: int, data: _Calibration) -> None:
         with torch.no_grad():
             for batch in range(len(data.hidden)):
                 while True:
                     try:
                         hidden = data.hidden[batch]
-                        data.hidden[batch] = self._forward(block, index, data, batch, hidden)
+                        data.hidden[batch] = self._forward(spread, index, data, batch, hidden)
                         break
                     except (RuntimeError, MemoryError) as error:
                         if not is_out_of_memory(error) or data.part == 1:
@@ -281,11 +305,11 @@ class BlockWalker:
 
     # ------------------------------------------------------------ the two orders
 
-    def _joint(self, block: nn.Module, index: int, data: _Calibration) -> Generator[LinearGroup]:
+    def _joint(self, spread: Spread, index: int, data: _Calibration) -> Generator[LinearGroup]:
         groups = data.plans[index].groups
         while True:
             try:
-                collected = self._collect(block, index, data)
+                collected = self._collect(spread, index, data)
                 break
             except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error) or data.part == 1:
@@ -293,10 +317,11 @@ class BlockWalker:
             self._halve(data)  # and all batches again: some sums may be half made
         for members in groups:  # each is dropped when it has been used: a Hessian is large
             yield self._group(members, collected.pop(0), data)
+            spread.spread_weights(members)
         if index + 1 < len(self.blocks):
-            self._propagate(block, index, data)
+            self._propagate(spread, index, data)
 
-    def _collect(self, block: nn.Module, index: int, data: _Calibration) -> list[StatsAccumulator]:
+    def _collect(self, spread: Spread, index: int, data: _Calibration) -> list[StatsAccumulator]:
         plan = data.plans[index]
         collected = [data.accumulator() for _ in plan.groups]
         slot = {members[0]: i for i, members in enumerate(plan.groups)}
@@ -312,23 +337,22 @@ class BlockWalker:
             if linear is last:
                 raise Stop
 
-        with torch.no_grad(), tapped(list(slot), tap):
+        with torch.no_grad(), spread.tapped(list(slot), tap):
             for batch, hidden in enumerate(data.hidden):
                 parts = data.calls[batch]
+                block, device = spread.at(batch)
                 for call, rows in zip(parts, torch.split(hidden, data.part), strict=True):
                     with contextlib.suppress(Stop):
-                        call[index].run(block, rows.to(self._device))
+                        call[index].run(block, rows.to(device))
                 for number in sorted(seen):
                     collected[number].add(torch.cat(seen.pop(number)))
         return collected
 
-    def _sequential(
-        self, block: nn.Module, index: int, data: _Calibration
-    ) -> Generator[LinearGroup]:
+    def _sequential(self, spread: Spread, index: int, data: _Calibration) -> Generator[LinearGroup]:
         plan = data.plans[index]
         parent = getcurrent()
         waiting: list[Any] = [
-            greenlet(lambda i=i, h=h: self._forward(block, index, data, i, h), parent)
+            greenlet(lambda i=i, h=h: self._forward(spread, index, data, i, h), parent)
             for i, h in enumerate(data.hidden)
         ]
 
@@ -337,7 +361,7 @@ class BlockWalker:
 
         last_block = index + 1 == len(self.blocks)
         try:
-            with tapped([members[0] for members in plan.groups], tap):
+            with spread.tapped([members[0] for members in plan.groups], tap):
                 for members in plan.groups:
                     accumulator = data.accumulator()
                     with torch.no_grad():
@@ -346,6 +370,7 @@ class BlockWalker:
                             assert arrived is members[0], "the order of a static block changed"
                             accumulator.add(inputs)
                     yield self._group(members, accumulator, data)
+                    spread.spread_weights(members)
                     del accumulator
                 with torch.no_grad():
                     for i, batch in enumerate([] if last_block else waiting):
@@ -357,10 +382,11 @@ class BlockWalker:
     # ------------------------------------------------------------ shared by both
 
     def _forward(
-        self, block: nn.Module, index: int, data: _Calibration, batch: int, hidden: Tensor
+        self, spread: Spread, index: int, data: _Calibration, batch: int, hidden: Tensor
     ) -> Tensor:
+        block, device = spread.at(batch)
         parts = [
-            call[index].run(block, rows.to(self._device))
+            call[index].run(block, rows.to(device))
             for call, rows in zip(data.calls[batch], torch.split(hidden, data.part), strict=True)
         ]
         return parts[0] if len(parts) == 1 else torch.cat(parts)

@@ -17,7 +17,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
-from prunebench.calibration.stats import StatsAccumulator
+from prunebench.calibration.stats import StatsAccumulator, Workspace
 from prunebench.models.disk import build_skeleton
 from prunebench.models.linears import Linear, find_blocks, find_linears
 from prunebench.models.replay import BlockCall, Stop, plain_inference, tapped
@@ -123,7 +123,7 @@ def count_footprint(
         hidden, call = _first_call(model, block, calibration)
         with Footprint() as plain:
             call.run(block, hidden)
-        workspace: dict[int, Tensor] = {}
+        workspace: Workspace = {}
         seen: dict[str, StatsAccumulator] = {}
         last: list[Tensor] = []
 

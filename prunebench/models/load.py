@@ -208,6 +208,28 @@ def _hash_parameters(model: nn.Module, names: list[str], digest: Any) -> None:
         digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
 
 
+def choose_devices(names: str) -> tuple[torch.device, ...]:
+    """Return the devices for a `--device` value: one, or several GPUs between commas.
+
+    Raises:
+        UsageError: No such kind of device, or several that are not different GPUs of one kind:
+            another chip rounds otherwise, and the result would depend on where a batch ran.
+        MissingResource: A device is not in this machine.
+    """
+    devices = tuple(choose_device(name.strip()) for name in names.split(","))
+    if len(devices) == 1:
+        return devices
+    fix = "name different GPUs of one kind, as in --device cuda:0,cuda:1"
+    if len({one.index for one in devices if one.type == "cuda" and one.index is not None}) < len(
+        devices
+    ):
+        raise UsageError(f"{names!r} are not different GPUs", fix=fix)
+    kinds = {torch.cuda.get_device_name(one) for one in devices}
+    if len(kinds) > 1:
+        raise UsageError(f"{names!r} are different: {', '.join(sorted(kinds))}", fix=fix)
+    return devices
+
+
 def choose_device(name: str) -> torch.device:
     """Return the device for a `--device` value; `auto` takes CUDA, else the CPU.
 

@@ -21,6 +21,8 @@ from prunebench.errors import IncompatibleData
 from prunebench.models.linears import Linear
 
 Tap = Callable[[Linear, Tensor], None]
+Known = dict[int, tuple[Tensor, Tensor]]
+"""Tensors and their copies on a device, by the identity of the first, which is kept alive."""
 
 
 class Stop(Exception):
@@ -49,6 +51,28 @@ class BlockCall:
             return cls((None, *args[1:]), dict(kwargs), ""), args[0]
         rest = dict(kwargs)
         return cls((), rest, "hidden_states"), rest.pop("hidden_states")
+
+    def to(self, device: torch.device, known: Known) -> BlockCall:
+        """Return the call with its tensors on `device`.
+
+        Args:
+            device: Where.
+            known: What has been brought there before, by identity; arguments that calls share are
+                brought once.
+        """
+
+        def moved(value: Any) -> Any:
+            if isinstance(value, Tensor):
+                if id(value) not in known:
+                    known[id(value)] = (value, value.to(device))
+                return known[id(value)][1]
+            if isinstance(value, tuple | list):
+                return type(value)(map(moved, value))
+            if isinstance(value, dict):
+                return {name: moved(one) for name, one in value.items()}
+            return value
+
+        return BlockCall(moved(self.args), moved(self.kwargs), self.keyword)
 
     def run(self, block: nn.Module, hidden: Tensor) -> Tensor:
         """Call the block and return its hidden state."""
