@@ -10,6 +10,7 @@ import contextlib
 import errno
 import hashlib
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
@@ -52,6 +53,17 @@ def explain_os_error(error: OSError, path: Path) -> SaveError:
     reason = os.strerror(error.errno) if error.errno else str(error)
     fix = fixes.get(error.errno or 0, "look at the folder, or name another one")
     return SaveError(f"cannot write {path}", where=reason, fix=fix)
+
+
+def _os_error(error: Exception) -> OSError | None:
+    """Return the error of the operating system behind one; None where there is none.
+
+    Libraries in Rust (safetensors, tokenizers) say it in the text of an error of their own.
+    """
+    if isinstance(error, OSError):
+        return error
+    found = re.search(r"\(os error (\d+)\)", str(error))
+    return OSError(int(found[1]), os.strerror(int(found[1]))) if found else None
 
 
 def require_writable(folder: Path, *, need_bytes: int = 1 << 20) -> None:
@@ -106,8 +118,11 @@ def atomic_file(path: Path) -> Iterator[Path]:
         _flush(part)
         part.chmod(0o666 & ~_umask())
         part.replace(path)
-    except OSError as error:
-        raise explain_os_error(error, path) from error
+    except Exception as error:
+        reason = _os_error(error)
+        if reason is None:
+            raise
+        raise explain_os_error(reason, path) from error
     finally:
         part.unlink(missing_ok=True)
 
@@ -145,8 +160,11 @@ def atomic_folder(path: Path, *, replace: bool = False) -> Iterator[Path]:
         except OSError as error:
             if replace or error.errno not in (errno.EEXIST, errno.ENOTEMPTY):
                 raise
-    except OSError as error:
-        raise explain_os_error(error, path) from error
+    except Exception as error:
+        reason = _os_error(error)
+        if reason is None:
+            raise
+        raise explain_os_error(reason, path) from error
     finally:
         shutil.rmtree(part, ignore_errors=True)
         if path.exists():

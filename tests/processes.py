@@ -1,30 +1,33 @@
-"""Fork runs that are killed or work together: `python processes.py kill|together COUNT COMMAND`.
+"""Fork runs that are killed, work together or fill a disk: `processes.py NAME NUMBER COMMAND`.
 
 A process of its own, because a child that is forked after OpenMP made its threads waits for them
 for ever. It works in the current folder.
 """
 
+import contextlib
 import os
 import random
 import shutil
 import signal
 import sys
+import tempfile
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 from prunebench.cli import app
 from prunebench.models.kept import read_journal
 from prunebench.results.store import ResultStore
 
 
-def fork(command):
+def fork(command, said=os.devnull):
     """Run a command in a child that has everything imported already; returns its process id."""
     child = os.fork()
     if child:
         return child
     code = 1
     try:
-        quiet = os.open(os.devnull, os.O_WRONLY)
+        quiet = os.open(said, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         os.dup2(quiet, 1)
         os.dup2(quiet, 2)
         app(command)
@@ -45,7 +48,7 @@ def shards(folder):
 
 def numbers(folder):
     """Return what must not depend on how often the one run of a folder was begun."""
-    (result,) = ResultStore(folder).read()[0]
+    (result,) = [one for one in ResultStore(folder).read()[0] if one.status == "ok"]
     return result.model_dump(exclude={"id", "created_at", "command", "cost"})
 
 
@@ -96,5 +99,45 @@ def together(count, command):
     assert codes == [0] * count, codes
 
 
+def full(step, command):
+    """Run on a full disk, `small`, and free so many bytes of it after every failure.
+
+    What is free when a run begins is not to be had when it comes to write: another process was
+    faster. So every write of a run is, once, the one that fails. First all is on that disk, then
+    the result alone.
+    """
+    app([*command, "--results-dir", "whole", "--save-model", "out"], standalone_mode=False)
+    tempfile.TemporaryFile = lambda dir: open("elsewhere", "wb")  # noqa: SIM115
+    shutil.disk_usage = lambda folder: SimpleNamespace(total=1 << 40, used=0, free=1 << 40)
+    _until_it_fits(
+        step, command, cache="small/cache", results="small/results", out="small/out",
+        fails=("block-", "hidden-", "journal", "small/out"),
+    )  # fmt: skip
+    shutil.rmtree("small/cache")
+    _until_it_fits(
+        step, command, cache="cache", results="small/alone", out="again", fails=("small/alone",)
+    )
+
+
+def _until_it_fits(step, command, *, cache, results, out, fails):
+    os.environ["PRUNEBENCH_CACHE"] = cache
+    Path(cache).mkdir(exist_ok=True)
+    filler = Path("small/filler")
+    with filler.open("wb") as file, contextlib.suppress(OSError):
+        while True:
+            os.write(file.fileno(), bytes(512))
+    failed = []
+    while ended(fork([*command, "--results-dir", results, "--save-model", out], "said")) != 0:
+        said = Path("said").read_text()
+        assert "Traceback" not in said and "No space left on device" in said, said
+        failed.append(said)
+        os.truncate(filler, filler.stat().st_size - step)
+    print(*failed)
+    for name in fails:
+        assert any(name in said for said in failed), name
+    assert shards(Path(out)) == shards(Path("out"))
+    assert numbers(Path(results)) == numbers(Path("whole"))
+
+
 if __name__ == "__main__":
-    {"kill": kill, "together": together}[sys.argv[1]](int(sys.argv[2]), sys.argv[3:])
+    {"kill": kill, "together": together, "full": full}[sys.argv[1]](int(sys.argv[2]), sys.argv[3:])

@@ -47,6 +47,18 @@ def test_a_failed_folder_is_not_there(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("writing", [atomic_file, atomic_folder])
+def test_a_full_disk_is_known_by_whatever_name_it_comes(tmp_path, writing):
+    """The libraries in Rust raise no OSError."""
+    said = "Error while serializing: I/O error: No space left on device (os error 28)"
+    with pytest.raises(SaveError, match="cannot write") as error, writing(tmp_path / "new"):
+        raise Exception(said)
+    assert "free space there" in error.value.fix
+    with pytest.raises(RuntimeError, match="a shape is wrong"), writing(tmp_path / "new"):
+        raise RuntimeError("a shape is wrong")
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_folder_is_replaced_only_if_asked(tmp_path):
     target = tmp_path / "f"
     for text, replace in (("one", False), ("two", False), ("three", True)):

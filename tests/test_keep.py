@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from prunebench.pruners.keep import keep_largest, keep_matrix, keep_rows
+from prunebench.pruners.keep import keep_group, keep_largest, keep_matrix, keep_rows
 from prunebench.sparsity import Sparsity
 
 PATTERNS = ["2:4", "1:4", "3:4", "4:8", "1:2", "5:8", "4:4", "16:32", "7:32"]

@@ -188,10 +188,10 @@ def test_clean_removes_what_is_kept(cli, folder, tmp_path):
     assert not list((tmp_path / "cache" / "runs").iterdir())
 
 
-def clean_processes(arguments, root):
+def clean_processes(arguments, root, *, before=()):
     """Run `processes.py` in a process of its own, in `root`."""
     done = subprocess.run(
-        [sys.executable, PROCESSES, *map(str, arguments)], cwd=root, capture_output=True,
+        [*before, sys.executable, PROCESSES, *map(str, arguments)], cwd=root, capture_output=True,
         text=True, check=False, env={**os.environ, "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
@@ -215,3 +215,15 @@ def test_eight_at_once_in_one_cache_and_results_folder(tiny_run, tmp_path, in_on
     found, damaged = ResultStore(tmp_path / "results").read()
     assert (len(found), damaged) == (8, [])
     assert len({one.model.evaluated_sha256 for one in found}) == 1
+
+
+@pytest.mark.slow
+def test_a_full_disk_at_every_write(tiny_run, tmp_path, in_one_cache):
+    """A small tmpfs, in a mount namespace of its own; a run goes on whenever a little is freed."""
+    (tmp_path / "small").mkdir()
+    mounted = 'mount -t tmpfs -o size=4m none small && exec "$@"'
+    user = [] if os.geteuid() == 0 else ["--map-root-user"]
+    clean_processes(
+        ["full", 8192, *tiny_run, "-m", "sparsegpt", "--weights", "disk", "-q"], tmp_path,
+        before=["unshare", *user, "--mount", "sh", "-c", mounted, "sh"],
+    )  # fmt: skip

@@ -61,14 +61,11 @@ def save_model(
         path.rmdir()
     weights = weights_of(model)
     with atomic_folder(path, replace=replace) as part, quiet_transformers():
-        try:
-            if isinstance(weights, DiskWeights):
-                save_shards(model, weights, part)
-            else:
-                model.save_pretrained(part)  # type: ignore[operator]
-            tokenizer.save_pretrained(part)
-        except RuntimeError as error:  # safetensors reports a full disk as its own error
-            raise OSError(28, str(error)) from error
+        if isinstance(weights, DiskWeights):
+            save_shards(model, weights, part)
+        else:
+            model.save_pretrained(part)  # type: ignore[operator]
+        tokenizer.save_pretrained(part)
         (part / "README.md").write_text(model_card(result), encoding="utf-8")
         (part / RESULT_NAME).write_text(result.to_json(), encoding="utf-8")
 

@@ -57,6 +57,25 @@ def keep_largest(score: Float[Tensor, "rows n"], *, prune: int) -> Bool[Tensor, 
     return keep
 
 
+def keep_group(score: Float[Tensor, "m out"], *, kept: int) -> Bool[Tensor, "m out"]:
+    """Keep the `kept` largest of every column; of equal ones the earlier ones go.
+
+    It is `keep_rows` for one N:M group of every output, an input a row.
+    """
+    group = len(score)
+    if group > _WIDEST_PAIRWISE:
+        return keep_largest(score.T.contiguous(), prune=group - kept).T
+    position = torch.arange(group, dtype=torch.uint8, device=score.device)
+    wins = position[:, None].repeat(
+        1, score.shape[1]
+    )  # over all earlier ones until shown otherwise
+    for d in range(1, group):
+        first = (score[:-d] > score[d:]).view(torch.uint8)
+        wins[:-d] += first
+        wins[d:] -= first
+    return wins >= group - kept
+
+
 def _kth_smallest(score: Tensor, k: int) -> Tensor:
     """Return the k-th smallest value (k >= 1) of each row, (rows, 1)."""
     if score.device.type == "cpu":  # numpy's quickselect is vectorised, 10 times faster than torch

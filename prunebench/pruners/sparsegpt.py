@@ -32,7 +32,7 @@ from prunebench.calibration.hessian import InverseFactor, factorise
 from prunebench.calibration.stats import InputStats
 from prunebench.models.blocks import LinearGroup
 from prunebench.models.measure import count_sparser_groups
-from prunebench.pruners.keep import keep_largest, keep_rows
+from prunebench.pruners.keep import keep_group, keep_largest
 from prunebench.pruners.layer import Event, GroupPruner, Needs, Pruned
 from prunebench.pruners.magnitude import smallest_dropped
 from prunebench.sparsity import Sparsity
@@ -191,12 +191,12 @@ def _prune_block(
 
 def _keep_groups(block: Tensor, keep: Tensor, scales: list[float], j: int, part: _Part) -> None:
     """Where a group of N:M begins at column j, choose what it keeps, from its weights of now."""
-    group = part.sparsity.group
-    if group is None or j % group:
+    group, kept = part.sparsity.group, part.sparsity.kept
+    if group is None or kept is None or j % group:
         return
     scale = torch.tensor(scales[j : j + group], device=block.device)
-    score = block[j : j + group, part.outputs].T.abs() * scale  # (out, M)
-    keep[j : j + group, part.outputs] = keep_rows(score.contiguous(), part.sparsity).T
+    score = block[j : j + group, part.outputs].abs().mul_(scale[:, None])  # (M, out)
+    keep[j : j + group, part.outputs] = keep_group(score, kept=kept)
 
 
 @dataclass(frozen=True)

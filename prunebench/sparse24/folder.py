@@ -217,10 +217,7 @@ def _write_shards(tensors: Iterable[tuple[str, Tensor]], folder: Path, stem: str
     waiting: dict[str, Tensor] = {}
 
     def flush() -> None:
-        try:
-            save_file(waiting, folder / f"{stem}-{len(shards) + 1}.part", {"format": "pt"})
-        except Exception as error:  # safetensors reports a full disk as its own error
-            raise OSError(28, str(error)) from error
+        save_file(waiting, folder / f"{stem}-{len(shards) + 1}.part", {"format": "pt"})
         shards.append(list(waiting))
         waiting.clear()
 
