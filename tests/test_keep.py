@@ -48,6 +48,21 @@ def test_patterns_equal_the_slow_loop_ties_included(rows, groups, levels, seed, 
 
 @settings(deadline=None, max_examples=60)
 @given(
+    rows=st.integers(1, 5),
+    levels=st.integers(1, 6),
+    seed=st.integers(0, 99),
+    pattern=st.sampled_from(PATTERNS),
+)
+def test_one_group_of_every_output_as_columns(rows, levels, seed, pattern):
+    sparsity = Sparsity.parse(pattern)
+    generator = torch.Generator().manual_seed(seed)
+    score = torch.randint(levels, (rows, sparsity.group), generator=generator).float()
+    found = keep_group(score.T.contiguous(), kept=sparsity.kept)
+    assert torch.equal(found.T, slow_rows(score, sparsity))
+
+
+@settings(deadline=None, max_examples=60)
+@given(
     rows=st.integers(1, 6),
     width=st.integers(1, 40),
     levels=st.integers(1, 50),
