@@ -6,6 +6,10 @@ printed by the very commands below; the tolerances allow for other CPUs' roundin
 
 import json
 import math
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -19,6 +23,7 @@ from prunebench.calibration.windows import sample_windows
 from prunebench.evaluate import tasks
 from prunebench.evaluate.perplexity import prepare_perplexity, token_ppl
 from prunebench.evaluate.tasks import Protocol, prepare_tasks
+from prunebench.files import cache_dir
 from prunebench.models.blocks import BlockWalker
 from prunebench.models.gradients import gradient_norms
 from prunebench.models.load import hash_weights, load_model, load_tokenizer
@@ -289,6 +294,30 @@ def test_a_whole_run_and_its_saved_model(cli, tmp_path):
     assert result["scores"][0]["value"] == pytest.approx(expected, rel=1e-4)
     rows = json.loads(cli("inspect", "out", "--json", "--pattern", "2:4").stdout)["tensors"]
     assert sum(r["violations"] == 0 and r["zeros"] >= r["size"] / 2 for r in rows) == 210
+
+
+def test_from_disk_and_after_a_kill_the_bits_are_those_of_memory(cli, tmp_path):
+    """SparseGPT, divergence and a task: in memory, from disk, and from disk killed on its way."""
+    command = [
+        "run", "--method", "sparsegpt", "--sparsity", "2:4", "--calibration", "c4@wheel",
+        "--calibration-samples", "4", "--seqlen", "128", "--ppl-tokens", "1024", "--divergence",
+        "--tasks", "piqa", "--limit", "2", "--quiet", "--json",
+    ]  # fmt: skip
+    whole = json.loads(cli(*command, "--weights", "resident").stdout)
+    on_disk = [*command, "--weights", "disk"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "prunebench", *on_disk], cwd=tmp_path, stdout=subprocess.DEVNULL
+    )
+    half = "block-00014.safetensors"
+    while not list((cache_dir() / "runs").glob(f"*/{half}")):
+        assert process.poll() is None
+        time.sleep(0.05)
+    process.kill()
+    assert process.wait() == -signal.SIGKILL
+    again = json.loads(cli(*on_disk).stdout)
+    assert (again["cost"]["weights"], again["cost"]["starts"]) == ("disk", 2)
+    for part in ("spec_id", "model", "sparsity", "scores"):
+        assert again[part] == whole[part], part
 
 
 def test_bfloat16_is_close_to_float32(local, tokens, wiki):
