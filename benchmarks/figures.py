@@ -226,7 +226,7 @@ def alps_losses() -> list[Figure]:
         del group
     share = sum(ratio <= 1 for ratio in ratios) / len(ratios)
     return [
-        at_least("alps-layers-at-or-below-sparsegpt", 0.95, "of the layers", [share]),
+        at_least("alps-losses", 0.95, "of layers <= SparseGPT", [share]),
         noted("alps-loss", "of SparseGPT's loss, median layer", ratios),
     ]
 
