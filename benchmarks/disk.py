@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import math
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -121,8 +121,9 @@ def memory_in_this_process() -> None:
 
 @figure("large-model")
 def large_model() -> list[Figure]:
-    """A LLaMA of random weights four times larger than its allowance, pruned and scored."""
-    words = "--blocks 96 --hidden 1024 --ffn 2816 --allowance-gb 0.8 --samples 2 --seqlen 64"
+    """A LLaMA of random weights three times larger than its allowance, pruned and scored."""
+    words = "--blocks 128 --hidden 1024 --ffn 2816 --vocabulary 8192 --allowance-gb 1.1"
+    words += " --samples 2 --seqlen 64"
     done = subprocess.run(
         [sys.executable, "-m", "benchmarks.large_model", *words.split()], check=False
     )
@@ -131,15 +132,46 @@ def large_model() -> list[Figure]:
 
 @figure("cost-exponents")
 def cost_exponents() -> list[Figure]:
-    """How pruning a block's matrices grows with their width, beside the theory."""
+    """How pruning grows with the width of a matrix, with blocks and with tokens, beside theory.
+
+    Scores of a matrix take its weights, and SparseGPT's elimination their product with the width.
+    What a block needs is the same for every block; a forward pass and a Hessian take the tokens,
+    the elimination does not.
+    """
     figures = []
-    for method, theory in (("wanda", 2), ("sparsegpt", 3)):
-        points = [(width, _solve_seconds(method, width)) for width in (512, 1024, 2048)]
-        slopes = [
-            math.log(b[1] / a[1]) / math.log(b[0] / a[0]) for a, b in itertools.pairwise(points)
-        ]
-        figures.append(noted(f"{method}-width", f"exponent (theory: {theory})", slopes))
+    for method, by_width, by_tokens in (("wanda", "2", "1"), ("sparsegpt", "3", "below 1")):
+        points = [(width, _solve_seconds(method, width)) for width in (1024, 2048, 4096)]
+        figures.append(_exponent(f"{method}-width", by_width, points))
+        points = [(blocks, _walk_seconds(method, blocks=blocks)) for blocks in (4, 8, 16)]
+        figures.append(_exponent(f"{method}-blocks", "1", points))
+        points = [(256 * n, _walk_seconds(method, samples=n)) for n in (8, 16, 32)]
+        figures.append(_exponent(f"{method}-tokens", by_tokens, points))
     return figures
+
+
+def _exponent(name: str, theory: str, points: list[tuple[int, float]]) -> Figure:
+    """Fit seconds = c * size^exponent by least squares of the logarithms."""
+    x, y = ([math.log(value) for value in column] for column in zip(*points, strict=True))
+    exponent = statistics.linear_regression(x, y).slope
+    return noted(name, f"exponent (theory: {theory})", [exponent])
+
+
+def _walk_seconds(method: str, *, blocks: int = 4, samples: int = 16) -> float:
+    """Prune a LLaMA of random weights, 512 wide, on windows of 256 tokens; the better of two."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        hidden_size=512, intermediate_size=1408, num_hidden_layers=blocks, num_attention_heads=8,
+        vocab_size=1024,
+    )  # fmt: skip
+    tokens = torch.randint(1024, (samples, 256), generator=torch.Generator().manual_seed(0))
+    return min(
+        prune_seconds(
+            method, LlamaForCausalLM(config).eval(), tokens, sparsity="2:4", within_block="joint"
+        )
+        for _ in range(2)
+    )
 
 
 def _solve_seconds(method: str, width: int) -> float:
@@ -155,10 +187,10 @@ def _solve_seconds(method: str, width: int) -> float:
     module = torch.nn.Linear(width, width, bias=False).requires_grad_(False)
     linear = Linear("one", "one.weight", 0, module, "weight", width, width)
     sums = StatsAccumulator(hessian=pruner.needs.hessian)
-    sums.add(torch.randn(2 * width, width))
+    sums.add(torch.randn(width, width).add_(0.1))
     stats = sums.result(samples=4, width=width, device=torch.device("cpu"))
     times = []
-    for _ in range(3):
+    for _ in range(2):
         begun = time.perf_counter()
         group = LinearGroup((linear,), stats)
         list(pruner.prune_group(group, {"one": Sparsity.parse("0.5")}))

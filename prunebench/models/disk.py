@@ -13,6 +13,7 @@ or the walker, which take all windows through one block before they open the nex
 from __future__ import annotations
 
 import contextlib
+import math
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -29,10 +30,14 @@ from prunebench.models.checkpoint_keys import match_keys
 from prunebench.models.kept import KeptRun
 from prunebench.models.linears import find_blocks
 from prunebench.models.load import attention_of, quiet_transformers
+from prunebench.models.memory import return_free_memory
 from prunebench.models.safetensors_files import StoredTensor, stored_tensors, weight_files
 from prunebench.models.tensor_files import read_tensor
 from prunebench.models.weights import set_weights_of
 from prunebench.spec import Placement
+
+
+_ALIGN = 64  # bytes, as torch aligns its own memory
 
 
 @dataclass(frozen=True)
@@ -56,6 +61,31 @@ class _Slot:
         """Return what is there now."""
         tensor: Tensor = getattr(self.module, self.attribute)
         return tensor.data
+
+
+class _Rooms:
+    """Memory for one block each, filled again and again.
+
+    Fresh memory for every block would be cut up by what is allocated between two blocks and lives
+    longer; freed pieces too small for the next block's tensors would add up to the whole model.
+    """
+
+    def __init__(self, size: int) -> None:
+        self._size = size
+        self._free: list[Tensor] = []
+
+    def take(self) -> Tensor:
+        """Return a room that is free, or a new one."""
+        return self._free.pop() if self._free else torch.empty(self._size, dtype=torch.uint8)
+
+    def give_back(self, room: Tensor | None) -> None:
+        """Let the next block have it; nothing may look at its tensors any more."""
+        if room is not None:
+            self._free.append(room)
+
+
+_Present = tuple[Tensor | None, dict[str, Tensor]]
+"""A block in host memory: its room, and its tensors by name."""
 
 
 class DiskWeights:
@@ -96,7 +126,9 @@ class DiskWeights:
         ]
         self._depth: dict[int, int] = {}
         self._reader = ThreadPoolExecutor(1, thread_name_prefix="next-block")
-        self._coming: tuple[int, Future[dict[str, Tensor]]] | None = None
+        self._coming: tuple[int, Future[_Present]] | None = None
+        self._rooms = _Rooms(max(sum(map(self._room_bytes, slots)) for slots in self._slots))
+        self._room_of: dict[int, Tensor | None] = {}
         self.read_bytes = 0
         self.read_seconds = self.wait_seconds = 0.0
         self.returns: list[tuple[Any, ...] | None] | None = None
@@ -186,7 +218,7 @@ class DiskWeights:
             return
         try:
             begun = time.perf_counter()
-            tensors = self._take(index)
+            self._room_of[index], tensors = self._take(index)
             self.wait_seconds += time.perf_counter() - begun
             if then < len(self._blocks) and then != index:
                 self._coming = (then, self._reader.submit(self._read, then))
@@ -201,35 +233,44 @@ class DiskWeights:
         if self._depth[index] == 0:
             for slot in self._slots[index]:
                 slot.put(torch.empty_like(slot.get(), device="meta"))
+            self._rooms.give_back(self._room_of.pop(index, None))
+            return_free_memory()
 
-    def _take(self, index: int) -> dict[str, Tensor]:
-        """Return a block's tensors: those that were read ahead, or read now."""
-        coming, self._coming = self._coming, None
-        if coming is not None and coming[0] == index:
+    def _take(self, index: int) -> _Present:
+        """Return a block: the one that was read ahead, or read now."""
+        if self._coming is not None and self._coming[0] == index:
+            coming, self._coming = self._coming, None
             return coming[1].result()
-        if coming is not None and not coming[1].cancel():
-            coming[1].exception()  # it has begun: wait, so that no third block is in memory
-        del coming
+        self._forget_coming()
         return self._read(index)
 
     def _forget_coming(self) -> None:
         coming, self._coming = self._coming, None
-        if coming is not None and not coming[1].cancel():
-            coming[1].exception()
+        if coming is not None and not coming[1].cancel() and coming[1].exception() is None:
+            self._rooms.give_back(coming[1].result()[0])  # it had begun, and was waited for
 
-    def _read(self, index: int) -> dict[str, Tensor]:
+    def _room_bytes(self, slot: _Slot) -> int:
+        size = math.prod(self._stored[slot.name].shape) * slot.dtype.itemsize
+        return -(-size // _ALIGN) * _ALIGN
+
+    def _read(self, index: int) -> _Present:
+        """Read a block; for a GPU into pinned memory, which torch itself uses again."""
         places = self._pruned.get(index, self._stored)
         pin = self._device.type == "cuda"
-        begun = time.perf_counter()
-        tensors = {
-            slot.name: read_tensor(places[slot.name], slot.dtype, pin=pin)
-            for slot in self._slots[index]
-        }
-        self.read_bytes += sum(
-            places[slot.name].stop - places[slot.name].start for slot in self._slots[index]
-        )
+        room = None if pin else self._rooms.take()
+        begun, at = time.perf_counter(), 0
+        tensors: dict[str, Tensor] = {}
+        for slot in self._slots[index]:
+            place, out = places[slot.name], None
+            if room is not None:
+                shape = place.shape
+                size = math.prod(shape) * slot.dtype.itemsize
+                out = room[at : at + size].view(slot.dtype).view(shape)
+                at += self._room_bytes(slot)
+            tensors[slot.name] = read_tensor(place, slot.dtype, pin=pin, out=out)
+            self.read_bytes += place.stop - place.start
         self.read_seconds += time.perf_counter() - begun
-        return tensors
+        return room, tensors
 
     def _open_when_called(self, index: int, block: nn.Module) -> None:
         """Let a block that is called while it is not open, open itself for the call."""

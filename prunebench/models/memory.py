@@ -8,6 +8,8 @@ another device would; that a batch was halved is therefore told, and recorded in
 from __future__ import annotations
 
 import contextlib
+import ctypes
+import functools
 import gc
 from collections.abc import Callable, Iterator
 
@@ -23,6 +25,25 @@ def is_out_of_memory(error: BaseException) -> bool:
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
     return isinstance(error, RuntimeError) and any(one in str(error) for one in _HOST_MESSAGES)
+
+
+@functools.cache
+def _malloc_trim() -> Callable[[int], int] | None:
+    try:
+        trim: Callable[[int], int] = ctypes.CDLL(None).malloc_trim
+    except (AttributeError, OSError, TypeError):  # another C library than glibc
+        return None
+    return trim
+
+
+def return_free_memory() -> None:
+    """Give back to the system what is freed but kept by glibc, which never gives back the middle.
+
+    Elsewhere do nothing.
+    """
+    trim = _malloc_trim()
+    if trim is not None:
+        trim(0)
 
 
 @contextlib.contextmanager

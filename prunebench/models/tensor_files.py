@@ -21,19 +21,22 @@ from prunebench.models.safetensors_files import DTYPE_CODES, StoredTensor
 _ALIGN = 4096  # of the first tensor's bytes
 
 
-def read_tensor(stored: StoredTensor, dtype: torch.dtype, *, pin: bool = False) -> Tensor:
+def read_tensor(
+    stored: StoredTensor, dtype: torch.dtype, *, pin: bool = False, out: Tensor | None = None
+) -> Tensor:
     """Read one tensor into host memory, converted to `dtype`; at most 16 MB exist twice.
 
     Args:
         stored: Where it lies.
         dtype: What it should be.
         pin: Whether to use page-locked memory, from which a GPU copies in the background.
+        out: Where to, a contiguous tensor of that shape and `dtype`; by default a new one.
 
     Raises:
         IncompatibleData: The file has become shorter.
     """
     own = getattr(torch, stored.dtype)
-    whole = torch.empty(stored.shape, dtype=dtype, pin_memory=pin)
+    whole = torch.empty(stored.shape, dtype=dtype, pin_memory=pin) if out is None else out
     flat = whole.view(-1)
     if own == dtype and flat.numel():
         with stored.path.open("rb", buffering=0) as stream:
