@@ -15,6 +15,7 @@ from prunebench.models.kept import KeptRun
 from prunebench.models.linears import find_blocks
 from prunebench.models.load import hash_weights, load_config, load_model
 from prunebench.models.stream import batch_logits
+from prunebench.models.weights import weights_of
 from prunebench.pruners import METHODS
 from prunebench.results.store import ResultStore
 from prunebench.sparsity import Sparsity
@@ -230,3 +231,22 @@ def test_auto_chooses_by_the_memory_that_is_free_and_says_so(cli, tiny_run, tmp_
     monkeypatch.setattr("prunebench.capacity.free_memory", lambda device: 100_000)
     outcome = cli(*tiny_run, "-m", "magnitude")
     assert "weights stay on disk" in outcome.output
+
+
+def test_two_rooms_are_enough_and_no_open_block_loses_its_own(folder_of, tmp_path):
+    resident, on_disk = both(folder_of("llama"), tmp_path)
+    store = weights_of(on_disk)
+    prune(on_disk)
+    window_losses(on_disk, tiny_tokens(samples=2))
+    store.close()
+    assert len({room.data_ptr() for room in store._rooms._free}) == len(store._rooms._free) <= 2
+
+
+def test_blocks_that_are_open_together_do_not_share_a_room(folder_of, tmp_path):
+    resident, on_disk = both(folder_of("llama"), tmp_path)
+    store, blocks = weights_of(on_disk), find_blocks(resident)[1]
+    with store.open_block(0) as first, store.open_block(2), store.open_block(1) as other:
+        on_disk(input_ids=tiny_tokens(samples=1), use_cache=False)
+        for block, mine in ((first, blocks[0]), (other, blocks[1])):
+            expected = mine.state_dict()
+            assert all(torch.equal(one, expected[n]) for n, one in block.state_dict().items())

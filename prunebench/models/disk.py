@@ -36,7 +36,6 @@ from prunebench.models.tensor_files import read_tensor
 from prunebench.models.weights import set_weights_of
 from prunebench.spec import Placement
 
-
 _ALIGN = 64  # bytes, as torch aligns its own memory
 
 
