@@ -182,9 +182,19 @@ def test_a_ray_sweep_is_interrupted(ray_cluster, work, sweep, monkeypatch):
 def test_no_ray_cluster_is_said(work, sweep, monkeypatch):
     pytest.importorskip("ray")
     monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")
-    monkeypatch.setenv("RAY_gcs_rpc_server_connect_timeout_s", "1")
     _, err = sweep("--executor", "ray").communicate(timeout=PATIENCE)
     assert "no Ray cluster answers" in err and "Traceback" not in err
+    assert "127.0.0.1:1: Connection refused" in err
+
+
+def test_the_address_that_a_killed_cluster_left_is_tried_first(work, sweep, monkeypatch, tmp_path):
+    pytest.importorskip("ray")
+    (tmp_path / "ray").mkdir()
+    (tmp_path / "ray" / "ray_current_cluster").write_text("127.0.0.1:1")
+    monkeypatch.setenv("RAY_TMPDIR", str(tmp_path))
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    _, err = sweep("--executor", "ray").communicate(timeout=PATIENCE)
+    assert "127.0.0.1:1: Connection refused" in err
 
 
 def test_submitit_loses_a_job_in_the_middle_and_no_cell(work, monkeypatch):

@@ -2,12 +2,34 @@
 
 from __future__ import annotations
 
+import os
+import re
+import socket
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 from prunebench.engines.job import Job, JobEnd, Resources
 from prunebench.engines.process import run_job
 from prunebench.errors import MissingResource
+
+
+def _require_listener() -> None:
+    """Find out at once whether anything listens where the cluster should be.
+
+    `ray.init` itself tries for minutes, also where a killed cluster has left its address behind.
+
+    Raises:
+        OSError: Nothing does.
+    """
+    left = Path(os.environ.get("RAY_TMPDIR", "/tmp"), "ray", "ray_current_cluster")
+    named = os.environ.get("RAY_ADDRESS") or (left.read_text("utf-8") if left.is_file() else "")
+    found = re.fullmatch(r"(?:ray://)?\[?([^/\]]+)\]?:(\d+)", named.strip())
+    if found:
+        try:
+            socket.create_connection((found[1], int(found[2])), timeout=10).close()
+        except OSError as error:
+            raise OSError(f"{named.strip()}: {error.strerror or error}") from error
 
 
 class RayEngine:
@@ -35,8 +57,9 @@ class RayEngine:
                 "--executor ray needs the package ray", fix="pip install 'prunebench[ray]'"
             ) from None
         try:
+            _require_listener()
             ray.init(address="auto", log_to_driver=False, logging_level="ERROR")
-        except ConnectionError as error:
+        except OSError as error:  # ConnectionError is one
             raise MissingResource(
                 "no Ray cluster answers",
                 where=str(error).splitlines()[0],
