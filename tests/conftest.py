@@ -82,6 +82,14 @@ def eval_file(tmp_path_factory) -> Path:
     return path
 
 
+KINDS = {"llama", "gpt2", "bloom", "mixtral"}  # linears, Conv1D, fused, experts
+
+
+def slow_beyond(quick, names):
+    """Parametrise over all names; those beyond the quick ones are slow by mark."""
+    return [name if name in quick else pytest.param(name, marks=pytest.mark.slow) for name in names]
+
+
 @pytest.fixture
 def tiny_run(tiny_folder, text_file, eval_file, tmp_path):
     """Options of a run on the tiny model that takes a fraction of a second."""

@@ -21,6 +21,7 @@ from prunebench.errors import CheckFailed, IncompatibleData, UsageError
 from prunebench.models.blocks import BlockWalker
 from prunebench.models.load import hash_weights
 from prunebench.testing import ARCHITECTURES, tiny_model, tiny_tokens
+from tests.conftest import KINDS, slow_beyond
 
 OPTIONS = {"hessian": {"low": 0.55, "high": 0.85}, "sensitivity": {"windows": 1}}
 
@@ -34,7 +35,7 @@ def walker_of(architecture="llama"):
     return BlockWalker(tiny_model(architecture), token_ids=tiny_tokens(), batch_tokens=48)
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("architecture", slow_beyond(KINDS, ARCHITECTURES))
 @pytest.mark.parametrize("name", list(BUILTIN))
 def test_contract(name, architecture):
     """Every rule on every architecture: exact mean, ratios in [0, 1), the model as it was."""

@@ -10,6 +10,7 @@ from prunebench.models.load import hash_weights
 from prunebench.pruners import BUILTIN, METHODS
 from prunebench.sparsity import Sparsity
 from prunebench.testing import ARCHITECTURES, check_pruner, tiny_model, tiny_tokens
+from tests.conftest import KINDS, slow_beyond
 
 ROWS = {name: row for name, row in BUILTIN.items() if row.patterns != "0"}
 NAMES = list({row.target: name for name, row in reversed(ROWS.items())}.values())  # one a class
@@ -21,8 +22,10 @@ QUICK = {
     "maskllm": {"steps": 1, "batch": 1, "prior": "magnitude", "save_every": 0},
 }
 PATTERNS_ONLY = {"maskllm"}
-FOR_ALL = {"wanda", "sparsegpt", "gblm"}  # by statistics, by Hessians, by gradients
-FOR_EACH = {"llama", "gpt2", "bloom", "mixtral"}  # linears, Conv1D, fused, experts
+BY_KIND = {"wanda", "sparsegpt", "gblm"}  # by statistics, by Hessians, by gradients
+
+
+PLAIN = {"llama", "gpt2"}
 
 
 def pruner_of(name, **options):
@@ -33,7 +36,7 @@ def pruner_of(name, **options):
 def matrix():
     """Every method on every architecture; what follows from the others is slow by mark."""
     for method, architecture in itertools.product(NAMES, ARCHITECTURES):
-        apart = method not in FOR_ALL and architecture not in FOR_EACH
+        apart = method != "wanda" and architecture not in (KINDS if method in BY_KIND else PLAIN)
         yield pytest.param(method, architecture, marks=pytest.mark.slow if apart else ())
 
 
@@ -48,9 +51,7 @@ def test_contract(method, architecture):
 ANY = ("0.5", "0.37", "0", "0.01", "0.9", "0.99", "1:4", "3:4", "4:8", "16:32", "1:2")
 
 
-@pytest.mark.parametrize(
-    "method", [pytest.param(m, marks=() if m in FOR_ALL else pytest.mark.slow) for m in NAMES]
-)
+@pytest.mark.parametrize("method", slow_beyond({"wanda"}, NAMES))
 def test_any_ratio_and_pattern(method):
     sparsities = ("1:4", "3:4", "4:8", "1:2") if method in PATTERNS_ONLY else ANY
     outcomes = check_pruner(pruner_of(method), architectures=("llama",), sparsities=sparsities)

@@ -20,6 +20,7 @@ from prunebench.pruners import METHODS
 from prunebench.results.store import ResultStore
 from prunebench.sparsity import Sparsity
 from prunebench.testing import ARCHITECTURES, FUSED_EXPERTS, tiny_model, tiny_tokens
+from tests.conftest import KINDS, slow_beyond
 
 CPU = torch.device("cpu")
 PLAIN = [name for name in ARCHITECTURES if name not in FUSED_EXPERTS]
@@ -55,7 +56,7 @@ def prune(model, method="wanda", order="joint", sparsity="2:4"):
     return pruner.prune(walker, {x.name: Sparsity.parse(sparsity) for x in walker.linears})
 
 
-@pytest.mark.parametrize("architecture", PLAIN)
+@pytest.mark.parametrize("architecture", slow_beyond({*KINDS, "gemma3"}, PLAIN))
 def test_the_same_bits_on_every_architecture(architecture, folder_of, tmp_path):
     resident, on_disk = both(folder_of(architecture), tmp_path, dtype=torch.bfloat16)
     buffers, other = dict(resident.named_buffers()), dict(on_disk.named_buffers())

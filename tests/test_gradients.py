@@ -16,6 +16,7 @@ from prunebench.pruners.gblm import Gblm
 from prunebench.pruners.keep import keep_rows
 from prunebench.sparsity import Sparsity
 from prunebench.testing import ARCHITECTURES, tiny_model, tiny_tokens
+from tests.conftest import KINDS, slow_beyond
 
 
 def plain_sums(model, tokens, norm):
@@ -35,7 +36,7 @@ def plain_sums(model, tokens, norm):
     return sums if norm == "l1" else {name: total.sqrt() for name, total in sums.items()}
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("architecture", slow_beyond(KINDS, ARCHITECTURES))
 @pytest.mark.parametrize("norm", ["l1", "l2"])
 def test_they_are_those_of_autograd_on_every_architecture(architecture, norm):
     model = tiny_model(architecture)

@@ -47,7 +47,11 @@ def same_but_for_time(one, other):
     ]
 
 
-@pytest.mark.parametrize("options", KINDS, ids=lambda o: "-".join(map(str, o.values())))
+@pytest.mark.parametrize(
+    "options",
+    [*KINDS[:2], *(pytest.param(kind, marks=pytest.mark.slow) for kind in KINDS[2:])],
+    ids=lambda o: "-".join(map(str, o.values())),
+)
 def test_a_training_that_was_stopped_ends_as_one_that_was_not(options, tmp_path):
     options = {**options, "steps": 5, "prior_noise": 0.5}
     whole, report = train(**options)

@@ -33,9 +33,13 @@ def prune(model, method, order="joint"):
 
 
 @pytest.mark.parametrize(
-    "error", [torch.OutOfMemoryError("CUDA"), RuntimeError(HOST), MemoryError()]
+    ("method", "error"),
+    [
+        ("wanda", torch.OutOfMemoryError("CUDA")),
+        ("wanda", RuntimeError(HOST)),
+        ("sparsegpt", MemoryError()),
+    ],
 )
-@pytest.mark.parametrize("method", ["wanda", "sparsegpt"])
 def test_a_batch_that_is_too_large_is_halved(method, error):
     expected = prune(tiny_model("llama"), method)
     model = tiny_model("llama")

@@ -397,6 +397,7 @@ def test_compare_prints_latex(cli, results_dir):
 # ---------------------------------------------------------------- figures for a paper
 
 
+@pytest.mark.slow
 def test_figures_are_written_in_three_formats_with_the_same_bytes(cli, results_dir, tmp_path):
     arguments = ["report", "model=m", "sparsity=0.6", "--results-dir", results_dir]
     outcome = cli(*arguments, "protocol=wiki*", "--figures", "one")

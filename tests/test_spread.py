@@ -22,6 +22,7 @@ from prunebench.pruners import METHODS
 from prunebench.results.store import ResultStore
 from prunebench.sparsity import Sparsity
 from prunebench.testing import ARCHITECTURES, FUSED_EXPERTS, tiny_model, tiny_tokens
+from tests.conftest import KINDS, slow_beyond
 
 CPU = torch.device("cpu")
 PLAIN = [name for name in ARCHITECTURES if name not in FUSED_EXPERTS]
@@ -39,7 +40,7 @@ def prune(model, devices, *, method="wanda", order="joint"):
     return hash_weights(model), report
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("architecture", slow_beyond(KINDS, ARCHITECTURES))
 def test_the_same_bits_on_every_architecture(architecture):
     assert prune(tiny_model(architecture), 2) == prune(tiny_model(architecture), 1)
 
@@ -126,8 +127,11 @@ def meta_as_a_device(monkeypatch):
 
 @pytest.mark.parametrize(
     ("architecture", "hessian", "order"),
-    [(name, True, "joint") for name in PLAIN]
-    + [("llama", False, "joint"), ("llama", True, "sequential"), ("gemma3", False, "sequential")],
+    [("llama", False, "joint"), ("llama", True, "sequential"), ("gemma3", False, "sequential")]
+    + [
+        pytest.param(name, True, "joint", marks=() if name in KINDS else pytest.mark.slow)
+        for name in PLAIN
+    ],
 )
 def test_nothing_is_left_on_another_device(architecture, hessian, order, meta_as_a_device):
     model = tiny_model(architecture)

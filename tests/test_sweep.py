@@ -54,6 +54,7 @@ def grid(tiny_folder, text_file, eval_file, tmp_path):
     return write
 
 
+@pytest.mark.slow
 def test_a_sweep_goes_through_and_goes_on(cli, grid, tmp_path):
     path = grid()
     results = ["--results-dir", tmp_path / "results"]

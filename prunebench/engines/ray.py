@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import socket
+import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ def _require_listener() -> None:
     Raises:
         OSError: Nothing does.
     """
-    left = Path(os.environ.get("RAY_TMPDIR", "/tmp"), "ray", "ray_current_cluster")
+    left = Path(os.environ.get("RAY_TMPDIR", tempfile.gettempdir()), "ray", "ray_current_cluster")
     named = os.environ.get("RAY_ADDRESS") or (left.read_text("utf-8") if left.is_file() else "")
     found = re.fullmatch(r"(?:ray://)?\[?([^/\]]+)\]?:(\d+)", named.strip())
     if found:
