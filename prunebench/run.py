@@ -456,7 +456,10 @@ def _memory_errors(device: torch.device, *, trains: bool) -> Iterator[None]:
 
 @contextmanager
 def _failures_are_filed(plan: Plan) -> Iterator[Callable[[], None]]:
-    """Leave a `failed` record for anything that goes wrong after the checks; Ctrl-C leaves none.
+    """Leave a `failed` record for anything that goes wrong after the checks.
+
+    Ctrl-C leaves none, and neither does the end of whoever read our output (a sweep that was
+    killed, `| head`): the run itself did not fail.
 
     Yields:
         What to call once the row is filed: what goes wrong then is no failed run.
@@ -465,7 +468,7 @@ def _failures_are_filed(plan: Plan) -> Iterator[Callable[[], None]]:
     try:
         yield lambda: filed.append(True)
     except Exception as error:
-        if filed:
+        if filed or isinstance(error, BrokenPipeError):
             raise
         what = error.what if isinstance(error, PrunebenchError) else str(error)
         record = failed_result(

@@ -108,6 +108,19 @@ def test_a_pruner_that_misses_is_an_error_and_not_a_row(cli, tiny_run, tmp_path)
     assert (result.status, result.failure.stage) == ("failed", "measure")
 
 
+@pytest.mark.slow
+def test_the_end_of_who_reads_our_output_is_no_failed_run(tiny_run, tmp_path):
+    """A sweep that was killed leaves cells that notice when they print."""
+    code = SLOW.replace("time.sleep(0.5)\n", "raise BrokenPipeError('nobody reads')\n")
+    (tmp_path / "slow.py").write_text(code)
+    done = subprocess.run(
+        [sys.executable, "-m", "prunebench", *map(str, tiny_run), "-m", "slow:Slow"],
+        cwd=tmp_path, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert "failed" in done.stderr and "Traceback" not in done.stderr
+    assert not list((tmp_path / "results").rglob("*.json"))
+
+
 def test_a_bug_is_one_line_and_a_traceback_only_on_request(cli, tiny_run, tmp_path):
     code = SLOW.replace("time.sleep(0.5)\n", "raise ZeroDivisionError('mine')\n")
     (tmp_path / "work" / "buggy.py").write_text(code)
