@@ -15,6 +15,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import NoReturn
 
 import platformdirs
 
@@ -55,15 +56,19 @@ def explain_os_error(error: OSError, path: Path) -> SaveError:
     return SaveError(f"cannot write {path}", where=reason, fix=fix)
 
 
-def _os_error(error: Exception) -> OSError | None:
-    """Return the error of the operating system behind one; None where there is none.
+def _raise_explained(error: Exception, path: Path) -> NoReturn:
+    """Raise what `explain_os_error` says of an error of writing `path`; any other error as it is.
 
-    Libraries in Rust (safetensors, tokenizers) say it in the text of an error of their own.
+    Libraries in Rust (safetensors, tokenizers) say what the system said in the text of an error of
+    their own.
     """
     if isinstance(error, OSError):
-        return error
+        raise explain_os_error(error, path) from error
     found = re.search(r"\(os error (\d+)\)", str(error))
-    return OSError(int(found[1]), os.strerror(int(found[1]))) if found else None
+    if found is None:
+        raise error
+    number = int(found[1])
+    raise explain_os_error(OSError(number, os.strerror(number)), path) from error
 
 
 def require_writable(folder: Path, *, need_bytes: int = 1 << 20) -> None:
@@ -119,10 +124,7 @@ def atomic_file(path: Path) -> Iterator[Path]:
         part.chmod(0o666 & ~_umask())
         part.replace(path)
     except Exception as error:
-        reason = _os_error(error)
-        if reason is None:
-            raise
-        raise explain_os_error(reason, path) from error
+        _raise_explained(error, path)
     finally:
         part.unlink(missing_ok=True)
 
@@ -161,10 +163,7 @@ def atomic_folder(path: Path, *, replace: bool = False) -> Iterator[Path]:
             if replace or error.errno not in (errno.EEXIST, errno.ENOTEMPTY):
                 raise
     except Exception as error:
-        reason = _os_error(error)
-        if reason is None:
-            raise
-        raise explain_os_error(reason, path) from error
+        _raise_explained(error, path)
     finally:
         shutil.rmtree(part, ignore_errors=True)
         if path.exists():
