@@ -33,7 +33,6 @@ as the number 124.
 
 from __future__ import annotations
 
-import fnmatch
 import itertools
 import json
 import re
@@ -47,10 +46,12 @@ from prunebench.engines.job import RESOURCE_KEYS, Resources
 from prunebench.errors import PrunebenchError, UsageError, nearest
 from prunebench.evaluate.records import task_table
 from prunebench.options import OUTSIDE_SPEC, RUN_KEYS, with_defaults
+from prunebench.results.compare import matches_word
 from prunebench.results.published import PublishedValue, published_values
 from prunebench.spec import RunSpec, build_spec
 
 _NUMBER = (int, float)
+_OPTION = "set."  # and a name: a selector
 _Kinds = type | tuple[type, ...]
 _NEVER_AXES = ("ppl", "tasks")
 _TOP: dict[str, _Kinds] = {
@@ -114,12 +115,20 @@ class RecipeCell:
     def matches(self, filters: Mapping[str, Sequence[str]]) -> bool:
         """Whether it is selected by `key=value,value` filters; a value may hold `*`.
 
-        Of an option that is a list, such as `tasks`, one of its values is enough.
+        Of an option that is a list, such as `tasks`, one of its values is enough. `set.KEY` is an
+        option that the recipe sets.
         """
         return all(
-            any(fnmatch.filter(_words(self.values[key]), pattern) for pattern in patterns)
+            any(matches_word(value, pattern) for value in self.value(key) for pattern in patterns)
             for key, patterns in filters.items()
         )
+
+    def value(self, key: str) -> list[Any]:
+        """Return what a selector's key means here; an empty list is `None`."""
+        if key.startswith(_OPTION):
+            return [dict(_flat(self.given.get("set", {}))).get(key.removeprefix(_OPTION), "-")]
+        value = self.values[key]
+        return list(value or [None]) if isinstance(value, tuple | list) else [value]
 
     def scores(self, value: PublishedValue) -> bool:
         """Whether its scores can stand beside a value that was published or measured before."""
@@ -193,16 +202,18 @@ class Recipe:
             key = key.replace("-", "_")
             if not equals or not values:
                 raise UsageError(f"{word!r} is not a selector", fix="as in model=llama2-7b")
-            if key not in RUN_KEYS or key == "set":
-                raise UsageError(
-                    f"unknown selector {key!r}", fix=nearest(key, RUN_KEYS.keys() - {"set"})
-                )
+            options = {
+                _OPTION + name for c in self.cells for name, _ in _flat(c.given.get("set", {}))
+            }
+            known = options | RUN_KEYS.keys() - {"set"}
+            if key not in known:
+                raise UsageError(f"unknown selector {key!r}", fix=nearest(key, known))
             filters[key] = values.split(",")
         chosen = [cell for cell in self.cells if cell.matches(filters)]
         if not chosen:
             missed = [k for k in filters if not any(c.matches({k: filters[k]}) for c in self.cells)]
             key = (missed or list(filters))[0]
-            there = {word for cell in self.cells for word in _words(cell.values[key])}
+            there = {_word(value) for cell in self.cells for value in cell.value(key)}
             raise UsageError(
                 f"no cell of {self.path} has {key} {','.join(filters[key])}",
                 fix=nearest(filters[key][0], there),
@@ -431,9 +442,3 @@ def _flat(options: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, A
 
 def _word(value: Any) -> str:
     return str(value).lower() if isinstance(value, bool) else str(value)
-
-
-def _words(value: Any) -> list[str]:
-    """Return what a selector may call a value; an empty list is `None`."""
-    values = value or [None] if isinstance(value, tuple | list) else [value]
-    return list(map(_word, values))

@@ -173,6 +173,42 @@ def test_selectors(words, methods):
     assert {c.method for c in only_table(rows, *words).cells} - {"dense"} == methods
 
 
+ABLATION = {"steps": 12, "reward": 1e-5, "train": True}
+
+
+@pytest.mark.parametrize(
+    ("words", "methods"),
+    [
+        (["set.steps=12"], {"wanda"}),
+        (["set.steps=1?", "set.reward=1e-5"], {"wanda"}),
+        (["set.reward=0.00001", "set.train=true"], {"wanda"}),
+        (["set.steps=-"], {"magnitude", "random"}),
+        (["set.allocation.low=0.5"], {"random"}),
+        (["set.steps=24,12"], {"wanda"}),
+    ],
+)
+def test_options_select(words, methods):
+    rows = [
+        make_result(method_options=ABLATION),
+        make_result(method="magnitude"),
+        make_result(method="random", allocation_options={"low": 0.5}),
+    ]
+    assert {c.method for c in only_table(rows, *words).cells} - {"dense"} == methods
+
+
+@pytest.mark.parametrize(
+    ("word", "says", "near"),
+    [
+        ("set.stpes=12", "no result has an option set.stpes", "did you mean 'set.steps'?"),
+        ("set.steps=13", "no result has set.steps=13", "12"),
+    ],
+)
+def test_an_option_that_no_result_has(word, says, near):
+    with pytest.raises(MissingResource) as error:
+        compare([make_result(method_options=ABLATION)], Selection.parse([word]))
+    assert says in str(error.value) and near in str(error.value)
+
+
 @pytest.mark.parametrize(
     ("word", "says"),
     [

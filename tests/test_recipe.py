@@ -85,9 +85,13 @@ def test_selecting_cells(recipe):
     assert [c.number for c in grid.select(["method=m*"])] == [2, 3]
     assert [c.number for c in grid.select(["tasks=rte"])] == [6, 7]
     assert len(grid.select(["tasks=None", "ppl=c4"])) == 5
+    assert [c.number for c in grid.select(["set.alpha=50"])] == [7]
+    assert [c.number for c in grid.select(["set.alpha=-", "method=wanda"])] == [4, 5]
     for words, says in (
         (["method=wnda"], ["no cell", "method wnda", "did you mean 'wanda'?"]),
         (["tasks=piq"], ["tasks piq", "did you mean 'piqa'? Known: None, piqa, rte"]),
+        (["set.alpha=51"], ["no cell", "set.alpha 51", "Known: -, 1, 50"]),
+        (["set.alhpa=50"], ["unknown selector 'set.alhpa'", "did you mean 'set.alpha'?"]),
         (["colour=red"], ["unknown selector 'colour'"]),
         (["wanda"], ["is not a selector"]),
     ):

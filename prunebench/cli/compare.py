@@ -32,7 +32,7 @@ def compare_command(
         typer.Argument(
             metavar="[KEY=VALUE[,VALUE]]...",
             help="Which results: model=, method=, sparsity=, metric=, protocol=, dataset=, seed=, "
-            "dtype=, calibration=, within_block=, device=; values may hold * and ?. "
+            "dtype=, calibration=, within_block=, device=, set.OPTION=; values may hold * and ?. "
             "With --paired: A [B] first.",
             show_default=False,
         ),

@@ -79,7 +79,8 @@ def sweep_command(
         list[str] | None,
         typer.Argument(
             metavar="[KEY=VALUE[,VALUE]]...",
-            help="Which cells: an option of run and its values, as in model=llama2-7b.",
+            help="Which cells: an option of run and its values, as in model=llama2-7b, or an "
+            "option that the recipe sets, as in set.steps=12.",
             show_default=False,
         ),
     ] = None,

@@ -54,6 +54,7 @@ _SELECTORS: dict[str, Callable[[Result], object]] = {
     "device": lambda r: r.hardware.device,
     "execute": lambda r: r.spec.execute,
 }
+_OPTION = "set."  # and a name, as in set.steps or set.allocation.low
 
 
 @dataclass(frozen=True)
@@ -143,7 +144,7 @@ class Table:
 
 @dataclass(frozen=True)
 class Selection:
-    """`key=value,value` filters; a value may hold `*` and `?`."""
+    """`key=value,value` filters; a value may hold `*` and `?`, and a key be `set.OPTION`."""
 
     filters: dict[str, tuple[str, ...]] = field(default_factory=dict)
 
@@ -163,7 +164,7 @@ class Selection:
                 raise UsageError(
                     f"{word!r} is not a selector", fix="use key=value[,value], as in method=wanda"
                 )
-            if key not in known:
+            if key not in known and not key.startswith(_OPTION):
                 raise UsageError(f"unknown selector {key!r}", fix=nearest(key, known))
             filters[key] = tuple(values.split(","))
         return cls(filters)
@@ -171,9 +172,9 @@ class Selection:
     def takes(self, result: Result) -> bool:
         """Whether a result is selected."""
         return all(
-            _matches(value_of(result), self.filters[key])
-            for key, value_of in _SELECTORS.items()
-            if key in self.filters
+            _matches(_value(key, result), patterns)
+            for key, patterns in self.filters.items()
+            if key not in _SCORE_KEYS
         )
 
     def takes_score(self, score: Score) -> bool:
@@ -185,8 +186,35 @@ class Selection:
         )
 
 
+def _value(key: str, result: Result) -> object:
+    """Return what a result has under a selector's key; an option that it has not is `-`."""
+    if key in _SELECTORS:
+        return _SELECTORS[key](result)
+    return options_of(result).get(key.removeprefix(_OPTION), "-")
+
+
+def options_of(result: Result) -> dict[str, object]:
+    """Return the options of method and allocator, named as in `--set`."""
+    spec = result.spec
+    own: dict[str, object] = {k: v for k, v in spec.method_options.items() if k != "seed"}
+    return own | {f"allocation.{name}": value for name, value in spec.allocation_options.items()}
+
+
 def _matches(value: object, patterns: Iterable[str]) -> bool:
-    return any(fnmatch.fnmatchcase(str(value), pattern) for pattern in patterns)
+    return any(matches_word(value, pattern) for pattern in patterns)
+
+
+def matches_word(value: object, pattern: str) -> bool:
+    """Whether a selector's value, which may hold `*` and `?`, means this; 1e-5 is 0.00001."""
+    word = str(value).lower() if isinstance(value, bool) else str(value)
+    if fnmatch.fnmatchcase(word, pattern):
+        return True
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    try:
+        return float(pattern) == value
+    except ValueError:
+        return False
 
 
 def compare(
@@ -221,9 +249,15 @@ def _nothing_selected(finished: Sequence[Result], selection: Selection) -> Missi
     """Return the error: it names the first value that no result has, and the nearest one."""
     where = f"{len(finished)} finished results are there, none matches"
     for key, patterns in selection.filters.items() if finished else ():
+        if key.startswith(_OPTION):
+            names = {_OPTION + name for result in finished for name in options_of(result)}
+            if key not in names:
+                return MissingResource(
+                    f"no result has an option {key}", where=where, fix=nearest(key, names)
+                )
         known = _values(key, finished)
         for pattern in patterns:
-            if not any(_matches(value, [pattern]) for value in known):
+            if not any(_matches(value, [pattern]) for value in known.values()):
                 return MissingResource(
                     f"no result has {key}={pattern}", where=where, fix=nearest(pattern, known)
                 )
@@ -234,11 +268,13 @@ def _nothing_selected(finished: Sequence[Result], selection: Selection) -> Missi
     )
 
 
-def _values(key: str, results: Sequence[Result]) -> set[str]:
-    """Return all values that a selector's key has in some results."""
-    if key in _SELECTORS:
-        return {str(_SELECTORS[key](result)) for result in results}
-    return {str(getattr(score, key)) for result in results for score in result.scores}
+def _values(key: str, results: Sequence[Result]) -> dict[str, object]:
+    """Return all values that a selector's key has in some results, by what they are called."""
+    if key in _SCORE_KEYS:
+        values = [getattr(score, key) for result in results for score in result.scores]
+    else:
+        values = [_value(key, result) for result in results]
+    return {str(value): value for value in values}
 
 
 def _cells(results: Sequence[Result]) -> list[list[Result]]:
