@@ -3,6 +3,7 @@
 import importlib.util
 import itertools
 import json
+import math
 import random
 import re
 from html.parser import HTMLParser
@@ -13,12 +14,21 @@ from benchmarks.generated import generate_result
 from prunebench.errors import MissingResource
 from prunebench.results.compare import Selection
 from prunebench.results.published import PublishedValue
+from prunebench.results.report.curve_chart import curves_of, learning_curves
 from prunebench.results.report.data import build_report, pareto_front
-from prunebench.results.report.drawing import Line, Mark, fit, heat_colour, text_width, to_svg
+from prunebench.results.report.drawing import (
+    Label,
+    Line,
+    Mark,
+    fit,
+    heat_colour,
+    text_width,
+    to_svg,
+)
 from prunebench.results.report.heat import heat_map
 from prunebench.results.report.heat_chart import HeatScale, loss_scale, ratio_scale
 from prunebench.results.report.page import drawings_of, render_page
-from prunebench.results.schema import LayerSparsity
+from prunebench.results.schema import LayerSparsity, TrainingBlock, TrainingPoint
 from prunebench.results.store import ResultStore
 from prunebench.spec import RunSpec
 from tests.test_results import make_result
@@ -40,6 +50,23 @@ def mixed(model="m"):
         )
     ]
     return [*rows, generated(model, "sparsegpt", sparsity="0.6", allocation="owl")]
+
+
+def with_training(seed, held_out):
+    """A learned mask, with the held-out perplexity at every step."""
+    curve = [
+        TrainingPoint(
+            step=step, tokens=64 * step, loss=None, temperature=1.0, scale=1.0, certainty=0.9,
+            changed=0.0, held_out_ppl=ppl, seconds=1.0,
+        )
+        for step, ppl in enumerate(held_out)
+    ]  # fmt: skip
+    training = TrainingBlock(
+        text="c4-sample/rest", origin="wheel:x", windows=9, held_out_windows=2, seqlen=64,
+        tokens_sha256="0" * 64, best_step=2, processes=1, curve=curve,
+    )  # fmt: skip
+    made = make_result(method="maskllm", sparsity="2:4", value=50.0, seed=seed)
+    return made.model_copy(update={"training": training})
 
 
 def page_of(results, **how):
@@ -115,6 +142,31 @@ def test_accuracies_have_bars_with_error_bars_beside_dense():
     assert "acc lm-eval/piqa/0-shot/v1.0" in page
     assert "dense 68.0%" in page
     assert re.search(r"\d\d\.\d% ± \d\.\d \(\d\d\.\d% of dense\)", page)
+
+
+def test_rows_of_one_sparsity_have_a_dot_each_by_the_option_that_tells_them_apart():
+    base = {"steps": 12, "noise": 0.0, "rate": 1.0}
+    rows = [
+        make_result(method="maskllm", method_options=base, value=80.0),
+        make_result(method="maskllm", method_options=base | {"noise": 1.0}, value=90.0),
+        make_result(method="maskllm", method_options=base | {"steps": 24}, value=70.0),
+        make_result(method="maskllm", method_options=base | {"rate": 9.0}, value=1e9),
+    ]
+    ((_, drawing), *_) = drawings_of(build_report(rows))[0]
+    labels = [one.text for one in drawing.shapes if isinstance(one, Label)]
+    assert [one for one in labels if "=" in one] == ["steps=24", "noise=1.0", "rate=9.0"]
+    assert "maskllm" in labels and "against" not in drawing.title
+    dots = [one for one in drawing.shapes if isinstance(one, Mark)]
+    assert [one.y for one in dots] == sorted(one.y for one in dots)
+    best, base, worse, beyond = (one.x for one in dots)
+    assert base - best == pytest.approx((worse - base) * math.log(8 / 7) / math.log(9 / 8))
+    assert worse < beyond < drawing.width and "beyond the scale" in dots[-1].title
+
+
+def test_the_curves_that_are_left_out_are_counted():
+    trained = [with_training(seed, [250.0, 125.0]) for seed in range(9)]
+    assert "The first 8 of 9 trainings" in page_of(trained)
+    assert "trainings, in the order" not in page_of(trained[:8])
 
 
 def test_nothing_is_loaded_from_anywhere():
@@ -451,25 +503,8 @@ def test_an_empty_selection_is_an_error():
 
 
 def test_learning_curves_have_a_line_a_seed_and_a_row_a_measured_step():
-    from prunebench.results.report.curve_chart import curves_of, learning_curves
-    from prunebench.results.schema import TrainingBlock, TrainingPoint
-
-    def point(step, ppl):
-        return TrainingPoint(
-            step=step, tokens=64 * step, loss=None, temperature=1.0, scale=1.0, certainty=0.9,
-            changed=0.0, held_out_ppl=ppl, seconds=1.0,
-        )  # fmt: skip
-
-    def trained(seed, curve):
-        training = TrainingBlock(
-            text="c4-sample/rest", origin="wheel:x", windows=9, held_out_windows=2, seqlen=64,
-            tokens_sha256="0" * 64, best_step=2, processes=1, curve=curve,
-        )  # fmt: skip
-        made = make_result(method="maskllm", sparsity="2:4", value=50.0, seed=seed)
-        return made.model_copy(update={"training": training})
-
-    curve = [point(0, 250.0), point(1, None), point(2, 125.0), point(3, float("inf"))]
-    results = [trained(0, curve), trained(1, curve[:3]), make_result(method="wanda", value=60.0)]
+    curve = [250.0, None, 125.0, float("inf")]
+    results = [with_training(0, curve), with_training(1, curve[:3]), make_result(value=60.0)]
     report = build_report(results)
     found = curves_of(report.models[0].rows)
     assert [len(one.points) for one in found] == [2, 2]

@@ -13,6 +13,7 @@ from __future__ import annotations
 import fnmatch
 import json
 import statistics
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -96,8 +97,9 @@ class Cell:
     """One row: a spec without its seed, and what its results say together.
 
     `shown` are the settings as a table shows them: of options, those in which rows of the same
-    method (or allocator) differ. `prune_seconds` is the median of its runs: a run beside other work
-    may take ten times as long, and a mean would tell of that work.
+    method (or allocator) differ, without what most of three and more rows have (`Table.usual`).
+    `prune_seconds` is the median of its runs: a run beside other work may take ten times as long,
+    and a mean would tell of that work.
     """
 
     model: str
@@ -128,6 +130,7 @@ class Table:
         settings: The settings in which the cells differ; they are shown.
         ranked_by: The column by which the rows of a sparsity are sorted; None where there are
             several protocols and none leads.
+        usual: By method (or allocator), the options that most of its rows have; not shown again.
     """
 
     model: str
@@ -135,6 +138,7 @@ class Table:
     settings: tuple[str, ...]
     cells: tuple[Cell, ...]
     ranked_by: str | None
+    usual: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     @property
     def has_bench(self) -> bool:
@@ -355,7 +359,7 @@ def _table(model: str, cells: list[Cell]) -> Table:
             json.dumps(cell.settings),
         )
 
-    cells = _with_shown(cells)
+    cells, usual = _with_shown(cells)
     pruned = [cell for cell in cells if cell.method != "dense"]
     return Table(
         model=model,
@@ -363,6 +367,7 @@ def _table(model: str, cells: list[Cell]) -> Table:
         settings=tuple(name for name in _SETTINGS if _tells_apart(name, pruned)),
         cells=tuple(sorted(cells, key=row_order)),
         ranked_by=ranked_by,
+        usual=usual,
     )
 
 
@@ -375,37 +380,41 @@ def _tells_apart(name: str, cells: list[Cell]) -> bool:
 _OWNERS = {"method_options": "method", "allocation_options": "allocation"}
 
 
-def _with_shown(cells: list[Cell]) -> list[Cell]:
-    """Reduce the options that are shown to those in which rows of one method differ."""
-    varying = {name: _varying(name, owner, cells) for name, owner in _OWNERS.items()}
-    marked = []
-    for cell in cells:
-        shown = dict(cell.settings)
-        for name, owner in _OWNERS.items():
-            mine: dict[str, Any] = cell.settings[name] or {}
-            varies = varying[name][_owner(cell, owner)]
-            shown[name] = {k: v for k, v in mine.items() if k in varies} or None
-        marked.append(replace(cell, shown=shown))
-    return marked
+def _with_shown(cells: list[Cell]) -> tuple[list[Cell], dict[str, dict[str, Any]]]:
+    """Reduce the options that are shown to what tells rows of one method apart."""
+    usual: dict[str, dict[str, Any]] = {}
+    shown = [dict(cell.settings) for cell in cells]
+    for name, owner in _OWNERS.items():
+        rivals: dict[str | None, list[int]] = {}
+        for place, cell in enumerate(cells):
+            rivals.setdefault(_owner(cell, owner), []).append(place)
+        for who, places in rivals.items():
+            options: list[dict[str, Any]] = [cells[place].settings[name] or {} for place in places]
+            varying, most = _varying(options)
+            if most:
+                usual[str(who)] = most
+            for place, own in zip(places, options, strict=True):
+                mine = {k: v for k, v in own.items() if k in varying and (k, v) not in most.items()}
+                shown[place][name] = mine or None
+    return [replace(c, shown=one) for c, one in zip(cells, shown, strict=True)], usual
 
 
 def _owner(cell: Cell, owner: str) -> str | None:
     return cell.method if owner == "method" else cell.settings["allocation"]
 
 
-def _varying(name: str, owner: str, cells: list[Cell]) -> dict[str | None, set[str]]:
-    """Return, for every method (or allocator), the options in which its rows differ."""
-    rivals: dict[str | None, list[dict[str, Any]]] = {}
-    for cell in cells:
-        rivals.setdefault(_owner(cell, owner), []).append(cell.settings[name] or {})
-    return {
-        who: {
-            key
-            for key in set().union(*options)
-            if len({json.dumps(one[key]) for one in options if key in one}) > 1
-        }
-        for who, options in rivals.items()
-    }
+def _varying(rows: Sequence[Mapping[str, Any]]) -> tuple[set[str], dict[str, Any]]:
+    """Return the options in which some rows differ, and those values that most of them have."""
+    varying, usual = set(), {}
+    for key in sorted(set().union(*rows)):
+        values = [row[key] for row in rows if key in row]
+        counts = Counter(map(json.dumps, values))
+        if len(counts) > 1:
+            varying.add(key)
+            word, count = counts.most_common(1)[0]
+            if len(rows) > 2 and 2 * count > len(rows):
+                usual[key] = json.loads(word)
+    return varying, usual
 
 
 def _mark_best(cells: list[Cell], column: str) -> list[Cell]:

@@ -42,7 +42,18 @@ def legend(tables: Sequence[Table]) -> str:
         parts.append(_LEGEND_STDERR)
     if any(table.has_bench for table in tables):
         parts.append(_LEGEND_BENCH)
+    parts += [f"{who} where it says nothing else: {words}" for who, words in _usual(tables)]
     return "; ".join(parts)
+
+
+def _usual(tables: Sequence[Table]) -> list[tuple[str, str]]:
+    """Return what most rows of a method (or allocator) have, in words."""
+    several = len(tables) > 1
+    return [
+        (f"{who} on {table.model}" if several else who, setting_text(options))
+        for table in tables
+        for who, options in sorted(table.usual.items())
+    ]
 
 
 def header(table: Table) -> list[str]:

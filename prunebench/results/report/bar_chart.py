@@ -1,7 +1,8 @@
-"""Bars: metrics that are better when higher, such as accuracy, and what runs cost."""
+"""One line a row: accuracies and what runs cost as bars, perplexities of one sparsity as dots."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -9,7 +10,7 @@ from prunebench.results.cell_score import CellScore
 from prunebench.results.render import score_text, value_text
 from prunebench.results.report.data import Cost, Machine, Row, ScoreFigure, sparsity_ratio
 from prunebench.results.report.drawing import Box, Drawing, Label, Line, Mark, fit, text_width
-from prunebench.results.report.scale import WIDTH, Scale, colour_of, tick_text
+from prunebench.results.report.scale import OFF_SCALE, WIDTH, Scale, colour_of, tick_text
 from prunebench.spec import slug
 
 _PLAIN = ("", "")  # nothing around the best
@@ -36,10 +37,16 @@ class Bar:
     hollow: tuple[tuple[float, str], ...] = ()
 
 
-def accuracy_bars(figure: ScoreFigure, methods: Sequence[str]) -> Drawing:
-    """Draw a metric that is better when higher, with error bars, beside the dense model."""
+def one_line_a_row(figure: ScoreFigure, methods: Sequence[str]) -> Drawing:
+    """Draw a metric with error bars beside the dense model.
+
+    One that is better when higher gets bars from zero; a perplexity, dots on a log scale.
+    """
     used: set[PublishedKey] = set()
-    bars = [_score_bar(figure, row, score, methods, used) for row, score in figure.rows]
+    several = len({row.cell.method for row, _ in figure.rows}) > 1
+    bars = [
+        _score_bar(figure, row, score, methods, used, several=several) for row, score in figure.rows
+    ]
     for point in figure.published:
         if (point.method, point.sparsity) not in used:
             used.add((point.method, point.sparsity))
@@ -49,14 +56,20 @@ def accuracy_bars(figure: ScoreFigure, methods: Sequence[str]) -> Drawing:
             bars.append(
                 Bar(point.sparsity, point.method, colour, None, None, text, text, "", hollow)
             )
+    logarithmic = figure.metric.endswith("_ppl")
+    kind, better = (
+        "Dots" if logarithmic else "Bars",
+        "higher" if figure.higher_is_better else "lower",
+    )
     drawing = Drawing(
         name=slug(f"{figure.metric}-{figure.protocol}"),
         title=figure.title,
-        summary="Bars, one a row; higher is better. The values are in the table below.",
+        summary=f"{kind}, one a row; {better} is better. The values are in the table below.",
         width=WIDTH,
         height=0.0,
     )
-    _bars(drawing, bars, figure.metric, dense=figure.dense, note="higher is better")
+    note = f"perplexity, log scale; {better} is better" if logarithmic else f"{better} is better"
+    _bars(drawing, bars, figure.metric, dense=figure.dense, note=note, logarithmic=logarithmic)
     return drawing
 
 
@@ -69,14 +82,16 @@ def _published(figure: ScoreFigure, key: PublishedKey) -> tuple[tuple[float, str
 
 
 def _score_bar(
-    figure: ScoreFigure, row: Row, score: CellScore, methods: Sequence[str], used: set[PublishedKey]
-) -> Bar:
+    figure: ScoreFigure, row: Row, score: CellScore, methods: Sequence[str],
+    used: set[PublishedKey], *, several: bool,
+) -> Bar:  # fmt: skip
     key = (row.cell.method, row.cell.sparsity)
     hollow = () if key in used else _published(figure, key)
     used.add(key)
+    label = row.label if several else row.variant or row.label
     return Bar(
         group=row.cell.sparsity,
-        label=row.cell.method if figure.by_method else row.label,
+        label=row.cell.method if figure.by_method else label,
         colour=colour_of(row.cell.method, methods),
         value=score.mean,
         error=score.error,
@@ -142,15 +157,23 @@ def _cost_bar(
 
 
 def _bars(
-    drawing: Drawing, bars: Sequence[Bar], metric: str, *, dense: CellScore | None, note: str
-) -> None:
+    drawing: Drawing, bars: Sequence[Bar], metric: str, *, dense: CellScore | None, note: str,
+    logarithmic: bool = False,
+) -> None:  # fmt: skip
     left = min(max((text_width(bar.label) for bar in bars), default=0.0) + 22, 185.0)
     right = WIDTH - max((text_width(bar.text) for bar in bars), default=0.0) - 16
     tops = [bar.value + (bar.error or 0) for bar in bars if bar.value is not None]
     tops += [value for bar in bars for value, _ in bar.hollow]
     if dense:
         tops.append(dense.mean + (dense.dense_stderr or 0))
-    x = Scale(0.0, max(tops, default=1.0) * 1.02 or 1.0, left, right)
+    tops = [top for top in tops if math.isfinite(top)]
+    if logarithmic:
+        values = [bar.value for bar in bars if bar.value] + ([dense.mean] if dense else [])
+        low = min(filter(math.isfinite, [*values, *tops]), default=1.0)
+        high = min(max(tops, default=low), OFF_SCALE * (dense.mean if dense else low))
+        x = Scale(low / 1.1, high * 1.1, left, right - 10, logarithmic=True)
+    else:
+        x = Scale(0.0, max(tops, default=1.0) * 1.02 or 1.0, left, right)
     y, begun = (42.0, 34.0) if dense else (26.0, 22.0)
     places: list[tuple[float, Bar | str]] = []
     last = None
@@ -192,14 +215,21 @@ def _bar(drawing: Drawing, bar: Bar, x: Scale, top: float) -> None:
     drawing.add(Label(14, middle + 4, label, "ink"))
     if bar.value is not None:
         height = _ROW_HEIGHT - 6
-        drawing.add(
-            Box(x.start, top + 3, x(bar.value) - x.start, height, bar.colour, 0.85, bar.title)
-        )
-        if bar.error:
+        if not x.logarithmic:  # a log scale has no zero that a bar could begin at
+            drawing.add(
+                Box(x.start, top + 3, x(bar.value) - x.start, height, bar.colour, 0.85, bar.title)
+            )
+        if bar.error and bar.value <= x.high:
             low, high = x(bar.value - bar.error), x(bar.value + bar.error)
             drawing.add(Line(((low, middle), (high, middle)), "ink", 1.4))
             for end in (low, high):
                 drawing.add(Line(((end, middle - 4), (end, middle + 4)), "ink", 1.4))
+        if x.logarithmic:
+            at, title = x(bar.value), bar.title
+            if not bar.value <= x.high:  # so is NaN
+                title = f"{title}, beyond the scale"
+                drawing.add(Line(((at, middle), (at + 12, middle)), bar.colour, 1.5))
+            drawing.add(Mark(at, middle, "circle", bar.colour, title=title, link=bar.link))
     for value, title in bar.hollow:
         drawing.add(Mark(x(value), middle, "diamond", "ink", hollow=True, title=title))
     drawing.add(Label(WIDTH - 8, middle + 4, bar.text, "ink", "end"))

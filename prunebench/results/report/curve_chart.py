@@ -29,7 +29,7 @@ def curves_of(rows: Sequence[Row]) -> list[Curve]:
     """Return the trainings of all rows, one a seed, the newest where one was repeated."""
     found = []
     for row in rows:
-        for result in row.results:
+        for result in sorted(row.results, key=lambda r: r.spec.seed):
             if result.training is None or result.id not in row.counted:
                 continue
             points = tuple(p for p in result.training.curve if _score(p) is not None)

@@ -79,6 +79,12 @@ class ScoreFigure:
         """Metric and protocol."""
         return column_title(self.column)
 
+    @property
+    def at_one_sparsity(self) -> bool:
+        """Whether several rows, and all that is published beside them, have one sparsity."""
+        drawn = [row.cell.sparsity for row, _ in self.rows]
+        return len(drawn) > 1 and len({*drawn, *(one.sparsity for one in self.published)}) == 1
+
 
 @dataclass(frozen=True)
 class Cost:

@@ -23,7 +23,7 @@ from prunebench.results.render import (
     text_columns,
     value_text,
 )
-from prunebench.results.report.bar_chart import accuracy_bars, cost_bars
+from prunebench.results.report.bar_chart import cost_bars, one_line_a_row
 from prunebench.results.report.curve_chart import curves_of, learning_curves
 from prunebench.results.report.data import (
     ModelPart,
@@ -170,8 +170,8 @@ def _score_figures(part: ModelPart, methods: Sequence[str]) -> list[Figure]:
 
 
 def _score_figure(figure: ScoreFigure, part: ModelPart, methods: Sequence[str]) -> Figure:
-    if figure.higher_is_better:
-        drawing = accuracy_bars(figure, methods)
+    if figure.higher_is_better or figure.at_one_sparsity:
+        drawing = one_line_a_row(figure, methods)
         caption = "Error bars: deviation over seeds, of a single seed the standard error."
     else:
         drawing = against_sparsity(figure, methods)
@@ -203,7 +203,8 @@ def _score_figure(figure: ScoreFigure, part: ModelPart, methods: Sequence[str]) 
 
 
 def _curve_figures(part: ModelPart) -> list[Figure]:
-    curves = curves_of(part.rows)[:MAX_CURVES]
+    found = curves_of(part.rows)
+    curves = found[:MAX_CURVES]
     if not curves:
         return []
     drawing = learning_curves(curves)
@@ -213,6 +214,8 @@ def _curve_figures(part: ModelPart) -> list[Figure]:
         for p in curve.points
     )
     caption = "Windows of the training text that were not learned from; step 0 is the prior."
+    if len(found) > len(curves):
+        caption += f" The first {len(curves)} of {len(found)} trainings, in the order of the table."
     head = ("training", "step", "tokens", "held-out perplexity")
     return [Figure(drawing, to_svg(drawing, themed=True), caption, head, rows)]
 

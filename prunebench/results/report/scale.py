@@ -10,6 +10,7 @@ from prunebench.results.render import value_text
 from prunebench.results.report.drawing import SERIES_COLOURS
 
 WIDTH = 480.0
+OFF_SCALE = 100.0  # a perplexity of more than so many times dense is drawn at the edge
 _LOG_TICKS = (
     (1,),
     (1, 3),

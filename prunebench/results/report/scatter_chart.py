@@ -11,14 +11,13 @@ from prunebench.results.cell_score import CellScore
 from prunebench.results.render import score_text, value_text
 from prunebench.results.report.data import Row, ScoreFigure, sparsity_ratio
 from prunebench.results.report.drawing import SHAPES, Drawing, Label, Line, Mark, fit, text_width
-from prunebench.results.report.scale import WIDTH, Scale, colour_of, tick_text
+from prunebench.results.report.scale import OFF_SCALE, WIDTH, Scale, colour_of, tick_text
 from prunebench.spec import slug
 
 _PLAIN = ("", "")  # nothing around the best
 _LEFT, _RIGHT, _TOP = 58.0, 24.0, 26.0
 _PLOT_HEIGHT = 290.0
 _APART = 10.0  # pixels between points, so that none hides another
-_OFF_SCALE = 100.0  # a perplexity of more than so many times dense is drawn at the upper edge
 
 
 @dataclass(frozen=True)
@@ -119,7 +118,7 @@ def _scales(
     values = [p.value for p in places if math.isfinite(p.value)] or [1.0]
     low, high = min(values), max(values)
     if logarithmic:
-        high = min(high, _OFF_SCALE * (dense.mean if dense else low))
+        high = min(high, OFF_SCALE * (dense.mean if dense else low))
         low, high = low / 1.15, max(high, low * 1.5) * 1.2
     else:
         low, high = min(low, 0.0), high + 0.08 * (high - min(low, 0.0) or 1.0)
