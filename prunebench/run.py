@@ -9,12 +9,9 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict
-from typing import Any
 
 import torch
 from torch import nn
@@ -23,14 +20,8 @@ from prunebench.allocators.allocation import Allocation, require_sound, save_all
 from prunebench.calibration.training import Training
 from prunebench.calibration.windows import save_windows
 from prunebench.errors import OutOfMemory, PrunebenchError, SaveError
-from prunebench.evaluate.divergence import Divergence, at_dense
-from prunebench.evaluate.outcome import (
-    Evaluator,
-    Outcome,
-    cached_outcomes,
-    outcomes_from,
-    remember_outcomes,
-)
+from prunebench.evaluate.divergence import at_dense
+from prunebench.evaluate.outcome import Outcome
 from prunebench.execution import executed
 from prunebench.files import cache_dir, write_text
 from prunebench.models.blocks import BlockWalker
@@ -43,7 +34,7 @@ from prunebench.models.memory import halvings_heard, is_out_of_memory
 from prunebench.models.save import save_masks, save_model
 from prunebench.models.weights import weights_of
 from prunebench.place import go_on, open_model, opened_run
-from prunebench.prepare import Plan, Setup, prepare
+from prunebench.prepare import Plan, prepare
 from prunebench.processes import rank, together
 from prunebench.progress import Advance
 from prunebench.pruners import METHODS
@@ -62,8 +53,9 @@ from prunebench.record import (
 )
 from prunebench.results.samples import write_samples
 from prunebench.results.schema import Result
+from prunebench.scoring import diverge, refer_to_dense, score_dense, score_prior, score_pruned
 from prunebench.sparsity import Sparsity
-from prunebench.spec import RunSpec
+from prunebench.spec import RunSpec, Setup
 
 
 def run(spec: RunSpec, setup: Setup) -> Result | None:
@@ -114,8 +106,8 @@ def _execute(plan: Plan) -> Result:
             linears = find_linears(model)
             dense_sha256, zeros = _look_at_dense(model, linears, kept)
         is_dense = METHODS.find(spec.method).patterns == "0" and spec.execute == "dense"
-        dense = [] if is_dense else _score_dense(plan, model, dense_sha256)
-        references = _refer_to_dense(plan, model)
+        dense = [] if is_dense else score_dense(plan, model, dense_sha256)
+        references = refer_to_dense(plan, model)
         with _stopwatch(kept) as prune_seconds:
             allocation = _allocate(plan, model, linears, kept)
             requested = {
@@ -126,8 +118,8 @@ def _execute(plan: Plan) -> Result:
             evaluated_sha256, measured = _look_at_pruned(model, linears, requested)
             require_met(measured, zeros, requested)
         with executed(plan, model, linears) as execution:
-            outcomes = _score_pruned(plan, model, dense_sha256 if is_dense else None, kept)
-            diverged = _diverge(plan, model, references)
+            outcomes = score_pruned(plan, model, dense_sha256 if is_dense else None, kept)
+            diverged = diverge(plan, model, references)
         dense = outcomes if is_dense else dense
         result = Result(
             **identity(plan, status="ok"),
@@ -195,80 +187,6 @@ def _look_at_pruned(
 
     sha256 = hash_weights(model, look=measure)
     return sha256, [found[one.name] for one in linears]
-
-
-def _evaluators(plan: Plan) -> list[Evaluator]:
-    return [*plan.texts, *plan.tasks]
-
-
-def _score_dense(plan: Plan, model: nn.Module, dense_sha256: str) -> list[Outcome]:
-    """Score the dense model, or take what these weights got before in the same evaluation."""
-    outcomes = []
-    for evaluator in _evaluators(plan):
-        baseline = functools.partial(_score, plan, model, evaluator, stage="baseline")
-        outcomes += _scored_once(dense_sha256, evaluator, baseline)
-    return outcomes
-
-
-def _scored_once(
-    sha256: str, evaluator: Evaluator, score: Callable[[], list[Outcome]]
-) -> list[Outcome]:
-    """Return what these weights got before in the same evaluation, or score them and keep that."""
-    found = cached_outcomes(sha256, evaluator)
-    if found is None:
-        found = score()
-        remember_outcomes(sha256, evaluator, found)
-    return found
-
-
-def _score_pruned(
-    plan: Plan, model: nn.Module, dense_sha256: str | None, kept: KeptRun | None
-) -> list[Outcome]:
-    """Score the model as it is now; what a dense model got is remembered."""
-    outcomes = []
-    scored: dict[str, Any] = kept.facts.get("scored", {}) if kept else {}
-    for evaluator in _evaluators(plan):
-        if evaluator.name in scored:
-            outcomes += outcomes_from(scored[evaluator.name])
-            continue
-        found = _score(plan, model, evaluator, stage="score")
-        if kept:
-            scored[evaluator.name] = [asdict(one) for one in found]
-            kept.remember(scored=scored)
-        if dense_sha256 is not None:
-            remember_outcomes(dense_sha256, evaluator, found)
-        outcomes += found
-    return outcomes
-
-
-def _score(plan: Plan, model: nn.Module, evaluator: Evaluator, *, stage: str) -> list[Outcome]:
-    name, total = evaluator.name, evaluator.units
-    with plan.clock.stage(stage, total=total, detail=name, unit=evaluator.unit) as advance:
-        return evaluator.score(model, advance=advance)
-
-
-def _refer_to_dense(plan: Plan, model: nn.Module) -> list[Divergence]:
-    """Keep what the pruned model's distributions will be compared with."""
-    if not plan.spec.divergence:
-        return []
-    references = []
-    for text in plan.texts:
-        with plan.clock.stage(
-            "baseline", total=text.units, detail=f"distributions on {text.name}", unit="windows"
-        ) as advance:
-            references.append(Divergence.of_dense(model, text, advance=advance))
-    return references
-
-
-def _diverge(plan: Plan, model: nn.Module, references: list[Divergence]) -> list[Outcome]:
-    outcomes = []
-    for reference in references:
-        text = reference.text
-        with plan.clock.stage(
-            "score", total=text.units, detail=f"distributions on {text.name}", unit="windows"
-        ) as advance:
-            outcomes.append(reference.score(model, advance=advance))
-    return outcomes
 
 
 def _allocate(
@@ -352,26 +270,10 @@ def _training(plan: Plan, model: nn.Module, advance: Advance) -> Training | None
         if point.held_out_ppl is not None:
             plan.clock.note(training_line(point))
 
-    def score_prior() -> tuple[Outcome, ...]:
-        return tuple(_score_prior(plan, model)) if rank() == 0 else ()
+    def prior() -> tuple[Outcome, ...]:
+        return tuple(score_prior(plan, model)) if rank() == 0 else ()
 
-    return dataclasses.replace(
-        plan.training, hear=hear, note=plan.clock.note, score_prior=score_prior
-    )
-
-
-def _score_prior(plan: Plan, model: nn.Module) -> list[Outcome]:
-    """Score the mask that a training begins with on the texts, once for the same weights."""
-    outcomes = []
-    sha256 = hash_weights(model) if plan.texts else ""
-    for text in plan.texts:
-        silently = functools.partial(text.score, model, advance=lambda done: None)
-        found = _scored_once(sha256, text, silently)
-        for one in found:
-            value = one.measures["token_ppl"].value
-            plan.clock.note(f"  the prior: ppl {value:,.4g} on {one.protocol}")
-        outcomes += found
-    return outcomes
+    return dataclasses.replace(plan.training, hear=hear, note=plan.clock.note, score_prior=prior)
 
 
 def training_line(point: Point) -> str:

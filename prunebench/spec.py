@@ -1,4 +1,4 @@
-"""`RunSpec`: everything that determines a result, and its hash."""
+"""`RunSpec`: everything that determines a result, and its hash. `Setup`: what changes no number."""
 
 from __future__ import annotations
 
@@ -6,11 +6,14 @@ import hashlib
 import json
 import re
 from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from prunebench.errors import UsageError
+from prunebench.progress import Progress, Silent
 
 OptionValue = bool | int | float | str | None
 Dtype = Literal["float32", "bfloat16", "float16"]
@@ -114,3 +117,43 @@ def build_spec(values: Mapping[str, Any]) -> RunSpec:
             where=str(first["msg"]),
             fix=f"see prunebench run --help for --{name}",
         ) from None
+
+
+@dataclass(frozen=True)
+class Setup:
+    """Where a run happens and what it leaves: nothing here changes a number.
+
+    Attributes:
+        results_dir: Folder of the shared table.
+        device: `auto`, `cpu`, `cuda` or `cuda:N`.
+        weights: Where they are: `resident`, `disk`, or `auto`.
+        activations: Where hidden states wait between blocks that are read from disk.
+        batch_size: Sequences that a task of lm-eval is asked at a time; None is what suits the
+            device.
+        include_path: Folder with more task files for lm-eval.
+        backend: What multiplies by packed weights, with `execute` of the spec; None is the best.
+        log_samples: Whether to file what came out for every document and window.
+        save_model: Folder for the pruned checkpoint.
+        save_masks: File for the keep masks.
+        save_calibration: File for the calibration tokens.
+        save_allocation: File for the ratio of every layer.
+        replace: Whether those may replace what is there.
+        command: The command line, for the record.
+        progress: Hears of the stages.
+    """
+
+    results_dir: Path = Path("results")
+    device: str = "auto"
+    weights: str = "auto"
+    activations: Placement = "device"
+    batch_size: int | None = None
+    include_path: Path | None = None
+    backend: str | None = None
+    log_samples: bool = False
+    save_model: Path | None = None
+    save_masks: Path | None = None
+    save_calibration: Path | None = None
+    save_allocation: Path | None = None
+    replace: bool = False
+    command: str = ""
+    progress: Progress = field(default_factory=Silent)

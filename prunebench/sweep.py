@@ -31,12 +31,12 @@ from prunebench.errors import MissingResource, PrunebenchError, UsageError
 from prunebench.hub import hub_reachable
 from prunebench.models.source import ModelSource, find_model, local_path
 from prunebench.options import RUN_KEYS
-from prunebench.prepare import Plan, Setup, prepare
+from prunebench.prepare import Plan, prepare
 from prunebench.recipe import Recipe, RecipeCell
 from prunebench.record import failed_result
 from prunebench.results.schema import Result
 from prunebench.results.store import ResultStore, read_result
-from prunebench.spec import RunSpec
+from prunebench.spec import RunSpec, Setup
 
 _TRIES = 2
 _INTERRUPTED = 130

@@ -203,8 +203,8 @@ def test_submitit_loses_a_job_in_the_middle_and_no_cell(work, monkeypatch):
 
     from prunebench.engines.job import Resources
     from prunebench.engines.slurm import SlurmEngine
-    from prunebench.prepare import Setup
     from prunebench.recipe import read_recipe
+    from prunebench.spec import Setup
     from prunebench.sweep import Sweep
 
     monkeypatch.chdir(work)

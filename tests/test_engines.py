@@ -15,10 +15,10 @@ from prunebench.engines.job import Job, JobEnd, Refused, Resources, read_resourc
 from prunebench.engines.local import LocalEngine, slots_of_machine
 from prunebench.engines.process import run_job
 from prunebench.errors import MissingResource, UsageError
-from prunebench.prepare import Setup
 from prunebench.recipe import read_recipe
 from prunebench.results.store import ResultStore
 from prunebench.run import run
+from prunebench.spec import Setup
 from prunebench.sweep import Sweep
 
 
@@ -414,7 +414,7 @@ EIGHT = """
 import os, sys
 from pathlib import Path
 import torch
-from prunebench.prepare import Setup
+from prunebench.spec import Setup
 from prunebench.run import run
 from prunebench.spec import RunSpec
 

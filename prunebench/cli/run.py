@@ -319,8 +319,9 @@ def run_command(
         return
     progress = choose_progress(quiet=quiet or rank() > 0)
     with progress.stage("start", detail="loading torch and transformers"):
-        from prunebench.prepare import Setup, prepare
+        from prunebench.prepare import prepare
         from prunebench.run import execute as execute_plan
+        from prunebench.spec import Setup
     setup = Setup(
         results_dir=results_dir,
         device=device_of(values["device"]),

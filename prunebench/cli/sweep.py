@@ -47,7 +47,8 @@ def validate_command(
 
 
 def _checked(path: Path) -> Recipe:
-    from prunebench.prepare import Setup, check_names
+    from prunebench.names import check_names
+    from prunebench.spec import Setup
 
     recipe = read_recipe(path, complete=True)
     for cell in recipe.cells:
@@ -137,7 +138,7 @@ def sweep_command(
     missed.
     """
     asked = check_engine(executor, resource or [])
-    from prunebench.prepare import Setup
+    from prunebench.spec import Setup
     from prunebench.sweep import Sweep, parse_shard, require_resources
     from prunebench.sweep import shard as part_of
 
