@@ -1,0 +1,64 @@
+"""What `prunebench run` says at its end."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import typer
+
+from prunebench.results.render import column_title, number
+from prunebench.results.schema import Result
+
+
+def print_summary(result: Result, path: Path, setup: Any) -> None:
+    """Print the scores beside dense (and beside the prior's), what it took, and what was saved."""
+    cost, sparsity = result.cost, result.sparsity
+    assert cost is not None and sparsity is not None and result.model is not None
+    name = result.spec.method
+    title = name if name == "dense" else f"{name} {result.spec.sparsity}"
+    if result.spec.allocation != "uniform":
+        title += f", spread by {result.spec.allocation}"
+    typer.echo(f"{title} on {result.spec.model}")
+    for score in result.scores:
+        line = f"  {column_title(f'{score.metric} {score.protocol}')}  {number(score.value)}"
+        if name != "dense" and score.dense_value:
+            times = score.value / score.dense_value
+            line += f"  (dense {number(score.dense_value)}, {number(times)} times"
+            before = [
+                number(one.value)
+                for one in (result.training.prior_scores if result.training else [])
+                if (one.metric, one.protocol) == (score.metric, score.protocol)
+            ]
+            line += "".join(f"; the prior {value}" for value in before) + ")"
+        typer.echo(line)
+    if name != "dense":
+        typer.echo(
+            f"  {sparsity.realised_ratio:.2%} of {result.model.prunable_parameters:,} weights "
+            f"are zero, pruned in {cost.prune_seconds:.1f} s"
+        )
+    if result.execution:
+        one = result.execution
+        served = ", ".join(f"{count} by {name}" for name, count in sorted(one.backends.items()))
+        typer.echo(
+            f"  scored with packed 2:4 weights: {served}; "
+            f"{one.stored_bytes / one.dense_bytes:.4f} of their dense bytes"
+        )
+        for name, reason in list(one.dense_layers.items())[:3]:
+            typer.echo(f"  stayed dense: {name}: {reason}")
+    if result.method and result.method.events:
+        kinds = sorted({event.kind for event in result.method.events})
+        count = len(result.method.events)
+        notes = "1 note" if count == 1 else f"{count} notes"
+        typer.echo(f"  {notes} of the method: {', '.join(kinds)}")
+    typer.echo(
+        f"  {cost.total_seconds:.0f} s in all, peak memory {cost.peak_rss_bytes / 1e9:.2f} GB"
+    )
+    for kind, place in (
+        ("model", setup.save_model),
+        ("masks", setup.save_masks),
+        ("allocation", setup.save_allocation),
+    ):
+        if place:
+            typer.echo(f"  {kind} saved as {place}")
+    typer.echo(f"  filed as {path}")
