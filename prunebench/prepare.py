@@ -33,6 +33,7 @@ from prunebench.models.checkpoint_keys import match_keys
 from prunebench.models.linears import Linear, find_linears
 from prunebench.models.load import (
     choose_devices,
+    is_emulated,
     load_config,
     load_tokenizer,
     require_context,
@@ -103,12 +104,7 @@ def prepare(spec: RunSpec, setup: Setup) -> Plan:
         named = check_names(spec, setup)
         spec, pruner, rule, sparsity = named.spec, named.pruner, named.allocator, named.sparsity
         spec = spec.model_copy(update={"model": source.id})
-        devices = choose_devices(setup.device)
-        if len(devices) > 1 and pruner.needs.training is not None:
-            raise UsageError(
-                f"{spec.method} does not learn on several --device of one process",
-                fix=f"torchrun --nproc-per-node {len(devices)} -m prunebench run ...",
-            )
+        devices = _devices(spec, setup, pruner, clock)
         check_execution(spec, sparsity, backend=setup.backend, device=devices[0])
         store = ResultStore(setup.results_dir)
         store.require_writable(spec)
@@ -153,6 +149,20 @@ def prepare(spec: RunSpec, setup: Setup) -> Plan:
         spec, setup, store, clock, devices, local, tokenizer, pruner, allocator, sparsity, linears,
         windows, calibration, texts, tasks, weights, started, training, learned_from, masks,
     )  # fmt: skip
+
+
+def _devices(
+    spec: RunSpec, setup: Setup, pruner: Pruner, clock: StageClock
+) -> tuple[torch.device, ...]:
+    devices = choose_devices(setup.device)
+    if len(devices) > 1 and pruner.needs.training is not None:
+        raise UsageError(
+            f"{spec.method} does not learn on several --device of one process",
+            fix=f"torchrun --nproc-per-node {len(devices)} -m prunebench run ...",
+        )
+    if is_emulated(getattr(torch, spec.dtype), devices[0]):
+        clock.note(f"  {spec.dtype} is emulated on this CPU: float32 is several times faster")
+    return devices
 
 
 def _read_allocation(

@@ -58,16 +58,16 @@ def _devices() -> list[Finding]:
     import psutil
     import torch
 
+    from prunebench.models.load import is_emulated
+
     memory = psutil.virtual_memory()
     threads = torch.get_num_threads()
     findings = [
         Finding("cpu", "ok", f"{threads} threads, {memory.available / 1e9:.1f} GB of memory free")
     ]
-    flags = Path("/proc/cpuinfo")
-    if flags.is_file():
-        native = any(f in flags.read_text("utf-8") for f in ("avx512_bf16", "amx_bf16", " bf16"))
-        text = "native" if native else "emulated: --dtype bfloat16 is slow on this CPU"
-        findings.append(Finding("bfloat16 on cpu", "ok" if native else "note", text))
+    if is_emulated(torch.bfloat16, torch.device("cpu")):
+        text = "emulated: --dtype bfloat16 is slow on this CPU"
+        findings.append(Finding("bfloat16 on cpu", "note", text))
     if torch.cuda.is_available():
         for index in range(torch.cuda.device_count()):
             one = torch.cuda.get_device_properties(index)

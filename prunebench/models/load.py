@@ -208,6 +208,22 @@ def _hash_parameters(model: nn.Module, names: list[str], digest: Any) -> None:
         digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
 
 
+_CPU_FACTS = Path("/proc/cpuinfo")
+_OWN_INSTRUCTIONS = {
+    torch.bfloat16: ("avx512_bf16", "amx_bf16", " bf16"),
+    torch.float16: ("avx512_fp16", "amx_fp16", " fphp"),
+}
+
+
+def is_emulated(dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether a CPU has no instructions for a dtype; False where that cannot be told."""
+    flags = _OWN_INSTRUCTIONS.get(dtype)
+    if device.type != "cpu" or flags is None or not _CPU_FACTS.is_file():
+        return False
+    facts = _CPU_FACTS.read_text("utf-8")
+    return not any(flag in facts for flag in flags)
+
+
 def choose_devices(names: str) -> tuple[torch.device, ...]:
     """Return the devices for a `--device` value: one, or several GPUs between commas.
 
