@@ -417,3 +417,8 @@ def test_what_most_rows_have_is_said_once():
     assert "wanda where it says nothing else: noise=0.0 steps=12" in render.to_markdown([table])
     assert only_table(rows[:2]).usual == {}  # of two, none is the usual one
     assert render.to_json([table]).count('"beta": 1') == 3  # data name everything
+
+
+def test_a_hash_among_options_is_cut_like_any_other():
+    options = {"prior": "sha256:" + "a" * 64, "masks": None}
+    assert render.setting_text(options) == "masks=None prior=sha256:aaaaaaaaaaaa"

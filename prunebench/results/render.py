@@ -247,7 +247,9 @@ def setting_text(value: Any, *, missing: str = MISSING) -> str:
     if value is None or value == {}:
         return missing
     if isinstance(value, dict):
-        return " ".join(f"{key}={one}" for key, one in sorted(value.items()))
+        return " ".join(
+            f"{key}={setting_text(one, missing='None')}" for key, one in sorted(value.items())
+        )
     text = str(value)
     return text[:19] if text.startswith("sha256:") else text
 
