@@ -43,10 +43,8 @@ def one_line_a_row(figure: ScoreFigure, methods: Sequence[str]) -> Drawing:
     One that is better when higher gets bars from zero; a perplexity, dots on a log scale.
     """
     used: set[PublishedKey] = set()
-    several = len({row.cell.method for row, _ in figure.rows}) > 1
-    bars = [
-        _score_bar(figure, row, score, methods, used, several=several) for row, score in figure.rows
-    ]
+    label = _labels([row for row, _ in figure.rows], by_method=figure.by_method)
+    bars = [_score_bar(figure, row, score, methods, used, label(row)) for row, score in figure.rows]
     for point in figure.published:
         if (point.method, point.sparsity) not in used:
             used.add((point.method, point.sparsity))
@@ -73,6 +71,15 @@ def one_line_a_row(figure: ScoreFigure, methods: Sequence[str]) -> Drawing:
     return drawing
 
 
+def _labels(rows: Sequence[Row], *, by_method: bool) -> Callable[[Row], str]:
+    """Return what to call a row beside these: what tells it apart, in few words."""
+    if by_method:
+        return lambda row: row.cell.method
+    if len({row.cell.method for row in rows}) > 1:
+        return lambda row: row.label
+    return lambda row: row.variant or row.label
+
+
 def _published(figure: ScoreFigure, key: PublishedKey) -> tuple[tuple[float, str], ...]:
     return tuple(
         (p.value, f"{p.method} {p.sparsity}: {value_text(p.metric, p.value)}, in {p.source}")
@@ -83,15 +90,14 @@ def _published(figure: ScoreFigure, key: PublishedKey) -> tuple[tuple[float, str
 
 def _score_bar(
     figure: ScoreFigure, row: Row, score: CellScore, methods: Sequence[str],
-    used: set[PublishedKey], *, several: bool,
+    used: set[PublishedKey], label: str,
 ) -> Bar:  # fmt: skip
     key = (row.cell.method, row.cell.sparsity)
     hollow = () if key in used else _published(figure, key)
     used.add(key)
-    label = row.label if several else row.variant or row.label
     return Bar(
         group=row.cell.sparsity,
-        label=row.cell.method if figure.by_method else label,
+        label=label,
         colour=colour_of(row.cell.method, methods),
         value=score.mean,
         error=score.error,
@@ -117,8 +123,9 @@ def cost_bars(machine: Machine, methods: Sequence[str], *, number: int) -> list[
             width=WIDTH,
             height=0.0,
         )
+        label = _labels([cost.row for cost in known], by_method=machine.by_method)
         bars = [
-            _cost_bar(cost, methods, unit, (value_of(cost), error_of(cost)), machine.by_method)
+            _cost_bar(cost, methods, unit, (value_of(cost), error_of(cost)), label(cost.row))
             for cost in known
         ]
         _bars(drawing, bars, "cost", dense=None, note=f"{unit}; lower is better")
@@ -140,13 +147,13 @@ _QUANTITIES: tuple[tuple[str, str, _Value, _Value], ...] = (
 
 def _cost_bar(
     cost: Cost, methods: Sequence[str], unit: str, value: tuple[float | None, float | None],
-    by_method: bool,
+    label: str,
 ) -> Bar:  # fmt: skip
     row, mean = cost.row, value[0] or 0.0
     text = f"{mean:,.0f} {unit}" if mean >= 1000 else f"{mean:.3g} {unit}"
     return Bar(
         group=row.cell.sparsity,
-        label=row.cell.method if by_method else row.label,
+        label=label,
         colour=colour_of(row.cell.method, methods),
         value=value[0],
         error=value[1],
@@ -160,7 +167,7 @@ def _bars(
     drawing: Drawing, bars: Sequence[Bar], metric: str, *, dense: CellScore | None, note: str,
     logarithmic: bool = False,
 ) -> None:  # fmt: skip
-    left = min(max((text_width(bar.label) for bar in bars), default=0.0) + 22, 185.0)
+    left = min(max((text_width(bar.label) for bar in bars), default=0.0) + 22, 200.0)
     right = WIDTH - max((text_width(bar.text) for bar in bars), default=0.0) - 16
     tops = [bar.value + (bar.error or 0) for bar in bars if bar.value is not None]
     tops += [value for bar in bars for value, _ in bar.hollow]
