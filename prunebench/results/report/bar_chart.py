@@ -167,7 +167,7 @@ def _bars(
     drawing: Drawing, bars: Sequence[Bar], metric: str, *, dense: CellScore | None, note: str,
     logarithmic: bool = False,
 ) -> None:  # fmt: skip
-    left = min(max((text_width(bar.label) for bar in bars), default=0.0) + 22, 200.0)
+    left = min(max((text_width(bar.label) for bar in bars), default=0.0) + 28, 200.0)
     right = WIDTH - max((text_width(bar.text) for bar in bars), default=0.0) - 16
     tops = [bar.value + (bar.error or 0) for bar in bars if bar.value is not None]
     tops += [value for bar in bars for value, _ in bar.hollow]
