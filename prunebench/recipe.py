@@ -46,12 +46,11 @@ from prunebench.engines.job import RESOURCE_KEYS, Resources
 from prunebench.errors import PrunebenchError, UsageError, nearest
 from prunebench.evaluate.records import task_table
 from prunebench.options import OUTSIDE_SPEC, RUN_KEYS, with_defaults
-from prunebench.results.compare import matches_word
+from prunebench.results.compare import OPTION, matches_word
 from prunebench.results.published import PublishedValue, published_values
 from prunebench.spec import RunSpec, build_spec
 
 _NUMBER = (int, float)
-_OPTION = "set."  # and a name: a selector
 _Kinds = type | tuple[type, ...]
 _NEVER_AXES = ("ppl", "tasks")
 _TOP: dict[str, _Kinds] = {
@@ -125,8 +124,8 @@ class RecipeCell:
 
     def value(self, key: str) -> list[Any]:
         """Return what a selector's key means here; an empty list is `None`."""
-        if key.startswith(_OPTION):
-            return [dict(_flat(self.given.get("set", {}))).get(key.removeprefix(_OPTION), "-")]
+        if key.startswith(OPTION):
+            return [dict(_flat(self.given.get("set", {}))).get(key.removeprefix(OPTION), "-")]
         value = self.values[key]
         return list(value or [None]) if isinstance(value, tuple | list) else [value]
 
@@ -203,7 +202,7 @@ class Recipe:
             if not equals or not values:
                 raise UsageError(f"{word!r} is not a selector", fix="as in model=llama2-7b")
             options = {
-                _OPTION + name for c in self.cells for name, _ in _flat(c.given.get("set", {}))
+                OPTION + name for c in self.cells for name, _ in _flat(c.given.get("set", {}))
             }
             known = options | RUN_KEYS.keys() - {"set"}
             if key not in known:

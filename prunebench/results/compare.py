@@ -55,7 +55,7 @@ _SELECTORS: dict[str, Callable[[Result], object]] = {
     "device": lambda r: r.hardware.device,
     "execute": lambda r: r.spec.execute,
 }
-_OPTION = "set."  # and a name, as in set.steps or set.allocation.low
+OPTION = "set."  # and a name, as in set.steps or set.allocation.low
 
 
 @dataclass(frozen=True)
@@ -168,7 +168,7 @@ class Selection:
                 raise UsageError(
                     f"{word!r} is not a selector", fix="use key=value[,value], as in method=wanda"
                 )
-            if key not in known and not key.startswith(_OPTION):
+            if key not in known and not key.startswith(OPTION):
                 raise UsageError(f"unknown selector {key!r}", fix=nearest(key, known))
             filters[key] = tuple(values.split(","))
         return cls(filters)
@@ -194,10 +194,10 @@ def _value(key: str, result: Result) -> object:
     """Return what a result has under a selector's key; an option that it has not is `-`."""
     if key in _SELECTORS:
         return _SELECTORS[key](result)
-    return options_of(result).get(key.removeprefix(_OPTION), "-")
+    return _options_of(result).get(key.removeprefix(OPTION), "-")
 
 
-def options_of(result: Result) -> dict[str, object]:
+def _options_of(result: Result) -> dict[str, object]:
     """Return the options of method and allocator, named as in `--set`."""
     spec = result.spec
     own: dict[str, object] = {k: v for k, v in spec.method_options.items() if k != "seed"}
@@ -253,8 +253,8 @@ def _nothing_selected(finished: Sequence[Result], selection: Selection) -> Missi
     """Return the error: it names the first value that no result has, and the nearest one."""
     where = f"{len(finished)} finished results are there, none matches"
     for key, patterns in selection.filters.items() if finished else ():
-        if key.startswith(_OPTION):
-            names = {_OPTION + name for result in finished for name in options_of(result)}
+        if key.startswith(OPTION):
+            names = {OPTION + name for result in finished for name in _options_of(result)}
             if key not in names:
                 return MissingResource(
                     f"no result has an option {key}", where=where, fix=nearest(key, names)
