@@ -46,7 +46,7 @@ from prunebench.engines.job import RESOURCE_KEYS, Resources
 from prunebench.errors import PrunebenchError, UsageError, nearest
 from prunebench.evaluate.records import task_table
 from prunebench.options import OUTSIDE_SPEC, RUN_KEYS, with_defaults
-from prunebench.results.compare import OPTION, matches_word
+from prunebench.results.compare import OPTION, matches_word, read_selectors
 from prunebench.results.published import PublishedValue, published_values
 from prunebench.spec import RunSpec, build_spec
 
@@ -195,19 +195,12 @@ class Recipe:
         Raises:
             UsageError: A word is no selector, its key is unknown, or no cell is selected.
         """
-        filters: dict[str, list[str]] = {}
-        for word in words:
-            key, equals, values = word.partition("=")
-            key = key.replace("-", "_")
-            if not equals or not values:
-                raise UsageError(f"{word!r} is not a selector", fix="as in model=llama2-7b")
-            options = {
-                OPTION + name for c in self.cells for name, _ in _flat(c.given.get("set", {}))
-            }
-            known = options | RUN_KEYS.keys() - {"set"}
+        options = {OPTION + name for c in self.cells for name, _ in _flat(c.given.get("set", {}))}
+        known = options | RUN_KEYS.keys() - {"set"}
+        filters = read_selectors(words)
+        for key in filters:
             if key not in known:
                 raise UsageError(f"unknown selector {key!r}", fix=nearest(key, known))
-            filters[key] = values.split(",")
         chosen = [cell for cell in self.cells if cell.matches(filters)]
         if not chosen:
             missed = [k for k in filters if not any(c.matches({k: filters[k]}) for c in self.cells)]

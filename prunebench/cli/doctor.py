@@ -65,9 +65,10 @@ def _devices() -> list[Finding]:
     findings = [
         Finding("cpu", "ok", f"{threads} threads, {memory.available / 1e9:.1f} GB of memory free")
     ]
-    if is_emulated(torch.bfloat16, torch.device("cpu")):
-        text = "emulated: --dtype bfloat16 is slow on this CPU"
-        findings.append(Finding("bfloat16 on cpu", "note", text))
+    emulated = is_emulated(torch.bfloat16, torch.device("cpu"))
+    if emulated is not None:
+        text = "emulated: --dtype bfloat16 is slow on this CPU" if emulated else "native"
+        findings.append(Finding("bfloat16 on cpu", "note" if emulated else "ok", text))
     if torch.cuda.is_available():
         for index in range(torch.cuda.device_count()):
             one = torch.cuda.get_device_properties(index)

@@ -215,11 +215,13 @@ _OWN_INSTRUCTIONS = {
 }
 
 
-def is_emulated(dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether a CPU has no instructions for a dtype; False where that cannot be told."""
+def is_emulated(dtype: torch.dtype, device: torch.device) -> bool | None:
+    """Whether a CPU has no instructions for a dtype; None where that cannot be told."""
     flags = _OWN_INSTRUCTIONS.get(dtype)
-    if device.type != "cpu" or flags is None or not _CPU_FACTS.is_file():
+    if device.type != "cpu" or flags is None:
         return False
+    if not _CPU_FACTS.is_file():
+        return None
     facts = _CPU_FACTS.read_text("utf-8")
     return not any(flag in facts for flag in flags)
 

@@ -146,6 +146,23 @@ class Table:
         return any(cell.bench for cell in self.cells)
 
 
+def read_selectors(words: Sequence[str]) -> dict[str, tuple[str, ...]]:
+    """Return the values of `key=value,value` words by key.
+
+    Raises:
+        UsageError: A word has another form.
+    """
+    filters: dict[str, tuple[str, ...]] = {}
+    for word in words:
+        key, equals, values = word.partition("=")
+        if not equals or not values:
+            raise UsageError(
+                f"{word!r} is not a selector", fix="use key=value[,value], as in method=wanda"
+            )
+        filters[key.replace("-", "_")] = tuple(values.split(","))
+    return filters
+
+
 @dataclass(frozen=True)
 class Selection:
     """`key=value,value` filters; a value may hold `*` and `?`, and a key be `set.OPTION`."""
@@ -160,17 +177,10 @@ class Selection:
             UsageError: A word is no selector, or its key is unknown.
         """
         known = (*_SELECTORS, *_SCORE_KEYS)
-        filters: dict[str, tuple[str, ...]] = {}
-        for word in words:
-            key, equals, values = word.partition("=")
-            key = key.replace("-", "_")
-            if not equals or not values:
-                raise UsageError(
-                    f"{word!r} is not a selector", fix="use key=value[,value], as in method=wanda"
-                )
+        filters = read_selectors(words)
+        for key in filters:
             if key not in known and not key.startswith(OPTION):
                 raise UsageError(f"unknown selector {key!r}", fix=nearest(key, known))
-            filters[key] = tuple(values.split(","))
         return cls(filters)
 
     def takes(self, result: Result) -> bool:
