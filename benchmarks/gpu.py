@@ -33,11 +33,11 @@ from benchmarks.shaped import (
     dense_bytes,
     stored_bytes,
 )
+from prunebench.sparse24.backends.triton import Launch, Tiling
 from prunebench.sparse24.bench_layers import NOT_MEASURED, LayerBench, LayerResult, autotuned_dense
 from prunebench.sparse24.environment import clocks, environment
 from prunebench.sparse24.grid import CROSSOVER_TOKENS, SHAPES, TOKENS, LayerShape
 from prunebench.sparse24.policy import Policy
-from prunebench.sparse24.tiles import Launch, Tiling
 from prunebench.sparse24.timing import Clock, EagerClock, Timings, clock_for, interleaved
 
 BUDGET_SECONDS = 540.0

@@ -9,7 +9,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from prunebench.sparse24 import kernels
+from prunebench.sparse24.backends import triton_kernels as kernels
 
 POINTERS = {"words": "*i32", "meta": "*i16", "x": "*bf16", "bias": "*bf16", "out": "*bf16"}
 NUMBERS = dict.fromkeys(("n", "k", "tokens", "supers", "size"), "i32")

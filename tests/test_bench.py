@@ -133,10 +133,12 @@ class FakeSeconds:
 
 
 def test_wrong_numbers_are_never_timed(monkeypatch):
-    import prunebench.sparse24.backends as module
+    import prunebench.sparse24.backends.unpack as module
 
-    run = module._Unpacked.run
-    monkeypatch.setattr(module._Unpacked, "run", lambda self, x, bias: run(self, x, bias) * 1.1)
+    run = module.UnpackedProduct.run
+    monkeypatch.setattr(
+        module.UnpackedProduct, "run", lambda self, x, bias: run(self, x, bias) * 1.1
+    )
     bench = LayerBench(
         LayerShape("tiny", "square", 64, 256), CPU, torch.bfloat16, Policy(CPU), DryClock(),
         cold_bytes=1 << 10,

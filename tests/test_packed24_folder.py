@@ -9,9 +9,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from prunebench.results.store import ResultStore
+from prunebench.sparse24.derived import read_tensor
 from prunebench.sparse24.folder import dense_tensors
 from prunebench.sparse24.packed import unpack24
-from prunebench.sparse24.stored import read_tensor
 from prunebench.testing import tiny_model
 from tests.test_packed24 import random_24
 

@@ -13,12 +13,19 @@ from prunebench.errors import IncompatibleData, UsageError
 from prunebench.models.linears import find_linears
 from prunebench.models.load import hash_weights
 from prunebench.results.store import ResultStore
-from prunebench.sparse24 import cslt
-from prunebench.sparse24.backends import Decompress, backends, has_tensor_cores, require_backend
+from prunebench.sparse24.backends import cusparselt as cslt
+from prunebench.sparse24.backends.cusparselt import (
+    Algorithm,
+    CuSparseLtBackend,
+    CuSparseLtProduct,
+    is_right,
+)
+from prunebench.sparse24.backends.protocol import has_tensor_cores
+from prunebench.sparse24.backends.table import backends, require_backend
+from prunebench.sparse24.backends.unpack import Decompress
 from prunebench.sparse24.buckets import BUCKETS, bucket_of
-from prunebench.sparse24.cslt import Algorithm, Cslt, CsltProduct, is_right
-from prunebench.sparse24.forms import Canonical, Workspace
 from prunebench.sparse24.layer import Sparse24Linear, convert, explain
+from prunebench.sparse24.layouts import FileLayout, Workspace
 from prunebench.sparse24.packed import pack24, unpack24
 from prunebench.sparse24.policy import Choice, Policy, table_key
 from prunebench.testing import tiny_model, tiny_tokens
@@ -261,14 +268,14 @@ def gpu(monkeypatch):
 )
 def test_the_library_and_the_chip(gpu, capability, version, ok, says):
     gpu(capability, version)
-    verdict = Cslt().available(CUDA)
+    verdict = CuSparseLtBackend().available(CUDA)
     assert verdict.ok == ok and says in verdict.reason
 
 
 def test_a_torch_without_the_operators(gpu, monkeypatch):
     gpu()
     monkeypatch.delattr(torch, "_cslt_compress")
-    assert "has no cuSPARSELt operators" in Cslt().available(CUDA).reason
+    assert "has no cuSPARSELt operators" in CuSparseLtBackend().available(CUDA).reason
 
 
 def test_a_chip_below_sm_80(gpu):
@@ -286,7 +293,7 @@ def test_a_chip_below_sm_80(gpu):
     ],
 )
 def test_what_cuda_s_library_takes(shape, dtype, tokens, says):
-    verdict = Cslt().takes(shape, dtype, tokens)
+    verdict = CuSparseLtBackend().takes(shape, dtype, tokens)
     assert verdict.ok == (not says) and says in verdict.reason
 
 
@@ -295,7 +302,7 @@ def test_float16_is_tried_in_a_process_of_its_own(monkeypatch, code, says):
     cslt._float16_survives.cache_clear()
     done = subprocess.CompletedProcess([], code)
     monkeypatch.setattr(subprocess, "run", lambda *arguments, **options: done)
-    verdict = Cslt().takes((64, 64), torch.float16, 64)
+    verdict = CuSparseLtBackend().takes((64, 64), torch.float16, 64)
     assert verdict.ok == (code == 0) and says in verdict.reason
     cslt._float16_survives.cache_clear()
 
@@ -337,7 +344,7 @@ class Fake:
 
 def test_wrong_algorithms_are_not_used():
     weight = random_24(32, 16)
-    product = CsltProduct.of(Canonical(pack24(weight)), Fake())
+    product = CuSparseLtProduct.of(FileLayout(pack24(weight)), Fake())
     x = torch.randn(70, 64).to(torch.bfloat16)
     assert torch.equal(product.run(x, None), nn.functional.linear(x, weight))
     assert product.algorithms == {"65-256": Algorithm(0)}
@@ -345,14 +352,14 @@ def test_wrong_algorithms_are_not_used():
     assert not is_right(Algorithm(8), product, x, weight)
     assert set(product.operators.calls) == {72, 256}  # padded to 8, searched at the bucket's end
     with pytest.raises(IncompatibleData, match="cuSPARSELt gives wrong results for 32 x 64"):
-        CsltProduct.of(Canonical(pack24(weight)), Fake(found=(Algorithm(7),))).run(x, None)
+        CuSparseLtProduct.of(FileLayout(pack24(weight)), Fake(found=(Algorithm(7),))).run(x, None)
 
 
 # ---------------------------------------------------------------- decompress
 
 
 def test_layers_share_one_workspace():
-    small, large = (Canonical(pack24(random_24(n, 16))) for n in (8, 32))
+    small, large = (FileLayout(pack24(random_24(n, 16))) for n in (8, 32))
     backend = Decompress()
     x = torch.randn(3, 64).to(torch.bfloat16)
     for form in (small, large, small):

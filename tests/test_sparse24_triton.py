@@ -12,16 +12,16 @@ if sys.platform != "linux" or platform.machine() != "x86_64":
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before the kernels are imported
 
-from prunebench.sparse24 import kernels
-from prunebench.sparse24.packed import pack24
-from prunebench.sparse24.tiles import (
+from prunebench.sparse24.backends import triton_kernels as kernels
+from prunebench.sparse24.backends.triton import (
     Launch,
-    Tiled,
+    TiledLayout,
     Tiling,
-    TritonDecode,
+    TritonBackend,
     TritonProduct,
     default_launch,
 )
+from prunebench.sparse24.packed import pack24
 from tests.test_packed24 import random_24
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -30,7 +30,7 @@ TILINGS = (Tiling(16, 64), Tiling(32, 128))
 
 def tiled(rows, groups, tiling=TILINGS[0], dtype=torch.bfloat16):
     weight = random_24(rows, groups, dtype=dtype).to(DEVICE)
-    return weight, Tiled.of(pack24(weight), tiling)
+    return weight, TiledLayout.of(pack24(weight), tiling)
 
 
 @pytest.mark.parametrize("tiling", [*TILINGS, Tiling(16, 32)])
@@ -95,7 +95,7 @@ def test_what_lies_behind_the_inputs_is_not_read():
 
 
 def test_what_it_takes():
-    backend = TritonDecode()
+    backend = TritonBackend()
     assert backend.available(DEVICE).ok
     assert backend.takes((4096, 4096), torch.bfloat16, 64).ok
     assert "1 to 64" in backend.takes((4096, 4096), torch.bfloat16, 65).reason
@@ -104,5 +104,5 @@ def test_what_it_takes():
 
 def test_small_layers_are_shared_by_many_programs():
     weight = torch.zeros(64, 2048, dtype=torch.bfloat16)
-    launch = default_launch(Tiled.of(pack24(weight), Tiling()))
+    launch = default_launch(TiledLayout.of(pack24(weight), Tiling()))
     assert launch.split == 8

@@ -79,7 +79,7 @@ def bench_command(
     with progress.stage("start", detail="loading torch and transformers"):
         from prunebench.bench import BenchSetup, bench, explain_checkpoint, find_checkpoint
         from prunebench.models.load import choose_device
-        from prunebench.sparse24.backends import require_backend
+        from prunebench.sparse24.backends.table import require_backend
     store = ResultStore(results_dir)
     folder, result = find_checkpoint(checkpoint, store)
     place = choose_device(device)

@@ -10,13 +10,20 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from prunebench.sparse24.backends import Product, backends
-from prunebench.sparse24.cslt import CsltProduct
-from prunebench.sparse24.forms import Canonical, Form
+from prunebench.sparse24.backends.cusparselt import CuSparseLtProduct
+from prunebench.sparse24.backends.protocol import Product
+from prunebench.sparse24.backends.table import backends
+from prunebench.sparse24.backends.triton import (
+    Launch,
+    TiledLayout,
+    Tiling,
+    TritonBackend,
+    TritonProduct,
+)
 from prunebench.sparse24.grid import MOST_BYTES_A_SECOND, LayerShape
+from prunebench.sparse24.layouts import FileLayout, WeightLayout
 from prunebench.sparse24.packed import Packed24, canonicalize, pack24, unpack24
 from prunebench.sparse24.policy import Policy
-from prunebench.sparse24.tiles import Launch, Tiled, Tiling, TritonProduct
 from prunebench.sparse24.timing import BLOCKS, COLD_BYTES, Call, Clock, Ratio, interleaved
 
 NOT_MEASURED = "not measured (no CUDA device)"
@@ -159,30 +166,27 @@ class LayerBench:
 
     def _products(
         self, names: list[str], matrices: list[Packed24], tokens: int, refused: dict[str, str]
-    ) -> tuple[dict[str, list[Product]], Form]:
+    ) -> tuple[dict[str, list[Product]], WeightLayout]:
         """Build every packed rival for every copy; what fails says why in `refused`."""
-        tiled = (
-            "triton" in backends()
-            and self.policy.choose((self.shape.rows, self.shape.width), self.dtype, 1).backend
-            == "triton"
-        )
-        forms: list[Form] = [
-            Tiled.of(one, self.tiling) if tiled else Canonical(one) for one in matrices
-        ]
+        kinds = {**backends(), TritonBackend.name: TritonBackend(self.tiling)}
+        shape = (self.shape.rows, self.shape.width)
+        first = kinds[self.policy.choose(shape, self.dtype, 1).backend]
+        forms = [first.layout(packed) or FileLayout(packed) for packed in matrices]
         found: dict[str, list[Product]] = {}
         for name in names:
             try:
-                found[name] = [backends()[name].build(form) for form in forms]
-                if name == "cslt":
-                    _share_algorithm(found[name], tokens)
+                found[name] = [kinds[name].build(form) for form in forms]
+                _share_algorithm(found[name], tokens)
             except Exception as error:  # a library may fail in any way: the others go on
                 refused[name] = f"{type(error).__name__}: {error}".splitlines()[0][:200]
                 found.pop(name, None)
-        for number, launch in enumerate(self.launches if "triton" in found else ()):
+        for number, launch in enumerate(self.launches if TritonBackend.name in found else ()):
             tuned = [
-                TritonProduct(one, {tokens: launch}) for one in forms if isinstance(one, Tiled)
+                TritonProduct(form, {tokens: launch})
+                for form in forms
+                if isinstance(form, TiledLayout)
             ]
-            found[f"triton#{number}"] = list(tuned)
+            found[f"{TritonBackend.name}#{number}"] = list(tuned)
         return found, forms[0]
 
     def _rivals(
@@ -199,12 +203,7 @@ class LayerBench:
         return rivals, kinds
 
     def _chosen(self, products: dict[str, list[Product]], name: str | None, tokens: int) -> str:
-        product = products[name][0] if name else None
-        if isinstance(product, CsltProduct):
-            return str(product.algorithm_for(tokens))
-        if isinstance(product, TritonProduct):
-            return f"{self.tiling}, {product.launch_for(tokens)}"
-        return ""
+        return products[name][0].settings(tokens) if name else ""
 
 
 def relative_error(found: Tensor, x: Tensor, dense: Tensor) -> float:
@@ -215,11 +214,11 @@ def relative_error(found: Tensor, x: Tensor, dense: Tensor) -> float:
 
 
 def _share_algorithm(products: list[Product], tokens: int) -> None:
-    """Search for the first copy; the others, of the same shape, take what was found."""
-    first, *others = (one for one in products if isinstance(one, CsltProduct))
-    first.algorithm_for(tokens)
-    for one in others:
-        one.algorithms.update(first.algorithms)
+    """Search cuSPARSELt's algorithm for the first copy; the others have the same shape."""
+    compressed = [product for product in products if isinstance(product, CuSparseLtProduct)]
+    for product in compressed:
+        product.algorithms.update(compressed[0].algorithms)
+        product.algorithm_for(tokens)
 
 
 def _dense_call(x: Tensor, weight: Tensor) -> Call:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from prunebench.errors import IncompatibleData
 from prunebench.models.safetensors_files import StoredTensor
-from prunebench.sparse24.stored import Derived, read_tensor
+from prunebench.sparse24.derived import Derived, read_tensor
 
 FORMAT = "sparse-24-bitmask"
 _KEYS = ("quantization_config", "compression_config", "sparsity_config")

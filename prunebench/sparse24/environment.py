@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from prunebench.sparse24.cslt import library_version
+from prunebench.sparse24.backends.cusparselt import library_version
 
 _QUERY = "name,driver_version,clocks.sm,clocks.mem,power.limit,temperature.gpu"
 

@@ -33,6 +33,7 @@ from prunebench.models.safetensors_files import (
 from prunebench.models.source import LocalModel
 from prunebench.progress import Progress
 from prunebench.sparse24.bitmask import bitmask_tensors, is_bitmask, plain_config
+from prunebench.sparse24.derived import Derived, read_tensor
 from prunebench.sparse24.packed import (
     DTYPES,
     Packed24,
@@ -42,7 +43,6 @@ from prunebench.sparse24.packed import (
     require_sound,
     unpack24,
 )
-from prunebench.sparse24.stored import Derived, read_tensor
 
 PACKED_INDEX = "packed24.json"
 _VALUES, _CODES = ".values24", ".codes24"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from prunebench.errors import UsageError
-from prunebench.sparse24.backends import require_backend
+from prunebench.sparse24.backends.table import require_backend
 from prunebench.sparsity import Sparsity
 from prunebench.spec import RunSpec
 

@@ -11,9 +11,10 @@ from torch import Tensor, nn
 
 from prunebench.errors import IncompatibleData
 from prunebench.models.linears import Linear
-from prunebench.sparse24.backends import Product, backends
+from prunebench.sparse24.backends.protocol import Product
+from prunebench.sparse24.backends.table import backends
 from prunebench.sparse24.buckets import BUCKETS
-from prunebench.sparse24.forms import Canonical, Form
+from prunebench.sparse24.layouts import FileLayout, WeightLayout
 from prunebench.sparse24.packed import (
     Packed24,
     check_24,
@@ -23,7 +24,6 @@ from prunebench.sparse24.packed import (
     unpack24,
 )
 from prunebench.sparse24.policy import Choice, Policy
-from prunebench.sparse24.tiles import Tiled, Tiling
 
 
 class Sparse24Linear(nn.Module):
@@ -36,31 +36,27 @@ class Sparse24Linear(nn.Module):
         packed: The weight.
         bias: Of the weight's dtype, or None.
         policy: Chooses the backend for a number of tokens.
-        tiling: The order of the `triton` form, where it is used.
 
     Raises:
         IncompatibleData: The bias is of another dtype.
     """
 
-    def __init__(
-        self, packed: Packed24, bias: Tensor | None, *, policy: Policy, tiling: Tiling | None = None
-    ) -> None:
+    def __init__(self, packed: Packed24, bias: Tensor | None, *, policy: Policy) -> None:
         super().__init__()
         if bias is not None and bias.dtype != packed.dtype:
             raise IncompatibleData(f"the bias is {bias.dtype}, the weight {packed.dtype}")
         self.out_features, self.in_features = packed.shape
         self.policy = policy
-        self.tiling = tiling or Tiling()
         self._take(packed)
         self.register_buffer("bias", bias, persistent=False)
         self.bias: Tensor | None
 
     def _take(self, packed: Packed24) -> None:
-        """Keep a weight in the form that its backends read."""
-        self.form: Form = Canonical(packed)
-        wanted = [self._choose(bucket.last).backend for bucket in BUCKETS]
-        if "triton" in wanted:
-            self.form = Tiled.of(packed, self.tiling)
+        """Store a weight in the layout that its backends read."""
+        self.form: WeightLayout = FileLayout(packed)  # the choice of a backend asks for its dtype
+        wanted = dict.fromkeys(self._choose(bucket.last).backend for bucket in BUCKETS)
+        layouts = (backends()[name].layout(packed) for name in wanted)
+        self.form = next((layout for layout in layouts if layout is not None), self.form)
         self.products: dict[str, Product] = {}
         self._routes: dict[int, Product] = {}
 

@@ -16,9 +16,10 @@ from pathlib import Path
 
 import torch
 
-from prunebench.sparse24.backends import Verdict, backends
+from prunebench.sparse24.backends.cusparselt import library_version
+from prunebench.sparse24.backends.protocol import Support
+from prunebench.sparse24.backends.table import backends
 from prunebench.sparse24.buckets import Bucket, bucket_of
-from prunebench.sparse24.cslt import library_version
 
 MIN_RATIO = 1.02
 """A layer that nothing makes faster than this stays dense, where that was measured."""
@@ -84,7 +85,7 @@ class Policy:
 
     def verdicts(
         self, shape: tuple[int, int], dtype: torch.dtype, tokens: int
-    ) -> dict[str, Verdict]:
+    ) -> dict[str, Support]:
         """Say for every backend whether it can be used, and why not."""
         found = {}
         for name, backend in backends().items():
@@ -92,9 +93,9 @@ class Policy:
             if verdict.ok:
                 noted, verdict = verdict.reason, backend.takes(shape, dtype, tokens)
                 if verdict.ok:
-                    verdict = Verdict(True, verdict.reason or noted)
-            if verdict.ok and name == "cslt" and not (self.speed or self.forced == "cslt"):
-                verdict = Verdict(False, "it keeps a second form: use --storage speed")
+                    verdict = Support(True, verdict.reason or noted)
+            if verdict.ok and backend.keeps_second_copy and not (self.speed or self.forced == name):
+                verdict = Support(False, "it keeps a second form: use --storage speed")
             found[name] = verdict
         return found
 

@@ -1,6 +1,6 @@
 """Triton kernels over tiles of a packed 2:4 matrix: decode, its reduction, and unpacking.
 
-Tiles (`tiles.Tiled`): `words` [N/BN, K/256, STEPS, BN, LANES], a 32-bit word for a group of four
+Tiles (`TiledLayout`): `words` [N/BN, K/256, STEPS, BN, LANES], a 32-bit word for a group of four
 inputs: its two kept values. `meta` [N/BN, K/256, BN, LANES]: the codes of the same lane in the
 STEPS tiles of 256 inputs, 4 bits each, so that a tile of codes has the shape of a tile of words and
 is loaded once for all of them. A product is four strided dots: the columns j of all groups are

@@ -15,7 +15,7 @@ from torch import Tensor
 from prunebench.sparse24.packed import Packed24, unpack24
 
 
-class Form(Protocol):
+class WeightLayout(Protocol):
     """A 2:4 matrix [N, K] in memory; `stored_bytes` is what it takes, by storage."""
 
     @property
@@ -33,7 +33,7 @@ class Form(Protocol):
 
 
 @dataclass(frozen=True, eq=False)
-class Canonical:
+class FileLayout:
     """The matrix as files hold it."""
 
     matrix: Packed24
@@ -77,7 +77,7 @@ class Workspace:
     def __init__(self) -> None:
         self._buffers: dict[tuple[torch.device, torch.dtype], Tensor] = {}
 
-    def matrix(self, form: Form) -> Float[Tensor, "out in"]:
+    def matrix(self, form: WeightLayout) -> Float[Tensor, "out in"]:
         """Return room for the dense matrix of a form; what was in it before is gone."""
         rows, width = form.shape
         key = (form.device, form.dtype)

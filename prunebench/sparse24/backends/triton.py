@@ -18,14 +18,14 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from prunebench.sparse24.backends import (
+from prunebench.sparse24.backends.protocol import (
     DECODE_TOKENS,
     Product,
-    Verdict,
+    Support,
     has_tensor_cores,
     takes_dtype,
 )
-from prunebench.sparse24.forms import Form
+from prunebench.sparse24.layouts import WeightLayout
 from prunebench.sparse24.packed import Packed24, join_codes, split_codes, unpack24
 
 SUPER = 256
@@ -65,7 +65,7 @@ class Launch:
 
 
 @dataclass(frozen=True, eq=False)
-class Tiled:
+class TiledLayout:
     """A 2:4 matrix in the order that the kernel reads.
 
     Attributes:
@@ -81,7 +81,7 @@ class Tiled:
     name: str = "tiled"
 
     @classmethod
-    def of(cls, packed: Packed24, tiling: Tiling) -> Tiled:
+    def of(cls, packed: Packed24, tiling: Tiling) -> TiledLayout:
         """Put a packed matrix in order."""
         rows, width = packed.shape
         more = (0, -width // 4 % (SUPER // 4), 0, -rows % tiling.rows)
@@ -131,31 +131,45 @@ class Tiled:
             unpack24(self.packed(), out=out)
 
 
-class TritonDecode:
-    """The backend."""
+class TritonBackend:
+    """The backend.
+
+    Args:
+        tiling: The order of the weights in its layout.
+    """
 
     name = "triton"
+    keeps_second_copy = False
 
-    def available(self, device: torch.device) -> Verdict:
-        """On CUDA with Triton; on a CPU in Triton's interpreter, for tests."""
+    def __init__(self, tiling: Tiling | None = None) -> None:
+        self.tiling = tiling or Tiling()
+
+    def available(self, device: torch.device) -> Support:
+        """Supported on CUDA with Triton; on a CPU in Triton's interpreter, for tests."""
         if importlib.util.find_spec("triton") is None:
-            return Verdict(False, "triton is not installed")
+            return Support(False, "triton is not installed")
         if device.type == "cpu" and interpreted():
-            return Verdict(True, "in Triton's interpreter")
+            return Support(True, "in Triton's interpreter")
         return has_tensor_cores(device)
 
-    def takes(self, shape: tuple[int, int], dtype: torch.dtype, tokens: int) -> Verdict:
+    def takes(self, shape: tuple[int, int], dtype: torch.dtype, tokens: int) -> Support:
         """1 to 64 tokens; inputs that are padded by less than a tenth."""
         if tokens > DECODE_TOKENS:
-            return Verdict(False, f"{tokens} tokens: the kernel is for 1 to {DECODE_TOKENS}")
+            return Support(False, f"{tokens} tokens: the kernel is for 1 to {DECODE_TOKENS}")
         padded = -shape[1] % SUPER
         if padded * 10 > shape[1] and not interpreted():
-            return Verdict(False, f"{shape[1]} inputs would be padded by {padded}")
+            return Support(False, f"{shape[1]} inputs would be padded by {padded}")
         return takes_dtype(dtype)
 
-    def build(self, form: Form) -> Product:
-        """Put the form in order, unless it is."""
-        tiled = form if isinstance(form, Tiled) else Tiled.of(form.packed(), Tiling())
+    def layout(self, packed: Packed24) -> WeightLayout | None:
+        """Return the tiles that the kernel reads."""
+        return TiledLayout.of(packed, self.tiling)
+
+    def build(self, form: WeightLayout) -> Product:
+        """Return the product; a weight in another layout is tiled first."""
+        tiled = (
+            form if isinstance(form, TiledLayout) else TiledLayout.of(form.packed(), self.tiling)
+        )
         return TritonProduct(tiled)
 
 
@@ -168,7 +182,7 @@ def interpreted() -> bool:
 class TritonProduct:
     """A matrix in order, with how the kernel is started for each count of tokens."""
 
-    form: Tiled
+    form: TiledLayout
     launches: dict[int, Launch] = field(default_factory=dict)
 
     @property
@@ -189,13 +203,19 @@ class TritonProduct:
         """Return how the kernel is started."""
         return self.launches.get(tokens) or default_launch(self.form)
 
+    def settings(self, tokens: int) -> str:
+        """The tiles and how the kernel is started."""
+        # words: [N/rows, K/256, steps, rows, lanes], four inputs a lane
+        rows, lanes = self.form.words.shape[3:]
+        return f"{Tiling(rows, 4 * lanes)}, {self.launch_for(tokens)}"
+
     def workspace_bytes(self, tokens: int) -> int:
         """The sums of the shares, in float32."""
         split = self.launch_for(tokens).split
         return 4 * split * tokens * self.form.shape[0] if split > 1 else 0
 
 
-def default_launch(form: Tiled) -> Launch:
+def default_launch(form: TiledLayout) -> Launch:
     """Return a start with enough programs to fill the chip."""
     tiles, supers = form.words.shape[:2]
     split = 1
@@ -206,7 +226,7 @@ def default_launch(form: Tiled) -> Launch:
 
 def _kernels() -> Any:
     """Import what needs Triton."""
-    from prunebench.sparse24 import kernels
+    from prunebench.sparse24.backends import triton_kernels as kernels
 
     return kernels
 

@@ -21,9 +21,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from prunebench.errors import IncompatibleData
-from prunebench.sparse24.backends import DECODE_TOKENS, Product, Verdict, takes_dtype
+from prunebench.sparse24.backends.protocol import DECODE_TOKENS, Product, Support, takes_dtype
 from prunebench.sparse24.buckets import bucket_of
-from prunebench.sparse24.forms import Form
+from prunebench.sparse24.layouts import WeightLayout
+from prunebench.sparse24.packed import Packed24
 
 CAPABILITIES = ((8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (10, 3), (12, 0), (12, 1))
 _SLOW_ON_HOPPER = 800  # 0.8.0: "performance regressions on H100 and L4", fixed in 0.8.1
@@ -92,55 +93,60 @@ def library_version() -> int | None:
     return None if version is None else int(version)
 
 
-class Cslt:
-    """The backend."""
+class CuSparseLtBackend:
+    """The backend; its compressed matrix lies beside the layer's own layout."""
 
     name = "cslt"
+    keeps_second_copy = True
 
-    def available(self, device: torch.device) -> Verdict:
-        """On the chips that the library knows."""
+    def available(self, device: torch.device) -> Support:
+        """Supported on GPUs that cuSPARSELt supports."""
         if device.type != "cuda":
-            return Verdict(False, f"the device is {device.type}, not cuda")
+            return Support(False, f"the device is {device.type}, not cuda")
         if not torch.cuda.is_available():
-            return Verdict(False, "no CUDA device")
+            return Support(False, "no CUDA device")
         major, minor = torch.cuda.get_device_capability(device)
         if (major, minor) not in CAPABILITIES:
-            return Verdict(False, f"cuSPARSELt does not know sm_{major}{minor}")
+            return Support(False, f"cuSPARSELt does not know sm_{major}{minor}")
         if not (hasattr(torch, "_cslt_compress") and hasattr(torch, "_cslt_sparse_mm")):
-            return Verdict(False, f"torch {torch.__version__} has no cuSPARSELt operators")
+            return Support(False, f"torch {torch.__version__} has no cuSPARSELt operators")
         version = library_version()
         if version is None:
-            return Verdict(False, f"torch {torch.__version__} was built without cuSPARSELt")
+            return Support(False, f"torch {torch.__version__} was built without cuSPARSELt")
         if version == _SLOW_ON_HOPPER and (major, minor) == (9, 0):
-            return Verdict(True, "cuSPARSELt 0.8.0 is known to be slow on H100: 0.8.1 mends it")
-        return Verdict(True, f"cuSPARSELt {version}")
+            return Support(True, "cuSPARSELt 0.8.0 is known to be slow on H100: 0.8.1 mends it")
+        return Support(True, f"cuSPARSELt {version}")
 
-    def takes(self, shape: tuple[int, int], dtype: torch.dtype, tokens: int) -> Verdict:
+    def takes(self, shape: tuple[int, int], dtype: torch.dtype, tokens: int) -> Support:
         """Many tokens, sizes that 16 divides, bfloat16; float16 where it survives a trial."""
         if tokens < DECODE_TOKENS:
-            return Verdict(False, f"{tokens} tokens: cuSPARSELt has no gain below {DECODE_TOKENS}")
+            return Support(False, f"{tokens} tokens: cuSPARSELt has no gain below {DECODE_TOKENS}")
         if shape[0] % _ROWS_MULTIPLE or shape[1] % _ROWS_MULTIPLE:
-            return Verdict(False, f"16 does not divide {shape[0]} x {shape[1]}")
+            return Support(False, f"16 does not divide {shape[0]} x {shape[1]}")
         if dtype == torch.float16:
             return _float16_survives()
         return takes_dtype(dtype)
 
-    def build(self, form: Form) -> Product:
-        """Compress a dense copy that is let go at once."""
-        return CsltProduct.of(form, TorchOperators())
+    def layout(self, packed: Packed24) -> WeightLayout | None:
+        """Any layout will do: the matrix is compressed from a dense copy."""
+        return None
+
+    def build(self, form: WeightLayout) -> Product:
+        """Compress a dense copy, which is freed at once."""
+        return CuSparseLtProduct.of(form, TorchOperators())
 
 
 @dataclass(frozen=True)
-class CsltProduct:
+class CuSparseLtProduct:
     """A compressed matrix, with the algorithm of each bucket of tokens as it is needed."""
 
     blob: Tensor
-    form: Form
+    form: WeightLayout
     operators: Operators
     algorithms: dict[str, Algorithm] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, form: Form, operators: Operators) -> CsltProduct:
+    def of(cls, form: WeightLayout, operators: Operators) -> CuSparseLtProduct:
         """Compress the matrix of a form."""
         return cls(operators.compress(_dense(form)), form, operators)
 
@@ -160,6 +166,10 @@ class CsltProduct:
     def workspace_bytes(self, tokens: int) -> int:
         """The padded input."""
         return 0 if tokens % _PAD_TOKENS == 0 else (tokens + 7) * self.form.shape[1] * 2
+
+    def settings(self, tokens: int) -> str:
+        """The algorithm."""
+        return str(self.algorithm_for(tokens))
 
     def algorithm_for(self, tokens: int) -> Algorithm:
         """Return the algorithm of a bucket, searched and verified when it is first needed.
@@ -193,7 +203,7 @@ class CsltProduct:
         )
 
 
-def is_right(algorithm: Algorithm, product: CsltProduct, x: Tensor, dense: Tensor) -> bool:
+def is_right(algorithm: Algorithm, product: CuSparseLtProduct, x: Tensor, dense: Tensor) -> bool:
     """Whether an algorithm repeats itself, and errs at most twice as much as the dense product.
 
     Both are compared with the product in float32; some algorithms of some versions are wrong, and
@@ -212,7 +222,7 @@ def is_right(algorithm: Algorithm, product: CsltProduct, x: Tensor, dense: Tenso
     return True
 
 
-def _repeats(algorithm: Algorithm, product: CsltProduct, x: Tensor) -> Iterator[Tensor]:
+def _repeats(algorithm: Algorithm, product: CuSparseLtProduct, x: Tensor) -> Iterator[Tensor]:
     for _ in range(_REPEATS):
         yield product.operators.mm(product.blob, _padded(x), None, algorithm)[: len(x)].clone()
 
@@ -223,7 +233,7 @@ def _padded(x: Tensor) -> Tensor:
     return torch.nn.functional.pad(x, (0, 0, 0, missing)) if missing else x
 
 
-def _dense(form: Form) -> Tensor:
+def _dense(form: WeightLayout) -> Tensor:
     dense = torch.empty(form.shape, dtype=form.dtype, device=form.device)
     form.write_dense(dense)
     return dense
@@ -241,9 +251,9 @@ assert torch.allclose(out, x @ weight.t(), atol=0.5, rtol=0.05)
 
 
 @functools.cache
-def _float16_survives() -> Verdict:
+def _float16_survives() -> Support:
     """Try float16 in a process of its own: where it fails it takes the CUDA context with it."""
     done = subprocess.run([sys.executable, "-c", _TRIAL], capture_output=True, check=False)
     if done.returncode == 0:
-        return Verdict(True, "float16 works here")
-    return Verdict(False, "float16 fails in cuSPARSELt on this machine: use bfloat16")
+        return Support(True, "float16 works here")
+    return Support(False, "float16 fails in cuSPARSELt on this machine: use bfloat16")
