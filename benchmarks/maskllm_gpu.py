@@ -127,12 +127,12 @@ class Bench:
         """Describe device and software, and whether the kernels were used."""
         import torch
 
-        from prunebench.pruners.maskllm.fused import proven
+        from prunebench.pruners.maskllm.dispatch import kernels_match_torch
         from prunebench.record import describe_hardware, describe_software
 
         hardware = describe_hardware(torch.device(self.device)).model_dump()
         software = describe_software().model_dump()
-        return {**hardware, **software, "triton_kernels": proven(self.device)}
+        return {**hardware, **software, "triton_kernels": kernels_match_torch(self.device)}
 
     # ------------------------------------------------------------ steps
 
@@ -185,8 +185,9 @@ class Bench:
         """Bandwidth of the passes over all logits: what is read and written, by the time."""
         import torch
 
+        from prunebench.pruners.maskllm import dispatch
         from prunebench.pruners.maskllm.optimise import sum_squares
-        from prunebench.pruners.maskllm.relax import Slope
+        from prunebench.pruners.maskllm.relaxation import WeightGradient
 
         how = learner.schedule.relaxation(1, seed=0, draw=1)
         optimizer, layers = learner.optimizer, learner.layers
@@ -197,11 +198,11 @@ class Bench:
                 torch.zeros(n, device=self.device) for n in (one.out_features, one.in_features)
             ]
             gradient = torch.zeros(one.stored.shape, dtype=kind, device=self.device)
-            return Slope(gradient, *zeros)
+            return WeightGradient(gradient, *zeros)
 
         def soften() -> None:
             for one, layer in layers.items():
-                layer.soften(one.stored, how, torch.empty_like(one.stored))
+                dispatch.soften(layer, one.stored, how, torch.empty_like(one.stored))
 
         def squares() -> None:
             for one, layer in layers.items():

@@ -14,9 +14,9 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from prunebench.pruners.maskllm import kernels
+from prunebench.pruners.maskllm import triton_kernels
 from prunebench.pruners.maskllm.candidates import candidates
-from prunebench.pruners.maskllm.relax import LayerLogits
+from prunebench.pruners.maskllm.relaxation import LayerLogits
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 F, B = "*fp32", "*bf16"
@@ -25,10 +25,10 @@ PATTERN = {"TABLE": LayerLogits(0, torch.zeros(6, 1), TABLE, 1).pattern, "C": 6,
 SWITCHES = {"NOISY": True, "REWARDED": True, "CURVED": True, "MIRROR": False}
 SLOPE = {"logits": F, "weight": B, "gradient": B, "rows": F, "columns": F}
 CASES = [
-    (kernels.soften_kernel, {"logits": F, "weight": B, "out": B}, {"NOISY": True}),
-    (kernels.directions_kernel, SLOPE | {"out": F}, SWITCHES | {"SUM": True}),
+    (triton_kernels.soften_kernel, {"logits": F, "weight": B, "out": B}, {"NOISY": True}),
+    (triton_kernels.directions_kernel, SLOPE | {"out": F}, SWITCHES | {"SUM": True}),
     (
-        kernels.update_kernel,
+        triton_kernels.update_kernel,
         SLOPE | {"logits": B, "first": B, "second": B},
         SWITCHES | {"ADAMW": True},
     ),
@@ -36,11 +36,11 @@ CASES = [
 
 
 def compiled(kernel, pointers, constants, capability):
-    constants = {**PATTERN, **constants, "B": kernels.BLOCK}
+    constants = {**PATTERN, **constants, "B": triton_kernels.BLOCK}
     names = [one.name for one in kernel.params]
     types = {
         name: "constexpr" if name in constants
-        else pointers.get(name, "i32" if name in kernels.NUMBERS else "fp32")
+        else pointers.get(name, "i32" if name in triton_kernels.NUMBERS else "fp32")
         for name in names
     }  # fmt: skip
     aligned = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(names) if n in pointers}

@@ -8,15 +8,20 @@ import torch
 from torch.optim.adamw import adamw
 
 from prunebench.errors import UsageError
-from prunebench.pruners.maskllm import relax
+from prunebench.pruners.maskllm import relaxation
 from prunebench.pruners.maskllm.candidates import candidates, choose, mask_of, require_learnable
+from prunebench.pruners.maskllm.initial_logits import LogitInit
+from prunebench.pruners.maskllm.moments import PackedMoments, round_at_random
 from prunebench.pruners.maskllm.noise import gumbel, philox, uniforms
 from prunebench.pruners.maskllm.optimise import Optimizer
-from prunebench.pruners.maskllm.prior import Start
-from prunebench.pruners.maskllm.relax import LayerLogits, Relaxation, Slope, slope_of_logits
+from prunebench.pruners.maskllm.relaxation import (
+    LayerLogits,
+    Relaxation,
+    WeightGradient,
+    slope_of_logits,
+)
 from prunebench.pruners.maskllm.schedule import Schedule
 from prunebench.pruners.maskllm.shards import Shards
-from prunebench.pruners.maskllm.state import Packed, round_at_random
 from prunebench.sparsity import Sparsity
 
 
@@ -139,7 +144,7 @@ def test_what_cannot_be_learned_is_refused(text, word):
 
 
 def start(strength=3.0, noise=1.0, unit=0.01, *, prior, groups, kept=2, group=4, seed=0):
-    return Start(unit, noise, strength).logits(
+    return LogitInit(unit, noise, strength).logits(
         prior, candidates(kept, group), groups=groups, seed=seed, layer=4,
         dtype=torch.float32, device=torch.device("cpu"),
     )  # fmt: skip
@@ -162,7 +167,7 @@ def test_the_spread_of_the_first_logits_is_normal_and_does_not_depend_on_who_hol
     assert abs(float(whole.mean())) < 2e-4
     assert abs(float(whole.std()) - 0.01) < 1e-4
     assert abs(float((whole.abs() < 0.01).float().mean()) - 0.6827) < 0.005
-    monkeypatch.setattr("prunebench.pruners.maskllm.prior._CHUNK", 999)
+    monkeypatch.setattr("prunebench.pruners.maskllm.initial_logits._CHUNK", 999)
     assert torch.equal(whole[:, 777:5000], start(prior=None, groups=slice(777, 5000)))
     assert not torch.equal(whole[:, :50], start(prior=None, groups=slice(0, 50), seed=1))
 
@@ -202,7 +207,7 @@ HOW = Relaxation(seed=5, step=9, temperature=0.7, scale=1.3, noise=0.8)
 @pytest.mark.parametrize(("kept", "group"), [(2, 4), (1, 4), (4, 8)])
 @pytest.mark.parametrize("chunk", [70, 3 << 17])
 def test_soften_is_a_plain_softmax(kept, group, chunk, monkeypatch):
-    monkeypatch.setattr(relax, "_CHUNK_LOGITS", chunk)
+    monkeypatch.setattr(relaxation, "_CHUNK_LOGITS", chunk)
     layer = layer_of(kept=kept, group=group, first=160)
     weight, out = torch.randn(8, 32, generator=generator(1)), torch.empty(8, 32)
     layer.soften(weight, HOW, out)
@@ -243,7 +248,7 @@ def gradient_of(layer, weight, slope, how):
 
 def slope_for(gradient, seed=2):
     rows, columns = gradient.shape
-    return Slope(
+    return WeightGradient(
         gradient,
         torch.rand(rows, generator=generator(seed)),
         torch.rand(columns, generator=generator(seed + 1)),
@@ -254,7 +259,7 @@ def slope_for(gradient, seed=2):
 @pytest.mark.parametrize("reward", [0.0, 0.3])
 @pytest.mark.parametrize("chunk", [70, 3 << 17])
 def test_the_gradient_of_the_logits_is_that_of_autograd(kept, group, reward, chunk, monkeypatch):
-    monkeypatch.setattr(relax, "_CHUNK_LOGITS", chunk)
+    monkeypatch.setattr(relaxation, "_CHUNK_LOGITS", chunk)
     layer = layer_of(kept=kept, group=group, first=24)
     weight = torch.randn(8, 32, generator=generator(1), dtype=torch.float64)
     inputs = torch.randn(20, 32, generator=generator(2), dtype=torch.float64)
@@ -382,7 +387,7 @@ def test_small_moments_stay_close_and_take_the_bytes_that_they_promise(
 def test_packed_tensors_read_back_what_was_written(dtype):
     like = torch.empty(6, 64)
     for positive in (False, True):
-        packed = Packed.zeros(like, dtype, width=8, positive=positive)
+        packed = PackedMoments.zeros(like, dtype, width=8, positive=positive)
         assert packed.read(slice(0, 64)).abs().max() == 0
         values = torch.randn(6, 16, generator=generator())
         values = values.square() if positive else values

@@ -16,13 +16,13 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before the kernels are imported
 
 from prunebench.models.linears import find_linears
-from prunebench.pruners.maskllm import fused, launch, noise
+from prunebench.pruners.maskllm import dispatch, noise, triton_ops
 from prunebench.pruners.maskllm.candidates import candidates
 from prunebench.pruners.maskllm.learn import _Gradients
+from prunebench.pruners.maskllm.moments import PackedMoments
 from prunebench.pruners.maskllm.optimise import Optimizer, sum_squares
-from prunebench.pruners.maskllm.relax import LayerLogits, Relaxation, Slope
+from prunebench.pruners.maskllm.relaxation import LayerLogits, Relaxation, WeightGradient
 from prunebench.pruners.maskllm.shards import Shards
-from prunebench.pruners.maskllm.state import Packed
 from prunebench.testing import tiny_model
 
 CPU = torch.device("cpu")
@@ -39,7 +39,9 @@ def case(pattern, *, rows=2, width=45, logits=FLOAT, weights=FLOAT, first=900):
     layer = LayerLogits(7, random(len(table), rows * width).to(logits), table, width, first=first)
     columns = width * pattern[1]
     weight = random(rows, columns).to(weights)
-    slope = Slope(random(rows, columns).to(weights), random(rows).square(), random(columns) ** 2)
+    slope = WeightGradient(
+        random(rows, columns).to(weights), random(rows).square(), random(columns) ** 2
+    )
     return layer, weight, slope
 
 
@@ -49,7 +51,7 @@ def moved(thing, device=DEVICE):
         return thing.clone().to(device)
     if isinstance(thing, dict):
         return {name: moved(one) for name, one in thing.items()}
-    if isinstance(thing, LayerLogits | Slope | Packed):
+    if isinstance(thing, LayerLogits | WeightGradient | PackedMoments):
         fields = {f.name: getattr(thing, f.name) for f in dataclasses.fields(thing)}
         return type(thing)(**{name: moved(one) for name, one in fields.items()})
     return thing
@@ -59,7 +61,7 @@ def moved(thing, device=DEVICE):
 def test_the_noise_is_the_same_bit_for_bit(first, choices):
     key = {"seed": 4_000_000_000, "step": 12, "layer": 3}
     index = torch.arange(first, first + 100)
-    found = launch.uniforms(first, 100, choices, **key, device=DEVICE)
+    found = triton_ops.uniforms(first, 100, choices, **key, device=DEVICE)
     assert torch.equal(found.cpu(), noise.uniforms(index, choices, **key))
 
 
@@ -79,7 +81,7 @@ def test_soft_masks(pattern, logits, weights, out, noisy):
     expected = torch.empty(weight.shape, dtype=out)
     layer.soften(weight, how, expected)
     found = torch.empty(weight.shape, dtype=out, device=DEVICE)
-    launch.soften(moved(layer), moved(weight), how, found)
+    triton_ops.soften(moved(layer), moved(weight), how, found)
     exact = weights == out == FLOAT
     allowed = (1e-6 if exact else torch.finfo(BF16).eps) * weight.float().abs()
     error = (found.cpu().float() - expected.float()).abs()
@@ -94,7 +96,7 @@ def test_soft_masks_at_the_end_of_the_paper():
     how = dataclasses.replace(HOW, temperature=0.05, scale=500.0)
     expected, found = torch.empty_like(weight), torch.empty_like(weight, device=DEVICE)
     layer.soften(weight, how, expected)
-    launch.soften(moved(layer), moved(weight), how, found)
+    triton_ops.soften(moved(layer), moved(weight), how, found)
     largest = (layer.logits.abs().max() * how.scale + 15) / how.temperature
     allowed = 4 * torch.finfo(FLOAT).eps * largest * weight.abs()
     assert ((found.cpu() - expected).abs() <= allowed).all()
@@ -102,7 +104,7 @@ def test_soft_masks_at_the_end_of_the_paper():
 
 def test_certainty():
     layer, _, _ = case((2, 4))
-    assert launch.certainty(moved(layer), HOW) == pytest.approx(layer.certainty(HOW), rel=1e-6)
+    assert triton_ops.certainty(moved(layer), HOW) == pytest.approx(layer.certainty(HOW), rel=1e-6)
 
 
 UPDATES = [
@@ -134,12 +136,12 @@ def test_updates(kind, pattern, terms, dtype, moments):
     for moment in layer.state.values():
         moment.values.copy_(torch.rand(moment.values.shape).mul_(0.1))
     mine, given = moved(layer), (moved(weight), moved(slope), how)
-    squares = launch.sum_squares(mine, *given, mirror=kind == "mirror")
+    squares = triton_ops.sum_squares(mine, *given, mirror=kind == "mirror")
     assert squares == pytest.approx(
         sum_squares(optimizer.directions(layer, weight, slope, how)), rel=1e-6
     )
     optimizer.step(layer, optimizer.directions(layer, weight, slope, how), how, rate=0.02, unit=0.7)
-    launch.update(
+    triton_ops.update(
         mine, *given, kind=kind, rate=0.02, unit=0.7, betas=optimizer.betas, eps=optimizer.eps,
         weight_decay=optimizer.weight_decay, outlier=optimizer.outlier,
     )  # fmt: skip
@@ -151,7 +153,7 @@ def test_updates(kind, pattern, terms, dtype, moments):
 def test_a_part_of_the_directions():
     layer, weight, slope = case((2, 4))
     part = slice(45, 90)
-    found = launch.directions(
+    found = triton_ops.directions(
         moved(layer), moved(weight), moved(slope), HOW, mirror=False, part=part
     )
     (_, whole), *_ = Optimizer().directions(layer, weight, slope, HOW)
@@ -168,46 +170,48 @@ def test_the_optimizer_takes_the_kernels_where_they_are_proven(monkeypatch, mome
     plain = optimizer.directions(layer, weight, slope, HOW)
     unit = sum_squares(plain)
     optimizer.step(layer, plain, HOW, rate=0.02, unit=unit)
-    monkeypatch.setattr(fused, "proven", lambda device: True)
+    monkeypatch.setattr(dispatch, "kernels_match_torch", lambda device: True)
     ours = optimizer.directions(mine, moved(weight), moved(slope), HOW)
-    assert ours.kernels is launch
+    assert ours.kernels is triton_ops
     optimizer.step(mine, ours, HOW, rate=0.02, unit=sum_squares(ours))
     assert close(mine.logits, layer.logits)
     expected, found = torch.empty_like(weight), torch.empty_like(weight, device=DEVICE)
-    mine.soften(moved(weight), HOW, found)
-    assert mine.certainty(HOW) == pytest.approx(layer.certainty(HOW), rel=1e-5)
-    monkeypatch.setattr(fused, "proven", lambda device: False)
-    mine.soften(moved(weight), HOW, expected := torch.empty_like(found))
+    dispatch.soften(mine, moved(weight), HOW, found)
+    assert dispatch.certainty(mine, HOW) == pytest.approx(layer.certainty(HOW), rel=1e-5)
+    monkeypatch.setattr(dispatch, "kernels_match_torch", lambda device: False)
+    dispatch.soften(mine, moved(weight), HOW, expected := torch.empty_like(found))
     assert torch.allclose(found, expected, rtol=1e-6, atol=1e-6)
 
 
 def test_what_has_no_kernel_runs_in_plain_torch(monkeypatch):
-    monkeypatch.setattr(fused, "proven", lambda device: True)
+    monkeypatch.setattr(dispatch, "kernels_match_torch", lambda device: True)
     for pattern, taken in (((2, 4), True), ((1, 8), True), ((4, 8), False), ((1, 3), False)):
         table = candidates(*pattern)
-        kernels = fused.kernels_for(torch.zeros(len(table), 4), table)
-        assert (kernels is launch) == taken
+        kernels = dispatch.kernels_for(torch.zeros(len(table), 4), table)
+        assert (kernels is triton_ops) == taken
 
 
 def test_kernels_must_make_the_same_noise(monkeypatch):
-    assert not fused.proven(CPU)  # they are for CUDA
-    assert fused.fault(DEVICE) == ""
-    monkeypatch.setattr(launch, "uniforms", lambda first, n, c, **key: torch.zeros(c, n).to(DEVICE))
-    assert "not that of plain torch" in fused.fault(DEVICE)
+    assert not dispatch.kernels_match_torch(CPU)  # they are for CUDA
+    assert dispatch.kernel_mismatch(DEVICE) == ""
+    monkeypatch.setattr(
+        triton_ops, "uniforms", lambda first, n, c, **key: torch.zeros(c, n).to(DEVICE)
+    )
+    assert "not that of plain torch" in dispatch.kernel_mismatch(DEVICE)
 
 
 def test_kernels_that_cannot_run_are_said_and_not_used(monkeypatch):
     def fail(device):
         raise RuntimeError("no C compiler\nmore")
 
-    monkeypatch.setattr(fused, "fault", fail)
-    fused.proven.cache_clear()
+    monkeypatch.setattr(dispatch, "kernel_mismatch", fail)
+    dispatch.kernels_match_torch.cache_clear()
     with pytest.warns(UserWarning, match="plain torch on cuda:9: RuntimeError: no C compiler$"):
-        assert not fused.proven(torch.device("cuda:9"))
-    fused.proven.cache_clear()
+        assert not dispatch.kernels_match_torch(torch.device("cuda:9"))
+    dispatch.kernels_match_torch.cache_clear()
     monkeypatch.setenv("PRUNEBENCH_TRITON", "0")
-    assert not fused.proven(torch.device("cuda:9"))
-    fused.proven.cache_clear()
+    assert not dispatch.kernels_match_torch(torch.device("cuda:9"))
+    dispatch.kernels_match_torch.cache_clear()
 
 
 # ---------------------------------------------------------------- slower
@@ -236,10 +240,10 @@ def test_on_a_device_at_the_size_of_a_layer(kind, dtype):
     optimizer = Optimizer(kind, state_dtype="float32" if dtype == FLOAT else "bfloat16")
     optimizer.prepare(layer)
     mine, device = moved(layer), torch.device("cuda")
-    assert fused.kernels_for(mine.logits, mine.table) is launch
+    assert dispatch.kernels_for(mine.logits, mine.table) is triton_ops
     expected, found = torch.empty_like(weight), torch.empty_like(weight, device=device)
     layer.soften(weight, how, expected)
-    mine.soften(moved(weight), how, found)
+    dispatch.soften(mine, moved(weight), how, found)
     allowed = (2e-6 if dtype == FLOAT else torch.finfo(BF16).eps) * weight.float().abs()
     assert ((found.cpu().float() - expected.float()).abs() <= allowed).all()
     for one, w, s in ((layer, weight, slope), (mine, moved(weight), moved(slope))):

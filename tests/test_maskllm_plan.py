@@ -7,9 +7,9 @@ import torch
 
 from prunebench.models.blocks import BlockWalker
 from prunebench.models.replay import plain_inference
-from prunebench.pruners.maskllm import relax
+from prunebench.pruners.maskllm import relaxation
 from prunebench.pruners.maskllm.candidates import candidates
-from prunebench.pruners.maskllm.plan import Load
+from prunebench.pruners.maskllm.memory_plan import MemoryPlan
 from prunebench.pruners.maskllm.shards import Shards
 from prunebench.testing import tiny_model, tiny_tokens
 from tests.test_maskllm_training import HALF, pruner_of
@@ -36,10 +36,10 @@ def peak_bytes(action):
     ids=lambda o: o["optimizer"],
 )
 def test_the_plan_names_the_bytes_that_are_allocated(options, monkeypatch):
-    monkeypatch.setattr(relax, "_CHUNK_LOGITS", 1500)
+    monkeypatch.setattr(relaxation, "_CHUNK_LOGITS", 1500)
     model, windows = tiny_model("llama"), tiny_tokens(samples=16, seqlen=64)
     pruner = pruner_of(train_seqlen=64, batch=16, noise=0.0, **options).filled()
-    load = Load(model, pruner, HALF, torch.float32, torch.device("cpu"))
+    load = MemoryPlan(model, pruner, HALF, torch.float32, torch.device("cpu"))
     plan = load.memory()
     assert plan["model"] == sum(p.nbytes for p in model.parameters())
     walker = BlockWalker(model)
@@ -65,7 +65,7 @@ def test_the_plan_names_the_bytes_that_are_allocated(options, monkeypatch):
 
 def test_shares_of_the_plan_add_up_and_several_draws_are_counted():
     model = tiny_model("mixtral")
-    load = Load(model, pruner_of(noise_samples=2).filled(), HALF, torch.bfloat16,
+    load = MemoryPlan(model, pruner_of(noise_samples=2).filled(), HALF, torch.bfloat16,
                 torch.device("cpu"))  # fmt: skip
     whole, half = load.memory(), replace(load, processes=2).memory()
     for item in ("logits", "moments", "masks kept", "noise draws"):
@@ -84,7 +84,7 @@ def test_the_published_budget_of_a_7b_model():
                                   num_hidden_layers=32, num_attention_heads=32,
                                   vocab_size=32000)  # fmt: skip
     lean = pruner_of(preset="paper", state_dtype="bfloat16", train_seqlen=4096)
-    load = Load(skeleton(config), lean.filled(), HALF, torch.bfloat16, torch.device("cuda"))
+    load = MemoryPlan(skeleton(config), lean.filled(), HALF, torch.bfloat16, torch.device("cuda"))
     plan = {name: size / 1e9 for name, size in load.memory().items()}
     assert plan["model"] == pytest.approx(13.5, abs=0.1)
     assert plan["logits"] == pytest.approx(38.9, abs=0.1)
@@ -95,7 +95,7 @@ def test_the_published_budget_of_a_7b_model():
 
 
 def test_the_time_is_that_of_the_steps():
-    load = Load(tiny_model("llama"), pruner_of().filled(), HALF, torch.float32,
+    load = MemoryPlan(tiny_model("llama"), pruner_of().filled(), HALF, torch.float32,
                 torch.device("cpu"))  # fmt: skip
     few = load.seconds()
     many = replace(load, options=replace(load.options, steps=4000)).seconds()

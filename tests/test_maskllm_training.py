@@ -17,12 +17,12 @@ from prunebench.models.linears import find_linears
 from prunebench.models.load import hash_weights
 from prunebench.models.replay import plain_inference
 from prunebench.pruners import METHODS
-from prunebench.pruners.maskllm import relax
+from prunebench.pruners.maskllm import relaxation
 from prunebench.pruners.maskllm.candidates import candidates
 from prunebench.pruners.maskllm.learn import Learner
 from prunebench.pruners.maskllm.noise import gumbel
 from prunebench.pruners.maskllm.optimise import Optimizer
-from prunebench.pruners.maskllm.relax import LayerLogits
+from prunebench.pruners.maskllm.relaxation import LayerLogits
 from prunebench.pruners.maskllm.schedule import Schedule
 from prunebench.pruners.maskllm.shards import Shards
 from prunebench.sparsity import Sparsity
@@ -169,7 +169,7 @@ def masked(model, learner, logits, how):
 def test_steps_descend_along_the_gradient_that_autograd_finds(
     architecture, samples, steps, monkeypatch
 ):
-    monkeypatch.setattr(relax, "_CHUNK_LOGITS", 2000)
+    monkeypatch.setattr(relaxation, "_CHUNK_LOGITS", 2000)
     model, windows = tiny_model(architecture), tiny_tokens(samples=8, seqlen=12)
     learner = learner_of(
         model, optimizer=Descent(), reward=1e-3, noise_samples=samples, micro_tokens=24
@@ -238,7 +238,7 @@ class Fresh(TorchDispatchMode):
 
 
 def test_a_step_makes_no_tensor_of_the_size_of_the_logits(monkeypatch):
-    monkeypatch.setattr(relax, "_CHUNK_LOGITS", 1500)
+    monkeypatch.setattr(relaxation, "_CHUNK_LOGITS", 1500)
     model, windows = tiny_model("llama"), tiny_tokens(samples=2, seqlen=6)
     learner = learner_of(model, batch=2)
     known = [parameter.data for parameter in model.parameters()] + [learner._store._workspace]

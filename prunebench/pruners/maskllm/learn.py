@@ -22,10 +22,11 @@ from prunebench.models.backward import Backward
 from prunebench.models.linears import Linear, find_blocks
 from prunebench.models.replay import plain_inference
 from prunebench.pruners.layer import Point
+from prunebench.pruners.maskllm import dispatch
 from prunebench.pruners.maskllm.candidates import mask_of
-from prunebench.pruners.maskllm.masked import MaskedWeights
+from prunebench.pruners.maskllm.masked_weights import MaskedWeights
 from prunebench.pruners.maskllm.optimise import Directions, Optimizer, sum_squares
-from prunebench.pruners.maskllm.relax import LayerLogits, Relaxation, Slope
+from prunebench.pruners.maskllm.relaxation import LayerLogits, Relaxation, WeightGradient
 from prunebench.pruners.maskllm.schedule import Schedule
 from prunebench.pruners.maskllm.shards import Shards
 
@@ -169,30 +170,37 @@ class Learner:
         return loss
 
     def _update(self, step: int) -> None:
-        how = self._how
-        assert how is not None
+        relaxation = self._how
+        assert relaxation is not None
         optimizer, rate = self.optimizer, self.schedule.rate(step)
         norm = 1.0
         if optimizer.kind == "adamw" and optimizer.clip:
-            squares = math.fsum(sum_squares(self._directions(one, how)) for one in self.layers)
+            squares = math.fsum(
+                sum_squares(self._directions(one, relaxation)) for one in self.layers
+            )
             norm = max(1.0, math.sqrt(self.shards.sum(squares)[0]) / optimizer.clip)
         for linear, layer in self.layers.items():
             unit = norm
             if optimizer.kind != "adamw":
-                own = sum_squares(self._directions(linear, how))
+                own = sum_squares(self._directions(linear, relaxation))
                 squares = self.shards.sum(own)[0]
                 count = linear.size // self._group(linear) * len(layer.table)
                 unit = max(math.sqrt(squares / count), 1e-30)
             optimizer.step(
-                layer, self._directions(linear, how), how, count=step + 1, rate=rate, unit=unit
+                layer,
+                self._directions(linear, relaxation),
+                relaxation,
+                count=step + 1,
+                rate=rate,
+                unit=unit,
             )
 
-    def _directions(self, linear: Linear, how: Relaxation) -> Directions:
+    def _directions(self, linear: Linear, relaxation: Relaxation) -> Directions:
         """Return the direction of a layer's logits, from dL/dW~ or from what the draws left."""
         layer, drawn = self.layers[linear], self._drawn.get(linear)
         if drawn is None:
             weight, slope = self._own_rows(linear), self._sums.own[linear]
-            return self.optimizer.directions(layer, weight, slope, how)
+            return self.optimizer.directions(layer, weight, slope, relaxation)
         return ((part, drawn[:, part].clone()) for part in layer.chunks())
 
     def _keep_directions(self) -> None:
@@ -202,7 +210,7 @@ class Learner:
         out alike; the factored curvature shrinks with the square of the share.
         """
         assert self._how is not None
-        how = replace(
+        relaxation = replace(
             self._how,
             reward=self._how.reward / self.noise_samples,
             curvature=self._how.curvature * self.noise_samples,
@@ -211,7 +219,7 @@ class Learner:
             if linear not in self._drawn:
                 self._drawn[linear] = torch.zeros_like(layer.logits, dtype=torch.float32)
             weight, slope = self._own_rows(linear), self._sums.own[linear]
-            for part, direction in self.optimizer.directions(layer, weight, slope, how):
+            for part, direction in self.optimizer.directions(layer, weight, slope, relaxation):
                 self._drawn[linear][:, part] += direction
         self._sums.forget()
 
@@ -239,9 +247,9 @@ class Learner:
 
     def _soft(self, linear: Linear, out: Tensor) -> None:
         assert self._how is not None
-        how, layer, weight = self._how, self.layers[linear], self._own_rows(linear)
+        relaxation, layer, weight = self._how, self.layers[linear], self._own_rows(linear)
         mine = out if self.shards.world == 1 else out.new_empty(weight.shape)
-        layer.soften(weight, how, mine)
+        dispatch.soften(layer, weight, relaxation, mine)
         self.shards.gather(mine, out)
 
     def _choices(self, linear: Linear) -> Tensor:
@@ -279,8 +287,8 @@ class Learner:
         begun: float,
         after_step: Callable[[Point], None],
     ) -> None:
-        how = self.schedule.relaxation(max(step - 1, 0), seed=self.seed, draw=0)
-        certain = math.fsum(layer.certainty(how) for layer in self.layers.values())
+        relaxation = self.schedule.relaxation(max(step - 1, 0), seed=self.seed, draw=0)
+        certain = math.fsum(dispatch.certainty(layer, relaxation) for layer in self.layers.values())
         changed = math.fsum(
             float((layer.choices() != self.prior[one.name]).sum())
             for one, layer in self.layers.items()
@@ -290,8 +298,8 @@ class Learner:
             step,
             tokens=step * self.schedule.batch * train.shape[1],
             loss=loss,
-            temperature=how.temperature,
-            scale=how.scale,
+            temperature=relaxation.temperature,
+            scale=relaxation.scale,
             certainty=certain / self._groups,
             changed=changed / self._groups,
             held_out_ppl=ppl,
@@ -320,17 +328,17 @@ class _Gradients:
     """
 
     def __init__(self, shards: Shards, dtype: torch.dtype) -> None:
-        self.own: dict[Linear, Slope] = {}
+        self.own: dict[Linear, WeightGradient] = {}
         self.total = torch.zeros(())
         self._shards = shards
         self._dtype = dtype
-        self._whole: dict[Linear, Slope] = {}
+        self._whole: dict[Linear, WeightGradient] = {}
 
     def fetch(self, linears: Sequence[Linear]) -> None:
         """Make room for a block."""
         for one in linears:
             zeros = functools.partial(torch.zeros, device=one.stored.device)
-            self._whole[one] = Slope(
+            self._whole[one] = WeightGradient(
                 zeros(one.out_features, one.in_features),
                 zeros(one.out_features),
                 zeros(one.in_features),
@@ -366,7 +374,7 @@ class _Gradients:
                 known.rows.add_(rows)
                 known.columns.add_(columns)
             else:
-                self.own[linear] = Slope(mine, rows, columns)
+                self.own[linear] = WeightGradient(mine, rows, columns)
         self._whole = {}
 
     def forget(self) -> None:

@@ -45,14 +45,14 @@ from prunebench.pruners.layer import (
     TrainingNeeds,
 )
 from prunebench.pruners.maskllm.candidates import candidates, choose, mask_of, require_learnable
-from prunebench.pruners.maskllm.kept import Keeper
+from prunebench.pruners.maskllm.checkpoint import CheckpointStore
+from prunebench.pruners.maskllm.initial_logits import LogitInit
 from prunebench.pruners.maskllm.learn import Learner
+from prunebench.pruners.maskllm.memory_plan import MemoryPlan
 from prunebench.pruners.maskllm.optimise import Optimizer
 from prunebench.pruners.maskllm.options import PRIORS, Options, require_prior
-from prunebench.pruners.maskllm.plan import Load
 from prunebench.pruners.maskllm.presets import PRESETS
-from prunebench.pruners.maskllm.prior import Start
-from prunebench.pruners.maskllm.relax import LayerLogits
+from prunebench.pruners.maskllm.relaxation import LayerLogits
 from prunebench.pruners.maskllm.schedule import Schedule
 from prunebench.pruners.maskllm.shards import Shards
 from prunebench.sparsity import Sparsity
@@ -123,7 +123,7 @@ class MaskLLM(Options):
         """Return what a training will need; masks that are applied need nothing."""
         if self.masks:
             return None
-        return Load(model, self.filled(), sparsity, dtype, device, processes).forecast()
+        return MemoryPlan(model, self.filled(), sparsity, dtype, device, processes).forecast()
 
     def prune(self, walker: BlockWalker, sparsity: Mapping[str, Sparsity]) -> PruneReport:
         """Learn or apply a mask for every linear of `walker`.
@@ -169,7 +169,7 @@ class MaskLLM(Options):
                 _keep(keeper, learner, data)
 
         scores = _prior_scores(walker, learner, table, data) if prior else ()
-        keeper = Keeper(data.folder, shards) if data.folder is not None else None
+        keeper = CheckpointStore(data.folder, shards) if data.folder is not None else None
         events = _resume(keeper, learner, data) if keeper is not None else ()
         try:
             learner.learn(
@@ -222,7 +222,7 @@ class MaskLLM(Options):
         optimizer = self._optimizer()
         assert self.logit_std is not None and self.prior_noise is not None
         assert self.prior_strength is not None
-        start = Start(self.logit_std, self.prior_noise, self.prior_strength)
+        start = LogitInit(self.logit_std, self.prior_noise, self.prior_strength)
         layers: dict[Linear, LayerLogits] = {}
         first: dict[str, Tensor] = {}
         for index, linear in enumerate(walker.linears):
@@ -313,7 +313,7 @@ def _weights_put_back(walker: BlockWalker) -> Iterator[None]:
             one.stored.copy_(dense.pop(one.name))
 
 
-def _resume(keeper: Keeper, learner: Learner, data: Training) -> tuple[Event, ...]:
+def _resume(keeper: CheckpointStore, learner: Learner, data: Training) -> tuple[Event, ...]:
     """Take up the kept state of this very run; the result says from where the training went on."""
     damage = keeper.restore(learner)
     if damage:
@@ -326,7 +326,7 @@ def _resume(keeper: Keeper, learner: Learner, data: Training) -> tuple[Event, ..
     return (Event("all", "training resumed after step", float(learner.done)),)
 
 
-def _keep(keeper: Keeper, learner: Learner, data: Training) -> None:
+def _keep(keeper: CheckpointStore, learner: Learner, data: Training) -> None:
     """Save the state; a full disk does not end a training."""
     try:
         keeper.save(learner)

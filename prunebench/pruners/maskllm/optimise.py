@@ -18,9 +18,14 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from prunebench.pruners.maskllm.fused import kernels_for
-from prunebench.pruners.maskllm.relax import LayerLogits, Relaxation, Slope, slope_of_logits
-from prunebench.pruners.maskllm.state import Packed, StateDtype, round_at_random
+from prunebench.pruners.maskllm.dispatch import kernels_for
+from prunebench.pruners.maskllm.moments import PackedMoments, StateDtype, round_at_random
+from prunebench.pruners.maskllm.relaxation import (
+    LayerLogits,
+    Relaxation,
+    WeightGradient,
+    slope_of_logits,
+)
 
 Kind = Literal["adamw", "momentum", "mirror"]
 Directions = Iterable[tuple[slice, Tensor]]
@@ -32,8 +37,8 @@ class _Ascent:
 
     layer: LayerLogits
     weight: Tensor
-    slope: Slope
-    how: Relaxation
+    slope: WeightGradient
+    relaxation: Relaxation
     mirror: bool
 
     @property
@@ -42,7 +47,7 @@ class _Ascent:
         return kernels_for(self.layer.logits, self.layer.table)
 
     def __iter__(self) -> Iterator[tuple[slice, Tensor]]:
-        given = (self.layer, self.weight, self.slope, self.how)
+        given = (self.layer, self.weight, self.slope, self.relaxation)
         if self.kernels is not None:
             for part in self.layer.chunks():
                 yield part, self.kernels.directions(*given, mirror=self.mirror, part=part)
@@ -51,7 +56,7 @@ class _Ascent:
             if self.mirror:
                 yield part, scores.sub_(scores.mean(0))
             else:
-                yield part, slope_of_logits(chosen, scores, self.how)
+                yield part, slope_of_logits(chosen, scores, self.relaxation)
 
 
 @dataclass(frozen=True)
@@ -78,13 +83,15 @@ class Optimizer:
 
     def prepare(self, layer: LayerLogits) -> None:
         """Make the moments of a layer."""
-        make = functools.partial(Packed.zeros, layer.logits, self.state_dtype, width=layer.width)
+        make = functools.partial(
+            PackedMoments.zeros, layer.logits, self.state_dtype, width=layer.width
+        )
         layer.state["first"] = make()
         if self.kind == "adamw":
             layer.state["second"] = make(positive=True)
 
     def directions(
-        self, layer: LayerLogits, weight: Tensor, slope: Slope, how: Relaxation
+        self, layer: LayerLogits, weight: Tensor, slope: WeightGradient, relaxation: Relaxation
     ) -> Directions:
         """Return the direction of ascent of some groups after others, (choices, part).
 
@@ -94,15 +101,15 @@ class Optimizer:
             layer: The logits.
             weight: W, the rows that the layer has.
             slope: How the loss changes with W~.
-            how: The relaxation of the forward pass.
+            relaxation: That of the forward pass.
         """
-        return _Ascent(layer, weight, slope, how, mirror=self.kind == "mirror")
+        return _Ascent(layer, weight, slope, relaxation, mirror=self.kind == "mirror")
 
     def step(
         self,
         layer: LayerLogits,
         directions: Directions,
-        how: Relaxation,
+        relaxation: Relaxation,
         *,
         rate: float,
         unit: float,
@@ -113,22 +120,23 @@ class Optimizer:
         Args:
             layer: The logits and their moments.
             directions: The gradient, piece by piece; overwritten.
-            how: The relaxation of the forward pass; random rounding has its seed and step.
+            relaxation: That of the forward pass; random rounding has its seed and step.
             rate: Learning rate.
             unit: What gradients are divided by: by what `clip` leaves (`adamw`), or the layer's
                 root mean square.
-            count: Steps so far, with this one; `how` counts draws, of which a step may have many.
+            count: Steps so far, with this one; the step of `relaxation` counts draws, of which
+                there may be many in a step of the optimizer.
         """
         if isinstance(directions, _Ascent) and self.state_dtype != "int8":
             kernels = directions.kernels
             if kernels is not None:
                 kernels.update(
-                    layer, directions.weight, directions.slope, how, kind=self.kind, rate=rate,
-                    unit=unit, betas=self.betas, eps=self.eps, weight_decay=self.weight_decay,
-                    outlier=self.outlier,
+                    layer, directions.weight, directions.slope, relaxation, kind=self.kind,
+                    rate=rate, unit=unit, betas=self.betas, eps=self.eps, outlier=self.outlier,
+                    weight_decay=self.weight_decay,
                 )  # fmt: skip
                 return
-        count = how.step + 1 if count is None else count
+        count = relaxation.step + 1 if count is None else count
         for part, gradient in directions:
             gradient.div_(unit)
             old = layer.logits[:, part].to(torch.float32)
@@ -138,7 +146,9 @@ class Optimizer:
                 new = self._momentum(layer, part, old, gradient, rate=rate)
             if layer.logits.dtype == torch.bfloat16:
                 groups = torch.arange(part.start, part.stop, device=new.device) + layer.first
-                new = round_at_random(new, groups, seed=how.seed, step=how.step, layer=layer.index)
+                new = round_at_random(
+                    new, groups, seed=relaxation.seed, step=relaxation.step, layer=layer.index
+                )
             layer.logits[:, part] = new
 
     def _adamw(
@@ -177,6 +187,6 @@ def sum_squares(directions: Directions) -> float:
     if isinstance(directions, _Ascent) and kernels is not None:
         one = directions
         return float(
-            kernels.sum_squares(one.layer, one.weight, one.slope, one.how, mirror=one.mirror)
+            kernels.sum_squares(one.layer, one.weight, one.slope, one.relaxation, mirror=one.mirror)
         )
     return float(sum(float(part.square_().sum(dtype=torch.float64)) for _, part in directions))

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Literal
 
 from prunebench.errors import UsageError, nearest
+from prunebench.pruners.maskllm.moments import StateDtype
 from prunebench.pruners.maskllm.optimise import Kind
 from prunebench.pruners.maskllm.presets import PRESETS
-from prunebench.pruners.maskllm.state import StateDtype
 
 PRIORS = ("scratch", "magnitude", "wanda", "sparsegpt", "gblm", "ria", "alps")
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from prunebench.pruners.maskllm.relax import Relaxation
+from prunebench.pruners.maskllm.relaxation import Relaxation
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ _ROUNDING = 1 << 20  # the block of the counter from which rounding takes its bi
 
 
 @dataclass
-class Packed:
+class PackedMoments:
     """A (choices, groups) tensor in a smaller type.
 
     Attributes:
@@ -40,7 +40,7 @@ class Packed:
     @classmethod
     def zeros(
         cls, like: Tensor, dtype: StateDtype, *, width: int, positive: bool = False
-    ) -> Packed:
+    ) -> PackedMoments:
         """Return zeros of the shape of `like`."""
         choices, groups = like.shape
         kind = torch.uint8 if dtype == "int8" and positive else getattr(torch, dtype)

@@ -19,11 +19,12 @@ from torch import nn
 from prunebench.models.backward import HEAD_ROWS
 from prunebench.models.linears import Linear, find_linears
 from prunebench.pruners.layer import Forecast
+from prunebench.pruners.maskllm import dispatch
 from prunebench.pruners.maskllm.candidates import candidates
 from prunebench.pruners.maskllm.learn import batch_windows
 from prunebench.pruners.maskllm.optimise import Optimizer
 from prunebench.pruners.maskllm.options import Options
-from prunebench.pruners.maskllm.relax import LayerLogits, Relaxation, Slope
+from prunebench.pruners.maskllm.relaxation import LayerLogits, Relaxation, WeightGradient
 from prunebench.pruners.maskllm.shards import Shards
 from prunebench.sparsity import Sparsity
 
@@ -34,7 +35,7 @@ _STATE_BYTES = {"float32": 4, "bfloat16": 2, "int8": 1}
 
 
 @dataclass(frozen=True)
-class Load:
+class MemoryPlan:
     """A training on a model, in numbers.
 
     Attributes:
@@ -209,26 +210,26 @@ class Load:
         optimizer.prepare(layer)
         weight = torch.zeros(_PROBE_ROWS, _PROBE_WIDTH, dtype=self.dtype, device=self.device)
         out = torch.empty_like(weight)
-        slope = Slope(
+        slope = WeightGradient(
             torch.zeros(weight.shape, device=self.device),
             torch.zeros(_PROBE_ROWS, device=self.device),
             torch.zeros(_PROBE_WIDTH, device=self.device),
         )
-        how = Relaxation(
+        relaxation = Relaxation(
             0, 0, temperature=1.0, scale=1.0, noise=one.noise, reward=one.reward or 0.0,
             curvature=one.curvature or 0.0,
         )  # fmt: skip
         measured = one.optimizer != "adamw" or bool(one.clip)  # the norm is a pass of its own
 
         def update() -> None:
-            made = optimizer.directions(layer, weight, slope, how)
-            optimizer.step(layer, made, how, count=1, rate=0.0, unit=1.0)
+            made = optimizer.directions(layer, weight, slope, relaxation)
+            optimizer.step(layer, made, relaxation, count=1, rate=0.0, unit=1.0)
             if measured:
-                for _ in optimizer.directions(layer, weight, slope, how):
+                for _ in optimizer.directions(layer, weight, slope, relaxation):
                     pass
 
         size = weight.numel()
-        soften = self._timed(lambda: layer.soften(weight, how, out)) / size
+        soften = self._timed(lambda: dispatch.soften(layer, weight, relaxation, out)) / size
         return soften, self._timed(update) / size
 
     def _timed(self, action: Callable[[], object]) -> float:

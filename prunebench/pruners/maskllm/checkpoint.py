@@ -35,7 +35,7 @@ _FACTS = "progress.json"
 
 
 @dataclasses.dataclass(frozen=True)
-class Keeper:
+class CheckpointStore:
     """Saves a training into a folder and finds it again.
 
     Attributes:

@@ -23,7 +23,7 @@ _CHUNK = 1 << 16
 
 
 @dataclass(frozen=True)
-class Start:
+class LogitInit:
     """How logits are spread around the prior.
 
     Attributes:

@@ -31,9 +31,8 @@ import torch
 from jaxtyping import Float, Integer
 from torch import Tensor
 
-from prunebench.pruners.maskllm.fused import kernels_for
+from prunebench.pruners.maskllm.moments import PackedMoments
 from prunebench.pruners.maskllm.noise import gumbel
-from prunebench.pruners.maskllm.state import Packed
 
 _CHUNK_LOGITS = 3 << 17  # logits at a time: what is made from them stays in cache
 _DEVICE_LOGITS = 3 << 22  # on a device, where every piece costs dozens of launches
@@ -62,7 +61,7 @@ class Relaxation:
 
 
 @dataclass(frozen=True)
-class Slope:
+class WeightGradient:
     """How the loss changes with the masked weight of some rows of a layer.
 
     Attributes:
@@ -95,7 +94,7 @@ class LayerLogits:
     table: Float[Tensor, "choices group"]
     width: int
     first: int = 0
-    state: dict[str, Packed] = field(default_factory=dict)
+    state: dict[str, PackedMoments] = field(default_factory=dict)
 
     @property
     def rows(self) -> int:
@@ -115,63 +114,61 @@ class LayerLogits:
         size = max(1, most // choices // self.width) * self.width
         return (slice(start, min(start + size, total)) for start in range(0, total, size))
 
-    def probabilities(self, part: slice, how: Relaxation) -> Float[Tensor, "choices part"]:
+    def probabilities(self, part: slice, relaxation: Relaxation) -> Float[Tensor, "choices part"]:
         """Return y of some groups, float32."""
-        scaled = self.logits[:, part].to(torch.float32) * how.scale
-        if how.noise:
+        scaled = self.logits[:, part].to(torch.float32) * relaxation.scale
+        if relaxation.noise:
             groups = torch.arange(
                 self.first + part.start, self.first + part.stop, device=scaled.device
             )
-            drawn = gumbel(groups, len(scaled), seed=how.seed, step=how.step, layer=self.index)
-            scaled.add_(drawn, alpha=how.noise)
-        scaled.sub_(scaled.amax(0)).div_(how.temperature).exp_()
+            drawn = gumbel(
+                groups, len(scaled), seed=relaxation.seed, step=relaxation.step, layer=self.index
+            )
+            scaled.add_(drawn, alpha=relaxation.noise)
+        scaled.sub_(scaled.amax(0)).div_(relaxation.temperature).exp_()
         return scaled.div_(scaled.sum(0))
 
     def soften(
-        self, weight: Float[Tensor, "out in"], how: Relaxation, out: Float[Tensor, "out in"]
+        self, weight: Float[Tensor, "out in"], relaxation: Relaxation, out: Float[Tensor, "out in"]
     ) -> None:
-        """Write W~ = W * m into `out`, which may be of another dtype."""
-        kernels = kernels_for(self.logits, self.table)
-        if kernels is not None:
-            kernels.soften(self, weight, how, out)
-            return
+        """Write W~ = W * m into `out`, which may be of another dtype.
+
+        In plain PyTorch; `dispatch.soften` uses a kernel where there is one.
+        """
         group = self.table.shape[1]
         flat, target = weight.reshape(-1, group), out.view(-1, group)
         for part in self.chunks():
-            mask = self.table.T @ self.probabilities(part, how)  # (group, part)
+            mask = self.table.T @ self.probabilities(part, relaxation)  # (group, part)
             torch.mul(flat[part], mask.T.to(flat.dtype), out=target[part])
 
     def scores(
-        self, weight: Float[Tensor, "out in"], slope: Slope, how: Relaxation
+        self, weight: Float[Tensor, "out in"], slope: WeightGradient, relaxation: Relaxation
     ) -> Iterator[tuple[slice, Tensor, Tensor]]:
         """Yield y and s, both (choices, part), piece by piece.
 
         Args:
             weight: W.
             slope: How the loss changes with W~.
-            how: The relaxation of the forward pass.
+            relaxation: That of the forward pass.
         """
         group = self.table.shape[1]
         flat, slopes = weight.reshape(-1, group), slope.gradient.view(-1, group)
         for part in self.chunks():
-            chosen = self.probabilities(part, how)
+            chosen = self.probabilities(part, relaxation)
             w = flat[part].T.to(torch.float32)
             h = slopes[part].T * w  # (group, part)
-            if how.reward or how.curvature:
+            if relaxation.reward or relaxation.curvature:
                 mask, squares = self.table.T @ chosen, w.square()
-                h -= (2 * how.reward) * squares * mask
+                h -= (2 * relaxation.reward) * squares * mask
                 rows = slice(part.start // self.width, part.stop // self.width)
                 curved = slope.rows[rows, None] * slope.columns  # (rows, in)
                 curved = curved.view(-1, group).T * squares
-                h += curved.mul_(mask.mul_(-2).add_(1)).mul_(how.curvature / 2)
+                h += curved.mul_(mask.mul_(-2).add_(1)).mul_(relaxation.curvature / 2)
             yield part, chosen, self.table @ h
 
-    def certainty(self, how: Relaxation) -> float:
+    def certainty(self, relaxation: Relaxation) -> float:
         """Return the sum over the groups of the largest probability, without noise."""
-        kernels = kernels_for(self.logits, self.table)
-        if kernels is not None:
-            return float(kernels.certainty(self, how))
-        calm = replace(how, noise=0.0)
+        calm = replace(relaxation, noise=0.0)
         return math.fsum(
             float(self.probabilities(part, calm).amax(0).sum()) for part in self.chunks()
         )
@@ -182,8 +179,10 @@ class LayerLogits:
 
 
 def slope_of_logits(
-    chosen: Float[Tensor, "choices part"], scores: Float[Tensor, "choices part"], how: Relaxation
+    chosen: Float[Tensor, "choices part"],
+    scores: Float[Tensor, "choices part"],
+    relaxation: Relaxation,
 ) -> Float[Tensor, "choices part"]:
     """Return dL/dz = kappa / tau * y * (s - <y, s>); `scores` is overwritten."""
     scores -= (chosen * scores).sum(0)
-    return scores.mul_(chosen).mul_(how.scale / how.temperature)
+    return scores.mul_(chosen).mul_(relaxation.scale / relaxation.temperature)
