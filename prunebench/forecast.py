@@ -139,7 +139,7 @@ def _seconds(
     scored = sum(text.windows.numel() for text in plan.texts)
     scoring = reading + scored * (products + sizes.outside / 2) / machine.flops
     stages = {"load": reading + sizes.total / machine.read_bytes}
-    dense = METHODS.find(plan.spec.method).patterns == "0"
+    dense = not METHODS.find(plan.spec.method).prunes
     if not dense:
         stages["baseline"] = scoring
         stages["prune"] = 3 * reading + passes * tokens * products / machine.flops + solving

@@ -62,11 +62,11 @@ def _resolve_method(
         pruner = pruner.for_model(entry, spec.calibration)
         pruner.check(sparsity)
         options = pruner.options()
-    if row.patterns == "0" and sparsity.ratio != 0:
+    if not row.prunes and sparsity.ratio != 0:
         raise UsageError(
             f"the method {spec.method} does not prune", fix="leave --sparsity out, or use 0"
         )
-    if spec.allocation != "uniform" and (sparsity.is_pattern or row.patterns == "0"):
+    if spec.allocation != "uniform" and (sparsity.is_pattern or not row.prunes):
         raise UsageError(
             f"--allocation {spec.allocation} does not go with {spec.method} {sparsity}",
             where="N:M keeps N of every M in all layers alike: there is nothing to spread",

@@ -25,7 +25,7 @@ from prunebench.evaluate.outcome import Outcome
 from prunebench.execution import executed
 from prunebench.files import cache_dir, write_text
 from prunebench.models.blocks import BlockWalker
-from prunebench.models.gradients import GradientNorms, Norm, gradient_norms
+from prunebench.models.gradients import GradientNorms, gradient_norms
 from prunebench.models.kept import KeptRun
 from prunebench.models.linears import Linear, find_linears
 from prunebench.models.load import hash_weights
@@ -105,7 +105,7 @@ def _execute(plan: Plan) -> Result:
             model = open_model(plan, kept)
             linears = find_linears(model)
             dense_sha256, zeros = _look_at_dense(model, linears, kept)
-        is_dense = METHODS.find(spec.method).patterns == "0" and spec.execute == "dense"
+        is_dense = not METHODS.find(spec.method).prunes and spec.execute == "dense"
         dense = [] if is_dense else score_dense(plan, model, dense_sha256)
         references = refer_to_dense(plan, model)
         with _stopwatch(kept) as prune_seconds:
@@ -210,9 +210,8 @@ def _allocate(
 
 def _prune(plan: Plan, model: nn.Module, requested: dict[str, Sparsity]) -> PruneReport:
     go_on(plan, model)
-    gradients = None
-    if plan.pruner.needs.gradients and plan.windows:
-        norm: Norm = vars(plan.pruner)["norm"]
+    gradients, norm = None, plan.pruner.needs.gradients
+    if norm is not None and plan.windows:
         samples = len(plan.windows.token_ids)
         detail = f"of the dense model, {norm}"
         with plan.clock.stage("gradients", total=samples, detail=detail, unit="windows") as advance:
@@ -245,8 +244,9 @@ def _walk(
 ) -> Iterator[BlockWalker]:
     """Open a walk over the calibration tokens as one stage of the run."""
     total, unit = max(one.block_index for one in plan.linears) + 1, "blocks"
-    if stage == "prune" and plan.training is not None:
-        total, unit = vars(plan.pruner)["steps"], "steps"
+    need = plan.pruner.needs.training
+    if stage == "prune" and need is not None:
+        total, unit = need.steps, "steps"
     with plan.clock.stage(stage, total=total, detail=detail, unit=unit) as advance:
         yield BlockWalker(
             model,

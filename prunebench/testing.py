@@ -164,8 +164,9 @@ class _Trial:
     def run(self) -> nn.Module:
         tokens = tiny_tokens()
         gradients = None
-        if self.pruner.needs.gradients:
-            gradients = gradient_norms(self.model, tokens, norm=vars(self.pruner)["norm"])
+        norm = self.pruner.needs.gradients
+        if norm is not None:
+            gradients = gradient_norms(self.model, tokens, norm=norm)
         training = None
         if self.pruner.needs.training is not None:
             training = Training(tiny_tokens(samples=8), tiny_tokens(samples=2, seed=1))

@@ -15,12 +15,14 @@ class Method(Row):
     """One method.
 
     Attributes:
+        prunes: False for the baseline, which leaves every weight as it is.
         updates: Whether it changes the weights that it keeps.
         patterns: The sparsities it takes.
         sparsity: The sparsity of a run that names none.
         allocation: The allocator of a run that names none.
     """
 
+    prunes: bool = True
     updates: bool = False
     patterns: str = "any ratio, any N:M"
     sparsity: str = "0.5"
@@ -31,6 +33,7 @@ BUILTIN: dict[str, Method] = {
     "dense": Method(
         "prunebench.pruners.dense:Dense",
         "no pruning: the baseline",
+        prunes=False,
         patterns="0",
         sparsity="0",
     ),

@@ -17,7 +17,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from jaxtyping import Float
@@ -39,8 +38,12 @@ class Gradient(GroupPruner):
         norm: `l1` (the published figures) or `l2`, over the calibration windows.
     """
 
-    needs: ClassVar[Needs] = Needs(gradients=True)
     norm: Norm = "l1"
+
+    @property
+    def needs(self) -> Needs:  # type: ignore[override]  # it depends on an option
+        """Gradients in the chosen norm."""
+        return Needs(gradients=self.norm)
 
     def prune_group(self, group: LinearGroup, sparsity: Mapping[str, Sparsity]) -> Iterator[Pruned]:
         """Prune every linear by its own gradient."""
@@ -68,9 +71,13 @@ class Gblm(Gradient):
         paper_compat: Whether gradients are summed over the windows, not averaged.
     """
 
-    needs: ClassVar[Needs] = Needs(calibration=True, gradients=True)
     alpha: float = 100.0
     paper_compat: bool = True
+
+    @property
+    def needs(self) -> Needs:  # type: ignore[override]  # it depends on an option
+        """Input norms, and gradients in the chosen norm."""
+        return Needs(calibration=True, gradients=self.norm)
 
     def __post_init__(self) -> None:
         if not self.alpha >= 0:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from prunebench.calibration.stats import InputStats
 from prunebench.models.blocks import BlockWalker, LinearGroup
+from prunebench.models.gradients import Norm
 from prunebench.models.source import CatalogEntry
 from prunebench.sparsity import Sparsity
 from prunebench.spec import OptionValue
@@ -29,6 +30,7 @@ class TrainingNeeds:
         seqlen: Tokens in one.
         held_out: More windows, which only decide what is kept.
         least: Windows without which it cannot begin.
+        steps: Training steps, for the progress bar.
     """
 
     text: str
@@ -36,6 +38,7 @@ class TrainingNeeds:
     seqlen: int
     held_out: int
     least: int
+    steps: int
 
 
 @dataclass(frozen=True)
@@ -45,8 +48,7 @@ class Needs:
     Attributes:
         calibration: Statistics of the inputs over the calibration windows.
         hessian: The Gram matrix of the inputs too, not only their norms.
-        gradients: Norms of the dense model's gradients over the same windows; the option `norm`
-            of the pruner says which.
+        gradients: Which norm of the dense model's gradients over the same windows, if any.
         training: Windows to learn from.
         masks: Name of masks to read, see `models.masks`.
         whole_model: The model is run from any block to its end, again and again, so all weights
@@ -55,7 +57,7 @@ class Needs:
 
     calibration: bool = False
     hessian: bool = False
-    gradients: bool = False
+    gradients: Norm | None = None
     training: TrainingNeeds | None = None
     masks: str | None = None
     whole_model: bool = False
@@ -63,7 +65,7 @@ class Needs:
     @property
     def tokens(self) -> bool:
         """Whether calibration tokens are read at all."""
-        return self.calibration or self.gradients
+        return self.calibration or self.gradients is not None
 
 
 @dataclass(frozen=True)

@@ -76,6 +76,7 @@ class MaskLLM(Options):
             seqlen=one.train_seqlen,
             held_out=one.held_out,
             least=one.batch,
+            steps=one.steps,
         )
         if one.prior in PRIORS:
             other = _prior_method(one.prior).needs if one.prior != "scratch" else Needs()
