@@ -12,6 +12,7 @@ import platform
 import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -65,8 +66,8 @@ def opened_run(plan: Plan) -> Iterator[KeptRun | None]:
         return
     folder, clock = kept_folder(plan), plan.clock
     kept = KeptRun(folder)
-    shared = kept.lock()
-    if not shared:
+    has_lock = kept.lock()
+    if not has_lock:
         clock.note(f"another process runs this very command ({folder}): this one keeps nothing")
         kept = KeptRun(folder.with_name(f"{folder.name}-{secrets.token_hex(4)}"))
         kept.lock()
@@ -75,20 +76,21 @@ def opened_run(plan: Plan) -> Iterator[KeptRun | None]:
         kept.read()
     if kept.blocks:
         clock.note(f"going on: {len(kept.blocks)} blocks were finished before, in {kept.folder}")
-    kept.facts |= {
-        "command": plan.setup.command,
-        "title": f"{plan.spec.method} {plan.sparsity} on {plan.spec.model}",
-        "blocks": max(one.block_index for one in plan.linears) + 1,
-        "starts": kept.facts.get("starts", 0) + 1,
-    }
+    kept.state = replace(
+        kept.state,
+        command=plan.setup.command,
+        title=f"{plan.spec.method} {plan.sparsity} on {plan.spec.model}",
+        blocks=max(linear.block_index for linear in plan.linears) + 1,
+        starts=kept.state.starts + 1,
+    )
     try:
         yield kept
     except BaseException:
-        if not shared:
+        if not has_lock:
             kept.remove()
             raise
         done = len(kept.blocks)
-        clock.note(f"{done} finished blocks are kept: the same command goes on from there")
+        clock.note(f"{done} finished blocks saved; rerun the same command to resume")
         kept.release()
         raise
     kept.remove()

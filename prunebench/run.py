@@ -140,7 +140,7 @@ def _execute(plan: Plan) -> Result:
             cost=cost_block(
                 plan,
                 prune_seconds(),
-                starts=kept.facts["starts"] if kept else 1,
+                starts=kept.state.starts if kept else 1,
                 halvings=halvings,
             ),
         )
@@ -159,9 +159,8 @@ def _look_at_dense(
     model: nn.Module, linears: list[Linear], kept: KeptRun | None
 ) -> tuple[str, dict[str, int]]:
     """Return the hash of the dense weights and the zeros of every linear, in one pass."""
-    known = kept.facts.get("dense") if kept else None
-    if known:
-        return known["sha256"], known["zeros"]
+    if kept and kept.state.dense:
+        return kept.state.dense["sha256"], kept.state.dense["zeros"]
     zeros: dict[str, int] = {}
 
     def count(index: int) -> None:
@@ -170,7 +169,7 @@ def _look_at_dense(
 
     sha256 = hash_weights(model, look=count)
     if kept:
-        kept.remember(dense={"sha256": sha256, "zeros": zeros})
+        kept.update(dense={"sha256": sha256, "zeros": zeros})
     return sha256, zeros
 
 
@@ -194,8 +193,8 @@ def _allocate(
 ) -> Allocation:
     """Choose a ratio for every layer."""
     target, allocator = plan.sparsity.ratio, plan.allocator
-    if kept and "allocation" in kept.facts:
-        return Allocation(**kept.facts["allocation"])
+    if kept and kept.state.allocation:
+        return Allocation(**kept.state.allocation)
     if isinstance(allocator, Allocation):
         return allocator
     if plan.spec.allocation == "uniform":
@@ -204,7 +203,7 @@ def _allocate(
         allocation = allocator.allocate(walker, target)
     require_sound(allocation, linears, target)
     if kept:
-        kept.remember(allocation={name: dict(value) for name, value in vars(allocation).items()})
+        kept.update(allocation={name: dict(value) for name, value in vars(allocation).items()})
     return allocation
 
 
@@ -224,7 +223,7 @@ def _prune(plan: Plan, model: nn.Module, requested: dict[str, Sparsity]) -> Prun
 @contextmanager
 def _stopwatch(kept: KeptRun | None) -> Iterator[Callable[[], float]]:
     """Yield what says how long the work inside took, earlier starts of this run included."""
-    before = float(kept.facts.get("seconds", 0.0)) if kept else 0.0
+    before = kept.state.seconds if kept else 0.0
     begun = time.perf_counter()
     ended: list[float] = []
 
@@ -235,7 +234,7 @@ def _stopwatch(kept: KeptRun | None) -> Iterator[Callable[[], float]]:
         yield seconds
     ended.append(time.perf_counter())
     if kept:
-        kept.remember(seconds=seconds())
+        kept.update(seconds=seconds())
 
 
 @contextmanager
@@ -290,9 +289,9 @@ def _named_once(result: Result, kept: KeptRun | None) -> Result:
     """Return the result that an earlier start was about to file, if there was one: same name."""
     if kept is None:
         return result
-    if "result" not in kept.facts:
-        kept.remember(result=result.to_json())
-    return Result.model_validate_json(kept.facts["result"])
+    if kept.state.result is None:
+        kept.update(result=result.to_json())
+    return Result.model_validate_json(kept.state.result or "")
 
 
 def _publish(plan: Plan, result: Result) -> None:

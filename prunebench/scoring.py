@@ -54,7 +54,7 @@ def score_pruned(
 ) -> list[Outcome]:
     """Score the model as it is now; what a dense model got is remembered."""
     outcomes = []
-    scored: dict[str, Any] = kept.facts.get("scored", {}) if kept else {}
+    scored: dict[str, Any] = dict(kept.state.scored) if kept else {}
     for evaluator in _evaluators(plan):
         if evaluator.name in scored:
             outcomes += outcomes_from(scored[evaluator.name])
@@ -62,7 +62,7 @@ def score_pruned(
         found = _score(plan, model, evaluator, stage="score")
         if kept:
             scored[evaluator.name] = [asdict(one) for one in found]
-            kept.remember(scored=scored)
+            kept.update(scored=scored)
         if dense_sha256 is not None:
             remember_outcomes(dense_sha256, evaluator, found)
         outcomes += found

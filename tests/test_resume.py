@@ -167,7 +167,7 @@ def test_the_same_command_goes_on_and_says_what_it_kept(cli, tiny_run, tmp_path,
 
     monkeypatch.setattr(run, "hash_weights", stopped)
     outcome = cli(*command, code=130)
-    assert "3 finished blocks are kept: the same command goes on" in outcome.output
+    assert "3 finished blocks saved; rerun the same command to resume" in outcome.output
     monkeypatch.undo()
     monkeypatch.setenv("PRUNEBENCH_CACHE", str(tmp_path / "cache"))
     monkeypatch.chdir(tmp_path / "work")

@@ -19,7 +19,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,19 +34,53 @@ _JOURNAL = "journal.json"
 _LOCK = "lock"
 
 
+@dataclass(frozen=True)
+class RunState:
+    """What a run saves besides its blocks, so that a resumed run has it again.
+
+    Attributes:
+        command: The command line.
+        title: What is run, for people.
+        blocks: Number of blocks of the model.
+        starts: How often the run was started.
+        seconds: Time that the pruning has taken so far.
+        dense: `sha256` of the dense weights and `zeros` by linear, once counted.
+        allocation: The fields of `Allocation`, once chosen.
+        scored: Outcomes as JSON has them, by evaluator.
+        result: The result as JSON, once it is about to be filed.
+    """
+
+    command: str = ""
+    title: str = "a run that left no journal"
+    blocks: int = 0
+    starts: int = 0
+    seconds: float = 0.0
+    dense: dict[str, Any] | None = None
+    allocation: dict[str, Any] | None = None
+    scored: dict[str, Any] = field(default_factory=dict)
+    result: str | None = None
+
+    @classmethod
+    def of_journal(cls, journal: dict[str, Any] | None) -> RunState:
+        """Read it from a journal; an empty state without one."""
+        names = {field.name for field in fields(cls)}
+        rows = (journal or {}).get("facts", {})
+        return cls(**{name: value for name, value in rows.items() if name in names})
+
+
 class KeptRun:
     """The folder of one run.
 
     Attributes:
         folder: Where it is.
-        facts: What else the run wants to find again, as JSON has it.
+        state: What else a resumed run needs.
         written_bytes: What this process has written.
         write_seconds: How long that took, hashing included.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.facts: dict[str, Any] = {}
+        self.state = RunState()
         self.written_bytes = 0
         self.write_seconds = 0.0
         self._blocks: list[dict[str, Any]] = []
@@ -84,7 +118,7 @@ class KeptRun:
     def read(self) -> None:
         """Find out what is there and sound; what is not is removed."""
         journal = read_journal(self.folder) or {}
-        self.facts = journal.get("facts", {})
+        self.state = RunState.of_journal(journal)
         self._blocks, self._hidden = [], journal.get("hidden")
         for row in journal.get("blocks", []):
             if not _is_sound(self.folder, row):
@@ -155,19 +189,19 @@ class KeptRun:
             for batch in range(len(stored))
         ]
 
-    def remember(self, **facts: Any) -> None:
-        """Keep facts, as JSON has them.
+    def update(self, **changes: Any) -> None:
+        """Change fields of the state, and save it.
 
         Raises:
             SaveError: The disk is full.
         """
-        self.facts |= facts
+        self.state = replace(self.state, **changes)
         self.save()
 
     @contextlib.contextmanager
-    def on_save(self, facts: Callable[[], dict[str, Any]]) -> Iterator[None]:
-        """Let the facts that `facts` returns be kept whenever something is."""
-        self._at_save = facts
+    def on_save(self, changes: Callable[[], dict[str, Any]]) -> Iterator[None]:
+        """Let the fields that `changes` returns be updated at every save."""
+        self._at_save = changes
         try:
             yield
         finally:
@@ -179,9 +213,10 @@ class KeptRun:
         Raises:
             SaveError: The disk is full.
         """
-        self.facts |= self._at_save()
+        self.state = replace(self.state, **self._at_save())
         text = json.dumps(
-            {"facts": self.facts, "blocks": self._blocks, "hidden": self._hidden}, sort_keys=True
+            {"facts": asdict(self.state), "blocks": self._blocks, "hidden": self._hidden},
+            sort_keys=True,
         )
         with self._renamed(_JOURNAL) as part:
             part.write_text(f"{hashlib.sha256(text.encode()).hexdigest()}\n{text}\n", "utf-8")
@@ -259,17 +294,17 @@ def kept_info(folder: Path) -> KeptInfo | None:
     if not folder.is_dir():
         return None
     journal = read_journal(folder) or {}
-    facts = journal.get("facts", {})
+    state = RunState.of_journal(journal)
     files = [path.stat() for path in folder.iterdir() if path.is_file()]
     kept = KeptRun(folder)
     free = kept.lock()
     kept.release()
     return KeptInfo(
         folder=folder,
-        title=str(facts.get("title", "a run that left no journal")),
-        command=str(facts.get("command", "")),
+        title=state.title,
+        command=state.command,
         done=len(journal.get("blocks", [])),
-        blocks=int(facts.get("blocks", 0)),
+        blocks=state.blocks,
         size=sum(one.st_size for one in files),
         age_seconds=time.time() - max((one.st_mtime for one in files), default=time.time()),
         running=not free,
