@@ -307,12 +307,14 @@ def recipe_text(result: Result) -> str:
     values["ppl_seqlen"] = spec.ppl_seqlen
     for name in (
         "ppl_tokens",
+        "ppl_bos",
         "divergence",
         "tasks",
         "num_fewshot",
         "limit",
         "apply_chat_template",
         "execute",
+        "calibration_bos",
     ):
         if getattr(spec, name) != RunSpec.model_fields[name].default:
             values[name] = getattr(spec, name)

@@ -79,12 +79,16 @@ def _resolve_method(
         "sparsity": str(sparsity),
         "allocation_options": allocation_options,
     }
+    if not spec.ppl:
+        update["ppl_bos"] = "text"
     allocator_reads = allocator is not None and allocator.needs.tokens
     if not pruner.needs.calibration:
         update["within_block"] = None
     if not (pruner.needs.tokens or allocator_reads):
         unused = ("calibration", "calibration_origin", "seqlen", "calibration_samples")
         update |= dict.fromkeys(unused)
+        if pruner.needs.training is None:
+            update["calibration_bos"] = "text"
         if "seed" not in options:
             update["seed"] = 0
     return spec.model_copy(update=update), pruner, allocator, sparsity

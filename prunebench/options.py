@@ -10,7 +10,7 @@ from prunebench.errors import UsageError, nearest
 from prunebench.models.source import find_model
 from prunebench.pruners import METHODS
 from prunebench.sparsity import Sparsity
-from prunebench.spec import DTYPES, EXECUTIONS, ORDERS, PLACEMENTS, WEIGHTS, RunSpec
+from prunebench.spec import BOS_PLACES, DTYPES, EXECUTIONS, ORDERS, PLACEMENTS, WEIGHTS, RunSpec
 
 RUN_KEYS: dict[str, type | tuple[type, ...]] = {
     "method": str,
@@ -20,9 +20,11 @@ RUN_KEYS: dict[str, type | tuple[type, ...]] = {
     "calibration": str,
     "calibration_samples": int,
     "seqlen": int,
+    "calibration_bos": str,
     "ppl": (str, list),
     "ppl_seqlen": int,
     "ppl_tokens": int,
+    "ppl_bos": str,
     "divergence": bool,
     "tasks": (str, list),
     "num_fewshot": int,
@@ -66,6 +68,8 @@ def with_defaults(given: Mapping[str, Any]) -> dict[str, Any]:
         ("dtype", DTYPES),
         ("within_block", ORDERS),
         ("execute", EXECUTIONS),
+        ("calibration_bos", BOS_PLACES),
+        ("ppl_bos", BOS_PLACES),
         ("weights", WEIGHTS),
         ("activations", PLACEMENTS),
     ):

@@ -21,6 +21,7 @@ from prunebench.allocators.allocation import (
     load_allocation,
     require_sound,
 )
+from prunebench.calibration.bos import check_bos, require_begun
 from prunebench.calibration.texts import Text, load_text
 from prunebench.calibration.training import Training, training_windows
 from prunebench.calibration.windows import Windows, load_windows, sample_windows
@@ -118,6 +119,7 @@ def prepare(spec: RunSpec, setup: Setup) -> Plan:
         if not all(name.startswith("tokens:") for name in spec.ppl):
             require_context(config, spec.ppl_seqlen, option="ppl-seqlen")
         tokenizer = load_tokenizer(local.path)
+        _check_bos(spec, local, pruner, config, tokenizer, clock)
         model = skeleton(config)
         linears = find_linears(model)
         for linear in linears:
@@ -165,6 +167,17 @@ def _devices(
     return devices
 
 
+def _check_bos(
+    spec: RunSpec, local: LocalModel, pruner: Pruner, config: Any, tokenizer: Any, clock: StageClock
+) -> None:
+    """Refuse windows that should begin with a BOS that is not there; say where they should."""
+    entry = local.source.entry
+    always, learns = entry is not None and entry.bos == "window", pruner.needs.training is not None
+    told = check_bos(spec, config, tokenizer, always=always, learns=learns)
+    if told:
+        clock.note(f"  {told}")
+
+
 def _read_allocation(
     spec: RunSpec, linears: list[Linear], sparsity: Sparsity
 ) -> tuple[RunSpec, Allocation]:
@@ -208,7 +221,7 @@ def _prepare_training(
             text = (f"{source.dataset}/{source.split}", source.origin)
         training = training_windows(
             source, tokenizer, samples=need.samples, seqlen=need.seqlen, held_out=need.held_out,
-            least=need.least, seed=spec.seed, vocabulary=vocabulary,
+            least=need.least, seed=spec.seed, vocabulary=vocabulary, bos=spec.calibration_bos,
         )  # fmt: skip
     options = {**spec.method_options, "train_data": text[0]}
     return spec.model_copy(update={"method_options": options}), training, text
@@ -240,14 +253,17 @@ def _calibrate(
         return None, None
     with clock.stage("calibration", detail=name):
         if name.startswith("tokens:"):
-            windows = load_windows(Path(name.partition(":")[2]).expanduser(), vocabulary=vocabulary)
+            path = Path(name.partition(":")[2]).expanduser()
+            windows = load_windows(path, vocabulary=vocabulary)
+            require_begun(windows.token_ids, tokenizer, spec.calibration_bos, path=path)
             text, origin, seed = "tokens", f"sha256:{windows.sha256}", None
         else:
             source = load_text(name, use="calibration", progress=clock)
             text, origin, seed = f"{source.dataset}/{source.split}", source.origin, spec.seed
             windows = sample_windows(
-                source, tokenizer, samples=spec.calibration_samples, seqlen=spec.seqlen, seed=seed
-            )
+                source, tokenizer, samples=spec.calibration_samples, seqlen=spec.seqlen, seed=seed,
+                bos=spec.calibration_bos,
+            )  # fmt: skip
     samples, seqlen = windows.token_ids.shape
     block = CalibrationBlock(
         text=text,
@@ -257,6 +273,7 @@ def _calibrate(
         seed=seed,
         packed=windows.packed,
         tokens_sha256=windows.sha256,
+        bos=spec.calibration_bos,
     )
     return windows, block
 
@@ -339,6 +356,7 @@ def _prepare_texts(
                     limit_tokens=spec.ppl_tokens,
                     vocabulary=vocabulary,
                     progress=clock,
+                    bos=spec.ppl_bos,
                 )
             )
     return texts

@@ -139,7 +139,9 @@ class RecipeCell:
             return False
         if value.metric == "token_ppl":
             texts = [re.split("[@:]", name)[0] for name in mine["ppl"]]
-            asked_so = (value.seqlen, value.limit) == (mine["ppl_seqlen"], mine["ppl_tokens"])
+            asked_so = (value.seqlen, value.limit, value.bos) == (
+                mine["ppl_seqlen"], mine["ppl_tokens"], mine["ppl_bos"],
+            )  # fmt: skip
             return asked_so and value.dataset in texts
         presets = task_table()["preset"]
         asked = {task for name in mine["tasks"] for task in presets.get(name, [name])}

@@ -19,10 +19,13 @@ OptionValue = bool | int | float | str | None
 Dtype = Literal["float32", "bfloat16", "float16"]
 WithinBlock = Literal["joint", "sequential"]
 Execute = Literal["dense", "sparse24"]
+Bos = Literal["text", "window"]
 
 DTYPES: tuple[str, ...] = get_args(Dtype)
 ORDERS: tuple[str, ...] = get_args(WithinBlock)
 EXECUTIONS: tuple[str, ...] = get_args(Execute)
+BOS_PLACES: tuple[str, ...] = get_args(Bos)
+BOS_WINDOW = "bos-window"  # part of a protocol's id where every window begins with BOS
 
 # Where things are while a run works: no part of a spec, because they change no number.
 Weights = Literal["resident", "disk"]
@@ -54,10 +57,12 @@ class RunSpec(BaseModel):
     calibration_origin: str | None = ""
     calibration_samples: int | None = Field(default=32, ge=1)
     seqlen: int | None = Field(default=512, ge=2)
+    calibration_bos: Bos = "text"
     ppl: tuple[str, ...] = ("wiki",)
     ppl_origins: tuple[str, ...] = ()
     ppl_seqlen: int = Field(default=512, ge=2)
     ppl_tokens: int | None = Field(default=None, ge=2)
+    ppl_bos: Bos = "text"
     divergence: bool = False
     tasks: tuple[str, ...] = ()
     num_fewshot: int | None = Field(default=None, ge=0)
@@ -79,7 +84,10 @@ class RunSpec(BaseModel):
         fields = self.model_dump(mode="json")
         if self.allocation == "uniform" and not self.allocation_options:
             del fields["allocation"], fields["allocation_options"]
-        later = ("divergence", "tasks", "num_fewshot", "limit", "apply_chat_template", "execute")
+        later = (
+            "divergence", "tasks", "num_fewshot", "limit", "apply_chat_template", "execute",
+            "calibration_bos", "ppl_bos",
+        )  # fmt: skip
         for name in later:
             if getattr(self, name) == RunSpec.model_fields[name].default:
                 del fields[name]

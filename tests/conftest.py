@@ -51,6 +51,36 @@ def tiny_folder(tmp_path_factory, byte_tokenizer) -> Path:
     return folder
 
 
+BOS = 254
+
+
+@pytest.fixture(scope="session")
+def bos_tokenizer(byte_tokenizer):
+    """The byte tokenizer with a token, `BOS`, that it puts before every text."""
+    import copy
+
+    from tokenizers import processors
+
+    tokenizer = copy.deepcopy(byte_tokenizer)
+    token = tokenizer.convert_ids_to_tokens(BOS)
+    tokenizer.bos_token = token
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{token} $A", special_tokens=[(token, BOS)]
+    )
+    return tokenizer
+
+
+@pytest.fixture(scope="session")
+def gemma_folder(tmp_path_factory, bos_tokenizer) -> Path:
+    """A tiny Gemma 3 whose tokenizer adds BOS, saved as a model folder. Read only."""
+    from prunebench.testing import tiny_model
+
+    folder = tmp_path_factory.mktemp("models") / "tiny-gemma"
+    tiny_model("gemma3").save_pretrained(folder)
+    bos_tokenizer.save_pretrained(folder)
+    return folder
+
+
 _PANGRAMS = """the quick brown fox jumps over a lazy dog while seven wizards judge my vow to buy
 quartz jigs and pack five dozen liquor jugs for the boxing match on sunday morning"""
 

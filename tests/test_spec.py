@@ -16,7 +16,7 @@ def test_the_hash_follows_every_field():
         "calibration_origin": "o", "calibration_samples": 1, "seqlen": 3, "ppl": ("c4",),
         "ppl_origins": ("o",), "ppl_seqlen": 3, "ppl_tokens": 5, "seed": 1, "divergence": True,
         "tasks": ("piqa",), "num_fewshot": 5, "limit": 10, "apply_chat_template": True,
-        "execute": "sparse24",
+        "execute": "sparse24", "calibration_bos": "window", "ppl_bos": "window",
     }  # fmt: skip
     assert changes.keys() == RunSpec.model_fields.keys()
     for field, value in changes.items():

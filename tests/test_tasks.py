@@ -15,6 +15,7 @@ from prunebench.evaluate.tasks import Protocol, expand_presets, prepare_tasks
 from prunebench.progress import Silent
 from prunebench.results.samples import read_samples
 from prunebench.results.store import ResultStore
+from tests.conftest import BOS
 
 # One worker: the index of lm-eval's tasks takes seconds to build.
 pytestmark = pytest.mark.xdist_group("lm-eval")
@@ -100,6 +101,40 @@ def test_the_pruned_weights_answer_and_not_the_dense_ones(
     assert len({one.sha256 for one in mine}) == 8
     assert result.software.lm_eval
     assert result.model.evaluated_sha256 != result.model.dense_sha256
+
+
+def test_a_tokenizer_with_bos_is_asked_as_lm_eval_itself_asks(gemma_folder, task_folder):
+    """The very tokens and answers of lm-eval's own adapter, which loads model and tokenizer."""
+    from lm_eval.evaluator import evaluate
+    from lm_eval.models.huggingface import HFLM
+    from transformers import AutoModelForCausalLM
+
+    from prunebench.models.load import load_tokenizer
+
+    (task,) = prepare_tasks(
+        ["pangram"], Protocol(include_path=task_folder), tokenizer=load_tokenizer(gemma_folder),
+        progress=Silent(),
+    )  # fmt: skip
+    asked = {"ours": [], "theirs": []}
+
+    def hear(model, who):
+        model.register_forward_pre_hook(
+            lambda module, args, kwargs: asked[who].append(
+                (args[0] if args else kwargs["input_ids"]).tolist()
+            ),
+            with_kwargs=True,
+        )
+        return model
+
+    model = AutoModelForCausalLM.from_pretrained(gemma_folder, dtype=torch.float32)
+    (ours,) = task.score(hear(model, "ours"), advance=lambda done: None)
+    theirs = HFLM(pretrained=str(gemma_folder), dtype="float32", device="cpu", batch_size=1)
+    hear(theirs.model, "theirs")
+    found = evaluate(lm=theirs, task_dict=task.built, log_samples=True)
+    assert asked["ours"] == asked["theirs"]
+    assert all(row[0] == BOS for batch in asked["ours"] for row in batch)
+    assert len(asked["ours"]) == 2 * len(QUESTIONS)
+    assert ours.measures["acc"].value == found["results"]["pangram"]["acc,none"]
 
 
 def test_a_limit_is_a_protocol_of_its_own(cli, tiny_run, task_folder):

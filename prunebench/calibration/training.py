@@ -12,9 +12,11 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from prunebench.calibration.bos import require_begun
 from prunebench.calibration.texts import Text
 from prunebench.calibration.windows import Windows, hash_tokens, load_windows, pack_windows
 from prunebench.errors import IncompatibleData, UsageError
+from prunebench.spec import Bos
 
 
 @dataclass(frozen=True)
@@ -58,6 +60,7 @@ def training_windows(
     least: int,
     seed: int,
     vocabulary: int,
+    bos: Bos = "text",
 ) -> Training:
     """Cut a text, or read a token file, into windows to learn from and windows to hold out.
 
@@ -65,7 +68,8 @@ def training_windows(
     `held_out` of a file of tokens, or of the shuffled text, are those that decide.
 
     Raises:
-        IncompatibleData: The text is too short for both.
+        IncompatibleData: The text is too short for both, or the windows of a token file do not
+            begin with BOS as they should.
         UsageError: The windows of a token file have another length.
     """
     wanted = samples + held_out
@@ -77,9 +81,10 @@ def training_windows(
                 where=f"the training wants {seqlen}",
                 fix=f"use --set train_seqlen={windows.shape[1]}",
             )
+        require_begun(windows, tokenizer, bos, path=source)
         rows = Windows(windows[:wanted], packed=False)
     else:
-        rows = pack_windows(source, tokenizer, samples=wanted, seqlen=seqlen, seed=seed)
+        rows = pack_windows(source, tokenizer, samples=wanted, seqlen=seqlen, seed=seed, bos=bos)
     have = len(rows.token_ids)
     if have < held_out + least:
         raise IncompatibleData(

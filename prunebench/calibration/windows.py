@@ -21,9 +21,11 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from prunebench.calibration.bos import begin_windows, text_tokens, tokenize
 from prunebench.calibration.texts import Text
 from prunebench.errors import IncompatibleData
 from prunebench.files import atomic_file
+from prunebench.spec import Bos
 
 TOKENS_KEY = "token_ids"
 _MAX_REJECTIONS = 1000  # in a row
@@ -49,24 +51,23 @@ def hash_tokens(token_ids: Tensor) -> str:
     return hashlib.sha256(array.tobytes()).hexdigest()
 
 
-def tokenize(tokenizer: Any, text: str) -> list[int]:
-    """Tokenise in one call, special tokens as the tokenizer puts them."""
-    return list(tokenizer(text).input_ids)
-
-
-def sample_windows(text: Text, tokenizer: Any, *, samples: int, seqlen: int, seed: int) -> Windows:
-    """Draw `samples` windows of `seqlen` tokens.
+def sample_windows(
+    text: Text, tokenizer: Any, *, samples: int, seqlen: int, seed: int, bos: Bos = "text"
+) -> Windows:
+    """Draw `samples` windows of `seqlen` tokens; with `bos="window"`, BOS is the first of each.
 
     Raises:
-        IncompatibleData: The text holds fewer than `samples * seqlen` tokens.
+        IncompatibleData: The text holds too few tokens to fill them.
+        UsageError: Every window should begin with BOS, and the tokenizer has none.
     """
+    seqlen = text_tokens(seqlen, bos)
     rng = random.Random(seed)
     documents = text.documents
     cache: dict[int, list[int]] = {}
 
     def tokens_of(index: int) -> list[int]:
         if index not in cache:
-            cache[index] = tokenize(tokenizer, documents[index])
+            cache[index] = tokenize(tokenizer, documents[index], bos)
         return cache[index]
 
     if isinstance(documents, list):  # not a memory-mapped shard of millions
@@ -79,25 +80,31 @@ def sample_windows(text: Text, tokenizer: Any, *, samples: int, seqlen: int, see
         if len(ids) <= seqlen:
             rejected += 1
             if rejected > _MAX_REJECTIONS:
-                packed = _pack(documents, tokenizer, rng, samples=samples, seqlen=seqlen)
+                packed = _pack(documents, tokenizer, rng, samples=samples, seqlen=seqlen, bos=bos)
                 if len(packed) < samples:
                     raise IncompatibleData(
                         f"the text is too short: {packed.numel():,} tokens, {samples} x {seqlen} "
                         "are wanted",
                         fix="use fewer samples, shorter ones, or another text",
                     )
-                return Windows(packed, packed=True)
+                return Windows(begin_windows(packed, tokenizer, bos), packed=True)
             continue
         rejected = 0
         start = rng.randint(0, len(ids) - seqlen - 1)
         rows.append(ids[start : start + seqlen])
-    return Windows(torch.tensor(rows, dtype=torch.int64), packed=False)
+    pieces = torch.tensor(rows, dtype=torch.int64)
+    return Windows(begin_windows(pieces, tokenizer, bos), packed=False)
 
 
-def pack_windows(text: Text, tokenizer: Any, *, samples: int, seqlen: int, seed: int) -> Windows:
+def pack_windows(
+    text: Text, tokenizer: Any, *, samples: int, seqlen: int, seed: int, bos: Bos = "text"
+) -> Windows:
     """Join documents in a random order and cut them into at most `samples` windows."""
-    rows = _pack(text.documents, tokenizer, random.Random(seed), samples=samples, seqlen=seqlen)
-    return Windows(rows, packed=True)
+    pieces = _pack(
+        text.documents, tokenizer, random.Random(seed), samples=samples,
+        seqlen=text_tokens(seqlen, bos), bos=bos,
+    )  # fmt: skip
+    return Windows(begin_windows(pieces, tokenizer, bos), packed=True)
 
 
 def _require_enough(
@@ -118,14 +125,20 @@ def _require_enough(
 
 
 def _pack(
-    documents: Sequence[str], tokenizer: Any, rng: random.Random, *, samples: int, seqlen: int
+    documents: Sequence[str],
+    tokenizer: Any,
+    rng: random.Random,
+    *,
+    samples: int,
+    seqlen: int,
+    bos: Bos,
 ) -> Tensor:
     """Join documents in a random order until the windows are full or none is left, and cut."""
     order = list(range(len(documents)))
     rng.shuffle(order)
     ids = array.array("q")  # 8 bytes a token, however many
     for index in order:
-        ids.extend(tokenize(tokenizer, documents[index] + "\n\n"))
+        ids.extend(tokenize(tokenizer, documents[index] + "\n\n", bos))
         if len(ids) >= samples * seqlen:
             break
     count = min(samples, len(ids) // seqlen)

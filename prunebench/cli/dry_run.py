@@ -38,7 +38,8 @@ def print_dry_run(spec: RunSpec, setup: Any, *, as_json: bool) -> None:
     typer.echo(f"  {len(plan.linears)} linears with {weights:,} weights would be pruned")
     if plan.calibration:
         one = plan.calibration
-        typer.echo(f"  calibration {one.samples} x {one.seqlen} tokens of {one.text}")
+        begun = ", BOS in each window" if one.bos == "window" else ""
+        typer.echo(f"  calibration {one.samples} x {one.seqlen} tokens of {one.text}{begun}")
         typer.echo(f"              from {one.origin}")
     for text in plan.texts:
         typer.echo(f"  perplexity  {text.protocol}, {text.targets:,} targets")

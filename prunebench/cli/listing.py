@@ -103,6 +103,7 @@ def _models() -> list[_Row]:
             "name": name,
             "size": entry.size,
             "dtype": entry.dtype,
+            "bos": entry.bos,
             "licence": entry.licence + (" (gated)" if entry.gated else ""),
             "source": entry.hub or entry.wheel,
         }

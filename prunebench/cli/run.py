@@ -79,6 +79,14 @@ def run_command(
             help="Tokens in a calibration window. (default: 512)",
         ),
     ] = None,
+    calibration_bos: Annotated[
+        str | None,
+        typer.Option(
+            envvar=_env("CALIBRATION_BOS"), show_envvar=False, rich_help_panel=_SPEC,
+            help="text: the token that begins a text (BOS) stands where the tokenizer puts it; "
+            "window: every calibration or training window begins with it. (default: text)",
+        ),
+    ] = None,
     ppl: Annotated[
         list[str] | None,
         typer.Option(
@@ -99,6 +107,14 @@ def run_command(
         typer.Option(
             envvar=_env("PPL_TOKENS"), show_envvar=False, min=2, rich_help_panel=_SPEC,
             help="Score only the first so many tokens; such rows are kept apart. (default: all)",
+        ),
+    ] = None,
+    ppl_bos: Annotated[
+        str | None,
+        typer.Option(
+            envvar=_env("PPL_BOS"), show_envvar=False, rich_help_panel=_SPEC,
+            help="text: BOS once, before the first window, as the papers have it; window: every "
+            "window begins with it, as Gemma needs; a protocol of its own. (default: text)",
         ),
     ] = None,
     divergence: Annotated[

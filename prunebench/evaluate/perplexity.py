@@ -3,7 +3,9 @@
 Protocol v1: documents joined (by a blank line, unless the source's papers join them otherwise),
 tokenised in one call with special tokens as the tokenizer puts them, cut into non-overlapping
 windows of `seqlen`, the tail dropped, mean cross-entropy over the `seqlen - 1` targets of every
-window in float32, exp of the mean. The metric is called `token_ppl`; lm-eval's `wikitext` task
+window in float32, exp of the mean. Where `--ppl-bos window` puts BOS before every window (BOS and
+`seqlen - 1` tokens of the text, tokenised without special tokens) the id says `bos-window`. The
+metric is called `token_ppl`; lm-eval's `wikitext` task
 is word perplexity, which is another thing.
 """
 
@@ -19,12 +21,14 @@ import torch
 from jaxtyping import Int
 from torch import Tensor, nn
 
+from prunebench.calibration.bos import begin_windows, require_begun, text_tokens, tokenize
 from prunebench.calibration.texts import load_text
-from prunebench.calibration.windows import hash_tokens, load_windows, tokenize
+from prunebench.calibration.windows import hash_tokens, load_windows
 from prunebench.errors import IncompatibleData
 from prunebench.evaluate.outcome import Item, Measure, Outcome, standard_error
 from prunebench.models.stream import batch_logits
 from prunebench.progress import Progress
+from prunebench.spec import BOS_WINDOW, Bos
 
 METRIC = "token_ppl"
 VERSION = "v1"
@@ -38,8 +42,9 @@ class PerplexityTask:
     """A text cut into windows, ready to be scored.
 
     Attributes:
-        protocol: The id, e.g. `wikitext2-raw/test/2048/v1`; `/first-N` is added where only N
-            tokens were used.
+        protocol: The id, e.g. `wikitext2-raw/test/2048/v1`; `bos-window/` stands before the
+            version where every window begins with BOS, `/first-N` is added where only N tokens
+            were used.
         windows: int64 (windows, seqlen).
     """
 
@@ -118,6 +123,7 @@ def prepare_perplexity(
     limit_tokens: int | None,
     vocabulary: int,
     progress: Progress,
+    bos: Bos = "text",
 ) -> PerplexityTask:
     """Cut a text into windows.
 
@@ -128,13 +134,18 @@ def prepare_perplexity(
         limit_tokens: Use only the first so many tokens, or None.
         vocabulary: Size of the model's vocabulary.
         progress: Hears of downloads.
+        bos: Where BOS is: where the tokenizer puts it, or before every window.
 
     Raises:
-        IncompatibleData: The text has less than one window.
+        IncompatibleData: The text has less than one window, or the windows of a token file do not
+            begin with BOS as they should.
+        UsageError: Every window should begin with BOS, and the tokenizer has none.
         MissingResource: It cannot be had here.
     """
     if name.startswith("tokens:"):
-        windows = load_windows(Path(name.partition(":")[2]).expanduser(), vocabulary=vocabulary)
+        path = Path(name.partition(":")[2]).expanduser()
+        windows = load_windows(path, vocabulary=vocabulary)
+        require_begun(windows.token_ids, tokenizer, bos, path=path)
         digest = windows.sha256
         dataset, split, origin, rows = (
             f"tokens-{digest[:12]}",
@@ -145,19 +156,22 @@ def prepare_perplexity(
         seqlen = rows.shape[1]
     else:
         text = load_text(name, use="evaluation", progress=progress)
-        ids = tokenize(tokenizer, text.joiner.join(text.documents))
+        ids = tokenize(tokenizer, text.joiner.join(text.documents), bos)
+        piece = text_tokens(seqlen, bos)
         if text.dataset == "c4":
-            ids = ids[: _C4_WINDOWS * seqlen]
-        count = len(ids) // seqlen
+            ids = ids[: _C4_WINDOWS * piece]
+        count = len(ids) // piece
         if count == 0:
             raise IncompatibleData(
-                f"{name} is too short: {len(ids):,} tokens, one window of {seqlen} is needed",
+                f"{name} is too short: {len(ids):,} tokens, one window of {piece} is needed",
                 where=f"text from {text.origin}",
-                fix=f"use --ppl-seqlen {len(ids)} or less, or a longer text",
+                fix=f"use --ppl-seqlen {len(ids) + seqlen - piece} or less, or a longer text",
             )
         dataset, split, origin = text.dataset, text.split, text.origin
-        rows = torch.tensor(ids[: count * seqlen], dtype=torch.int64).view(count, seqlen)
-    protocol = f"{dataset}/{split}/{seqlen}/{VERSION}"
+        rows = torch.tensor(ids[: count * piece], dtype=torch.int64).view(count, piece)
+        rows = begin_windows(rows, tokenizer, bos)
+    begins = f"{BOS_WINDOW}/" if bos == "window" else ""
+    protocol = f"{dataset}/{split}/{seqlen}/{begins}{VERSION}"
     limited = limit_tokens is not None and limit_tokens < rows.numel()
     if limited and limit_tokens is not None:
         rows = rows[: limit_tokens // seqlen]

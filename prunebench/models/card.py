@@ -145,6 +145,7 @@ def _about(result: Result, storage: str) -> list[str]:
         lines.append(
             f"- calibrated on {text.samples} x {text.seqlen} tokens of {_text(text.text)} "
             f"({_text(text.origin)}), seed {text.seed}"
+            + (", BOS at the beginning of each window" if text.bos == "window" else "")
         )
     else:
         lines.append("- no calibration data")

@@ -23,6 +23,7 @@ from prunebench.files import cache_dir, explain_os_error, sha256_file
 from prunebench.hub import hub_errors, require_hub, unreachable
 from prunebench.models.safetensors_files import check_weight_files, weight_files
 from prunebench.progress import Progress
+from prunebench.spec import Bos
 from prunebench.wheels import Wheel
 
 _HUB_NAME = re.compile(r"^[\w][\w.-]*/[\w][\w.-]*(@[\w./-]+)?$")
@@ -33,7 +34,8 @@ _HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
 class CatalogEntry:
     """One row of `catalog.toml`; either `hub` or the four `wheel` fields are set.
 
-    `masks` are published ones, by the name that `models.masks` takes.
+    `masks` are published ones, by the name that `models.masks` takes. `bos` is `window` for a model
+    that makes sense only where every window begins with BOS.
     """
 
     dtype: str
@@ -48,6 +50,7 @@ class CatalogEntry:
     sha256: str = ""
     member: str = ""
     masks: str = ""
+    bos: Bos = "text"
 
 
 @dataclass(frozen=True)

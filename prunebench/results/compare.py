@@ -32,13 +32,14 @@ _SETTINGS = (
     "calibration",
     "calibration_samples",
     "seqlen",
+    "calibration_bos",
     "dtype",
     "model_revision",
     "execute",
 )
 _NOT_OF_A_CELL = {
-    "seed", "ppl", "ppl_origins", "ppl_seqlen", "ppl_tokens", "divergence", "tasks", "num_fewshot",
-    "limit", "apply_chat_template",
+    "seed", "ppl", "ppl_origins", "ppl_seqlen", "ppl_tokens", "ppl_bos", "divergence", "tasks",
+    "num_fewshot", "limit", "apply_chat_template",
 }  # fmt: skip
 _SCORE_KEYS = ("protocol", "dataset", "metric")
 _SELECTORS: dict[str, Callable[[Result], object]] = {
@@ -52,6 +53,7 @@ _SELECTORS: dict[str, Callable[[Result], object]] = {
     "calibration": lambda r: r.spec.calibration,
     "calibration_samples": lambda r: r.spec.calibration_samples,
     "seqlen": lambda r: r.spec.seqlen,
+    "calibration_bos": lambda r: r.spec.calibration_bos,
     "device": lambda r: r.hardware.device,
     "execute": lambda r: r.spec.execute,
 }
@@ -310,6 +312,8 @@ def _fold(results: list[Result], selection: Selection, benches: Mapping[str, Ben
     seconds = [r.cost.prune_seconds for r in results if r.cost]
     options = {k: v for k, v in first.method_options.items() if k != "seed"}
     settings = {name: getattr(first, name) for name in _SETTINGS} | {"method_options": options}
+    if first.calibration is None and results[0].training is None:
+        settings["calibration_bos"] = None  # it reads no windows
     found = next((benches[r.id] for r in reversed(results) if r.id in benches), None)
     ratios = [r.sparsity.realised_ratio for r in results if r.sparsity]
     return Cell(

@@ -21,6 +21,7 @@ from prunebench.errors import UsageError
 from prunebench.results.cell_score import CellScore
 from prunebench.results.compare import Cell, Table
 from prunebench.sparsity import Sparsity
+from prunebench.spec import BOS_WINDOW
 
 TOLERANCE = {"token_ppl": 0.02, "acc": 0.01}
 """How far a faithful run may be off: of a perplexity 2 %, of an accuracy one point."""
@@ -104,6 +105,11 @@ class PublishedValue:
         """Tokens of a perplexity window; None for an accuracy."""
         part = self.protocol.split("/")[2:3]
         return int(part[0]) if part and part[0].isdigit() else None
+
+    @property
+    def bos(self) -> str:
+        """Where BOS is: `window` if every window begins with it."""
+        return "window" if BOS_WINDOW in self.protocol.split("/") else "text"
 
     @property
     def limit(self) -> int | None:

@@ -21,6 +21,7 @@ _SETTING_NAMES = {
     "allocation_options": "allocation options",
     "within_block": "within block",
     "calibration_samples": "samples",
+    "calibration_bos": "calibration BOS",
     "model_revision": "revision",
 }
 LEGEND = (

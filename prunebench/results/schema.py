@@ -9,9 +9,9 @@ from __future__ import annotations
 import json
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 
-from prunebench.spec import OptionValue, RunSpec
+from prunebench.spec import Bos, OptionValue, RunSpec
 
 SCHEMA_VERSION: Literal[1] = 1
 
@@ -76,6 +76,7 @@ class CalibrationBlock(_Block):
             `sha256:...` of a user's file.
         packed: True where documents longer than `seqlen` were too rare and text was packed.
         tokens_sha256: SHA-256 of the int64 token tensor, little endian, row-major.
+        bos: `window` where every window begins with BOS; left out where only a text does.
     """
 
     text: str
@@ -85,6 +86,7 @@ class CalibrationBlock(_Block):
     seed: int | None
     packed: bool
     tokens_sha256: str
+    bos: Bos = Field(default="text", exclude_if=lambda bos: bos == "text")
 
 
 class TrainingPoint(_Block):
@@ -195,8 +197,8 @@ class Score(_Block):
         metric: `token_ppl`, `kl_divergence` (nats a token, from the dense model), `top1_changed`
             (ratio of next-token predictions that differ from the dense model's), or a metric of
             an lm-eval task, such as `acc` and `acc_norm` (ratios).
-        protocol: Identifies text, split, sequence length, limit and version, or task, shots, limit
-            and version. Values under two protocols are never ranked against each other.
+        protocol: Identifies text, split, sequence length, BOS, limit and version, or task, shots,
+            limit and version. Values under two protocols are never ranked against each other.
         tokens_sha256: Hash of the evaluated token windows; for a task, of its documents, prompts
             and targets.
         targets: Number of predicted tokens; for a task, of documents.
