@@ -33,6 +33,7 @@ from prunebench.models.load import hash_weights, load_config, load_model, skelet
 from prunebench.models.safetensors_files import INDEX_NAME, StoredTensor, hash_stored
 from prunebench.models.save import RESULT_NAME, check_target, save_masks, save_stored_masks
 from prunebench.models.source import LocalModel, ModelSource
+from prunebench.options import options_of
 from prunebench.progress import Progress
 from prunebench.results.schema import Result
 from prunebench.results.store import Damaged, read_copy
@@ -305,19 +306,11 @@ def recipe_text(result: Result) -> str:
         _text_name(*pair, notes) for pair in zip(spec.ppl, spec.ppl_origins, strict=True)
     ]
     values["ppl_seqlen"] = spec.ppl_seqlen
-    for name in (
-        "ppl_tokens",
-        "ppl_bos",
-        "divergence",
-        "tasks",
-        "num_fewshot",
-        "limit",
-        "apply_chat_template",
-        "execute",
-        "calibration_bos",
-    ):
-        if getattr(spec, name) != RunSpec.model_fields[name].default:
-            values[name] = getattr(spec, name)
+    for name, option in options_of(RunSpec).items():
+        value = getattr(spec, name)
+        unread = value is None  # data that the method does not read
+        if option.about.given and name not in values and not unread and value != option.value:
+            values[name] = value
     values["seed"] = spec.seed
     options = dict(spec.method_options)
     if result.training is not None:

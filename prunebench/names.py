@@ -15,6 +15,7 @@ from prunebench.calibration.texts import check_text_name
 from prunebench.errors import UsageError
 from prunebench.models.masks import require_masks_named
 from prunebench.models.source import CatalogEntry, find_model
+from prunebench.options import options_of
 from prunebench.pruners import METHODS
 from prunebench.pruners.layer import DependsOnModel, Pruner
 from prunebench.sparsity import Sparsity
@@ -85,10 +86,12 @@ def _resolve_method(
     if not pruner.needs.calibration:
         update["within_block"] = None
     if not (pruner.needs.tokens or allocator_reads):
-        unused = ("calibration", "calibration_origin", "seqlen", "calibration_samples")
-        update |= dict.fromkeys(unused)
-        if pruner.needs.training is None:
-            update["calibration_bos"] = "text"
+        learns = pruner.needs.training is not None  # and its windows too begin as they should
+        update |= {
+            name: None if option.nullable else option.value
+            for name, option in options_of(RunSpec).items()
+            if option.about.role == "data" and not (learns and name == "calibration_bos")
+        }
         if "seed" not in options:
             update["seed"] = 0
     return spec.model_copy(update=update), pruner, allocator, sparsity
@@ -118,16 +121,11 @@ def _check_texts(spec: RunSpec) -> None:
 def _check_tasks(spec: RunSpec, setup: Setup) -> RunSpec:
     """Expand the papers' lists of tasks, and refuse names that lm-eval does not know."""
     if not spec.tasks:
+        values = {**dict(spec), **vars(setup)}
         given = [
-            option
-            for option, value in (
-                ("--num-fewshot", spec.num_fewshot),
-                ("--limit", spec.limit),
-                ("--apply-chat-template", spec.apply_chat_template or None),
-                ("--batch-size", setup.batch_size),
-                ("--include-path", setup.include_path),
-            )
-            if value is not None
+            option.flag
+            for name, option in options_of(RunSpec, Setup).items()
+            if option.about.requires == "tasks" and values[name] != option.value
         ]
         if given:
             raise UsageError(f"{given[0]} goes with --tasks", fix="as in --tasks piqa,arc_easy")

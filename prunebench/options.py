@@ -1,134 +1,163 @@
-"""The options of a run by name: their types, their defaults, and the shorthands they allow."""
+"""What is known of an option, on its field; and what is derived from the fields of a class.
+
+    seqlen: Annotated[int | None, Field(ge=2), Option("Tokens in a window.", role="data")] = 512
+
+The command line, the environment, recipes, selectors, tables and the documentation read
+`options_of(RunSpec, Setup)`; nothing about an option is written down twice.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+import dataclasses
+import functools
+from dataclasses import dataclass
+from pathlib import Path
+from types import NoneType, UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
-from prunebench.calibration.texts import text_presets
+from pydantic import BaseModel
+from pydantic.fields import FieldInfo
+
 from prunebench.errors import UsageError, nearest
-from prunebench.models.source import find_model
-from prunebench.pruners import METHODS
-from prunebench.sparsity import Sparsity
-from prunebench.spec import BOS_PLACES, DTYPES, EXECUTIONS, ORDERS, PLACEMENTS, WEIGHTS, RunSpec
 
-RUN_KEYS: dict[str, type | tuple[type, ...]] = {
-    "method": str,
-    "model": str,
-    "sparsity": (str, float, int),
-    "allocation": str,
-    "calibration": str,
-    "calibration_samples": int,
-    "seqlen": int,
-    "calibration_bos": str,
-    "ppl": (str, list),
-    "ppl_seqlen": int,
-    "ppl_tokens": int,
-    "ppl_bos": str,
-    "divergence": bool,
-    "tasks": (str, list),
-    "num_fewshot": int,
-    "limit": int,
-    "apply_chat_template": bool,
-    "execute": str,
-    "seed": int,
-    "dtype": str,
-    "within_block": str,
-    "device": str,
-    "weights": str,
-    "activations": str,
-    "set": dict,
-}
-OUTSIDE_SPEC = ("device", "weights", "activations")
-_ALLOCATION = "allocation."  # begins the options of the allocator among those of --set
+REQUIRED = dataclasses.MISSING
+"""The default of an option that has none."""
+
+Role = Literal["method", "data", "evaluation", "output", "placement"]
 
 
-def with_defaults(given: Mapping[str, Any]) -> dict[str, Any]:
-    """Return every option of a run: what was given, and the defaults of the method and model.
+@dataclass(frozen=True)
+class Option:
+    """What is known of a run option besides its name, its type and its default.
 
-    Raises:
-        UsageError: No method is named, or a name is unknown.
+    Attributes:
+        help: For `run --help`, without the default.
+        role: What it belongs to: the method, the data it reads (null where it reads none), the
+            evaluation, the output, or the placement of the work (which changes no number).
+        default: The default in words, where it is not the field's.
+        given: Whether users give it; False for content that a name resolved to.
+        cell: Whether results that differ in it are different rows of a table.
+        shown: Whether a table shows it as a setting of a row.
+        since: Version of the hash it came with. Later ones are left out of the hash at their
+            default, so that old hashes stay true.
+        flags: Further names on the command line.
+        metavar: What the command line calls the value.
+        env: Whether PRUNEBENCH_<NAME> sets it.
+        recipe: Whether a recipe may hold it.
+        also: Further types that a recipe may give.
+        repeated: Whether the command line takes it several times.
+        requires: An option without which it means nothing.
     """
-    if "method" not in given:
-        raise UsageError(
-            "no method is named", fix="give --method, for example --method wanda; see list methods"
-        )
-    row = METHODS.find(given["method"])
-    values: dict[str, Any] = {
-        name: field.default
-        for name, field in RunSpec.model_fields.items()
-        if name in RUN_KEYS and name != "method"
-    }
-    source = find_model(given.get("model", values["model"]))
-    values |= {"sparsity": row.sparsity, "allocation": row.allocation}
-    values |= {"device": "auto", "weights": "auto", "activations": "device"}
-    values["dtype"] = source.entry.dtype if source.entry else "float32"
-    values |= {key: value for key, value in given.items() if key != "set"}
-    for name, known in (
-        ("dtype", DTYPES),
-        ("within_block", ORDERS),
-        ("execute", EXECUTIONS),
-        ("calibration_bos", BOS_PLACES),
-        ("ppl_bos", BOS_PLACES),
-        ("weights", WEIGHTS),
-        ("activations", PLACEMENTS),
-    ):
-        if values[name] not in known:
+
+    help: str = ""
+    role: Role = "method"
+    default: str = ""
+    given: bool = True
+    cell: bool = False
+    shown: bool = False
+    since: int = 1
+    flags: tuple[str, ...] = ()
+    metavar: str | None = None
+    env: bool = True
+    recipe: bool = True
+    also: tuple[type, ...] = ()
+    repeated: bool = False
+    requires: str | None = None
+
+
+@dataclass(frozen=True)
+class FieldOption:
+    """An option as its field declares it.
+
+    Attributes:
+        name: Of the field.
+        about: What is known of it.
+        kind: `str`, `int`, `float`, `bool`, `Path`, `tuple` (of names) or `dict`.
+        value: The default; `REQUIRED` where there is none.
+        nullable: Whether it may be None.
+        choices: The values of a `Literal`.
+        least: The smallest value.
+    """
+
+    name: str
+    about: Option
+    kind: type
+    value: Any
+    nullable: bool
+    choices: tuple[str, ...]
+    least: int | None
+
+    @property
+    def flag(self) -> str:
+        """Its name on the command line."""
+        return f"--{self.name.replace('_', '-')}"
+
+    @property
+    def variable(self) -> str | None:
+        """Its name in the environment, if it has one."""
+        return f"PRUNEBENCH_{self.name.upper()}" if self.about.env else None
+
+    @property
+    def recipe_types(self) -> tuple[type, ...]:
+        """The types that a recipe may give; a number of TOML where the text of one is read too."""
+        own: tuple[type, ...] = (str, list) if self.kind is tuple else (self.kind,)
+        return (*own, *self.about.also)
+
+    @property
+    def default_text(self) -> str:
+        """The default in words; empty where there is nothing to say."""
+        if self.about.default:
+            return self.about.default
+        if self.value in (None, REQUIRED, (), "") or self.kind is bool:
+            return ""
+        return ",".join(self.value) if self.kind is tuple else str(self.value)
+
+    @property
+    def help_text(self) -> str:
+        """What it is, and its default."""
+        default = self.default_text
+        return f"{self.about.help} (default: {default})" if default else self.about.help
+
+    def require(self, value: object) -> None:
+        """Raise `UsageError` unless a value is one of the choices, where there are choices."""
+        if self.choices and value not in self.choices:
             raise UsageError(
-                f"--{name.replace('_', '-')} {values[name]!r} is not known",
-                fix=nearest(str(values[name]), known),
+                f"{self.flag} {value!r} is not known", fix=nearest(str(value), self.choices)
             )
-    sparsity = values["sparsity"]
-    text = ",".join(sparsity) if isinstance(sparsity, list) else str(sparsity)
-    values["sparsity"] = str(Sparsity.parse(text))
-    values["ppl"], values["tasks"] = _names(values["ppl"]), _names(values["tasks"])
-    _expand_text_preset(values, given)
-    options = read_options(given.get("set", ()))
-    of_allocation = {k for k in options if k.startswith(_ALLOCATION)}
-    values["method_options"] = {k: v for k, v in options.items() if k not in of_allocation}
-    values["allocation_options"] = {k.removeprefix(_ALLOCATION): options[k] for k in of_allocation}
-    return values
 
 
-def _names(value: Any) -> tuple[str, ...]:
-    """Split names by commas."""
-    words = [value] if isinstance(value, str) else list(value)
-    return tuple(name.strip() for word in words for name in word.split(",") if name.strip())
+@functools.cache
+def options_of(*classes: type) -> dict[str, FieldOption]:
+    """Return the options that the fields of pydantic models or dataclasses declare, in order."""
+    return {
+        name: _field_option(name, hint, _default(cls, name))
+        for cls in classes
+        for name, hint in get_type_hints(cls, include_extras=True).items()
+        if get_origin(hint) is Annotated
+        and any(isinstance(extra, Option) for extra in hint.__metadata__)
+    }
 
 
-def _expand_text_preset(values: dict[str, Any], given: Mapping[str, Any]) -> None:
-    """Replace a paper's protocol (`--ppl wanda-4096`) by its texts and its window length."""
-    presets = [name for name in values["ppl"] if name in text_presets()]
-    if not presets:
-        return
-    if len(values["ppl"]) > 1:
-        raise UsageError(
-            f"--ppl {presets[0]} is a whole protocol and stands alone",
-            fix=f"it means {','.join(text_presets()[presets[0]].texts)} with --ppl-seqlen "
-            f"{text_presets()[presets[0]].seqlen}",
-        )
-    preset = text_presets()[presets[0]]
-    if given.get("ppl_seqlen", preset.seqlen) != preset.seqlen:
-        raise UsageError(
-            f"--ppl {presets[0]} has windows of {preset.seqlen} tokens",
-            fix="leave --ppl-seqlen out, or name the texts",
-        )
-    values["ppl"], values["ppl_seqlen"] = preset.texts, preset.seqlen
+def _default(cls: type, name: str) -> Any:
+    if issubclass(cls, BaseModel):
+        info = cls.model_fields[name]
+        return REQUIRED if info.is_required() else info.default
+    rows: Any = dataclasses.fields(cls)  # type: ignore[arg-type]  # a dataclass, by contract
+    return next(row.default for row in rows if row.name == name)
 
 
-def read_options(given: Any) -> dict[str, Any]:
-    """Read the words of --set, or the table [set] of a recipe, which may hold [set.allocation]."""
-    if isinstance(given, dict):
-        nested = given.get("allocation")
-        inner = nested if isinstance(nested, dict) else {}
-        flat = {k: v for k, v in given.items() if k != "allocation" or v is not nested or not inner}
-        return flat | {f"{_ALLOCATION}{k}": v for k, v in inner.items()}
-    options: dict[str, Any] = {}
-    for word in given:
-        key, equals, value = word.partition("=")
-        if not equals or not key:
-            raise UsageError(f"--set {word!r} is not KEY=VALUE", fix="as in --set alpha=100")
-        if key in options:
-            raise UsageError(f"--set names {key!r} twice")
-        options[key] = value
-    return options
+def _field_option(name: str, hint: Any, default: Any) -> FieldOption:
+    about = next(extra for extra in hint.__metadata__ if isinstance(extra, Option))
+    limits = [extra for extra in hint.__metadata__ if isinstance(extra, FieldInfo)]
+    least = next(
+        (limit.ge for info in limits for limit in info.metadata if hasattr(limit, "ge")), None
+    )
+    inner, nullable = hint.__origin__, False
+    if get_origin(inner) in (Union, UnionType):  # X | None
+        nullable = True
+        (inner,) = (part for part in get_args(inner) if part is not NoneType)
+    choices = get_args(inner) if get_origin(inner) is Literal else ()
+    kind = str if choices else (get_origin(inner) or inner)
+    if kind not in (str, int, float, bool, Path, tuple, dict):
+        raise TypeError(f"the option {name} has the type {inner}, which nothing here can read")
+    return FieldOption(name, about, kind, default, nullable, choices, least)

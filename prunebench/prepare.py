@@ -238,7 +238,7 @@ def _require_apart(learned_from: tuple[str, str] | None, texts: list[PerplexityT
 
 
 def _check_outputs(setup: Setup, *, need_model_bytes: int) -> None:
-    folder, replace = setup.save_model, setup.replace
+    folder, replace = setup.save_model, setup.force
     if folder:
         check_target(folder, need_bytes=need_model_bytes, replace=replace, folder=True)
     for file in filter(None, (setup.save_masks, setup.save_calibration, setup.save_allocation)):

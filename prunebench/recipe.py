@@ -45,10 +45,10 @@ from typing import Any
 from prunebench.engines.job import RESOURCE_KEYS, Resources
 from prunebench.errors import PrunebenchError, UsageError, nearest
 from prunebench.evaluate.records import task_table
-from prunebench.options import OUTSIDE_SPEC, RUN_KEYS, with_defaults
 from prunebench.results.compare import OPTION, matches_word, read_selectors
 from prunebench.results.published import PublishedValue, published_values
-from prunebench.spec import RunSpec, build_spec
+from prunebench.run_options import RUN_KEYS, spec_of, with_defaults
+from prunebench.spec import RunSpec
 
 _NUMBER = (int, float)
 _Kinds = type | tuple[type, ...]
@@ -109,7 +109,7 @@ class RecipeCell:
     @property
     def spec(self) -> RunSpec:
         """What is run, before names are resolved to content."""
-        return build_spec({k: v for k, v in self.values.items() if k not in OUTSIDE_SPEC})
+        return spec_of(self.values)
 
     def matches(self, filters: Mapping[str, Sequence[str]]) -> bool:
         """Whether it is selected by `key=value,value` filters; a value may hold `*`.

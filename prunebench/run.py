@@ -320,9 +320,7 @@ def _save_outputs(
             save_masks(linears, setup.save_masks, weights=weights_of(model))
     if setup.save_model:
         with plan.clock.stage("save", detail=str(setup.save_model)):
-            save_model(
-                model, plan.tokenizer, setup.save_model, result=result, replace=setup.replace
-            )
+            save_model(model, plan.tokenizer, setup.save_model, result=result, replace=setup.force)
 
 
 @contextmanager

@@ -1,4 +1,9 @@
-"""`RunSpec`: everything that determines a result, and its hash. `Setup`: what changes no number."""
+"""`RunSpec`: everything that determines a result, and its hash. `Setup`: what changes no number.
+
+All that is known of a run option stands on its field: the type, the default, and an `Option` with
+the rest. The command line, the environment, recipe keys, selectors, the settings of a table and
+`--show-config` are derived from the fields by `options`.
+"""
 
 from __future__ import annotations
 
@@ -8,11 +13,12 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from prunebench.errors import UsageError
+from prunebench.options import Option, options_of
 from prunebench.progress import Progress, Silent
 
 OptionValue = bool | int | float | str | None
@@ -20,18 +26,11 @@ Dtype = Literal["float32", "bfloat16", "float16"]
 WithinBlock = Literal["joint", "sequential"]
 Execute = Literal["dense", "sparse24"]
 Bos = Literal["text", "window"]
-
-DTYPES: tuple[str, ...] = get_args(Dtype)
-ORDERS: tuple[str, ...] = get_args(WithinBlock)
-EXECUTIONS: tuple[str, ...] = get_args(Execute)
-BOS_PLACES: tuple[str, ...] = get_args(Bos)
-BOS_WINDOW = "bos-window"  # part of a protocol's id where every window begins with BOS
-
-# Where things are while a run works: no part of a spec, because they change no number.
 Weights = Literal["resident", "disk"]
+WeightsChoice = Literal["auto", "resident", "disk"]
 Placement = Literal["device", "cpu", "disk"]
-WEIGHTS: tuple[str, ...] = (*get_args(Weights), "auto")
-PLACEMENTS: tuple[str, ...] = get_args(Placement)
+
+BOS_WINDOW = "bos-window"  # part of a protocol's id where every window begins with BOS
 
 
 class RunSpec(BaseModel):
@@ -44,32 +43,148 @@ class RunSpec(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
 
-    method: str
-    method_options: dict[str, OptionValue] = {}
-    model: str = "smollm2-135m-q4"
-    model_revision: str = ""
-    dtype: Dtype = "float32"
-    sparsity: str = "0.5"
-    allocation: str = "uniform"
-    allocation_options: dict[str, OptionValue] = {}
-    within_block: WithinBlock | None = "joint"
-    calibration: str | None = "c4"
-    calibration_origin: str | None = ""
-    calibration_samples: int | None = Field(default=32, ge=1)
-    seqlen: int | None = Field(default=512, ge=2)
-    calibration_bos: Bos = "text"
-    ppl: tuple[str, ...] = ("wiki",)
-    ppl_origins: tuple[str, ...] = ()
-    ppl_seqlen: int = Field(default=512, ge=2)
-    ppl_tokens: int | None = Field(default=None, ge=2)
-    ppl_bos: Bos = "text"
-    divergence: bool = False
-    tasks: tuple[str, ...] = ()
-    num_fewshot: int | None = Field(default=None, ge=0)
-    limit: int | None = Field(default=None, ge=1)
-    apply_chat_template: bool = False
-    execute: Execute = "dense"
-    seed: int = Field(default=0, ge=0, lt=2**32)
+    method: Annotated[
+        str,
+        Option(
+            "Pruning method: a name of `prunebench list methods`, or module:Class.",
+            cell=True, flags=("-m",),
+        ),
+    ]  # fmt: skip
+    method_options: Annotated[
+        dict[str, OptionValue], Option(given=False, cell=True, shown=True)
+    ] = {}
+    model: Annotated[
+        str,
+        Option(
+            "Alias, org/name of the hub, folder, or .gguf file.", cell=True, flags=("-M",),
+        ),
+    ] = "smollm2-135m-q4"  # fmt: skip
+    model_revision: Annotated[str, Option(given=False, cell=True, shown=True)] = ""
+    dtype: Annotated[
+        Dtype,
+        Option(
+            "Of the weights: float32, bfloat16 or float16.", default="the alias's, else float32",
+            cell=True, shown=True,
+        ),
+    ] = "float32"  # fmt: skip
+    sparsity: Annotated[
+        str,
+        Option(
+            "Ratio of zeros (0.5, 50%) or N:M, keep N of M (2:4).", default="the method's",
+            cell=True, also=(float, int), repeated=True,
+        ),
+    ] = "0.5"  # fmt: skip
+    allocation: Annotated[
+        str,
+        Option(
+            "How a ratio is spread over the layers: a name of `prunebench list allocators`, or "
+            "file:PATH.", default="the method's, mostly uniform", cell=True, shown=True,
+        ),
+    ] = "uniform"  # fmt: skip
+    allocation_options: Annotated[
+        dict[str, OptionValue], Option(given=False, cell=True, shown=True)
+    ] = {}
+    within_block: Annotated[
+        WithinBlock | None,
+        Option(
+            "joint: all layers of a block see the dense block's inputs, as in the papers; "
+            "sequential: each sees the inputs left by those before it.", cell=True, shown=True,
+        ),
+    ] = "joint"  # fmt: skip
+    calibration: Annotated[
+        str | None,
+        Option("Text name, file:PATH, or tokens:PATH.", role="data", cell=True, shown=True),
+    ] = "c4"
+    calibration_origin: Annotated[str | None, Option(role="data", given=False, cell=True)] = ""
+    calibration_samples: Annotated[
+        int | None,
+        Field(ge=1),
+        Option("Number of calibration windows.", role="data", cell=True, shown=True),
+    ] = 32
+    seqlen: Annotated[
+        int | None,
+        Field(ge=2),
+        Option("Tokens in a calibration window.", role="data", cell=True, shown=True),
+    ] = 512
+    calibration_bos: Annotated[
+        Bos,
+        Option(
+            "text: the token that begins a text (BOS) stands where the tokenizer puts it; "
+            "window: every calibration or training window begins with it.",
+            role="data", cell=True, shown=True, since=2,
+        ),
+    ] = "text"  # fmt: skip
+    ppl: Annotated[
+        tuple[str, ...],
+        Option(
+            "Texts for perplexity, split by commas: a name, wikitext2:PATH, file:PATH, "
+            "tokens:PATH.", role="evaluation",
+        ),
+    ] = ("wiki",)  # fmt: skip
+    ppl_origins: Annotated[tuple[str, ...], Option(role="evaluation", given=False)] = ()
+    ppl_seqlen: Annotated[
+        int, Field(ge=2), Option("Tokens in a perplexity window.", role="evaluation")
+    ] = 512
+    ppl_tokens: Annotated[
+        int | None,
+        Field(ge=2),
+        Option(
+            "Score only the first so many tokens; such rows are kept apart.", role="evaluation",
+            default="all",
+        ),
+    ] = None  # fmt: skip
+    ppl_bos: Annotated[
+        Bos,
+        Option(
+            "text: BOS once, before the first window, as the papers have it; window: every window "
+            "begins with it, as Gemma needs; a protocol of its own.", role="evaluation", since=2,
+        ),
+    ] = "text"  # fmt: skip
+    divergence: Annotated[
+        bool,
+        Option(
+            "Also compare the next-token distributions on the texts with the dense model's: KL "
+            "divergence and share of changed first choices.", role="evaluation", since=2,
+        ),
+    ] = False  # fmt: skip
+    tasks: Annotated[
+        tuple[str, ...],
+        Option(
+            "Tasks or groups of lm-eval, split by commas, or the list of a paper: wanda7, "
+            "maskllm7, gblm6.", role="evaluation", since=2,
+        ),
+    ] = ()  # fmt: skip
+    num_fewshot: Annotated[
+        int | None,
+        Field(ge=0),
+        Option(
+            "Examples before each question of a task.", role="evaluation", default="the task's",
+            since=2, requires="tasks",
+        ),
+    ] = None  # fmt: skip
+    limit: Annotated[
+        int | None,
+        Field(ge=1),
+        Option(
+            "Ask only the first so many documents of each task; such rows are kept apart.",
+            role="evaluation", since=2, requires="tasks",
+        ),
+    ] = None  # fmt: skip
+    apply_chat_template: Annotated[
+        bool,
+        Option(
+            "Ask tasks in the tokenizer's chat template.", role="evaluation", since=2,
+            requires="tasks",
+        ),
+    ] = False  # fmt: skip
+    execute: Annotated[
+        Execute,
+        Option(
+            "dense, or sparse24: score the pruned 2:4 model with packed weights.",
+            role="evaluation", cell=True, shown=True, since=2,
+        ),
+    ] = "dense"  # fmt: skip
+    seed: Annotated[int, Field(ge=0, lt=2**32), Option("Seed of sampling and of the method.")] = 0
 
     @property
     def spec_id(self) -> str:
@@ -81,17 +196,13 @@ class RunSpec(BaseModel):
 
         Fields that came later are left out at their default, so that old hashes stay true.
         """
-        fields = self.model_dump(mode="json")
+        values = self.model_dump(mode="json")
         if self.allocation == "uniform" and not self.allocation_options:
-            del fields["allocation"], fields["allocation_options"]
-        later = (
-            "divergence", "tasks", "num_fewshot", "limit", "apply_chat_template", "execute",
-            "calibration_bos", "ppl_bos",
-        )  # fmt: skip
-        for name in later:
-            if getattr(self, name) == RunSpec.model_fields[name].default:
-                del fields[name]
-        return json.dumps(fields, sort_keys=True, separators=(",", ":"))
+            del values["allocation"], values["allocation_options"]
+        for name, option in options_of(type(self)).items():
+            if option.about.since > 1 and getattr(self, name) == option.value:
+                del values[name]
+        return json.dumps(values, sort_keys=True, separators=(",", ":"))
 
     @property
     def cell(self) -> str:
@@ -131,37 +242,92 @@ def build_spec(values: Mapping[str, Any]) -> RunSpec:
 class Setup:
     """Where a run happens and what it leaves: nothing here changes a number.
 
-    Attributes:
-        results_dir: Folder of the shared table.
-        device: `auto`, `cpu`, `cuda` or `cuda:N`.
-        weights: Where they are: `resident`, `disk`, or `auto`.
-        activations: Where hidden states wait between blocks that are read from disk.
-        batch_size: Sequences that a task of lm-eval is asked at a time; None is what suits the
-            device.
-        include_path: Folder with more task files for lm-eval.
-        backend: What multiplies by packed weights, with `execute` of the spec; None is the best.
-        log_samples: Whether to file what came out for every document and window.
-        save_model: Folder for the pruned checkpoint.
-        save_masks: File for the keep masks.
-        save_calibration: File for the calibration tokens.
-        save_allocation: File for the ratio of every layer.
-        replace: Whether those may replace what is there.
-        command: The command line, for the record.
-        progress: Hears of the stages.
+    `command` is the command line, for the record; `progress` is called with the stages.
     """
 
-    results_dir: Path = Path("results")
-    device: str = "auto"
-    weights: str = "auto"
-    activations: Placement = "device"
-    batch_size: int | None = None
-    include_path: Path | None = None
-    backend: str | None = None
-    log_samples: bool = False
-    save_model: Path | None = None
-    save_masks: Path | None = None
-    save_calibration: Path | None = None
-    save_allocation: Path | None = None
-    replace: bool = False
+    results_dir: Annotated[
+        Path, Option("Folder of the shared table.", role="output", recipe=False)
+    ] = Path("results")
+    device: Annotated[
+        str,
+        Option(
+            "auto, cpu, cuda or cuda:N; cuda:0,cuda:1: calibration on several GPUs.",
+            role="placement",
+        ),
+    ] = "auto"
+    weights: Annotated[
+        WeightsChoice,
+        Option(
+            "resident: in memory; disk: read a block at a time, and resume after a kill; auto: in "
+            "memory if they fit. The result is the same.", role="placement",
+        ),
+    ] = "auto"  # fmt: skip
+    activations: Annotated[
+        Placement,
+        Option(
+            "Where hidden states wait between blocks that are on disk: device, cpu, disk.",
+            role="placement",
+        ),
+    ] = "device"
+    batch_size: Annotated[
+        int | None,
+        Field(ge=1),
+        Option(
+            "Sequences of a task at a time.", role="placement", recipe=False, requires="tasks",
+            default="1 on a CPU, 16 on CUDA",
+        ),
+    ] = None  # fmt: skip
+    include_path: Annotated[
+        Path | None,
+        Option(
+            "Folder with more task files for lm-eval.", role="placement", recipe=False,
+            metavar="DIR", requires="tasks",
+        ),
+    ] = None  # fmt: skip
+    backend: Annotated[
+        str | None,
+        Option(
+            "What multiplies with --execute sparse24: triton, cslt, decompress, reference.",
+            role="placement", recipe=False, default="the best that can",
+        ),
+    ] = None  # fmt: skip
+    log_samples: Annotated[
+        bool,
+        Option(
+            "File what came out for every document and window beside the result, for compare "
+            "--paired.", role="output", env=False, recipe=False,
+        ),
+    ] = False  # fmt: skip
+    save_model: Annotated[
+        Path | None,
+        Option(
+            "Write the pruned model, zeros in place.", role="output", env=False, recipe=False,
+            metavar="DIR",
+        ),
+    ] = None  # fmt: skip
+    save_masks: Annotated[
+        Path | None,
+        Option(
+            "Write the keep masks (.npz, packed bits).", role="output", env=False, recipe=False,
+            metavar="FILE",
+        ),
+    ] = None  # fmt: skip
+    save_calibration: Annotated[
+        Path | None,
+        Option(
+            "Write the calibration tokens (.safetensors), for tokens:PATH.", role="output",
+            env=False, recipe=False, metavar="FILE",
+        ),
+    ] = None  # fmt: skip
+    save_allocation: Annotated[
+        Path | None,
+        Option(
+            "Write the ratio of every layer (.json), for --allocation file:FILE.", role="output",
+            env=False, recipe=False, metavar="FILE",
+        ),
+    ] = None  # fmt: skip
+    force: Annotated[
+        bool, Option("Replace what --save-* finds there.", role="output", env=False, recipe=False)
+    ] = False
     command: str = ""
     progress: Progress = field(default_factory=Silent)

@@ -30,12 +30,12 @@ from prunebench.engines.local import LocalEngine
 from prunebench.errors import MissingResource, PrunebenchError, UsageError
 from prunebench.hub import hub_reachable
 from prunebench.models.source import ModelSource, find_model, local_path
-from prunebench.options import RUN_KEYS
 from prunebench.prepare import Plan, prepare
 from prunebench.recipe import Recipe, RecipeCell
 from prunebench.record import failed_result
 from prunebench.results.schema import Result
 from prunebench.results.store import ResultStore, read_result
+from prunebench.run_options import RUN_OPTIONS
 from prunebench.spec import RunSpec, Setup
 
 _TRIES = 2
@@ -331,10 +331,11 @@ def _settings(environment: Mapping[str, str]) -> dict[str, str | None]:
 
     What would change a cell behind the recipe's back is taken away; a token is never sent.
     """
-    options = (*RUN_KEYS, "recipe", "batch_size", "include_path")
+    variables = [option.variable for option in RUN_OPTIONS.values() if option.variable]
     sent: dict[str, str | None] = {
         name: value
         for name, value in environment.items()
         if name.startswith(("PRUNEBENCH_", "HF_")) and "TOKEN" not in name
     }
-    return sent | {f"PRUNEBENCH_{key.upper()}": None for key in options} | {"PRUNEBENCH_ONCE": "1"}
+    ours = dict.fromkeys([*variables, "PRUNEBENCH_RECIPE"])
+    return sent | ours | {"PRUNEBENCH_ONCE": "1"}

@@ -40,8 +40,9 @@ def test_the_options_of_run_are_a_decision():
     assert names == {
         "--method", "--model", "--sparsity", "--allocation", "--save-allocation", "--calibration",
         "--calibration-samples", "--seqlen", "--execute", "--backend", "--once",
-            "--weights", "--activations", "--resume-info",
-        "--ppl", "--ppl-seqlen", "--ppl-tokens", "--ppl-bos", "--calibration-bos", "--divergence", "--tasks", "--num-fewshot",
+        "--weights", "--activations", "--resume-info", "--calibration-bos",
+        "--ppl", "--ppl-seqlen", "--ppl-tokens", "--ppl-bos", "--divergence", "--tasks",
+        "--num-fewshot",
         "--limit", "--apply-chat-template", "--batch-size", "--include-path", "--log-samples",
         "--seed", "--dtype", "--device", "--set",
         "--save-model", "--save-masks", "--save-calibration", "--within-block", "--results-dir",

@@ -24,8 +24,8 @@ def check_command(
     ] = False,
 ) -> None:
     """Run the public contract of a pruner on tiny random models."""
-    from prunebench.options import read_options
     from prunebench.pruners import METHODS
+    from prunebench.run_options import read_options
     from prunebench.testing import ARCHITECTURES, check_pruner
 
     options = METHODS.resolve_options(method, read_options(set_ or []), seed=0)

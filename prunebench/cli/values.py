@@ -8,8 +8,8 @@ from typing import Any
 
 import typer
 
-from prunebench.options import RUN_KEYS, with_defaults
 from prunebench.recipe import read_recipe
+from prunebench.run_options import RUN_KEYS, with_defaults
 
 
 def collect(ctx: typer.Context, recipe: Path | None) -> tuple[dict[str, Any], dict[str, str]]:

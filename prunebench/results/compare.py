@@ -11,6 +11,7 @@ seeds, or, with a single seed, that of the documents.
 from __future__ import annotations
 
 import fnmatch
+import functools
 import json
 import statistics
 from collections import Counter
@@ -19,44 +20,28 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from prunebench.errors import MissingResource, UsageError, nearest
+from prunebench.options import options_of
 from prunebench.results.bench import Bench
 from prunebench.results.cell_score import CellScore as CellScore
 from prunebench.results.schema import Result, Score
 from prunebench.sparsity import Sparsity
+from prunebench.spec import RunSpec
 
-_SETTINGS = (
-    "method_options",
-    "allocation",
-    "allocation_options",
-    "within_block",
-    "calibration",
-    "calibration_samples",
-    "seqlen",
-    "calibration_bos",
-    "dtype",
-    "model_revision",
-    "execute",
-)
-_NOT_OF_A_CELL = {
-    "seed", "ppl", "ppl_origins", "ppl_seqlen", "ppl_tokens", "ppl_bos", "divergence", "tasks",
-    "num_fewshot", "limit", "apply_chat_template",
-}  # fmt: skip
+_OPTIONS = options_of(RunSpec)
+_SETTINGS = tuple(name for name, option in _OPTIONS.items() if option.about.shown)
+_NOT_OF_A_CELL = {name for name, option in _OPTIONS.items() if not option.about.cell}
 _SCORE_KEYS = ("protocol", "dataset", "metric")
+
+
+def _spec_value(name: str, result: Result) -> object:
+    return getattr(result.spec, name)
+
+
 _SELECTORS: dict[str, Callable[[Result], object]] = {
-    "model": lambda r: r.spec.model,
-    "method": lambda r: r.spec.method,
-    "sparsity": lambda r: r.spec.sparsity,
-    "allocation": lambda r: r.spec.allocation,
-    "seed": lambda r: r.spec.seed,
-    "dtype": lambda r: r.spec.dtype,
-    "within_block": lambda r: r.spec.within_block,
-    "calibration": lambda r: r.spec.calibration,
-    "calibration_samples": lambda r: r.spec.calibration_samples,
-    "seqlen": lambda r: r.spec.seqlen,
-    "calibration_bos": lambda r: r.spec.calibration_bos,
-    "device": lambda r: r.hardware.device,
-    "execute": lambda r: r.spec.execute,
-}
+    name: functools.partial(_spec_value, name)
+    for name, option in _OPTIONS.items()
+    if option.about.given and (option.about.cell or option.about.role != "evaluation")
+} | {"device": lambda result: result.hardware.device}
 OPTION = "set."  # and a name, as in set.steps or set.allocation.low
 
 
