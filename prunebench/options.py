@@ -10,7 +10,16 @@ from prunebench.errors import UsageError, nearest
 from prunebench.models.source import find_model
 from prunebench.pruners import METHODS
 from prunebench.sparsity import Sparsity
-from prunebench.spec import BOS_PLACES, DTYPES, EXECUTIONS, ORDERS, PLACEMENTS, WEIGHTS, RunSpec
+from prunebench.spec import (
+    AUTO,
+    BOS_PLACES,
+    DTYPES,
+    EXECUTIONS,
+    ORDERS,
+    PLACEMENTS,
+    WEIGHTS,
+    RunSpec,
+)
 
 RUN_KEYS: dict[str, type | tuple[type, ...]] = {
     "method": str,
@@ -62,10 +71,12 @@ def with_defaults(given: Mapping[str, Any]) -> dict[str, Any]:
     source = find_model(given.get("model", values["model"]))
     values |= {"sparsity": row.sparsity, "allocation": row.allocation}
     values |= {"device": "auto", "weights": "auto", "activations": "device"}
-    values["dtype"] = source.entry.dtype if source.entry else "float32"
+    values["dtype"] = AUTO
     values |= {key: value for key, value in given.items() if key != "set"}
+    if values["dtype"] == AUTO and (source.entry or source.kind == "gguf"):
+        values["dtype"] = source.entry.dtype if source.entry else "float32"
     for name, known in (
-        ("dtype", DTYPES),
+        ("dtype", (*DTYPES, AUTO)),
         ("within_block", ORDERS),
         ("execute", EXECUTIONS),
         ("calibration_bos", BOS_PLACES),

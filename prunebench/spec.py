@@ -8,9 +8,9 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Annotated, Any, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, WithJsonSchema
 
 from prunebench.errors import UsageError
 from prunebench.progress import Progress, Silent
@@ -22,6 +22,10 @@ Execute = Literal["dense", "sparse24"]
 Bos = Literal["text", "window"]
 
 DTYPES: tuple[str, ...] = get_args(Dtype)
+AUTO = "auto"  # as a dtype: what suits the checkpoint and the device; no result is filed with it
+_OrAuto = Annotated[
+    Dtype | Literal["auto"], WithJsonSchema({"enum": list(DTYPES), "type": "string"})
+]
 ORDERS: tuple[str, ...] = get_args(WithinBlock)
 EXECUTIONS: tuple[str, ...] = get_args(Execute)
 BOS_PLACES: tuple[str, ...] = get_args(Bos)
@@ -38,7 +42,8 @@ class RunSpec(BaseModel):
     """One run. Time, machine and file paths are not part of it.
 
     The fields that end in `_revision` and `_origin` are empty until the names beside them have
-    been resolved to content (a commit, a SHA-256); only then does `spec_id` mean something.
+    been resolved to content (a commit, a SHA-256); only then does `spec_id` mean something. The
+    same is true of the dtype `auto`.
     A method that reads no data has no calibration: those fields are then null.
     """
 
@@ -48,7 +53,7 @@ class RunSpec(BaseModel):
     method_options: dict[str, OptionValue] = {}
     model: str = "smollm2-135m-q4"
     model_revision: str = ""
-    dtype: Dtype = "float32"
+    dtype: _OrAuto = "float32"
     sparsity: str = "0.5"
     allocation: str = "uniform"
     allocation_options: dict[str, OptionValue] = {}

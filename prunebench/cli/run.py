@@ -12,7 +12,7 @@ from prunebench.cli.dry_run import print_dry_run, print_resume_info
 from prunebench.cli.guard import command_line
 from prunebench.cli.progress import choose_progress
 from prunebench.cli.summary import print_summary
-from prunebench.cli.values import collect, print_config
+from prunebench.cli.values import collect, print_config, settle_dtype
 from prunebench.errors import UsageError
 from prunebench.options import OUTSIDE_SPEC
 from prunebench.processes import device_of, rank
@@ -165,7 +165,8 @@ def run_command(
         str | None,
         typer.Option(
             envvar=_env("DTYPE"), show_envvar=False, rich_help_panel=_SPEC,
-            help=f"{', '.join(DTYPES)}. (default: the alias's, else float32)",
+            help=f"{', '.join(DTYPES)}, or auto: the alias's, else the checkpoint's own where "
+            "the device has it, else float32. (default: auto)",
         ),
     ] = None,
     within_block: Annotated[
@@ -331,6 +332,7 @@ def run_command(
     values, sources = collect(ctx, recipe)
     spec = build_spec({key: values[key] for key in values if key not in OUTSIDE_SPEC})
     if show_config:
+        settle_dtype(values, sources)
         print_config(values, sources, as_json=as_json)
         return
     progress = choose_progress(quiet=quiet or rank() > 0)
