@@ -26,6 +26,7 @@ from prunebench.calibration.texts import Text, load_text
 from prunebench.calibration.training import Training, training_windows
 from prunebench.calibration.windows import Windows, load_windows, sample_windows
 from prunebench.capacity import choose_weights, model_sizes
+from prunebench.dtype import StoredDtype, choose_dtype
 from prunebench.errors import UsageError
 from prunebench.evaluate.outcome import Evaluator
 from prunebench.evaluate.perplexity import PerplexityTask, prepare_perplexity
@@ -34,7 +35,6 @@ from prunebench.models.checkpoint_keys import match_keys
 from prunebench.models.linears import Linear, find_linears
 from prunebench.models.load import (
     choose_devices,
-    is_emulated,
     load_config,
     load_tokenizer,
     require_context,
@@ -105,13 +105,14 @@ def prepare(spec: RunSpec, setup: Setup) -> Plan:
         named = check_names(spec, setup)
         spec, pruner, rule, sparsity = named.spec, named.pruner, named.allocator, named.sparsity
         spec = spec.model_copy(update={"model": source.id})
-        devices = _devices(spec, setup, pruner, clock)
+        devices = _devices(spec, setup, pruner)
         check_execution(spec, sparsity, backend=setup.backend, device=devices[0])
         store = ResultStore(setup.results_dir)
         store.require_writable(spec)
         require_writable(cache_dir())
         _check_outputs(setup, need_model_bytes=1 << 20)
     local = unpacked(fetch_model(source, clock), clock)
+    spec = _choose_dtype(spec, setup, local, devices[0], clock)
     with clock.stage("check", detail="config, tokenizer and sizes"):
         config = load_config(local.path)
         if spec.seqlen is not None and not (spec.calibration or "").startswith("tokens:"):
@@ -129,8 +130,7 @@ def prepare(spec: RunSpec, setup: Setup) -> Plan:
             spec, allocator = _read_allocation(spec, linears, sparsity)
         else:
             allocator = rule
-    size = sum(file.stat().st_size for file in local.path.glob("*.safetensors"))
-    _check_outputs(setup, need_model_bytes=size)
+    _check_outputs(setup, need_model_bytes=StoredDtype.of(local.path).saved_bytes(spec.dtype))
     vocabulary = int(config.get_text_config().vocab_size)
     windows, calibration = _calibrate(spec, tokenizer, vocabulary, clock)
     if windows is not None:
@@ -153,18 +153,27 @@ def prepare(spec: RunSpec, setup: Setup) -> Plan:
     )  # fmt: skip
 
 
-def _devices(
-    spec: RunSpec, setup: Setup, pruner: Pruner, clock: StageClock
-) -> tuple[torch.device, ...]:
+def _devices(spec: RunSpec, setup: Setup, pruner: Pruner) -> tuple[torch.device, ...]:
     devices = choose_devices(setup.device)
     if len(devices) > 1 and pruner.needs.training is not None:
         raise UsageError(
             f"{spec.method} does not learn on several --device of one process",
             fix=f"torchrun --nproc-per-node {len(devices)} -m prunebench run ...",
         )
-    if is_emulated(getattr(torch, spec.dtype), devices[0]):
-        clock.note(f"  {spec.dtype} is emulated on this CPU: float32 is several times faster")
     return devices
+
+
+def _choose_dtype(
+    spec: RunSpec, setup: Setup, local: LocalModel, device: torch.device, clock: StageClock
+) -> RunSpec:
+    """Fill in the dtype, which a result always names, and say what the user should know of it."""
+    saves = setup.save_model is not None
+    choice = choose_dtype(spec.dtype, local.source, local.path, device, saves=saves)
+    for note in choice.notes:
+        clock.note(f"  {note}")
+    chosen = spec.model_copy(update={"dtype": choice.dtype})
+    check_execution(chosen, Sparsity.parse(spec.sparsity), backend=setup.backend, device=device)
+    return chosen
 
 
 def _check_bos(

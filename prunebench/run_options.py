@@ -11,7 +11,7 @@ from prunebench.models.source import find_model
 from prunebench.options import options_of
 from prunebench.pruners import METHODS
 from prunebench.sparsity import Sparsity
-from prunebench.spec import RunSpec, Setup, build_spec
+from prunebench.spec import AUTO, RunSpec, Setup, build_spec
 
 RUN_OPTIONS = {
     name: option for name, option in options_of(RunSpec, Setup).items() if option.about.given
@@ -41,8 +41,10 @@ def with_defaults(given: Mapping[str, Any]) -> dict[str, Any]:
     values = {name: option.value for name, option in options.items()}
     source = find_model(given.get("model", values["model"]))
     values |= {"sparsity": row.sparsity, "allocation": row.allocation}
-    values["dtype"] = source.entry.dtype if source.entry else "float32"
+    values["dtype"] = AUTO
     values |= {key: value for key, value in given.items() if key != "set"}
+    if values["dtype"] == AUTO and (source.entry or source.kind == "gguf"):
+        values["dtype"] = source.entry.dtype if source.entry else "float32"
     for name, option in options.items():
         option.require(values[name])
     sparsity = values["sparsity"]

@@ -13,9 +13,9 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, WithJsonSchema
 
 from prunebench.errors import UsageError
 from prunebench.options import Option, options_of
@@ -23,6 +23,7 @@ from prunebench.progress import Progress, Silent
 
 OptionValue = bool | int | float | str | None
 Dtype = Literal["float32", "bfloat16", "float16"]
+DtypeOrAuto = Literal["auto", "float32", "bfloat16", "float16"]
 WithinBlock = Literal["joint", "sequential"]
 Execute = Literal["dense", "sparse24"]
 Bos = Literal["text", "window"]
@@ -30,6 +31,8 @@ Weights = Literal["resident", "disk"]
 WeightsChoice = Literal["auto", "resident", "disk"]
 Placement = Literal["device", "cpu", "disk"]
 
+DTYPES: tuple[str, ...] = get_args(Dtype)
+AUTO = "auto"  # as a dtype: what suits the checkpoint and the device; no result is filed with it
 BOS_WINDOW = "bos-window"  # part of a protocol's id where every window begins with BOS
 
 
@@ -37,7 +40,8 @@ class RunSpec(BaseModel):
     """One run. Time, machine and file paths are not part of it.
 
     The fields that end in `_revision` and `_origin` are empty until the names beside them have
-    been resolved to content (a commit, a SHA-256); only then does `spec_id` mean something.
+    been resolved to content (a commit, a SHA-256); only then does `spec_id` mean something. The
+    same is true of the dtype `auto`.
     A method that reads no data has no calibration: those fields are then null.
     """
 
@@ -61,10 +65,11 @@ class RunSpec(BaseModel):
     ] = "smollm2-135m-q4"  # fmt: skip
     model_revision: Annotated[str, Option(given=False, cell=True, shown=True)] = ""
     dtype: Annotated[
-        Dtype,
+        DtypeOrAuto,
+        WithJsonSchema({"enum": list(DTYPES), "type": "string"}),
         Option(
-            "Of the weights: float32, bfloat16 or float16.", default="the alias's, else float32",
-            cell=True, shown=True,
+            "float32, bfloat16, float16, or auto: the alias's, else the checkpoint's own where the "
+            "device has it, else float32.", default=AUTO, cell=True, shown=True,
         ),
     ] = "float32"  # fmt: skip
     sparsity: Annotated[

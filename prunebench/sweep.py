@@ -24,19 +24,23 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
+import torch
+
+from prunebench.dtype import choose_dtype
 from prunebench.engines import Engine
 from prunebench.engines.job import Job, JobEnd, Refused
 from prunebench.engines.local import LocalEngine
 from prunebench.errors import MissingResource, PrunebenchError, UsageError
 from prunebench.hub import hub_reachable
-from prunebench.models.source import ModelSource, find_model, local_path
+from prunebench.models.source import ModelSource, fetch_model, find_model, local_path
 from prunebench.prepare import Plan, prepare
+from prunebench.progress import Silent
 from prunebench.recipe import Recipe, RecipeCell
 from prunebench.record import failed_result
 from prunebench.results.schema import Result
 from prunebench.results.store import ResultStore, read_result
 from prunebench.run_options import RUN_OPTIONS
-from prunebench.spec import RunSpec, Setup
+from prunebench.spec import AUTO, RunSpec, Setup
 
 _TRIES = 2
 _INTERRUPTED = 130
@@ -160,6 +164,7 @@ class Sweep:
         setup: What all cells share: results folder, device, batch size, task files, samples.
         engine: Where they run.
         tell: Gets a cell and one line about what became of it on the way.
+        on_gpu: Whether cells that run elsewhere have a GPU there.
     """
 
     def __init__(
@@ -168,14 +173,31 @@ class Sweep:
         *,
         engine: Engine | None = None,
         tell: Callable[[RecipeCell, str], None] = lambda cell, line: None,
+        on_gpu: bool = False,
     ) -> None:
         self._setup = setup
         self._engine = engine or LocalEngine([{}], show=lambda number, line: None)
         self._here = isinstance(self._engine, LocalEngine)
         self._tell = tell
+        self._on_gpu = on_gpu
         self._store = ResultStore(setup.results_dir)
         self._running: dict[int, _Attempt] = {}
         self._at_once = self._engine.at_once
+
+    def _with_dtype(self, cell: RecipeCell) -> RecipeCell:
+        """Choose the dtype of a cell for another machine, which then is part of its command.
+
+        What suits this machine may not suit that one, and the sweep has to know what it waits for.
+        """
+        if self._here or cell.values["dtype"] != AUTO:
+            return cell
+        dtype = "float32"
+        if self._on_gpu:
+            source = find_model(cell.values["model"])
+            folder = local_path(source) or fetch_model(source, Silent()).path
+            dtype = choose_dtype(AUTO, source, folder, torch.device("cuda")).dtype
+        chosen = {"dtype": dtype}
+        return replace(cell, given={**cell.given, **chosen}, values={**cell.values, **chosen})
 
     def prepared(self, cell: RecipeCell) -> Plan:
         """Check a cell on this machine, and fetch what it needs.
@@ -225,6 +247,8 @@ class Sweep:
         """Give a cell to the engine, unless it is finished or cannot be run."""
         cell = attempt.cell
         try:
+            cell = self._with_dtype(cell)
+            attempt = replace(attempt, cell=cell)
             spec = self.prepared(cell).spec
         except PrunebenchError as error:
             reason = " / ".join(str(error).splitlines())

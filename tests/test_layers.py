@@ -34,6 +34,7 @@ LAYERS = {
     "export": 4.0,
     "capacity": 3.6,
     "probe": 3.7,
+    "dtype": 3.7,
     "forecast": 4.1,
     "names": 3.9,
     "prepare": 4.0,

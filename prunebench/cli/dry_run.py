@@ -32,7 +32,9 @@ def print_dry_run(spec: RunSpec, setup: Any, *, as_json: bool) -> None:
         typer.echo(json.dumps(plan.spec.model_dump(mode="json"), indent=1))
         return
     weights = sum(linear.size for linear in plan.linears)
-    typer.echo(f"{plan.spec.method} {plan.sparsity} on {plan.spec.model}, {plan.device}")
+    typer.echo(
+        f"{plan.spec.method} {plan.sparsity} on {plan.spec.model}, {plan.spec.dtype}, {plan.device}"
+    )
     if plan.spec.allocation != "uniform":
         typer.echo(f"  spread over the layers by {plan.spec.allocation}")
     typer.echo(f"  {len(plan.linears)} linears with {weights:,} weights would be pruned")

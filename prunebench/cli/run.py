@@ -13,7 +13,7 @@ from prunebench.cli.guard import command_line
 from prunebench.cli.options import KEEP, PLACE, RUN, takes_options
 from prunebench.cli.progress import choose_progress
 from prunebench.cli.summary import print_summary
-from prunebench.cli.values import collect, print_config
+from prunebench.cli.values import collect, print_config, settle_dtype
 from prunebench.errors import UsageError
 from prunebench.processes import device_of, rank
 from prunebench.results.schema import Result
@@ -82,6 +82,7 @@ def run_command(
     values, sources = collect(ctx, recipe)
     spec = spec_of(values)
     if show_config:
+        settle_dtype(values, sources)
         print_config(values, sources, as_json=as_json)
         return
     progress = choose_progress(quiet=quiet or rank() > 0)

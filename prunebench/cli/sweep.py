@@ -139,7 +139,7 @@ def sweep_command(
     """
     asked = check_engine(executor, resource or [])
     from prunebench.spec import Setup
-    from prunebench.sweep import Sweep, parse_shard, require_resources
+    from prunebench.sweep import Sweep, needs_gpu, parse_shard, require_resources
     from prunebench.sweep import shard as part_of
 
     part, parts = parse_shard(shard)
@@ -157,7 +157,9 @@ def sweep_command(
         outcomes = _dry(sweep, cells)
     else:
         engine = open_engine(executor, asked, recipe, cells, jobs=jobs, device=device, voice=voice)
-        sweep = Sweep(setup, engine=engine, tell=voice.tell)
+        gpus = {**recipe.resources, **asked}.get("gpus", 0)
+        on_gpu = bool(gpus) or needs_gpu(recipe, cells, device=device)
+        sweep = Sweep(setup, engine=engine, tell=voice.tell, on_gpu=on_gpu)
         outcomes = _run(sweep, cells, voice)
     twins, without = _twins(recipe, outcomes)
     if as_json:

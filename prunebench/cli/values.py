@@ -8,8 +8,11 @@ from typing import Any
 
 import typer
 
+from prunebench.models.source import find_model, local_path
+from prunebench.processes import device_of
 from prunebench.recipe import read_recipe
 from prunebench.run_options import RUN_KEYS, with_defaults
+from prunebench.spec import AUTO
 
 
 def collect(ctx: typer.Context, recipe: Path | None) -> tuple[dict[str, Any], dict[str, str]]:
@@ -34,6 +37,27 @@ def collect(ctx: typer.Context, recipe: Path | None) -> tuple[dict[str, Any], di
         "allocation_options": sources.get("set", "default"),
     }
     return values, sources
+
+
+def settle_dtype(values: dict[str, Any], sources: dict[str, str]) -> None:
+    """Replace the dtype `auto` by what a run on this machine would have, and say why.
+
+    It stays where the model is not on this machine.
+    """
+    if values["dtype"] != AUTO:
+        return
+    source = find_model(values["model"])
+    folder = local_path(source)
+    if folder is None:
+        sources["dtype"] += ": the checkpoint's own where the device has it (it is not here yet)"
+        return
+    from prunebench.dtype import choose_dtype
+    from prunebench.models.load import choose_devices
+
+    device = choose_devices(device_of(values["device"]))[0]
+    choice = choose_dtype(AUTO, source, folder, device)
+    values["dtype"] = choice.dtype
+    sources["dtype"] += f": auto -> {choice.dtype}, {choice.reason}"
 
 
 def print_config(values: dict[str, Any], sources: dict[str, str], *, as_json: bool) -> None:

@@ -9,9 +9,9 @@ from __future__ import annotations
 import json
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
-from prunebench.spec import Bos, OptionValue, RunSpec
+from prunebench.spec import AUTO, Bos, OptionValue, RunSpec
 
 SCHEMA_VERSION: Literal[1] = 1
 
@@ -315,6 +315,13 @@ class Result(_Block):
     hardware: HardwareBlock
     software: SoftwareBlock
     failure: FailureBlock | None = None
+
+    @field_validator("spec")
+    @classmethod
+    def _resolved(cls, spec: RunSpec) -> RunSpec:
+        if spec.dtype == AUTO:
+            raise ValueError("the dtype is auto: it was never resolved")
+        return spec
 
     def to_json(self) -> str:
         """Return the document as it is stored: keys in schema order, a line a field or layer."""
