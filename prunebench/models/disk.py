@@ -24,9 +24,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from prunebench.errors import IncompatibleData
 from prunebench.models.activations import Activations, MappedActivations
 from prunebench.models.checkpoint_keys import match_keys
+from prunebench.models.complete import require_complete
 from prunebench.models.kept import KeptRun
 from prunebench.models.linears import find_blocks
 from prunebench.models.load import attention_of, quiet_transformers
@@ -355,15 +355,10 @@ def load_on_disk(
     for slot in _slots(model, "", keys.stored):
         if not slot.name.startswith(f"{prefix}."):
             slot.put(read_tensor(keys.stored[slot.name], slot.dtype).to(device))
-    missing = set(keys.missing)
+    absent = set(model.state_dict()) - set(keys.stored)  # all tied, `match_keys` says
     with quiet_transformers():
-        model.tie_weights(missing_keys=missing, recompute_mapping=False)
-    if missing:
-        raise IncompatibleData(
-            f"{path} lacks {len(missing)} tensors of the model",
-            where=f"the first one is {min(missing)}",
-            fix="copy or download the weights again",
-        )
+        model.tie_weights(missing_keys=absent, recompute_mapping=False)
+    require_complete(path, missing=absent)
     for module in model.modules():
         for name, buffer in module._buffers.items():
             if buffer is not None and not buffer.is_meta:

@@ -21,7 +21,7 @@ from typing import Any, Literal
 from prunebench.errors import IncompatibleData, MissingResource, UsageError, nearest
 from prunebench.files import cache_dir, explain_os_error, sha256_file
 from prunebench.hub import hub_errors, require_hub, unreachable
-from prunebench.models.safetensors_files import check_weight_files, weight_files
+from prunebench.models.safetensors_files import check_weight_files, other_files, weight_files
 from prunebench.progress import Progress
 from prunebench.wheels import Wheel
 
@@ -154,6 +154,8 @@ def fetch_model(source: ModelSource, progress: Progress) -> LocalModel:
         path = Path(source.location)
         revision = _folder_revision(path, progress)
     check_weight_files(path)
+    for file in other_files(path):
+        progress.note(f"{file.name} in {path} is not read: it is no part of the model")
     return LocalModel(source, path, revision)
 
 
