@@ -52,7 +52,7 @@ def require_complete(
         raise IncompatibleData(
             f"{source} holds {len(names)} tensors that the model has no place for",
             where=f"the first one is {names[0]}; without it, another model would be scored",
-            fix="check that config.json belongs to these weights",
+            fix="check that the config and the weights belong together",
         )
 
 
