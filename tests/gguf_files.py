@@ -25,21 +25,21 @@ _NAMES = {
 }
 
 
-def gguf_tensors(model: Any) -> dict[str, np.ndarray]:
+def gguf_tensors(config: Any, state: dict[str, torch.Tensor]) -> dict[str, np.ndarray]:
     """The weights of a tiny Llama by the names of GGUF; q and k with their rows interleaved."""
-    config, tensors = model.config, {}
+    tensors: dict[str, np.ndarray] = {}
     heads = {"attn_q": config.num_attention_heads, "attn_k": config.num_key_value_heads}
-    for name, tensor in model.state_dict().items():
-        stem = name.removesuffix(".weight")
+    for name, tensor in state.items():
+        stem, _, kind = name.rpartition(".")
         prefix = ""
         if stem.startswith("model.layers."):
             index, _, stem = stem.removeprefix("model.layers.").partition(".")
             prefix = f"blk.{index}."
         short, weight = _NAMES[stem], tensor.float().numpy()
         if short in heads:
-            rows = weight.reshape(heads[short], 2, -1, weight.shape[1])
+            rows = weight.reshape(heads[short], 2, -1, *weight.shape[1:])
             weight = rows.swapaxes(1, 2).reshape(weight.shape)
-        tensors[f"{prefix}{short}.weight"] = np.ascontiguousarray(weight)
+        tensors[f"{prefix}{short}.{kind}"] = np.ascontiguousarray(weight)
     return tensors
 
 
@@ -75,7 +75,8 @@ def write_gguf(
         else:
             writer.add_float32(f"llama.{name}", value)
     _write_tokenizer(writer, config.vocab_size)
-    for name, tensor in (gguf_tensors(model) if tensors is None else tensors).items():
+    ours = gguf_tensors(config, model.state_dict()) if tensors is None else tensors
+    for name, tensor in ours.items():
         writer.add_tensor(name, tensor)
     _finish(writer)
     return path

@@ -19,6 +19,7 @@ _HARMLESS = (
     r"rotary_emb\.(original_)?inv_freq$",  # computed from the config since 2023
     r"rotary\.inv_freq$",  # the same of the first Falcon
     r"(^|\.)position_ids$",  # 0, 1, 2, ...
+    r"\.attn_rot_embd(\.weight)?$",  # the frequencies again, in old GGUF files
     r"attention\.masked_bias$|attn\.masked_bias$",  # the number that a masked score becomes
 )
 """Tensors that older versions stored, and that every version computes."""

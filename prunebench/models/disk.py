@@ -31,7 +31,12 @@ from prunebench.models.kept import KeptRun
 from prunebench.models.linears import find_blocks
 from prunebench.models.load import attention_of, quiet_transformers
 from prunebench.models.memory import return_free_memory
-from prunebench.models.safetensors_files import StoredTensor, stored_tensors, weight_files
+from prunebench.models.safetensors_files import (
+    StoredTensor,
+    check_weight_files,
+    stored_tensors,
+    weight_files,
+)
 from prunebench.models.tensor_files import read_tensor
 from prunebench.models.weights import set_weights_of
 from prunebench.spec import Placement
@@ -349,6 +354,7 @@ def load_on_disk(
         IncompatibleData: The checkpoint needs more than names, see `models.checkpoint_keys`, or a
             tensor is missing.
     """
+    check_weight_files(path)
     model: Any = build_skeleton(config, dtype)
     keys = match_keys(model, stored_tensors(weight_files(path)), dtype=dtype)
     prefix, _ = find_blocks(model)

@@ -202,6 +202,7 @@ def _from_gguf(source: ModelSource, progress: Progress) -> tuple[Path, str]:
         _convert(parts[0], path, progress)
     elif not _is_whole(path):
         try:
+            cache_dir().mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryDirectory(dir=cache_dir(), prefix=".gguf-") as folder:
                 whole = Path(folder) / f"{source.id}.gguf"
                 with progress.stage("join", detail=f"{len(parts)} parts of {source.id}"):
@@ -223,6 +224,7 @@ def _convert(gguf: Path, path: Path, progress: Progress) -> None:
 
 
 def _folder_revision(path: Path, progress: Progress) -> str:
+    weight_files(path)  # an adapter without its model has no config.json, and is told so
     if not (path / "config.json").is_file():
         raise IncompatibleData(
             f"{path} is not a model folder",
