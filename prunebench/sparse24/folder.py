@@ -25,15 +25,18 @@ from prunebench.errors import IncompatibleData
 from prunebench.files import atomic_folder, cache_dir
 from prunebench.models.safetensors_files import (
     INDEX_NAME,
+    PACKED_INDEX,
     StoredTensor,
     check_weight_files,
     stored_tensors,
     weight_files,
 )
 from prunebench.models.source import LocalModel
+from prunebench.models.stored_config import require_unquantised
 from prunebench.progress import Progress
 from prunebench.sparse24.bitmask import bitmask_tensors, is_bitmask, plain_config
 from prunebench.sparse24.derived import Derived, read_tensor
+from prunebench.sparse24.fp8 import fp8_tensors, is_fp8, plain_fp8_config
 from prunebench.sparse24.packed import (
     DTYPES,
     Packed24,
@@ -44,12 +47,11 @@ from prunebench.sparse24.packed import (
     unpack24,
 )
 
-PACKED_INDEX = "packed24.json"
 _VALUES, _CODES = ".values24", ".codes24"
 _SHARD_BYTES = 2 << 30
 _SIXTEEN_BITS = tuple(str(dtype).removeprefix("torch.") for dtype in DTYPES)
 
-Kind = Literal["dense", "packed24", "sparse-24-bitmask"]
+Kind = Literal["dense", "packed24", "sparse-24-bitmask", "fp8"]
 
 
 @dataclass(frozen=True)
@@ -75,7 +77,9 @@ def kind_of(folder: Path) -> Kind:
     """Return how the weights of a folder are stored."""
     if (folder / PACKED_INDEX).is_file():
         return "packed24"
-    return "sparse-24-bitmask" if is_bitmask(folder) else "dense"
+    if is_bitmask(folder):
+        return "sparse-24-bitmask"
+    return "fp8" if is_fp8(folder) else "dense"
 
 
 def dense_tensors(folder: Path) -> dict[str, StoredTensor]:
@@ -89,13 +93,20 @@ def dense_tensors(folder: Path) -> dict[str, StoredTensor]:
     kind = kind_of(folder)
     if kind == "packed24":
         return _packed_tensors(folder, stored)
+    if kind == "fp8":
+        return fp8_tensors(folder, stored)
     return bitmask_tensors(folder, stored) if kind == "sparse-24-bitmask" else stored
 
 
 def unpacked(local: LocalModel, progress: Progress) -> LocalModel:
-    """Return a model whose weights are dense: itself, or its copy in the cache, made once."""
+    """Return a model whose weights are dense: itself, or its copy in the cache, made once.
+
+    Raises:
+        IncompatibleData: It is quantised in a way that is not read.
+    """
     kind = kind_of(local.path)
     if kind == "dense":
+        require_unquantised(local.path)
         return local
     digest = hashlib.sha256(local.revision.encode()).hexdigest()[:12]
     path = cache_dir() / "models" / f"{local.source.id.replace('/', '--')}-dense-{digest}"
@@ -241,7 +252,7 @@ def copy_companions(source: Path, target: Path) -> None:
         weights = path.suffix == ".safetensors" or path.name in (INDEX_NAME, PACKED_INDEX)
         if path.is_file() and not weights and not path.name.startswith("."):
             shutil.copyfile(path, target / path.name)
-    config = plain_config(source)
+    config = plain_fp8_config(source) if is_fp8(source) else plain_config(source)
     if config is not None:
         (target / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
