@@ -41,7 +41,7 @@ from prunebench.models.weights import weights_of
 from prunebench.place import go_on, open_model, opened_run
 from prunebench.prepare import Plan, prepare
 from prunebench.processes import rank, together
-from prunebench.progress import Advance
+from prunebench.progress import Advance, quiet_libraries
 from prunebench.pruners import METHODS
 from prunebench.pruners.layer import Point, PruneReport
 from prunebench.record import (
@@ -70,7 +70,8 @@ def run(spec: RunSpec, setup: Setup) -> Result | None:
         PrunebenchError: Whatever a user can fix. Once weights have been loaded, a failed run leaves
             a `failed` record in the results folder too.
     """
-    return execute(prepare(spec, setup))
+    with quiet_libraries():
+        return execute(prepare(spec, setup))
 
 
 def execute(plan: Plan) -> Result | None:
