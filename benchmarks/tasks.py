@@ -63,7 +63,9 @@ def write_local_tasks(folder: Path, names: Sequence[str], *, count: int) -> None
 
     folder.mkdir()
     tokenizer = load_tokenizer(fetch_model(find_model(MODEL), Silent()).path)
-    built = prepare_tasks(names, Protocol(), tokenizer=tokenizer, progress=Silent())
+    built = prepare_tasks(
+        names, Protocol(), tokenizer=tokenizer, vocabulary=len(tokenizer), progress=Silent()
+    )
     for name, one in zip(names, built, strict=True):
         task = one.built["tasks"][name]
         split = "test" if task.has_test_docs() else "validation"

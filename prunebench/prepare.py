@@ -24,6 +24,7 @@ from prunebench.allocators.allocation import (
 from prunebench.calibration.bos import check_bos, require_begun
 from prunebench.calibration.texts import Text, load_text
 from prunebench.calibration.training import Training, training_windows
+from prunebench.calibration.vocabulary import require_known, vocabulary_size
 from prunebench.calibration.windows import Windows, load_windows, sample_windows
 from prunebench.capacity import choose_weights, model_sizes
 from prunebench.dtype import StoredDtype, choose_dtype
@@ -133,16 +134,17 @@ def prepare(spec: RunSpec, setup: Setup) -> Plan:
             allocator = rule
         _require_whole(local, model)
     _check_outputs(setup, need_model_bytes=StoredDtype.of(local.path).saved_bytes(spec.dtype))
-    vocabulary = int(config.get_text_config().vocab_size)
+    vocabulary = vocabulary_size(model)
     windows, calibration = _calibrate(spec, tokenizer, vocabulary, clock)
     if windows is not None:
         require_context(config, windows.token_ids.shape[1], option="seqlen")
     texts = _prepare_texts(spec, tokenizer, vocabulary, clock)
-    tasks = _prepare_tasks(spec, setup, tokenizer, clock)
+    tasks = _prepare_tasks(spec, setup, tokenizer, vocabulary, clock)
     spec, masks = _open_masks(spec, pruner, linears, clock)
     if pruner.needs.training is not None:
         require_context(config, pruner.needs.training.seqlen, option="set train_seqlen")
     spec, training, learned_from = _prepare_training(spec, pruner, tokenizer, vocabulary, clock)
+    _require_known(spec, pruner, windows, texts, training, vocabulary, tokenizer)
     needs = (pruner.needs, *([] if rule is None else [rule.needs]))
     weights = _place_weights(spec, setup, local, model, needs, tasks, devices[0], clock)
     spec = _resolved(spec, local, calibration, texts)
@@ -251,6 +253,21 @@ def _prepare_training(
     return spec.model_copy(update={"method_options": options}), training, text
 
 
+def _require_known(
+    spec: RunSpec, pruner: Pruner, windows: Windows | None, texts: list[PerplexityTask],
+    training: Training | None, vocabulary: int, tokenizer: Any,
+) -> None:  # fmt: skip
+    """Refuse tokens that the model has no row for, whatever they are for (tasks: `prepare_tasks`)."""
+    read = [(name, text.windows) for name, text in zip(spec.ppl, texts, strict=True)]
+    if windows is not None:
+        read.append((spec.calibration or "", windows.token_ids))
+    if training is not None and pruner.needs.training is not None:
+        name = pruner.needs.training.text
+        read += [(name, part) for part in (training.train, training.held_out) if part.numel()]
+    for name, token_ids in read:
+        require_known(token_ids, vocabulary=vocabulary, source=name, tokenizer=tokenizer)
+
+
 def _require_apart(learned_from: tuple[str, str] | None, texts: list[PerplexityTask]) -> None:
     origin = learned_from[1] if learned_from else ""
     if origin.startswith("sha256:") and origin in {text.origin for text in texts}:
@@ -303,7 +320,7 @@ def _calibrate(
 
 
 def _prepare_tasks(
-    spec: RunSpec, setup: Setup, tokenizer: Any, clock: StageClock
+    spec: RunSpec, setup: Setup, tokenizer: Any, vocabulary: int, clock: StageClock
 ) -> list[Evaluator]:
     if not spec.tasks:
         return []
@@ -317,7 +334,11 @@ def _prepare_tasks(
             batch_size=setup.batch_size,
             include_path=setup.include_path,
         )
-        return [*prepare_tasks(spec.tasks, protocol, tokenizer=tokenizer, progress=clock)]
+        return [
+            *prepare_tasks(
+                spec.tasks, protocol, tokenizer=tokenizer, vocabulary=vocabulary, progress=clock
+            )
+        ]
 
 
 def _place_weights(

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import logging
+import sys
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 Advance = Callable[[int], None]
 
@@ -36,6 +39,34 @@ class Silent:
 
     def note(self, text: str) -> None:
         """Ignore the note."""
+
+
+@contextlib.contextmanager
+def quiet_libraries(*, warn: bool = True) -> Iterator[None]:
+    """Keep other libraries from writing to the terminal, which is for our progress alone.
+
+    No bars: whoever draws them draws them with tqdm. No log below an error: what matters is checked
+    and raised. Warnings of others are shown only with `warn`; ours always are.
+    """
+    import tqdm.std
+
+    bar: Any = tqdm.std.tqdm
+    draw, threshold = bar.__init__, logging.root.manager.disable
+
+    def hidden(self: Any, *args: Any, **kwargs: Any) -> None:
+        draw(self, *args, **{**kwargs, "disable": True})
+
+    bar.__init__ = hidden
+    logging.disable(max(threshold, logging.WARNING))
+    try:
+        with warnings.catch_warnings():
+            if not warn and not sys.warnoptions:
+                warnings.simplefilter("ignore")
+                warnings.filterwarnings("default", module=r"prunebench(\.|$)")
+            yield
+    finally:
+        logging.disable(threshold)
+        bar.__init__ = draw
 
 
 class StageClock:

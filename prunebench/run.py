@@ -16,7 +16,12 @@ from contextlib import contextmanager, nullcontext
 import torch
 from torch import nn
 
-from prunebench.allocators.allocation import Allocation, require_sound, save_allocation
+from prunebench.allocators.allocation import (
+    Allocation,
+    layer_sparsities,
+    require_sound,
+    save_allocation,
+)
 from prunebench.calibration.training import Training
 from prunebench.calibration.windows import save_windows
 from prunebench.errors import OutOfMemory, PrunebenchError, SaveError
@@ -29,14 +34,14 @@ from prunebench.models.gradients import GradientNorms, gradient_norms
 from prunebench.models.kept import KeptRun
 from prunebench.models.linears import Linear, find_linears
 from prunebench.models.load import hash_weights
-from prunebench.models.measure import Measured, measure_linear, require_met
+from prunebench.models.measure import Measured, measure_linear, require_met, require_total
 from prunebench.models.memory import halvings_heard, is_out_of_memory
 from prunebench.models.save import save_masks, save_model
 from prunebench.models.weights import weights_of
 from prunebench.place import go_on, open_model, opened_run
 from prunebench.prepare import Plan, prepare
 from prunebench.processes import rank, together
-from prunebench.progress import Advance
+from prunebench.progress import Advance, quiet_libraries
 from prunebench.pruners import METHODS
 from prunebench.pruners.layer import Point, PruneReport
 from prunebench.record import (
@@ -65,7 +70,8 @@ def run(spec: RunSpec, setup: Setup) -> Result | None:
         PrunebenchError: Whatever a user can fix. Once weights have been loaded, a failed run leaves
             a `failed` record in the results folder too.
     """
-    return execute(prepare(spec, setup))
+    with quiet_libraries():
+        return execute(prepare(spec, setup))
 
 
 def execute(plan: Plan) -> Result | None:
@@ -110,13 +116,12 @@ def _execute(plan: Plan) -> Result:
         references = refer_to_dense(plan, model)
         with _stopwatch(kept) as prune_seconds:
             allocation = _allocate(plan, model, linears, kept)
-            requested = {
-                one.name: plan.sparsity.with_ratio(allocation.ratios[one.name]) for one in linears
-            }
+            requested = layer_sparsities(plan.sparsity, allocation, linears)
             report = _prune(plan, model, requested)
         with clock.stage("measure", detail="sparsity of every layer"):
             evaluated_sha256, measured = _look_at_pruned(model, linears, requested)
-            require_met(measured, zeros, requested)
+            require_met(measured, zeros, requested, beyond=report.zeros_beyond)
+            require_total(measured, zeros, plan.sparsity, beyond=report.zeros_beyond)
         with executed(plan, model, linears) as execution:
             outcomes = score_pruned(plan, model, dense_sha256 if is_dense else None, kept)
             diverged = diverge(plan, model, references)

@@ -2,9 +2,12 @@
 
 import json
 import math
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from prunebench.allocators import ALLOCATORS, BUILTIN
 from prunebench.allocators.allocation import (
@@ -14,12 +17,15 @@ from prunebench.allocators.allocation import (
     require_sound,
     save_allocation,
     shifted,
+    whole_counts,
 )
 from prunebench.allocators.hessian import automatic_range, layer_error, log_clusters, spread
 from prunebench.allocators.sensitivity import _Curve, balanced
 from prunebench.errors import CheckFailed, IncompatibleData, UsageError
 from prunebench.models.blocks import BlockWalker
+from prunebench.models.linears import find_linears
 from prunebench.models.load import hash_weights
+from prunebench.sparsity import Sparsity
 from prunebench.testing import ARCHITECTURES, tiny_model, tiny_tokens
 from tests.conftest import KINDS, slow_beyond
 
@@ -29,6 +35,19 @@ OPTIONS = {"hessian": {"low": 0.55, "high": 0.85}, "sensitivity": {"windows": 1}
 def make(name, **options):
     given = {**OPTIONS.get(name, {}), **options}
     return ALLOCATORS.make(name, ALLOCATORS.resolve_options(name, given, seed=0))
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What allocations see of a linear."""
+
+    name: str
+    out_features: int
+    in_features: int
+
+    @property
+    def size(self):
+        return self.out_features * self.in_features
 
 
 def walker_of(architecture="llama"):
@@ -322,6 +341,86 @@ def test_a_run_with_an_allocation(cli, tiny_run, tmp_path):
     assert "/" not in json.dumps(again["spec"]["allocation_options"])
     table = cli("compare", "--results-dir", tmp_path / "results").stdout
     assert "owl" in table and "file" in table
+
+
+@pytest.fixture(scope="module")
+def widths_folder(tmp_path_factory, byte_tokenizer):
+    """Blocks of different and odd widths, as Gemma 3n and width pruning make them."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from prunebench.models.load import quiet_transformers
+
+    config = AutoConfig.for_model(
+        "gemma3n_text", vocab_size=256, hidden_size=30, intermediate_size=[45, 128, 31],
+        num_hidden_layers=3, num_attention_heads=3, num_key_value_heads=1, head_dim=10,
+        max_position_embeddings=128, pad_token_id=0, vocab_size_per_layer_input=256,
+        hidden_size_per_layer_input=15, laurel_rank=7, altup_num_inputs=2, sliding_window=16,
+        num_kv_shared_layers=0, activation_sparsity_pattern=[0.0] * 3,
+        layer_types=["sliding_attention", "sliding_attention", "full_attention"],
+    )  # fmt: skip
+    folder = tmp_path_factory.mktemp("models") / "widths"
+    with quiet_transformers():
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        for parameter in model.parameters():  # norms and gates begin at zero
+            parameter.data += 0.1 * torch.randn_like(parameter)
+        model.save_pretrained(folder)
+    byte_tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("method", "allocation"),
+    [*(("wanda", name) for name in BUILTIN), ("sparsegpt", "owl"), ("magnitude", "uniform")],
+)
+def test_realised_is_what_was_asked_at_any_width(cli, tiny_run, widths_folder, method, allocation):
+    """To 0.01% of all weights, however small the layers and whatever rounds in which."""
+    options = {"hessian": ["--set", "allocation.range=auto"]}.get(allocation, [])
+    result = json.loads(
+        cli(
+            *tiny_run, "--model", widths_folder, "-m", method, "--sparsity", "0.613",
+            "--allocation", allocation, *options, "--json",
+        ).stdout
+    )  # fmt: skip
+    assert result["sparsity"]["realised_ratio"] == pytest.approx(0.613, abs=1e-4)
+
+
+def test_layers_of_ordinary_size_keep_their_ratios():
+    """A fraction of a weight is handed out only where it matters."""
+    linears = [Shape(f"l{i}", 1000, 1001) for i in range(3)]
+    ratios = {one.name: 0.7 for one in linears}
+    assert whole_counts(ratios, linears, 0.7) == ratios
+    small = [Shape(f"l{i}", 3, 3) for i in range(5)]
+    handed = whole_counts({one.name: 0.5 for one in small}, small, 0.5)
+    counts = [Sparsity(handed[one.name]).count(9) for one in small]
+    assert counts == [5, 5, 4, 4, 4]  # 22 of 45, and 4 each would be 20
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    sizes=st.lists(st.integers(20, 90), min_size=1, max_size=8),
+    ratio=st.sampled_from([0.1, 0.29, 0.5, 1 / 3, 0.66, 0.9]),
+)
+def test_whole_counts_add_up(sizes, ratio):
+    linears = [Shape(str(i), 1, size) for i, size in enumerate(sizes)]
+    handed = whole_counts({one.name: ratio for one in linears}, linears, ratio)
+    counts = [Sparsity(handed[one.name]).count(one.size) for one in linears]
+    assert sum(counts) == Sparsity(ratio).count(sum(sizes))
+    floors = [Sparsity(ratio).count(size) for size in sizes]
+    assert all(0 <= c - f <= 1 for c, f in zip(counts, floors, strict=True))
+
+
+def test_roundings_that_add_up_are_an_error():
+    from prunebench.models.measure import Measured, require_total
+
+    linear = find_linears(tiny_model("llama"))[0]
+    linears = [replace(linear, name=str(i), out_features=10, in_features=1000) for i in range(10)]
+    found = [Measured(one, 4998, 0, 0) for one in linears]
+    zeros = {one.name: 0 for one in linears}
+    with pytest.raises(CheckFailed, match="the model was to be pruned to 0.5") as error:
+        require_total(found, zeros, Sparsity(0.5))
+    assert "49,980 of 100,000 weights are zero (49.980%), not 50,000" in error.value.where
+    require_total(found, zeros, Sparsity(0.4998))
 
 
 def test_the_loss_of_every_layer_is_in_the_result(cli, tiny_run):

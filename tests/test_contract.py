@@ -59,6 +59,34 @@ def test_any_ratio_and_pattern(method):
     assert [str(o) for o in outcomes if not o.passed] == []
 
 
+def odd_model():
+    """Widths that no ratio divides: 30 and 45."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=256, hidden_size=30, intermediate_size=45, num_hidden_layers=2,
+        num_attention_heads=3, num_key_value_heads=1, head_dim=10, max_position_embeddings=64,
+    )  # fmt: skip
+    return LlamaForCausalLM(config).requires_grad_(False).eval()
+
+
+@pytest.mark.parametrize("ratio", [0.37, 0.5, 0.661])
+@pytest.mark.parametrize("method", [name for name in NAMES if name not in PATTERNS_ONLY])
+def test_every_layer_loses_its_exact_count_at_odd_widths(method, ratio):
+    from prunebench.models.gradients import gradient_norms
+
+    model, target, pruner = odd_model(), Sparsity(ratio), pruner_of(method)
+    gradients = None
+    if pruner.needs.gradients:
+        gradients = gradient_norms(model, tiny_tokens(), norm=pruner.norm)
+    walker = BlockWalker(model, token_ids=tiny_tokens(), gradients=gradients)
+    report = pruner.prune(walker, {one.name: target for one in walker.linears})
+    found = {one.name: int((one.stored == 0).sum()) for one in walker.linears}
+    assert found == {one.name: target.count(one.size) for one in walker.linears}
+    assert report.zeros_beyond == {}
+
+
 def test_dense_changes_nothing():
     model = tiny_model("llama")
     before = hash_weights(model)
@@ -165,14 +193,22 @@ def test_the_contract_notices_a_bad_pruner():
             walker.model.config.use_cache = False
             return report
 
-    def failures(pruner):
-        outcomes = check_pruner(pruner, architectures=("llama",), sparsities=("0.5", "2:4"))
+    @dataclass(frozen=True)
+    class FloorsEachRow(LayerPruner):
+        def prune_weight(self, weight, stats, sparsity):
+            drop = weight.abs().argsort(dim=1)[:, : int(weight.shape[1] * sparsity.ratio)]
+            return weight.scatter(1, drop, 0.0)
+
+    def failures(pruner, *sparsities):
+        sparsities = sparsities or ("0.5", "2:4")
+        outcomes = check_pruner(pruner, architectures=("llama",), sparsities=sparsities)
         return {o.check for o in outcomes if not o.passed}
 
     assert {"reaches 0.5, joint", "reaches 2:4, joint", "ratio 0 changes nothing"} <= failures(
         TooLittle()
     )
     assert "reaches 0.5, joint" in failures(TooMuch())
+    assert failures(FloorsEachRow(), "0.5", "0.3") == {"reaches 0.3, joint"}
     assert {"leaves everything else alone", "puts hooks and settings back"} <= failures(Meddler())
 
 

@@ -349,7 +349,9 @@ STANDARD = {
 
 @pytest.fixture(scope="module")
 def standard_tasks(tokenizer):
-    ready = prepare_tasks(list(STANDARD), Protocol(), tokenizer=tokenizer, progress=Silent())
+    ready = prepare_tasks(
+        list(STANDARD), Protocol(), tokenizer=tokenizer, vocabulary=49152, progress=Silent()
+    )
     return {one.name: one.built["tasks"][one.name] for one in ready}
 
 
@@ -399,7 +401,9 @@ def test_accuracy_equals_lm_evals_own_command_line(model, tokenizer, tokens, tmp
     write_local_tasks(tmp_path / "tasks", names, count=count)
     _, theirs = ask_lm_eval(tmp_path, names)
     ours = {}
-    built = prepare_tasks(names, Protocol(limit=count), tokenizer=tokenizer, progress=Silent())
+    built = prepare_tasks(
+        names, Protocol(limit=count), tokenizer=tokenizer, vocabulary=49152, progress=Silent()
+    )
     for name, task in zip(names, built, strict=True):
         (outcome,) = task.score(model, advance=lambda done: None)
         for metric, found in outcome.measures.items():

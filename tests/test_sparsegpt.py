@@ -1,5 +1,6 @@
 """SparseGPT against its mathematics: the loss identity, a slow second opinion, special cases."""
 
+import json
 import math
 
 import pytest
@@ -190,6 +191,17 @@ def test_a_hessian_that_stays_singular_names_layer_and_tokens():
     assert "77 calibration tokens" in error.value.where
 
 
+def test_dead_inputs_are_pruned_first_and_no_further_than_asked():
+    """More inputs are dead than are to be pruned: the count stays exact, and nothing is lost."""
+    data = inputs()
+    data[:, : data.shape[1] * 3 // 4] = 0
+    weight, stats = weights(), stats_of(data)
+    found = solve(SparseGPT(), weight, stats, "0.5")
+    assert int((found.weight == 0).sum()) == weight.numel() // 2
+    assert found.loss == 0.0
+    assert torch.equal(found.weight[found.weight != 0], weight[found.weight != 0])
+
+
 def test_no_token_means_magnitude():
     stats = InputStats(4, 0, torch.zeros(96).double(), None)
     weight = weights()
@@ -209,6 +221,19 @@ def test_quantised_survivors_lie_on_a_grid_that_holds_zero(bits):
         assert len(row.unique()) <= 2**bits
     worse = solve(SparseGPT(quantize_bits=bits), weight, stats, "2:4").loss
     assert worse > solve(SparseGPT(), weight, stats, "2:4").loss
+
+
+def test_zeros_that_the_grid_makes_are_said_and_let_pass(cli, tiny_run):
+    result = json.loads(
+        cli(*tiny_run, "-m", "sparsegpt", "--sparsity", "0.3", "--set", "quantize_bits=3",
+            "--json").stdout
+    )  # fmt: skip
+    beyond = {e["layer"]: e["value"] for e in result["method"]["events"]}
+    assert {e["kind"] for e in result["method"]["events"]} == {"zeros beyond the target"}
+    for layer in result["sparsity"]["layers"]:
+        size = layer["out_features"] * layer["in_features"]
+        extra = layer["zeros"] - Sparsity.parse(layer["requested"]).count(size)
+        assert extra == beyond.get(layer["name"], 0)
 
 
 def test_the_grid_by_hand():

@@ -178,7 +178,7 @@ def test_a_tokenizer_without_ends_is_refused(byte_tokenizer):
     tokenizer = copy.deepcopy(byte_tokenizer)
     tokenizer.eos_token = None
     with pytest.raises(IncompatibleData, match="neither a beginning nor an end"):
-        prepare_tasks(["piqa"], Protocol(), tokenizer=tokenizer, progress=Silent())
+        prepare_tasks(["piqa"], Protocol(), tokenizer=tokenizer, vocabulary=256, progress=Silent())
 
 
 def test_a_score_that_is_no_number_is_refused(cli, tiny_run, task_folder, monkeypatch):
@@ -253,7 +253,8 @@ def small_wheel(monkeypatch):
 def test_upstream_tasks_with_records_from_a_wheel(cli, tiny_run, small_wheel, byte_tokenizer):
     """Prompts and targets are those of lm-eval's own task files, asked of our records."""
     piqa, arc = prepare_tasks(
-        ["piqa", "arc_easy"], Protocol(), tokenizer=byte_tokenizer, progress=Silent()
+        ["piqa", "arc_easy"], Protocol(), tokenizer=byte_tokenizer, vocabulary=256,
+        progress=Silent(),
     )  # fmt: skip
     task = piqa.built["tasks"]["piqa"]
     asked = [

@@ -14,9 +14,11 @@ from prunebench.files import write_text
 from prunebench.models.blocks import BlockWalker
 from prunebench.models.linears import Linear
 from prunebench.pruners.layer import Needs
+from prunebench.sparsity import Sparsity
 
 _FORMAT = "prunebench-allocation"
 _MEAN_TOLERANCE = 1e-6
+_ROUNDING = 1e-5  # share of all weights that rounding each layer down may leave unpruned
 
 
 @dataclass(frozen=True)
@@ -70,6 +72,47 @@ def require_sound(allocation: Allocation, linears: Sequence[Linear], target: flo
             f"{target:g} over all weights",
             fix="this is an error of the allocator, or of the allocation file",
         )
+
+
+def layer_sparsities(
+    sparsity: Sparsity, allocation: Allocation, linears: Sequence[Linear]
+) -> dict[str, Sparsity]:
+    """Return what each layer is pruned to; all together make `sparsity`, to 0.01% at any width."""
+    if sparsity.is_pattern:
+        return {one.name: sparsity for one in linears}
+    ratios = whole_counts(allocation.ratios, linears, sparsity.ratio)
+    return {one.name: sparsity.with_ratio(ratios[one.name]) for one in linears}
+
+
+def whole_counts(
+    ratios: Mapping[str, float], linears: Sequence[Linear], target: float
+) -> dict[str, float]:
+    """Return the ratios, some raised by less than a weight, so that whole counts meet the target.
+
+    A layer loses floor(size * ratio) weights. In layers of ordinary size the fractions of a weight
+    do not matter, and the ratios stay as they are. Where they add up to more than a
+    hundred-thousandth of all weights (tiny layers), they are handed out: one weight each to the
+    layers with the largest fraction, of equal ones the earlier layer. No layer loses all.
+    """
+    sizes = {one.name: one.size for one in linears}
+    total = sum(sizes.values())
+    counts = {name: Sparsity(ratios[name]).count(size) for name, size in sizes.items()}
+    missing = Sparsity(target).count(total) - sum(counts.values())
+    if missing <= total * _ROUNDING:
+        return dict(ratios)
+    rest = {name: ratios[name] * size - counts[name] for name, size in sizes.items()}
+    spare = [name for name, size in sizes.items() if counts[name] + 1 < size]
+    order = sorted(spare, key=lambda name: -rest[name])  # stable
+    raised = {name: _ratio_of(counts[name] + 1, sizes[name]) for name in order[:missing]}
+    return {**ratios, **raised}
+
+
+def _ratio_of(count: int, size: int) -> float:
+    """Return the least ratio of which `Sparsity.count` is `count`."""
+    ratio = count / size
+    while Sparsity(ratio).count(size) < count:
+        ratio = math.nextafter(ratio, 1)
+    return ratio
 
 
 def shifted(

@@ -84,6 +84,9 @@ class Hessian:
         errors: dict[str, LayerError] = {}
         for group in walker.survey(hessian=True):
             assert group.stats is not None
+            if group.stats.tokens == 0:  # experts that nothing reaches: lowest cluster
+                errors |= {one.name: LayerError(0.0, 0.0, 0.0) for one in group.linears}
+                continue
             factor = factorise(group.stats, damping=self.damping, name=group.linears[0].name)
             for linear in group.linears:
                 errors[linear.name] = layer_error(linear.read(), factor.upper, target)

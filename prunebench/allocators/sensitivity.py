@@ -74,15 +74,18 @@ class Sensitivity:
         with closing(groups):
             for group in groups:
                 assert group.stats is not None
-                factor = factorise(group.stats, damping=self.damping, name=group.linears[0].name)
-                slopes = loss_slopes(
-                    [one.read() for one in group.linears], factor.upper, low, high, target
-                )
+                weights = [one.read() for one in group.linears]
+                if group.stats.tokens:
+                    name = group.linears[0].name
+                    upper = factorise(group.stats, damping=self.damping, name=name).upper
+                else:  # experts that nothing reaches are pruned by magnitude, and cost nothing
+                    upper = torch.eye(weights[0].shape[1], device=weights[0].device)
+                slopes = loss_slopes(weights, upper, low, high, target)
                 divergence = self._divergence(pruner, group, target, output)
                 names = tuple(one.name for one in group.linears)
                 size = sum(one.size for one in group.linears)
                 curves.append(_Curve(names, size, divergence, slopes))
-                del group, factor
+                del group, weights, upper
         ratios = balanced(curves, target, low, high)
         sizes = {one.name: one.size for one in walker.linears}
         estimates = {name: curve.divergence for curve in curves for name in curve.names}

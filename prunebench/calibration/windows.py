@@ -23,6 +23,7 @@ from torch import Tensor
 
 from prunebench.calibration.bos import begin_windows, text_tokens, tokenize
 from prunebench.calibration.texts import Text
+from prunebench.calibration.vocabulary import require_known
 from prunebench.errors import IncompatibleData
 from prunebench.files import atomic_file
 from prunebench.spec import Bos
@@ -168,13 +169,7 @@ def load_windows(path: Path, *, vocabulary: int) -> Windows:
             where=f"it holds {found}",
             fix=_TOKENS_FIX,
         )
-    low, high = (int(token_ids.min()), int(token_ids.max())) if token_ids.numel() else (-1, -1)
-    if low < 0 or high >= vocabulary:
-        raise IncompatibleData(
-            f"{path} does not fit the model's vocabulary of {vocabulary} tokens",
-            where=f"its tokens go from {low} to {high}",
-            fix="use tokens made with this model's tokenizer",
-        )
+    require_known(token_ids, vocabulary=vocabulary, source=str(path))
     return Windows(token_ids, packed=False)
 
 

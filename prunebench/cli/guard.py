@@ -17,6 +17,7 @@ from typing import Any, NoReturn
 import typer
 
 from prunebench.errors import MissingResource, PrunebenchError, SaveError
+from prunebench.progress import quiet_libraries
 
 
 def guarded(command: Callable[..., None]) -> Callable[..., None]:
@@ -26,7 +27,8 @@ def guarded(command: Callable[..., None]) -> Callable[..., None]:
     def wrapper(*args: Any, **kwargs: Any) -> None:
         debug = bool(kwargs.get("debug")) or os.environ.get("PRUNEBENCH_DEBUG", "") not in ("", "0")
         try:
-            command(*args, **kwargs)
+            with quiet_libraries(warn=not kwargs.get("quiet")):
+                command(*args, **kwargs)
         except PrunebenchError as error:
             _fail(error, debug=debug)
         except KeyboardInterrupt:

@@ -8,12 +8,10 @@ added: names that are checked before anything is loaded, records from a wheel wh
 
 from __future__ import annotations
 
-import contextlib
 import difflib
 import functools
 import hashlib
 import json
-import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -23,12 +21,14 @@ from typing import Any
 import torch
 from torch import nn
 
+from prunebench.calibration.vocabulary import largest_id, vocabulary_size
 from prunebench.errors import IncompatibleData, MissingResource, UsageError
 from prunebench.evaluate.outcome import Item, Measure, Outcome
 from prunebench.evaluate.records import Loaded, record_source, task_table
+from prunebench.evaluate.requests import require_known_ids, require_known_requests
 from prunebench.models.memory import FittingBatches
 from prunebench.models.stream import batch_logits, is_streamed
-from prunebench.progress import Progress
+from prunebench.progress import Progress, quiet_libraries
 
 _FEWSHOT_SEED = 1234  # lm-eval's default
 _BATCH_SIZE = {"cpu": 1, "cuda": 16}
@@ -62,7 +62,7 @@ def expand_presets(names: Sequence[str]) -> list[str]:
 @functools.lru_cache(maxsize=4)
 def _all_tasks(include_path: Path | None) -> Any:
     """Read all of lm-eval's task files, 13,000 in version 0.4.12: a quarter of a minute."""
-    with quiet_lm_eval():
+    with quiet_libraries():
         from lm_eval.tasks import TaskManager
 
         return TaskManager(include_path=str(include_path) if include_path else None)
@@ -71,7 +71,7 @@ def _all_tasks(include_path: Path | None) -> Any:
 @functools.lru_cache(maxsize=4)
 def _few_tasks(include_path: Path | None) -> Any:
     """Read the files of the papers' tasks, and those of `include_path`."""
-    with quiet_lm_eval():
+    with quiet_libraries():
         import lm_eval.tasks
 
         root = Path(lm_eval.tasks.__file__).parent
@@ -114,14 +114,22 @@ def check_task_names(names: Sequence[str], include_path: Path | None) -> None:
 
 
 def prepare_tasks(
-    names: Sequence[str], protocol: Protocol, *, tokenizer: Any, progress: Progress
+    names: Sequence[str], protocol: Protocol, *, tokenizer: Any, vocabulary: int, progress: Progress
 ) -> list[LmEvalTask]:
     """Build the tasks, with their records.
+
+    Args:
+        names: As lm-eval knows them.
+        protocol: How they are asked.
+        tokenizer: The model's.
+        vocabulary: Rows of the model's embedding.
+        progress: Hears of downloads.
 
     Raises:
         MissingResource: Records or few-shot examples that cannot be had here.
         UsageError: No chat template.
-        IncompatibleData: A tokenizer that lm-eval cannot work with.
+        IncompatibleData: A tokenizer that lm-eval cannot work with, or whose tokens the model
+            does not have.
     """
     if tokenizer.bos_token_id is None and tokenizer.eos_token_id is None:
         raise IncompatibleData(
@@ -136,11 +144,16 @@ def prepare_tasks(
         )
     tasks = []
     for name in names:
-        with quiet_lm_eval(), record_source(progress) as loaded:
+        with quiet_libraries(), record_source(progress) as loaded:
             built = _manager(names, protocol.include_path).load([name])
             counts = {leaf: len(task.eval_docs) for leaf, task in built["tasks"].items()}
-        for task in built["tasks"].values():
-            _set_shots(task, protocol.num_fewshot)
+            for task in built["tasks"].values():
+                _set_shots(task, protocol.num_fewshot)
+            if largest_id(tokenizer) >= vocabulary:
+                require_known_requests(
+                    built["tasks"], limit=protocol.limit, chat=protocol.apply_chat_template,
+                    tokenizer=tokenizer, vocabulary=vocabulary,
+                )  # fmt: skip
         ready = LmEvalTask(name, built, dict(loaded), counts, protocol, tokenizer)
         ready.require_examples()
         tasks.append(ready)
@@ -154,7 +167,6 @@ def _set_shots(task: Any, wanted: int | None) -> None:
         task.set_config(key="num_fewshot", value=wanted)
     elif own is None:
         task.set_config(key="num_fewshot", value=0)
-    task.set_fewshot_seed(seed=_FEWSHOT_SEED)
 
 
 @dataclass(frozen=True)
@@ -228,12 +240,12 @@ class LmEvalTask:
         Raises:
             IncompatibleData: lm-eval refuses the task or the model.
         """
-        with quiet_lm_eval():
+        with quiet_libraries():
             from lm_eval.evaluator import evaluate
 
-            lm = _wrap(
-                model, self.tokenizer, self.protocol.batch_size, _counter(self.units, advance)
-            )
+            for task in self.built["tasks"].values():  # the same examples for every model
+                task.set_fewshot_seed(seed=_FEWSHOT_SEED)
+            lm = _wrap(self, model, _counter(self.units, advance))
             try:
                 found = evaluate(
                     lm=lm,
@@ -341,13 +353,29 @@ def _counter(units: int, advance: Callable[[int], None]) -> Callable[[int, int],
     return answered
 
 
-def _wrap(
-    model: Any, tokenizer: Any, batch_size: int | None, answered: Callable[[int, int], None]
-) -> Any:
+def _wrap(asked: LmEvalTask, model: Any, answered: Callable[[int, int], None]) -> Any:
     """Return lm-eval's Hugging Face adapter around a model that is there."""
     from lm_eval.models.huggingface import HFLM
 
-    class Counted(HFLM):  # type: ignore[misc]
+    tokenizer, batch_size = asked.tokenizer, asked.protocol.batch_size
+    vocabulary = vocabulary_size(model)
+
+    def check(sequences: Any) -> None:
+        require_known_ids(sequences, asked.name, tokenizer=tokenizer, vocabulary=vocabulary)
+
+    class Checked(HFLM):  # type: ignore[misc]
+        """Lets no token through that the model has no row for."""
+
+        def _loglikelihood_tokens(self, requests: Any, *args: Any, **kwargs: Any) -> Any:
+            check(part for _, context, answer in requests for part in (context, answer))
+            return super()._loglikelihood_tokens(requests, *args, **kwargs)
+
+        def tok_batch_encode(self, *args: Any, **kwargs: Any) -> Any:
+            token_ids, attention_mask = super().tok_batch_encode(*args, **kwargs)
+            check(token_ids.tolist())
+            return token_ids, attention_mask
+
+    class Counted(Checked):
         """Tells how many of the requests have been answered."""
 
         fitting = FittingBatches("tasks")
@@ -366,7 +394,7 @@ def _wrap(
             answered(self.done, self.wanted)
             return logits
 
-    class Streamed(HFLM):  # type: ignore[misc]
+    class Streamed(Checked):
         """Hears all questions first, takes them through the model block by block, then answers.
 
         lm-eval asks one batch after the other. It is run twice: once to hear what it asks, with
@@ -390,7 +418,6 @@ def _wrap(
         def _model_call(self, inps: Any, *args: Any, **kwargs: Any) -> Any:
             if self.answers is None:
                 self.heard.append(inps.cpu())
-                vocabulary = model.config.get_text_config().vocab_size
                 return torch.zeros((*inps.shape, vocabulary), dtype=model.dtype)
             return next(self.answers)
 
@@ -398,36 +425,3 @@ def _wrap(
     size = batch_size or _BATCH_SIZE.get(device.type, 1)
     kind = Streamed if is_streamed(model) else Counted
     return kind(pretrained=model, tokenizer=tokenizer, backend="causal", batch_size=size)
-
-
-@contextlib.contextmanager
-def quiet_lm_eval() -> Iterator[None]:
-    """Silence lm-eval's log and bars: stderr is our progress."""
-    import lm_eval.api.model
-    import lm_eval.api.task
-    import lm_eval.models.huggingface
-    from datasets.utils import logging as of_datasets
-    from tqdm import tqdm
-
-    places = [lm_eval.api.model, lm_eval.api.task, lm_eval.models.huggingface]
-    loggers = [logging.getLogger(name) for name in ("lm_eval", "lm-eval", "datasets")]
-    levels = [logger.level for logger in loggers]
-
-    def silent(*args: Any, **kwargs: Any) -> Any:
-        return tqdm(*args, **{**kwargs, "disable": True})
-
-    for logger in loggers:
-        logger.setLevel(logging.ERROR)
-    for place in places:
-        place.tqdm = silent
-    bars = of_datasets.is_progress_bar_enabled()
-    of_datasets.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if bars:
-            of_datasets.enable_progress_bar()
-        for place in places:
-            place.tqdm = tqdm
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)

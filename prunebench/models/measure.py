@@ -12,6 +12,8 @@ from prunebench.errors import CheckFailed
 from prunebench.models.linears import Linear
 from prunebench.sparsity import Sparsity
 
+_TOLERANCE = 1e-4  # "realised equals asked": share of the weights
+
 
 @dataclass(frozen=True)
 class Measured:
@@ -61,17 +63,23 @@ def count_sparser_groups(weight: Tensor, sparsity: Sparsity) -> int:
 
 
 def require_met(
-    after: Sequence[Measured], before: Mapping[str, int], requested: Mapping[str, Sparsity]
+    after: Sequence[Measured],
+    before: Mapping[str, int],
+    requested: Mapping[str, Sparsity],
+    *,
+    beyond: Mapping[str, int] | None = None,
 ) -> None:
     """Raise unless every matrix has the sparsity that was asked for.
 
-    N:M must hold in every group. A ratio must be met to one weight for each row and column (methods
-    round down in their own comparison groups); zeros of the dense weight may come on top.
+    N:M must hold in every group, and a ratio to one weight of the matrix: whatever a method
+    compares with each other, its counts must add up. More zeros than asked are let pass where the
+    dense weight had them, where the method has said so, and up to 0.01% (a weight may round to 0).
 
     Args:
         after: The pruned matrices.
         before: Zeros of each dense matrix, by name.
         requested: Sparsity of each matrix, by name.
+        beyond: Zeros that the method says it made on top, by name.
 
     Raises:
         CheckFailed: A layer misses; it is named with what it has.
@@ -79,9 +87,9 @@ def require_met(
     for one in after:
         linear, sparsity = one.linear, requested[one.linear.name]
         wanted = sparsity.count(linear.size)
-        slack = linear.out_features + linear.in_features
-        too_few = one.zeros < wanted - slack
-        too_many = not sparsity.is_pattern and one.zeros > wanted + slack + before[linear.name]
+        allowed = before[linear.name] + (beyond or {}).get(linear.name, 0)
+        too_few = one.zeros < wanted - 1
+        too_many = not sparsity.is_pattern and one.zeros > wanted + _slack(linear.size) + allowed
         if one.violations or too_few or too_many:
             found = f"{one.violations} groups break it, " if one.violations else ""
             raise CheckFailed(
@@ -89,3 +97,32 @@ def require_met(
                 where=f"{found}{one.zeros:,} of {linear.size:,} weights are zero, not {wanted:,}",
                 fix="this is an error of the pruning method: see prunebench check",
             )
+
+
+def require_total(
+    after: Sequence[Measured],
+    before: Mapping[str, int],
+    target: Sparsity,
+    *,
+    beyond: Mapping[str, int] | None = None,
+) -> None:
+    """Raise unless all matrices together have the target's share of zeros, to 0.01%.
+
+    Every layer may round to a whole weight; this is what shows that the roundings do not add up.
+
+    Raises:
+        CheckFailed: They have another share.
+    """
+    total = sum(one.linear.size for one in after)
+    zeros, wanted = sum(one.zeros for one in after), target.count(total)
+    allowed = sum(before.values()) + sum((beyond or {}).values())
+    if not wanted - _slack(total) <= zeros <= wanted + _slack(total) + allowed:
+        raise CheckFailed(
+            f"the model was to be pruned to {target} and is not",
+            where=f"{zeros:,} of {total:,} weights are zero ({zeros / total:.3%}), not {wanted:,}",
+            fix="this is an error of the allocation: its ratios do not add up to the target",
+        )
+
+
+def _slack(size: int) -> int:
+    return max(1, int(size * _TOLERANCE))

@@ -20,15 +20,29 @@ _WIDEST_PAIRWISE = 8
 def keep_rows(score: Float[Tensor, "out in"], sparsity: Sparsity) -> Bool[Tensor, "out in"]:
     """Compare the weights of each output row, or of each N:M group along the input.
 
-    A ratio prunes exactly floor(in * ratio) weights of every row. N:M prunes exactly M - N of
-    every M consecutive inputs; M must divide the width.
+    A ratio prunes floor(in * ratio) weights of every row. What these leave of the matrix's own
+    count floor(out * in * ratio) is handed out: one more weight each of the rows whose next weight
+    scores least, of equal ones the earlier row. N:M prunes exactly M - N of every M consecutive
+    inputs; M must divide the width.
     """
     if sparsity.group is None or sparsity.kept is None:
-        return keep_largest(score, prune=sparsity.count(score.shape[1]))
+        return _keep_ratio(score, sparsity)
     if sparsity.group <= _WIDEST_PAIRWISE:
         return _keep_pairwise(score, kept=sparsity.kept, group=sparsity.group)
     groups = score.reshape(-1, sparsity.group)
     return keep_largest(groups, prune=sparsity.group - sparsity.kept).view(score.shape)
+
+
+def _keep_ratio(score: Tensor, sparsity: Sparsity) -> Tensor:
+    rows, width = score.shape
+    prune = sparsity.count(width)
+    keep = keep_largest(score, prune=prune)
+    extra = sparsity.count(rows * width) - rows * prune  # below the number of rows
+    if extra:
+        following = _kth_smallest(score, prune + 1)  # (rows, 1)
+        lose_more = ~keep_largest(following.T, prune=extra)[0]
+        keep[lose_more] = keep_largest(score[lose_more], prune=prune + 1)
+    return keep
 
 
 def keep_matrix(score: Float[Tensor, "out in"], sparsity: Sparsity) -> Bool[Tensor, "out in"]:

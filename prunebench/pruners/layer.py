@@ -68,6 +68,9 @@ class Needs:
         return self.calibration or self.gradients is not None
 
 
+BEYOND_TARGET = "zeros beyond the target"
+
+
 @dataclass(frozen=True)
 class Event:
     """Something a method had to work around in one layer, for the result to show."""
@@ -105,6 +108,11 @@ class PruneReport:
     events: tuple[Event, ...] = ()
     losses: Mapping[str, float] = field(default_factory=dict)
     learned: Learned | None = None
+
+    @property
+    def zeros_beyond(self) -> dict[str, int]:
+        """Zeros that the method had to make beyond the target, by layer."""
+        return {e.layer: int(e.value or 0) for e in self.events if e.kind == BEYOND_TARGET}
 
 
 @dataclass(frozen=True)

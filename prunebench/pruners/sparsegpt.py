@@ -11,7 +11,8 @@ change by -e U_j. The layer's reconstruction error is then exactly 1/2 of the su
 What differs from the original: linears with one input share one Hessian, one factor and one pass;
 the factor comes from one Cholesky decomposition; masks have exact counts (their threshold takes one
 weight more, and all ties); a singular Hessian is tried again with more damping, and the result says
-so; an input that no calibration token reached (an expert never chosen) falls back to magnitude.
+so; of a dead input (zero for every token) no more is pruned than the count of its block asks for;
+an input that no calibration token reached (an expert never chosen) falls back to magnitude.
 
 The method `scheduler` (https://arxiv.org/abs/2409.20094) is this pruner with ratios that
 `allocators.hessian` spreads over the layers.
@@ -33,7 +34,7 @@ from prunebench.calibration.stats import InputStats
 from prunebench.models.blocks import LinearGroup
 from prunebench.models.measure import count_sparser_groups
 from prunebench.pruners.keep import keep_group, keep_largest
-from prunebench.pruners.layer import Event, GroupPruner, Needs, Pruned
+from prunebench.pruners.layer import BEYOND_TARGET, Event, GroupPruner, Needs, Pruned
 from prunebench.pruners.magnitude import smallest_dropped
 from prunebench.sparsity import Sparsity
 
@@ -92,7 +93,7 @@ class SparseGPT(GroupPruner):
         parts = _parts(weights, sparsities)
         grid = Grid.of(columns, self.quantize_bits) if self.quantize_bits else None
         for part in parts:
-            if part.sparsity.ratio:
+            if part.sparsity.is_pattern and part.sparsity.ratio:
                 columns[:, part.outputs].masked_fill_(factor.dead[:, None], 0)
         losses = self._eliminate(columns, factor, parts, grid)
         dead = int(factor.dead.sum())
@@ -107,6 +108,9 @@ class SparseGPT(GroupPruner):
             sparser = count_sparser_groups(new, part.sparsity)
             if sparser:
                 events.append(Event(name, "groups with fewer non-zeros than N", float(sparser)))
+            beyond = int((new == 0).sum()) - part.sparsity.count(new.numel())
+            if beyond > 0 and grid and not part.sparsity.is_pattern:  # small ones round to 0
+                events.append(Event(name, BEYOND_TARGET, float(beyond)))
             found.append(Pruned(new, float(losses[part.outputs].sum()) / 2, tuple(events)))
         return found
 
@@ -123,11 +127,15 @@ class SparseGPT(GroupPruner):
             stop = start + len(block)
             upper = factor.upper[start:stop]
             scale = 1 / upper[:, start:stop].diagonal()
+            dead = factor.dead[start:stop, None]
             keep = torch.ones_like(block, dtype=torch.bool)
             for part in parts:
                 if not part.sparsity.is_pattern:
-                    score = block[:, part.outputs].abs() * scale[:, None]
-                    keep[:, part.outputs] = _keep_block(score, part.sparsity, start, stop)
+                    own = block[:, part.outputs]
+                    score = (own.abs() * scale[:, None]).masked_fill_(dead, 0)
+                    chosen = _keep_block(score, part.sparsity, start, stop)
+                    own.masked_fill_(dead & ~chosen, 0)  # no error: nothing comes through
+                    keep[:, part.outputs] = chosen
             errors = _prune_block(
                 block, keep, upper[:, start:stop], parts=parts, inner=inner, grid=grid
             )

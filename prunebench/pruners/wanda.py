@@ -5,8 +5,9 @@ https://arxiv.org/abs/2306.11695, equation 1: S_ij = |W_ij| * ||X_j||_2.
 Original code: https://github.com/locuslab/wanda (commit 8e8fc87), read for its conventions.
 
 What differs from it: statistics are summed in float64 and shared by linears with one input; a row
-loses exactly floor(in * ratio) weights; N of N:M counts kept weights; an input that no calibration
-token reached (an expert never chosen) falls back to magnitude and is reported.
+loses floor(in * ratio) weights as theirs do, and then some rows one more, so that the matrix loses
+floor(out * in * ratio) (`keep.keep_rows`); N of N:M counts kept weights; an input that no
+calibration token reached (an expert never chosen) falls back to magnitude and is reported.
 
 `WandaVariant` is their `--use_variant`, a row of its own: output rows lose their smallest scores
 up to the same share of the row's sum. They search that share by bisection to within 0.001 of the

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from prunebench.calibration.vocabulary import vocabulary_size
 from prunebench.sparse24.timing import BLOCKS, Clock, Ratio, interleaved
 
 PREFILL = ((1, 512), (1, 2048), (8, 2048))
@@ -158,9 +159,8 @@ def _peak(call: Callable[[], object], device: torch.device) -> int | None:
 
 
 def _random_ids(model: Any, batch: int, length: int, device: torch.device) -> Tensor:
-    vocabulary = int(model.config.get_text_config().vocab_size)
     generator = torch.Generator().manual_seed(0)
-    return torch.randint(3, vocabulary, (batch, length), generator=generator).to(device)
+    return torch.randint(3, vocabulary_size(model), (batch, length), generator=generator).to(device)
 
 
 def _result(
