@@ -21,7 +21,7 @@ from prunebench.allocators.allocation import (
     load_allocation,
     require_sound,
 )
-from prunebench.calibration.texts import Text, load_text
+from prunebench.calibration.texts import Text, load_text, placed
 from prunebench.calibration.training import Training, training_windows
 from prunebench.calibration.windows import Windows, load_windows, sample_windows
 from prunebench.capacity import choose_weights, model_sizes
@@ -101,7 +101,7 @@ def prepare(spec: RunSpec, setup: Setup) -> Plan:
     clock = StageClock(setup.progress)
     with clock.stage("check", detail=f"{spec.method} on {spec.model}"):
         source = find_model(spec.model)
-        named = check_names(spec, setup)
+        named = check_names(_place_texts(spec, source.kind), setup)
         spec, pruner, rule, sparsity = named.spec, named.pruner, named.allocator, named.sparsity
         spec = spec.model_copy(update={"model": source.id})
         devices = _devices(spec, setup, pruner, clock)
@@ -149,6 +149,13 @@ def prepare(spec: RunSpec, setup: Setup) -> Plan:
         spec, setup, store, clock, devices, local, tokenizer, pruner, allocator, sparsity, linears,
         windows, calibration, texts, tasks, weights, started, training, learned_from, masks,
     )  # fmt: skip
+
+
+def _place_texts(spec: RunSpec, kind: str) -> RunSpec:
+    """Decide where the texts come from, before anything is asked of the network."""
+    calibration = spec.calibration and placed(spec.calibration, model=kind)
+    ppl = tuple(placed(name, model=kind) for name in spec.ppl)
+    return spec.model_copy(update={"calibration": calibration, "ppl": ppl})
 
 
 def _devices(
@@ -204,7 +211,8 @@ def _prepare_training(
             digest = sha256_file(source)
             text = (f"tokens-{digest[:12]}/all", f"sha256:{digest}")
         else:
-            source = load_text(need.text, use="calibration", progress=clock)
+            name = placed(need.text, model=find_model(spec.model).kind)
+            source = load_text(name, use="calibration", progress=clock)
             text = (f"{source.dataset}/{source.split}", source.origin)
         training = training_windows(
             source, tokenizer, samples=need.samples, seqlen=need.seqlen, held_out=need.held_out,
