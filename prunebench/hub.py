@@ -38,7 +38,8 @@ _T = TypeVar("_T")
 def limit_times() -> None:
     """Give each request of huggingface_hub a time limit; most of its own wait for ever.
 
-    A default of the client is not enough: many of its calls pass `timeout=None`.
+    A default of the client is not enough: many of its calls pass `timeout=None`. The storage back
+    end hf_xet has limits of its own, of five minutes, and reads others from the environment.
     """
     from huggingface_hub import set_client_factory
     from huggingface_hub.utils._http import default_client_factory
@@ -53,6 +54,8 @@ def limit_times() -> None:
         return made
 
     set_client_factory(client)
+    os.environ.setdefault("HF_XET_CLIENT_CONNECT_TIMEOUT", f"{CONNECT_SECONDS:.0f}s")
+    os.environ.setdefault("HF_XET_CLIENT_READ_TIMEOUT", f"{2 * READ_SECONDS:.0f}s")
 
 
 def _limit(request: Any) -> None:
@@ -173,10 +176,10 @@ def _number_of_disk(error: BaseException) -> int:
 
 
 def _root(error: BaseException) -> BaseException:
-    """Return what happened: huggingface_hub wraps it in "cannot find the file in the cache"."""
+    """Return what happened: huggingface_hub wraps it, as in "cannot find it in the cache"."""
     from huggingface_hub.errors import LocalEntryNotFoundError
 
-    wrappers = LocalEntryNotFoundError | ValueError
+    wrappers = LocalEntryNotFoundError | ValueError | RuntimeError
     while error.__cause__ is not None and isinstance(error, wrappers):
         error = error.__cause__
     return error

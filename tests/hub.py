@@ -12,9 +12,11 @@ import contextlib
 import hashlib
 import json
 import re
+import socket
+import ssl
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -77,27 +79,38 @@ class Failure:
     status: int = 0
     headers: dict[str, str] = field(default_factory=dict)
     cut: bool = False  # after half of the body, or before any answer
+    page: bytes = b""  # answered to everything, as a network does that wants a login first
     silent: bool = False
-    seconds: float = 0.0
+    seconds: float = 0.0  # before the answer
     times: int = -1  # how often; -1 is always
 
 
 class Hub:
     """The hub: `models`, `datasets`, what it was asked (`log`), and how it fails (`failures`)."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, certificate: Path | None = None) -> None:
         self.models: dict[str, Repo] = {}
         self.datasets: dict[str, Repo] = {}
         self.tokens = {TOKEN}
         self.log: list[str] = []
         self.failures: list[Failure] = []
         self.uploads: dict[str, bytes] = {}
+        self.connections: list[socket.socket] = []
+        self.also: list[Hub] = []  # stopped with this one
+        self.spoiled: set[str] = set()  # large files that a proxy changes on the way
         self.xet = False  # whether large files are said to lie in Xet storage
         self._closing = threading.Event()
         handler = type("Handler", (_Handler,), {"hub": self})
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
         self.server.daemon_threads = True
-        self.url = f"http://127.0.0.1:{self.server.server_address[1]}"
+        scheme = "https" if certificate else "http"
+        if certificate:
+            context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+            context.load_cert_chain(certificate)
+            self.server.socket = context.wrap_socket(
+                self.server.socket, server_side=True, do_handshake_on_connect=False
+            )
+        self.url = f"{scheme}://127.0.0.1:{self.server.server_address[1]}"
         self.cdn = f"http://localhost:{self.server.server_address[1]}"  # another host, as there
         self._thread = threading.Thread(target=self.server.serve_forever, args=(0.02,), daemon=True)
         self._thread.start()
@@ -129,9 +142,16 @@ class Hub:
 
     def stop(self) -> None:
         """Stop listening: from now on connections are refused."""
+        for other in self.also:
+            other.stop()
+        if self._closing.is_set():
+            return
         self._closing.set()
         self.server.shutdown()
         self.server.server_close()
+        for connection in self.connections:
+            with contextlib.suppress(OSError):
+                connection.shutdown(socket.SHUT_RDWR)
 
 
 def files_of(folder: Path) -> dict[str, bytes]:
@@ -168,6 +188,10 @@ class _Handler(BaseHTTPRequestHandler):
         pass
 
     # ------------------------------------------------------------ dispatch
+
+    def setup(self) -> None:
+        super().setup()
+        self.hub.connections.append(self.connection)
 
     def _handle(self) -> None:
         length = int(self.headers.get("Content-Length") or 0)
@@ -213,6 +237,9 @@ class _Handler(BaseHTTPRequestHandler):
             self.close_connection = True
             return False
         self.hub.wait(failure.seconds)
+        if failure.page:
+            self._answer(failure.page)
+            return False
         if failure.status:
             self._answer({"error": ""}, status=failure.status, headers=failure.headers)
             return False
@@ -345,7 +372,10 @@ class _Handler(BaseHTTPRequestHandler):
         self._answer({}, headers=headers)
 
     def large_file(self, query: Any, digest: str) -> None:
-        self._send(self.hub.uploads[digest], {"ETag": f'"{digest}"'})
+        data = self.hub.uploads[digest]
+        if digest in self.hub.spoiled:
+            data = data[:-1] + bytes([data[-1] ^ 1])
+        self._send(data, {"ETag": f'"{digest}"'})
 
     def _send(self, data: bytes, headers: dict[str, str]) -> None:
         """Send a file, or the part of it that is asked for."""
@@ -478,6 +508,3 @@ def use(monkeypatch: Any, url: str, folder: Path) -> None:
         monkeypatch.setattr(constants, name, value)
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", folder / "datasets")
     module.hub_problem.cache_clear()
-
-
-Serve = Callable[[], Hub]

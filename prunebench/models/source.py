@@ -110,10 +110,10 @@ def find_model(name: str) -> ModelSource:
             where="a model is a folder with config.json and safetensors, or a .gguf file",
             fix="name the folder that holds the file",
         )
-    if name.startswith((".", "/", "~")) or name.endswith(".gguf") or name.count("/") > 1:
+    repository, _, revision = name.partition("@")
+    if name.startswith((".", "/", "~")) or name.endswith(".gguf") or repository.count("/") > 1:
         raise MissingResource(f"there is no model at {name}", fix="check the path")
     if _HUB_NAME.match(name):
-        repository, _, revision = name.partition("@")
         return ModelSource(repository, "hub", repository, revision or None)
     raise UsageError(
         f"unknown model {name!r}",
