@@ -1,62 +1,304 @@
-"""Whether the Hugging Face hub can be reached, what to say if not, and pushing a folder to it.
+"""The Hugging Face hub: time limits, whether it answers, what went wrong, and pushing to it.
 
-Asked once before a download: huggingface_hub would try five times, for half a minute.
+Every call of huggingface_hub goes through `asking`, so that a failure says what it was, in three
+lines, whatever was asked for. Files are fetched in `hub_files`.
 """
 
 from __future__ import annotations
 
+import errno
 import functools
+import json
 import os
 import re
-import urllib.error
-import urllib.request
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, TypeVar
 
-from prunebench.errors import MissingResource, SaveError, UsageError
+from prunebench.errors import MissingResource, PrunebenchError, SaveError, UsageError
+from prunebench.files import explain_os_error
 
-_TIMEOUT_SECONDS = 3.0
+CONNECT_SECONDS = 10.0
+READ_SECONDS = 30.0  # without a byte
+PAUSES_SECONDS = (1.0, 3.0)  # before a question is asked again
+MAX_WAIT_SECONDS = 60  # of what a busy hub may ask for; beyond, the user decides
+
 _REPOSITORY = re.compile(r"\w[\w.-]*/\w[\w.-]*")
+_OF_THE_DISK = {
+    errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EIO,
+}  # fmt: skip
+_T = TypeVar("_T")
 
 
 @functools.cache
-def hub_reachable() -> bool:
-    """Return whether the hub answers within three seconds (asked once a process)."""
-    if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"):
-        return False
-    endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
-    try:
-        request = urllib.request.Request(endpoint, method="HEAD")
-        with urllib.request.urlopen(request, timeout=_TIMEOUT_SECONDS):
-            return True
-    except urllib.error.HTTPError:
-        return True  # it answered
-    except (OSError, ValueError):
-        return False
+def limit_times() -> None:
+    """Give each request of huggingface_hub a time limit; most of its own wait for ever.
 
-
-def hub_errors() -> tuple[type[Exception], ...]:
-    """Return what huggingface_hub raises where the network or the hub fails.
-
-    Its own errors descend from those of its HTTP library, whose name changes with its version.
+    A default of the client is not enough: many of its calls pass `timeout=None`. The storage back
+    end hf_xet has limits of its own, of five minutes, and reads others from the environment.
     """
+    from huggingface_hub import set_client_factory
+    from huggingface_hub.utils._http import default_client_factory
+
+    def client() -> Any:
+        made = default_client_factory()
+        hooks = made.event_hooks
+        made.event_hooks = {
+            "request": [*hooks["request"], _limit],
+            "response": [*hooks["response"], _refuse_long_waits],
+        }
+        return made
+
+    set_client_factory(client)
+    os.environ.setdefault("HF_XET_CLIENT_CONNECT_TIMEOUT", f"{CONNECT_SECONDS:.0f}s")
+    os.environ.setdefault("HF_XET_CLIENT_READ_TIMEOUT", f"{2 * READ_SECONDS:.0f}s")
+
+
+def _limit(request: Any) -> None:
+    from huggingface_hub import constants
+
+    longest = max(READ_SECONDS, constants.HF_HUB_DOWNLOAD_TIMEOUT, constants.HF_HUB_ETAG_TIMEOUT)
+    given = request.extensions.get("timeout") or {}
+    limits = {"connect": CONNECT_SECONDS, "read": longest, "write": longest, "pool": longest}
+    request.extensions["timeout"] = {
+        name: min(given.get(name) or limit, limit) for name, limit in limits.items()
+    }
+
+
+def _refuse_long_waits(response: Any) -> None:
+    """Raise for a hub that asks to wait for minutes: huggingface_hub would, five times."""
+    from huggingface_hub.utils._http import hf_raise_for_status
+
+    seconds = response.headers.get("Retry-After", "")
+    if response.status_code in (429, 503) and seconds.isdigit() and int(seconds) > MAX_WAIT_SECONDS:
+        response.read()
+        hf_raise_for_status(response)
+
+
+@functools.cache
+def hub_problem() -> str:
+    """Return why the hub does not answer, or nothing where it does (asked once a process)."""
+    from huggingface_hub import constants, get_session
+
+    limit_times()
+    try:
+        get_session().head(constants.ENDPOINT, timeout=CONNECT_SECONDS)
+    except hub_errors() as error:
+        return _reason(error, "", None)[0]
+    return ""
+
+
+def hub_reachable() -> bool:
+    """Return whether the hub answers, be it slowly."""
+    return not hub_problem()
+
+
+@functools.cache
+def hub_errors() -> tuple[type[Exception], ...]:
+    """Return what huggingface_hub and its storage back end raise where the network or hub fails.
+
+    Its own errors descend from those of its HTTP library, whose name changes with its version;
+    hf_xet raises RuntimeError for whatever happens to it.
+    """
+    from huggingface_hub import errors as hub
+
+    ours = (
+        "HFValidationError",
+        "EntryNotFoundError",
+        "XetDownloadError",
+        "RevisionResolutionError",
+    )
+    named = (getattr(hub, name) for name in ours if hasattr(hub, name))
+    http = _http_library()
+    return (OSError, RuntimeError, json.JSONDecodeError, http.HTTPError, http.InvalidURL, *named)
+
+
+@contextmanager
+def asking(what: str, *, fix: str, revision: str | None = None) -> Iterator[None]:
+    """Turn whatever goes wrong with the hub inside into an error that says what it was.
+
+    Args:
+        what: What is fetched: a repository, and a file where it is one.
+        fix: What to do where the hub is not at fault, nor the name: the way without it.
+        revision: The revision that was asked for, if any.
+
+    Raises:
+        MissingResource: It cannot be had.
+        SaveError: The cache of huggingface_hub cannot be written.
+    """
+    limit_times()
+    try:
+        yield
+    except PrunebenchError:
+        raise
+    except hub_errors() as error:
+        raise hub_failure(what, error, fix=fix, revision=revision) from error
+
+
+def patiently(call: Callable[[], _T]) -> _T:
+    """Call, and again after a pause where the line was cut or the hub was in trouble."""
+    for seconds in PAUSES_SECONDS:
+        try:
+            return call()
+        except hub_errors() as error:
+            status = getattr(getattr(error, "response", None), "status_code", 0)
+            cut = _is(error, "RemoteProtocolError") or _is(error, "ReadError")
+            if not cut and status < 500:
+                raise
+            time.sleep(seconds)
+    return call()
+
+
+def hub_failure(
+    what: str, error: Exception, *, fix: str, revision: str | None = None
+) -> PrunebenchError:
+    """Return the error to raise for one of `hub_errors`: what it was, and what to do about it."""
+    root = _root(error)
+    number = _number_of_disk(root)
+    if number:
+        from huggingface_hub import constants
+
+        place = Path(getattr(root, "filename", None) or constants.HF_HUB_CACHE)
+        return explain_os_error(OSError(number, os.strerror(number)), place)
+    where, advice = _reason(error, what, revision)
+    return MissingResource(f"{what} cannot be downloaded", where=where, fix=advice or fix)
+
+
+def _number_of_disk(error: BaseException) -> int:
+    """Return the number of an error of the disk, whoever raised it, or 0."""
+    written = re.search(r"\(os error (\d+)\)", str(error))  # by libraries in Rust
+    number = getattr(error, "errno", None) or (int(written[1]) if written else 0)
+    return number if number in _OF_THE_DISK else 0
+
+
+def _root(error: BaseException) -> BaseException:
+    """Return what happened: huggingface_hub wraps it, as in "cannot find it in the cache"."""
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    wrappers = LocalEntryNotFoundError | ValueError | RuntimeError
+    while error.__cause__ is not None and isinstance(error, wrappers):
+        error = error.__cause__
+    return error
+
+
+def _is(error: BaseException, name: str) -> bool:
+    """Whether it is that error of the HTTP library under huggingface_hub."""
+    kind = getattr(_http_library(), name, None)
+    return kind is not None and isinstance(error, kind)
+
+
+def _http_library() -> Any:
+    """Return httpx or its heir, whichever huggingface_hub was written for."""
     from huggingface_hub.errors import HfHubHTTPError
 
-    return (OSError, *(base for base in HfHubHTTPError.__bases__ if issubclass(base, Exception)))
+    return sys.modules[HfHubHTTPError.__bases__[0].__module__.partition(".")[0]]
 
 
-def require_hub(what: str, *, fix: str) -> None:
-    """Raise `MissingResource` unless the hub answers."""
-    if not hub_reachable():
-        raise unreachable(what, None, fix=fix)
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error's text, or the name of its kind."""
+    lines = str(error).strip().splitlines()
+    return lines[0][:160] if lines else type(error).__name__
 
 
-def unreachable(what: str, error: Exception | None, *, fix: str) -> MissingResource:
-    """Return the error for something that cannot be downloaded."""
-    reason = f": {str(error).splitlines()[0][:160]}" if error and str(error) else ""
-    return MissingResource(
-        f"{what} cannot be downloaded", where=f"the hub cannot be reached{reason}", fix=fix
-    )
+def _reason(error: BaseException, what: str, revision: str | None) -> tuple[str, str]:
+    """Return what it was, and what to do about it ("" where only the way round is left)."""
+    from huggingface_hub.errors import FileMetadataError, HFValidationError, OfflineModeIsEnabled
+
+    root = _root(error)
+    response = getattr(root, "response", None)
+    if response is not None:
+        return _answer(response, what, revision)
+    if isinstance(root, OfflineModeIsEnabled):
+        return "the hub cannot be reached: HF_HUB_OFFLINE is set", ""
+    if isinstance(root, HFValidationError):
+        return first_line(root), "check the spelling"
+    text = " ".join(filter(None, (str(root), str(root.__cause__ or root.__context__ or ""))))
+    if "CERTIFICATE_VERIFY_FAILED" in text:
+        return (
+            f"the hub's certificate cannot be verified: {first_line(root)}",
+            "name the certificates of your network's proxy in SSL_CERT_FILE",
+        )
+    if _is(root, "ConnectTimeout"):
+        return f"the hub cannot be reached: no connection within {CONNECT_SECONDS:g} s", ""
+    if _is(root, "TimeoutException") or isinstance(root, TimeoutError):
+        return "the hub cannot be reached: it took the question and did not answer in time", ""
+    if _is(root, "ProxyError"):
+        return f"the proxy refuses: {first_line(root)}", "check HTTPS_PROXY and NO_PROXY"
+    if _is(root, "ConnectError"):
+        return f"the hub cannot be reached: {first_line(root)}", ""
+    if isinstance(root, json.JSONDecodeError | FileMetadataError):
+        return (
+            f"what answers at {_endpoint()} is no hub: {first_line(root)}",
+            "check HF_ENDPOINT, and whether the network asks for a login of its own",
+        )
+    if _is(root, "TransportError") or "Consistency check failed" in text:
+        return (
+            f"the connection to the hub was cut: {first_line(root)}",
+            "try again: files that are whole stay",
+        )
+    if type(root) is RuntimeError or type(root).__name__.startswith("Xet"):
+        return f"the hub's storage failed: {first_line(root)}", "try again, or set " + _WITHOUT_XET
+    return f"the hub cannot be reached: {first_line(root)}", ""
+
+
+_WITHOUT_XET = "HF_HUB_DISABLE_XET=1 to fetch it without that storage"
+
+
+def _endpoint() -> str:
+    from huggingface_hub import constants
+
+    return str(constants.ENDPOINT)
+
+
+def _answer(response: Any, what: str, revision: str | None) -> tuple[str, str]:
+    """Return what an answer of the hub above 399 means, and what to do about it."""
+    from huggingface_hub import get_token
+
+    status, code = int(response.status_code), response.headers.get("X-Error-Code", "")
+    says = response.headers.get("X-Error-Message", "").strip().rstrip(".")
+    page, token = f"{_endpoint()}/{what.split()[0] if what else ''}", get_token()
+    if code == "GatedRepo":
+        whose = "this login has no access to it yet" if token else "nobody is logged in"
+        return (
+            f"it is gated, and {whose} ({status}): the licence is accepted at {page}",
+            "accept it there, run hf auth login, and try again; or name a local copy",
+        )
+    if status == 401 and token and code != "RepoNotFound":
+        return (
+            f"the hub does not accept the token ({status}: {says or 'unauthorized'})",
+            "run hf auth login with a valid one; HF_TOKEN, where it is set, comes first",
+        )
+    if code == "RevisionNotFound":
+        return f"it has no revision {revision or 'main'!r} ({page})", "name another one, or none"
+    if code == "EntryNotFound":
+        return f"the repository is there, and this file is not in it ({page})", "check the names"
+    if code == "RepoNotFound" or status in (401, 404):
+        return (
+            f"it is not on the hub, or is private ({page})",
+            "check the spelling, or run hf auth login if it is private",
+        )
+    if status == 429:
+        seconds = response.headers.get("Retry-After", "")
+        wait = f"; it asks to wait {seconds} s" if seconds else ""
+        return (
+            f"the hub limits the rate: too many requests ({status}){wait}",
+            "wait and try again; a login has a higher limit (hf auth login)",
+        )
+    if status == 403:
+        return (
+            f"the hub forbids it ({status}: {says or 'no reason given'})",
+            "use a token that may: its permissions are set in the settings of the hub",
+        )
+    if status >= 500:
+        return (
+            f"the hub is in trouble ({status} {says or response.reason_phrase})",
+            "try again later: nothing is wrong here",
+        )
+    return f"the hub answered {status} {says or response.reason_phrase}", ""
 
 
 @dataclass(frozen=True)
@@ -70,7 +312,7 @@ class Repository:
     @property
     def url(self) -> str:
         """Its page."""
-        return f"{os.environ.get('HF_ENDPOINT', 'https://huggingface.co')}/{self.name}"
+        return f"{_endpoint()}/{self.name}"
 
 
 def find_repository(name: str) -> Repository:
@@ -85,23 +327,26 @@ def find_repository(name: str) -> Repository:
     if not _REPOSITORY.fullmatch(name):
         raise UsageError(f"{name!r} is no repository", fix="give org/name or user/name")
     fix = "leave --push out: the folder can be pushed later with hf upload"
-    if not hub_reachable():
-        raise MissingResource(
-            f"cannot push to {name}", where="the hub cannot be reached", fix=f"connect, or {fix}"
-        )
+    problem = hub_problem()
+    if problem:
+        raise MissingResource(f"cannot push to {name}", where=problem, fix=f"connect, or {fix}")
     try:
-        HfApi().whoami()
-        return Repository(name, True, bool(HfApi().repo_info(name).private))
+        patiently(lambda: HfApi().whoami())
+        info = patiently(lambda: HfApi().repo_info(name))
+        return Repository(name, True, bool(info.private))
     except errors.RepositoryNotFoundError:
         return Repository(name, False, True)
-    except errors.HFValidationError as error:
-        raise UsageError(f"{name!r} is no repository", where=str(error).splitlines()[0]) from None
-    except hub_errors() as error:
+    except errors.LocalTokenNotFoundError as error:
         raise MissingResource(
             f"cannot push to {name}",
-            where=(str(error) or type(error).__name__).splitlines()[0][:160],
+            where="nobody is logged in",
             fix=f"run hf auth login, or {fix}",
         ) from error
+    except errors.HFValidationError as error:
+        raise UsageError(f"{name!r} is no repository", where=first_line(error)) from None
+    except hub_errors() as error:
+        where, advice = _reason(error, name, None)
+        raise MissingResource(f"cannot push to {name}", where=where, fix=advice or fix) from error
 
 
 def push_folder(folder: Path, repository: Repository, *, private: bool, message: str) -> None:
@@ -118,13 +363,16 @@ def push_folder(folder: Path, repository: Repository, *, private: bool, message:
     """
     from huggingface_hub import HfApi
 
+    limit_times()
+    failures: tuple[type[Exception], ...] = (*hub_errors(), ValueError)  # of the card, of a file
     try:
         if not repository.exists:
             HfApi().create_repo(repository.name, private=private)
         HfApi().upload_folder(repo_id=repository.name, folder_path=folder, commit_message=message)
-    except hub_errors() as error:
+    except failures as error:
+        where = _reason(error, repository.name, None)[0]
         raise SaveError(
             f"cannot push to {repository.name}",
-            where=(str(error) or type(error).__name__).splitlines()[0][:160],
+            where=where,
             fix=f"{folder} is whole: hf upload {repository.name} {folder}",
         ) from error

@@ -22,7 +22,7 @@ from prunebench.allocators.allocation import (
     require_sound,
 )
 from prunebench.calibration.bos import check_bos, require_begun
-from prunebench.calibration.texts import Text, load_text
+from prunebench.calibration.texts import Text, load_text, placed
 from prunebench.calibration.training import Training, training_windows
 from prunebench.calibration.vocabulary import require_known, vocabulary_size
 from prunebench.calibration.windows import Windows, load_windows, sample_windows
@@ -104,7 +104,7 @@ def prepare(spec: RunSpec, setup: Setup) -> Plan:
     clock = StageClock(setup.progress)
     with clock.stage("check", detail=f"{spec.method} on {spec.model}"):
         source = find_model(spec.model)
-        named = check_names(spec, setup)
+        named = check_names(_place_texts(spec, source.kind), setup)
         spec, pruner, rule, sparsity = named.spec, named.pruner, named.allocator, named.sparsity
         spec = spec.model_copy(update={"model": source.id})
         devices = _devices(spec, setup, pruner)
@@ -168,6 +168,13 @@ def _read_config(local: LocalModel, clock: StageClock) -> Any:
 def _require_whole(local: LocalModel, model: torch.nn.Module) -> None:
     """Refuse files that are not the model's."""
     check_tensors(model, stored_tensors(weight_files(local.path)))
+
+
+def _place_texts(spec: RunSpec, kind: str) -> RunSpec:
+    """Decide where the texts come from, before anything is asked of the network."""
+    calibration = spec.calibration and placed(spec.calibration, model=kind)
+    ppl = tuple(placed(name, model=kind) for name in spec.ppl)
+    return spec.model_copy(update={"calibration": calibration, "ppl": ppl})
 
 
 def _devices(spec: RunSpec, setup: Setup, pruner: Pruner) -> tuple[torch.device, ...]:
@@ -243,7 +250,8 @@ def _prepare_training(
             digest = sha256_file(source)
             text = (f"tokens-{digest[:12]}/all", f"sha256:{digest}")
         else:
-            source = load_text(need.text, use="calibration", progress=clock)
+            name = placed(need.text, model=find_model(spec.model).kind)
+            source = load_text(name, use="calibration", progress=clock)
             text = (f"{source.dataset}/{source.split}", source.origin)
         training = training_windows(
             source, tokenizer, samples=need.samples, seqlen=need.seqlen, held_out=need.held_out,
@@ -257,7 +265,7 @@ def _require_known(
     spec: RunSpec, pruner: Pruner, windows: Windows | None, texts: list[PerplexityTask],
     training: Training | None, vocabulary: int, tokenizer: Any,
 ) -> None:  # fmt: skip
-    """Refuse tokens that the model has no row for, whatever they are for (tasks: `prepare_tasks`)."""
+    """Refuse tokens that the model has no row for (of tasks, `prepare_tasks` does)."""
     read = [(name, text.windows) for name, text in zip(spec.ppl, texts, strict=True)]
     if windows is not None:
         read.append((spec.calibration or "", windows.token_ids))

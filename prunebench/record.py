@@ -75,6 +75,7 @@ def model_block(
         id=plan.spec.model,
         source=plan.model.source.kind,
         revision=plan.model.revision,
+        pull_request=plan.model.pull_request,
         architecture=type(model).__name__,
         parameters=sum(p.numel() for p in model.parameters()),
         prunable_parameters=sum(one.size for one in plan.linears),

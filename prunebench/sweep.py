@@ -31,7 +31,7 @@ from prunebench.engines import Engine
 from prunebench.engines.job import Job, JobEnd, Refused
 from prunebench.engines.local import LocalEngine
 from prunebench.errors import MissingResource, PrunebenchError, UsageError
-from prunebench.hub import hub_reachable
+from prunebench.hub import hub_problem, hub_reachable
 from prunebench.models.source import ModelSource, fetch_model, find_model, local_path
 from prunebench.prepare import Plan, prepare
 from prunebench.progress import Silent
@@ -129,6 +129,7 @@ def require_resources(
     if missing and not hub_reachable():
         raise MissingResource(
             f"{recipe.path} needs {', '.join(missing)}, and the hub cannot be reached",
+            where=hub_problem(),
             fix="connect to the network, or fetch them first: prunebench models fetch "
             f"{missing[0]}",
         )

@@ -156,3 +156,12 @@ def cli(monkeypatch, tmp_path):
         return outcome
 
     return invoke
+
+
+@pytest.fixture
+def loopback(monkeypatch, tmp_path):
+    """A hub on loopback that this process uses, with an empty cache."""
+    from tests.hub import loopback_hub
+
+    with loopback_hub(monkeypatch, tmp_path / "hf") as hub:
+        yield hub

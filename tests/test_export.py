@@ -363,7 +363,7 @@ class FakeApi:
 def api(monkeypatch):
     FakeApi.calls, FakeApi.public = [], None
     monkeypatch.setattr("huggingface_hub.HfApi", FakeApi)
-    monkeypatch.setattr(hub, "hub_reachable", lambda: True)
+    monkeypatch.setattr(hub, "hub_problem", lambda: "")
     return FakeApi
 
 

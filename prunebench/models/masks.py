@@ -22,7 +22,7 @@ from torch import Tensor
 
 from prunebench.errors import IncompatibleData, MissingResource, UsageError
 from prunebench.files import sha256_file
-from prunebench.hub import hub_errors, require_hub, unreachable
+from prunebench.hub_files import fetch_file
 from prunebench.models.linears import Linear
 from prunebench.models.safetensors_files import weight_files
 from prunebench.progress import Progress
@@ -103,16 +103,14 @@ def _parameter(linear: Linear) -> Tensor:
 
 
 def _from_hub(repository: str, progress: Progress) -> tuple[Path, str]:
-    from huggingface_hub import hf_hub_download
-
     name, _, revision = repository.partition("@")
-    fix = "download the file elsewhere, and name it: --set masks=PATH.npz"
-    require_hub(name, fix=fix)
-    try:
-        with progress.stage("download", detail=f"{name} {HUB_FILE}"):
-            path = Path(hf_hub_download(name, HUB_FILE, revision=revision or None))
-    except hub_errors() as error:
-        raise unreachable(name, error, fix=fix) from error
+    path = fetch_file(
+        name,
+        HUB_FILE,
+        revision=revision or None,
+        progress=progress,
+        fix="download the file elsewhere, and name it: --set masks=PATH.npz",
+    )
     return path, f"hub:{name}@{path.parent.name}"  # snapshots/<commit>/<file>
 
 

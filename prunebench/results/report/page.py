@@ -356,7 +356,7 @@ def _provenance(result: Result) -> dict[str, Any]:
         + ", ".join(libraries),
     }
     if result.model:
-        facts["model revision"] = f"{result.model.revision} ({result.model.source})"
+        facts["model revision"] = f"{result.model.commit} ({result.model.source})"
         facts["hash of the dense weights"] = result.model.dense_sha256
         facts["hash of the scored weights"] = result.model.evaluated_sha256
     if result.method:

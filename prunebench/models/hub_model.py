@@ -1,0 +1,172 @@
+"""A model of the hub: the safetensors of a repository, or those of its conversion.
+
+Old repositories hold pickles only, and a pickle can run any program, so none is opened. For many,
+the hub's own converter has opened a pull request with the same weights as safetensors. It is used
+where it is there already and the user named no revision, and the row names it. Nothing is ever
+asked for in the user's name: no conversion is started, no pull request opened.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from prunebench.errors import MissingResource
+from prunebench.files import cache_dir, write_text
+from prunebench.hub import asking, patiently
+from prunebench.hub_files import (
+    Wanted,
+    cached_snapshot,
+    describe,
+    download_snapshot,
+    verify_snapshot,
+)
+from prunebench.models.safetensors_files import weight_files
+from prunebench.progress import Progress
+
+_WANTED = Wanted(
+    allow=("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"),
+    ignore=("original/*", "onnx/*"),
+)
+_CONVERTER = "SFconvertbot"
+_TITLE = "Adding `safetensors` variant of this model"
+_FIX = "connect to the network, or give a local folder or .gguf file to --model"
+
+
+@dataclass(frozen=True)
+class HubModel:
+    """A model in the cache of the hub.
+
+    Attributes:
+        path: The folder of the snapshot; its name is the commit.
+        pull_request: `refs/pr/N` if the weights are those of a pull request that nobody named.
+    """
+
+    path: Path
+    pull_request: str | None = None
+
+
+def cached_model(repository: str, revision: str | None) -> HubModel | None:
+    """Return a model that lies in the cache with all its files, or None; asks no network."""
+    candidates: list[tuple[str | None, str | None]] = [(revision, None)]
+    conversion = _read_conversions().get(repository)
+    if revision is None and conversion:
+        candidates.append((conversion, conversion))
+    for wanted, pull_request in candidates:
+        path = cached_snapshot(repository, _WANTED, revision=wanted)
+        if path and (path / "config.json").is_file() and weight_files(path):
+            return HubModel(path, pull_request)
+    return None
+
+
+def fetch_hub_model(repository: str, revision: str | None, progress: Progress) -> HubModel:
+    """Return a model of the hub, verified: out of the cache, else downloaded.
+
+    Raises:
+        MissingResource: It cannot be had, or there are only pickles; the reason is said.
+        IncompatibleData: What arrives is not what the hub announces.
+        SaveError: The cache cannot be written.
+    """
+    model = cached_model(repository, revision)
+    if model is None:
+        with progress.stage("download", detail=f"{repository} from the hub"):
+            model = _download(repository, revision)
+    verify_snapshot(model.path, repository, _WANTED, progress=progress, fix=_FIX)
+    if model.pull_request:
+        progress.note(
+            f"  {repository} has pickles only: the safetensors are those of its pull request "
+            f"{model.pull_request}, by {_CONVERTER}"
+        )
+    return model
+
+
+def _download(repository: str, revision: str | None) -> HubModel:
+    info = describe(repository, revision=revision, fix=_FIX)
+    pull_request = None
+    names = [file.rfilename for file in info.siblings or ()]
+    if not any(name.endswith(".safetensors") and "/" not in name for name in names):
+        if revision is not None:
+            raise _only_pickles(f"{repository}@{revision}", "a revision was named, and is kept to")
+        pull_request, info = _find_conversion(repository, info)
+        revision = pull_request
+    path = download_snapshot(repository, _WANTED, revision=revision, info=info, fix=_FIX)
+    if not weight_files(path):
+        raise _only_pickles(repository, "what safetensors it has are of no model")
+    if pull_request:
+        _remember_conversion(repository, pull_request)
+    return HubModel(path, pull_request)
+
+
+def _find_conversion(repository: str, main: Any) -> tuple[str, Any]:
+    """Return the reference of an open conversion of the very weights of `main`, and its facts.
+
+    Raises:
+        MissingResource: There is none, or it was made from other weights.
+    """
+    stale = ""
+    for reference in _conversions(repository):
+        info = describe(repository, revision=reference, fix=_FIX)
+        hashes = {file.rfilename: file.lfs and file.lfs.sha256 for file in info.siblings or ()}
+        if _pickles(main).items() <= hashes.items():
+            return reference, info
+        stale = f"its conversion {reference} was made from other weights"
+    raise _only_pickles(repository, stale or "nobody has converted it there")
+
+
+def _conversions(repository: str) -> Iterator[str]:
+    from huggingface_hub import HfApi
+
+    with asking(repository, fix=_FIX):
+        discussions = patiently(
+            lambda: list(
+                HfApi().get_repo_discussions(
+                    repository,
+                    author=_CONVERTER,
+                    discussion_type="pull_request",
+                    discussion_status="open",
+                )
+            )
+        )
+    for one in discussions:
+        ours = (one.author, one.title, one.status) == (_CONVERTER, _TITLE, "open")
+        if ours and one.is_pull_request:
+            yield f"refs/pr/{one.num}"
+
+
+def _pickles(info: Any) -> dict[str, str | None]:
+    return {
+        file.rfilename: file.lfs and file.lfs.sha256
+        for file in info.siblings or ()
+        if file.rfilename.endswith(".bin")
+    }
+
+
+def _only_pickles(name: str, why: str) -> MissingResource:
+    return MissingResource(
+        f"{name} has no safetensors, only pickled weights",
+        where=f"a pickle can run any program when it is opened, so none is opened here; {why}",
+        fix="convert it (https://huggingface.co/spaces/safetensors/convert), "
+        "then give the folder or the pull request's revision",
+    )
+
+
+def _memo() -> Path:
+    return cache_dir() / "hub" / "conversions.json"
+
+
+def _read_conversions() -> dict[str, str]:
+    """Return which pull request stands in for which repository, for when the hub is gone."""
+    with contextlib.suppress(OSError, ValueError):
+        memo = json.loads(_memo().read_text("utf-8"))
+        if isinstance(memo, dict):
+            return memo
+    return {}
+
+
+def _remember_conversion(repository: str, reference: str) -> None:
+    memo = {**_read_conversions(), repository: reference}
+    write_text(_memo(), json.dumps(memo, indent=1, sort_keys=True) + "\n")
