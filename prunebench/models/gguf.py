@@ -11,6 +11,7 @@ from pathlib import Path
 
 from prunebench.errors import IncompatibleData
 from prunebench.files import atomic_folder
+from prunebench.models.carried import clean_tokenizer_config
 from prunebench.models.load import quiet_transformers
 
 
@@ -46,3 +47,4 @@ def convert_gguf(gguf: Path, folder: Path) -> None:
         with atomic_folder(folder) as part:
             model.save_pretrained(part)
             tokenizer.save_pretrained(part)
+            clean_tokenizer_config(part)

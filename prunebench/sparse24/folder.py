@@ -19,10 +19,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from torch import Tensor
 
-from prunebench.errors import IncompatibleData
+from prunebench.errors import IncompatibleData, PrunebenchError, SaveError
 from prunebench.files import atomic_folder, cache_dir
+from prunebench.models.carried import copy_templates
 from prunebench.models.safetensors_files import (
     INDEX_NAME,
     StoredTensor,
@@ -102,9 +104,56 @@ def unpacked(local: LocalModel, progress: Progress) -> LocalModel:
     if not path.is_dir():
         detail = f"{kind} to dense safetensors, once"
         with progress.stage("unpack", detail=detail), atomic_folder(path) as part:
+            tensors = dense_tensors(local.path)
             copy_companions(local.path, part)
-            write_dense(dense_tensors(local.path), part)
+            write_dense(tensors, part)
+            require_same(tensors, part, name=path, progress=progress)
     return replace(local, path=path)
+
+
+def require_same(
+    tensors: Mapping[str, StoredTensor], folder: Path, *, name: Path, progress: Progress
+) -> None:
+    """Read a folder that was just written: it must hold these tensors.
+
+    Packing forgets the sign of zeros and of NaN, and nothing else.
+
+    Args:
+        tensors: What it was made from.
+        folder: Where it is now.
+        name: Where it is going to be.
+        progress: Hears of the stage.
+
+    Raises:
+        SaveError: It holds anything else, or cannot be read.
+    """
+    what, where = f"{name} was not saved: it is not what it was made from", ""
+    with progress.stage("verify", total=len(tensors), detail=str(name), unit="tensors") as tell:
+        try:
+            written = dense_tensors(folder)
+            for key in sorted({*tensors, *written}):
+                if key not in written or key not in tensors:
+                    where = f"{key} is missing" if key in tensors else f"{key} is new"
+                elif not _equal(written[key], tensors[key]):
+                    where = f"{key} has changed"
+                if where:
+                    break
+                tell(1)
+        except (PrunebenchError, ValueError, KeyError, OSError, RuntimeError) as error:
+            where = error.what if isinstance(error, PrunebenchError) else str(error)
+    if where:
+        raise SaveError(what, where=where, fix="check the disk and try again")
+
+
+def _equal(one: StoredTensor, other: StoredTensor) -> bool:
+    if (one.dtype, one.shape) != (other.dtype, other.shape):
+        return False
+    first, second = read_tensor(one), read_tensor(other)
+    if torch.equal(first.view(-1).view(torch.uint8), second.view(-1).view(torch.uint8)):
+        return True
+    if not first.is_floating_point() or first.itemsize == 1:
+        return False
+    return bool(((first == second) | (first.isnan() & second.isnan())).all())
 
 
 # ---------------------------------------------------------------- writing
@@ -241,6 +290,7 @@ def copy_companions(source: Path, target: Path) -> None:
         weights = path.suffix == ".safetensors" or path.name in (INDEX_NAME, PACKED_INDEX)
         if path.is_file() and not weights and not path.name.startswith("."):
             shutil.copyfile(path, target / path.name)
+    copy_templates(source, target)
     config = plain_config(source)
     if config is not None:
         (target / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
