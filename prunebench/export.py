@@ -230,7 +230,7 @@ def _convert(source: Path, target: Path, to: To, *, replace: bool, progress: Pro
         else:
             with progress.stage("write", detail="dense safetensors"):
                 write_dense(tensors, part)
-        require_same(tensors, part, name=target, progress=progress)
+        require_same(source, tensors, part, name=target, progress=progress)
     return Exported(target, None, _sizes(target), (), (), packing)
 
 

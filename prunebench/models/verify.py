@@ -108,12 +108,17 @@ def require_saved(
             saved = stored_model(model, tensors)
             dtype = str(model.config.dtype).removeprefix("torch.")  # a plain load casts to it
             difference = _difference(folder, dtype, saved, expected, advance)
-    except (PrunebenchError, ValueError, KeyError, OSError, RuntimeError) as error:
+    except Exception as error:  # whatever a plain load would stumble over
         reason = error.what if isinstance(error, PrunebenchError) else str(error)
         raise _unlike(name, f"it cannot be read: {reason}") from error
     if difference:
         raise _unlike(name, difference)
     return saved
+
+
+def stray_files(folder: Path) -> list[Path]:
+    """Return the weight files that do not belong to the model of a folder."""
+    return sorted({*folder.glob("*.safetensors")} - {*weight_files(folder)})
 
 
 def _unlike(name: Path, reason: str) -> SaveError:
@@ -139,7 +144,7 @@ def _difference(
             return f"config.json says {key}, and the weights are not quantised"
     if dtype != expected.dtype:
         return f"config.json says {dtype}, the weights are {expected.dtype}"
-    strays = sorted({*folder.glob("*.safetensors")} - {*weight_files(folder)})
+    strays = stray_files(folder)
     if strays:
         return f"{strays[0].name} is beside the weights, and no part of them"
     if saved.missing:

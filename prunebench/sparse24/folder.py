@@ -24,7 +24,7 @@ from torch import Tensor
 
 from prunebench.errors import IncompatibleData, PrunebenchError, SaveError
 from prunebench.files import atomic_folder, cache_dir
-from prunebench.models.carried import copy_templates
+from prunebench.models.carried import copy_templates, read_config
 from prunebench.models.safetensors_files import (
     INDEX_NAME,
     StoredTensor,
@@ -33,6 +33,7 @@ from prunebench.models.safetensors_files import (
     weight_files,
 )
 from prunebench.models.source import LocalModel
+from prunebench.models.verify import stray_files
 from prunebench.progress import Progress
 from prunebench.sparse24.bitmask import bitmask_tensors, is_bitmask, plain_config
 from prunebench.sparse24.packed import (
@@ -107,19 +108,25 @@ def unpacked(local: LocalModel, progress: Progress) -> LocalModel:
             tensors = dense_tensors(local.path)
             copy_companions(local.path, part)
             write_dense(tensors, part)
-            require_same(tensors, part, name=path, progress=progress)
+            require_same(local.path, tensors, part, name=path, progress=progress)
     return replace(local, path=path)
 
 
 def require_same(
-    tensors: Mapping[str, StoredTensor], folder: Path, *, name: Path, progress: Progress
+    source: Path,
+    tensors: Mapping[str, StoredTensor],
+    folder: Path,
+    *,
+    name: Path,
+    progress: Progress,
 ) -> None:
-    """Read a folder that was just written: it must hold these tensors.
+    """Read a folder that was just written: it must be the same model.
 
     Packing forgets the sign of zeros and of NaN, and nothing else.
 
     Args:
-        tensors: What it was made from.
+        source: What it was made from.
+        tensors: The tensors of that, from `dense_tensors`.
         folder: Where it is now.
         name: Where it is going to be.
         progress: Hears of the stage.
@@ -139,10 +146,16 @@ def require_same(
                 if where:
                     break
                 tell(1)
-        except (PrunebenchError, ValueError, KeyError, OSError, RuntimeError) as error:
+            if stray_files(folder) or read_config(folder) != _config_of(source):
+                where = where or "config.json has changed, or a file is beside the weights"
+        except Exception as error:  # whatever a reader would stumble over
             where = error.what if isinstance(error, PrunebenchError) else str(error)
     if where:
         raise SaveError(what, where=where, fix="check the disk and try again")
+
+
+def _config_of(source: Path) -> dict[str, Any]:
+    return plain_config(source) or read_config(source)
 
 
 def _equal(one: StoredTensor, other: StoredTensor) -> bool:
