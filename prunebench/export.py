@@ -18,29 +18,26 @@ import re
 import shlex
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
-
-import torch
-from torch import nn
+from typing import Any, Literal, NoReturn
 
 from prunebench.allocators.allocation import save_allocation
 from prunebench.calibration.texts import texts
-from prunebench.errors import IncompatibleData, MissingResource, UsageError
+from prunebench.errors import IncompatibleData, MissingResource, SaveError, UsageError
 from prunebench.files import atomic_folder, link_or_copy
 from prunebench.models.card import model_card
-from prunebench.models.checkpoint_keys import check_tensors
+from prunebench.models.carried import TEMPLATES, copy_templates
 from prunebench.models.linears import Linear, find_linears
-from prunebench.models.load import hash_weights, load_config, load_model, skeleton
+from prunebench.models.load import load_config, skeleton
 from prunebench.models.safetensors_files import (
     INDEX_NAME,
     PACKED_INDEX,
-    StoredTensor,
     hash_stored,
     other_files,
 )
-from prunebench.models.save import RESULT_NAME, check_target, save_masks, save_stored_masks
-from prunebench.models.source import LocalModel, ModelSource
+from prunebench.models.save import RESULT_NAME, check_target, save_stored_masks
 from prunebench.models.stored_config import require_unquantised
+from prunebench.models.stored_model import StoredModel, stored_model
+from prunebench.models.verify import expected_of_folder, require_saved
 from prunebench.options import options_of
 from prunebench.progress import Progress
 from prunebench.results.schema import Result
@@ -50,7 +47,7 @@ from prunebench.sparse24.folder import (
     copy_companions,
     dense_tensors,
     kind_of,
-    unpacked,
+    require_same,
     write_dense,
     write_packed,
 )
@@ -93,26 +90,6 @@ class Exported:
     linked: tuple[str, ...]
     left_out: tuple[str, ...]
     packing: Packing | None = field(default=None)
-
-
-@dataclass(frozen=True)
-class _Weights:
-    """The weights of a checkpoint: in their files, or loaded where the files name them otherwise.
-
-    transformers stores the fused experts of a mixture one by one, so that the parameters of such a
-    model are not in its files.
-    """
-
-    tensors: dict[str, StoredTensor]
-    linears: list[Linear]
-    loaded: bool
-
-    def write_masks(self, path: Path) -> None:
-        if self.loaded:
-            save_masks(self.linears, path)
-        else:
-            names = dict.fromkeys(one.parameter_name for one in self.linears)
-            save_stored_masks((self.tensors[name] for name in names), path)
 
 
 def read_checkpoint(folder: Path) -> Result:
@@ -177,33 +154,41 @@ def export(
     if to is not None and not (source / RESULT_NAME).is_file():
         return _convert(source, target, to, replace=replace, progress=progress)
     result = read_checkpoint(source)
+    assert result.model is not None
     tensors = dense_tensors(source)
     _check_target(source, target, replace=replace)
-    weights = _verify(source, tensors, result, progress)
+    model = skeleton(load_config(source))
+    here, linears = stored_model(model, tensors), find_linears(model)
+    sha256 = str(result.model.evaluated_sha256)
+    expected = expected_of_folder(source, here, sha256, result.model.dtype)
     others = other_files(source)
     wanted = [path for path in sorted(source.iterdir()) if _is_taken(path) and path not in others]
     if to is not None:
         wanted = [path for path in wanted if not _is_weight(path)]
     packing = None
-    if target.is_dir() and not any(target.iterdir()):
-        target.rmdir()
-    with atomic_folder(target, replace=replace) as part:
+    with atomic_folder(target, replace=replace, exclusive=True) as part:
         with progress.stage("copy", detail=f"{len(wanted)} files"):
             linked = [path.name for path in wanted if link_or_copy(path, part / path.name)]
+            copy_templates(source, part)
         if to == "packed24":
             packing = write_packed(tensors, part, progress=progress)
         elif to == "dense":
             with progress.stage("write", detail="dense safetensors"):
                 write_dense(tensors, part)
+        try:
+            require_saved(part, expected, name=target, progress=progress, read=dense_tensors)
+        except SaveError as error:
+            _blame(source, here, result, packing, error)
         written = [RESULT_NAME, RECIPE_NAME]
         recipe = recipe_text(result)
         if result.spec.allocation == "file":
-            _write_allocation(part / ALLOCATION_NAME, result, weights.linears)
+            _write_allocation(part / ALLOCATION_NAME, result, linears)
             written.append(ALLOCATION_NAME)
         (part / RECIPE_NAME).write_text(recipe, encoding="utf-8")
         if result.spec.method != "dense":
-            with progress.stage("masks", detail=f"{len(weights.linears)} layers"):
-                weights.write_masks(part / MASKS_NAME)
+            with progress.stage("masks", detail=f"{len(linears)} layers"):
+                names = dict.fromkeys(one.parameter_name for one in linears)
+                save_stored_masks((here.tensors[name] for name in names), part / MASKS_NAME)
             written.append(MASKS_NAME)
         about = {name: _ABOUT[name] for name in written}
         card = model_card(result, about, storage=_STORAGE[to or stored])
@@ -213,8 +198,35 @@ def export(
         for path in sorted(source.iterdir())
         if path not in wanted and (path in others or not _is_weight(path))
     ]
-    names = tuple(path.name for path in left_out if path.name not in _WRITTEN)
-    return Exported(target, result, _sizes(target), tuple(linked), names, packing)
+    left_names = tuple(path.name for path in left_out if path.name not in (*_WRITTEN, TEMPLATES))
+    return Exported(target, result, _sizes(target), tuple(linked), left_names, packing)
+
+
+def _blame(
+    source: Path, here: StoredModel, result: Result, packing: Packing | None, error: SaveError
+) -> NoReturn:
+    """Say whose fault it is that a folder does not hold what was scored.
+
+    Raises:
+        IncompatibleData: The source does not hold it either, or packing cannot.
+        SaveError: The writing went wrong.
+    """
+    assert result.model is not None
+    digest = "" if here.missing else hash_stored(here.tensors, here.parameters)
+    if digest != result.model.evaluated_sha256:
+        what = f"they hash to {digest[:16]}..." if digest else f"{here.missing[0]} is missing"
+        raise IncompatibleData(
+            f"the weights in {source} are not those that were scored",
+            where=f"{what}, the result {result.id} scored {result.model.evaluated_sha256[:16]}...",
+            fix="export the folder as run --save-model wrote it, or run it again",
+        ) from error
+    if packing and packing.negative_zeros:
+        raise IncompatibleData(
+            f"{source} cannot be packed as it was scored",
+            where=f"{packing.negative_zeros:,} of its zeros are -0.0, which is packed as +0.0",
+            fix="export it without --to packed24",
+        ) from error
+    raise error
 
 
 def _convert(source: Path, target: Path, to: To, *, replace: bool, progress: Progress) -> Exported:
@@ -225,18 +237,20 @@ def _convert(source: Path, target: Path, to: To, *, replace: bool, progress: Pro
     tensors = dense_tensors(source)
     _check_target(source, target, replace=replace)
     packing = None
-    with atomic_folder(target, replace=replace) as part:
+    with atomic_folder(target, replace=replace, exclusive=True) as part:
         copy_companions(source, part)
         if to == "packed24":
             packing = write_packed(tensors, part, progress=progress)
         else:
             with progress.stage("write", detail="dense safetensors"):
                 write_dense(tensors, part)
+        require_same(source, tensors, part, name=target, progress=progress)
     return Exported(target, None, _sizes(target), (), (), packing)
 
 
 def _sizes(folder: Path) -> dict[str, int]:
-    return {path.name: path.stat().st_size for path in sorted(folder.iterdir())}
+    files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
+    return {str(path.relative_to(folder)): path.stat().st_size for path in files}
 
 
 def _is_weight(path: Path) -> bool:
@@ -259,37 +273,6 @@ def _check_target(source: Path, target: Path, *, replace: bool) -> None:
     parent = next(path for path in (there, *there.parents) if path.exists())
     linked = parent.stat().st_dev == source.stat().st_dev
     check_target(target, need_bytes=1 << 24 if linked else size, replace=replace, folder=True)
-
-
-def _verify(
-    source: Path, tensors: dict[str, StoredTensor], result: Result, progress: Progress
-) -> _Weights:
-    """Refuse weights that are not those that the result scored."""
-    assert result.model is not None
-    model: nn.Module = skeleton(load_config(source))
-    check_tensors(model, tensors)
-    names = [name for name, _ in model.named_parameters()]
-    loaded = not set(names) <= tensors.keys()
-    if loaded:
-        with progress.stage("load", detail=f"{source}: its files name parameters otherwise"):
-            dtype = getattr(torch, result.model.dtype)
-            here = ModelSource(source.resolve().name, "folder", str(source))
-            local = LocalModel(here, source, f"sha256:{result.model.evaluated_sha256}")
-            path = unpacked(local, progress).path
-            model = load_model(path, dtype=dtype, device=torch.device("cpu"))
-            digest = hash_weights(model)
-    else:
-        total = sum(tensors[name].stop - tensors[name].start for name in names)
-        with progress.stage("hash", total=total, detail="weights", unit="B") as advance:
-            digest = hash_stored(tensors, names, advance=advance)
-    if digest != result.model.evaluated_sha256:
-        raise IncompatibleData(
-            f"the weights in {source} are not those that were scored",
-            where=f"they hash to {digest[:16]}..., the result {result.id} scored "
-            f"{result.model.evaluated_sha256[:16]}...",
-            fix="export the folder as run --save-model wrote it, or run it again",
-        )
-    return _Weights(tensors, find_linears(model), loaded)
 
 
 def _write_allocation(path: Path, result: Result, linears: list[Linear]) -> None:

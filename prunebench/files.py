@@ -142,11 +142,17 @@ def write_bytes(path: Path, data: bytes) -> None:
 
 
 @contextlib.contextmanager
-def atomic_folder(path: Path, *, replace: bool = False) -> Iterator[Path]:
+def atomic_folder(path: Path, *, replace: bool = False, exclusive: bool = False) -> Iterator[Path]:
     """Yield a temporary folder beside `path`; on success it is renamed to `path`.
 
-    Where another process was faster and `replace` is False, its folder stays and ours is dropped:
-    both hold the same content.
+    Args:
+        path: Where to. An empty folder there is nothing.
+        replace: Whether what is there goes, once the new folder is whole.
+        exclusive: Whether a folder that another process has made meanwhile is an error. Else it
+            stays and ours is dropped: both hold the same content.
+
+    Raises:
+        SaveError: It could not be written; what was there before is there again.
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -166,14 +172,22 @@ def atomic_folder(path: Path, *, replace: bool = False) -> Iterator[Path]:
         try:
             part.rename(path)
         except OSError as error:
-            if replace or error.errno not in (errno.EEXIST, errno.ENOTEMPTY):
+            taken = error.errno in (errno.EEXIST, errno.ENOTEMPTY)
+            if taken and exclusive:
+                raise SaveError(
+                    f"{path} exists already",
+                    where="it was made while this program was at work",
+                    fix="name another place, or add --force to replace it",
+                ) from error
+            if replace or not taken:
                 raise
     except Exception as error:
         _raise_explained(error, path)
     finally:
         shutil.rmtree(part, ignore_errors=True)
-        if path.exists():
-            shutil.rmtree(old, ignore_errors=True)
+        if old.exists() and not path.exists():
+            old.rename(path)
+        shutil.rmtree(old, ignore_errors=True)
 
 
 def link_or_copy(source: Path, target: Path) -> bool:

@@ -32,6 +32,7 @@ from prunebench.errors import UsageError
 from prunebench.evaluate.outcome import Evaluator
 from prunebench.evaluate.perplexity import PerplexityTask, prepare_perplexity
 from prunebench.files import cache_dir, require_writable, sha256_file
+from prunebench.models.carried import carried_tensors
 from prunebench.models.checkpoint_keys import check_tensors, match_keys
 from prunebench.models.linears import Linear, find_linears
 from prunebench.models.load import (
@@ -125,6 +126,8 @@ def prepare(spec: RunSpec, setup: Setup) -> Plan:
         _check_bos(spec, local, pruner, config, tokenizer, clock)
         model = skeleton(config)
         linears = find_linears(model)
+        if setup.save_model:
+            carried_tensors(local.path, model)  # what cannot be saved is refused before the work
         for linear in linears:
             sparsity.require_width(linear.in_features, name=linear.name)
         allocator: Allocator | Allocation

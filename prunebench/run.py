@@ -324,8 +324,14 @@ def _save_outputs(
         with plan.clock.stage("save", detail=str(setup.save_masks)):
             save_masks(linears, setup.save_masks, weights=weights_of(model))
     if setup.save_model:
-        with plan.clock.stage("save", detail=str(setup.save_model)):
-            save_model(model, plan.tokenizer, setup.save_model, result=result, replace=setup.force)
+        save_model(
+            model,
+            plan.model,
+            setup.save_model,
+            result=result,
+            replace=setup.force,
+            progress=plan.clock,
+        )
 
 
 @contextmanager

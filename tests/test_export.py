@@ -162,7 +162,7 @@ def test_an_allocation_of_a_file_goes_along(cli, tiny_run, tiny_folder, text_fil
     )
 
 
-def test_fused_experts_are_loaded_to_be_hashed(cli, tmp_path, tiny_run, byte_tokenizer):
+def test_fused_experts_are_hashed_without_being_loaded(cli, tmp_path, tiny_run, byte_tokenizer):
     from prunebench.testing import tiny_model
 
     folder = tmp_path / "work" / "moe"
@@ -171,7 +171,7 @@ def test_fused_experts_are_loaded_to_be_hashed(cli, tmp_path, tiny_run, byte_tok
     arguments = [*tiny_run, "-m", "magnitude", "--sparsity", "2:4", "--save-model", "ck"]
     arguments[arguments.index("--model") + 1] = str(folder)
     cli(*arguments, "--save-masks", "m.npz")
-    assert "its files name parameters otherwise" in cli("export", "ck", "-o", "out").stderr
+    assert "load" not in cli("export", "ck", "-o", "out").stderr.replace("loading torch", "")
     with np.load("m.npz") as wanted, np.load("out/masks.npz") as found:
         assert all((wanted[name] == found[name]).all() for name in wanted.files)
 

@@ -6,13 +6,15 @@ import sys
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from prunebench.errors import IncompatibleData
+from prunebench.models.carried import write_index
 from prunebench.models.inspect import inspect_checkpoint
 from prunebench.models.safetensors_files import hash_stored, stored_tensors, weight_files
 from prunebench.sparsity import Sparsity
-from prunebench.testing import FUSED_EXPERTS, tiny_model
+from prunebench.testing import ARCHITECTURES, FUSED_EXPERTS, tiny_model
+from tests.conftest import KINDS, slow_beyond
 
 PATTERN = Sparsity.parse("2:4")
 
@@ -95,13 +97,22 @@ def test_the_hash_of_files_is_that_of_the_loaded_model(tmp_path, architecture, s
     assert hash_stored(tensors, names) == hash_weights(model)
 
 
-def test_fused_experts_are_stored_under_other_names(tmp_path):
-    """Why export loads such a model to hash it; should this fail, it need not any more."""
-    for architecture in FUSED_EXPERTS:
-        model = tiny_model(architecture)
-        model.save_pretrained(tmp_path / architecture)
-        stored = stored_tensors(weight_files(tmp_path / architecture))
-        assert not {name for name, _ in model.named_parameters()} <= stored.keys()
+@pytest.mark.parametrize("architecture", slow_beyond(KINDS, ARCHITECTURES))
+def test_files_hash_as_the_model_that_plain_transformers_loads(tmp_path, architecture):
+    """Renamed, tied, and fused ones too, each of which transformers makes of several tensors."""
+    from transformers import AutoModelForCausalLM
+
+    from prunebench.models.load import hash_weights, load_config, skeleton
+    from prunebench.models.stored_model import stored_model
+
+    tiny_model(architecture).to(torch.bfloat16).save_pretrained(tmp_path, max_shard_size="60KB")
+    stored = stored_tensors(weight_files(tmp_path))
+    model = stored_model(skeleton(load_config(tmp_path)), stored)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert hash_stored(model.tensors, model.parameters) == hash_weights(loaded)
+    assert not model.missing and not model.unused
+    fused = not {name for name, _ in loaded.named_parameters()} <= stored.keys()
+    assert fused == (architecture in FUSED_EXPERTS)
 
 
 # ---------------------------------------------------------------- the command
@@ -153,12 +164,59 @@ def test_a_few_zeros_by_rounding_are_no_pruning(cli, tmp_path):
     assert "under 10% zeros: 1 matrices: embed" in outcome
 
 
-def test_not_finite_values_are_told(cli, tmp_path):
-    tensors = {"w": torch.tensor([[float("nan"), 0, 0, 1]]), "norm": torch.tensor([float("inf")])}
-    save_file(tensors, tmp_path / "work" / "x.safetensors")
-    outcome = cli("inspect", "x.safetensors").stdout
-    assert "1 values are NaN or infinite" in outcome
-    assert "norm" in outcome
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "model.embed_tokens.weight",
+        "model.norm.weight",
+        "model.layers.1.mlp.gate.weight",
+        "model.layers.1.mlp.experts.3.down_proj.weight",
+        "buffer",
+    ],
+)
+def test_nan_and_infinity_are_named_whatever_they_are_in_and_end_with_6(cli, tmp_path, name, value):
+    folder = tmp_path / "work" / "moe"
+    tiny_model("qwen3_moe").to(torch.bfloat16).save_pretrained(folder)
+    tensors = load_file(folder / "model.safetensors") | {"buffer": torch.zeros(())}
+    tensors[name].view(-1)[-1] = value
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    output = cli("inspect", folder, code=6).output
+    assert f"1 values in 1 tensors are NaN or infinite\n  {name} (1)" in output
+    assert output.count(name) == 2  # its row too, pruned or not
+    document = json.loads(cli("inspect", folder, "--json", code=6).stdout)
+    assert document["non_finite"] == {name: 1}
+    assert f"  {name} (1)" in cli("inspect", folder, "--pattern", "2:4", code=6).output
+
+
+@pytest.mark.parametrize("stored", ["shards", "packed24"])
+@pytest.mark.parametrize("name", ["model.norm.weight", "model.layers.2.mlp.up_proj.weight"])
+def test_nan_is_found_in_shards_and_in_packed_matrices(cli, tmp_path, stored, name):
+    folder = tmp_path / "work" / "model"
+    tiny_model("llama").to(torch.bfloat16).save_pretrained(folder)
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.layers.2.mlp.up_proj.weight"].view(-1, 2)[::2] = 0  # 2:4
+    tensors[name].view(-1)[-1] = float("nan")
+    if stored == "shards":
+        (folder / "model.safetensors").unlink()
+        names = sorted(tensors)
+        for file, part in ("a.safetensors", names[::2]), ("b.safetensors", names[1::2]):
+            save_file({key: tensors[key] for key in part}, folder / file, {"format": "pt"})
+        write_index(folder, ["a.safetensors", "b.safetensors"])
+    else:
+        save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+        cli("export", "model", "-o", "packed", "--to", "packed24")
+        folder = "packed"
+    assert f"are NaN or infinite\n  {name} (1)" in cli("inspect", folder, code=6).output
+    assert json.loads(cli("inspect", folder, "--json", code=6).stdout)["non_finite"] == {name: 1}
+
+
+def test_what_torch_cannot_read_is_named(cli, tmp_path):
+    header = json.dumps({"s": {"dtype": "F8_E8M0", "shape": [4], "data_offsets": [0, 4]}}).encode()
+    path = tmp_path / "work" / "x.safetensors"
+    path.write_bytes(len(header).to_bytes(8, "little") + header + bytes(4))
+    assert "not looked into: s, torch has no F8_E8M0" in cli("inspect", path).output
+    assert json.loads(cli("inspect", path, "--json").stdout)["unread"] == {"s": "F8_E8M0"}
 
 
 @pytest.mark.parametrize(

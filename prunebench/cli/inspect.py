@@ -43,23 +43,22 @@ def inspect_command(
     """Show the sparsity of a checkpoint, matrix by matrix, and whether its N:M pattern holds.
 
     Nothing is loaded whole: the files are read in pieces of 16 MB. A matrix counts as pruned if
-    more than 10% of it is zero.
+    more than 10% of it is zero. Every tensor that holds NaN or infinity is shown, whatever it is,
+    and ends with exit code 6.
     """
     wanted = Sparsity.parse(pattern or "2:4")
     if not wanted.is_pattern:
         raise UsageError(f"--pattern {pattern} is not N:M", fix="as in --pattern 2:4")
     path = _find(checkpoint)
-    from prunebench.models.inspect import Totals, inspect_checkpoint, inspect_tensors
+    from prunebench.models.inspect import Totals, checkpoint_tensors, inspect_tensors, unreadable
     from prunebench.sparse24.folder import dense_tensors, kind_of
 
     kind = kind_of(path)
-    if kind == "dense":
-        rows = inspect_checkpoint(path, wanted)
-    else:
-        rows = inspect_tensors(dense_tensors(path).values(), wanted)
+    tensors = (checkpoint_tensors if kind == "dense" else dense_tensors)(path).values()
+    rows, unread = inspect_tensors(tensors, wanted), unreadable(tensors)
     matrices = [row for row in rows if len(row.shape) >= 2]
     shown = [row for row in matrices if every or row.is_pruned]
-    vectors = [row for row in rows if len(row.shape) < 2 and row.non_finite]
+    bad = [row for row in rows if row.non_finite]
     totals = Totals.of(shown)
     if as_json:
         document = {
@@ -67,16 +66,21 @@ def inspect_command(
             "stored": kind,
             "pruned": dataclasses.asdict(Totals.of([row for row in matrices if row.is_pruned])),
             "all": dataclasses.asdict(Totals.of(matrices)),
+            "non_finite": {row.name: row.non_finite for row in bad},
+            "unread": unread,
             "tensors": [dataclasses.asdict(row) for row in rows],
         }
         typer.echo(json.dumps(document, indent=1))
     else:
-        _print_rows([*shown, *vectors], wanted)
-        left_out = [row.name for row in matrices if row not in shown]
+        _print_rows([row for row in rows if row in shown or row in bad], wanted)
+        left_out = [row.name for row in matrices if row not in shown and row not in bad]
         for line in _summary(totals, wanted, left_out):
             typer.echo(line)
         if kind != "dense":
             typer.echo(f"stored as {kind}; shown as the dense weights that it holds")
+        for name, dtype in unread.items():
+            typer.echo(f"not looked into: {name}, torch has no {dtype}")
+    _require_finite(bad)
     if pattern is not None:
         _require_pattern(shown, wanted)
 
@@ -145,12 +149,22 @@ def _summary(totals: Totals, pattern: Sparsity, left_out: Sequence[str]) -> list
         ]
     else:
         lines = ["no matrix is pruned"]
-    if totals.non_finite:
-        lines.append(f"{totals.non_finite:,} values are NaN or infinite")
     if left_out:
         names = ", ".join(left_out[:_NAMED]) + (", ..." if len(left_out) > _NAMED else "")
         lines.append(f"not shown (--all), under 10% zeros: {len(left_out)} matrices: {names}")
     return lines
+
+
+def _require_finite(bad: Sequence[TensorFacts]) -> None:
+    """Raise `CheckFailed` if a tensor holds NaN or infinity; `bad` are those that do."""
+    if bad:
+        names = ", ".join(f"{row.name} ({row.non_finite:,})" for row in bad[:_NAMED])
+        raise CheckFailed(
+            f"{sum(row.non_finite for row in bad):,} values in {len(bad)} tensors are NaN or "
+            "infinite",
+            where=names + (", ..." if len(bad) > _NAMED else ""),
+            fix="copy or download the checkpoint again, or make it again",
+        )
 
 
 def _require_pattern(rows: Sequence[TensorFacts], pattern: Sparsity) -> None:

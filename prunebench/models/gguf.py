@@ -16,6 +16,7 @@ from typing import Any
 
 from prunebench.errors import MissingResource
 from prunebench.files import atomic_folder
+from prunebench.models.carried import clean_tokenizer_config
 from prunebench.models.complete import require_complete, unplaced_tensors, without_tied
 from prunebench.models.gguf_parts import UNREADABLE, read_gguf, unreadable
 from prunebench.models.gguf_rope import ROPE_FACTORS, apply_rope_factors, require_same_settings
@@ -61,6 +62,7 @@ def convert_gguf(gguf: Path, folder: Path) -> None:
         with atomic_folder(folder) as part:
             model.save_pretrained(part)
             tokenizer.save_pretrained(part)
+            clean_tokenizer_config(part)
 
 
 def _require_one_part(path: Path, reader: Any) -> None:

@@ -94,6 +94,15 @@ def inspect_checkpoint(path: Path, pattern: Sparsity) -> list[TensorFacts]:
     Raises:
         IncompatibleData: There are no safetensors, or a file is damaged.
     """
+    return inspect_tensors(checkpoint_tensors(path).values(), pattern)
+
+
+def checkpoint_tensors(path: Path) -> dict[str, StoredTensor]:
+    """Return the tensors of a safetensors file or of a folder of them, by name.
+
+    Raises:
+        IncompatibleData: There are no safetensors, or a file is damaged.
+    """
     if path.is_dir():
         check_weight_files(path)
         files = weight_files(path)
@@ -106,7 +115,16 @@ def inspect_checkpoint(path: Path, pattern: Sparsity) -> list[TensorFacts]:
         )
     else:
         files = [path]
-    return inspect_tensors(stored_tensors(files).values(), pattern)
+    return stored_tensors(files)
+
+
+def unreadable(tensors: Iterable[StoredTensor]) -> dict[str, str]:
+    """Return the dtype of every tensor that cannot be counted in, as torch does not have it."""
+    return {
+        one.name: one.dtype
+        for one in tensors
+        if not isinstance(getattr(torch, one.dtype, None), torch.dtype)
+    }
 
 
 def inspect_tensors(tensors: Iterable[StoredTensor], pattern: Sparsity) -> list[TensorFacts]:

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import json
-import shutil
 import zipfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,15 +13,28 @@ import numpy as np
 import torch
 from torch import nn
 
-from prunebench.errors import UsageError
+from prunebench.errors import SaveError, UsageError
 from prunebench.files import atomic_file, atomic_folder, link_or_copy, require_writable
 from prunebench.models.card import model_card
+from prunebench.models.carried import (
+    add_carried,
+    clean_tokenizer_config,
+    copy_files,
+    unused_tensors,
+    write_config,
+    write_index,
+    write_stored,
+)
 from prunebench.models.disk import DiskWeights
 from prunebench.models.linears import Linear, find_blocks
 from prunebench.models.load import quiet_transformers
-from prunebench.models.safetensors_files import INDEX_NAME, StoredTensor, stored_tensors
+from prunebench.models.safetensors_files import StoredTensor, stored_tensors, weight_files
+from prunebench.models.source import LocalModel
+from prunebench.models.stored_model import StoredModel, kept_buffers, stored_model
 from prunebench.models.tensor_files import write_tensors
+from prunebench.models.verify import expected_of_model, require_saved
 from prunebench.models.weights import WeightStore, weights_of
+from prunebench.progress import Progress
 from prunebench.results.schema import Result
 
 RESULT_NAME = "prunebench.json"
@@ -50,68 +61,133 @@ def check_target(path: Path, *, need_bytes: int, replace: bool, folder: bool) ->
 
 
 def save_model(
-    model: nn.Module, tokenizer: Any, path: Path, *, result: Result, replace: bool
+    model: nn.Module,
+    local: LocalModel,
+    path: Path,
+    *,
+    result: Result,
+    replace: bool,
+    progress: Progress,
 ) -> None:
     """Write a folder that plain transformers loads, zeros in place, with a model card.
 
+    It is the folder of the dense model with other weights: config, tokenizer, and what the text
+    model does not use, are as they came. It is read again before it has its name.
+
+    Args:
+        model: The pruned model.
+        local: The dense model's folder.
+        path: Where to.
+        result: What was scored.
+        replace: Whether it may replace what is there.
+        progress: Hears of the stages.
+
     Raises:
-        SaveError: It could not be written; nothing is left at `path`.
+        SaveError: It could not be written, or what was written is not what was scored; nothing is
+            left at `path`, or what was there before.
+        IncompatibleData: What the text model does not use cannot be carried over.
     """
-    if path.is_dir() and not any(path.iterdir()):
-        path.rmdir()
-    weights = weights_of(model)
-    with atomic_folder(path, replace=replace) as part, quiet_transformers():
-        if isinstance(weights, DiskWeights):
-            save_shards(model, weights, part)
-        else:
-            model.save_pretrained(part)  # type: ignore[operator]
-        tokenizer.save_pretrained(part)
-        (part / "README.md").write_text(model_card(result), encoding="utf-8")
-        (part / RESULT_NAME).write_text(result.to_json(), encoding="utf-8")
+    assert result.model is not None
+    source = stored_model(model, stored_tensors(weight_files(local.path)))
+    carried = unused_tensors(local.path, source)
+    sha256 = str(result.model.evaluated_sha256)
+    with atomic_folder(path, replace=replace, exclusive=True) as part, quiet_transformers():
+        with progress.stage("save", detail=str(path)):
+            weights = weights_of(model)
+            if isinstance(weights, DiskWeights):
+                save_shards(model, weights, part, source)
+            else:
+                _save_resident(model, part)
+            if carried:
+                _require_names_of_source(part, source, path)
+                add_carried(part, carried)
+            write_config(local.path, part, model)
+            copy_files(local.path, part)
+            if local.source.kind in ("gguf", "wheel"):
+                clean_tokenizer_config(part)
+            (part / "README.md").write_text(model_card(result), encoding="utf-8")
+            (part / RESULT_NAME).write_text(result.to_json(), encoding="utf-8")
+        expected = expected_of_model(model, sha256, carried)
+        require_saved(part, expected, name=path, progress=progress)
+    if carried:
+        size = sum(one.stop - one.start for one in carried.values())
+        progress.note(
+            f"  {len(carried)} tensors ({size / 1e6:,.1f} MB) that the text model does not use "
+            f"were carried over as they are, the first is {min(carried)}"
+        )
 
 
-def save_shards(model: Any, weights: DiskWeights, folder: Path) -> None:
+def _save_resident(model: Any, folder: Path) -> None:
+    """Let transformers write the weights; its config and generation settings are not wanted.
+
+    It refuses to write some settings that models came with.
+    """
+    from transformers import GenerationConfig
+
+    settings = model.generation_config
+    model.generation_config = GenerationConfig()
+    try:
+        model.save_pretrained(folder)
+    finally:
+        model.generation_config = settings
+    for name in ("config.json", "generation_config.json"):
+        (folder / name).unlink(missing_ok=True)
+
+
+def _require_names_of_source(folder: Path, source: StoredModel, name: Path) -> None:
+    """Refuse names that would not fit what is carried over: only together are they a model."""
+    keys = {key for keys in source.keys.values() for key in keys}
+    others = sorted(stored_tensors(weight_files(folder)).keys() - keys)
+    if others:
+        raise SaveError(
+            f"{name} cannot be saved with what the text model does not use",
+            where=f"transformers saves {others[0]}, and its source has no such name",
+            fix="give a checkpoint of the text model alone",
+        )
+
+
+def save_shards(model: Any, weights: DiskWeights, folder: Path, source: StoredModel) -> None:
     """Write a model whose blocks are on disk: a shard a block, one for the rest, and the index.
 
     The files of pruned blocks are linked into the folder where the file system can, else copied.
+
+    Args:
+        model: The model.
+        weights: Where its blocks are.
+        folder: Where to.
+        source: The files of the dense model, whose names are taken.
 
     Raises:
         OSError: The disk is full.
     """
     prefix, blocks = find_blocks(model)
     count = len(blocks) + 1
+    buffers = {name: model.get_buffer(name) for name in kept_buffers(model)}
     outside = {
         name: tensor
-        for name, tensor in {**dict(model.named_parameters()), **_kept_buffers(model)}.items()
+        for name, tensor in {**dict(model.named_parameters()), **buffers}.items()
         if not name.startswith(f"{prefix}.")
     }
-    where: dict[str, str] = {}
-    size = 0
-    for shard in range(count):
-        name = f"model-{shard + 1:05d}-of-{count:05d}.safetensors"
-        pruned = weights.pruned_file(shard - 1) if shard else None
-        if pruned is not None:
+    names = [f"model-{shard + 1:05d}-of-{count:05d}.safetensors" for shard in range(count)]
+    write_tensors(folder / names[0], _renamed(outside, source))
+    for index, name in enumerate(names[1:]):
+        pruned = weights.pruned_file(index)
+        if pruned is None:
+            with weights.open_block(index):
+                write_tensors(folder / name, _renamed(weights.tensors_of(index), source))
+            continue
+        tensors = stored_tensors([pruned])
+        renamed = _renamed(tensors, source)
+        if renamed.keys() == tensors.keys():
             link_or_copy(pruned, folder / name)
-        elif shard:
-            with weights.open_block(shard - 1):
-                write_tensors(folder / name, weights.tensors_of(shard - 1))
         else:
-            write_tensors(folder / name, outside)
-        for key, row in stored_tensors([folder / name]).items():
-            where[key] = name
-            size += row.stop - row.start
-    index = {"metadata": {"total_size": size}, "weight_map": where}
-    (folder / INDEX_NAME).write_text(json.dumps(index, indent=1, sort_keys=True), "utf-8")
-    model.config.architectures = [type(model).__name__]
-    model.config.save_pretrained(folder)
-    generation = weights.source / "generation_config.json"
-    if generation.is_file():
-        shutil.copyfile(generation, folder / generation.name)
+            write_stored(folder / name, renamed)
+    write_index(folder, names)
 
 
-def _kept_buffers(model: nn.Module) -> dict[str, torch.Tensor]:
-    kept = set(model.state_dict())
-    return {name: tensor for name, tensor in model.named_buffers() if name in kept}
+def _renamed(tensors: Mapping[str, Any], source: StoredModel) -> dict[str, Any]:
+    """Name tensors as the files of the dense model do."""
+    return {source.keys[name][0]: tensor for name, tensor in tensors.items()}
 
 
 def save_masks(linears: list[Linear], path: Path, *, weights: WeightStore | None = None) -> None:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from prunebench.errors import IncompatibleData
 from prunebench.models.safetensors_files import StoredTensor
 
 
@@ -41,11 +42,17 @@ def read_tensor(stored: StoredTensor) -> Tensor:
     """Read a tensor whole.
 
     Raises:
-        IncompatibleData: The file has become shorter.
+        IncompatibleData: The file has become shorter, or torch has no such dtype.
     """
     if isinstance(stored, Derived):
         return stored.make()
-    dtype = getattr(torch, stored.dtype)
+    dtype = getattr(torch, stored.dtype, None)
+    if not isinstance(dtype, torch.dtype):
+        raise IncompatibleData(
+            f"{stored.name} is {stored.dtype}, which torch does not have",
+            where=f"in {stored.path}",
+            fix="give the checkpoint without quantised weights",
+        )
     data = bytearray().join(stored.pieces())
     if not data:
         return torch.empty(stored.shape, dtype=dtype)

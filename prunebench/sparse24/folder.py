@@ -19,10 +19,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from torch import Tensor
 
-from prunebench.errors import IncompatibleData
+from prunebench.errors import IncompatibleData, PrunebenchError, SaveError
 from prunebench.files import atomic_folder, cache_dir
+from prunebench.models.carried import copy_templates, read_config
 from prunebench.models.safetensors_files import (
     INDEX_NAME,
     PACKED_INDEX,
@@ -33,6 +35,7 @@ from prunebench.models.safetensors_files import (
 )
 from prunebench.models.source import LocalModel
 from prunebench.models.stored_config import require_unquantised
+from prunebench.models.verify import stray_files
 from prunebench.progress import Progress
 from prunebench.sparse24.bitmask import bitmask_tensors, is_bitmask, plain_config
 from prunebench.sparse24.derived import Derived, read_tensor
@@ -113,9 +116,68 @@ def unpacked(local: LocalModel, progress: Progress) -> LocalModel:
     if not path.is_dir():
         detail = f"{kind} to dense safetensors, once"
         with progress.stage("unpack", detail=detail), atomic_folder(path) as part:
+            tensors = dense_tensors(local.path)
             copy_companions(local.path, part)
-            write_dense(dense_tensors(local.path), part)
+            write_dense(tensors, part)
+            require_same(local.path, tensors, part, name=path, progress=progress)
     return replace(local, path=path)
+
+
+def require_same(
+    source: Path,
+    tensors: Mapping[str, StoredTensor],
+    folder: Path,
+    *,
+    name: Path,
+    progress: Progress,
+) -> None:
+    """Read a folder that was just written: it must be the same model.
+
+    Packing forgets the sign of zeros and of NaN, and nothing else.
+
+    Args:
+        source: What it was made from.
+        tensors: The tensors of that, from `dense_tensors`.
+        folder: Where it is now.
+        name: Where it is going to be.
+        progress: Hears of the stage.
+
+    Raises:
+        SaveError: It holds anything else, or cannot be read.
+    """
+    what, where = f"{name} was not saved: it is not what it was made from", ""
+    with progress.stage("verify", total=len(tensors), detail=str(name), unit="tensors") as tell:
+        try:
+            written = dense_tensors(folder)
+            for key in sorted({*tensors, *written}):
+                if key not in written or key not in tensors:
+                    where = f"{key} is missing" if key in tensors else f"{key} is new"
+                elif not _equal(written[key], tensors[key]):
+                    where = f"{key} has changed"
+                if where:
+                    break
+                tell(1)
+            if stray_files(folder) or read_config(folder) != _config_of(source):
+                where = where or "config.json has changed, or a file is beside the weights"
+        except Exception as error:  # whatever a reader would stumble over
+            where = error.what if isinstance(error, PrunebenchError) else str(error)
+    if where:
+        raise SaveError(what, where=where, fix="check the disk and try again")
+
+
+def _config_of(source: Path) -> dict[str, Any]:
+    return plain_config(source) or read_config(source)
+
+
+def _equal(one: StoredTensor, other: StoredTensor) -> bool:
+    if (one.dtype, one.shape) != (other.dtype, other.shape):
+        return False
+    first, second = read_tensor(one), read_tensor(other)
+    if torch.equal(first.view(-1).view(torch.uint8), second.view(-1).view(torch.uint8)):
+        return True
+    if not first.is_floating_point() or first.itemsize == 1:
+        return False
+    return bool(((first == second) | (first.isnan() & second.isnan())).all())
 
 
 # ---------------------------------------------------------------- writing
@@ -253,6 +315,7 @@ def copy_companions(source: Path, target: Path) -> None:
         if path.is_file() and not weights and not path.name.startswith("."):
             shutil.copyfile(path, target / path.name)
     config = plain_fp8_config(source) if is_fp8(source) else plain_config(source)
+    copy_templates(source, target)
     if config is not None:
         (target / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 

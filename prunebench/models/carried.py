@@ -1,0 +1,203 @@
+"""What a checkpoint holds beside the text model: it is carried over as it is.
+
+A vision tower, blocks that predict several tokens ahead, the files of an image processor: pruning
+does not touch them, the config goes on to promise them, and so every saved folder has them too,
+byte for byte.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from prunebench.errors import IncompatibleData
+from prunebench.models.complete import is_harmless
+from prunebench.models.safetensors_files import (
+    DTYPE_CODES,
+    INDEX_NAME,
+    StoredTensor,
+    stored_tensors,
+    weight_files,
+)
+from prunebench.models.stored_model import StoredModel, stored_model
+
+TEMPLATES = "additional_chat_templates"
+"""The folder in which transformers keeps chat templates beyond the first."""
+
+_COMPANIONS = (
+    "tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "added_tokens.json",
+    "*.model", "*.tiktoken", "normalizer.json", "chat_template*", "*.jinja",
+    "generation_config.json", "*processor_config.json",
+)  # fmt: skip
+_QUANTISED = ("quantization_config", "compression_config", "sparsity_config")
+_ONE_FILE = "model.safetensors"
+
+
+def carried_tensors(folder: Path, model: nn.Module) -> dict[str, StoredTensor]:
+    """Return the tensors of a model's folder that the model has no place for, by name in the files.
+
+    Args:
+        folder: The dense model, as it was loaded.
+        model: Built from its config, on any device.
+
+    Raises:
+        IncompatibleData: They cannot be carried over: their scales would lose their meaning.
+    """
+    return unused_tensors(folder, stored_model(model, stored_tensors(weight_files(folder))))
+
+
+def unused_tensors(folder: Path, source: StoredModel) -> dict[str, StoredTensor]:
+    """Return what `carried_tensors` does, of a model whose files have been looked at."""
+    quantised = bool(_QUANTISED & read_config(folder).keys())
+    used = {key for keys in source.keys.values() for key in keys}
+    unused = {
+        key: tensor
+        for key, tensor in source.unused.items()
+        if not is_harmless(key, tensor.shape) and not (quantised and _is_scale(key, used))
+    }
+    scaled = [key for key, tensor in unused.items() if "8" in tensor.dtype and quantised]
+    if scaled:
+        raise IncompatibleData(
+            f"{folder} cannot be saved pruned: {len(scaled)} tensors beside the text model are "
+            "quantised",
+            where=f"the first is {scaled[0]}; the saved model is not quantised, and its config "
+            "would no longer say how to read them",
+            fix="give the unquantised checkpoint, or run without --save-model",
+        )
+    return unused
+
+
+def _is_scale(key: str, used: set[str]) -> bool:
+    """Whether a tensor of a quantised checkpoint is a part of a weight that the model uses."""
+    module = key.rpartition(".")[0]
+    return f"{module}.weight" in used or any(
+        key.removesuffix(ending) in used for ending in ("_scale_inv", "_scale", "_inv_scale")
+    )
+
+
+# ---------------------------------------------------------------- writing
+
+
+def write_stored(path: Path, tensors: Mapping[str, StoredTensor]) -> None:
+    """Write a safetensors file of tensors of other files, under these names, a piece at a time.
+
+    Raises:
+        IncompatibleData: A file has become shorter.
+        OSError: The disk is full.
+    """
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, tensor in tensors.items():
+        size = tensor.stop - tensor.start
+        header[name] = {
+            "dtype": DTYPE_CODES.get(tensor.dtype, tensor.dtype),
+            "shape": list(tensor.shape),
+            "data_offsets": [end, end + size],
+        }
+        end += size
+    text = json.dumps(header).encode()
+    text += b" " * (-(len(text) + 8) % 8)
+    with path.open("wb") as stream:
+        stream.write(len(text).to_bytes(8, "little"))
+        stream.write(text)
+        for tensor in tensors.values():
+            for piece in tensor.pieces():
+                stream.write(piece)
+
+
+def add_carried(folder: Path, tensors: Mapping[str, StoredTensor]) -> None:
+    """Add tensors to a folder that holds a model already: one more shard, and a new index.
+
+    Raises:
+        IncompatibleData: A file has become shorter.
+        OSError: The disk is full.
+    """
+    if not tensors:
+        return
+    files = weight_files(folder)
+    count = len(files) + 1
+    (folder / INDEX_NAME).unlink(missing_ok=True)
+    names = [f"model-{number:05d}-of-{count:05d}.safetensors" for number in range(1, count + 1)]
+    for old, new in zip(files, names, strict=False):
+        old.rename(folder / new)
+    write_stored(folder / names[-1], tensors)
+    write_index(folder, names)
+
+
+def write_index(folder: Path, names: Iterable[str]) -> None:
+    """Write the index of a model in several files."""
+    rows = stored_tensors([folder / name for name in names])
+    index = {
+        "metadata": {"total_size": sum(row.stop - row.start for row in rows.values())},
+        "weight_map": {key: row.path.name for key, row in rows.items()},
+    }
+    (folder / INDEX_NAME).write_text(json.dumps(index, indent=1, sort_keys=True), "utf-8")
+
+
+# ---------------------------------------------------------------- what is no weight
+
+
+def copy_files(source: Path, target: Path) -> None:
+    """Copy tokenizer, chat templates, generation settings and processors, byte for byte."""
+    for path in sorted({path for kind in _COMPANIONS for path in source.glob(kind)}):
+        if path.is_file() and path.suffix != ".safetensors":
+            shutil.copyfile(path, target / path.name)
+    copy_templates(source, target)
+
+
+def copy_templates(source: Path, target: Path) -> None:
+    """Copy the folder of further chat templates, if there is one."""
+    if (source / TEMPLATES).is_dir():
+        (target / TEMPLATES).mkdir()
+        for path in sorted((source / TEMPLATES).glob("*.jinja")):
+            shutil.copyfile(path, target / TEMPLATES / path.name)
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """Return `config.json` as it is, an empty one where there is none that can be read."""
+    try:
+        config = json.loads((folder / "config.json").read_text("utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return config if isinstance(config, dict) else {}
+
+
+def write_config(source: Path, target: Path, model: Any) -> None:
+    """Write the config of a source with what a saved model differs in: dtype, no quantisation.
+
+    All else is as it came, so that what is carried over can still be loaded.
+    """
+    config = {key: value for key, value in read_config(source).items() if key not in _QUANTISED}
+    dtype = str(model.dtype).removeprefix("torch.")
+    _set_dtype(config, dtype)
+    text = model.config.get_text_config()
+    for key, value in config.items():
+        alone = text is model.config and key == "text_config"  # transformers took only this part
+        if isinstance(value, dict) and (alone or getattr(model.config, key, None) is text):
+            _set_dtype(value, dtype)
+    config.setdefault("architectures", [type(model).__name__])
+    text_of = json.dumps(config, indent=2, ensure_ascii=False)
+    (target / "config.json").write_text(text_of + "\n", encoding="utf-8")
+
+
+def _set_dtype(config: dict[str, Any], dtype: str) -> None:
+    names = [name for name in ("dtype", "torch_dtype") if name in config] or ["dtype"]
+    config |= dict.fromkeys(names, dtype)
+
+
+def clean_tokenizer_config(folder: Path) -> None:
+    """Take out of a tokenizer that was written from a GGUF file what says only how it was read."""
+    path = folder / "tokenizer_config.json"
+    if not path.is_file():
+        return
+    config = json.loads(path.read_text("utf-8"))
+    for name in ("is_local", "local_files_only", "name_or_path", "gguf_file"):
+        config.pop(name, None)
+    if config.get("model_max_length", 0) >= 1e20:  # transformers' word for "unknown"
+        del config["model_max_length"]
+    path.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -1,0 +1,203 @@
+"""Every folder that was written is read again, and must hold what was scored.
+
+The files are hashed in pieces, as the model that a plain transformers makes of them: no second
+model is in memory. A writer that changes a bit, casts, forgets a tensor or a tie is found here,
+before the folder has its name.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from prunebench.errors import PrunebenchError, SaveError
+from prunebench.models.carried import read_config, unused_tensors
+from prunebench.models.complete import is_harmless
+from prunebench.models.linears import find_blocks
+from prunebench.models.load import load_config, skeleton
+from prunebench.models.safetensors_files import (
+    StoredTensor,
+    check_weight_files,
+    hash_stored,
+    stored_tensors,
+    weight_files,
+)
+from prunebench.models.stored_model import StoredModel, kept_buffers, stored_model
+from prunebench.models.tensor_files import bytes_of
+from prunebench.models.weights import weights_of
+from prunebench.progress import Progress
+
+Read = Callable[[Path], Mapping[str, StoredTensor]]
+_UNLIKE = "was not saved: what was read back is not what was scored"
+
+
+@dataclass(frozen=True)
+class Expected:
+    """What a saved folder must hold.
+
+    Attributes:
+        sha256: Of the parameters, as `hash_weights` has it.
+        dtype: What its config must say, e.g. `bfloat16`.
+        buffers: A hash of every persistent buffer, by name in the model.
+        carried: What lies beside the text model, by name in the files.
+    """
+
+    sha256: str
+    dtype: str
+    buffers: Mapping[str, str]
+    carried: Mapping[str, StoredTensor]
+
+
+def read_dense(folder: Path) -> dict[str, StoredTensor]:
+    """Return the tensors of a folder of plain safetensors.
+
+    Raises:
+        IncompatibleData: A file is missing, damaged, or no part of the model.
+    """
+    check_weight_files(folder)
+    return stored_tensors(weight_files(folder))
+
+
+def expected_of_model(
+    model: nn.Module, sha256: str, carried: Mapping[str, StoredTensor]
+) -> Expected:
+    """Return what the folder of a model must hold that is in memory or on disk."""
+    dtype = str(model.dtype).removeprefix("torch.")
+    return Expected(sha256, dtype, _hash_buffers(model), carried)
+
+
+def expected_of_folder(folder: Path, source: StoredModel, sha256: str, dtype: str) -> Expected:
+    """Return what a folder must hold that is made from another one.
+
+    Raises:
+        IncompatibleData: Something that should be carried over cannot be.
+    """
+    buffers = {
+        name: hash_stored(source.tensors, [name])
+        for name in source.tensors.keys() - {*source.parameters}
+    }
+    return Expected(sha256, dtype, buffers, unused_tensors(folder, source))
+
+
+def require_saved(
+    folder: Path, expected: Expected, *, name: Path, progress: Progress, read: Read = read_dense
+) -> StoredModel:
+    """Read a folder that was just written and compare it with what it must hold.
+
+    Args:
+        folder: Where it is now.
+        expected: What it must hold.
+        name: Where it is going to be.
+        progress: Hears of the stage.
+        read: Reads the tensors, packed ones as if they were dense.
+
+    Raises:
+        SaveError: It holds anything else, or cannot be read.
+    """
+    try:
+        tensors = read(folder)
+        total = sum(tensor.stop - tensor.start for tensor in tensors.values())
+        with progress.stage("verify", total=total, detail=str(name), unit="B") as advance:
+            model = skeleton(load_config(folder))
+            saved = stored_model(model, tensors)
+            dtype = str(model.config.dtype).removeprefix("torch.")  # a plain load casts to it
+            difference = _difference(folder, dtype, saved, expected, advance)
+    except Exception as error:  # whatever a plain load would stumble over
+        reason = error.what if isinstance(error, PrunebenchError) else str(error)
+        raise _unlike(name, f"it cannot be read: {reason}") from error
+    if difference:
+        raise _unlike(name, difference)
+    return saved
+
+
+def stray_files(folder: Path) -> list[Path]:
+    """Return the weight files that do not belong to the model of a folder."""
+    return sorted({*folder.glob("*.safetensors")} - {*weight_files(folder)})
+
+
+def _unlike(name: Path, reason: str) -> SaveError:
+    return SaveError(
+        f"{name} {_UNLIKE}",
+        where=reason.splitlines()[0][:300] if reason else "",
+        fix="check the disk and try again; if it happens again, it is a bug of prunebench: "
+        "report it with this message",
+    )
+
+
+def _difference(
+    folder: Path,
+    dtype: str,
+    saved: StoredModel,
+    expected: Expected,
+    advance: Callable[[int], None],
+) -> str:
+    """Return the first thing in which a folder differs from what it must hold; empty if none."""
+    config = read_config(folder)
+    for key in ("quantization_config", "compression_config"):
+        if config.get(key):
+            return f"config.json says {key}, and the weights are not quantised"
+    if dtype != expected.dtype:
+        return f"config.json says {dtype}, the weights are {expected.dtype}"
+    strays = stray_files(folder)
+    if strays:
+        return f"{strays[0].name} is beside the weights, and no part of them"
+    if saved.missing:
+        return f"{len(saved.missing)} tensors are missing, the first is {saved.missing[0]}"
+    digest = hash_stored(saved.tensors, saved.parameters, advance=advance)
+    if digest != expected.sha256:
+        return f"the weights hash to {digest[:16]}..., those scored to {expected.sha256[:16]}..."
+    buffers = {
+        name: hash_stored(saved.tensors, [name], advance=advance)
+        for name in saved.tensors.keys() - {*saved.parameters}
+    }
+    for name in sorted({*buffers, *expected.buffers}):
+        if buffers.get(name) != expected.buffers.get(name):
+            return f"the buffer {name} is another one"
+    unused = {
+        key: tensor for key, tensor in saved.unused.items() if not is_harmless(key, tensor.shape)
+    }
+    return _carried_difference(saved, unused, expected, advance)
+
+
+def _carried_difference(
+    saved: StoredModel,
+    unused: Mapping[str, StoredTensor],
+    expected: Expected,
+    advance: Callable[[int], None],
+) -> str:
+    for key in sorted({*unused, *expected.carried}):
+        if key not in unused:
+            return f"{key}, which the text model does not use, was not carried over"
+        if key not in expected.carried:
+            return f"{key} is no part of the model, and was not in its source"
+        if hash_stored(unused, [key], advance=advance) != hash_stored(expected.carried, [key]):
+            return f"{key}, which the text model does not use, is not what it was"
+    return ""
+
+
+def _hash_buffers(model: nn.Module) -> dict[str, str]:
+    """Return the same hash of every persistent buffer as of one in a file; blocks are opened."""
+    prefix, _ = find_blocks(model)
+    weights = weights_of(model)
+
+    def block(name: str) -> int | None:
+        inside = name.startswith(f"{prefix}.")
+        return int(name[len(prefix) + 1 :].partition(".")[0]) if inside else None
+
+    hashes: dict[str, str] = {}
+    for index, names in itertools.groupby(kept_buffers(model), block):
+        with nullcontext() if index is None else weights.open_block(index):
+            for name in names:
+                tensor: torch.Tensor = model.get_buffer(name)
+                text = f"{name}\0{tensor.dtype}\0{tuple(tensor.shape)}\0"
+                digest = hashlib.sha256(text.encode())
+                digest.update(bytes_of(tensor).data)
+                hashes[name] = digest.hexdigest()
+    return hashes

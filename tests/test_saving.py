@@ -1,0 +1,391 @@
+"""What is saved is what was scored: read again after every save, else nothing is left."""
+
+import functools
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import prunebench.models.verify as verify
+import prunebench.sparse24.folder as packed_folder
+from prunebench.models.carried import write_index
+from prunebench.models.load import hash_weights
+from prunebench.models.safetensors_files import check_weight_files, weight_files
+from prunebench.results.store import ResultStore
+from prunebench.testing import tiny_model
+
+NAME = "model.layers.1.mlp.down_proj.weight"
+RUN = ("-m", "magnitude", "--sparsity", "2:4", "--dtype", "bfloat16")
+
+
+# ---------------------------------------------------------------- models that have everything
+
+
+def with_a_tower(folder, byte_tokenizer, *, seed=0):
+    """A checkpoint of images and text, whose text model alone is read; with all files beside it."""
+    from transformers import AutoConfig, AutoModelForImageTextToText
+
+    from prunebench.testing import _LLAMA_LIKE
+
+    text = {**_LLAMA_LIKE, "linear_num_key_heads": 2, "linear_num_value_heads": 4,
+            "linear_key_head_dim": 8, "linear_value_head_dim": 8,
+            "layer_types": ["linear_attention", "full_attention", "linear_attention"]}  # fmt: skip
+    vision = {"hidden_size": 16, "intermediate_size": 32, "depth": 2, "num_heads": 2,
+              "out_hidden_size": 32, "patch_size": 4, "spatial_merge_size": 1,
+              "temporal_patch_size": 1, "num_position_embeddings": 16}  # fmt: skip
+    torch.manual_seed(seed)
+    config = AutoConfig.for_model("qwen3_5", text_config=text, vision_config=vision)
+    model = AutoModelForImageTextToText.from_config(config)
+    model.to(torch.bfloat16).save_pretrained(folder)
+    byte_tokenizer.save_pretrained(folder)
+    return folder
+
+
+def with_blocks_ahead(folder, byte_tokenizer):
+    """A text model with a block that predicts further tokens, which transformers passes over."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from prunebench.testing import _LLAMA_LIKE
+
+    text = {**_LLAMA_LIKE, "linear_num_key_heads": 2, "linear_num_value_heads": 4,
+            "linear_key_head_dim": 8, "linear_value_head_dim": 8,
+            "layer_types": ["linear_attention", "full_attention", "linear_attention"]}  # fmt: skip
+    torch.manual_seed(1)
+    config = AutoConfig.for_model("qwen3_5_text", **text)
+    AutoModelForCausalLM.from_config(config).to(torch.bfloat16).save_pretrained(folder)
+    byte_tokenizer.save_pretrained(folder)
+    tensors = load_file(folder / "model.safetensors")
+    tensors["mtp.layers.0.mlp.up_proj.weight"] = torch.randn(8, 8).to(torch.float16)
+    tensors["mtp.ids"] = torch.arange(5)
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    document = json.loads((folder / "config.json").read_text()) | {"mtp_num_hidden_layers": 1}
+    (folder / "config.json").write_text(json.dumps(document))
+    return folder
+
+
+def tied(folder, byte_tokenizer):
+    tiny_model("gemma2").to(torch.bfloat16).save_pretrained(folder)
+    byte_tokenizer.save_pretrained(folder)
+    return folder
+
+
+def mixture(folder, byte_tokenizer):
+    tiny_model("mixtral").to(torch.bfloat16).save_pretrained(folder)
+    byte_tokenizer.save_pretrained(folder)
+    return folder
+
+
+def with_a_bias_of_routing(folder, byte_tokenizer):
+    """A mixture that has a persistent buffer."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from prunebench.testing import _LLAMA_LIKE
+
+    options = {**_LLAMA_LIKE, "n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 1,
+               "topk_group": 1, "moe_intermediate_size": 32}  # fmt: skip
+    torch.manual_seed(2)
+    config = AutoConfig.for_model("glm4_moe", **options)
+    AutoModelForCausalLM.from_config(config).to(torch.bfloat16).save_pretrained(folder)
+    byte_tokenizer.save_pretrained(folder)
+    return folder
+
+
+MODELS = {"tied": tied, "tower": with_a_tower, "mtp": with_blocks_ahead, "mixture": mixture}
+MODELS["buffer"] = with_a_bias_of_routing
+EXTRAS = {
+    "preprocessor_config.json": '{"size": 28}',
+    "processor_config.json": "{}",
+    "chat_template.jinja": "{{ messages }}",
+    "additional_chat_templates/tools.jinja": "{{ tools }}",
+    "generation_config.json": '{"temperature": 0.9,  "do_sample": false, "eos_token_id": [2, 3]}',
+    "special_tokens_map.json": '{"eos_token":   "x"}',
+    "merges.txt": "#version: 0.2",
+}
+
+
+def add_extras(folder):
+    """Files that must go along as they are; some of them transformers itself would not write."""
+    (folder / "additional_chat_templates").mkdir()
+    for name, text in EXTRAS.items():
+        (folder / name).write_text(text)
+    path = folder / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"model_max_length": 2048}))
+    return folder
+
+
+def line_of_run(model, target, text, *more):
+    return [
+        "run", "-M", model, *RUN, "--ppl", f"file:{text}", "--ppl-seqlen", "64", "--ppl-tokens",
+        "128", "--save-model", target, *more,
+    ]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory, byte_tokenizer, eval_file):
+    """Every model once: `model`, pruned as `ck`, packed as `packed`, its result in `results`."""
+    from typer.testing import CliRunner
+
+    from prunebench.cli import app
+
+    @functools.cache
+    def build(name):
+        root = tmp_path_factory.mktemp(name)
+        add_extras(MODELS[name](root / "model", byte_tokenizer))
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("PRUNEBENCH_CACHE", str(root / "cache"))
+            run = line_of_run(root / "model", root / "ck", eval_file)
+            for line in (
+                [*run, "--results-dir", root / "results"],
+                ["export", root / "ck", "-o", root / "packed", "--to", "packed24"],
+            ):
+                outcome = CliRunner().invoke(app, [str(word) for word in line])
+                assert outcome.exit_code == 0, outcome.output
+        return root
+
+    return build
+
+
+def all_tensors(folder):
+    tensors = {}
+    for path in weight_files(Path(folder)):
+        tensors |= load_file(path)
+    return tensors
+
+
+def bits(tensor):
+    return (
+        tensor.dtype,
+        tuple(tensor.shape),
+        tensor.contiguous().view(-1).view(torch.uint8).numpy().tobytes(),
+    )
+
+
+def scored(root):
+    return ResultStore(root / "results").read()[0][-1].model.evaluated_sha256
+
+
+# ---------------------------------------------------------------- every way out
+
+
+WAYS = ("resident", "disk", "export", "packed24", "dense", "packed24 of strangers",
+        "dense of strangers")  # fmt: skip
+
+
+@pytest.fixture
+def save(cli, built, eval_file):
+    """Write `out` in one of the ways in which a folder is written."""
+
+    def invoke(way, name, code=0):
+        root = built(name)
+        if way in ("resident", "disk"):
+            line = line_of_run(root / "model", "out", eval_file, "--weights", way, "--force")
+            return cli(*line, code=code)
+        kind, _, strange = way.partition(" of ")
+        source = root / ("packed" if kind == "dense" else "ck")
+        if strange:  # nothing says how it was made
+            shutil.copytree(source, "stranger")
+            source = Path("stranger")
+            (source / "prunebench.json").unlink()
+        to = () if kind == "export" else ("--to", kind)
+        return cli("export", source, *to, "-o", "out", "--force", code=code)
+
+    return invoke
+
+
+PAIRS = [
+    (way, name)
+    for way in WAYS
+    for name in ("tied", "tower", "mtp", "mixture")
+    if (way, name) != ("disk", "mixture")  # --weights disk refuses what transformers rebuilds
+]
+
+
+@pytest.mark.parametrize(("way", "name"), PAIRS)
+def test_every_way_out_keeps_the_weights_and_all_else_as_it_came(save, built, cli, way, name):
+    save(way, name)
+    model = built(name) / "model"
+    folder = Path("out")
+    if way.startswith("packed24"):
+        cli("export", "out", "-o", "plain", "--to", "dense")
+        folder = Path("plain")
+    from transformers import AutoModelForCausalLM
+
+    loaded = AutoModelForCausalLM.from_pretrained(folder)
+    assert hash_weights(loaded) == scored(built(name))
+    source, saved = all_tensors(model), all_tensors(folder)
+    assert saved.keys() == source.keys()
+    beside = [key for key in source if "mtp." in key or "visual." in key]
+    assert all(bits(saved[key]) == bits(source[key]) for key in beside)
+    config, before = (json.loads((d / "config.json").read_text()) for d in (folder, model))
+    assert {k: v for k, v in config.items() if k != "text_config"} == {
+        k: v for k, v in before.items() if k != "text_config"
+    }
+    for name in [*EXTRAS, "tokenizer.json", "tokenizer_config.json"]:
+        assert (folder / name).read_bytes() == (model / name).read_bytes(), name
+
+
+@pytest.mark.parametrize("weights", ["resident", "disk"])
+def test_a_checkpoint_of_images_and_text_still_loads_as_one(save, built, weights):
+    from transformers import AutoModelForImageTextToText
+
+    whole = AutoModelForImageTextToText.from_pretrained(built("tower") / "model").state_dict()
+    outcome = save(weights, "tower")
+    assert "33 tensors (0.0 MB) that the text model does not use were carried" in outcome.output
+    saved, info = AutoModelForImageTextToText.from_pretrained("out", output_loading_info=True)
+    assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys"))
+    changed = [k for k, v in saved.state_dict().items() if bits(v) != bits(whole[k])]
+    assert changed and all("language_model.layers" in key for key in changed)
+
+
+# ---------------------------------------------------------------- faults of a writer
+
+
+def change(folder, edit):
+    """Rewrite the first weight file of a folder that has what `edit` looks for."""
+    for path in sorted(folder.glob("*.safetensors")):
+        tensors = load_file(path)
+        before = dict(tensors)
+        edit(tensors)
+        if tensors.keys() != before.keys() or any(tensors[k] is not before[k] for k in tensors):
+            path.unlink()  # it may be a hard link: its source must stay as it is
+            save_file(tensors, path, {"format": "pt"})
+            return
+    raise AssertionError("nothing was changed")
+
+
+def first(tensors, word):
+    return next((key for key in sorted(tensors) if word in key), None)
+
+
+def flip_a_bit(word):
+    def edit(tensors):
+        name = first(tensors, word)
+        if name:
+            tensors[name] = tensors[name].clone()
+            flat = tensors[name].view(-1).view(torch.uint8)
+            flat[0] ^= 1
+
+    return lambda folder: change(folder, edit)
+
+
+def drop_a_tensor(word):
+    def edit(tensors):
+        tensors.pop(first(tensors, word), None)
+
+    def damage(folder):
+        change(folder, edit)
+        if (folder / "model.safetensors.index.json").exists():
+            write_index(folder, [path.name for path in weight_files(folder)])
+
+    return damage
+
+
+def cast(word):
+    def edit(tensors):
+        name = first(tensors, word)
+        if name:
+            tensors[name] = tensors[name].to(torch.float32)
+
+    return lambda folder: change(folder, edit)
+
+
+def lose_the_tie(folder):
+    edit_config(folder, tie_word_embeddings=False)
+
+
+def part_the_tied(folder):
+    def edit(tensors):
+        name = first(tensors, "embed_tokens")
+        if name:
+            tensors["lm_head.weight"] = tensors[name] + 1
+
+    change(folder, edit)
+    if (folder / "model.safetensors.index.json").exists():
+        write_index(folder, [path.name for path in weight_files(folder)])
+    index = folder / "packed24.json"
+    if index.exists():
+        document = json.loads(index.read_text())
+        rows = document["tensors"]
+        rows["lm_head.weight"] = rows[first(rows, "embed_tokens")]
+        index.write_text(json.dumps(document))
+
+
+def edit_config(folder, **values):
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+
+
+def add_a_file(folder):
+    save_file({"x": torch.zeros(2)}, folder / "stray.safetensors", {"format": "pt"})
+
+
+FAULTS = {
+    "a bit of a matrix": flip_a_bit("down_proj"),
+    "a bit of a norm": flip_a_bit("norm"),
+    "a tensor is dropped": drop_a_tensor("norm"),
+    "a tensor is cast": cast("norm"),
+    "the tie is lost": lose_the_tie,
+    "tied tensors differ": part_the_tied,
+}
+CONFIG_FAULTS = {
+    "the config says another dtype": lambda folder: edit_config(folder, dtype="float32"),
+    "the config says fp8": lambda folder: edit_config(
+        folder, quantization_config={"quant_method": "fp8", "weight_block_size": [32, 32]}
+    ),
+    "the config has a block more": lambda folder: edit_config(folder, num_hidden_layers=4),
+    "a file is beside them": add_a_file,
+}
+
+
+@pytest.fixture
+def faulty(monkeypatch):
+    """Let every writer make a fault: the folder is damaged after it was written."""
+
+    def arm(damage):
+        def check(folder):
+            if folder.name.endswith(".part"):
+                damage(folder)
+            check_weight_files(folder)
+
+        for module in (verify, packed_folder):
+            monkeypatch.setattr(module, "check_weight_files", check)
+
+    return arm
+
+
+FAULTY_PAIRS = [(way, fault) for way in WAYS for fault in {**FAULTS, **CONFIG_FAULTS}]
+
+
+@pytest.mark.parametrize(("way", "fault"), FAULTY_PAIRS)
+def test_every_fault_of_every_writer_is_refused_and_nothing_is_left(
+    save, faulty, built, way, fault
+):
+    built("tied")
+    Path("out").mkdir()
+    Path("out/old").write_text("old")
+    faulty({**FAULTS, **CONFIG_FAULTS}[fault])
+    assert "out was not saved: " in save(way, "tied", code=5).output
+    assert [path.name for path in Path("out").iterdir()] == ["old"]  # not even with --force
+    assert not list(Path().glob(".*"))
+
+
+@pytest.mark.parametrize("way", ["resident", "disk", "export", "packed24", "dense"])
+@pytest.mark.parametrize("name", ["tower", "mtp"])
+@pytest.mark.parametrize("damage", [flip_a_bit, drop_a_tensor])
+def test_a_fault_in_what_is_carried_over_is_refused(save, faulty, built, way, name, damage):
+    built(name)
+    faulty(damage({"tower": "visual", "mtp": "mtp"}[name]))
+    output = save(way, name, code=5).output
+    assert "which the text model does not use, " in output or "misses 1 tensors" in output
+    assert not Path("out").exists()
+    assert not list(Path().glob(".*"))
+
+
+def test_a_buffer_that_changes_is_refused(save, built, faulty):
+    """What is no parameter is not in the hash, and is compared for itself."""
+    built("buffer")
+    faulty(flip_a_bit("e_score_correction_bias"))
+    assert "e_score_correction_bias is another one" in save("resident", "buffer", code=5).output
