@@ -63,6 +63,9 @@ SMALL: dict[str, Any] = {
     **dict.fromkeys(("bos_token_id", "decoder_start_token_id", "cls_token_id"), 1),
     **dict.fromkeys(("eos_token_id", "sep_token_id"), 2),
     # pictures
+    **dict.fromkeys(("mm_embed_dim", "output_proj_dims", "hidden_size_global"), 32),
+    **dict.fromkeys(("ext_pw_out_channel", "nemo_conv_channels"), 32),
+    "mm_posemb_size": 16,
     "image_size": 28,
     "patch_size": 14,
     # the rest
@@ -73,32 +76,46 @@ SMALL: dict[str, Any] = {
 
 _SAME_HEADS = {"num_key_value_heads": 4}
 _GEMMA4 = {"layer_types": ["sliding_attention", "sliding_attention", "full_attention"]}
-_HYBRID = {"num_hidden_layers": 4, "attention_hidden_size": 64, "attention_head_dim": 16}
-_ZAMBA = ["linear_attention", "hybrid", "linear_attention", "hybrid"]
+_DOTS3 = {**_SAME_HEADS, "layer_types": ["indexed_attention"] * 3}
+_ZAMBA = {
+    "num_hidden_layers": 4,
+    "attention_hidden_size": 64,
+    "attention_head_dim": 16,
+    "layers_block_type": ["linear_attention", "hybrid", "linear_attention", "hybrid"],
+}
+_WIDE = {"hidden_size": 256, "intermediate_size": 1024}  # little else than linears, as it should be
 
 OPTIONS: dict[str, dict[str, Any]] = {
     **dict.fromkeys(("axk1", "axk2", "deepseek_v2", "deepseek_v3", "deepseek_v32"), _SAME_HEADS),
-    **dict.fromkeys(("dots3_note_text", "glm4_moe_lite", "glm_moe_dsa", "minicpm3"), _SAME_HEADS),
-    "youtu": _SAME_HEADS,
-    "gpt_neo": {"attention_types": [[["global", "local", "global"], 1]]},
-    "mamba2": {"num_heads": 8},
-    "zaya": {"num_experts_per_tok": 1},
-    "zamba": {**_HYBRID, "layers_block_type": _ZAMBA, "num_key_value_heads": 4},
-    "zamba2": {**_HYBRID, "layers_block_type": _ZAMBA, "num_mem_blocks": 1, "mamba_headdim": 16,
-               "n_mamba_heads": 4},
-    "reformer": {"axial_pos_embds_dim": [16, 16], "axial_pos_shape": [8, 16]},
-    "lfm2_moe": {"layer_types": ["conv", "full_attention", "conv"]},
-    "xmod": {"default_language": "en_XX"},
-    "roc_bert": {"pronunciation_vocab_size": 16, "pronunciation_embed_dim": 8,
-                 "shape_vocab_size": 16, "shape_embed_dim": 8},
+    **dict.fromkeys(("glm4_moe_lite", "glm_moe_dsa", "minicpm3", "youtu"), _SAME_HEADS),
+    **dict.fromkeys(("gemma4_text", "gemma4_unified_text"), _GEMMA4),
     "blt": {"encoder_hash_byte_group_vocab": 64, "encoder_hash_byte_group_size": [3]},
     "cohere_compass_text": {"rope_parameters": {"full_attention": {
         "rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 1, 1]}}},
-    "gemma4_assistant": {"text_config": {"hidden_size_per_layer_input": 0}},
+    "deepseek_v4": _WIDE,
+    "dots3_note_text": _DOTS3,
+    "dots3_note": {"text_config": _DOTS3},
+    "fuyu": {"text_config": {"model_type": "persimmon"}},
+    "gemma3": {"vision_config": {"model_type": "siglip_vision_model"}},
+    "gemma4_assistant": {"text_config": {"model_type": "gemma4_text",
+                         "hidden_size_per_layer_input": 0, "vocab_size_per_layer_input": 0}},
+    "got_ocr2": {"text_config": {"model_type": "qwen2"}},
+    "gpt_neo": {"attention_types": [[["global", "local", "global"], 1]]},
+    "hy_v4": {**_WIDE, "moe_intermediate_size": 256},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention", "conv"]},
     "longcat_flash": _SAME_HEADS,
-    "dots3_note": {"text_config": _SAME_HEADS},
-    "gemma4_text": _GEMMA4,
-    "gemma4_unified_text": _GEMMA4,
+    "mamba2": {"num_heads": 8},
+    "moshi": {"audio_vocab_size": 64},
+    "moss_transcribe_diarize": {"text_config": {"model_type": "qwen3"}},
+    "recurrent_gemma": {**_WIDE, "lru_width": 256, "num_attention_heads": 16},
+    "reformer": {"axial_pos_embds_dim": [16, 16], "axial_pos_shape": [8, 16]},
+    "roc_bert": {"pronunciation_vocab_size": 16, "pronunciation_embed_dim": 8,
+                 "shape_vocab_size": 16, "shape_embed_dim": 8},
+    "xmod": {"default_language": "en_XX"},
+    "zamba": {**_ZAMBA, **_WIDE, "num_key_value_heads": 4, "attention_hidden_size": 512,
+              "attention_head_dim": 128},
+    "zamba2": {**_ZAMBA, "num_mem_blocks": 1, "mamba_headdim": 16, "n_mamba_heads": 4},
+    "zaya": {"num_experts_per_tok": 1},
 }  # fmt: skip
 
 
@@ -108,8 +125,12 @@ def options_of(model_type: str) -> dict[str, Any]:
 
     options = _options(CONFIG_MAPPING[model_type])
     for name, value in OPTIONS.get(model_type, {}).items():
-        part = options.get(name) if name.endswith("_config") else None
-        options[name] = {**part, **value} if isinstance(part, dict) else value
+        if name.endswith("_config"):
+            part = value.get("model_type")
+            small = _options(CONFIG_MAPPING[part]) if part else options[name]
+            options[name] = {**small, **value}
+        else:
+            options[name] = value
     return options
 
 

@@ -14,6 +14,7 @@ make its weights anew each time, as masks that are still soft do.
 from __future__ import annotations
 
 import contextlib
+import inspect
 import math
 from collections.abc import Callable, Iterator, Sequence, Set
 from dataclasses import dataclass, field
@@ -26,16 +27,15 @@ from torch import Tensor, nn
 from prunebench.errors import IncompatibleData
 from prunebench.models.linears import Linear, find_blocks, find_repeats
 from prunebench.models.plan import check_replay
-from prunebench.models.replay import (
-    BlockCall,
-    blocks_giving,
-    record_calls,
-    takes_logits_to_keep,
-)
+from prunebench.models.replay import BlockCall, blocks_giving, record_calls
 from prunebench.models.weights import Blocks, ResidentWeights
 
 HEAD_ROWS = 128
 """Tokens whose logits exist at a time."""
+
+
+_ROUNDING = 1 / 32
+"""Largest relative difference of two ways to multiply in bfloat16."""
 
 
 @runtime_checkable
@@ -113,7 +113,7 @@ class Backward:
         self._changed: set[Linear] = set()
         self._whole = {linear for linear in linears if linear.expert is not None}
         forward: Any = model.forward
-        self._some_logits = takes_logits_to_keep(forward)
+        self._some_logits = "logits_to_keep" in inspect.signature(forward).parameters
 
     def prepare(self, sample: Int[Tensor, "one seqlen"]) -> None:
         """Check that the blocks can be replayed, and see how each gradient is to be had.
@@ -131,12 +131,43 @@ class Backward:
         self._returns = [plan.returns for plan in plans]
         for plan in plans:
             self._whole |= plan.by_product | plan.repeated
+        if any(plan.leaves_tensors for plan in plans):
+            raise IncompatibleData(
+                f"the gradients of {type(self.model).__name__} cannot be had block by block",
+                where="a block leaves tensors for later blocks beside its hidden state",
+                fix="use a method without gradients, such as wanda or sparsegpt",
+            )
         hidden, calls = record_calls(self.model, self.blocks, sample, returns_tuple=self._returns)
         for index, block in enumerate(self.blocks):
             known: dict[Linear, list[Tensor]] = {}
+            with torch.no_grad(), self._plain_products(index):
+                calls[index].run(block, hidden)
             with torch.no_grad(), _outputs_kept(self._called(index), known):
                 hidden = calls[index].run(block, hidden)
             self._changed |= {one for one, made in known.items() if any(t._version for t in made)}
+
+    @contextlib.contextmanager
+    def _plain_products(self, index: int) -> Iterator[None]:
+        """See which linears give more than the product and the bias: autograd has to run those."""
+
+        def look(linear: Linear, inputs: Tensor, output: Any) -> None:
+            weight = linear.stored.T if linear.transposed else linear.stored
+            product = nn.functional.linear(inputs, weight, getattr(linear.module, "bias", None))
+            same = isinstance(output, Tensor) and output.shape == product.shape
+            if not same or (output - product).norm() > _ROUNDING * product.norm():
+                self._whole.add(linear)
+
+        handles = [
+            linear.module.register_forward_hook(
+                lambda _, args, output, linear=linear: look(linear, args[0], output)
+            )
+            for linear in self._called(index)
+        ]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
 
     def add(
         self, windows: Int[Tensor, "windows seqlen"], *, batch: int = 1, scale: float = 1.0

@@ -211,7 +211,7 @@ class BlockWalker:
     def _go_on(self, begin: int, data: Calibration | None) -> None:
         """Bring the activations before block `begin` back: as they were kept, or made again."""
         if data is not None and 0 < begin < len(self.blocks):
-            kept = self._weights.kept_hidden(begin)
+            kept = None if data.leaves_tensors else self._weights.kept_hidden(begin)
             for batch, hidden in enumerate(kept or ()):
                 data.hidden[batch] = hidden
             for index in range(0 if kept is None else begin, begin):

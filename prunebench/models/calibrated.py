@@ -37,6 +37,7 @@ class Calibration:
         calls: For every batch the arguments of its parts: one part, or more where a whole batch
             was too much for the memory.
         part: Sequences in a part.
+        leaves_tensors: Whether blocks put tensors into the arguments of later ones.
     """
 
     def __init__(
@@ -57,6 +58,7 @@ class Calibration:
         self.part = part
         self.samples = len(token_ids)
         self.later = later
+        self.leaves_tensors = any(plan.leaves_tensors for plan in plans)
         self._hessian = hessian
         self._model = model
         self._blocks = blocks
@@ -94,9 +96,17 @@ class Calibration:
         return zip(calls, rows, strict=True)
 
     def can_halve(self) -> bool:
-        """Return whether less can run at a time: the first axis has to be that of the samples."""
-        return self.part > 1 and all(
-            len(hidden) == rows for hidden, rows in zip(self.hidden, self._rows, strict=True)
+        """Return whether less can run at a time.
+
+        The first axis has to be that of the samples, and nothing may lie in the arguments that
+        would have to be made again.
+        """
+        return (
+            self.part > 1
+            and not self.leaves_tensors
+            and all(
+                len(hidden) == rows for hidden, rows in zip(self.hidden, self._rows, strict=True)
+            )
         )
 
     def forward(self, spread: Spread, index: int, batch: int, hidden: Tensor) -> Tensor:

@@ -107,10 +107,10 @@ def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
     if not lists:
         raise IncompatibleData(
             f"{type(model).__name__} has no list of blocks",
-            where="no nn.ModuleList with parameters was found in it",
+            where="no nn.ModuleList of matrices was found in its text decoder",
             fix="choose a decoder-only transformer",
         )
-    depth = _depth_of(model)
+    depth = getattr(_text_config(model), "num_hidden_layers", None)
     path = max(lists, key=lambda name: (len(lists[name]) == depth, _matrix_size(lists[name])))
     return path, lists[path]
 
@@ -120,20 +120,24 @@ def _block_lists(model: nn.Module) -> dict[str, nn.ModuleList]:
     getter: Any = getattr(model, "get_decoder", None)
     decoder = (getter() if getter else None) or model
     path = next((name for name, module in model.named_modules() if module is decoder), "")
-    return _lists_below(decoder, path) or _lists_below(model, "")
+    return _lists_below(model, decoder, path) or _lists_below(model, model, "")
 
 
-def _lists_below(root: nn.Module, prefix: str) -> dict[str, nn.ModuleList]:
+def _lists_below(model: nn.Module, root: nn.Module, prefix: str) -> dict[str, nn.ModuleList]:
     """Return the outermost lists with matrices by path, without those of towers.
 
-    Towers for images and sound are models of their own that take no token ids.
+    Towers for images and sound are models of their own: they take no token ids, or have a
+    configuration of their own.
     """
+    configs = {type(getattr(model, "config", None)), type(_text_config(model))}
     lists: dict[str, nn.ModuleList] = {}
     closed: list[str] = []  # what lies below was looked at, or is a tower
     for path, module in root.named_modules(prefix=prefix):
         if any(path.startswith(f"{above}.") for above in closed):
             continue
-        if module is not root and getattr(module, "main_input_name", "input_ids") != "input_ids":
+        takes = getattr(module, "main_input_name", None)  # only models of transformers say so
+        foreign = takes is not None and type(getattr(module, "config", None)) not in configs
+        if module is not root and (foreign or takes not in (None, "input_ids")):
             closed.append(path)
         elif isinstance(module, nn.ModuleList):
             closed.append(path)
@@ -146,11 +150,9 @@ def _matrix_size(module: nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters() if parameter.ndim >= 2)
 
 
-def _depth_of(model: nn.Module) -> int | None:
-    """Return how many blocks the configuration of the text decoder says there are."""
+def _text_config(model: nn.Module) -> Any:
     config: Any = getattr(model, "config", None)
-    text = config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else config
-    return getattr(text, "num_hidden_layers", None)
+    return config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else config
 
 
 def find_linears(model: nn.Module) -> list[Linear]:

@@ -36,6 +36,8 @@ class BlockPlan:
         repeated: Linears that run more than once in a pass: their statistics are the sum.
         by_product: Linears that are not called as modules; their input is seen at the product.
         returns: What follows the hidden state in the block's output, or None.
+        leaves_tensors: True if it puts tensors into its arguments, where later blocks find them
+            (keys and values that layers share).
     """
 
     groups: list[list[Linear]]
@@ -43,6 +45,7 @@ class BlockPlan:
     repeated: frozenset[Linear]
     by_product: frozenset[Linear]
     returns: tuple[Any, ...] | None
+    leaves_tensors: bool = False
 
 
 @torch.no_grad()
@@ -86,9 +89,11 @@ def _checked(
                     fix="use --dtype float32 or bfloat16, or check the weights",
                 )
             raise refused(model, f"the replay differs from the model before block {index}")
+        tensors = calls[index].count_tensors()
         with weights.open_block(index), Account(linears[index]) as account:
             hidden = calls[index].run(block, hidden)
-        plans.append(_plan(block, linears[index], account, true.returns_tuple[index]))
+        plan = _plan(block, linears[index], account, true.returns_tuple[index])
+        plans.append(replace(plan, leaves_tensors=calls[index].count_tensors() != tensors))
     if not torch.equal(hidden, true.output):
         raise refused(model, f"the replay differs from the model after block {len(blocks) - 1}")
     return plans

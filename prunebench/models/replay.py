@@ -9,8 +9,7 @@ cost. A block is then called with those arguments and any hidden state.
 from __future__ import annotations
 
 import contextlib
-import inspect
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -72,6 +71,18 @@ class BlockCall:
             return value
 
         return BlockCall(moved(self.args), moved(self.kwargs), self.keyword)
+
+    def count_tensors(self) -> int:
+        """Count the tensors in the arguments; blocks may add some to mappings and lists."""
+
+        def count(value: Any) -> int:
+            if isinstance(value, Mapping):
+                value = list(value.values())
+            if isinstance(value, list | tuple):
+                return sum(map(count, value))
+            return isinstance(value, Tensor)
+
+        return count((self.args, self.kwargs))
 
     def run(self, block: nn.Module, hidden: Tensor) -> Tensor:
         """Call the block and return its hidden state."""
@@ -171,7 +182,7 @@ def run_model(
         handles.append(block.register_forward_hook(lambda _, args, out, i=index: after(i, out)))
     try:
         with contextlib.suppress(Stop):
-            model(input_ids=token_ids, use_cache=False, **last_logits(model))
+            model(input_ids=token_ids, use_cache=False)
     finally:
         for handle in handles:
             handle.remove()
@@ -209,24 +220,13 @@ def require_run(model: nn.Module, blocks: nn.ModuleList) -> None:
         (1, _FEW_TOKENS), dtype=torch.int64, device=next(model.parameters()).device
     )
     try:
-        model(input_ids=token_ids, use_cache=False, **last_logits(model))
+        model(input_ids=token_ids, use_cache=False)
     finally:
         for handle in handles:
             handle.remove()
     if len(ran) < len(blocks):
         missing = min(set(range(len(blocks))) - ran)
         raise refused(model, f"block {missing} does not run")
-
-
-def last_logits(model: nn.Module) -> dict[str, Any]:
-    """Return the argument that lets a model make the last token's logits alone, if it has it."""
-    forward: Any = model.forward
-    return {"logits_to_keep": 1} if takes_logits_to_keep(forward) else {}
-
-
-def takes_logits_to_keep(forward: Callable[..., Any]) -> bool:
-    """Return whether a model can be asked for the logits of some tokens."""
-    return "logits_to_keep" in inspect.signature(forward).parameters
 
 
 @torch.no_grad()
