@@ -127,7 +127,7 @@ class _Output:
         self.runs: list[TrueRun] = []
         self.dense: list[Float[Tensor, "seqlen vocabulary"]] = []
         for window in torch.split(self.token_ids, 1):
-            run = run_model(self.model, self.blocks, window)
+            run = run_model(self.model, self.blocks, window, to_end=not self.runs)
             self.runs.append(run)
             self.dense.append(self._log_probabilities(window, run, len(self.blocks) - 1))
 

@@ -60,7 +60,7 @@ class Divergence:
         hidden: list[Tensor] = []
         returns: tuple[tuple[object, ...] | None, ...] = ()
         for window in torch.split(text.windows, 1):
-            run = run_model(model, blocks, window.to(device))
+            run = run_model(model, blocks, window.to(device), to_end=not hidden)
             hidden.append(run.output.cpu())
             returns = tuple(run.returns_tuple)
             advance(1)

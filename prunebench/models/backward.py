@@ -3,8 +3,9 @@
 Forward without a graph: the input of every block and the output of every linear are kept. Backward
 from the last block to the first: the block runs again with a graph, its linears give what they gave
 before without a product, so that only attention and element-wise work is repeated. Of the graph
-only one block exists, and a linear's gradient goes straight to whoever sums it. (The matrices of
-fused experts run again, and their gradient exists until it is added.)
+only one block exists, and a linear's gradient goes straight to whoever sums it. (Matrices that are
+not called as modules, once each, run again: fused experts, and what a block uses twice. Their
+gradient exists until it is added.)
 
 A block is opened once forward and once backward for all batches of windows, so that a store may
 make its weights anew each time, as masks that are still soft do.
@@ -23,12 +24,18 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from prunebench.models.linears import Linear, find_blocks
-from prunebench.models.replay import BlockCall, blocks_giving, check_replay, record_calls
+from prunebench.errors import IncompatibleData
+from prunebench.models.linears import Linear, find_blocks, find_repeats
+from prunebench.models.plan import check_replay
+from prunebench.models.replay import BlockCall, blocks_giving, record_calls
 from prunebench.models.weights import Blocks, ResidentWeights
 
 HEAD_ROWS = 128
 """Tokens whose logits exist at a time."""
+
+
+_ROUNDING = 1 / 32
+"""Largest relative difference of two ways to multiply in bfloat16."""
 
 
 @runtime_checkable
@@ -97,25 +104,70 @@ class Backward:
         self.blocks = find_blocks(model)[1]
         self.sums = sums
         self._weights: Blocks = weights or ResidentWeights(self.blocks)
+        self._repeats = find_repeats(model, linears)
         self._by_block = [
             [one for one in linears if one.block_index == index]
             for index in range(len(self.blocks))
         ]
         self._returns: list[tuple[Any, ...] | None] = []
         self._changed: set[Linear] = set()
+        self._whole = {linear for linear in linears if linear.expert is not None}
         forward: Any = model.forward
         self._some_logits = "logits_to_keep" in inspect.signature(forward).parameters
 
     def prepare(self, sample: Int[Tensor, "one seqlen"]) -> None:
-        """Check that the blocks can be replayed, and see which outputs are changed in place."""
+        """Check that the blocks can be replayed, and see how each gradient is to be had.
+
+        Raises:
+            IncompatibleData: They cannot be, or blocks share a matrix.
+        """
+        for repeat, linear in self._repeats.items():
+            raise IncompatibleData(
+                f"the gradient of {linear.name} cannot be summed block by block",
+                where=f"blocks {linear.block_index} and {repeat.block_index} share its weight",
+                fix="use a method without gradients, such as wanda or sparsegpt",
+            )
         plans = check_replay(self.model, self.blocks, self._by_block, sample)
         self._returns = [plan.returns for plan in plans]
+        for plan in plans:
+            self._whole |= plan.by_product | plan.repeated
+        if any(plan.leaves_tensors for plan in plans):
+            raise IncompatibleData(
+                f"the gradients of {type(self.model).__name__} cannot be had block by block",
+                where="a block leaves tensors for later blocks beside its hidden state",
+                fix="use a method without gradients, such as wanda or sparsegpt",
+            )
         hidden, calls = record_calls(self.model, self.blocks, sample, returns_tuple=self._returns)
         for index, block in enumerate(self.blocks):
             known: dict[Linear, list[Tensor]] = {}
-            with torch.no_grad(), _outputs_kept(self._by_block[index], known):
+            with torch.no_grad(), self._plain_products(index):
+                calls[index].run(block, hidden)
+            with torch.no_grad(), _outputs_kept(self._called(index), known):
                 hidden = calls[index].run(block, hidden)
             self._changed |= {one for one, made in known.items() if any(t._version for t in made)}
+
+    @contextlib.contextmanager
+    def _plain_products(self, index: int) -> Iterator[None]:
+        """See which linears give more than the product and the bias: autograd has to run those."""
+
+        def look(linear: Linear, inputs: Tensor, output: Any) -> None:
+            weight = linear.stored.T if linear.transposed else linear.stored
+            product = nn.functional.linear(inputs, weight, getattr(linear.module, "bias", None))
+            same = isinstance(output, Tensor) and output.shape == product.shape
+            if not same or (output - product).norm() > _ROUNDING * product.norm():
+                self._whole.add(linear)
+
+        handles = [
+            linear.module.register_forward_hook(
+                lambda _, args, output, linear=linear: look(linear, args[0], output)
+            )
+            for linear in self._called(index)
+        ]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
 
     def add(
         self, windows: Int[Tensor, "windows seqlen"], *, batch: int = 1, scale: float = 1.0
@@ -144,6 +196,10 @@ class Backward:
                 self.sums.release()
         return math.fsum(losses) / (windows[:, 1:].numel() or 1)
 
+    def _called(self, index: int) -> list[Linear]:
+        """Return the linears of a block that are called as modules, once each in a pass."""
+        return [linear for linear in self._by_block[index] if linear not in self._whole]
+
     def losses(self, windows: Int[Tensor, "windows seqlen"], *, batch: int = 1) -> list[float]:
         """Return the summed cross-entropy of every batch of windows, in nats; no gradients."""
         batches = self._batches(windows, batch)
@@ -164,7 +220,7 @@ class Backward:
         known: list[dict[Linear, list[Tensor]]] = []
         for index in range(len(self.blocks)):
             made: dict[Linear, list[Tensor]] = {}
-            kept = _outputs_kept(self._by_block[index], made, self._changed)
+            kept = _outputs_kept(self._called(index), made, self._changed)
             with (
                 torch.no_grad(),
                 self._weights.open_block(index) as block,
@@ -211,8 +267,9 @@ class Backward:
     ) -> Tensor:
         """Run a block again with a graph, add its linears' gradients, return its input's."""
         leaf = batch.inputs.pop().detach().requires_grad_()
-        linears = self._by_block[index]
-        with _outputs_given(linears, known, self.sums, self._changed), torch.enable_grad():
+        whole = [linear for linear in self._by_block[index] if linear in self._whole]
+        given = _outputs_given(self._called(index), known, self.sums, self._changed)
+        with given, _whole_gradients(whole, self.sums), torch.enable_grad():
             output = batch.calls[index].run(block, leaf)
             torch.autograd.backward([output], [gradient])
         assert leaf.grad is not None
@@ -273,7 +330,7 @@ def _outputs_given(
 
         return forward
 
-    with _forwards(linears, wrapped), _expert_gradients(linears, sums):
+    with _forwards(linears, wrapped):
         yield
 
 
@@ -281,32 +338,30 @@ def _outputs_given(
 def _forwards(
     linears: Sequence[Linear], wrapped: Callable[[Linear], Callable[[Tensor], Tensor]]
 ) -> Iterator[None]:
-    plain = [linear for linear in linears if linear.expert is None]
     try:
-        for linear in plain:
+        for linear in linears:
             linear.module.forward = wrapped(linear)
         yield
     finally:
-        for linear in plain:
+        for linear in linears:
             vars(linear.module).pop("forward", None)
 
 
 @contextlib.contextmanager
-def _expert_gradients(linears: Sequence[Linear], sums: Sums) -> Iterator[None]:
-    """Add the gradient of every fused parameter as it appears, and free it."""
-    fused: dict[int, tuple[nn.Parameter, list[Linear]]] = {}
+def _whole_gradients(linears: Sequence[Linear], sums: Sums) -> Iterator[None]:
+    """Add the gradient of every parameter as autograd makes it, over all its uses, and free it."""
+    owned: dict[int, tuple[nn.Parameter, list[Linear]]] = {}
     for linear in linears:
-        if linear.expert is not None:
-            parameter: nn.Parameter = getattr(linear.module, linear.attribute)
-            fused.setdefault(id(parameter), (parameter, []))[1].append(linear)
+        parameter: nn.Parameter = getattr(linear.module, linear.attribute)
+        owned.setdefault(id(parameter), (parameter, []))[1].append(linear)
     handles = []
     try:
-        for parameter, members in fused.values():
+        for parameter, members in owned.values():
 
             def add(of: Tensor, members: list[Linear] = members) -> None:
                 assert of.grad is not None
-                for linear in members:
-                    sums.add_gradient(linear, of.grad[linear.expert])
+                for one in members:
+                    sums.add_gradient(one, of.grad if one.expert is None else of.grad[one.expert])
                 of.grad = None
 
             parameter.requires_grad_(True)
@@ -316,6 +371,6 @@ def _expert_gradients(linears: Sequence[Linear], sums: Sums) -> Iterator[None]:
     finally:
         for handle in handles:
             handle.remove()
-        for parameter, _ in fused.values():
+        for parameter, _ in owned.values():
             parameter.requires_grad_(False)
             parameter.grad = None

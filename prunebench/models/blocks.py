@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Generator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -25,26 +25,18 @@ from greenlet import GreenletExit, getcurrent, greenlet
 from jaxtyping import Int
 from torch import Tensor, nn
 
-from prunebench.calibration.stats import InputStats, StatsAccumulator, Workspace
+from prunebench.calibration.stats import InputStats, StatsAccumulator
 from prunebench.calibration.training import Training
 from prunebench.errors import IncompatibleData, UsageError
-from prunebench.models.activations import Activations
+from prunebench.models.calibrated import Calibration
 from prunebench.models.gradients import GradientNorms
-from prunebench.models.linears import Linear, find_blocks, find_linears
+from prunebench.models.linears import Linear, find_blocks, find_linears, find_repeats
 from prunebench.models.masks import Masks
-from prunebench.models.memory import is_out_of_memory, tell_halved
-from prunebench.models.replay import (
-    BlockCall,
-    BlockPlan,
-    Known,
-    Stop,
-    check_replay,
-    plain_inference,
-    record_calls,
-    share_arguments,
-)
+from prunebench.models.memory import is_out_of_memory
+from prunebench.models.plan import check_replay, separate_later_uses
+from prunebench.models.replay import Stop, plain_inference, require_run
 from prunebench.models.spread import Spread
-from prunebench.models.weights import WeightStore, weights_of
+from prunebench.models.weights import ResidentWeights, WeightStore, weights_of
 from prunebench.spec import WithinBlock
 
 BATCH_TOKENS = {"cpu": 1024, "cuda": 16384}
@@ -63,31 +55,6 @@ class LinearGroup:
     linears: tuple[Linear, ...]
     stats: InputStats | None
     gradients: GradientNorms | None = None
-
-
-@dataclass
-class _Calibration:
-    """The hidden states before the current block and the arguments of every block, by batch.
-
-    Attributes:
-        calls: For every batch the arguments of its parts: one part, or more where a whole batch
-            was too much for the memory.
-        part: Sequences in a part.
-        devices: Where the batches run, in turn.
-    """
-
-    hidden: Activations
-    calls: list[list[list[BlockCall]]]
-    plans: list[BlockPlan]
-    samples: int
-    hessian: bool
-    part: int
-    devices: Sequence[torch.device]
-    workspace: Workspace = field(default_factory=dict)
-
-    def accumulator(self) -> StatsAccumulator:
-        """Return an empty accumulator of what the method needs."""
-        return StatsAccumulator(self.workspace, hessian=self.hessian, devices=self.devices)
 
 
 class BlockWalker:
@@ -130,6 +97,7 @@ class BlockWalker:
         self.model = model
         self.blocks = find_blocks(model)[1]
         self.linears = find_linears(model)
+        self._repeats = find_repeats(model, self.linears)
         self.within_block = within_block
         self.training = training
         self.masks = masks
@@ -185,8 +153,10 @@ class BlockWalker:
         order = within_block or self.within_block
         with plain_inference(self.model):
             calibration = self._prepare(hessian=hessian) if stats else None
+            if write and not stats and isinstance(self._weights, ResidentWeights):
+                require_run(self.model, self.blocks)  # from disk it is seen when it is scored
             if calibration is not None and order != "joint":
-                order = self._static_order(calibration.plans, order)
+                order = self._static_order(calibration, order)
             self.notes = [list(notes) for notes in self._weights.finished] if write else []
             begin = len(self.notes)
             self._go_on(begin, calibration)
@@ -211,87 +181,51 @@ class BlockWalker:
 
     # ------------------------------------------------------------ preparation
 
-    def _prepare(self, *, hessian: bool) -> _Calibration:
+    def _prepare(self, *, hessian: bool) -> Calibration:
         token_ids = self._token_ids
         assert token_ids is not None
-        by_block = [self.linears_of(index) for index in range(len(self.blocks))]
-        size = min(len(token_ids), max(1, self._batch_tokens // token_ids.shape[1]))
+        depth = range(len(self.blocks))
+        by_block = [
+            [*self.linears_of(i), *(one for one in self._repeats if one.block_index == i)]
+            for i in depth
+        ]
         sample = token_ids[:1, :_CHECK_TOKENS].to(self._device)
-        plans = check_replay(self.model, self.blocks, by_block, sample)
-        hidden = self._weights.activations(self._activation_device)
-        calls: list[list[list[BlockCall]]] = []
-        for batch in torch.split(token_ids, size):
-            first, made = self._record(batch, plans)
-            hidden.append(first)
-            calls.append([share_arguments(made, calls[0][0]) if calls else made])
-        return _Calibration(
-            hidden, self._sent(calls), plans, samples=len(token_ids), hessian=hessian, part=size,
+        checked = check_replay(self.model, self.blocks, by_block, sample)
+        plans, later = separate_later_uses(checked, self._repeats)
+        return Calibration(
+            self.model,
+            self.blocks,
+            token_ids,
+            plans,
+            hidden=self._weights.activations(self._activation_device),
             devices=self._devices,
-        )  # fmt: skip
-
-    def _sent(self, calls: list[list[list[BlockCall]]]) -> list[list[list[BlockCall]]]:
-        """Return the calls with the arguments of every batch where it will run."""
-        known: list[Known] = [{} for _ in self._devices]
-        sent = []
-        for batch, parts in enumerate(calls):
-            which = batch % len(self._devices)
-            if which:
-                device = self._devices[which]
-                parts = [[call.to(device, known[which]) for call in part] for part in parts]
-            sent.append(parts)
-        return sent
-
-    def _spread(self, block: nn.Module, index: int) -> Spread:
-        return Spread(block, self.linears_of(index), self._devices)
-
-    def _record(self, token_ids: Tensor, plans: list[BlockPlan]) -> tuple[Tensor, list[BlockCall]]:
-        returns = [plan.returns for plan in plans]
-        return record_calls(
-            self.model, self.blocks, token_ids.to(self._device), returns_tuple=returns
+            part=min(len(token_ids), max(1, self._batch_tokens // token_ids.shape[1])),
+            hessian=hessian,
+            later=later,
         )
 
-    def _halve(self, data: _Calibration) -> None:
-        """Run half as many sequences at a time from now on."""
-        assert self._token_ids is not None
-        data.part = (data.part + 1) // 2
-        tell_halved("calibration", data.part)
-        size = len(data.hidden[0])
-        calls: list[list[list[BlockCall]]] = []
-        for batch in torch.split(self._token_ids, size):
-            made = [self._record(part, data.plans)[1] for part in torch.split(batch, data.part)]
-            first = calls[0][0] if calls else made[0]
-            calls.append([share_arguments(one, first) for one in made])
-        data.calls = self._sent(calls)
+    def _spread(self, block: nn.Module, index: int) -> Spread:
+        repeats = [one for one in self._repeats if one.block_index == index]
+        return Spread(block, [*self.linears_of(index), *repeats], self._devices)
 
-    def _go_on(self, begin: int, data: _Calibration | None) -> None:
+    def _go_on(self, begin: int, data: Calibration | None) -> None:
         """Bring the activations before block `begin` back: as they were kept, or made again."""
         if data is not None and 0 < begin < len(self.blocks):
-            kept = self._weights.kept_hidden(begin)
+            kept = None if data.leaves_tensors else self._weights.kept_hidden(begin)
             for batch, hidden in enumerate(kept or ()):
                 data.hidden[batch] = hidden
             for index in range(0 if kept is None else begin, begin):
                 with self._weights.open_block(index) as block:
-                    self._propagate(self._spread(block, index), index, data)
+                    data.propagate(self._spread(block, index), index)
         self._advance(begin)
 
-    def _propagate(self, spread: Spread, index: int, data: _Calibration) -> None:
-        with torch.no_grad():
-            for batch in range(len(data.hidden)):
-                while True:
-                    try:
-                        hidden = data.hidden[batch]
-                        data.hidden[batch] = self._forward(spread, index, data, batch, hidden)
-                        break
-                    except (RuntimeError, MemoryError) as error:
-                        if not is_out_of_memory(error) or data.part == 1:
-                            raise
-                    self._halve(data)
-
-    def _static_order(self, plans: list[BlockPlan], order: str) -> WithinBlock:
+    def _static_order(self, data: Calibration, order: str) -> WithinBlock:
         """Return sequential, or joint where the cheapest is wanted and sequential does not fit."""
-        for index, plan in enumerate(plans):
+        for index, plan in enumerate(data.plans):
             reason = "a layer runs twice" if plan.repeated else ""
+            reason = "later blocks use its weights again" if data.later[index] else reason
             reason = "which experts run depends on the text" if plan.dynamic else reason
+            reason = "a layer is not called as a module" if plan.by_product else reason
             if reason and order == "cheapest":
                 return "joint"
             if reason:
@@ -305,54 +239,83 @@ class BlockWalker:
 
     # ------------------------------------------------------------ the two orders
 
-    def _joint(self, spread: Spread, index: int, data: _Calibration) -> Generator[LinearGroup]:
+    def _joint(self, spread: Spread, index: int, data: Calibration) -> Generator[LinearGroup]:
         groups = data.plans[index].groups
         while True:
             try:
                 collected = self._collect(spread, index, data)
+                self._collect_later(spread, index, data, collected)
                 break
             except (RuntimeError, MemoryError) as error:
-                if not is_out_of_memory(error) or data.part == 1:
+                if not is_out_of_memory(error) or not data.can_halve():
                     raise
-            self._halve(data)  # and all batches again: some sums may be half made
+            data.halve()  # and all batches again: some sums may be half made
         for members in groups:  # each is dropped when it has been used: a Hessian is large
             yield self._group(members, collected.pop(0), data)
             spread.spread_weights(members)
         if index + 1 < len(self.blocks):
-            self._propagate(spread, index, data)
+            data.propagate(spread, index)
 
-    def _collect(self, spread: Spread, index: int, data: _Calibration) -> list[StatsAccumulator]:
+    def _collect(self, spread: Spread, index: int, data: Calibration) -> list[StatsAccumulator]:
         plan = data.plans[index]
         collected = [data.accumulator() for _ in plan.groups]
         slot = {members[0]: i for i, members in enumerate(plan.groups)}
-        last = None if plan.dynamic or plan.repeated else plan.groups[-1][0]
+        varies = plan.dynamic or plan.repeated
+        last = None if varies or not plan.groups else plan.groups[-1][0]
 
         seen: dict[int, list[Tensor]] = {}  # a batch in parts is summed whole: the same rounding
 
         def tap(linear: Linear, inputs: Tensor) -> None:
-            if len(parts) == 1 or plan.dynamic or plan.repeated:
+            if len(parts) == 1 or varies:
                 collected[slot[linear]].add(inputs)
             else:
                 seen.setdefault(slot[linear], []).append(inputs.flatten(0, -2))
             if linear is last:
                 raise Stop
 
-        with torch.no_grad(), spread.tapped(list(slot), tap):
+        with torch.no_grad(), spread.tapped(list(slot), tap, by_product=plan.by_product):
             for batch, hidden in enumerate(data.hidden):
                 parts = data.calls[batch]
                 block, device = spread.at(batch)
-                for call, rows in zip(parts, torch.split(hidden, data.part), strict=True):
+                for call, rows in data.parts(batch, hidden):
                     with contextlib.suppress(Stop):
                         call[index].run(block, rows.to(device))
                 for number in sorted(seen):
                     collected[number].add(torch.cat(seen.pop(number)))
         return collected
 
-    def _sequential(self, spread: Spread, index: int, data: _Calibration) -> Generator[LinearGroup]:
+    def _collect_later(
+        self, spread: Spread, index: int, data: Calibration, collected: list[StatsAccumulator]
+    ) -> None:
+        """Add the inputs that a block's matrices get in later blocks that use them again.
+
+        This block and those in between are as they are now, not pruned yet.
+        """
+        uses = data.later[index]
+        if not uses:
+            return
+        until = max(use.leader.block_index for use in uses)
+        spreads = [spread, *(self._spread(self.blocks[i], i) for i in range(index + 1, until + 1))]
+        slots = {use.leader: use.slots for use in uses}
+
+        def tap(leader: Linear, inputs: Tensor) -> None:
+            for slot in slots[leader]:
+                collected[slot].add(inputs)
+
+        with torch.no_grad(), contextlib.ExitStack() as taps:
+            for number, there in enumerate(spreads[1:], index + 1):
+                leaders = [leader for leader in slots if leader.block_index == number]
+                by_product = data.plans[number].by_product
+                taps.enter_context(there.tapped(leaders, tap, by_product=by_product))
+            for batch, hidden in enumerate(data.hidden):
+                for number, there in enumerate(spreads, index):
+                    hidden = data.forward(there, number, batch, hidden)
+
+    def _sequential(self, spread: Spread, index: int, data: Calibration) -> Generator[LinearGroup]:
         plan = data.plans[index]
         parent = getcurrent()
         waiting: list[Any] = [
-            greenlet(lambda i=i, h=h: self._forward(spread, index, data, i, h), parent)
+            greenlet(lambda i=i, h=h: data.forward(spread, index, i, h), parent)
             for i, h in enumerate(data.hidden)
         ]
 
@@ -381,18 +344,8 @@ class BlockWalker:
 
     # ------------------------------------------------------------ shared by both
 
-    def _forward(
-        self, spread: Spread, index: int, data: _Calibration, batch: int, hidden: Tensor
-    ) -> Tensor:
-        block, device = spread.at(batch)
-        parts = [
-            call[index].run(block, rows.to(device))
-            for call, rows in zip(data.calls[batch], torch.split(hidden, data.part), strict=True)
-        ]
-        return parts[0] if len(parts) == 1 else torch.cat(parts)
-
     def _group(
-        self, members: list[Linear], accumulator: StatsAccumulator, data: _Calibration
+        self, members: list[Linear], accumulator: StatsAccumulator, data: Calibration
     ) -> LinearGroup:
         stats = accumulator.result(
             samples=data.samples, width=members[0].in_features, device=self._device

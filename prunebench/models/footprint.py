@@ -20,7 +20,8 @@ from torch.utils._pytree import tree_leaves, tree_map
 from prunebench.calibration.stats import StatsAccumulator, Workspace
 from prunebench.models.disk import build_skeleton
 from prunebench.models.linears import Linear, find_blocks, find_linears
-from prunebench.models.replay import BlockCall, Stop, plain_inference, tapped
+from prunebench.models.replay import BlockCall, Stop, plain_inference
+from prunebench.models.taps import tapped
 
 _LOSS_ROWS = 128  # tokens whose losses are made at a time, see `evaluate.perplexity`
 

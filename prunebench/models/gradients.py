@@ -39,7 +39,7 @@ from prunebench.models.replay import plain_inference
 Norm = Literal["l1", "l2"]
 
 _SLICE = 1 << 19  # elements of a gradient that are made at a time
-_VERSION = 1
+_VERSION = 2
 _PAGE = mmap.PAGESIZE
 _POPULATE_WRITE = 23  # MADV_POPULATE_WRITE of Linux
 _CHECK_TOKENS = 128
@@ -110,6 +110,9 @@ def gradient_norms(
 def _cache_path(model: nn.Module, token_ids: Tensor, norm: Norm) -> Path:
     digest = hashlib.sha256(f"{_VERSION} {norm} {hash_weights(model)} {token_ids.shape}".encode())
     digest.update(token_ids.contiguous().numpy().tobytes())
+    config: Any = getattr(model, "config", None)  # the same weights may compute another function
+    settings = {**config.to_dict(), "_name_or_path": None} if config is not None else {}
+    digest.update(json.dumps(settings, sort_keys=True, default=str).encode())
     return cache_dir() / "gradients" / f"{digest.hexdigest()[:32]}.safetensors"
 
 

@@ -7,7 +7,9 @@ of these is not prunable, and a block with too much of it is refused by name.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -92,47 +94,128 @@ class Linear:
 
 
 def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
-    """Return the path and the list of the decoder blocks: the largest outermost `ModuleList`.
+    """Return the path and the list of the decoder blocks, without a forward pass.
+
+    It is the outermost `ModuleList` of the text decoder that has as many members as the
+    configuration says; where none or several do, the largest. `models.plan` checks that it is
+    what the forward pass runs.
 
     Raises:
         IncompatibleData: The model has none.
     """
-    best: tuple[int, str, nn.ModuleList] | None = None
-    outer: list[str] = []
-    for path, module in model.named_modules():
-        if not isinstance(module, nn.ModuleList) or any(path.startswith(o + ".") for o in outer):
-            continue
-        outer.append(path)
-        size = sum(parameter.numel() for parameter in module.parameters())
-        if best is None or size > best[0]:
-            best = (size, path, module)
-    if best is None or best[0] == 0:
+    lists = _block_lists(model)
+    if not lists:
         raise IncompatibleData(
             f"{type(model).__name__} has no list of blocks",
-            where="no nn.ModuleList with parameters was found in it",
+            where="no nn.ModuleList of matrices was found in its text decoder",
             fix="choose a decoder-only transformer",
         )
-    return best[1], best[2]
+    depth = getattr(_text_config(model), "num_hidden_layers", None)
+    path = max(lists, key=lambda name: (len(lists[name]) == depth, _matrix_size(lists[name])))
+    return path, lists[path]
+
+
+def _block_lists(model: nn.Module) -> dict[str, nn.ModuleList]:
+    """Return the outermost lists with matrices by path, of the text decoder if it has any."""
+    getter: Any = getattr(model, "get_decoder", None)
+    decoder = (getter() if getter else None) or model
+    path = next((name for name, module in model.named_modules() if module is decoder), "")
+    return _lists_below(model, decoder, path) or _lists_below(model, model, "")
+
+
+def _lists_below(model: nn.Module, root: nn.Module, prefix: str) -> dict[str, nn.ModuleList]:
+    """Return the outermost lists with matrices by path, without those of towers.
+
+    Towers for images and sound are models of their own: they take no token ids, or have a
+    configuration of their own.
+    """
+    configs = {type(getattr(model, "config", None)), type(_text_config(model))}
+    lists: dict[str, nn.ModuleList] = {}
+    closed: list[str] = []  # what lies below was looked at, or is a tower
+    for path, module in root.named_modules(prefix=prefix):
+        if any(path.startswith(f"{above}.") for above in closed):
+            continue
+        takes = getattr(module, "main_input_name", None)  # only models of transformers say so
+        foreign = takes is not None and type(getattr(module, "config", None)) not in configs
+        if module is not root and (foreign or takes not in (None, "input_ids")):
+            closed.append(path)
+        elif isinstance(module, nn.ModuleList):
+            closed.append(path)
+            if _matrix_size(module):
+                lists[path] = module
+    return lists
+
+
+def _matrix_size(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters() if parameter.ndim >= 2)
+
+
+def _text_config(model: nn.Module) -> Any:
+    config: Any = getattr(model, "config", None)
+    return config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else config
 
 
 def find_linears(model: nn.Module) -> list[Linear]:
-    """Return every prunable matrix, block by block, in the order of the modules.
+    """Return every prunable matrix once, block by block, in the order of the modules.
 
     Raises:
-        IncompatibleData: Less than `MIN_COVERAGE` of a block's matrices is prunable; what is not
-            is named with its share.
+        IncompatibleData: Less than `MIN_COVERAGE` of a block's matrices is prunable, or the model
+            has a second list of blocks; what is not pruned is named with its share.
     """
     prefix, blocks = find_blocks(model)
-    linears: list[Linear] = []
+    _require_sole(model, prefix, blocks)
     for index, block in enumerate(blocks):
-        mine = [
-            linear
-            for path, module in block.named_modules()
-            for linear in _linears_of(module, f"{prefix}.{index}.{path}".rstrip("."), index)
-        ]
-        _require_coverage(type(block).__name__, block, mine)
-        linears += mine
-    return linears
+        _require_coverage(type(block).__name__, block, _linears_in(prefix, index, block))
+    return [linears[0] for linears in _by_matrix(prefix, blocks)]
+
+
+def find_repeats(model: nn.Module, linears: Sequence[Linear]) -> dict[Linear, Linear]:
+    """Return where later blocks use a matrix of an earlier one again, and which of `linears` it is.
+
+    Blocks may share weights (Zamba2). The matrix belongs to the first block that has it, and is
+    pruned there; the keys stand for its other uses, one a block.
+    """
+    by_name = {linear.name: linear for linear in linears}
+    repeats: dict[Linear, Linear] = {}
+    for first, *others in _by_matrix(*find_blocks(model)):
+        first, blocks = by_name.get(first.name, first), {first.block_index}
+        for other in others:
+            if other.block_index not in blocks:
+                blocks.add(other.block_index)
+                repeats[other] = first
+    return repeats
+
+
+def _by_matrix(prefix: str, blocks: nn.ModuleList) -> list[list[Linear]]:
+    """Return every matrix with its uses, the first one first."""
+    uses: dict[tuple[int, int | None], list[Linear]] = {}
+    for index, block in enumerate(blocks):
+        for linear in _linears_in(prefix, index, block):
+            parameter = getattr(linear.module, linear.attribute)
+            uses.setdefault((id(parameter), linear.expert), []).append(linear)
+    return list(uses.values())
+
+
+def _linears_in(prefix: str, index: int, block: nn.Module) -> list[Linear]:
+    return [
+        linear
+        for path, module in block.named_modules()
+        for linear in _linears_of(module, f"{prefix}.{index}.{path}".rstrip("."), index)
+    ]
+
+
+def _require_sole(model: nn.Module, prefix: str, blocks: nn.ModuleList) -> None:
+    """Refuse a decoder with another list of blocks; a list of single matrices is none."""
+    size = _matrix_size(blocks)
+    for path, other in _block_lists(model).items():
+        share = _matrix_size(other) / (size + _matrix_size(other))
+        whole = any(next(member.children(), None) is not None for member in other)
+        if path != prefix and whole and share > 1 - MIN_COVERAGE:
+            raise IncompatibleData(
+                f"{type(model).__name__} has two lists of blocks, and one would stay dense",
+                where=f"{prefix}, and {path} with {share:.0%} of the matrices of both",
+                fix="choose another architecture, or report this one",
+            )
 
 
 def _linears_of(module: nn.Module, path: str, index: int) -> list[Linear]:

@@ -9,18 +9,16 @@ cost. A block is then called with those arguments and any hidden state.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 from prunebench.errors import IncompatibleData
-from prunebench.models.linears import Linear
 
-Tap = Callable[[Linear, Tensor], None]
+_FEW_TOKENS = 8
 Known = dict[int, tuple[Tensor, Tensor]]
 """Tensors and their copies on a device, by the identity of the first, which is kept alive."""
 
@@ -74,6 +72,18 @@ class BlockCall:
 
         return BlockCall(moved(self.args), moved(self.kwargs), self.keyword)
 
+    def count_tensors(self) -> int:
+        """Count the tensors in the arguments; blocks may add some to mappings and lists."""
+
+        def count(value: Any) -> int:
+            if isinstance(value, Mapping):
+                value = list(value.values())
+            if isinstance(value, list | tuple):
+                return sum(map(count, value))
+            return isinstance(value, Tensor)
+
+        return count((self.args, self.kwargs))
+
     def run(self, block: nn.Module, hidden: Tensor) -> Tensor:
         """Call the block and return its hidden state."""
         if self.keyword:
@@ -83,7 +93,7 @@ class BlockCall:
 
 def hidden_of(output: Any) -> Tensor:
     """Return the hidden state of a block's output, a tensor or a tuple that begins with it."""
-    hidden = output[0] if isinstance(output, tuple) else output
+    hidden = output[0] if type(output) is tuple else output
     if not isinstance(hidden, Tensor):
         raise IncompatibleData(
             f"a block returns {type(output).__name__}, not a hidden state",
@@ -130,8 +140,17 @@ class TrueRun:
     returns_tuple: list[tuple[Any, ...] | None]
 
 
-def run_model(model: nn.Module, blocks: nn.ModuleList, token_ids: Tensor) -> TrueRun:
-    """Run the model on one sample up to its last block and note what each block got.
+def run_model(
+    model: nn.Module, blocks: nn.ModuleList, token_ids: Tensor, *, to_end: bool = True
+) -> TrueRun:
+    """Run the model on one sample and note what each block got.
+
+    Args:
+        model: The model.
+        blocks: Its blocks.
+        token_ids: One sample, (1, seqlen).
+        to_end: Whether to run on behind the last block, where a model might begin again; False
+            where that was checked before.
 
     Raises:
         IncompatibleData: The blocks are not called once each, in order.
@@ -146,10 +165,12 @@ def run_model(model: nn.Module, blocks: nn.ModuleList, token_ids: Tensor) -> Tru
         inputs.append(BlockCall.take(args, kwargs)[1])
 
     def after(index: int, output: Any) -> None:
-        shapes.append(output[1:] if isinstance(output, tuple) else None)
+        hidden = hidden_of(output)
+        shapes.append(tuple(map(_unusable, output[1:])) if isinstance(output, tuple) else None)
         if index == len(blocks) - 1:
-            last.append(hidden_of(output))
-            raise Stop
+            last.append(hidden)
+            if not to_end:
+                raise Stop
 
     handles = []
     for index, block in enumerate(blocks):
@@ -166,8 +187,46 @@ def run_model(model: nn.Module, blocks: nn.ModuleList, token_ids: Tensor) -> Tru
         for handle in handles:
             handle.remove()
     if order != list(range(len(blocks))):
-        raise _refused(model, f"its blocks run in the order {order[:8]}, not once each in order")
+        missing = sorted(set(range(len(blocks))) - set(order))
+        reason = f"its blocks run in the order {order[: 2 * len(blocks)]}, not once each in order"
+        reason = f"block {missing[0]} does not run" if missing else reason
+        raise refused(model, reason)
     return TrueRun(inputs, last[0], shapes)
+
+
+def _unusable(value: Any) -> Any:
+    """Return NaN in the place of a tensor: what one block hands to another would not be replayed.
+
+    A stand-in can give only what was seen with other tokens; where it is used, it must show.
+    """
+    if isinstance(value, Tensor):
+        return torch.full_like(value, float("nan")) if value.is_floating_point() else value * 0
+    return value
+
+
+@torch.no_grad()
+def require_run(model: nn.Module, blocks: nn.ModuleList) -> None:
+    """Check on a few tokens that the forward pass runs every block.
+
+    Raises:
+        IncompatibleData: One does not run.
+    """
+    ran: set[int] = set()
+    handles = [
+        block.register_forward_pre_hook(lambda *_, index=index: ran.add(index))
+        for index, block in enumerate(blocks)
+    ]
+    token_ids = torch.zeros(
+        (1, _FEW_TOKENS), dtype=torch.int64, device=next(model.parameters()).device
+    )
+    try:
+        model(input_ids=token_ids, use_cache=False)
+    finally:
+        for handle in handles:
+            handle.remove()
+    if len(ran) < len(blocks):
+        missing = min(set(range(len(blocks))) - ran)
+        raise refused(model, f"block {missing} does not run")
 
 
 @torch.no_grad()
@@ -284,129 +343,10 @@ def blocks_giving(
             vars(block).pop("forward", None)
 
 
-class _ExpertTap(TorchFunctionMode):
-    """Sees `F.linear` on one expert's slice of a fused parameter."""
-
-    def __init__(self, linears: list[Linear], tap: Tap) -> None:
-        super().__init__()
-        self._tap = tap
-        self._by_address = {linear.stored.data_ptr(): linear for linear in linears}
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
-        if func is nn.functional.linear and len(args) > 1:
-            linear = self._by_address.get(args[1].data_ptr())
-            if linear is not None and args[1].ndim == 2:
-                self._tap(linear, args[0])
-        return func(*args, **(kwargs or {}))
-
-
-@contextlib.contextmanager
-def tapped(linears: list[Linear], tap: Tap) -> Iterator[None]:
-    """Call `tap(linear, input)` just before each of `linears` is applied."""
-    plain = [linear for linear in linears if linear.expert is None]
-    experts = [linear for linear in linears if linear.expert is not None]
-    handles = [
-        linear.module.register_forward_pre_hook(lambda _, args, one=linear: tap(one, args[0]))
-        for linear in plain
-    ]
-    try:
-        with _ExpertTap(experts, tap) if experts else contextlib.nullcontext():
-            yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def _refused(model: nn.Module, reason: str) -> IncompatibleData:
+def refused(model: nn.Module, reason: str) -> IncompatibleData:
+    """Return the error that says why an architecture is refused."""
     return IncompatibleData(
         f"{type(model).__name__} cannot be replayed block by block",
         where=reason,
         fix="choose another architecture, or report this one",
-    )
-
-
-@dataclass(frozen=True)
-class BlockPlan:
-    """How a block uses its linears, seen once on a real sample.
-
-    Attributes:
-        groups: Linears that read the same tensor, in the order in which they run; the first of a
-            group is its leader.
-        dynamic: True if which linears run depends on the data (experts); those that the sample
-            did not reach are groups of their own, at the end.
-        repeated: True if a linear runs more than once in a pass.
-        returns: What follows the hidden state in the block's output, or None.
-    """
-
-    groups: list[list[Linear]]
-    dynamic: bool
-    repeated: bool
-    returns: tuple[Any, ...] | None
-
-
-@torch.no_grad()
-def check_replay(
-    model: nn.Module, blocks: nn.ModuleList, linears: list[list[Linear]], token_ids: Tensor
-) -> list[BlockPlan]:
-    """Replay one sample and compare it bit for bit with the model; return each block's plan.
-
-    Args:
-        model: The model, under `plain_inference`.
-        blocks: Its blocks.
-        linears: The prunable matrices of each block.
-        token_ids: One sample, (1, seqlen).
-
-    Raises:
-        IncompatibleData: The replay differs, or the activations are not finite; the first block
-            where it shows is named.
-    """
-    true = run_model(model, blocks, token_ids)
-    hidden, calls = record_calls(model, blocks, token_ids, returns_tuple=true.returns_tuple)
-    plans: list[BlockPlan] = []
-    for index, block in enumerate(blocks):
-        if not torch.equal(hidden, true.inputs[index]):
-            if not torch.isfinite(true.inputs[index]).all():
-                raise IncompatibleData(
-                    f"the activations before block {index} are NaN or infinite",
-                    where="the model overflows on the calibration text",
-                    fix="use --dtype float32 or bfloat16, or check the weights",
-                )
-            raise _refused(model, f"the replay differs from the model before block {index}")
-        seen: list[tuple[Linear, Tensor]] = []  # holds the tensors: an address would be reused
-        with tapped(linears[index], lambda linear, x: seen.append((linear, x))):  # noqa: B023
-            hidden = calls[index].run(block, hidden)
-        plans.append(_plan(linears[index], seen, true.returns_tuple[index]))
-    if not torch.equal(hidden, true.output):
-        raise _refused(model, f"the replay differs from the model after block {len(blocks) - 1}")
-    return plans
-
-
-def _plan(
-    linears: list[Linear], seen: list[tuple[Linear, Tensor]], returns: tuple[Any, ...] | None
-) -> BlockPlan:
-    groups: list[tuple[Tensor, list[Linear]]] = []
-    for linear, tensor in seen:
-        for key, members in groups:
-            if key is tensor:
-                if linear not in members:
-                    members.append(linear)
-                break
-        else:
-            groups.append((tensor, [linear]))
-    ran = {linear for linear, _ in seen}
-    fused = [linear for linear in linears if linear.expert is not None]
-    if fused and not ran.intersection(fused):
-        raise IncompatibleData(
-            f"{fused[0].parameter_name} cannot be pruned",
-            where="its experts are not applied one by one, so their inputs cannot be seen",
-            fix="choose another architecture, or report this one",
-        )
-    unseen = [[linear] for linear in linears if linear not in ran]
-    return BlockPlan(
-        groups=[members for _, members in groups] + unseen,
-        dynamic=bool(fused or unseen),
-        repeated=len(seen) > len(ran),
-        returns=returns,
     )

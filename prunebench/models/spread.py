@@ -10,13 +10,13 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from prunebench.models.linears import Linear
-from prunebench.models.replay import Tap, tapped
+from prunebench.models.taps import Tap, tapped
 
 
 class Spread:
@@ -45,10 +45,14 @@ class Spread:
         return self._blocks[which], self._devices[which]
 
     @contextlib.contextmanager
-    def tapped(self, linears: list[Linear], tap: Tap) -> Iterator[None]:
+    def tapped(
+        self, linears: list[Linear], tap: Tap, *, by_product: Collection[Linear] = ()
+    ) -> Iterator[None]:
         """Call `tap(linear, input)` before one of `linears` is applied, on whichever device."""
         original = {twin: one for one in linears for twin in (one, *self._copies[one])}
-        with tapped(list(original), lambda twin, inputs: tap(original[twin], inputs)):
+        products = [twin for twin, one in original.items() if one in by_product]
+        tell = lambda twin, inputs: tap(original[twin], inputs)  # noqa: E731
+        with tapped(list(original), tell, by_product=products):
             yield
 
     def spread_weights(self, linears: Sequence[Linear]) -> None:

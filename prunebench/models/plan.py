@@ -1,0 +1,232 @@
+"""The self-check before a walk: do the blocks run as the walker runs them, and how are the linears?
+
+One sample goes through the model as it is, and through the replay; both must agree bit for bit.
+While it does, every prunable matrix is accounted for: its module is called, or its parameter is
+multiplied, once or several times; or it is an expert that this sample did not choose. Whatever is
+used in another way, or not at all, is refused by name: pruned without its statistics it would
+look like every other layer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from prunebench.errors import IncompatibleData
+from prunebench.models.linears import Linear
+from prunebench.models.memory import is_out_of_memory
+from prunebench.models.replay import record_calls, refused, run_model
+from prunebench.models.taps import Account
+from prunebench.models.weights import weights_of
+
+
+@dataclass(frozen=True)
+class BlockPlan:
+    """How a block uses its linears, seen once on a real sample.
+
+    Attributes:
+        groups: Linears that read the same tensors, in the order in which they run; the first of a
+            group is its leader. Every linear is in one group.
+        dynamic: True if which linears run depends on the data (experts); those that the sample
+            did not reach are groups of their own, at the end.
+        repeated: Linears that run more than once in a pass: their statistics are the sum.
+        by_product: Linears that are not called as modules; their input is seen at the product.
+        returns: What follows the hidden state in the block's output, or None.
+        leaves_tensors: True if it puts tensors into its arguments, where later blocks find them
+            (keys and values that layers share).
+    """
+
+    groups: list[list[Linear]]
+    dynamic: bool
+    repeated: frozenset[Linear]
+    by_product: frozenset[Linear]
+    returns: tuple[Any, ...] | None
+    leaves_tensors: bool = False
+
+
+@torch.no_grad()
+def check_replay(
+    model: nn.Module, blocks: nn.ModuleList, linears: Sequence[list[Linear]], token_ids: Tensor
+) -> list[BlockPlan]:
+    """Replay one sample and compare it bit for bit with the model; return each block's plan.
+
+    Args:
+        model: The model, under `plain_inference`.
+        blocks: Its blocks.
+        linears: The prunable matrices of each block.
+        token_ids: One sample, (1, seqlen).
+
+    Raises:
+        IncompatibleData: The replay differs, the activations are not finite, or a linear is used
+            in a way that cannot be followed; the first block where it shows, or the linear, is
+            named.
+    """
+    try:
+        return _checked(model, blocks, linears, token_ids)
+    except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
+        if is_out_of_memory(error):
+            raise
+        raise refused(model, f"{type(error).__name__}: {error}") from error
+
+
+def _checked(
+    model: nn.Module, blocks: nn.ModuleList, linears: Sequence[list[Linear]], token_ids: Tensor
+) -> list[BlockPlan]:
+    true = run_model(model, blocks, token_ids)
+    hidden, calls = record_calls(model, blocks, token_ids, returns_tuple=true.returns_tuple)
+    weights = weights_of(model)
+    plans: list[BlockPlan] = []
+    for index, block in enumerate(blocks):
+        if not torch.equal(hidden, true.inputs[index]):
+            if not torch.isfinite(true.inputs[index]).all():
+                raise IncompatibleData(
+                    f"the activations before block {index} are NaN or infinite",
+                    where="the model overflows on the calibration text",
+                    fix="use --dtype float32 or bfloat16, or check the weights",
+                )
+            raise refused(model, f"the replay differs from the model before block {index}")
+        tensors = calls[index].count_tensors()
+        with weights.open_block(index), Account(linears[index]) as account:
+            hidden = calls[index].run(block, hidden)
+        plan = _plan(block, linears[index], account, true.returns_tuple[index])
+        plans.append(replace(plan, leaves_tensors=calls[index].count_tensors() != tensors))
+    if not torch.equal(hidden, true.output):
+        raise refused(model, f"the replay differs from the model after block {len(blocks) - 1}")
+    return plans
+
+
+def _plan(
+    block: nn.Module, linears: list[Linear], account: Account, returns: tuple[Any, ...] | None
+) -> BlockPlan:
+    called, products = _inputs_of(account.called), _inputs_of(account.products)
+    by_product = set()
+    seen: dict[Linear, list[Tensor]] = {}
+    for linear in _in_order(account):
+        as_module, multiplied = called.get(linear, []), products.get(linear, [])
+        if linear in account.others or not multiplied:
+            how = account.others.get(linear, "code that cannot be watched")
+            raise _unaccounted(linear, f"its weight is used by {how}, so its input is not known")
+        if linear.expert is None and not _same_tensors(as_module, multiplied):
+            by_product.add(linear)
+        seen[linear] = (
+            multiplied if linear in by_product or linear.expert is not None else as_module
+        )
+    unseen = [linear for linear in linears if linear not in seen]
+    fused = {one.parameter_name for one in seen if one.expert is not None}
+    for linear in unseen:
+        if linear.expert is not None and linear.parameter_name not in fused:
+            raise _unaccounted(linear, "its experts are not applied one by one")
+        if not _is_expert(block, linear, seen):
+            raise _unaccounted(linear, "the forward pass does not use it")
+    return BlockPlan(
+        groups=_groups(seen) + [[linear] for linear in unseen],
+        dynamic=bool(unseen) or any(linear.expert is not None for linear in linears),
+        repeated=frozenset(linear for linear, tensors in seen.items() if len(tensors) > 1),
+        by_product=frozenset(by_product),
+        returns=returns,
+    )
+
+
+def _inputs_of(uses: list[tuple[Linear, Tensor]]) -> dict[Linear, list[Tensor]]:
+    inputs: dict[Linear, list[Tensor]] = {}
+    for linear, tensor in uses:
+        inputs.setdefault(linear, []).append(tensor)
+    return inputs
+
+
+def _in_order(account: Account) -> list[Linear]:
+    """Return the linears that were used, in the order in which they first were."""
+    uses = [*account.products, *account.called]
+    return list(dict.fromkeys([*(linear for linear, _ in uses), *account.others]))
+
+
+def _same_tensors(ones: list[Tensor], others: list[Tensor]) -> bool:
+    """Return whether these are the same values in the same memory, whatever the view."""
+    return len(ones) == len(others) and all(
+        one.data_ptr() == other.data_ptr() and one.numel() == other.numel()
+        for one, other in zip(ones, others, strict=True)
+    )
+
+
+def _groups(seen: dict[Linear, list[Tensor]]) -> list[list[Linear]]:
+    """Return the linears that read the very same tensors together, in the order of `seen`."""
+    groups: dict[tuple[int, ...], list[Linear]] = {}
+    for linear, tensors in seen.items():
+        groups.setdefault(tuple(map(id, tensors)), []).append(linear)
+    return list(groups.values())
+
+
+def _is_expert(block: nn.Module, linear: Linear, seen: dict[Linear, list[Tensor]]) -> bool:
+    """Return whether a linear is one of several alternatives of which others ran.
+
+    That is a matrix in a fused parameter, or a module in a list inside the block, of which another
+    member ran.
+    """
+    if linear.expert is not None:
+        return any(one.parameter_name == linear.parameter_name for one in seen)
+    ran = {id(one.module) for one in seen}
+    for module in block.modules():
+        if isinstance(module, nn.ModuleList):
+            members = [{id(part) for part in member.modules()} for member in module]
+            if any(id(linear.module) in member for member in members):
+                return any(not member.isdisjoint(ran) for member in members)
+    return False
+
+
+def _unaccounted(linear: Linear, reason: str) -> IncompatibleData:
+    return IncompatibleData(
+        f"{linear.name} cannot be pruned with statistics of its input",
+        where=reason,
+        fix="use a method without calibration data, another architecture, or report this one",
+    )
+
+
+@dataclass(frozen=True)
+class LaterUse:
+    """A group of a later block whose matrices an earlier block has too.
+
+    Attributes:
+        leader: Stands for the group in the later block: its input is seen there.
+        slots: The groups of the earlier block that get it too.
+    """
+
+    leader: Linear
+    slots: tuple[int, ...]
+
+
+def separate_later_uses(
+    plans: list[BlockPlan], repeats: Mapping[Linear, Linear]
+) -> tuple[list[BlockPlan], list[list[LaterUse]]]:
+    """Take the repeats out of the plans: return plans of each matrix once, and where it is again.
+
+    Linears of one group stay together only if they are together wherever they are used.
+
+    Args:
+        plans: Of all blocks.
+        repeats: From `find_repeats`.
+    """
+    leaders = {
+        linear: members[0] for plan in plans for members in plan.groups for linear in members
+    }
+    again: dict[Linear, list[Linear]] = {}  # by linear: the leaders of its later uses
+    for repeat, linear in repeats.items():
+        again.setdefault(linear, []).append(leaders[repeat])
+    separated, later = [], []
+    for plan in plans:
+        groups: dict[tuple[Linear, ...], list[Linear]] = {}
+        for members in plan.groups:
+            for linear in members:
+                if linear not in repeats:
+                    key = (members[0], *again.get(linear, ()))
+                    groups.setdefault(key, []).append(linear)
+        slots: dict[Linear, list[int]] = {}
+        for slot, (_, *uses) in enumerate(groups):
+            for use in uses:
+                slots.setdefault(use, []).append(slot)
+        separated.append(replace(plan, groups=list(groups.values())))
+        later.append([LaterUse(leader, tuple(numbers)) for leader, numbers in slots.items()])
+    return separated, later
