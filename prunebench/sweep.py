@@ -165,6 +165,7 @@ class Sweep:
         setup: What all cells share: results folder, device, batch size, task files, samples.
         engine: Where they run.
         tell: Gets a cell and one line about what became of it on the way.
+        here: Whether cells run on this machine; by default, whether the engine is local.
         on_gpu: Whether cells that run elsewhere have a GPU there.
     """
 
@@ -174,18 +175,19 @@ class Sweep:
         *,
         engine: Engine | None = None,
         tell: Callable[[RecipeCell, str], None] = lambda cell, line: None,
+        here: bool | None = None,
         on_gpu: bool = False,
     ) -> None:
         self._setup = setup
         self._engine = engine or LocalEngine([{}], show=lambda number, line: None)
-        self._here = isinstance(self._engine, LocalEngine)
+        self._here = isinstance(self._engine, LocalEngine) if here is None else here
         self._tell = tell
         self._on_gpu = on_gpu
         self._store = ResultStore(setup.results_dir)
         self._running: dict[int, _Attempt] = {}
         self._at_once = self._engine.at_once
 
-    def _with_dtype(self, cell: RecipeCell) -> RecipeCell:
+    def with_dtype(self, cell: RecipeCell) -> RecipeCell:
         """Choose the dtype of a cell for another machine, which then is part of its command.
 
         What suits this machine may not suit that one, and the sweep has to know what it waits for.
@@ -248,7 +250,7 @@ class Sweep:
         """Give a cell to the engine, unless it is finished or cannot be run."""
         cell = attempt.cell
         try:
-            cell = self._with_dtype(cell)
+            cell = self.with_dtype(cell)
             attempt = replace(attempt, cell=cell)
             spec = self.prepared(cell).spec
         except PrunebenchError as error:

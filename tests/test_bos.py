@@ -103,6 +103,26 @@ def test_windows_to_train_on_begin_with_bos_too(bos_tokenizer):
     assert (packed.token_ids == BOS).sum() == 1
 
 
+def test_a_training_of_maskllm_reads_windows_that_begin_with_bos(cli, gemma_run, tmp_path):
+    words = {"train": "true", "steps": 1, "batch": 2, "train_seqlen": 24, "held_out": 2,
+             "prior": "magnitude"}  # fmt: skip
+    run = [
+        *gemma_run,
+        "-m",
+        "maskllm",
+        *(w for k, v in words.items() for w in ("--set", f"{k}={v}")),
+    ]
+    said = cli(*run).stderr
+    assert "add --ppl-bos window --calibration-bos window" in said
+    cli(*run, "--calibration-bos", "window")
+    results, _ = ResultStore(tmp_path / "results").read()
+    assert [r.calibration for r in results] == [None, None]
+    assert {r.spec.calibration_bos for r in results} == {"text", "window"}
+    assert len({r.training.tokens_sha256 for r in results}) == 2
+    (table,) = compare(results)
+    assert table.settings == ("calibration_bos",)  # not one row
+
+
 def test_a_token_file_has_bos_in_each_window_or_is_refused(bos_tokenizer, tmp_path):
     path = tmp_path / "t.safetensors"
     rows = torch.randint(3, 250, (6, 32))

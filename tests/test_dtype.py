@@ -264,7 +264,7 @@ def test_packed_weights_need_16_bits_whoever_chose_them(cli, tiny_run, folders, 
 
 @pytest.mark.parametrize(("on_gpu", "dtype"), [(True, "bfloat16"), (False, "float32")])
 def test_a_cell_for_another_machine_is_told_its_dtype(
-    folders, eval_file, tmp_path, cpu, on_gpu, dtype
+    cli, folders, eval_file, tmp_path, cpu, on_gpu, dtype
 ):
     """This machine's own instructions do not matter, and the sweep knows what it waits for."""
     cpu(not on_gpu)
@@ -296,9 +296,12 @@ def test_a_cell_for_another_machine_is_told_its_dtype(
         list(sweep.run([cell]))
     at = engine.job.words.index("--dtype")
     assert engine.job.words[at + 1] == dtype
+    told = cli("sweep", path, "--executor", "slurm", "--resource", f"gpus={int(on_gpu)}",
+               "--dry-run").stdout  # fmt: skip
+    assert f"--dtype {dtype}" in told
     explicit = replace(cell, given={**cell.given, "dtype": "float16"},
                        values={**cell.values, "dtype": "float16"})  # fmt: skip
-    assert sweep._with_dtype(explicit) is explicit
+    assert sweep.with_dtype(explicit) is explicit
 
 
 # ---------------------------------------------------------------- float32 inside

@@ -51,8 +51,8 @@ def require_bos(tokenizer: Any, option: str = "window") -> int:
     if found is None:
         raise UsageError(
             f"{option}: the model's tokenizer has no BOS token",
-            where="its tokenizer_config.json names no bos_token",
-            fix="leave it out: the model was not trained with one",
+            where=f"tokenizer_config.json in {tokenizer.name_or_path or '?'} names no bos_token",
+            fix="leave it out",
         )
     return int(found)
 

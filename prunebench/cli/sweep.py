@@ -152,13 +152,13 @@ def sweep_command(
         log_samples=log_samples, progress=choose_progress(quiet=True),
     )  # fmt: skip
     voice = Voice(cells, side_by_side=executor == "local" and (jobs or 1) > 1, quiet=quiet)
+    gpus = {**recipe.resources, **asked}.get("gpus", 0)
+    on_gpu = bool(gpus) or needs_gpu(recipe, cells, device=device)
     if dry_run:
-        sweep = Sweep(setup)
+        sweep = Sweep(setup, here=executor == "local", on_gpu=on_gpu)
         outcomes = _dry(sweep, cells)
     else:
         engine = open_engine(executor, asked, recipe, cells, jobs=jobs, device=device, voice=voice)
-        gpus = {**recipe.resources, **asked}.get("gpus", 0)
-        on_gpu = bool(gpus) or needs_gpu(recipe, cells, device=device)
         sweep = Sweep(setup, engine=engine, tell=voice.tell, on_gpu=on_gpu)
         outcomes = _run(sweep, cells, voice)
     twins, without = _twins(recipe, outcomes)
@@ -195,6 +195,7 @@ def _dry(sweep: Sweep, cells: Sequence[RecipeCell]) -> list[CellOutcome]:
     outcomes = []
     for cell in cells:
         here = local_path(find_model(cell.values["model"])) is not None
+        cell = sweep.with_dtype(cell) if here else cell
         known = sweep.finished(cell) if here else None
         outcomes.append(CellOutcome(cell, "finished" if known else "to run", known))
     return outcomes
