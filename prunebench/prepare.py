@@ -268,7 +268,7 @@ def _require_known(
     spec: RunSpec, pruner: Pruner, windows: Windows | None, texts: list[PerplexityTask],
     training: Training | None, vocabulary: int, tokenizer: Any,
 ) -> None:  # fmt: skip
-    """Refuse tokens that the model has no row for (of tasks, `prepare_tasks` does)."""
+    """Refuse tokens that the model has no row for, but for those of tasks (`prepare_tasks`)."""
     read = [(name, text.windows) for name, text in zip(spec.ppl, texts, strict=True)]
     if windows is not None:
         read.append((spec.calibration or "", windows.token_ids))

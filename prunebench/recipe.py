@@ -205,14 +205,32 @@ class Recipe:
                 raise UsageError(f"unknown selector {key!r}", fix=nearest(key, known))
         chosen = [cell for cell in self.cells if cell.matches(filters)]
         if not chosen:
-            missed = [k for k in filters if not any(c.matches({k: filters[k]}) for c in self.cells)]
-            key = (missed or list(filters))[0]
-            there = {_word(value) for cell in self.cells for value in cell.value(key)}
-            raise UsageError(
-                f"no cell of {self.path} has {key} {','.join(filters[key])}",
-                fix=nearest(filters[key][0], there),
-            )
+            raise self._nothing_selected(filters)
         return chosen
+
+    def _nothing_selected(self, filters: Mapping[str, Sequence[str]]) -> UsageError:
+        """Return the error: the value that no cell has, or the values that no cell has together."""
+        for key, patterns in filters.items():
+            if not any(cell.matches({key: patterns}) for cell in self.cells):
+                there = {_word(value) for cell in self.cells for value in cell.value(key)}
+                return UsageError(
+                    f"no cell of {self.path} has {key} {','.join(patterns)}",
+                    fix=nearest(patterns[0], there),
+                )
+        so_far: dict[str, Sequence[str]] = {}
+        for key, patterns in filters.items():
+            cells = [cell for cell in self.cells if cell.matches(so_far)]
+            together = so_far | {key: patterns}
+            if not any(cell.matches(together) for cell in cells):
+                break
+            so_far = together
+        words = [f"{name}={','.join(values)}" for name, values in together.items()]
+        there = {_word(value) for cell in cells for value in cell.value(key)}
+        return UsageError(
+            f"no cell of {self.path} has {' and '.join(words)} together",
+            where=f"with {' '.join(words[:-1])}, {key} is {', '.join(sorted(there))}",
+            fix="choose one of these, or run the cell with prunebench run",
+        )
 
 
 def read_recipe(path: Path, *, complete: bool = False) -> Recipe:

@@ -260,6 +260,22 @@ def test_compare_formats(cli, tiny_run, tmp_path):
     assert "no result has method=x" in cli("compare", *folder, "method=x", code=3).output
 
 
+@pytest.mark.parametrize("exists", [True, False])
+@pytest.mark.parametrize(
+    "command",
+    [["compare"], ["compare", "--json"], ["compare", "--published"], ["compare", "--paired", "a"],
+     ["compare", "method=wanda"], ["report"], ["report", "--figures", "f"]],
+    ids=" ".join,
+)  # fmt: skip
+def test_where_there_are_no_results_that_is_all_that_is_said(cli, tmp_path, command, exists):
+    if exists:
+        (tmp_path / "work" / "mine").mkdir()
+    outcome = cli(*command, "--results-dir", "mine", code=3)
+    assert outcome.stderr == "no results yet in mine/; run prunebench run\n"
+    assert outcome.stdout == ""
+    assert not (tmp_path / "work" / "report.html").exists()
+
+
 def test_compare_skips_damaged_files_and_says_so(cli, tiny_run, tmp_path):
     cli(*tiny_run, "-m", "magnitude")
     (tmp_path / "results" / "broken.json").write_text("{")

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from prunebench.errors import IncompatibleData, MissingResource, UsageError
+from prunebench.files import sha256_file
 from prunebench.models.blocks import BlockWalker
 from prunebench.models.linears import find_linears
 from prunebench.models.masks import open_masks
@@ -258,6 +259,25 @@ def test_without_the_hub_published_masks_are_a_missing_resource(cli, tiny_run):
     assert "Vinnnf/LLaMA-2-7B-MaskLLM-C4 cannot be downloaded" in told.output
     assert "masks=PATH.npz" in told.output
     assert cli(*tiny_run, "-m", "maskllm", "--set", "masks=hub:nonsense/", code=3)
+
+
+def test_the_summary_names_the_masks(cli, tiny_run, tmp_path, monkeypatch):
+    """A file by its name and hash, a repository by its commit; masks of a training's prior too."""
+    from prunebench.models import masks as module
+
+    file = tmp_path / "work" / "m.npz"
+    save_masks(find_linears(pruned()), file)
+    digest = sha256_file(file)
+    told = cli(*tiny_run, "-m", "maskllm", "--set", "masks=m.npz").stdout
+    assert f"  masks applied: m.npz (sha256:{digest})\n" in told
+    monkeypatch.setattr(module, "_from_hub", lambda name, progress: (file, f"hub:{name}@c0ffee"))
+    told = cli(*tiny_run, "-m", "maskllm", "--set", "masks=hub:org/masks").stdout
+    assert "  masks applied: hub:org/masks@c0ffee\n" in told
+    quick = [w for k in ("steps=1", "batch=2", "train_seqlen=24", "held_out=2", "prior=m.npz")
+             for w in ("--set", k)]  # fmt: skip
+    told = cli(*tiny_run, "-m", "maskllm", *quick).stdout
+    assert f"  the training began with masks: m.npz (sha256:{digest})\n" in told
+    assert "masks" not in cli(*tiny_run, "-m", "wanda").stdout
 
 
 def test_saved_masks_give_the_same_weights_again(cli, tiny_run):

@@ -89,6 +89,10 @@ def test_selecting_cells(recipe):
     assert [c.number for c in grid.select(["set.alpha=-", "method=wanda"])] == [4, 5]
     for words, says in (
         (["method=wnda"], ["no cell", "method wnda", "did you mean 'wanda'?"]),
+        (
+            ["method=gblm", "sparsity=2:4", "seed=0"],
+            ["has method=gblm and sparsity=2:4 together", "with method=gblm, sparsity is 0.5"],
+        ),
         (["tasks=piq"], ["tasks piq", "did you mean 'piqa'? Known: None, piqa, rte"]),
         (["set.alpha=51"], ["no cell", "set.alpha 51", "Known: -, 1, 50"]),
         (["set.alhpa=50"], ["unknown selector 'set.alhpa'", "did you mean 'set.alpha'?"]),

@@ -13,6 +13,7 @@ from prunebench.cli.console import wide_console
 from prunebench.cli.guard import say
 from prunebench.cli.paired import compare_paired
 from prunebench.cli.published import compare_published
+from prunebench.cli.stored import require_results
 from prunebench.errors import UsageError, nearest
 from prunebench.results import render
 from prunebench.results.bench import read_benches
@@ -66,6 +67,7 @@ def compare_command(
         raise UsageError(f"unknown format {format_!r}", fix=nearest(format_, _FORMATS))
     if paired and published:
         raise UsageError("--paired and --published are two different tables", fix="choose one")
+    require_results(results_dir)
     if paired:
         _compare_paired(selectors or [], format_, results_dir, as_json=as_json)
         return

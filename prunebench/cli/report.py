@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from prunebench.cli.guard import say
+from prunebench.cli.stored import require_results
 from prunebench.errors import SaveError
 from prunebench.files import require_writable, write_text
 from prunebench.results.compare import Selection
@@ -43,6 +44,7 @@ def report_command(
 ) -> None:  # fmt: skip
     """Write one page with tables, figures and provenance; it needs no network."""
     selection = Selection.parse(selectors or [])
+    require_results(results_dir)
     page = output or (None if figures else _DEFAULT)
     if page:
         _require_free(page, force=force)

@@ -108,7 +108,8 @@ def run_command(
     if as_json:
         sys.stdout.write(result.to_json())
     else:
-        print_summary(result, plan.store.path_of(result), setup)
+        path = plan.store.path_of(result)
+        print_summary(result, path, setup, masks=plan.pruner.needs.masks)
 
 
 def _filed(plan: Any) -> Result | None:

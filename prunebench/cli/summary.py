@@ -10,9 +10,18 @@ import typer
 from prunebench.results.render import column_title, number
 from prunebench.results.schema import Result
 
+_MASKS = {"masks": "masks applied", "prior": "the training began with masks"}
 
-def print_summary(result: Result, path: Path, setup: Any) -> None:
-    """Print the scores beside dense (and beside the prior's), what it took, and what was saved."""
+
+def print_summary(result: Result, path: Path, setup: Any, *, masks: str | None = None) -> None:
+    """Print the scores beside dense (and beside the prior's), what it took, and what was saved.
+
+    Args:
+        result: What came out.
+        path: Its file.
+        setup: The options that are no part of a spec.
+        masks: The masks that were read, as the user or the catalogue names them.
+    """
     cost, sparsity = result.cost, result.sparsity
     assert cost is not None and sparsity is not None and result.model is not None
     name = result.spec.method
@@ -37,6 +46,8 @@ def print_summary(result: Result, path: Path, setup: Any) -> None:
             f"  {sparsity.realised_ratio:.2%} of {result.model.prunable_parameters:,} weights "
             f"are zero, pruned in {cost.prune_seconds:.1f} s"
         )
+    if masks:
+        _print_masks(result, masks)
     if result.execution:
         one = result.execution
         served = ", ".join(f"{count} by {name}" for name, count in sorted(one.backends.items()))
@@ -62,3 +73,13 @@ def print_summary(result: Result, path: Path, setup: Any) -> None:
         if place:
             typer.echo(f"  {kind} saved as {place}")
     typer.echo(f"  filed as {path}")
+
+
+def _print_masks(result: Result, masks: str) -> None:
+    """Say whose masks were read: repository and commit, or file and hash."""
+    for option, title in _MASKS.items():
+        origin = str(result.spec.method_options.get(option))
+        if origin.startswith("hub:"):
+            typer.echo(f"  {title}: {origin}")
+        elif origin.startswith("sha256:"):
+            typer.echo(f"  {title}: {masks} ({origin})")

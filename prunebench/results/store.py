@@ -144,6 +144,11 @@ class ResultStore:
         )
 
 
+def holds_results(root: Path) -> bool:
+    """Whether a folder is there and holds a result, finished, failed or damaged."""
+    return any(not path.name.startswith(".") for path in root.rglob("*.json"))
+
+
 def _without_layers(text: str) -> str:
     """Cut the layers out of a document, if they are where we write them."""
     begin = text.find('"layers": [')
