@@ -26,15 +26,16 @@ from prunebench.models.load import load_config, load_model
 from prunebench.models.weights import weights_of
 from prunebench.prepare import Plan
 from prunebench.pruners.layer import GroupPruner
+from prunebench.resolve import ResolvedSpec
 
 
-def kept_folder(plan: Plan) -> Path:
+def kept_folder(resolved: ResolvedSpec) -> Path:
     """Return where a run keeps what it has finished: a name that stands for all it depends on."""
     import transformers
 
     facts = [
-        plan.spec.canonical_json(), __version__, str(torch.__version__), transformers.__version__,
-        plan.device.type, platform.machine(),
+        resolved.spec.canonical_json(), __version__, str(torch.__version__),
+        transformers.__version__, resolved.device.type, platform.machine(),
     ]  # fmt: skip
     digest = hashlib.sha256(json.dumps(facts).encode()).hexdigest()
     return runs_folder() / digest[:24]

@@ -1,98 +1,70 @@
-"""What a run does before it touches a weight: every name resolved, everything checked.
+"""What a run reads before it touches a weight: windows, texts, tasks, masks, everything checked.
 
-A wrong option, a text that is too short, a full disk or a width that M does not divide is found
-here, in seconds, and not after the pruning.
+A text that is too short, a token that the model has no row for, a full disk or a width that M does
+not divide is found here, in seconds, and not after the pruning.
 """
 
 from __future__ import annotations
 
-import hashlib
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from prunebench.allocators.allocation import (
-    Allocation,
-    Allocator,
-    load_allocation,
-    require_sound,
-)
+from prunebench.allocators.allocation import Allocation, load_allocation, require_sound
 from prunebench.calibration.bos import check_bos, require_begun
-from prunebench.calibration.texts import Text, load_text, placed
+from prunebench.calibration.texts import TextIdentity, load_text, placed
 from prunebench.calibration.training import Training, training_windows
 from prunebench.calibration.vocabulary import require_known, vocabulary_size
 from prunebench.calibration.windows import Windows, load_windows, sample_windows
 from prunebench.capacity import choose_weights, model_sizes
-from prunebench.dtype import StoredDtype, choose_dtype
-from prunebench.errors import UsageError
+from prunebench.dtype import StoredDtype
+from prunebench.errors import CheckFailed, UsageError
 from prunebench.evaluate.outcome import Evaluator
 from prunebench.evaluate.perplexity import PerplexityTask, prepare_perplexity
-from prunebench.files import cache_dir, require_writable, sha256_file
+from prunebench.files import cache_dir
 from prunebench.models.carried import carried_tensors
 from prunebench.models.checkpoint_keys import check_tensors, match_keys
 from prunebench.models.linears import Linear, find_linears
-from prunebench.models.load import (
-    choose_devices,
-    load_config,
-    load_tokenizer,
-    require_context,
-    skeleton,
-)
+from prunebench.models.load import load_config, load_tokenizer, require_context, skeleton
 from prunebench.models.masks import Masks, open_masks
 from prunebench.models.safetensors_files import stored_tensors, weight_files
-from prunebench.models.save import check_target
-from prunebench.models.source import LocalModel, fetch_model, find_model
+from prunebench.models.source import find_model
 from prunebench.models.stored_config import asked_attention
-from prunebench.names import check_names
-from prunebench.progress import StageClock
-from prunebench.pruners.layer import Needs, Pruner
+from prunebench.pruners.layer import Needs
+from prunebench.resolve import ResolvedSpec, path_in, require_outputs, resolve
 from prunebench.results.schema import CalibrationBlock
-from prunebench.results.store import ResultStore
-from prunebench.sparse24.folder import unpacked
-from prunebench.sparse24.guards import check_execution
-from prunebench.sparsity import Sparsity
 from prunebench.spec import RunSpec, Setup, Weights
 
 
-@dataclass(frozen=True)
-class Plan:
+@dataclass(frozen=True, kw_only=True)
+class Plan(ResolvedSpec):
     """A run that has been checked as far as it can be without its weights.
 
-    `allocator` is the rule that spreads the sparsity over the layers, or the ratios of a file;
-    `devices` run calibration batches in turn, all else is done on the first; `texts` are scored
-    first, then `tasks`; `weights` is where the weights will be;
-    `training_text` is the name and origin of what is learned from.
+    Attributes:
+        tokenizer: Of the model.
+        linears: All that are prunable, without weights.
+        allocation: The ratios of a file, where one was named.
+        windows: Calibration tokens, for methods that read them.
+        calibration: What the result says of them.
+        texts: Scored first.
+        tasks: Scored after the texts.
+        training: Windows to learn from, for methods that learn.
+        masks: Masks that were named, for methods that read them.
+        weights: Where the weights will be.
     """
 
-    spec: RunSpec
-    setup: Setup
-    store: ResultStore
-    clock: StageClock
-    devices: tuple[torch.device, ...]
-    model: LocalModel
     tokenizer: Any
-    pruner: Pruner
-    allocator: Allocator | Allocation
-    sparsity: Sparsity
     linears: list[Linear]
+    allocation: Allocation | None
     windows: Windows | None
     calibration: CalibrationBlock | None
     texts: list[PerplexityTask]
     tasks: list[Evaluator]
+    training: Training | None
+    masks: Masks | None
     weights: Weights
-    started: float
-    training: Training | None = None
-    training_text: tuple[str, str] | None = None
-    masks: Masks | None = None
-
-    @property
-    def device(self) -> torch.device:
-        """The device that holds the model."""
-        return self.devices[0]
 
 
 def prepare(spec: RunSpec, setup: Setup) -> Plan:
@@ -101,220 +73,164 @@ def prepare(spec: RunSpec, setup: Setup) -> Plan:
     Raises:
         PrunebenchError: The first thing that is wrong.
     """
-    started = time.perf_counter()
-    clock = StageClock(setup.progress)
-    with clock.stage("check", detail=f"{spec.method} on {spec.model}"):
-        source = find_model(spec.model)
-        named = check_names(_place_texts(spec, source.kind), setup)
-        spec, pruner, rule, sparsity = named.spec, named.pruner, named.allocator, named.sparsity
-        spec = spec.model_copy(update={"model": source.id})
-        devices = _devices(spec, setup, pruner)
-        check_execution(spec, sparsity, backend=setup.backend, device=devices[0])
-        store = ResultStore(setup.results_dir)
-        store.require_writable(spec)
-        require_writable(cache_dir())
-        _check_outputs(setup, need_model_bytes=1 << 20)
-    local = unpacked(fetch_model(source, clock), clock)
-    spec = _choose_dtype(spec, setup, local, devices[0], clock)
+    return load_inputs(resolve(spec, setup))
+
+
+def load_inputs(resolved: ResolvedSpec) -> Plan:
+    """Read and cut the texts, the tasks and the masks of a run, and check that they fit the model.
+
+    Raises:
+        PrunebenchError: The first thing that is wrong.
+    """
+    clock, named = resolved.clock, resolved.named
+    for note in resolved.dtype.notes:
+        clock.note(f"  {note}")
     with clock.stage("check", detail="config, tokenizer and sizes"):
-        config = _read_config(local, clock)
-        if spec.seqlen is not None and not (spec.calibration or "").startswith("tokens:"):
-            require_context(config, spec.seqlen, option="seqlen")
-        if not all(name.startswith("tokens:") for name in spec.ppl):
-            require_context(config, spec.ppl_seqlen, option="ppl-seqlen")
-        tokenizer = load_tokenizer(local.path)
-        _check_bos(spec, local, pruner, config, tokenizer, clock)
+        config = _read_config(resolved)
+        _require_contexts(named, config)
+        tokenizer = load_tokenizer(resolved.model.path)
+        _check_bos(resolved, config, tokenizer)
         model = skeleton(config)
         linears = find_linears(model)
-        if setup.save_model:
-            carried_tensors(local.path, model)  # what cannot be saved is refused before the work
+        _check_files(resolved, model)
         for linear in linears:
-            sparsity.require_width(linear.in_features, name=linear.name)
-        allocator: Allocator | Allocation
-        if rule is None:
-            spec, allocator = _read_allocation(spec, linears, sparsity)
-        else:
-            allocator = rule
-        _require_whole(local, model)
-    _check_outputs(setup, need_model_bytes=StoredDtype.of(local.path).saved_bytes(spec.dtype))
+            resolved.sparsity.require_width(linear.in_features, name=linear.name)
+        allocation = _read_allocation(resolved, linears)
     vocabulary = vocabulary_size(model)
-    windows, calibration = _calibrate(spec, tokenizer, vocabulary, clock)
+    windows, calibration = _calibrate(resolved, tokenizer, vocabulary)
     if windows is not None:
         require_context(config, windows.token_ids.shape[1], option="seqlen")
-    texts = _prepare_texts(spec, tokenizer, vocabulary, clock)
-    tasks = _prepare_tasks(spec, setup, tokenizer, vocabulary, clock)
-    spec, masks = _open_masks(spec, pruner, linears, clock)
-    if pruner.needs.training is not None:
-        require_context(config, pruner.needs.training.seqlen, option="set train_seqlen")
-    spec, training, learned_from = _prepare_training(spec, pruner, tokenizer, vocabulary, clock)
-    _require_known(spec, pruner, windows, texts, training, vocabulary, tokenizer)
-    needs = (pruner.needs, *([] if rule is None else [rule.needs]))
-    weights = _place_weights(spec, setup, local, model, needs, tasks, devices[0], clock)
-    spec = _resolved(spec, local, calibration, texts)
-    _require_apart(learned_from, texts)
-    if training is not None:
-        training = replace(training, folder=cache_dir() / "training" / spec.spec_id)
+    texts = _prepare_texts(resolved, tokenizer, vocabulary)
+    tasks = _prepare_tasks(resolved, tokenizer, vocabulary)
+    masks = _open_masks(resolved, linears)
+    if resolved.pruner.needs.training is not None:
+        length = resolved.pruner.needs.training.seqlen
+        require_context(config, length, option="set train_seqlen")
+    training = _prepare_training(resolved, tokenizer, vocabulary)
+    _require_known(resolved, windows, texts, training, vocabulary, tokenizer)
+    weights = _place_weights(resolved, model, tasks)
+    _require_same(resolved, calibration, texts, masks)
     return Plan(
-        spec, setup, store, clock, devices, local, tokenizer, pruner, allocator, sparsity, linears,
-        windows, calibration, texts, tasks, weights, started, training, learned_from, masks,
-    )  # fmt: skip
+        **vars(resolved),
+        tokenizer=tokenizer,
+        linears=linears,
+        allocation=allocation,
+        windows=windows,
+        calibration=calibration,
+        texts=texts,
+        tasks=tasks,
+        training=training,
+        masks=masks,
+        weights=weights,
+    )
 
 
-def _read_config(local: LocalModel, clock: StageClock) -> Any:
-    config = load_config(local.path)
-    asked = asked_attention(local.path)
+def _read_config(resolved: ResolvedSpec) -> Any:
+    path = resolved.model.path
+    config, asked = load_config(path), asked_attention(path)
     if asked not in (None, config._attn_implementation):
-        clock.note(f"  config.json asks for {asked}: run with {config._attn_implementation}")
+        resolved.clock.note(
+            f"  config.json asks for {asked}: run with {config._attn_implementation}"
+        )
     return config
 
 
-def _require_whole(local: LocalModel, model: torch.nn.Module) -> None:
-    """Refuse files that are not the model's."""
-    check_tensors(model, stored_tensors(weight_files(local.path)))
+def _require_contexts(named: RunSpec, config: Any) -> None:
+    if named.seqlen is not None and not (named.calibration or "").startswith("tokens:"):
+        require_context(config, named.seqlen, option="seqlen")
+    if not all(name.startswith("tokens:") for name in named.ppl):
+        require_context(config, named.ppl_seqlen, option="ppl-seqlen")
 
 
-def _place_texts(spec: RunSpec, kind: str) -> RunSpec:
-    """Decide where the texts come from, before anything is asked of the network."""
-    calibration = spec.calibration and placed(spec.calibration, model=kind)
-    ppl = tuple(placed(name, model=kind) for name in spec.ppl)
-    return spec.model_copy(update={"calibration": calibration, "ppl": ppl})
-
-
-def _devices(spec: RunSpec, setup: Setup, pruner: Pruner) -> tuple[torch.device, ...]:
-    devices = choose_devices(setup.device)
-    if len(devices) > 1 and pruner.needs.training is not None:
-        raise UsageError(
-            f"{spec.method} does not learn on several --device of one process",
-            fix=f"torchrun --nproc-per-node {len(devices)} -m prunebench run ...",
-        )
-    return devices
-
-
-def _choose_dtype(
-    spec: RunSpec, setup: Setup, local: LocalModel, device: torch.device, clock: StageClock
-) -> RunSpec:
-    """Fill in the dtype, which a result always names, and say what the user should know of it."""
-    saves = setup.save_model is not None
-    choice = choose_dtype(spec.dtype, local.source, local.path, device, saves=saves)
-    for note in choice.notes:
-        clock.note(f"  {note}")
-    chosen = spec.model_copy(update={"dtype": choice.dtype})
-    check_execution(chosen, Sparsity.parse(spec.sparsity), backend=setup.backend, device=device)
-    return chosen
-
-
-def _check_bos(
-    spec: RunSpec, local: LocalModel, pruner: Pruner, config: Any, tokenizer: Any, clock: StageClock
-) -> None:
+def _check_bos(resolved: ResolvedSpec, config: Any, tokenizer: Any) -> None:
     """Refuse windows that should begin with a BOS that is not there; say where they should."""
-    entry = local.source.entry
-    always, learns = entry is not None and entry.bos == "window", pruner.needs.training is not None
-    told = check_bos(spec, config, tokenizer, always=always, learns=learns)
-    if told:
-        clock.note(f"  {told}")
+    entry = resolved.model.source.entry
+    always = entry is not None and entry.bos == "window"
+    learns = resolved.pruner.needs.training is not None
+    note = check_bos(resolved.named, config, tokenizer, always=always, learns=learns)
+    if note:
+        resolved.clock.note(f"  {note}")
 
 
-def _read_allocation(
-    spec: RunSpec, linears: list[Linear], sparsity: Sparsity
-) -> tuple[RunSpec, Allocation]:
-    """Read `file:PATH`; the spec then names the content, not the path."""
-    path = Path(spec.allocation.partition(":")[2]).expanduser()
-    allocation = Allocation(load_allocation(path, linears))
-    require_sound(allocation, linears, sparsity.ratio)
-    digest = hashlib.sha256(path.read_bytes()).hexdigest()
-    update = {"allocation": "file", "allocation_options": {"sha256": digest}}
-    return spec.model_copy(update=update), allocation
+def _check_files(resolved: ResolvedSpec, model: torch.nn.Module) -> None:
+    """Refuse files that are not the model's, and what could not be saved afterwards."""
+    path = resolved.model.path
+    check_tensors(model, stored_tensors(weight_files(path)))
+    if resolved.setup.save_model:
+        carried_tensors(path, model)
+    size = StoredDtype.of(path).saved_bytes(resolved.spec.dtype)
+    require_outputs(resolved.setup, need_model_bytes=size)
 
 
-def _open_masks(
-    spec: RunSpec, pruner: Pruner, linears: list[Linear], clock: StageClock
-) -> tuple[RunSpec, Masks | None]:
-    """Find the masks that a method names; the spec then names their content."""
-    name = pruner.needs.masks
+def _read_allocation(resolved: ResolvedSpec, linears: list[Linear]) -> Allocation | None:
+    if resolved.allocator is not None:
+        return None
+    allocation = Allocation(load_allocation(path_in(resolved.named.allocation), linears))
+    require_sound(allocation, linears, resolved.sparsity.ratio)
+    return allocation
+
+
+def _open_masks(resolved: ResolvedSpec, linears: list[Linear]) -> Masks | None:
+    name = resolved.pruner.needs.masks
     if name is None:
-        return spec, None
-    with clock.stage("masks", detail=name):
-        masks = open_masks(name, linears, clock)
-    options = {k: masks.origin if v == name else v for k, v in spec.method_options.items()}
-    return spec.model_copy(update={"method_options": options}), masks
+        return None
+    with resolved.clock.stage("masks", detail=name):
+        return open_masks(name, linears, resolved.clock)
 
 
-def _prepare_training(
-    spec: RunSpec, pruner: Pruner, tokenizer: Any, vocabulary: int, clock: StageClock
-) -> tuple[RunSpec, Training | None, tuple[str, str] | None]:
-    """Cut what is learned from into windows; the spec then names their content."""
-    need = pruner.needs.training
+def _prepare_training(resolved: ResolvedSpec, tokenizer: Any, vocabulary: int) -> Training | None:
+    """Cut what is learned from into windows."""
+    need, clock, spec = resolved.pruner.needs.training, resolved.clock, resolved.spec
     if need is None:
-        return spec, None, None
+        return None
     with clock.stage("training", detail=need.text):
-        source: Text | Path
-        if need.text.startswith("tokens:"):
-            source = Path(need.text.partition(":")[2]).expanduser()
-            digest = sha256_file(source)
-            text = (f"tokens-{digest[:12]}/all", f"sha256:{digest}")
-        else:
-            name = placed(need.text, model=find_model(spec.model).kind)
+        source: Any = path_in(need.text)
+        if not need.text.startswith("tokens:"):
+            name = placed(need.text, model=find_model(resolved.named.model).kind)
             source = load_text(name, use="calibration", progress=clock)
-            text = (f"{source.dataset}/{source.split}", source.origin)
+            _require_identity(source, resolved.training_text)
         training = training_windows(
             source, tokenizer, samples=need.samples, seqlen=need.seqlen, held_out=need.held_out,
             least=need.least, seed=spec.seed, vocabulary=vocabulary, bos=spec.calibration_bos,
         )  # fmt: skip
-    options = {**spec.method_options, "train_data": text[0]}
-    return spec.model_copy(update={"method_options": options}), training, text
+    return replace(training, folder=cache_dir() / "training" / spec.spec_id)
 
 
 def _require_known(
-    spec: RunSpec, pruner: Pruner, windows: Windows | None, texts: list[PerplexityTask],
+    resolved: ResolvedSpec, windows: Windows | None, texts: list[PerplexityTask],
     training: Training | None, vocabulary: int, tokenizer: Any,
 ) -> None:  # fmt: skip
     """Refuse tokens that the model has no row for, but for those of tasks (`prepare_tasks`)."""
-    read = [(name, text.windows) for name, text in zip(spec.ppl, texts, strict=True)]
+    named, need = resolved.named, resolved.pruner.needs.training
+    read = [(name, text.windows) for name, text in zip(named.ppl, texts, strict=True)]
     if windows is not None:
-        read.append((spec.calibration or "", windows.token_ids))
-    if training is not None and pruner.needs.training is not None:
-        name = pruner.needs.training.text
-        read += [(name, part) for part in (training.train, training.held_out) if part.numel()]
+        read.append((named.calibration or "", windows.token_ids))
+    if training is not None and need is not None:
+        parts = (training.train, training.held_out)
+        read += [(need.text, part) for part in parts if part.numel()]
     for name, token_ids in read:
         require_known(token_ids, vocabulary=vocabulary, source=name, tokenizer=tokenizer)
 
 
-def _require_apart(learned_from: tuple[str, str] | None, texts: list[PerplexityTask]) -> None:
-    origin = learned_from[1] if learned_from else ""
-    if origin.startswith("sha256:") and origin in {text.origin for text in texts}:
-        raise UsageError(
-            "one text is learned from and evaluated on",
-            where="a score on the training text says nothing",
-            fix="use another text for --set train_data or for --ppl",
-        )
-
-
-def _check_outputs(setup: Setup, *, need_model_bytes: int) -> None:
-    folder, replace = setup.save_model, setup.force
-    if folder:
-        check_target(folder, need_bytes=need_model_bytes, replace=replace, folder=True)
-    for file in filter(None, (setup.save_masks, setup.save_calibration, setup.save_allocation)):
-        check_target(file, need_bytes=1 << 20, replace=replace, folder=False)
-
-
 def _calibrate(
-    spec: RunSpec, tokenizer: Any, vocabulary: int, clock: StageClock
+    resolved: ResolvedSpec, tokenizer: Any, vocabulary: int
 ) -> tuple[Windows | None, CalibrationBlock | None]:
-    name = spec.calibration
+    spec, name = resolved.spec, resolved.named.calibration
     if name is None or spec.calibration_samples is None or spec.seqlen is None:
         return None, None
-    with clock.stage("calibration", detail=name):
+    seed: int | None = spec.seed
+    with resolved.clock.stage("calibration", detail=name):
         if name.startswith("tokens:"):
-            path = Path(name.partition(":")[2]).expanduser()
-            windows = load_windows(path, vocabulary=vocabulary)
-            require_begun(windows.token_ids, tokenizer, spec.calibration_bos, path=path)
+            windows = load_windows(path_in(name), vocabulary=vocabulary)
+            require_begun(windows.token_ids, tokenizer, spec.calibration_bos, path=path_in(name))
             text, origin, seed = "tokens", f"sha256:{windows.sha256}", None
         else:
-            source = load_text(name, use="calibration", progress=clock)
-            text, origin, seed = f"{source.dataset}/{source.split}", source.origin, spec.seed
+            source = load_text(name, use="calibration", progress=resolved.clock)
+            _require_identity(source, resolved.calibration_text)
+            text, origin = source.name, source.origin
             windows = sample_windows(
-                source, tokenizer, samples=spec.calibration_samples, seqlen=spec.seqlen, seed=seed,
-                bos=spec.calibration_bos,
+                source, tokenizer, samples=spec.calibration_samples, seqlen=spec.seqlen,
+                seed=spec.seed, bos=spec.calibration_bos,
             )  # fmt: skip
     samples, seqlen = windows.token_ids.shape
     block = CalibrationBlock(
@@ -330,37 +246,32 @@ def _calibrate(
     return windows, block
 
 
-def _prepare_tasks(
-    spec: RunSpec, setup: Setup, tokenizer: Any, vocabulary: int, clock: StageClock
-) -> list[Evaluator]:
+def _prepare_tasks(resolved: ResolvedSpec, tokenizer: Any, vocabulary: int) -> list[Evaluator]:
+    spec, setup = resolved.spec, resolved.setup
     if not spec.tasks:
         return []
     from prunebench.evaluate.tasks import Protocol, prepare_tasks
 
-    with clock.stage("tasks", detail=", ".join(spec.tasks)):
-        protocol = Protocol(
-            num_fewshot=spec.num_fewshot,
-            limit=spec.limit,
-            apply_chat_template=spec.apply_chat_template,
-            batch_size=setup.batch_size,
-            include_path=setup.include_path,
+    protocol = Protocol(
+        num_fewshot=spec.num_fewshot,
+        limit=spec.limit,
+        apply_chat_template=spec.apply_chat_template,
+        batch_size=setup.batch_size,
+        include_path=setup.include_path,
+    )
+    with resolved.clock.stage("tasks", detail=", ".join(spec.tasks)):
+        tasks = prepare_tasks(
+            spec.tasks,
+            protocol,
+            tokenizer=tokenizer,
+            vocabulary=vocabulary,
+            progress=resolved.clock,
         )
-        return [
-            *prepare_tasks(
-                spec.tasks, protocol, tokenizer=tokenizer, vocabulary=vocabulary, progress=clock
-            )
-        ]
+    return [*tasks]
 
 
 def _place_weights(
-    spec: RunSpec,
-    setup: Setup,
-    local: LocalModel,
-    model: torch.nn.Module,
-    needs: Sequence[Needs],
-    tasks: list[Evaluator],
-    device: torch.device,
-    clock: StageClock,
+    resolved: ResolvedSpec, model: torch.nn.Module, tasks: list[Evaluator]
 ) -> Weights:
     """Decide where the weights will be, and say so where they will not be in memory.
 
@@ -368,84 +279,91 @@ def _place_weights(
         UsageError: The method, the allocator or a task needs all weights in memory.
         IncompatibleData: The checkpoint cannot be read a block at a time.
     """
-    if setup.weights == "resident":
+    spec, wanted = resolved.spec, resolved.setup.weights
+    if wanted == "resident":
         return "resident"
     dtype = getattr(torch, spec.dtype)
-    chosen, facts = choose_weights(model_sizes(model, dtype), device)
-    if setup.weights == "auto":
+    chosen, facts = choose_weights(model_sizes(model, dtype), resolved.device)
+    if wanted == "auto":
         if chosen == "resident":
             return "resident"
-        clock.note(f"weights stay on disk: {facts}")
-    else:
-        chosen = "disk"
-    reason = ""
-    if any(one.training is not None for one in needs):
-        reason = f"{spec.method} learns, and runs every block forward and backward in each step"
-    elif any(one.gradients for one in needs):
-        reason = f"{spec.method} reads gradients, which need the whole model"
-    elif any(one.whole_model for one in needs):
-        reason = f"{spec.allocation} runs the whole model for every group of layers"
-    for task in tasks:
-        if getattr(task, "generates", False):
-            reason = f"{task.name} makes the model write text, token by token"
+        resolved.clock.note(f"weights stay on disk: {facts}")
+    reason = _why_resident(resolved, tasks)
     if reason:
         raise UsageError(
             f"--weights disk does not go with {spec.method} here",
             where=reason,
             fix=f"use --weights resident ({facts}), or leave it out",
         )
-    match_keys(model, stored_tensors(weight_files(local.path)), dtype=dtype)
-    return chosen
+    match_keys(model, stored_tensors(weight_files(resolved.model.path)), dtype=dtype)
+    return "disk"
 
 
-def _prepare_texts(
-    spec: RunSpec, tokenizer: Any, vocabulary: int, clock: StageClock
-) -> list[PerplexityTask]:
-    texts = []
-    for name in spec.ppl:
-        with clock.stage("tokenise", detail=name):
-            texts.append(
-                prepare_perplexity(
-                    name,
-                    tokenizer,
-                    seqlen=spec.ppl_seqlen,
-                    limit_tokens=spec.ppl_tokens,
-                    vocabulary=vocabulary,
-                    progress=clock,
-                    bos=spec.ppl_bos,
-                )
+def _why_resident(resolved: ResolvedSpec, tasks: list[Evaluator]) -> str:
+    """Return why all weights must be in memory; empty if they need not be."""
+    spec, allocator = resolved.spec, resolved.allocator
+    needs: Sequence[Needs] = (
+        resolved.pruner.needs, *([] if allocator is None else [allocator.needs]),
+    )  # fmt: skip
+    reason = ""
+    if any(need.training is not None for need in needs):
+        reason = f"{spec.method} learns, and runs every block forward and backward in each step"
+    elif any(need.gradients is not None for need in needs):
+        reason = f"{spec.method} reads gradients, which need the whole model"
+    elif any(need.whole_model for need in needs):
+        reason = f"{spec.allocation} runs the whole model for every group of layers"
+    for task in tasks:
+        if getattr(task, "generates", False):
+            reason = f"{task.name} makes the model write text, token by token"
+    return reason
+
+
+def _prepare_texts(resolved: ResolvedSpec, tokenizer: Any, vocabulary: int) -> list[PerplexityTask]:
+    spec, texts = resolved.spec, []
+    for name in resolved.named.ppl:
+        with resolved.clock.stage("tokenize", detail=name):
+            text = prepare_perplexity(
+                name,
+                tokenizer,
+                seqlen=spec.ppl_seqlen,
+                limit_tokens=spec.ppl_tokens,
+                vocabulary=vocabulary,
+                progress=resolved.clock,
+                bos=spec.ppl_bos,
             )
+        texts.append(text)
     return texts
 
 
-def _resolved(
-    spec: RunSpec,
-    local: LocalModel,
+# ---------------------------------------------------------------- what was read is what was named
+
+
+def _require_identity(text: TextIdentity, wanted: TextIdentity | None) -> None:
+    if wanted is None or (text.name, text.origin) != (wanted.name, wanted.origin):
+        raise _changed(f"the text {text.name}", text.origin, wanted.origin if wanted else "")
+
+
+def _require_same(
+    resolved: ResolvedSpec,
     calibration: CalibrationBlock | None,
     texts: list[PerplexityTask],
-) -> RunSpec:
-    """Replace names by content: what a path pointed to, where a text came from.
+    masks: Masks | None,
+) -> None:
+    """Refuse content that is not what the spec was resolved to: files that have just changed."""
+    spec = resolved.spec
+    if calibration is not None and calibration.origin != spec.calibration_origin:
+        raise _changed("the calibration text", calibration.origin, str(spec.calibration_origin))
+    protocols = tuple(text.protocol for text in texts)
+    origins = tuple(text.origin for text in texts)
+    if protocols != spec.ppl or origins != spec.ppl_origins:
+        raise _changed("a text of --ppl", ", ".join(protocols), ", ".join(spec.ppl))
+    if masks is not None and masks.origin not in spec.method_options.values():
+        raise _changed("the masks", masks.origin, "what they were a moment ago")
 
-    Raises:
-        UsageError: The calibration text is also evaluated.
-    """
-    update: dict[str, Any] = {
-        "model_revision": local.revision,
-        "ppl": tuple(text.protocol for text in texts),
-        "ppl_origins": tuple(text.origin for text in texts),
-    }
-    if calibration is not None:
-        update |= {
-            "calibration": calibration.text,
-            "calibration_origin": calibration.origin,
-            "calibration_samples": calibration.samples,
-            "seqlen": calibration.seqlen,
-        }
-        for text in texts:
-            if text.origin == calibration.origin and text.origin.startswith("sha256:"):
-                raise UsageError(
-                    f"{spec.calibration} is calibrated on and evaluated on",
-                    where="a score on the calibration text says nothing",
-                    fix="use another text for --calibration or for --ppl",
-                )
-    return spec.model_copy(update=update)
+
+def _changed(what: str, read: str, wanted: str) -> CheckFailed:
+    return CheckFailed(
+        f"{what} changed while it was read",
+        where=f"read {read}, wanted {wanted}",
+        fix="leave the files alone while a run begins, and start it again",
+    )

@@ -24,6 +24,7 @@ from prunebench.models.measure import Measured
 from prunebench.prepare import Plan
 from prunebench.pruners import METHODS
 from prunebench.pruners.layer import PruneReport
+from prunebench.resolve import ResolvedSpec
 from prunebench.results.samples import Sample
 from prunebench.results.schema import (
     AllocationBlock,
@@ -47,24 +48,25 @@ from prunebench.sparsity import Sparsity
 from prunebench.spec import RunSpec
 
 
-def identity(plan: Plan, *, status: str) -> dict[str, Any]:
+def identity(resolved: ResolvedSpec, *, status: str) -> dict[str, Any]:
     """Return the fields that every result has, finished or failed."""
+    spec = resolved.spec
     return {
-        "id": new_run_id(plan.spec),
+        "id": new_run_id(spec),
         "status": status,
         "created_at": datetime.now(UTC).isoformat(timespec="seconds"),
-        "command": plan.setup.command,
-        "spec_id": plan.spec.spec_id,
-        "spec": plan.spec,
-        "hardware": describe_hardware(plan.device, count=len(plan.devices)),
-        "software": describe_software(with_tasks=bool(plan.tasks)),
+        "command": resolved.setup.command,
+        "spec_id": spec.spec_id,
+        "spec": spec,
+        "hardware": describe_hardware(resolved.device, count=len(resolved.devices)),
+        "software": describe_software(with_tasks=bool(spec.tasks)),
     }
 
 
-def failed_result(plan: Plan, *, error: str, stage: str, message: str) -> Result:
+def failed_result(resolved: ResolvedSpec, *, error: str, stage: str, message: str) -> Result:
     """Return the record of a run that did not finish."""
     failure = FailureBlock(stage=stage, error=error, message=message[:500])
-    return Result(**identity(plan, status="failed"), failure=failure)
+    return Result(**identity(resolved, status="failed"), failure=failure)
 
 
 def model_block(
@@ -118,7 +120,7 @@ def training_block(plan: Plan, report: PruneReport) -> TrainingBlock | None:
     learned, training = report.learned, plan.training
     if learned is None or training is None or plan.training_text is None:
         return None
-    text, origin = plan.training_text
+    text, origin = plan.training_text.name, plan.training_text.origin
     return TrainingBlock(
         text=text,
         origin=origin,

@@ -200,8 +200,9 @@ def _allocate(
     target, allocator = plan.sparsity.ratio, plan.allocator
     if kept and kept.state.allocation:
         return Allocation(**kept.state.allocation)
-    if isinstance(allocator, Allocation):
-        return allocator
+    if allocator is None:
+        assert plan.allocation is not None
+        return plan.allocation
     if plan.spec.allocation == "uniform":
         return allocator.allocate(BlockWalker(model), target)
     with _walk(plan, model, "allocate", f"{plan.spec.allocation} {plan.sparsity}") as walker:

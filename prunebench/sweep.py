@@ -33,10 +33,11 @@ from prunebench.engines.local import LocalEngine
 from prunebench.errors import MissingResource, PrunebenchError, UsageError
 from prunebench.hub import hub_problem, hub_reachable
 from prunebench.models.source import ModelSource, fetch_model, find_model, local_path
-from prunebench.prepare import Plan, prepare
+from prunebench.prepare import load_inputs
 from prunebench.progress import Silent
 from prunebench.recipe import Recipe, RecipeCell
 from prunebench.record import failed_result
+from prunebench.resolve import ResolvedSpec, resolve
 from prunebench.results.schema import Result
 from prunebench.results.store import ResultStore, read_result
 from prunebench.run_options import RUN_OPTIONS
@@ -202,8 +203,8 @@ class Sweep:
         chosen = {"dtype": dtype}
         return replace(cell, given={**cell.given, **chosen}, values={**cell.values, **chosen})
 
-    def prepared(self, cell: RecipeCell) -> Plan:
-        """Check a cell on this machine, and fetch what it needs.
+    def resolve(self, cell: RecipeCell) -> ResolvedSpec:
+        """Say on this machine what a cell's names mean, and fetch its model.
 
         Raises:
             PrunebenchError: The cell cannot be run: what `prunebench run` would say.
@@ -216,15 +217,15 @@ class Sweep:
         )
         if not cell.values["tasks"]:
             setup = replace(setup, batch_size=None, include_path=None)
-        return prepare(cell.spec, setup)
+        return resolve(cell.spec, setup)
 
     def finished(self, cell: RecipeCell) -> Result | None:
         """Return the newest finished result of the same spec, if there is one.
 
         Raises:
-            PrunebenchError: As for `prepared`.
+            PrunebenchError: As for `resolve`.
         """
-        return self._store.newest(self.prepared(cell).spec)
+        return self._store.newest(self.resolve(cell).spec)
 
     def run(self, cells: Sequence[RecipeCell]) -> Generator[CellOutcome]:
         """Run the cells that are not finished; yields what became of each, as it is known.
@@ -252,13 +253,15 @@ class Sweep:
         try:
             cell = self.with_dtype(cell)
             attempt = replace(attempt, cell=cell)
-            spec = self.prepared(cell).spec
+            resolved = self.resolve(cell)
+            spec = resolved.spec
+            result = self._store.newest(spec)
+            if result:
+                return CellOutcome(cell, "done" if attempt.tries else "finished", result)
+            load_inputs(resolved)  # what `prunebench run` would refuse is refused here
         except PrunebenchError as error:
             reason = " / ".join(str(error).splitlines())
             return CellOutcome(cell, "failed", reason=reason, exit_code=error.exit_code)
-        known = self._store.newest(spec)
-        if known:
-            return CellOutcome(cell, "done" if attempt.tries else "finished", known)
         if attempt.spec is None:
             attempt = replace(attempt, spec=spec, failed_before=self._failed(spec))
         try:
@@ -326,8 +329,10 @@ class Sweep:
         if not self._here:
             reason += " (the hardware here is that of the machine that ran the sweep)"
         try:
-            plan = self.prepared(attempt.cell)
-            record = failed_result(plan, error=error, stage=end.stage or "sweep", message=reason)
+            resolved = self.resolve(attempt.cell)
+            record = failed_result(
+                resolved, error=error, stage=end.stage or "sweep", message=reason
+            )
             self._store.publish(record)
         except PrunebenchError as unsaved:
             self._tell(attempt.cell, f"the failure could not be filed: {unsaved.what}")

@@ -37,7 +37,7 @@ LAYERS = {
     "probe": 3.7,
     "dtype": 3.7,
     "forecast": 4.1,
-    "names": 3.9,
+    "resolve": 3.9,
     "prepare": 4.0,
     "place": 4.1,
     "record": 4.1,

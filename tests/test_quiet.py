@@ -82,7 +82,7 @@ def task_folder(tmp_path_factory):
     return folder
 
 
-OURS = {"start", "check", "hash", "convert", "calibration", "tokenise", "tasks", "download", "load",
+OURS = {"start", "check", "hash", "convert", "calibration", "tokenize", "tasks", "download", "load",
         "baseline", "divergence", "prune", "measure", "score", "save"}  # fmt: skip
 
 

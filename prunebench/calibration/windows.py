@@ -146,7 +146,7 @@ def _pack(
     return torch.from_numpy(np.array(ids[: count * seqlen], dtype=np.int64)).view(count, seqlen)
 
 
-def load_windows(path: Path, *, vocabulary: int) -> Windows:
+def load_windows(path: Path, *, vocabulary: int | None = None) -> Windows:
     """Read a token file: safetensors with `token_ids`, int64 (samples, seqlen).
 
     Raises:
@@ -169,7 +169,8 @@ def load_windows(path: Path, *, vocabulary: int) -> Windows:
             where=f"it holds {found}",
             fix=_TOKENS_FIX,
         )
-    require_known(token_ids, vocabulary=vocabulary, source=str(path))
+    if vocabulary is not None:
+        require_known(token_ids, vocabulary=vocabulary, source=str(path))
     return Windows(token_ids, packed=False)
 
 

@@ -109,13 +109,13 @@ def _print_training(plan: Any) -> None:
     )
     if found is None:
         return
-    data, (text, origin) = plan.training, plan.training_text
-    typer.echo(f"  training    {found.tokens:,} tokens of {text}")
+    data, text = plan.training, plan.training_text
+    typer.echo(f"  training    {found.tokens:,} tokens of {text.name}")
     typer.echo(
         f"              {len(data.train):,} windows of {data.train.shape[1]}, "
         f"{len(data.held_out)} more are held out"
     )
-    typer.echo(f"              from {origin}")
+    typer.echo(f"              from {text.origin}")
     for name, size in found.memory.items():
         typer.echo(f"  memory      {size / 1e9:8.2f} GB  {name}")
     total = sum(found.memory.values())
@@ -133,17 +133,18 @@ def _duration(seconds: float) -> str:
 
 
 def print_resume_info(spec: RunSpec, setup: Any, *, as_json: bool) -> None:
-    """Print what an interrupted run of this very command has kept."""
+    """Print what an interrupted run of this very command has saved."""
     from prunebench.models.kept import kept_info
     from prunebench.place import kept_folder
-    from prunebench.prepare import prepare
+    from prunebench.resolve import resolve
 
-    plan = prepare(spec, setup)
-    info = kept_info(kept_folder(plan))
+    resolved = resolve(spec, setup)
+    info = kept_info(kept_folder(resolved))
     if as_json:
         facts = {**asdict(info), "folder": str(info.folder)} if info else None
         typer.echo(json.dumps(facts, indent=1))
     elif info is None:
-        typer.echo(f"nothing is kept of {plan.spec.method} {plan.sparsity} on {plan.spec.model}")
+        title = f"{resolved.spec.method} {resolved.sparsity} on {resolved.spec.model}"
+        typer.echo(f"nothing is saved of {title}")
     else:
         print_kept(info)

@@ -96,30 +96,31 @@ def run_command(
         print_dry_run(spec, setup, as_json=as_json)
         return
     with progress.stage("start", detail="loading torch and transformers"):
-        from prunebench.prepare import prepare
+        from prunebench.prepare import load_inputs
+        from prunebench.resolve import resolve
         from prunebench.run import execute as execute_plan
-    plan = prepare(spec, setup)
-    filed = _filed(plan) if once else None
+    resolved = resolve(spec, setup)
+    filed = _filed(resolved) if once else None
     if filed:
         progress.note(f"{filed.id} is of the same specification: nothing is run")
-    result = filed or execute_plan(plan)
+    result = filed or execute_plan(load_inputs(resolved))
     if result is None:  # a process that helped the first one
         return
     if as_json:
         sys.stdout.write(result.to_json())
     else:
-        path = plan.store.path_of(result)
-        print_summary(result, path, setup, masks=plan.pruner.needs.masks)
+        path = resolved.store.path_of(result)
+        print_summary(result, path, setup, masks=resolved.pruner.needs.masks)
 
 
-def _filed(plan: Any) -> Result | None:
+def _filed(resolved: Any) -> Result | None:
     """Return a finished result of the same specification for `--once`."""
-    setup = plan.setup
+    setup = resolved.setup
     if any((setup.save_model, setup.save_masks, setup.save_calibration, setup.save_allocation)):
         raise UsageError(
             "--once does not go with --save-*",
             where="a result that is filed already has no weights to save",
             fix="leave --once out",
         )
-    result: Result | None = plan.store.newest(plan.spec, layers=True)
+    result: Result | None = resolved.store.newest(resolved.spec, layers=True)
     return result

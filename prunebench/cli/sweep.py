@@ -47,7 +47,7 @@ def validate_command(
 
 
 def _checked(path: Path) -> Recipe:
-    from prunebench.names import check_names
+    from prunebench.resolve import check_names
     from prunebench.spec import Setup
 
     recipe = read_recipe(path, complete=True)

@@ -22,12 +22,12 @@ from jaxtyping import Int
 from torch import Tensor, nn
 
 from prunebench.calibration.bos import begin_windows, require_begun, text_tokens, tokenize
-from prunebench.calibration.texts import load_text
+from prunebench.calibration.texts import Text, TextIdentity, load_text
 from prunebench.calibration.windows import hash_tokens, load_windows
 from prunebench.errors import IncompatibleData
 from prunebench.evaluate.outcome import Item, Measure, Outcome, standard_error
 from prunebench.models.stream import batch_logits
-from prunebench.progress import Progress
+from prunebench.progress import Progress, Silent
 from prunebench.spec import BOS_WINDOW, Bos
 
 METRIC = "token_ppl"
@@ -147,19 +147,12 @@ def prepare_perplexity(
         windows = load_windows(path, vocabulary=vocabulary)
         require_begun(windows.token_ids, tokenizer, bos, path=path)
         digest = windows.sha256
-        dataset, split, origin, rows = (
-            f"tokens-{digest[:12]}",
-            "all",
-            f"sha256:{digest}",
-            windows.token_ids,
-        )
+        identity = TextIdentity(f"tokens-{digest[:12]}", "all", f"sha256:{digest}")
+        rows = windows.token_ids
         seqlen = rows.shape[1]
     else:
         text = load_text(name, use="evaluation", progress=progress)
-        ids = tokenize(tokenizer, text.joiner.join(text.documents), bos)
-        piece = text_tokens(seqlen, bos)
-        if text.dataset == "c4":
-            ids = ids[: _C4_WINDOWS * piece]
+        ids, piece = _token_ids(text, tokenizer, seqlen=seqlen, bos=bos), text_tokens(seqlen, bos)
         count = len(ids) // piece
         if count == 0:
             raise IncompatibleData(
@@ -167,21 +160,60 @@ def prepare_perplexity(
                 where=f"text from {text.origin}",
                 fix=f"use --ppl-seqlen {len(ids) + seqlen - piece} or less, or a longer text",
             )
-        dataset, split, origin = text.dataset, text.split, text.origin
+        identity = text
         rows = torch.tensor(ids[: count * piece], dtype=torch.int64).view(count, piece)
         rows = begin_windows(rows, tokenizer, bos)
-    begins = f"{BOS_WINDOW}/" if bos == "window" else ""
-    protocol = f"{dataset}/{split}/{seqlen}/{begins}{VERSION}"
+    protocol = protocol_of(
+        identity, seqlen=seqlen, bos=bos, tokens=rows.numel(), limit=limit_tokens
+    )
     limited = limit_tokens is not None and limit_tokens < rows.numel()
     if limited and limit_tokens is not None:
         rows = rows[: limit_tokens // seqlen]
-        if not len(rows):
-            raise IncompatibleData(
-                f"--ppl-tokens {limit_tokens} is less than one window of {seqlen}",
-                fix=f"use --ppl-tokens {seqlen} or more",
-            )
-        protocol += f"/first-{rows.numel()}"
-    return PerplexityTask(protocol, dataset, origin, limited, rows)
+    return PerplexityTask(protocol, identity.dataset, identity.origin, limited, rows)
+
+
+def protocol_of(
+    text: TextIdentity, *, seqlen: int, bos: Bos, tokens: int | None, limit: int | None
+) -> str:
+    """Return the id of a protocol.
+
+    Args:
+        text: What is scored.
+        seqlen: Length of a window in tokens.
+        bos: Where BOS is.
+        tokens: Tokens in all windows; wanted only where there is a limit.
+        limit: Score only the first so many tokens, or None.
+
+    Raises:
+        IncompatibleData: The limit is less than a window.
+    """
+    begins = f"{BOS_WINDOW}/" if bos == "window" else ""
+    protocol = f"{text.name}/{seqlen}/{begins}{VERSION}"
+    if limit is None or tokens is None or limit >= tokens:
+        return protocol
+    if limit < seqlen:
+        raise IncompatibleData(
+            f"--ppl-tokens {limit} is less than one window of {seqlen}",
+            fix=f"use --ppl-tokens {seqlen} or more",
+        )
+    return f"{protocol}/first-{limit // seqlen * seqlen}"
+
+
+def count_windows(name: str, tokenizer: Any, *, seqlen: int, bos: Bos) -> int:
+    """Return how many windows a text has.
+
+    Raises:
+        MissingResource: It cannot be had here.
+    """
+    text = load_text(name, use="evaluation", progress=Silent())
+    return len(_token_ids(text, tokenizer, seqlen=seqlen, bos=bos)) // text_tokens(seqlen, bos)
+
+
+def _token_ids(text: Text, tokenizer: Any, *, seqlen: int, bos: Bos) -> list[int]:
+    ids: list[int] = tokenize(tokenizer, text.joiner.join(text.documents), bos)
+    if text.dataset == "c4":
+        ids = ids[: _C4_WINDOWS * text_tokens(seqlen, bos)]
+    return ids
 
 
 @torch.no_grad()

@@ -66,15 +66,30 @@ def open_masks(name: str, linears: Sequence[Linear], progress: Progress) -> Mask
         MissingResource: There is nothing of the name, or the hub cannot be reached.
         IncompatibleData: It is damaged, holds pickled objects, or belongs to another model.
     """
-    shapes = {one.parameter_name: tuple(_parameter(one).shape) for one in linears}
+    shapes = {linear.parameter_name: tuple(_parameter(linear).shape) for linear in linears}
+    origin = masks_origin(name, progress)
     if name.startswith("hub:"):
-        path, origin = _from_hub(name.removeprefix("hub:"), progress)
+        path, _ = _from_hub(name.removeprefix("hub:"), progress)
         return Masks(origin, mask_file(path, shapes))
     path = Path(name).expanduser()
+    read = _checkpoint(path, shapes) if path.is_dir() else mask_file(path, shapes)
+    return Masks(origin, read)
+
+
+def masks_origin(name: str, progress: Progress) -> str:
+    """Return where masks come from: `hub:REPO@COMMIT`, or a hash of the file or files.
+
+    Raises:
+        MissingResource: There is nothing of the name, or the hub cannot be reached.
+    """
+    if name.startswith("hub:"):
+        return _from_hub(name.removeprefix("hub:"), progress)[1]
+    path = Path(name).expanduser()
     if path.is_dir():
-        return _checkpoint(path, shapes)
+        digests = "".join(map(sha256_file, sorted(weight_files(path))))
+        return f"sha256:{hashlib.sha256(digests.encode()).hexdigest()}"
     require_masks_named(name)
-    return Masks(f"sha256:{sha256_file(path)}", mask_file(path, shapes))
+    return f"sha256:{sha256_file(path)}"
 
 
 def require_masks_named(name: str) -> None:
@@ -159,7 +174,7 @@ def mask_file(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> Callable[[st
     return read
 
 
-def _checkpoint(folder: Path, shapes: Mapping[str, tuple[int, ...]]) -> Masks:
+def _checkpoint(folder: Path, shapes: Mapping[str, tuple[int, ...]]) -> Callable[[str], Tensor]:
     from safetensors import SafetensorError, safe_open
 
     files = weight_files(folder)
@@ -184,5 +199,4 @@ def _checkpoint(folder: Path, shapes: Mapping[str, tuple[int, ...]]) -> Masks:
         with safe_open(places[name], framework="pt") as opened:
             return torch.as_tensor(opened.get_tensor(name) != 0)
 
-    digests = "".join(map(sha256_file, sorted(files)))
-    return Masks(f"sha256:{hashlib.sha256(digests.encode()).hexdigest()}", read)
+    return read
