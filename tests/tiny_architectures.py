@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from prunebench.models.load import quiet_transformers
+
 SMALL: dict[str, Any] = {
     # widths
     **dict.fromkeys(("hidden_size", "d_model", "n_embd", "emb_dim", "word_embed_proj_dim"), 32),
@@ -118,6 +120,16 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "zaya": {"num_experts_per_tok": 1},
 }  # fmt: skip
 
+NOT_BUILT: dict[str, str] = {
+    "dbrx": "its configuration has no rope_theta, which its model reads",
+    "dots3_note": "its nested configuration speaks of layers beyond a small depth",
+    "gemma3n": "its vision tower needs timm",
+    "gemma4_assistant": "it continues the states of another model",
+    "gemma4_unified_assistant": "it continues the states of another model",
+    "musicgen": "its configuration has no dropout, which its model reads",
+    "musicgen_melody": "its configuration has no dropout, which its model reads",
+}
+
 
 def options_of(model_type: str) -> dict[str, Any]:
     """Return the fields of a tiny configuration."""
@@ -143,16 +155,22 @@ def _options(kind: Any) -> dict[str, Any]:
     return options
 
 
-def tiny_architecture(model_type: str) -> nn.Module:
-    """Build a random model, float32 on the CPU; norms and biases are random too."""
+def tiny_architecture(model_type: str, **options: Any) -> nn.Module:
+    """Build a random model, float32 on the CPU; norms and biases are random too.
+
+    Args:
+        model_type: A causal language model of transformers.
+        options: More fields of the configuration.
+    """
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    torch.manual_seed(0)
-    config = AutoConfig.for_model(model_type, **options_of(model_type))
-    model: nn.Module = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            scale = 0.1 if parameter.ndim == 1 else 0.5 / parameter.shape[-1] ** 0.5
-            parameter.add_(torch.randn_like(parameter) * scale)
+    with quiet_transformers(), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        config = AutoConfig.for_model(model_type, **options_of(model_type) | options)
+        model: nn.Module = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                scale = 0.1 if parameter.ndim == 1 else 0.5 / parameter.shape[-1] ** 0.5
+                parameter.add_(torch.randn_like(parameter) * scale)
     model.requires_grad_(False)
     return model.eval()

@@ -28,7 +28,7 @@ from prunebench.models.activations import Activations, MappedActivations
 from prunebench.models.checkpoint_keys import match_keys
 from prunebench.models.complete import require_complete
 from prunebench.models.kept import KeptRun
-from prunebench.models.linears import find_blocks
+from prunebench.models.linears import find_blocks, find_linears, find_repeats
 from prunebench.models.load import attention_of, quiet_transformers
 from prunebench.models.memory import return_free_memory
 from prunebench.models.safetensors_files import (
@@ -356,6 +356,12 @@ def load_on_disk(
     """
     check_weight_files(path)
     model: Any = build_skeleton(config, dtype)
+    for repeat, linear in find_repeats(model, find_linears(model)).items():
+        raise IncompatibleData(
+            f"{linear.name} cannot be read from disk when its block is used",
+            where=f"blocks {linear.block_index} and {repeat.block_index} share its weight",
+            fix="use --weights resident",
+        )
     keys = match_keys(model, stored_tensors(weight_files(path)), dtype=dtype)
     prefix, _ = find_blocks(model)
     for slot in _slots(model, "", keys.stored):

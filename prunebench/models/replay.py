@@ -168,7 +168,7 @@ def run_model(
         hidden = hidden_of(output)
         shapes.append(tuple(map(_unusable, output[1:])) if isinstance(output, tuple) else None)
         if index == len(blocks) - 1:
-            last.append(hidden)
+            last.append(hidden.clone())  # what comes next may write into it
             if not to_end:
                 raise Stop
 
