@@ -153,7 +153,7 @@ def export(
     model = skeleton(load_config(source))
     here, linears = stored_model(model, tensors), find_linears(model)
     sha256 = str(result.model.evaluated_sha256)
-    expected = expected_of_folder(source, here, sha256, result.model.dtype)
+    expected = expected_of_folder(here, sha256, result.model.dtype)
     wanted = [path for path in sorted(source.iterdir()) if _is_taken(path)]
     if to is not None:
         wanted = [path for path in wanted if not _is_weight(path)]

@@ -29,7 +29,7 @@ from prunebench.errors import UsageError
 from prunebench.evaluate.outcome import Evaluator
 from prunebench.evaluate.perplexity import PerplexityTask, prepare_perplexity
 from prunebench.files import cache_dir, require_writable, sha256_file
-from prunebench.models.carried import carried_tensors
+from prunebench.models.carried import require_carriable
 from prunebench.models.checkpoint_keys import match_keys
 from prunebench.models.linears import Linear, find_linears
 from prunebench.models.load import (
@@ -121,8 +121,6 @@ def prepare(spec: RunSpec, setup: Setup) -> Plan:
         tokenizer = load_tokenizer(local.path)
         model = skeleton(config)
         linears = find_linears(model)
-        if setup.save_model:
-            carried_tensors(local.path, model)  # what cannot be saved is refused before the work
         for linear in linears:
             sparsity.require_width(linear.in_features, name=linear.name)
         allocator: Allocator | Allocation
@@ -144,6 +142,8 @@ def prepare(spec: RunSpec, setup: Setup) -> Plan:
     spec, training, learned_from = _prepare_training(spec, pruner, tokenizer, vocabulary, clock)
     needs = (pruner.needs, *([] if rule is None else [rule.needs]))
     weights = _place_weights(spec, setup, local, model, needs, tasks, devices[0], clock)
+    if setup.save_model and weights == "resident":
+        require_carriable(local.path, model)
     spec = _resolved(spec, local, calibration, texts)
     _require_apart(learned_from, texts)
     if training is not None:
