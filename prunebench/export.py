@@ -160,7 +160,7 @@ def export(
     model = skeleton(load_config(source))
     here, linears = stored_model(model, tensors), find_linears(model)
     sha256 = str(result.model.evaluated_sha256)
-    expected = expected_of_folder(source, here, sha256, result.model.dtype)
+    expected = expected_of_folder(here, sha256, result.model.dtype)
     others = other_files(source)
     wanted = [path for path in sorted(source.iterdir()) if _is_taken(path) and path not in others]
     if to is not None:

@@ -24,7 +24,7 @@ from prunebench.errors import CheckFailed, UsageError
 from prunebench.evaluate.outcome import Evaluator
 from prunebench.evaluate.perplexity import PerplexityTask, prepare_perplexity
 from prunebench.files import cache_dir
-from prunebench.models.carried import carried_tensors
+from prunebench.models.carried import require_carriable
 from prunebench.models.checkpoint_keys import check_tensors, match_keys
 from prunebench.models.linears import Linear, find_linears
 from prunebench.models.load import load_config, load_tokenizer, require_context, skeleton
@@ -109,6 +109,8 @@ def load_inputs(resolved: ResolvedSpec) -> Plan:
     training = _prepare_training(resolved, tokenizer, vocabulary)
     _require_known(resolved, windows, texts, training, vocabulary, tokenizer)
     weights = _place_weights(resolved, model, tasks)
+    if resolved.setup.save_model and weights == "resident":
+        require_carriable(resolved.model.path, model)
     _require_same(resolved, calibration, texts, masks)
     return Plan(
         **vars(resolved),
@@ -156,8 +158,6 @@ def _check_files(resolved: ResolvedSpec, model: torch.nn.Module) -> None:
     """Refuse files that are not the model's, and what could not be saved afterwards."""
     path = resolved.model.path
     check_tensors(model, stored_tensors(weight_files(path)))
-    if resolved.setup.save_model:
-        carried_tensors(path, model)
     size = StoredDtype.of(path).saved_bytes(resolved.spec.dtype)
     require_outputs(resolved.setup, need_model_bytes=size)
 

@@ -68,6 +68,39 @@ def test_a_folder_is_replaced_only_if_asked(tmp_path):
     assert leftovers(tmp_path) == []
 
 
+def test_a_folder_that_cannot_be_replaced_is_there_again(tmp_path, monkeypatch):
+    target = tmp_path / "f"
+    target.mkdir()
+    (target / "x").write_text("old")
+    plain = Path.rename
+
+    def rename(self, other):
+        if self.suffix == ".part":
+            raise OSError(5, "Input/output error")
+        return plain(self, other)
+
+    monkeypatch.setattr(Path, "rename", rename)
+    with (
+        pytest.raises(SaveError, match="cannot write"),
+        atomic_folder(target, replace=True) as part,
+    ):
+        (part / "x").write_text("new")
+    assert (target / "x").read_text() == "old"
+    assert leftovers(tmp_path) == []
+
+
+def test_a_folder_made_meanwhile_stays_and_is_an_error_where_it_is_not_the_same(tmp_path):
+    target = tmp_path / "f"
+    with atomic_folder(target) as part:  # a cache: both hold the same
+        (part / "x").write_text("ours")
+        target.mkdir()
+        (target / "x").write_text("theirs")
+    with pytest.raises(SaveError, match="exists already"), atomic_folder(target, exclusive=True):
+        pass
+    assert (target / "x").read_text() == "theirs"
+    assert leftovers(tmp_path) == []
+
+
 def test_a_published_name_is_never_taken_twice(tmp_path):
     publish_text(tmp_path / "r.json", "first")
     with pytest.raises(SaveError, match="exists already"):

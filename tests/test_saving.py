@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 import prunebench.models.verify as verify
 import prunebench.sparse24.folder as packed_folder
-from prunebench.models.carried import write_index
+from prunebench.models.carried import clean_tokenizer_config, write_index
 from prunebench.models.load import hash_weights
 from prunebench.models.safetensors_files import check_weight_files, weight_files
 from prunebench.results.store import ResultStore
@@ -389,3 +389,82 @@ def test_a_buffer_that_changes_is_refused(save, built, faulty):
     built("buffer")
     faulty(flip_a_bit("e_score_correction_bias"))
     assert "e_score_correction_bias is another one" in save("resident", "buffer", code=5).output
+
+
+def test_names_that_would_not_fit_what_is_carried_over_are_refused_before_the_work(
+    save, built, monkeypatch
+):
+    """Should transformers one day save other names than it reads; --weights disk keeps them."""
+    import transformers.core_model_loading as loading
+
+    built("mtp")
+    plain = loading.revert_weight_conversion
+    monkeypatch.setattr(
+        loading,
+        "revert_weight_conversion",
+        lambda *given: {f"other.{name}": one for name, one in plain(*given).items()},
+    )
+    output = save("resident", "mtp", code=4).output
+    assert "cannot be saved with the 2 tensors that the text model does not use" in output
+    assert "baseline" not in output
+    save("disk", "mtp")
+
+
+# ---------------------------------------------------------------- tokenizer, config
+
+
+def test_a_tokenizer_of_a_gguf_file_says_nothing_of_how_it_was_read(tmp_path, byte_tokenizer):
+    byte_tokenizer.save_pretrained(tmp_path)
+    path = tmp_path / "tokenizer_config.json"
+    before = json.loads(path.read_text())
+    assert before["model_max_length"] > 1e29  # what transformers writes when it does not know
+    marks = {"is_local": True, "local_files_only": True, "name_or_path": "/tmp/x"}
+    path.write_text(json.dumps(before | marks))
+    clean_tokenizer_config(tmp_path)
+    del before["model_max_length"]
+    assert json.loads(path.read_text()) == {
+        key: value for key, value in before.items() if key not in marks
+    }
+    path.write_text(json.dumps({"model_max_length": 8192}))
+    clean_tokenizer_config(tmp_path)
+    assert json.loads(path.read_text()) == {"model_max_length": 8192}
+
+
+def test_the_dtype_of_an_old_config_is_written_where_it_was(cli, eval_file, tmp_path, tiny_folder):
+    """`torch_dtype` is what older versions and other programs read."""
+    shutil.copytree(tiny_folder, "model")
+    config = json.loads(Path("model/config.json").read_text())
+    del config["dtype"]
+    Path("model/config.json").write_text(json.dumps(config | {"torch_dtype": "float32", "my": 1}))
+    cli(*line_of_run("model", "out", eval_file))
+    saved = json.loads(Path("out/config.json").read_text())
+    assert (saved["torch_dtype"], saved["my"], "dtype" in saved) == ("bfloat16", 1, False)
+
+
+def test_a_folder_that_another_program_made_meanwhile_is_not_taken_for_ours(
+    cli, eval_file, tiny_folder, faulty
+):
+    def another(folder):
+        Path("out").mkdir()
+        Path("out/theirs").write_text("x")
+
+    faulty(another)
+    output = cli(*line_of_run(tiny_folder, "out", eval_file), code=5).output
+    assert "out exists already" in output and "while this program was at work" in output
+    assert [path.name for path in Path("out").iterdir()] == ["theirs"]
+
+
+def test_zeros_that_packing_would_change_are_not_packed_as_scored(cli, eval_file, tiny_folder):
+    """-0.0 is packed as +0.0: the same product, and other bytes than those that were scored."""
+    shutil.copytree(tiny_folder, "model")
+    tensors = load_file("model/model.safetensors")
+    tensors[NAME].view(-1, 4)[:, :2] = -0.0
+    save_file(tensors, "model/model.safetensors", {"format": "pt"})
+    line = line_of_run("model", "ck", eval_file)
+    line[line.index("magnitude")] = "dense"
+    at = line.index("--sparsity")
+    del line[at : at + 2]
+    cli(*line)
+    output = cli("export", "ck", "-o", "out", "--to", "packed24", code=4).output
+    assert "are -0.0, which is packed as +0.0" in output
+    assert not Path("out").exists()

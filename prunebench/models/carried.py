@@ -24,7 +24,7 @@ from prunebench.models.safetensors_files import (
     stored_tensors,
     weight_files,
 )
-from prunebench.models.stored_model import StoredModel, stored_model
+from prunebench.models.stored_model import StoredModel, saved_names, stored_model
 
 TEMPLATES = "additional_chat_templates"
 """The folder in which transformers keeps chat templates beyond the first."""
@@ -34,50 +34,39 @@ _COMPANIONS = (
     "*.model", "*.tiktoken", "normalizer.json", "chat_template*", "*.jinja",
     "generation_config.json", "*processor_config.json",
 )  # fmt: skip
-_QUANTISED = ("quantization_config", "compression_config", "sparsity_config")
-_ONE_FILE = "model.safetensors"
 
 
-def carried_tensors(folder: Path, model: nn.Module) -> dict[str, StoredTensor]:
-    """Return the tensors of a model's folder that the model has no place for, by name in the files.
+def carried_tensors(source: StoredModel) -> dict[str, StoredTensor]:
+    """Return the tensors that a text model has no place for, by their names in the files."""
+    return {
+        key: tensor for key, tensor in source.unused.items() if not is_harmless(key, tensor.shape)
+    }
+
+
+def require_carriable(folder: Path, model: nn.Module) -> None:
+    """Refuse, before the work, a model that could not be saved with what it does not use.
+
+    Only together are they a model, and so the names must go on to fit: those that transformers
+    gives to what it saves must be those of the files.
 
     Args:
-        folder: The dense model, as it was loaded.
+        folder: The dense model.
         model: Built from its config, on any device.
 
     Raises:
-        IncompatibleData: They cannot be carried over: their scales would lose their meaning.
+        IncompatibleData: They would not fit.
     """
-    return unused_tensors(folder, stored_model(model, stored_tensors(weight_files(folder))))
-
-
-def unused_tensors(folder: Path, source: StoredModel) -> dict[str, StoredTensor]:
-    """Return what `carried_tensors` does, of a model whose files have been looked at."""
-    quantised = bool(_QUANTISED & read_config(folder).keys())
-    used = {key for keys in source.keys.values() for key in keys}
-    unused = {
-        key: tensor
-        for key, tensor in source.unused.items()
-        if not is_harmless(key, tensor.shape) and not (quantised and _is_scale(key, used))
-    }
-    scaled = [key for key, tensor in unused.items() if "8" in tensor.dtype and quantised]
-    if scaled:
+    source = stored_model(model, stored_tensors(weight_files(folder)))
+    carried = carried_tensors(source)
+    others = sorted(saved_names(model, source) - source.names) if carried else []
+    if others:
         raise IncompatibleData(
-            f"{folder} cannot be saved pruned: {len(scaled)} tensors beside the text model are "
-            "quantised",
-            where=f"the first is {scaled[0]}; the saved model is not quantised, and its config "
-            "would no longer say how to read them",
-            fix="give the unquantised checkpoint, or run without --save-model",
+            f"{folder} cannot be saved with the {len(carried)} tensors that the text model does "
+            "not use",
+            where=f"transformers would write {others[0]}, which is no name of its files; what is "
+            f"not used begins with {min(carried)}",
+            fix="use --weights disk, which keeps the names, or run without --save-model",
         )
-    return unused
-
-
-def _is_scale(key: str, used: set[str]) -> bool:
-    """Whether a tensor of a quantised checkpoint is a part of a weight that the model uses."""
-    module = key.rpartition(".")[0]
-    return f"{module}.weight" in used or any(
-        key.removesuffix(ending) in used for ending in ("_scale_inv", "_scale", "_inv_scale")
-    )
 
 
 # ---------------------------------------------------------------- writing
@@ -167,13 +156,18 @@ def read_config(folder: Path) -> dict[str, Any]:
     return config if isinstance(config, dict) else {}
 
 
-def write_config(source: Path, target: Path, model: Any) -> None:
-    """Write the config of a source with what a saved model differs in: dtype, no quantisation.
+def write_config(source: Path, target: Path, model: Any, *, dtype: str) -> None:
+    """Write the config of a source with another dtype; all else is as it came.
 
-    All else is as it came, so that what is carried over can still be loaded.
+    So what is carried over can still be loaded.
+
+    Args:
+        source: The dense model.
+        target: The folder of the saved model.
+        model: What is saved.
+        dtype: Of its parameters, e.g. `bfloat16`.
     """
-    config = {key: value for key, value in read_config(source).items() if key not in _QUANTISED}
-    dtype = str(model.dtype).removeprefix("torch.")
+    config = read_config(source)
     _set_dtype(config, dtype)
     text = model.config.get_text_config()
     for key, value in config.items():

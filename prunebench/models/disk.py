@@ -24,6 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from prunebench.errors import IncompatibleData
 from prunebench.models.activations import Activations, MappedActivations
 from prunebench.models.checkpoint_keys import match_keys
 from prunebench.models.complete import require_complete

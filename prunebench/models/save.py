@@ -18,9 +18,9 @@ from prunebench.files import atomic_file, atomic_folder, link_or_copy, require_w
 from prunebench.models.card import model_card
 from prunebench.models.carried import (
     add_carried,
+    carried_tensors,
     clean_tokenizer_config,
     copy_files,
-    unused_tensors,
     write_config,
     write_index,
     write_stored,
@@ -85,12 +85,11 @@ def save_model(
     Raises:
         SaveError: It could not be written, or what was written is not what was scored; nothing is
             left at `path`, or what was there before.
-        IncompatibleData: What the text model does not use cannot be carried over.
     """
     assert result.model is not None
     source = stored_model(model, stored_tensors(weight_files(local.path)))
-    carried = unused_tensors(local.path, source)
-    sha256 = str(result.model.evaluated_sha256)
+    carried = carried_tensors(source)
+    sha256, dtype = str(result.model.evaluated_sha256), result.model.dtype
     with atomic_folder(path, replace=replace, exclusive=True) as part, quiet_transformers():
         with progress.stage("save", detail=str(path)):
             weights = weights_of(model)
@@ -101,13 +100,13 @@ def save_model(
             if carried:
                 _require_names_of_source(part, source, path)
                 add_carried(part, carried)
-            write_config(local.path, part, model)
+            write_config(local.path, part, model, dtype=dtype)
             copy_files(local.path, part)
             if local.source.kind in ("gguf", "wheel"):
                 clean_tokenizer_config(part)
             (part / "README.md").write_text(model_card(result), encoding="utf-8")
             (part / RESULT_NAME).write_text(result.to_json(), encoding="utf-8")
-        expected = expected_of_model(model, sha256, carried)
+        expected = expected_of_model(model, sha256, dtype, carried)
         require_saved(part, expected, name=path, progress=progress)
     if carried:
         size = sum(one.stop - one.start for one in carried.values())
@@ -136,13 +135,12 @@ def _save_resident(model: Any, folder: Path) -> None:
 
 def _require_names_of_source(folder: Path, source: StoredModel, name: Path) -> None:
     """Refuse names that would not fit what is carried over: only together are they a model."""
-    keys = {key for keys in source.keys.values() for key in keys}
-    others = sorted(stored_tensors(weight_files(folder)).keys() - keys)
+    others = sorted(stored_tensors(weight_files(folder)).keys() - source.names)
     if others:
         raise SaveError(
             f"{name} cannot be saved with what the text model does not use",
-            where=f"transformers saves {others[0]}, and its source has no such name",
-            fix="give a checkpoint of the text model alone",
+            where=f"transformers wrote {others[0]}, which is no name of its source",
+            fix="use --weights disk, which keeps the names, or run without --save-model",
         )
 
 

@@ -30,6 +30,7 @@ class StoredModel:
         keys: The names in the files of each of `tensors`.
         missing: Names in the model that no file holds.
         unused: What the model has no place for, by name in the files.
+        steps: What transformers does to the names.
     """
 
     tensors: dict[str, StoredTensor]
@@ -37,6 +38,12 @@ class StoredModel:
     keys: dict[str, list[str]]
     missing: list[str]
     unused: dict[str, StoredTensor]
+    steps: list[Any]
+
+    @property
+    def names(self) -> set[str]:
+        """Return the names in the files of all that the model uses."""
+        return {key for keys in self.keys.values() for key in keys}
 
 
 @dataclass(frozen=True)
@@ -73,7 +80,8 @@ def stored_model(model: nn.Module, stored: Mapping[str, StoredTensor]) -> Stored
     keys: dict[str, list[str]] = {}
     parts: dict[str, tuple[Any, dict[str, list[StoredTensor]]]] = {}
     unused: dict[str, StoredTensor] = {}
-    for key, name, converter, pattern in _named(model, stored, wanted):
+    steps = _steps(model)
+    for key, name, converter, pattern in _named(model, stored, wanted, steps):
         if name not in wanted:
             unused[key] = stored[key]
             continue
@@ -91,17 +99,39 @@ def stored_model(model: nn.Module, stored: Mapping[str, StoredTensor]) -> Stored
                 keys[name] = keys[first]
     parameters = _settle_ties(model, tensors, keys)
     missing = [name for name in (*parameters, *kept_buffers(model)) if name not in tensors]
-    return StoredModel(tensors, parameters, keys, missing, unused)
+    return StoredModel(tensors, parameters, keys, missing, unused, steps)
+
+
+def saved_names(model: Any, source: StoredModel) -> set[str]:
+    """Return the names that transformers would give the tensors of a model that it saves.
+
+    Args:
+        model: On the meta device: nothing is computed.
+        source: The files that it is loaded from.
+    """
+    from transformers.core_model_loading import revert_weight_conversion
+
+    wanted = {name: model.state_dict()[name] for name in source.tensors}
+    model._weight_conversions = [step for step in source.steps if step.was_used()]
+    try:
+        return set(revert_weight_conversion(model, wanted))
+    finally:
+        del model._weight_conversions
+
+
+def _steps(model: Any) -> list[Any]:
+    from transformers.conversion_mapping import get_model_conversion_mapping
+
+    return list(get_model_conversion_mapping(model))
 
 
 def _named(
-    model: Any, stored: Mapping[str, StoredTensor], wanted: Mapping[str, Tensor]
+    model: Any, stored: Mapping[str, StoredTensor], wanted: Mapping[str, Tensor], steps: list[Any]
 ) -> Iterator[tuple[str, str, Any, str]]:
     """Yield of every key its name in the model, and what makes it of how many (else None).
 
     As `transformers.core_model_loading` does when it loads, in the same order.
     """
-    from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import (
         WeightConverter,
         WeightRenaming,
@@ -109,7 +139,6 @@ def _named(
         rename_source_key,
     )
 
-    steps = get_model_conversion_mapping(model)
     renamings = [step for step in steps if isinstance(step, WeightRenaming)]
     converters = [step for step in steps if isinstance(step, WeightConverter)]
     by_pattern = {pattern: one for one in converters for pattern in one.source_patterns}

@@ -18,8 +18,7 @@ import torch
 from torch import nn
 
 from prunebench.errors import PrunebenchError, SaveError
-from prunebench.models.carried import read_config, unused_tensors
-from prunebench.models.complete import is_harmless
+from prunebench.models.carried import carried_tensors, read_config
 from prunebench.models.linears import find_blocks
 from prunebench.models.load import load_config, skeleton
 from prunebench.models.safetensors_files import (
@@ -66,24 +65,19 @@ def read_dense(folder: Path) -> dict[str, StoredTensor]:
 
 
 def expected_of_model(
-    model: nn.Module, sha256: str, carried: Mapping[str, StoredTensor]
+    model: nn.Module, sha256: str, dtype: str, carried: Mapping[str, StoredTensor]
 ) -> Expected:
     """Return what the folder of a model must hold that is in memory or on disk."""
-    dtype = str(model.dtype).removeprefix("torch.")
     return Expected(sha256, dtype, _hash_buffers(model), carried)
 
 
-def expected_of_folder(folder: Path, source: StoredModel, sha256: str, dtype: str) -> Expected:
-    """Return what a folder must hold that is made from another one.
-
-    Raises:
-        IncompatibleData: Something that should be carried over cannot be.
-    """
+def expected_of_folder(source: StoredModel, sha256: str, dtype: str) -> Expected:
+    """Return what a folder must hold that is made from another one."""
     buffers = {
         name: hash_stored(source.tensors, [name])
         for name in source.tensors.keys() - {*source.parameters}
     }
-    return Expected(sha256, dtype, buffers, unused_tensors(folder, source))
+    return Expected(sha256, dtype, buffers, carried_tensors(source))
 
 
 def require_saved(
@@ -160,18 +154,13 @@ def _difference(
     for name in sorted({*buffers, *expected.buffers}):
         if buffers.get(name) != expected.buffers.get(name):
             return f"the buffer {name} is another one"
-    unused = {
-        key: tensor for key, tensor in saved.unused.items() if not is_harmless(key, tensor.shape)
-    }
-    return _carried_difference(saved, unused, expected, advance)
+    return _carried_difference(saved, expected, advance)
 
 
 def _carried_difference(
-    saved: StoredModel,
-    unused: Mapping[str, StoredTensor],
-    expected: Expected,
-    advance: Callable[[int], None],
+    saved: StoredModel, expected: Expected, advance: Callable[[int], None]
 ) -> str:
+    unused = carried_tensors(saved)
     for key in sorted({*unused, *expected.carried}):
         if key not in unused:
             return f"{key}, which the text model does not use, was not carried over"
