@@ -168,6 +168,18 @@ def hub_failure(
     return MissingResource(f"{what} cannot be downloaded", where=where, fix=advice or fix)
 
 
+def hub_error_under(error: BaseException) -> Exception | None:
+    """Return the refusal of the hub or the failure of the line that an error was made from."""
+    deepest = None
+    below: BaseException | None = error
+    while below is not None:
+        answered = getattr(below, "response", None) is not None
+        if isinstance(below, Exception) and (answered or _is(below, "TransportError")):
+            deepest = below
+        below = below.__cause__ or below.__context__
+    return deepest
+
+
 def _number_of_disk(error: BaseException) -> int:
     """Return the number of an error of the disk, whoever raised it, or 0."""
     written = re.search(r"\(os error (\d+)\)", str(error))  # by libraries in Rust

@@ -3,6 +3,7 @@
 All against a small hub on loopback (`tests/hub.py`).
 """
 
+import functools
 import gzip
 import hashlib
 import json
@@ -15,9 +16,11 @@ from huggingface_hub import constants
 
 from prunebench.files import cache_dir
 from prunebench.hub import hub_problem
+from prunebench.hub_files import cached_file, fetch_file
 from prunebench.models.linears import find_linears
 from prunebench.models.save import save_masks
 from prunebench.models.source import catalog
+from prunebench.progress import Silent
 from prunebench.results.store import ResultStore
 from prunebench.testing import tiny_model
 from tests.conftest import prose
@@ -171,6 +174,23 @@ def test_a_flipped_byte_in_the_cache_is_noticed_and_fetched_again(
     before, after = only_row("before"), only_row("after")
     assert before.spec_id == after.spec_id
     assert before.scores == after.scores
+
+
+@pytest.mark.parametrize("change", [flip, lambda path: path.write_bytes(b"")], ids=["flip", "cut"])
+@pytest.mark.parametrize("kind", ["model", "dataset"])
+def test_any_file_of_the_hub_is_whole_or_fetched_again(loopback, kind, change):
+    """What every caller goes through: parquet, gzip, masks, and whatever comes next."""
+    for name in ("t.parquet", "t.gz", "m.npz", "README.md"):
+        data = name.encode() * 1000
+        getattr(loopback, kind)("org/x", {name: data})
+        get = functools.partial(
+            fetch_file, "org/x", name, revision=None, kind=kind, progress=Silent(), fix=""
+        )
+        assert get().read_bytes() == data
+        change(get())
+        assert cached_file("org/x", name, revision=None, kind=kind).read_bytes() != data
+        assert get().read_bytes() == data
+        assert get().parent.name == loopback.repo(kind, "org/x").refs["main"]
 
 
 def test_damage_that_cannot_be_mended_is_no_row(cli, owners_hub, monkeypatch):
