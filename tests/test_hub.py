@@ -13,7 +13,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from huggingface_hub import constants
+from huggingface_hub import _tree_cache, constants
 
 from prunebench.calibration import texts as texts_module
 from prunebench.errors import IncompatibleData, MissingResource
@@ -54,7 +54,13 @@ def owners_hub(loopback, tiny_folder, tmp_path):
     half = {one.name: Sparsity.parse("2:4") for one in walker.linears}
     METHODS.make("magnitude", {}).prune(walker, half)
     save_masks(find_linears(model), tmp_path / "mask_compressed.npz")
-    llama = files_of(tiny_folder) | {"original/params.json": b"{}", "README.md": b"# Llama"}
+    tokenizer = {n: data for n, data in files_of(tiny_folder).items() if n.startswith("token")}
+    tiny_model("llama").save_pretrained(tmp_path / "shards", max_shard_size="60KB")
+    llama = (
+        files_of(tmp_path / "shards")
+        | tokenizer
+        | {"original/params.json": b"{}", "README.md": b"# Llama"}
+    )
     loopback.model(LLAMA.hub, llama, sha=LLAMA.revision)
     masks = (tmp_path / "mask_compressed.npz").read_bytes()
     loopback.model(MASKS, {"mask_compressed.npz": masks})
@@ -159,7 +165,8 @@ def in_cache(name: str) -> Path:
 
 
 DAMAGED = [
-    "model.safetensors", "tokenizer.json", "config.json", "mask_compressed.npz",
+    "model-00001-of-00004.safetensors", "model.safetensors.index.json", "tokenizer.json",
+    "config.json", "mask_compressed.npz",
     "c4-validation.00000-of-00008.json.gz",
 ]  # fmt: skip
 
@@ -198,23 +205,34 @@ def test_any_file_of_the_hub_is_whole_or_fetched_again(loopback, kind, change):
         assert get().parent.name == loopback.repo(kind, "org/x").refs["main"]
 
 
+@pytest.mark.parametrize("name", ["model-00001-of-00004.safetensors", "tokenizer.json"])
+def test_a_cache_that_another_program_filled_by_half_is_completed(cli, owners_hub, name):
+    """They leave no listing by which huggingface_hub would know."""
+    cli(*OWNERS, *SMALL)
+    for file in in_cache(name).parent.glob("token*" if name.startswith("token") else name):
+        file.unlink()
+    shutil.rmtree(in_cache("config.json").parents[2] / "trees")
+    _tree_cache._IN_MEMORY_TREE_CACHE.clear()
+    cli(*OWNERS, *SMALL, "--results-dir", "again")
+
+
 def test_damage_that_cannot_be_mended_is_no_row(cli, owners_hub, monkeypatch):
     cli(*OWNERS, *SMALL, "--results-dir", "before")
-    flip(in_cache("model.safetensors"))
+    flip(in_cache("model-00001-of-00004.safetensors"))
     gone(owners_hub, monkeypatch, "stopped")
     output = cli(*OWNERS, *SMALL, code=3).output
-    assert "model.safetensors" in output and "cannot be downloaded" in output
+    assert "model-00001-of-00004.safetensors" in output and "cannot be downloaded" in output
     assert not Path("results").exists() or not list(Path("results").rglob("*.json"))
 
 
 def test_a_file_that_arrives_damaged_is_refused_and_not_kept(cli, owners_hub):
     """A proxy that changes a byte: the size is right, the hash is not."""
     cli("models", "fetch", "llama2-7b")
-    digest = hashlib.sha256(in_cache("model.safetensors").read_bytes()).hexdigest()
+    digest = hashlib.sha256(in_cache("model-00001-of-00004.safetensors").read_bytes()).hexdigest()
     shutil.rmtree(constants.HF_HUB_CACHE)
     owners_hub.spoiled.add(digest)
     output = cli("models", "fetch", "llama2-7b", code=4).output
-    assert "arrives damaged: model.safetensors" in output
+    assert "arrives damaged: model-00001-of-00004.safetensors" in output
     owners_hub.spoiled.clear()
     cli("models", "fetch", "llama2-7b")
 
@@ -222,7 +240,7 @@ def test_a_file_that_arrives_damaged_is_refused_and_not_kept(cli, owners_hub):
 def test_a_file_is_read_for_its_hash_once(cli, owners_hub):
     assert "verify" in cli("models", "fetch", "llama2-7b").stderr
     assert "verify" not in cli("models", "fetch", "llama2-7b").stderr
-    os.utime(in_cache("model.safetensors"))
+    os.utime(in_cache("model-00001-of-00004.safetensors"))
     assert "verify" in cli("models", "fetch", "llama2-7b").stderr
 
 
