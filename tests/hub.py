@@ -123,6 +123,10 @@ class Hub:
         """Add a data set with one commit on main."""
         return self._add(self.datasets, name, files, sha)
 
+    def repo(self, kind: str, name: str) -> Repo:
+        """Return a model or a data set."""
+        return (self.datasets if kind == "dataset" else self.models)[name]
+
     def _add(self, where: dict[str, Repo], name: str, files: Any, sha: str) -> Repo:
         repo = where.setdefault(name, Repo())
         repo.commit(files_of(files) if isinstance(files, Path) else files, sha=sha)
@@ -507,4 +511,6 @@ def use(monkeypatch: Any, url: str, folder: Path) -> None:
     for name, value in values.items():
         monkeypatch.setattr(constants, name, value)
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", folder / "datasets")
+    monkeypatch.setattr(datasets.config, "HF_ENDPOINT", url)
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
     module.hub_problem.cache_clear()

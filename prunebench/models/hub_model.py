@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from prunebench.errors import MissingResource
+from prunebench.errors import IncompatibleData, MissingResource
 from prunebench.files import cache_dir, write_text
 from prunebench.hub import asking, patiently
 from prunebench.hub_files import (
@@ -32,6 +32,10 @@ _WANTED = Wanted(
     allow=("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"),
     ignore=("original/*", "onnx/*"),
 )
+_TOKENIZER_FILES = (
+    "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "vocab.txt",
+    "spiece.model",
+)  # fmt: skip
 _CONVERTER = "SFconvertbot"
 _TITLE = "Adding `safetensors` variant of this model"
 _FIX = "connect to the network, or give a local folder or .gguf file to --model"
@@ -58,9 +62,20 @@ def cached_model(repository: str, revision: str | None) -> HubModel | None:
         candidates.append((conversion, conversion))
     for wanted, pull_request in candidates:
         path = cached_snapshot(repository, _WANTED, revision=wanted)
-        if path and (path / "config.json").is_file() and weight_files(path):
+        if path and _is_complete(path):
             return HubModel(path, pull_request)
     return None
+
+
+def _is_complete(folder: Path) -> bool:
+    """Whether all files are there, whole or not: other programs fetch some and leave out others."""
+    try:
+        weights = weight_files(folder)
+    except IncompatibleData:  # a damaged index, which is found and fetched again like any file
+        return True
+    tokenizer = any((folder / name).exists() for name in _TOKENIZER_FILES)
+    config = (folder / "config.json").is_file()
+    return config and tokenizer and bool(weights) and all(file.is_file() for file in weights)
 
 
 def fetch_hub_model(repository: str, revision: str | None, progress: Progress) -> HubModel:
@@ -94,8 +109,6 @@ def _download(repository: str, revision: str | None) -> HubModel:
         pull_request, info = _find_conversion(repository, info)
         revision = pull_request
     path = download_snapshot(repository, _WANTED, revision=revision, info=info, fix=_FIX)
-    if not weight_files(path):
-        raise _only_pickles(repository, "what safetensors it has are of no model")
     if pull_request:
         _remember_conversion(repository, pull_request)
     return HubModel(path, pull_request)
