@@ -153,7 +153,9 @@ def prepare_perplexity(
             raise IncompatibleData(
                 f"{name} is too short: {len(ids):,} tokens, one window of {seqlen} is needed",
                 where=f"text from {text.origin}",
-                fix=f"use --ppl-seqlen {len(ids)} or less, or a longer text",
+                fix=f"use --ppl-seqlen {len(ids)} or less, or a longer text"
+                if len(ids) > 1
+                else "use a longer text",
             )
         dataset, split, origin = text.dataset, text.split, text.origin
         rows = torch.tensor(ids[: count * seqlen], dtype=torch.int64).view(count, seqlen)
