@@ -154,8 +154,8 @@ def listing(outcomes):
     return "\n".join(
         [
             BEGIN,
-            f"**Exact** ({len(exact)}), by the names of transformers: the statistics of every linear",
-            "are those of a plain forward pass, and the gradients those of autograd.",
+            f"**Exact** ({len(exact)}), by the names of transformers: the statistics of every",
+            "linear are those of a plain forward pass, and the gradients those of autograd.",
             "",
             wrapped(", ".join(exact) + "."),
             "",

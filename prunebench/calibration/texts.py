@@ -19,12 +19,14 @@ import http.client
 import re
 import tomllib
 import urllib.request
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 from typing import Any, Literal
 
+from prunebench.calibration.decode import decode_text
 from prunebench.errors import IncompatibleData, MissingResource, UsageError, nearest
 from prunebench.files import cache_dir, explain_os_error, write_bytes
 from prunebench.hub_files import fetch_file
@@ -248,15 +250,18 @@ def read_text_file(path: Path) -> str:
     """Read a UTF-8 file, compressed if it ends in .gz; line ends stay as they are.
 
     Raises:
-        IncompatibleData: It is not UTF-8, or the compression is damaged.
+        IncompatibleData: It is not UTF-8, empty, or the compression is damaged.
     """
     try:
         data = path.read_bytes()
-        return (gzip.decompress(data) if path.suffix == ".gz" else data).decode("utf-8")
-    except (UnicodeDecodeError, EOFError, gzip.BadGzipFile) as error:
-        raise IncompatibleData(f"{path} is not UTF-8 text", where=str(error)) from None
+        data = gzip.decompress(data) if path.suffix == ".gz" else data
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise IncompatibleData(
+            f"{path} is not a sound gzip file", where=str(error), fix="copy or make it again"
+        ) from None
     except OSError as error:
         raise MissingResource(f"cannot read {path}", where=str(error.strerror)) from None
+    return decode_text(data, path)
 
 
 def _from_file(path: Path) -> Text:

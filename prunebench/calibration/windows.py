@@ -121,7 +121,9 @@ def _require_enough(
             f"{samples} x {seqlen} = {need:,} are wanted",
             where=f"text from {text.origin}",
             fix=f"use --calibration-samples {have // seqlen} or fewer, a shorter --seqlen, "
-            "or another text",
+            "or another text"
+            if have >= seqlen
+            else "use a shorter --seqlen, or another text",
         )
 
 

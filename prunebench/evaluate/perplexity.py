@@ -158,7 +158,9 @@ def prepare_perplexity(
             raise IncompatibleData(
                 f"{name} is too short: {len(ids):,} tokens, one window of {piece} is needed",
                 where=f"text from {text.origin}",
-                fix=f"use --ppl-seqlen {len(ids) + seqlen - piece} or less, or a longer text",
+                fix=f"use --ppl-seqlen {len(ids) + seqlen - piece} or less, or a longer text"
+                if len(ids) > 1
+                else "use a longer text",
             )
         identity = text
         rows = torch.tensor(ids[: count * piece], dtype=torch.int64).view(count, piece)
