@@ -156,7 +156,7 @@ def test_the_same_command_goes_on_and_says_what_it_kept(cli, tiny_run, tmp_path,
     from prunebench import run
 
     command = [*tiny_run, "-m", "wanda", "--divergence", "--weights", "disk"]
-    assert "nothing is kept" in cli(*command, "--resume-info").output
+    assert "nothing is saved" in cli(*command, "--resume-info").output
     plain, stages = run.hash_weights, []
 
     def stopped(model, **options):

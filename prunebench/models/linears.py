@@ -110,7 +110,7 @@ def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
             where="no nn.ModuleList of matrices was found in its text decoder",
             fix="choose a decoder-only transformer",
         )
-    depth = getattr(_text_config(model), "num_hidden_layers", None)
+    depth = _depth(model)
     path = max(lists, key=lambda name: (len(lists[name]) == depth, _matrix_size(lists[name])))
     return path, lists[path]
 
@@ -141,13 +141,19 @@ def _lists_below(model: nn.Module, root: nn.Module, prefix: str) -> dict[str, nn
             closed.append(path)
         elif isinstance(module, nn.ModuleList):
             closed.append(path)
-            if _matrix_size(module):
+            if _matrix_size(module) or len(module) == _depth(model):  # 2:4 layers have none
                 lists[path] = module
     return lists
 
 
 def _matrix_size(module: nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters() if parameter.ndim >= 2)
+
+
+def _depth(model: nn.Module) -> int | None:
+    """Return how many blocks the configuration says there are."""
+    depth: int | None = getattr(_text_config(model), "num_hidden_layers", None)
+    return depth
 
 
 def _text_config(model: nn.Module) -> Any:
