@@ -18,8 +18,11 @@ import torch
 from prunebench.capacity import gigabytes
 from prunebench.models.load import is_emulated
 from prunebench.models.safetensors_files import StoredTensor, stored_tensors, weight_files
-from prunebench.models.source import ModelSource
-from prunebench.spec import AUTO, DTYPES
+from prunebench.models.source import LocalModel, ModelSource
+from prunebench.progress import Progress
+from prunebench.sparse24.guards import check_execution
+from prunebench.sparsity import Sparsity
+from prunebench.spec import AUTO, DTYPES, RunSpec, Setup
 
 _IN_A_BLOCK = re.compile(r"\.\d+\.")  # model.layers.0.mlp.up_proj.weight
 
@@ -136,6 +139,24 @@ def choose_dtype(
     if saves and (grown := _grown(StoredDtype.of(folder), asked)):
         notes.append(f"read as {asked}: {grown}")
     return DtypeChoice(asked, reason, tuple(notes))
+
+
+def with_dtype(
+    spec: RunSpec, setup: Setup, local: LocalModel, device: torch.device, progress: Progress
+) -> RunSpec:
+    """Fill in the dtype, which a result always names, and say what the user should know of it.
+
+    Raises:
+        IncompatibleData: A file is damaged.
+        UsageError: Packed weights were asked for, and the dtype is not one of 16 bits.
+    """
+    saves = setup.save_model is not None
+    choice = choose_dtype(spec.dtype, local.source, local.path, device, saves=saves)
+    for note in choice.notes:
+        progress.note(f"  {note}")
+    chosen = spec.model_copy(update={"dtype": choice.dtype})
+    check_execution(chosen, Sparsity.parse(spec.sparsity), backend=setup.backend, device=device)
+    return chosen
 
 
 def _own(stored: StoredDtype, device: torch.device) -> DtypeChoice:

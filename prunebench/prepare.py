@@ -26,7 +26,7 @@ from prunebench.calibration.texts import Text, load_text
 from prunebench.calibration.training import Training, training_windows
 from prunebench.calibration.windows import Windows, load_windows, sample_windows
 from prunebench.capacity import choose_weights, model_sizes
-from prunebench.dtype import StoredDtype, choose_dtype
+from prunebench.dtype import StoredDtype, with_dtype
 from prunebench.errors import UsageError
 from prunebench.evaluate.outcome import Evaluator
 from prunebench.evaluate.perplexity import PerplexityTask, prepare_perplexity
@@ -112,7 +112,7 @@ def prepare(spec: RunSpec, setup: Setup) -> Plan:
         require_writable(cache_dir())
         _check_outputs(setup, need_model_bytes=1 << 20)
     local = unpacked(fetch_model(source, clock), clock)
-    spec = _choose_dtype(spec, setup, local, devices[0], clock)
+    spec = with_dtype(spec, setup, local, devices[0], clock)
     with clock.stage("check", detail="config, tokenizer and sizes"):
         config = load_config(local.path)
         if spec.seqlen is not None and not (spec.calibration or "").startswith("tokens:"):
@@ -161,19 +161,6 @@ def _devices(spec: RunSpec, setup: Setup, pruner: Pruner) -> tuple[torch.device,
             fix=f"torchrun --nproc-per-node {len(devices)} -m prunebench run ...",
         )
     return devices
-
-
-def _choose_dtype(
-    spec: RunSpec, setup: Setup, local: LocalModel, device: torch.device, clock: StageClock
-) -> RunSpec:
-    """Fill in the dtype, which a result always names, and say what the user should know of it."""
-    saves = setup.save_model is not None
-    choice = choose_dtype(spec.dtype, local.source, local.path, device, saves=saves)
-    for note in choice.notes:
-        clock.note(f"  {note}")
-    chosen = spec.model_copy(update={"dtype": choice.dtype})
-    check_execution(chosen, Sparsity.parse(spec.sparsity), backend=setup.backend, device=device)
-    return chosen
 
 
 def _check_bos(
