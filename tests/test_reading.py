@@ -708,6 +708,23 @@ def test_what_a_gguf_says_and_transformers_leaves_out(tensors, settings, says, t
         converted(file, tmp_path)
 
 
+def test_experts_of_a_gguf_are_all_read(tmp_path):
+    """transformers puts gate and up into one tensor of zeros, and counts it as read after one."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    options = {**_LLAMA_LIKE, "num_experts": 4, "num_experts_per_tok": 2, "norm_topk_prob": True}
+    config = AutoConfig.for_model("qwen3_moe", **options)  # experts of the default width
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    tensors = gguf_tensors(config, model.state_dict())
+    file = write_gguf(tmp_path / "m.gguf", model, tensors)
+    assert same_weights(converted(file, tmp_path), model)
+    del tensors["blk.1.ffn_up_exps.weight"]
+    file = write_gguf(tmp_path / "n.gguf", model, tensors)
+    with pytest.raises(IncompatibleData, match="lacks 1 tensors") as error:
+        converted(file, tmp_path)
+    assert "layers.1.mlp.experts.gate_up_proj" in error.value.where
+
+
 @pytest.mark.real
 def test_the_real_gguf_in_two_parts_is_the_same_model(tmp_path):
     from prunebench.files import cache_dir
