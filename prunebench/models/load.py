@@ -178,7 +178,7 @@ def load_model(path: Path, *, dtype: torch.dtype, device: torch.device) -> nn.Mo
                 fix="check that config.json and the safetensors belong together",
             ) from error
     stored = stored_tensors(weight_files(path))
-    require_loaded(path, model, info, shapes={name: one.shape for name, one in stored.items()})
+    require_loaded(path, model, info, shapes={name: row.shape for name, row in stored.items()})
     check_tensors(model, stored)
     model.requires_grad_(False)
     model.eval()
