@@ -173,3 +173,16 @@ def test_any_other_import_error_is_told_by_who_raised_it(capsys):
     assert (code, "bug" in says) == (3, False)
     code, says = of("prunebench.models.load")
     assert (code, "bug of prunebench" in says) == (1, True)
+
+
+def test_a_damaged_tokenizer_is_no_bug(tiny_folder, tmp_path, cli, tiny_run):
+    """The library tokenizers raises a plain Exception."""
+    folder = tmp_path / "m"
+    shutil.copytree(tiny_folder, folder)
+    broken = {"type": "BPE", "vocab": {"a": 0}, "merges": ["x y"]}
+    document = {"version": "1.0", "added_tokens": [], "model": broken}
+    (folder / "tokenizer.json").write_text(json.dumps(document))
+    tiny_run[tiny_run.index("--model") + 1] = str(folder)
+    outcome = cli(*tiny_run, "-m", "dense", code=3)
+    assert "has no usable tokenizer" in outcome.output
+    assert "out of vocabulary" in outcome.output

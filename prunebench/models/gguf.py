@@ -49,7 +49,9 @@ def convert_gguf(gguf: Path, folder: Path) -> None:
             )
         except ImportError as error:
             raise needs_package(gguf, error) from error
-        except UNREADABLE as error:
+        except Exception as error:
+            if not isinstance(error, UNREADABLE) and type(error) is not Exception:
+                raise  # the library tokenizers raises a plain one
             raise unreadable(gguf, error) from error
         _require_whole(gguf, reader, model, info)
         model.hf_quantizer = None

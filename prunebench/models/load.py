@@ -87,7 +87,11 @@ def load_tokenizer(path: Path) -> Any:
             tokenizer = AutoTokenizer.from_pretrained(path)
         except ImportError as error:
             raise needs_package(f"the tokenizer of {path}", error) from error
-        except (ValueError, OSError, KeyError, TypeError) as error:
+        except Exception as error:
+            if not isinstance(error, ValueError | OSError | KeyError | TypeError) and (
+                type(error) is not Exception  # what the library tokenizers raises
+            ):
+                raise
             raise MissingResource(
                 f"{path} has no usable tokenizer",
                 where=str(error).splitlines()[0][:200],
