@@ -308,14 +308,19 @@ def _write_shards(tensors: Iterable[tuple[str, Tensor]], folder: Path, stem: str
     return files
 
 
+def dense_config(folder: Path) -> dict[str, Any] | None:
+    """Return the config for the dense weights of a folder; None if it is the one that it has."""
+    return plain_fp8_config(folder) if is_fp8(folder) else plain_config(folder)
+
+
 def copy_companions(source: Path, target: Path) -> None:
     """Copy what lies beside the weights; a config without what describes how they are stored."""
     for path in sorted(source.iterdir()):
         weights = path.suffix == ".safetensors" or path.name in (INDEX_NAME, PACKED_INDEX)
         if path.is_file() and not weights and not path.name.startswith("."):
             shutil.copyfile(path, target / path.name)
-    config = plain_fp8_config(source) if is_fp8(source) else plain_config(source)
     copy_templates(source, target)
+    config = dense_config(source)
     if config is not None:
         (target / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
