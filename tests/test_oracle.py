@@ -154,8 +154,8 @@ def listing(outcomes):
     return "\n".join(
         [
             BEGIN,
-            f"**Exact** ({len(exact)}), by the names of transformers: the statistics of every linear",
-            "are those of a plain forward pass, and the gradients those of autograd.",
+            f"**Exact** ({len(exact)}), by the names of transformers: the statistics of every",
+            "linear are those of a plain forward pass, and the gradients those of autograd.",
             "",
             wrapped(", ".join(exact) + "."),
             "",
@@ -163,7 +163,9 @@ def listing(outcomes):
             "",
             *lines(gradients),
             "",
-            f"**Refused by name** ({len(refused)}), for methods that need calibration data:",
+            f"**Refused by name** ({len(refused)}): for any method where it says `not covered` or two "
+            "lists, else for",
+            "methods that need calibration data.",
             "",
             *lines(refused),
             "",

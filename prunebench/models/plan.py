@@ -9,17 +9,19 @@ look like every other layer.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from prunebench.errors import IncompatibleData
 from prunebench.models.linears import Linear
 from prunebench.models.memory import is_out_of_memory
-from prunebench.models.replay import record_calls, refused, run_model
+from prunebench.models.replay import BlockCall, TrueRun, record_calls, refused, run_model
 from prunebench.models.taps import Account
 from prunebench.models.weights import weights_of
 
@@ -65,19 +67,9 @@ def check_replay(
             in a way that cannot be followed; the first block where it shows, or the linear, is
             named.
     """
-    try:
-        return _checked(model, blocks, linears, token_ids)
-    except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
-        if is_out_of_memory(error):
-            raise
-        raise refused(model, f"{type(error).__name__}: {error}") from error
-
-
-def _checked(
-    model: nn.Module, blocks: nn.ModuleList, linears: Sequence[list[Linear]], token_ids: Tensor
-) -> list[BlockPlan]:
-    true = run_model(model, blocks, token_ids)
-    hidden, calls = record_calls(model, blocks, token_ids, returns_tuple=true.returns_tuple)
+    with _refusing(model):
+        true = run_model(model, blocks, token_ids)
+        hidden, calls = record_calls(model, blocks, token_ids, returns_tuple=true.returns_tuple)
     weights = weights_of(model)
     plans: list[BlockPlan] = []
     for index, block in enumerate(blocks):
@@ -88,15 +80,35 @@ def _checked(
                     where="the model overflows on the calibration text",
                     fix="use --dtype float32 or bfloat16, or check the weights",
                 )
-            raise refused(model, f"the replay differs from the model before block {index}")
+            raise refused(model, _difference(calls, true, f"before block {index}"))
         tensors = calls[index].count_tensors()
-        with weights.open_block(index), Account(linears[index]) as account:
+        with _refusing(model), weights.open_block(index), Account(linears[index]) as account:
             hidden = calls[index].run(block, hidden)
         plan = _plan(block, linears[index], account, true.returns_tuple[index])
         plans.append(replace(plan, leaves_tensors=calls[index].count_tensors() != tensors))
     if not torch.equal(hidden, true.output):
-        raise refused(model, f"the replay differs from the model after block {len(blocks) - 1}")
+        raise refused(model, _difference(calls, true, f"after block {len(blocks) - 1}"))
     return plans
+
+
+@contextlib.contextmanager
+def _refusing(model: nn.Module) -> Iterator[None]:
+    """Take an error of a model that is run in parts for a sign that it cannot be."""
+    try:
+        yield
+    except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
+        if is_out_of_memory(error):
+            raise
+        raise refused(model, f"{type(error).__name__}: {error}".split("\n")[0]) from error
+
+
+def _difference(calls: list[BlockCall], true: TrueRun, where: str) -> str:
+    """Return why the replay differs from the model, as far as it can be seen."""
+    given = {id(one) for one in tree_leaves(true.returns_tuple) if isinstance(one, Tensor)}
+    taken = tree_leaves([(call.args, call.kwargs) for call in calls])
+    if any(id(one) in given for one in taken):
+        return "blocks pass tensors to later blocks beside the hidden state"
+    return f"the replay differs from the model {where}"
 
 
 def _plan(
