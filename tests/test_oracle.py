@@ -163,9 +163,8 @@ def listing(outcomes):
             "",
             *lines(gradients),
             "",
-            f"**Refused by name** ({len(refused)}): for any method where it says `not covered` or two "
-            "lists, else for",
-            "methods that need calibration data.",
+            f"**Refused by name** ({len(refused)}): for any method where it says `not covered` or",
+            "two lists, else for methods that need calibration data.",
             "",
             *lines(refused),
             "",

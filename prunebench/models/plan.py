@@ -16,12 +16,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
 from prunebench.errors import IncompatibleData
 from prunebench.models.linears import Linear
 from prunebench.models.memory import is_out_of_memory
-from prunebench.models.replay import BlockCall, TrueRun, record_calls, refused, run_model
+from prunebench.models.replay import record_calls, refused, run_model
 from prunebench.models.taps import Account
 from prunebench.models.weights import weights_of
 
@@ -80,14 +79,14 @@ def check_replay(
                     where="the model overflows on the calibration text",
                     fix="use --dtype float32 or bfloat16, or check the weights",
                 )
-            raise refused(model, _difference(calls, true, f"before block {index}"))
+            raise refused(model, f"the replay differs from the model before block {index}")
         tensors = calls[index].count_tensors()
         with _refusing(model), weights.open_block(index), Account(linears[index]) as account:
             hidden = calls[index].run(block, hidden)
         plan = _plan(block, linears[index], account, true.returns_tuple[index])
         plans.append(replace(plan, leaves_tensors=calls[index].count_tensors() != tensors))
     if not torch.equal(hidden, true.output):
-        raise refused(model, _difference(calls, true, f"after block {len(blocks) - 1}"))
+        raise refused(model, f"the replay differs from the model after block {len(blocks) - 1}")
     return plans
 
 
@@ -100,15 +99,6 @@ def _refusing(model: nn.Module) -> Iterator[None]:
         if is_out_of_memory(error):
             raise
         raise refused(model, f"{type(error).__name__}: {error}".split("\n")[0]) from error
-
-
-def _difference(calls: list[BlockCall], true: TrueRun, where: str) -> str:
-    """Return why the replay differs from the model, as far as it can be seen."""
-    given = {id(one) for one in tree_leaves(true.returns_tuple) if isinstance(one, Tensor)}
-    taken = tree_leaves([(call.args, call.kwargs) for call in calls])
-    if any(id(one) in given for one in taken):
-        return "blocks pass tensors to later blocks beside the hidden state"
-    return f"the replay differs from the model {where}"
 
 
 def _plan(
