@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 
+from prunebench.allocators.sensitivity import Sensitivity
 from prunebench.errors import IncompatibleData
 from prunebench.models.blocks import BlockWalker
 from prunebench.models.disk import load_on_disk
@@ -162,6 +163,8 @@ def test_keys_that_layers_share_are_replayed_and_gradients_through_them_refused(
     with pytest.raises(IncompatibleData, match="block by block") as error:
         gradient_norms(model, tiny_tokens(), norm="l1")
     assert "beside its hidden state" in error.value.where
+    with pytest.raises(IncompatibleData, match="cannot be replayed"):
+        Sensitivity().allocate(BlockWalker(model, token_ids=tiny_tokens()), 0.5)
 
 
 def test_a_linear_that_gives_more_than_its_product_has_the_gradient_of_autograd():

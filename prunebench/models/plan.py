@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from prunebench.errors import IncompatibleData
 from prunebench.models.linears import Linear
 from prunebench.models.memory import is_out_of_memory
-from prunebench.models.replay import record_calls, refused, run_model
+from prunebench.models.replay import TrueRun, record_calls, refused, run_model
 from prunebench.models.taps import Account
 from prunebench.models.weights import weights_of
 
@@ -37,8 +37,8 @@ class BlockPlan:
         repeated: Linears that run more than once in a pass: their statistics are the sum.
         by_product: Linears that are not called as modules; their input is seen at the product.
         returns: What follows the hidden state in the block's output, or None.
-        leaves_tensors: True if it puts tensors into its arguments, where later blocks find them
-            (keys and values that layers share).
+        leaves_tensors: Whether blocks of the model put tensors into their arguments, where later
+            ones find them (keys and values that layers share).
     """
 
     groups: list[list[Linear]]
@@ -46,7 +46,7 @@ class BlockPlan:
     repeated: frozenset[Linear]
     by_product: frozenset[Linear]
     returns: tuple[Any, ...] | None
-    leaves_tensors: bool = False
+    leaves_tensors: bool
 
 
 @torch.no_grad()
@@ -80,11 +80,9 @@ def check_replay(
                     fix="use --dtype float32 or bfloat16, or check the weights",
                 )
             raise refused(model, f"the replay differs from the model before block {index}")
-        tensors = calls[index].count_tensors()
         with _refusing(model), weights.open_block(index), Account(linears[index]) as account:
             hidden = calls[index].run(block, hidden)
-        plan = _plan(block, linears[index], account, true.returns_tuple[index])
-        plans.append(replace(plan, leaves_tensors=calls[index].count_tensors() != tensors))
+        plans.append(_plan(block, linears[index], account, true, index))
     if not torch.equal(hidden, true.output):
         raise refused(model, f"the replay differs from the model after block {len(blocks) - 1}")
     return plans
@@ -102,7 +100,7 @@ def _refusing(model: nn.Module) -> Iterator[None]:
 
 
 def _plan(
-    block: nn.Module, linears: list[Linear], account: Account, returns: tuple[Any, ...] | None
+    block: nn.Module, linears: list[Linear], account: Account, true: TrueRun, index: int
 ) -> BlockPlan:
     called, products = _inputs_of(account.called), _inputs_of(account.products)
     by_product = set()
@@ -129,7 +127,8 @@ def _plan(
         dynamic=bool(unseen) or any(linear.expert is not None for linear in linears),
         repeated=frozenset(linear for linear, tensors in seen.items() if len(tensors) > 1),
         by_product=frozenset(by_product),
-        returns=returns,
+        returns=true.returns_tuple[index],
+        leaves_tensors=true.leaves_tensors,
     )
 
 

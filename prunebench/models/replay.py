@@ -134,11 +134,19 @@ def plain_inference(model: nn.Module, *, plain_experts: bool = True) -> Iterator
 
 @dataclass(frozen=True)
 class TrueRun:
-    """What the model itself did with one sample: the input of every block and the last output."""
+    """What the model itself did with one sample: the input of every block and the last output.
+
+    Attributes:
+        inputs: Hidden state before every block.
+        output: Hidden state behind the last one.
+        returns_tuple: What each block returns beside it, if it returns a tuple; NaN for tensors.
+        leaves_tensors: Whether a block put tensors into its arguments, for later blocks.
+    """
 
     inputs: list[Tensor]
     output: Tensor
     returns_tuple: list[tuple[Any, ...] | None]
+    leaves_tensors: bool = False
 
 
 def run_model(
@@ -179,7 +187,7 @@ def run_model(
         order = trace.order[: 2 * len(blocks)]
         reason = f"its blocks run in the order {order}, not once each in order"
         raise refused(model, f"block {missing[0]} does not run" if missing else reason)
-    return TrueRun(trace.inputs, trace.last[0], trace.returns)
+    return TrueRun(trace.inputs, trace.last[0], trace.returns, trace.leaves_tensors)
 
 
 class _Trace:
@@ -190,6 +198,7 @@ class _Trace:
         self.inputs: list[Tensor] = []
         self.returns: list[tuple[Any, ...] | None] = []
         self.last: list[Tensor] = []
+        self.leaves_tensors = False
         self._model = model
         self._final = blocks - 1
         self._to_end = to_end
@@ -198,8 +207,10 @@ class _Trace:
         self._given: dict[int, Tensor] = {}
 
     def before(self, index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        call, hidden = BlockCall.take(args, kwargs)
         self.order.append(index)
-        self.inputs.append(BlockCall.take(args, kwargs)[1])
+        self.inputs.append(hidden)
+        self._call, self._count = call, call.count_tensors()
         self._taken |= _tensors((args, kwargs))
         if not self._taken.keys().isdisjoint(self._given):
             reason = "blocks pass tensors to later blocks beside the hidden state"
@@ -207,6 +218,7 @@ class _Trace:
 
     def after(self, index: int, output: Any) -> None:
         hidden = hidden_of(output)
+        self.leaves_tensors |= self._call.count_tensors() != self._count
         rest = output[1:] if isinstance(output, tuple) else None
         made = _tensors(rest)
         self._given |= {key: made[key] for key in made.keys() - self._taken.keys()}
@@ -342,7 +354,12 @@ def resume(
         index: The first block that runs.
         run: What the dense model did with these tokens: the blocks before `index` are replaced by
             what they gave.
+
+    Raises:
+        IncompatibleData: Later blocks need more of the earlier ones than what they gave.
     """
+    if run.leaves_tensors:
+        raise refused(model, "blocks leave tensors for later blocks beside the hidden state")
     outputs = run.inputs[1 : index + 1]
     with blocks_giving(blocks, outputs, run.returns_tuple):
         logits: Tensor = model(input_ids=token_ids, use_cache=False).logits
