@@ -9,7 +9,8 @@ look like every other layer.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 from prunebench.errors import IncompatibleData
 from prunebench.models.linears import Linear
 from prunebench.models.memory import is_out_of_memory
-from prunebench.models.replay import record_calls, refused, run_model
+from prunebench.models.replay import TrueRun, record_calls, refused, run_model
 from prunebench.models.taps import Account
 from prunebench.models.weights import weights_of
 
@@ -36,8 +37,8 @@ class BlockPlan:
         repeated: Linears that run more than once in a pass: their statistics are the sum.
         by_product: Linears that are not called as modules; their input is seen at the product.
         returns: What follows the hidden state in the block's output, or None.
-        leaves_tensors: True if it puts tensors into its arguments, where later blocks find them
-            (keys and values that layers share).
+        leaves_tensors: Whether blocks of the model put tensors into their arguments, where later
+            ones find them (keys and values that layers share).
     """
 
     groups: list[list[Linear]]
@@ -45,7 +46,7 @@ class BlockPlan:
     repeated: frozenset[Linear]
     by_product: frozenset[Linear]
     returns: tuple[Any, ...] | None
-    leaves_tensors: bool = False
+    leaves_tensors: bool
 
 
 @torch.no_grad()
@@ -65,19 +66,9 @@ def check_replay(
             in a way that cannot be followed; the first block where it shows, or the linear, is
             named.
     """
-    try:
-        return _checked(model, blocks, linears, token_ids)
-    except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
-        if is_out_of_memory(error):
-            raise
-        raise refused(model, f"{type(error).__name__}: {error}") from error
-
-
-def _checked(
-    model: nn.Module, blocks: nn.ModuleList, linears: Sequence[list[Linear]], token_ids: Tensor
-) -> list[BlockPlan]:
-    true = run_model(model, blocks, token_ids)
-    hidden, calls = record_calls(model, blocks, token_ids, returns_tuple=true.returns_tuple)
+    with _refusing(model):
+        true = run_model(model, blocks, token_ids)
+        hidden, calls = record_calls(model, blocks, token_ids, returns_tuple=true.returns_tuple)
     weights = weights_of(model)
     plans: list[BlockPlan] = []
     for index, block in enumerate(blocks):
@@ -89,18 +80,27 @@ def _checked(
                     fix="use --dtype float32 or bfloat16, or check the weights",
                 )
             raise refused(model, f"the replay differs from the model before block {index}")
-        tensors = calls[index].count_tensors()
-        with weights.open_block(index), Account(linears[index]) as account:
+        with _refusing(model), weights.open_block(index), Account(linears[index]) as account:
             hidden = calls[index].run(block, hidden)
-        plan = _plan(block, linears[index], account, true.returns_tuple[index])
-        plans.append(replace(plan, leaves_tensors=calls[index].count_tensors() != tensors))
+        plans.append(_plan(block, linears[index], account, true, index))
     if not torch.equal(hidden, true.output):
         raise refused(model, f"the replay differs from the model after block {len(blocks) - 1}")
     return plans
 
 
+@contextlib.contextmanager
+def _refusing(model: nn.Module) -> Iterator[None]:
+    """Take an error of a model that is run in parts for a sign that it cannot be."""
+    try:
+        yield
+    except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
+        if is_out_of_memory(error):
+            raise
+        raise refused(model, f"{type(error).__name__}: {error}".split("\n")[0]) from error
+
+
 def _plan(
-    block: nn.Module, linears: list[Linear], account: Account, returns: tuple[Any, ...] | None
+    block: nn.Module, linears: list[Linear], account: Account, true: TrueRun, index: int
 ) -> BlockPlan:
     called, products = _inputs_of(account.called), _inputs_of(account.products)
     by_product = set()
@@ -127,7 +127,8 @@ def _plan(
         dynamic=bool(unseen) or any(linear.expert is not None for linear in linears),
         repeated=frozenset(linear for linear, tensors in seen.items() if len(tensors) > 1),
         by_product=frozenset(by_product),
-        returns=returns,
+        returns=true.returns_tuple[index],
+        leaves_tensors=true.leaves_tensors,
     )
 
 

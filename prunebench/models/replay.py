@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from prunebench.errors import IncompatibleData
 
@@ -133,11 +134,19 @@ def plain_inference(model: nn.Module, *, plain_experts: bool = True) -> Iterator
 
 @dataclass(frozen=True)
 class TrueRun:
-    """What the model itself did with one sample: the input of every block and the last output."""
+    """What the model itself did with one sample: the input of every block and the last output.
+
+    Attributes:
+        inputs: Hidden state before every block.
+        output: Hidden state behind the last one.
+        returns_tuple: What each block returns beside it, if it returns a tuple; NaN for tensors.
+        leaves_tensors: Whether a block put tensors into its arguments, for later blocks.
+    """
 
     inputs: list[Tensor]
     output: Tensor
     returns_tuple: list[tuple[Any, ...] | None]
+    leaves_tensors: bool = False
 
 
 def run_model(
@@ -153,45 +162,75 @@ def run_model(
             where that was checked before.
 
     Raises:
-        IncompatibleData: The blocks are not called once each, in order.
+        IncompatibleData: The blocks are not called once each, in order, or hand more on to one
+            another than the hidden state.
     """
-    order: list[int] = []
-    inputs: list[Tensor] = []
-    shapes: list[tuple[Any, ...] | None] = []
-    last: list[Tensor] = []
-
-    def before(index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        order.append(index)
-        inputs.append(BlockCall.take(args, kwargs)[1])
-
-    def after(index: int, output: Any) -> None:
-        hidden = hidden_of(output)
-        shapes.append(tuple(map(_unusable, output[1:])) if isinstance(output, tuple) else None)
-        if index == len(blocks) - 1:
-            last.append(hidden.clone())  # what comes next may write into it
-            if not to_end:
-                raise Stop
-
+    trace = _Trace(model, len(blocks), to_end=to_end)
     handles = []
     for index, block in enumerate(blocks):
         handles.append(
             block.register_forward_pre_hook(
-                lambda _, args, kwargs, i=index: before(i, args, kwargs), with_kwargs=True
+                lambda _, args, kwargs, i=index: trace.before(i, args, kwargs), with_kwargs=True
             )
         )
-        handles.append(block.register_forward_hook(lambda _, args, out, i=index: after(i, out)))
+        handles.append(
+            block.register_forward_hook(lambda _, args, out, i=index: trace.after(i, out))
+        )
     try:
         with contextlib.suppress(Stop):
             model(input_ids=token_ids, use_cache=False)
     finally:
         for handle in handles:
             handle.remove()
-    if order != list(range(len(blocks))):
-        missing = sorted(set(range(len(blocks))) - set(order))
-        reason = f"its blocks run in the order {order[: 2 * len(blocks)]}, not once each in order"
-        reason = f"block {missing[0]} does not run" if missing else reason
-        raise refused(model, reason)
-    return TrueRun(inputs, last[0], shapes)
+    if trace.order != list(range(len(blocks))):
+        missing = sorted(set(range(len(blocks))) - set(trace.order))
+        order = trace.order[: 2 * len(blocks)]
+        reason = f"its blocks run in the order {order}, not once each in order"
+        raise refused(model, f"block {missing[0]} does not run" if missing else reason)
+    return TrueRun(trace.inputs, trace.last[0], trace.returns, trace.leaves_tensors)
+
+
+class _Trace:
+    """Notes what the blocks get and give."""
+
+    def __init__(self, model: nn.Module, blocks: int, *, to_end: bool) -> None:
+        self.order: list[int] = []
+        self.inputs: list[Tensor] = []
+        self.returns: list[tuple[Any, ...] | None] = []
+        self.last: list[Tensor] = []
+        self.leaves_tensors = False
+        self._model = model
+        self._final = blocks - 1
+        self._to_end = to_end
+        # by identity, and alive: what blocks got, and what they made beside the hidden state
+        self._taken: dict[int, Tensor] = {}
+        self._given: dict[int, Tensor] = {}
+
+    def before(self, index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        call, hidden = BlockCall.take(args, kwargs)
+        self.order.append(index)
+        self.inputs.append(hidden)
+        self._call, self._count = call, call.count_tensors()
+        self._taken |= _tensors((args, kwargs))
+        if not self._taken.keys().isdisjoint(self._given):
+            reason = "blocks pass tensors to later blocks beside the hidden state"
+            raise refused(self._model, reason)
+
+    def after(self, index: int, output: Any) -> None:
+        hidden = hidden_of(output)
+        self.leaves_tensors |= self._call.count_tensors() != self._count
+        rest = output[1:] if isinstance(output, tuple) else None
+        made = _tensors(rest)
+        self._given |= {key: made[key] for key in made.keys() - self._taken.keys()}
+        self.returns.append(None if rest is None else tuple(map(_unusable, rest)))
+        if index == self._final:
+            self.last.append(hidden.clone())  # what comes next may write into it
+            if not self._to_end:
+                raise Stop
+
+
+def _tensors(values: Any) -> dict[int, Tensor]:
+    return {id(one): one for one in tree_leaves(values) if isinstance(one, Tensor)}
 
 
 def _unusable(value: Any) -> Any:
@@ -315,7 +354,12 @@ def resume(
         index: The first block that runs.
         run: What the dense model did with these tokens: the blocks before `index` are replaced by
             what they gave.
+
+    Raises:
+        IncompatibleData: Later blocks need more of the earlier ones than what they gave.
     """
+    if run.leaves_tensors:
+        raise refused(model, "blocks leave tensors for later blocks beside the hidden state")
     outputs = run.inputs[1 : index + 1]
     with blocks_giving(blocks, outputs, run.returns_tuple):
         logits: Tensor = model(input_ids=token_ids, use_cache=False).logits
