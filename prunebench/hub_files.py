@@ -176,6 +176,8 @@ def verify_snapshot(
         MissingResource: A file is damaged, and cannot be downloaded.
         IncompatibleData: What arrives is not what the hub announces.
     """
+    from huggingface_hub import HfApi
+
     if not _due(_files(folder)):
         return
     with _lock():
@@ -191,6 +193,8 @@ def verify_snapshot(
             progress.stage("download", detail=f"{repository} {names}"),
             asking(repository, fix=fix, revision=commit),
         ):
+            # Asked first: snapshot_download tries for half a minute, and then says less.
+            patiently(lambda: HfApi().model_info(repository, revision=commit))
             wanted.snapshot(repository, commit)
         _require_whole(_files(folder), repository, progress)
 

@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import shutil
+import time
 from pathlib import Path
 
 import pytest
@@ -171,8 +172,10 @@ DAMAGED = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("name", DAMAGED)
-@pytest.mark.parametrize("links", [True, False], ids=["links", "no links"])
+@pytest.mark.parametrize(
+    ("name", "links"),
+    [*((name, True) for name in DAMAGED), (DAMAGED[0], False), (DAMAGED[4], False)],
+)
 def test_a_flipped_byte_in_the_cache_is_noticed_and_fetched_again(
     cli, owners_hub, monkeypatch, name, links
 ):
@@ -217,12 +220,14 @@ def test_a_cache_that_another_program_filled_by_half_is_completed(cli, owners_hu
 
 
 def test_damage_that_cannot_be_mended_is_no_row(cli, owners_hub, monkeypatch):
+    begun = time.monotonic()
     cli(*OWNERS, *SMALL, "--results-dir", "before")
     flip(in_cache("model-00001-of-00004.safetensors"))
     gone(owners_hub, monkeypatch, "stopped")
     output = cli(*OWNERS, *SMALL, code=3).output
     assert "model-00001-of-00004.safetensors" in output and "cannot be downloaded" in output
-    assert not Path("results").exists() or not list(Path("results").rglob("*.json"))
+    assert not list(Path("results").rglob("*.json"))
+    assert time.monotonic() - begun < 20
 
 
 def test_a_file_that_arrives_damaged_is_refused_and_not_kept(cli, owners_hub):
