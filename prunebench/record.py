@@ -6,7 +6,6 @@ import dataclasses
 import platform
 import sys
 import time
-from collections.abc import Mapping
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
@@ -44,7 +43,6 @@ from prunebench.results.schema import (
     TrainingPoint,
 )
 from prunebench.results.store import new_run_id
-from prunebench.sparsity import Sparsity
 from prunebench.spec import RunSpec
 
 
@@ -142,7 +140,6 @@ def training_block(plan: Plan, report: PruneReport) -> TrainingBlock | None:
 def sparsity_block(
     plan: Plan,
     measured: list[Measured],
-    requested: Mapping[str, Sparsity],
     report: PruneReport,
     allocation: Allocation,
 ) -> SparsityBlock:
@@ -158,7 +155,7 @@ def sparsity_block(
                 name=one.linear.name,
                 out_features=one.linear.out_features,
                 in_features=one.linear.in_features,
-                requested=str(requested[one.linear.name]),
+                requested=str(plan.sparsity.with_ratio(allocation.ratios[one.linear.name])),
                 zeros=one.zeros,
                 loss=report.losses.get(one.linear.name),
                 estimate=allocation.estimates.get(one.linear.name),

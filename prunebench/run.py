@@ -133,7 +133,7 @@ def _execute(plan: Plan) -> Result:
             calibration=plan.calibration,
             training=training_block(plan, report),
             allocation=allocation_block(spec, allocation),
-            sparsity=sparsity_block(plan, measured, requested, report, allocation),
+            sparsity=sparsity_block(plan, measured, report, allocation),
             scores=[
                 score
                 for pair in zip(

@@ -49,7 +49,8 @@ def files(tmp_path_factory):
         'doc_to_choice: "{{[a, b]}}"\nmetric_list: [{metric: acc}]\n'
     )
     (folder / "write.yaml").write_text(
-        f'{head}task: write\noutput_type: generate_until\ndoc_to_target: "{{{{a}}}}"\n'
+        head.replace('"{{q}}"', '"{{q}} is"')  # what is outside is in the prompt
+        + 'task: write\noutput_type: generate_until\ndoc_to_target: "{{a}}"\n'
         "generation_kwargs: {until: ['.'], max_gen_toks: 4}\n"
         "metric_list: [{metric: exact_match}]\n"
     )
@@ -84,9 +85,6 @@ def words(folder, files, tmp_path, method="wanda", **options):
 def test_no_way_in_lets_a_token_through_that_the_embedding_has_not(
     cli, small_folder, files, tmp_path, options, says
 ):
-    if options.get("tasks") == "write":  # its prompt must hold what its answer need not
-        text = (files / "write.yaml").read_text().replace('"{{q}}"', '"{{q}} is"')
-        (files / "write.yaml").write_text(text)
     outcome = cli(*words(small_folder, files, tmp_path, **options), code=4)
     assert says in outcome.stderr and "vocabulary of 100 tokens" in outcome.stderr
     assert "largest token is" in outcome.stderr and "embedding has 100 rows" in outcome.stderr

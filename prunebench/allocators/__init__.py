@@ -1,7 +1,8 @@
 """Allocators: rules that turn one target ratio into a ratio for every layer.
 
 Any rule goes with any method: `run --method wanda --allocation owl`. The mean over all prunable
-weights is exactly the target, so that two allocations are compared at the same size. An allocation
+weights is exactly the target, and so are the zeros that come out, to 0.01% at any width
+(`allocation.whole_counts`): two allocations are compared at the same size. An allocation
 can be saved and passed back (`--save-allocation FILE`, `--allocation file:FILE`).
 """
 

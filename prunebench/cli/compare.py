@@ -67,7 +67,8 @@ def compare_command(
         raise UsageError(f"unknown format {format_!r}", fix=nearest(format_, _FORMATS))
     if paired and published:
         raise UsageError("--paired and --published are two different tables", fix="choose one")
-    require_results(results_dir)
+    if not (paired and any(Path(word).is_file() for word in selectors or [])):
+        require_results(results_dir)
     if paired:
         _compare_paired(selectors or [], format_, results_dir, as_json=as_json)
         return
