@@ -108,7 +108,13 @@ def _dtype_of_config(path: Path) -> str:
 
 
 def choose_dtype(
-    asked: str, source: ModelSource, folder: Path, device: torch.device, *, saves: bool = False
+    asked: str,
+    source: ModelSource,
+    folder: Path,
+    device: torch.device,
+    *,
+    saves: bool = False,
+    stored: StoredDtype | None = None,
 ) -> DtypeChoice:
     """Choose the dtype of a run.
 
@@ -118,6 +124,7 @@ def choose_dtype(
         folder: Where its files are.
         device: What it runs on.
         saves: Whether the model is saved afterwards: it is told if that makes it larger.
+        stored: What the checkpoint holds, where `folder` is a dense copy of it.
 
     Raises:
         IncompatibleData: A file is damaged.
@@ -127,7 +134,7 @@ def choose_dtype(
     elif asked == AUTO and source.kind == "gguf":
         asked, reason = "float32", "GGUF is dequantised to it"
     elif asked == AUTO:
-        return _own(StoredDtype.of(folder), device)
+        return _own(stored or StoredDtype.of(folder), device)
     else:
         reason = "asked for"
     notes = []

@@ -22,7 +22,7 @@ from prunebench.allocators import ALLOCATORS
 from prunebench.allocators.allocation import Allocator
 from prunebench.calibration.texts import TextIdentity, check_text_name, identify_text, placed
 from prunebench.calibration.windows import load_windows
-from prunebench.dtype import DtypeChoice, choose_dtype
+from prunebench.dtype import DtypeChoice, StoredDtype, choose_dtype
 from prunebench.errors import UsageError
 from prunebench.evaluate.perplexity import count_windows, protocol_of
 from prunebench.files import cache_dir, require_writable, sha256_file
@@ -37,6 +37,7 @@ from prunebench.pruners.layer import DependsOnModel, Pruner
 from prunebench.results.store import ResultStore
 from prunebench.sparse24.backends.table import require_backend
 from prunebench.sparse24.folder import unpacked
+from prunebench.sparse24.fp8 import is_fp8
 from prunebench.sparsity import Sparsity
 from prunebench.spec import RunSpec, Setup
 
@@ -117,9 +118,16 @@ def resolve(spec: RunSpec, setup: Setup) -> ResolvedSpec:
         store.require_writable(named.spec)
         require_writable(cache_dir())
         require_outputs(setup, need_model_bytes=1 << 20)
-    model = unpacked(fetch_model(source, clock), clock)
+    fetched = fetch_model(source, clock)
+    model = unpacked(fetched, clock)
     dtype = choose_dtype(
-        named.spec.dtype, source, model.path, devices[0], saves=setup.save_model is not None
+        named.spec.dtype,
+        source,
+        model.path,
+        devices[0],
+        saves=setup.save_model is not None,
+        # the dense copy of an FP8 checkpoint is float32, and the model is not
+        stored=StoredDtype.of(fetched.path) if is_fp8(fetched.path) else None,
     )
     calibration, calibration_fields = _identify_calibration(named.spec)
     training_text, training_fields = _identify_training(named, source.kind)

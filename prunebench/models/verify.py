@@ -25,6 +25,7 @@ from prunebench.models.safetensors_files import (
     StoredTensor,
     check_weight_files,
     hash_stored,
+    other_files,
     stored_tensors,
     weight_files,
 )
@@ -111,11 +112,6 @@ def require_saved(
     return saved
 
 
-def stray_files(folder: Path) -> list[Path]:
-    """Return the weight files that do not belong to the model of a folder."""
-    return sorted({*folder.glob("*.safetensors")} - {*weight_files(folder)})
-
-
 def _unlike(name: Path, reason: str) -> SaveError:
     return SaveError(
         f"{name} {_UNLIKE}",
@@ -139,7 +135,7 @@ def _difference(
             return f"config.json says {key}, and the weights are not quantised"
     if dtype != expected.dtype:
         return f"config.json says {dtype}, the weights are {expected.dtype}"
-    strays = stray_files(folder)
+    strays = other_files(folder)
     if strays:
         return f"{strays[0].name} is beside the weights, and no part of them"
     if saved.missing:

@@ -30,12 +30,12 @@ from prunebench.models.safetensors_files import (
     PACKED_INDEX,
     StoredTensor,
     check_weight_files,
+    other_files,
     stored_tensors,
     weight_files,
 )
 from prunebench.models.source import LocalModel
 from prunebench.models.stored_config import require_unquantised
-from prunebench.models.verify import stray_files
 from prunebench.progress import Progress
 from prunebench.sparse24.bitmask import bitmask_tensors, is_bitmask, plain_config
 from prunebench.sparse24.derived import Derived, read_tensor
@@ -157,16 +157,14 @@ def require_same(
                 if where:
                     break
                 tell(1)
-            if stray_files(folder) or read_config(folder) != _config_of(source):
+            if other_files(folder) or read_config(folder) != (
+                dense_config(source) or read_config(source)
+            ):
                 where = where or "config.json has changed, or a file is beside the weights"
         except Exception as error:  # whatever a reader would stumble over
             where = error.what if isinstance(error, PrunebenchError) else str(error)
     if where:
         raise SaveError(what, where=where, fix="check the disk and try again")
-
-
-def _config_of(source: Path) -> dict[str, Any]:
-    return plain_config(source) or read_config(source)
 
 
 def _equal(one: StoredTensor, other: StoredTensor) -> bool:
