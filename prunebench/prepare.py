@@ -138,7 +138,9 @@ def prepare(spec: RunSpec, setup: Setup) -> Plan:
     spec, masks = _open_masks(spec, pruner, linears, clock)
     if pruner.needs.training is not None:
         require_context(config, pruner.needs.training.seqlen, option="set train_seqlen")
-    spec, training, learned_from = _prepare_training(spec, pruner, tokenizer, vocabulary, clock)
+    spec, training, learned_from = _prepare_training(
+        spec, pruner, tokenizer, vocabulary, source.kind, clock
+    )
     needs = (pruner.needs, *([] if rule is None else [rule.needs]))
     weights = _place_weights(spec, setup, local, model, needs, tasks, devices[0], clock)
     spec = _resolved(spec, local, calibration, texts)
@@ -198,7 +200,7 @@ def _open_masks(
 
 
 def _prepare_training(
-    spec: RunSpec, pruner: Pruner, tokenizer: Any, vocabulary: int, clock: StageClock
+    spec: RunSpec, pruner: Pruner, tokenizer: Any, vocabulary: int, kind: str, clock: StageClock
 ) -> tuple[RunSpec, Training | None, tuple[str, str] | None]:
     """Cut what is learned from into windows; the spec then names their content."""
     need = pruner.needs.training
@@ -211,8 +213,7 @@ def _prepare_training(
             digest = sha256_file(source)
             text = (f"tokens-{digest[:12]}/all", f"sha256:{digest}")
         else:
-            name = placed(need.text, model=find_model(spec.model).kind)
-            source = load_text(name, use="calibration", progress=clock)
+            source = load_text(placed(need.text, model=kind), use="calibration", progress=clock)
             text = (f"{source.dataset}/{source.split}", source.origin)
         training = training_windows(
             source, tokenizer, samples=need.samples, seqlen=need.seqlen, held_out=need.held_out,
