@@ -138,9 +138,7 @@ def prepare(spec: RunSpec, setup: Setup) -> Plan:
     spec, masks = _open_masks(spec, pruner, linears, clock)
     if pruner.needs.training is not None:
         require_context(config, pruner.needs.training.seqlen, option="set train_seqlen")
-    spec, training, learned_from = _prepare_training(
-        spec, pruner, tokenizer, vocabulary, source.kind, clock
-    )
+    spec, training, learned_from = _prepare_training(spec, pruner, tokenizer, vocabulary, clock)
     needs = (pruner.needs, *([] if rule is None else [rule.needs]))
     weights = _place_weights(spec, setup, local, model, needs, tasks, devices[0], clock)
     spec = _resolved(spec, local, calibration, texts)
@@ -157,7 +155,11 @@ def _place_texts(spec: RunSpec, kind: str) -> RunSpec:
     """Decide where the texts come from, before anything is asked of the network."""
     calibration = spec.calibration and placed(spec.calibration, model=kind)
     ppl = tuple(placed(name, model=kind) for name in spec.ppl)
-    return spec.model_copy(update={"calibration": calibration, "ppl": ppl})
+    options = dict(spec.method_options)
+    if isinstance(options.get("train_data"), str):
+        options["train_data"] = placed(str(options["train_data"]), model=kind)
+    update = {"calibration": calibration, "ppl": ppl, "method_options": options}
+    return spec.model_copy(update=update)
 
 
 def _devices(
@@ -200,7 +202,7 @@ def _open_masks(
 
 
 def _prepare_training(
-    spec: RunSpec, pruner: Pruner, tokenizer: Any, vocabulary: int, kind: str, clock: StageClock
+    spec: RunSpec, pruner: Pruner, tokenizer: Any, vocabulary: int, clock: StageClock
 ) -> tuple[RunSpec, Training | None, tuple[str, str] | None]:
     """Cut what is learned from into windows; the spec then names their content."""
     need = pruner.needs.training
@@ -213,7 +215,7 @@ def _prepare_training(
             digest = sha256_file(source)
             text = (f"tokens-{digest[:12]}/all", f"sha256:{digest}")
         else:
-            source = load_text(placed(need.text, model=kind), use="calibration", progress=clock)
+            source = load_text(need.text, use="calibration", progress=clock)
             text = (f"{source.dataset}/{source.split}", source.origin)
         training = training_windows(
             source, tokenizer, samples=need.samples, seqlen=need.seqlen, held_out=need.held_out,
