@@ -113,11 +113,11 @@ def _download_file(
 ) -> Path:
     from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url
 
-    url = hf_hub_url(repository, name, repo_type=kind, revision=revision)
     with (
         progress.stage("download", detail=f"{repository} {name}"),
         asking(f"{repository} {name}", fix=fix, revision=revision),
     ):
+        url = hf_hub_url(repository, name, repo_type=kind, revision=revision)
         # Asked first: hf_hub_download says of every failure that the file is not in the cache.
         facts = patiently(lambda: get_hf_file_metadata(url))
         path = Path(hf_hub_download(repository, name, revision=revision, repo_type=kind))

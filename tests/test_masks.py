@@ -256,7 +256,7 @@ def test_without_the_hub_published_masks_are_a_missing_resource(cli, tiny_run):
     told = cli(
         *tiny_run, "-m", "maskllm", "--set", "masks=hub:Vinnnf/LLaMA-2-7B-MaskLLM-C4", code=3
     )
-    assert "Vinnnf/LLaMA-2-7B-MaskLLM-C4 cannot be downloaded" in told.output
+    assert "LLaMA-2-7B-MaskLLM-C4 mask_compressed.npz cannot be downloaded" in told.output
     assert "masks=PATH.npz" in told.output
     assert cli(*tiny_run, "-m", "maskllm", "--set", "masks=hub:nonsense/", code=3)
 
