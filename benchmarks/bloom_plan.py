@@ -12,13 +12,13 @@ import sys
 
 import torch
 
-from prunebench.capacity import Work, gigabytes, model_sizes, plan_memory
-from prunebench.forecast import groups_of
 from prunebench.models.footprint import count_footprint
 from prunebench.models.linears import find_linears
 from prunebench.models.load import skeleton
-from prunebench.probe import probe_method
 from prunebench.pruners import METHODS
+from prunebench.run.forecast import groups_of
+from prunebench.run.memory import Work, gigabytes, model_sizes, plan_memory
+from prunebench.run.probe import probe_method
 from prunebench.sparsity import Sparsity
 
 GPU_BYTES, HOST_BYTES = 80e9, 64e9

@@ -28,7 +28,7 @@ def _on_disk(folder: Path, kept: Path) -> Any:
     import torch
 
     from prunebench.models.disk import load_on_disk
-    from prunebench.models.kept import KeptRun
+    from prunebench.models.journal import KeptRun
     from prunebench.models.load import load_config
 
     run = KeptRun(kept)
@@ -82,14 +82,14 @@ def memory_in_this_process() -> None:
     import torch
 
     from benchmarks.large_model import PeakAnonymous
-    from prunebench.capacity import Work, model_sizes, plan_memory
-    from prunebench.forecast import anonymous_bytes, groups_of
-    from prunebench.models.blocks import BATCH_TOKENS
     from prunebench.models.footprint import count_footprint
     from prunebench.models.linears import find_linears
     from prunebench.models.load import load_config, skeleton
-    from prunebench.probe import probe_method
+    from prunebench.models.walker import BATCH_TOKENS
     from prunebench.pruners import METHODS
+    from prunebench.run.forecast import anonymous_bytes, groups_of
+    from prunebench.run.memory import Work, model_sizes, plan_memory
+    from prunebench.run.probe import probe_method
     from prunebench.sparsity import Sparsity
 
     tokens, config = default_tokens(), load_config(_local())
@@ -178,8 +178,8 @@ def _solve_seconds(method: str, width: int) -> float:
     import torch
 
     from prunebench.calibration.stats import StatsAccumulator
-    from prunebench.models.blocks import LinearGroup
     from prunebench.models.linears import Linear
+    from prunebench.models.walker import LinearGroup
     from prunebench.pruners import METHODS
     from prunebench.sparsity import Sparsity
 

@@ -56,7 +56,7 @@ def machine() -> dict[str, Any]:
     """Describe the machine and the software."""
     import torch
 
-    from prunebench.record import describe_hardware, describe_software
+    from prunebench.run.result import describe_hardware, describe_software
 
     torch.set_num_threads(THREADS)
     hardware = describe_hardware(torch.device("cpu")).model_dump()
@@ -123,7 +123,7 @@ def prune_seconds(
     method: str, model: Any, tokens: Any, *, sparsity: str, within_block: Any, gradients: Any = None
 ) -> float:
     """Prune a model and return how long that took."""
-    from prunebench.models.blocks import BlockWalker
+    from prunebench.models.walker import BlockWalker
     from prunebench.pruners import METHODS
     from prunebench.sparsity import Sparsity
 
@@ -212,7 +212,7 @@ def gblm_peak_rss() -> list[Figure]:
 @figure("alps-losses")
 def alps_losses() -> list[Figure]:
     """Layers in which ALPS' exact loss is at or below SparseGPT's, on the same Hessian."""
-    from prunebench.models.blocks import BlockWalker
+    from prunebench.models.walker import BlockWalker
     from prunebench.pruners.alps import Alps
     from prunebench.pruners.sparsegpt import SparseGPT
     from prunebench.sparsity import Sparsity

@@ -33,12 +33,12 @@ from benchmarks.shaped import (
     dense_bytes,
     stored_bytes,
 )
+from prunebench.bench.environment import clocks, environment
+from prunebench.bench.layers import NOT_MEASURED, LayerBench, LayerResult, autotuned_dense
+from prunebench.bench.shapes import CROSSOVER_TOKENS, SHAPES, TOKENS, LayerShape
+from prunebench.bench.timing import Clock, EagerClock, Timings, clock_for, interleaved
 from prunebench.sparse24.backends.triton import Launch, Tiling
-from prunebench.sparse24.bench_layers import NOT_MEASURED, LayerBench, LayerResult, autotuned_dense
-from prunebench.sparse24.environment import clocks, environment
-from prunebench.sparse24.grid import CROSSOVER_TOKENS, SHAPES, TOKENS, LayerShape
 from prunebench.sparse24.policy import Policy
-from prunebench.sparse24.timing import Clock, EagerClock, Timings, clock_for, interleaved
 
 BUDGET_SECONDS = 540.0
 _AUTOTUNE_SHARE = 0.55  # of the budget: after it, dense cells compete with cuBLAS only, and say so

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.shaped import LLAMA2_7B
-from prunebench.sparse24.grid import (
+from prunebench.bench.shapes import (
     END_TO_END,
     MENDED_LIBRARY,
     RESIDENT,

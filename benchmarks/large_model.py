@@ -150,13 +150,13 @@ def prune_and_score(folder: Path, method: str, options: Any) -> dict[str, float]
 
     from prunebench.allocators import ALLOCATORS
     from prunebench.evaluate.perplexity import token_ppl
-    from prunebench.models.blocks import BlockWalker
     from prunebench.models.disk import DiskWeights, load_on_disk
-    from prunebench.models.kept import KeptRun
+    from prunebench.models.journal import KeptRun
     from prunebench.models.load import load_config
+    from prunebench.models.walker import BlockWalker
     from prunebench.models.weights import weights_of
     from prunebench.pruners import METHODS
-    from prunebench.record import peak_rss_bytes
+    from prunebench.run.result import peak_rss_bytes
     from prunebench.sparsity import Sparsity
 
     watch = PeakAnonymous()

@@ -36,7 +36,7 @@ def _dense_step(model: Any, tokens: Any) -> float:
 
 
 def _learner(model: Any, preset: str) -> Any:
-    from prunebench.models.blocks import BlockWalker
+    from prunebench.models.walker import BlockWalker
     from prunebench.pruners.maskllm.candidates import candidates
     from prunebench.pruners.maskllm.method import MaskLLM
     from prunebench.pruners.maskllm.shards import Shards

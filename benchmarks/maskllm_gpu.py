@@ -128,7 +128,7 @@ class Bench:
         import torch
 
         from prunebench.pruners.maskllm.dispatch import kernels_match_torch
-        from prunebench.record import describe_hardware, describe_software
+        from prunebench.run.result import describe_hardware, describe_software
 
         hardware = describe_hardware(torch.device(self.device)).model_dump()
         software = describe_software().model_dump()
@@ -154,8 +154,8 @@ class Bench:
     ) -> list[Figure]:
         import torch
 
-        from prunebench.models.blocks import BlockWalker
         from prunebench.models.replay import plain_inference
+        from prunebench.models.walker import BlockWalker
         from prunebench.pruners.maskllm.candidates import candidates
         from prunebench.pruners.maskllm.method import MaskLLM
         from prunebench.pruners.maskllm.shards import Shards

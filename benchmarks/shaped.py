@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from prunebench.sparse24.bench_layers import random_packed
+from prunebench.bench.layers import random_packed
 from prunebench.sparse24.layer import Sparse24Linear
 from prunebench.sparse24.packed import Packed24, unpack24
 from prunebench.sparse24.policy import Policy

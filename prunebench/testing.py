@@ -19,11 +19,11 @@ from torch import Tensor, nn
 
 from prunebench.calibration.training import Training
 from prunebench.errors import PrunebenchError, UsageError
-from prunebench.models.blocks import BlockWalker
 from prunebench.models.gradients import gradient_norms
 from prunebench.models.linears import find_linears
 from prunebench.models.load import hash_weights, quiet_transformers
 from prunebench.models.measure import measure_linear, require_met
+from prunebench.models.walker import BlockWalker
 from prunebench.pruners.layer import DependsOnModel, Pruner
 from prunebench.sparsity import Sparsity
 from prunebench.spec import WithinBlock

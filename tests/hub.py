@@ -477,7 +477,7 @@ def loopback_hub(monkeypatch: Any, folder: Path) -> Iterator[Hub]:
     from huggingface_hub import constants
     from huggingface_hub.utils import close_session
 
-    from prunebench import hub as module
+    from prunebench.download import hub as module
 
     hub = Hub()
     monkeypatch.delenv("HF_TOKEN", raising=False)
@@ -497,7 +497,7 @@ def use(monkeypatch: Any, url: str, folder: Path) -> None:
     import datasets
     from huggingface_hub import constants
 
-    from prunebench import hub as module
+    from prunebench.download import hub as module
 
     template = url + "/{repo_id}/resolve/{revision}/{filename}"
     values = {

@@ -16,7 +16,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 from prunebench.cli import app
-from prunebench.models.kept import read_journal
+from prunebench.models.journal import read_journal
 from prunebench.results.store import ResultStore
 
 

@@ -173,7 +173,7 @@ def test_out_of_memory_has_its_own_code(cli, tiny_run, monkeypatch):
     def hungry(*args, **kwargs):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
 
-    monkeypatch.setattr("prunebench.scoring._score", hungry)
+    monkeypatch.setattr("prunebench.run.scoring._score", hungry)
     output = cli(*tiny_run, "-m", "wanda", code=7).output
     assert "out of memory" in output and "--dtype bfloat16" in output
 
@@ -187,7 +187,7 @@ def test_failing_to_file_a_failure_does_not_hide_it(cli, tiny_run, monkeypatch):
     def full(*args, **kwargs):
         raise SaveError("disk is full")
 
-    monkeypatch.setattr("prunebench.scoring._score", broken)
+    monkeypatch.setattr("prunebench.run.scoring._score", broken)
     monkeypatch.setattr(ResultStore, "publish", full)
     output = cli(*tiny_run, "-m", "wanda", code=1).output
     assert "the real reason" in output and "disk is full" in output

@@ -16,17 +16,17 @@ from safetensors.torch import load_file
 
 from benchmarks import gpu, gpu_report
 from benchmarks.shaped import TINY, Decoder, Weights
+from prunebench.bench.layers import LayerBench, random_packed
+from prunebench.bench.model import Decoder as ModelDecoder
+from prunebench.bench.model import measure_decode, measure_prefill, same_tokens
+from prunebench.bench.shapes import SHAPES, LayerShape, promise
+from prunebench.bench.timing import DryClock, Timings, interleaved
 from prunebench.models.linears import find_linears
-from prunebench.results.bench import read_benches
+from prunebench.results.bench_schema import read_benches
 from prunebench.results.store import ResultStore
-from prunebench.sparse24.bench_layers import LayerBench, random_packed
-from prunebench.sparse24.bench_model import Decoder as ModelDecoder
-from prunebench.sparse24.bench_model import measure_decode, measure_prefill, same_tokens
-from prunebench.sparse24.grid import SHAPES, LayerShape, promise
 from prunebench.sparse24.layer import convert
 from prunebench.sparse24.packed import check_24, unpack24
 from prunebench.sparse24.policy import Policy
-from prunebench.sparse24.timing import DryClock, Timings, interleaved
 from prunebench.testing import tiny_model, tiny_tokens
 from tests.test_sparse24 import pruned
 

@@ -16,11 +16,11 @@ from prunebench.errors import IncompatibleData, UsageError
 from prunebench.evaluate.perplexity import prepare_perplexity, token_ppl
 from prunebench.models.source import catalog
 from prunebench.progress import Silent
-from prunebench.recipe import read_recipe
 from prunebench.results.compare import compare
 from prunebench.results.published import PublishedValue
 from prunebench.results.store import ResultStore
 from prunebench.spec import RunSpec
+from prunebench.sweep.recipe import read_recipe
 from prunebench.testing import tiny_model
 from tests.conftest import BOS, prose
 

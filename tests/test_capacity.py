@@ -5,13 +5,13 @@ import dataclasses
 import pytest
 import torch
 
-from prunebench import forecast as module
-from prunebench.capacity import Need, Sizes, Work, choose_weights, plan_memory
 from prunebench.errors import OutOfMemory, SaveError
 from prunebench.models.footprint import BlockFootprint, Footprint, count_footprint
-from prunebench.probe import probe_method
 from prunebench.pruners.sparsegpt import SparseGPT
 from prunebench.pruners.wanda import Wanda
+from prunebench.run import forecast as module
+from prunebench.run.memory import Need, Sizes, Work, choose_weights, plan_memory
+from prunebench.run.probe import probe_method
 from prunebench.sparsity import Sparsity
 from prunebench.testing import tiny_model
 
@@ -87,7 +87,7 @@ def test_parts_add_up_where_they_are():
 
 def test_auto_takes_memory_where_it_suffices(monkeypatch):
     for free, expected in ((3720, "resident"), (3719, "disk")):
-        monkeypatch.setattr("prunebench.capacity.free_memory", lambda device, free=free: free)
+        monkeypatch.setattr("prunebench.run.memory.free_memory", lambda device, free=free: free)
         assert choose_weights(SIZES, CPU)[0] == expected
 
 

@@ -201,11 +201,11 @@ def test_submitit_loses_a_job_in_the_middle_and_no_cell(work, monkeypatch):
     pytest.importorskip("submitit")
     import threading
 
-    from prunebench.engines.job import Resources
-    from prunebench.engines.slurm import SlurmEngine
-    from prunebench.recipe import read_recipe
     from prunebench.spec import Setup
-    from prunebench.sweep import Sweep
+    from prunebench.sweep.engines.job import Resources
+    from prunebench.sweep.engines.slurm import SlurmEngine
+    from prunebench.sweep.recipe import read_recipe
+    from prunebench.sweep.sweep import Sweep
 
     monkeypatch.chdir(work)
     monkeypatch.setenv("OMP_NUM_THREADS", "1")

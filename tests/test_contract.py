@@ -5,8 +5,8 @@ import itertools
 import pytest
 import torch
 
-from prunebench.models.blocks import BlockWalker
 from prunebench.models.load import hash_weights
+from prunebench.models.walker import BlockWalker
 from prunebench.pruners import BUILTIN, METHODS
 from prunebench.sparsity import Sparsity
 from prunebench.testing import ARCHITECTURES, check_pruner, tiny_model, tiny_tokens

@@ -9,12 +9,12 @@ from prunebench.errors import IncompatibleData
 from prunebench.evaluate.divergence import Divergence
 from prunebench.evaluate.perplexity import PerplexityTask, window_losses
 from prunebench.models.activations import MappedActivations
-from prunebench.models.blocks import BlockWalker
 from prunebench.models.disk import load_on_disk
-from prunebench.models.kept import KeptRun
+from prunebench.models.journal import KeptRun
 from prunebench.models.linears import find_blocks
 from prunebench.models.load import hash_weights, load_config, load_model
 from prunebench.models.stream import batch_logits
+from prunebench.models.walker import BlockWalker
 from prunebench.models.weights import weights_of
 from prunebench.pruners import METHODS
 from prunebench.results.store import ResultStore
@@ -229,7 +229,7 @@ def test_what_needs_the_whole_model_is_refused_before_it_is_loaded(cli, tiny_run
 
 
 def test_auto_chooses_by_the_memory_that_is_free_and_says_so(cli, tiny_run, tmp_path, monkeypatch):
-    monkeypatch.setattr("prunebench.capacity.free_memory", lambda device: 100_000)
+    monkeypatch.setattr("prunebench.run.memory.free_memory", lambda device: 100_000)
     outcome = cli(*tiny_run, "-m", "magnitude")
     assert "weights stay on disk" in outcome.output
 

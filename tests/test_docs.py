@@ -10,8 +10,8 @@ from typer.main import get_command
 from prunebench.calibration.texts import texts
 from prunebench.cli import app
 from prunebench.pruners import BUILTIN, METHODS
-from prunebench.recipe import read_recipe
 from prunebench.results.published import published_values
+from prunebench.sweep.recipe import read_recipe
 from prunebench.testing import check_pruner
 
 ROOT = Path(__file__).parent.parent

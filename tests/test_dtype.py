@@ -11,19 +11,19 @@ from safetensors.torch import save_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from prunebench.calibration.stats import StatsAccumulator
-from prunebench.dtype import StoredDtype, choose_dtype
-from prunebench.models.blocks import BlockWalker
 from prunebench.models.gradients import _Accumulators, gradient_norms
 from prunebench.models.linears import find_linears
 from prunebench.models.source import ModelSource, find_model
+from prunebench.models.walker import BlockWalker
 from prunebench.pruners import BUILTIN, METHODS
 from prunebench.pruners.layer import GroupPruner
-from prunebench.recipe import read_recipe
 from prunebench.results.store import ResultStore
+from prunebench.run.dtype import StoredDtype, choose_dtype
 from prunebench.run_options import with_defaults
 from prunebench.sparsity import Sparsity
 from prunebench.spec import RunSpec, Setup
-from prunebench.sweep import Sweep
+from prunebench.sweep.recipe import read_recipe
+from prunebench.sweep.sweep import Sweep
 from prunebench.testing import tiny_model, tiny_tokens
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -45,7 +45,7 @@ def cpu(monkeypatch):
 
     def emulates(answer):
         monkeypatch.setattr(
-            "prunebench.dtype.is_emulated",
+            "prunebench.run.dtype.is_emulated",
             lambda dtype, device: (
                 answer if device.type == "cpu" and dtype != torch.float32 else False
             ),

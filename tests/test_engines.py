@@ -11,15 +11,15 @@ from pathlib import Path
 
 import pytest
 
-from prunebench.engines.job import Job, JobEnd, Refused, Resources, read_resources
-from prunebench.engines.local import LocalEngine, slots_of_machine
-from prunebench.engines.process import run_job
 from prunebench.errors import MissingResource, UsageError
-from prunebench.recipe import read_recipe
 from prunebench.results.store import ResultStore
-from prunebench.run import run
+from prunebench.run.execute import run
 from prunebench.spec import Setup
-from prunebench.sweep import Sweep
+from prunebench.sweep.engines.job import Job, JobEnd, Refused, Resources, read_resources
+from prunebench.sweep.engines.local import LocalEngine, slots_of_machine
+from prunebench.sweep.engines.process import run_job
+from prunebench.sweep.recipe import read_recipe
+from prunebench.sweep.sweep import Sweep
 
 
 @pytest.mark.parametrize(
@@ -113,7 +113,7 @@ def test_a_killed_job_names_the_signal_and_the_stage(tmp_path, monkeypatch):
 
 
 def test_the_environment_of_a_job_is_the_recipe_s(tmp_path, monkeypatch):
-    from prunebench.sweep import _settings
+    from prunebench.sweep.sweep import _settings
 
     sent = _settings(
         {
@@ -137,7 +137,7 @@ def test_a_cell_ends_with_whoever_started_it(tmp_path):
     (tmp_path / "job.py").write_text(
         textwrap.dedent(f"""
         import os, pathlib, time
-        from prunebench.engines.process import end_with_parent
+        from prunebench.sweep.engines.process import end_with_parent
         end_with_parent()
         try:
             pathlib.Path({str(sign)!r}).write_text(str(os.getpid()))
@@ -267,7 +267,7 @@ def test_a_worker_lost_after_it_filed_loses_nothing(sweep_on, recipe):
 
 
 def test_a_result_that_does_not_arrive_is_a_failure(sweep_on, recipe, monkeypatch):
-    import prunebench.sweep as module
+    import prunebench.sweep.sweep as module
 
     monkeypatch.setattr(module, "_ARRIVAL_SECONDS", 0.0)
     monkeypatch.setattr(module, "_ARRIVAL_POLL_SECONDS", 0.01)
@@ -378,7 +378,7 @@ def test_a_wrong_engine_is_refused(cli, recipe, monkeypatch, arguments, code, sa
 def test_slurm_needs_a_cluster_and_a_time(tmp_path, monkeypatch):
     import types
 
-    from prunebench.engines.slurm import SlurmEngine
+    from prunebench.sweep.engines.slurm import SlurmEngine
 
     monkeypatch.setitem(sys.modules, "submitit", types.ModuleType("submitit"))
     monkeypatch.setenv("PATH", str(tmp_path))
@@ -415,7 +415,7 @@ import os, sys
 from pathlib import Path
 import torch
 from prunebench.spec import Setup
-from prunebench.run import run
+from prunebench.run.execute import run
 from prunebench.spec import RunSpec
 
 def one(method, seed, results):

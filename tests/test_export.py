@@ -10,9 +10,9 @@ import pytest
 import torch
 from huggingface_hub import ModelCard
 
-import prunebench.hub as hub
-from prunebench.export import recipe_text
-from prunebench.models.card import front_matter, model_card
+import prunebench.download.hub as hub
+from prunebench.checkpoints.export import recipe_text
+from prunebench.checkpoints.model_card import front_matter, model_card
 from prunebench.models.masks import mask_file
 from prunebench.results.store import ResultStore
 from tests.test_results import make_result
@@ -220,7 +220,7 @@ def test_a_result_has_no_weights(cli, tiny_run, tmp_path):
 
 
 def test_a_result_whose_checkpoint_is_there_names_it(tmp_path, monkeypatch):
-    from prunebench.export import no_weights
+    from prunebench.checkpoints.export import no_weights
 
     monkeypatch.chdir(tmp_path)
     for word in ("--save-model out", "--save-model=out"):
@@ -289,7 +289,7 @@ def test_the_base_model_and_its_licence():
 
 
 def test_every_licence_of_the_catalogue_is_known_to_the_hub():
-    from prunebench.models.card import _LICENCES
+    from prunebench.checkpoints.model_card import _LICENCES
     from prunebench.models.source import catalog
 
     assert {entry.licence for entry in catalog().values()} - set(_LICENCES) == {

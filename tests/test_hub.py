@@ -17,16 +17,16 @@ import pytest
 from huggingface_hub import _tree_cache, constants
 
 from prunebench.calibration import texts as texts_module
+from prunebench.checkpoints.save import save_masks
+from prunebench.download.hub import hub_problem
+from prunebench.download.hub_files import cached_file, fetch_file
 from prunebench.errors import IncompatibleData, MissingResource
 from prunebench.files import cache_dir
-from prunebench.hub import hub_problem
-from prunebench.hub_files import cached_file, fetch_file
 from prunebench.models.linears import find_linears
-from prunebench.models.save import save_masks
 from prunebench.models.source import catalog, find_model
-from prunebench.prepare import _place_texts
 from prunebench.progress import Silent
 from prunebench.results.store import ResultStore
+from prunebench.run.plan import _place_texts
 from prunebench.spec import RunSpec
 from prunebench.testing import tiny_model
 from tests.conftest import prose
@@ -46,7 +46,7 @@ def c4_file(*, seed: int, documents: int = 30) -> bytes:
 @pytest.fixture
 def owners_hub(loopback, tiny_folder, tmp_path):
     """Llama-2-7B in miniature at the pinned revision, its published masks, and C4."""
-    from prunebench.models.blocks import BlockWalker
+    from prunebench.models.walker import BlockWalker
     from prunebench.pruners import METHODS
     from prunebench.sparsity import Sparsity
 

@@ -12,10 +12,10 @@ from pathlib import Path
 import pytest
 from huggingface_hub import constants
 
-from prunebench import hub as module
 from prunebench.calibration.texts import load_text
+from prunebench.download import hub as module
+from prunebench.download.hub import find_repository, hub_problem, hub_reachable, push_folder
 from prunebench.errors import IncompatibleData, MissingResource, SaveError
-from prunebench.hub import find_repository, hub_problem, hub_reachable, push_folder
 from prunebench.models.masks import open_masks
 from prunebench.models.source import catalog, fetch_model, find_model
 from prunebench.progress import Silent

@@ -8,9 +8,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from prunebench.checkpoints.inspect import inspect_checkpoint
 from prunebench.errors import IncompatibleData
 from prunebench.models.carried import write_index
-from prunebench.models.inspect import inspect_checkpoint
 from prunebench.models.safetensors_files import hash_stored, stored_tensors, weight_files
 from prunebench.sparsity import Sparsity
 from prunebench.testing import ARCHITECTURES, FUSED_EXPERTS, tiny_model
@@ -139,8 +139,8 @@ def test_a_pruned_checkpoint(cli, tiny_run):
 
 
 def test_a_gpt2_checkpoint_holds_along_its_input(cli, tmp_path):
-    from prunebench.models.blocks import BlockWalker
     from prunebench.models.linears import find_linears
+    from prunebench.models.walker import BlockWalker
     from prunebench.pruners.magnitude import Magnitude
 
     model = tiny_model("gpt2")
@@ -262,9 +262,9 @@ def test_memory_is_that_of_pieces(tmp_path):
         stream.truncate(8 + len(header) + size)
     code = (
         "import sys\nfrom pathlib import Path\n"
-        "from prunebench.models.inspect import inspect_checkpoint\n"
+        "from prunebench.checkpoints.inspect import inspect_checkpoint\n"
         "from prunebench.models.safetensors_files import hash_stored, stored_tensors\n"
-        "from prunebench.record import peak_rss_bytes\n"
+        "from prunebench.run.result import peak_rss_bytes\n"
         "from prunebench.sparsity import Sparsity\n"
         "before, path = peak_rss_bytes(), Path(sys.argv[1])\n"
         "(row,) = inspect_checkpoint(path, Sparsity.parse('2:4'))\n"

@@ -1,4 +1,4 @@
-"""Imports point down only (DESIGN section 3), and the rim stays light."""
+"""Imports point down only (DESIGN section 3), no circle anywhere, and the rim stays light."""
 
 import ast
 import subprocess
@@ -9,62 +9,33 @@ import pytest
 
 ROOT = Path(__file__).parent.parent / "prunebench"
 
-# Lower may not import higher. `models` reads the statistics of `calibration`, never the reverse.
-LAYERS = {
-    "sparsity": 0.0,
-    "errors": -0.5,
-    "files": 0.0,
-    "progress": 0.0,
-    "options": 0.5,
-    "spec": 1.0,
-    "wheels": 1.0,
-    "processes": 1.0,
-    "hub": 1.0,
-    "hub_files": 1.1,
-    "engines": 1.2,
-    "results": 1.5,
-    "calibration": 2.0,
-    "models": 2.5,
-    "registry": 2.8,
-    "pruners": 3.0,
-    "allocators": 3.1,
-    "evaluate": 3.0,
-    "sparse24": 3.0,
-    "run_options": 3.4,
-    "recipe": 3.5,
-    "export": 4.0,
-    "capacity": 3.6,
-    "probe": 3.7,
-    "dtype": 3.7,
-    "forecast": 4.1,
-    "resolve": 3.9,
-    "prepare": 4.0,
-    "place": 4.1,
-    "record": 4.1,
-    "scoring": 4.1,
-    "execution": 4.1,
-    "bench": 4.1,
-    "run": 4.2,
-    "sweep": 4.3,
-    "testing": 5.0,
-    "cli": 5.5,
-    "__main__": 6.0,
-    "__init__": 0.0,
-}
-LIGHT = (
-    "registry",
-    "sparsity",
-    "errors",
-    "files",
-    "progress",
-    "spec",
-    "wheels",
-    "results",
-    "engines",
-    "cli",
-)
+# Each level may import those before it, and nothing of its own level or after it.
+LEVELS = [
+    {"__init__", "errors", "progress"},
+    {"options", "sparsity", "distributed", "files"},
+    {"spec"},
+    {"download", "registry", "results"},
+    {"calibration"},
+    {"models"},
+    {"evaluate", "pruners", "sparse24"},
+    {"allocators", "run_options"},
+    {"checkpoints", "testing"},
+    {"bench", "run"},
+    {"sweep"},
+    {"cli"},
+    {"__main__"},
+]
+LEVEL_OF = {name: number for number, names in enumerate(LEVELS) for name in names}
+LIGHT = {
+    "errors", "progress", "options", "sparsity", "distributed", "files", "spec", "download",
+    "registry", "results", "cli",
+}  # fmt: skip
 HEAVY = {"torch", "transformers", "datasets", "lm_eval", "pandas", "numpy"}
 FILES = sorted(ROOT.rglob("*.py"))
+MODULES = {
+    ".".join(path.relative_to(ROOT.parent).with_suffix("").parts).removesuffix(".__init__"): path
+    for path in FILES
+}
 
 
 def component(path: Path) -> str:
@@ -82,18 +53,46 @@ def imported(tree: ast.Module, *, top_level: bool = False) -> set[str]:
     return names
 
 
+def edges() -> dict[str, set[str]]:
+    """Which modules each module imports, inside functions too."""
+    return {
+        name: {other for other in imported(ast.parse(path.read_text("utf-8"))) if other in MODULES}
+        - {name, name.rpartition(".")[0]}  # a package's page says what it is, and imports lazily
+        for name, path in MODULES.items()
+    }
+
+
+def circles(graph: dict[str, set[str]]) -> list[str]:
+    """Return the modules that are left when those that import nothing left are taken away."""
+    left = {name: set(others) for name, others in graph.items()}
+    while free := [name for name, others in left.items() if not others & left.keys()]:
+        for name in free:
+            del left[name]
+    return sorted(left)
+
+
 @pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
 def test_imports_point_down(path):
     own = component(path)
-    assert own in LAYERS, f"{own} has no layer: give it one"
+    assert own in LEVEL_OF, f"{own} has no level: give it one"
     for name in imported(ast.parse(path.read_text("utf-8"))):
         parts = name.split(".")
-        if parts[0] != "prunebench" or len(parts) < 2 or parts[1] not in LAYERS:
+        if parts[0] != "prunebench" or len(parts) < 2 or parts[1] not in LEVEL_OF:
             continue
         if parts[1] != own:
-            assert LAYERS[parts[1]] < LAYERS[own], (
+            assert LEVEL_OF[parts[1]] < LEVEL_OF[own], (
                 f"{own} imports {parts[1]}, which is not below it"
             )
+
+
+def test_no_module_imports_itself_in_a_circle():
+    assert circles(edges()) == []
+    assert circles({"a": {"b"}, "b": {"c"}, "c": {"a"}, "d": {"a"}}) == ["a", "b", "c", "d"]
+
+
+def test_the_root_stays_small():
+    modules = [path for path in FILES if path.parent == ROOT and path.name != "__init__.py"]
+    assert len(modules) <= 12
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))

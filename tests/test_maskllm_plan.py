@@ -5,8 +5,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from prunebench.models.blocks import BlockWalker
 from prunebench.models.replay import plain_inference
+from prunebench.models.walker import BlockWalker
 from prunebench.pruners.maskllm import relaxation
 from prunebench.pruners.maskllm.candidates import candidates
 from prunebench.pruners.maskllm.memory_plan import MemoryPlan

@@ -81,7 +81,7 @@ def test_a_batch_that_cannot_be_shared_out_is_refused_first(cli, tiny_run, as_on
 
 
 def test_a_run_keeps_its_state_until_the_result_is_filed(cli, tiny_run, tmp_path, monkeypatch):
-    from prunebench import run
+    from prunebench.run import execute as run
 
     def full(plan, result):
         raise SaveError("no room for the result")

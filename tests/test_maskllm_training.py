@@ -12,10 +12,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from prunebench.calibration.training import Training
 from prunebench.errors import IncompatibleData, UsageError
 from prunebench.models.backward import Backward
-from prunebench.models.blocks import BlockWalker
 from prunebench.models.linears import find_linears
 from prunebench.models.load import hash_weights
 from prunebench.models.replay import plain_inference
+from prunebench.models.walker import BlockWalker
 from prunebench.pruners import METHODS
 from prunebench.pruners.maskllm import relaxation
 from prunebench.pruners.maskllm.candidates import candidates

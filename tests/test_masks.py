@@ -6,16 +6,16 @@ import numpy as np
 import pytest
 import torch
 
+from prunebench.checkpoints.save import save_masks
 from prunebench.errors import IncompatibleData, MissingResource, UsageError
 from prunebench.files import sha256_file
-from prunebench.models.blocks import BlockWalker
 from prunebench.models.linears import find_linears
 from prunebench.models.masks import open_masks
-from prunebench.models.save import save_masks
+from prunebench.models.walker import BlockWalker
 from prunebench.progress import Silent
 from prunebench.pruners import METHODS
 from prunebench.pruners.maskllm.method import MaskLLM
-from prunebench.resolve import check_names
+from prunebench.run.resolve import check_names
 from prunebench.sparsity import Sparsity
 from prunebench.spec import RunSpec, Setup
 from prunebench.testing import tiny_model

@@ -4,10 +4,10 @@ import pytest
 import torch
 
 from prunebench.evaluate.perplexity import window_losses
-from prunebench.models.blocks import BlockWalker
 from prunebench.models.linears import find_blocks
 from prunebench.models.load import hash_weights
-from prunebench.models.memory import halvings_heard, is_out_of_memory
+from prunebench.models.out_of_memory import halvings_heard, is_out_of_memory
+from prunebench.models.walker import BlockWalker
 from prunebench.pruners import METHODS
 from prunebench.results.store import ResultStore
 from prunebench.sparsity import Sparsity
@@ -77,7 +77,7 @@ def test_scoring_goes_on_with_halves():
 
 
 def test_it_is_said_and_recorded(cli, tiny_run, tmp_path, monkeypatch):
-    from prunebench import run
+    from prunebench.run import execute as run
 
     plain = run.open_model
 

@@ -16,9 +16,9 @@ import torch
 from torch.nn import functional
 
 from prunebench.errors import IncompatibleData
-from prunebench.models.blocks import BlockWalker
 from prunebench.models.gradients import gradient_norms
 from prunebench.models.linears import find_linears
+from prunebench.models.walker import BlockWalker
 from prunebench.testing import tiny_tokens
 from tests.oracle import Oracle
 from tests.tiny_architectures import NOT_BUILT, tiny_architecture

@@ -8,9 +8,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from prunebench.checkpoints.derived import read_tensor
+from prunebench.checkpoints.packed24 import dense_tensors
 from prunebench.results.store import ResultStore
-from prunebench.sparse24.derived import read_tensor
-from prunebench.sparse24.folder import dense_tensors
 from prunebench.sparse24.packed import unpack24
 from prunebench.testing import tiny_model
 from tests.test_packed24 import random_24
@@ -92,7 +92,7 @@ def test_the_bytes_are_said(cli, checkpoint):
 
 
 def test_in_shards(cli, packed, checkpoint, monkeypatch):
-    import prunebench.sparse24.folder as module
+    import prunebench.checkpoints.packed24 as module
 
     monkeypatch.setattr(module, "_SHARD_BYTES", 30_000)
     cli("export", "ck", "-o", "shards", "--to", "packed24")

@@ -8,10 +8,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from prunebench.checkpoints.packed24 import dense_tensors, kind_of
 from prunebench.errors import IncompatibleData
 from prunebench.models.load import hash_weights, load_model
 from prunebench.models.stored_config import plain, quantization_of
-from prunebench.sparse24.folder import dense_tensors, kind_of
 from tests.gguf_files import (
     same_weights,
 )
@@ -160,7 +160,7 @@ def test_a_package_that_transformers_misses_is_no_bug(place, cli, tiny_run, monk
 def test_any_other_import_error_is_told_by_who_raised_it(capsys):
     import typer
 
-    from prunebench.cli.guard import guarded
+    from prunebench.cli.exit_codes import guarded
 
     def of(module):
         space = {"__name__": module}

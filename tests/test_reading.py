@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from prunebench.checkpoints.packed24 import unpacked, write_packed
 from prunebench.errors import IncompatibleData, PrunebenchError
 from prunebench.models.checkpoint_keys import check_tensors, find_places, unused_tensors
 from prunebench.models.complete import is_harmless
@@ -16,7 +17,6 @@ from prunebench.models.load import hash_weights, load_config, skeleton
 from prunebench.models.safetensors_files import stored_tensors, weight_files
 from prunebench.models.source import LocalModel, ModelSource, fetch_model, find_model
 from prunebench.progress import Silent
-from prunebench.sparse24.folder import unpacked, write_packed
 from prunebench.testing import _LLAMA_LIKE, tiny_model
 from tests.gguf_files import (
     gguf_tensors,

@@ -24,10 +24,10 @@ from prunebench.evaluate import tasks
 from prunebench.evaluate.perplexity import prepare_perplexity, token_ppl
 from prunebench.evaluate.tasks import Protocol, prepare_tasks
 from prunebench.files import cache_dir
-from prunebench.models.blocks import BlockWalker
 from prunebench.models.gradients import gradient_norms
 from prunebench.models.load import hash_weights, load_model, load_tokenizer
 from prunebench.models.source import fetch_model, find_model
+from prunebench.models.walker import BlockWalker
 from prunebench.progress import Silent
 from prunebench.pruners import BUILTIN, METHODS
 from prunebench.pruners.alps import Alps

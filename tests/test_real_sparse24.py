@@ -10,10 +10,10 @@ import pytest
 import torch
 
 from prunebench.evaluate.perplexity import prepare_perplexity, token_ppl
-from prunebench.models.blocks import BlockWalker
 from prunebench.models.linears import find_linears
 from prunebench.models.load import hash_weights, load_model, load_tokenizer
 from prunebench.models.source import fetch_model, find_model
+from prunebench.models.walker import BlockWalker
 from prunebench.progress import Silent
 from prunebench.pruners import METHODS
 from prunebench.sparse24.layer import convert

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 
 from prunebench.errors import UsageError
-from prunebench.recipe import read_recipe
 from prunebench.results.published import published_values
-from prunebench.sweep import parse_shard, shard
+from prunebench.sweep.recipe import read_recipe
+from prunebench.sweep.sweep import parse_shard, shard
 
 RECIPES = sorted((Path(__file__).parent.parent / "recipes").glob("*.toml"))
 

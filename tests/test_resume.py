@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from prunebench.errors import SaveError
-from prunebench.models.blocks import BlockWalker
 from prunebench.models.disk import load_on_disk
-from prunebench.models.kept import KeptRun, kept_info
+from prunebench.models.journal import KeptRun, kept_info
 from prunebench.models.load import hash_weights, load_config
+from prunebench.models.walker import BlockWalker
 from prunebench.pruners import METHODS
 from prunebench.results.store import ResultStore
 from prunebench.sparsity import Sparsity
@@ -116,7 +116,7 @@ def test_a_folder_belongs_to_one_process(tmp_path):
 
 def test_a_full_disk_loses_nothing_that_was_kept(folder, tmp_path, monkeypatch):
     """The write of block 1 fails; after that there is room again."""
-    from prunebench.models import kept as module
+    from prunebench.models import journal as module
 
     plain, calls = module.write_tensors, []
 
@@ -153,7 +153,7 @@ def numbers(result):
 
 
 def test_the_same_command_goes_on_and_says_what_it_kept(cli, tiny_run, tmp_path, monkeypatch):
-    from prunebench import run
+    from prunebench.run import execute as run
 
     command = [*tiny_run, "-m", "wanda", "--divergence", "--weights", "disk"]
     assert "nothing is saved" in cli(*command, "--resume-info").output

@@ -9,9 +9,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-import prunebench.models.save as save_module
+import prunebench.checkpoints.packed24 as packed_folder
+import prunebench.checkpoints.save as save_module
 import prunebench.models.verify as verify
-import prunebench.sparse24.folder as packed_folder
 from prunebench.errors import SaveError
 from prunebench.models.carried import clean_tokenizer_config, write_config, write_index
 from prunebench.models.load import hash_weights, load_model

@@ -11,7 +11,8 @@ import zipfile
 
 import pytest
 
-from prunebench import wheels
+from prunebench.download import wheels
+from prunebench.download.wheels import Wheel
 from prunebench.errors import IncompatibleData, MissingResource, UsageError
 from prunebench.models import source as module
 from prunebench.models.load import load_model, load_tokenizer
@@ -19,7 +20,6 @@ from prunebench.models.safetensors_files import check_weight_files, read_header
 from prunebench.models.source import catalog, fetch_model, find_model, local_path
 from prunebench.progress import Silent
 from prunebench.testing import tiny_model
-from prunebench.wheels import Wheel
 
 
 @pytest.mark.parametrize("name", list(catalog()))

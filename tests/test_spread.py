@@ -11,13 +11,13 @@ from torch.utils._pytree import tree_leaves
 
 from prunebench.calibration.stats import StatsAccumulator
 from prunebench.errors import UsageError
-from prunebench.models import blocks as module
-from prunebench.models.blocks import BlockWalker
+from prunebench.models import walker as module
 from prunebench.models.disk import load_on_disk
-from prunebench.models.kept import KeptRun
+from prunebench.models.journal import KeptRun
 from prunebench.models.linears import find_blocks
 from prunebench.models.load import choose_devices, hash_weights, load_config
-from prunebench.models.spread import copy_to
+from prunebench.models.replicas import copy_to
+from prunebench.models.walker import BlockWalker
 from prunebench.pruners import METHODS
 from prunebench.results.store import ResultStore
 from prunebench.sparsity import Sparsity
@@ -184,7 +184,7 @@ def test_gpus_of_two_kinds_are_refused(monkeypatch):
 
 def test_a_run_says_how_many_gpus_it_took(cli, tiny_run, tmp_path):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("prunebench.resolve.choose_devices", lambda names: (CPU, CPU))
+        patch.setattr("prunebench.run.resolve.choose_devices", lambda names: (CPU, CPU))
         cli(*tiny_run, "-m", "wanda")
     cli(*tiny_run, "-m", "wanda", "--results-dir", "one")
     (several,), _ = ResultStore(tmp_path / "results").read()
@@ -196,6 +196,6 @@ def test_a_run_says_how_many_gpus_it_took(cli, tiny_run, tmp_path):
 
 
 def test_a_method_that_learns_says_how_it_takes_several(cli, tiny_run, monkeypatch):
-    monkeypatch.setattr("prunebench.resolve.choose_devices", lambda names: (CPU, CPU))
+    monkeypatch.setattr("prunebench.run.resolve.choose_devices", lambda names: (CPU, CPU))
     said = cli(*tiny_run, "-m", "maskllm", code=2).output
     assert "torchrun --nproc-per-node 2 -m prunebench run" in said

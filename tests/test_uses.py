@@ -11,12 +11,12 @@ from torch import nn
 
 from prunebench.allocators.sensitivity import Sensitivity
 from prunebench.errors import IncompatibleData
-from prunebench.models.blocks import BlockWalker
 from prunebench.models.disk import load_on_disk
 from prunebench.models.gradients import gradient_norms
-from prunebench.models.kept import KeptRun
+from prunebench.models.journal import KeptRun
 from prunebench.models.linears import find_blocks, find_linears
 from prunebench.models.replay import plain_inference
+from prunebench.models.walker import BlockWalker
 from prunebench.pruners.magnitude import Magnitude
 from prunebench.pruners.wanda import Wanda
 from prunebench.sparsity import Sparsity

@@ -7,10 +7,10 @@ import torch
 from torch import nn
 
 from prunebench.errors import IncompatibleData, UsageError
-from prunebench.models.blocks import BlockWalker
 from prunebench.models.linears import find_blocks, find_linears
 from prunebench.models.plan import check_replay
 from prunebench.models.replay import plain_inference, record_calls
+from prunebench.models.walker import BlockWalker
 from prunebench.pruners.wanda import Wanda
 from prunebench.sparsity import Sparsity
 from prunebench.testing import ARCHITECTURES, FUSED_EXPERTS, tiny_model, tiny_tokens

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file, save_file
 
+from prunebench.checkpoints.export import export
+from prunebench.checkpoints.inspect import inspect_checkpoint
 from prunebench.errors import IncompatibleData
-from prunebench.export import export
-from prunebench.models.inspect import inspect_checkpoint
 from prunebench.models.load import hash_weights
 from prunebench.models.safetensors_files import other_files
 from prunebench.models.source import fetch_model, find_model

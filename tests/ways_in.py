@@ -6,12 +6,12 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
+from prunebench.checkpoints.packed24 import unpacked
 from prunebench.models.disk import load_on_disk
-from prunebench.models.kept import KeptRun
+from prunebench.models.journal import KeptRun
 from prunebench.models.load import load_config, load_model
 from prunebench.models.source import LocalModel, ModelSource, fetch_model, find_model
 from prunebench.progress import Silent
-from prunebench.sparse24.folder import unpacked
 
 CPU = torch.device("cpu")
 

@@ -11,8 +11,8 @@ from typing import ClassVar, Protocol, runtime_checkable
 
 from prunebench.errors import CheckFailed, IncompatibleData, UsageError
 from prunebench.files import write_text
-from prunebench.models.blocks import BlockWalker
 from prunebench.models.linears import Linear
+from prunebench.models.walker import BlockWalker
 from prunebench.pruners.layer import Needs
 from prunebench.sparsity import Sparsity
 

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from prunebench.allocators.allocation import Allocation, require_range, shifted
-from prunebench.models.blocks import BlockWalker
+from prunebench.models.walker import BlockWalker
 from prunebench.pruners.layer import Needs
 
 _HIGHEST = 0.99

@@ -32,8 +32,8 @@ from torch import Tensor
 
 from prunebench.allocators.allocation import Allocation, bisect, require_range, shifted
 from prunebench.calibration.hessian import factorise
-from prunebench.models.blocks import BlockWalker
 from prunebench.models.linears import Linear
+from prunebench.models.walker import BlockWalker
 from prunebench.pruners.layer import Needs
 
 _COLUMNS = 128  # SparseGPT's block

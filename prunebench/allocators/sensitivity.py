@@ -31,8 +31,8 @@ from torch import Tensor, nn
 
 from prunebench.allocators.allocation import Allocation, bisect, shifted
 from prunebench.calibration.hessian import factorise
-from prunebench.models.blocks import BlockWalker, LinearGroup
 from prunebench.models.replay import TrueRun, resume, run_model
+from prunebench.models.walker import BlockWalker, LinearGroup
 from prunebench.pruners.layer import Needs
 from prunebench.pruners.sparsegpt import SparseGPT
 from prunebench.sparsity import Sparsity

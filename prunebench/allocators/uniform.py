@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from prunebench.allocators.allocation import Allocation
-from prunebench.models.blocks import BlockWalker
+from prunebench.models.walker import BlockWalker
 from prunebench.pruners.layer import Needs
 
 

@@ -27,11 +27,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 from prunebench.calibration.decode import decode_text
+from prunebench.download.hub_files import fetch_file
+from prunebench.download.wheels import Wheel, why_not_fetched
 from prunebench.errors import IncompatibleData, MissingResource, UsageError, nearest
 from prunebench.files import cache_dir, explain_os_error, write_bytes
-from prunebench.hub_files import fetch_file
 from prunebench.progress import Progress
-from prunebench.wheels import Wheel, why_not_fetched
 
 Use = Literal["calibration", "evaluation"]
 

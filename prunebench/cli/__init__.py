@@ -28,7 +28,7 @@ from prunebench.cli import (
     run,
     sweep,
 )
-from prunebench.cli.guard import guarded
+from prunebench.cli.exit_codes import guarded
 
 app = typer.Typer(
     name="prunebench",
@@ -73,7 +73,7 @@ def _root(
 def main() -> None:
     """Run the command line; the entry point of the `prunebench` program."""
     if "PRUNEBENCH_PARENT" in os.environ:
-        from prunebench.engines.process import end_with_parent
+        from prunebench.sweep.engines.process import end_with_parent
 
         end_with_parent()
     try:

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from prunebench.cli.console import wide_console
-from prunebench.cli.guard import command_line, say
+from prunebench.cli.exit_codes import command_line, say
 from prunebench.cli.progress import choose_progress
 from prunebench.errors import UsageError, nearest
-from prunebench.results.bench import Bench, write_bench
+from prunebench.results.bench_schema import Bench, write_bench
 from prunebench.results.render import column_title, number
 from prunebench.results.store import ResultStore
 
@@ -77,7 +77,7 @@ def bench_command(
         raise UsageError(f"--storage {storage!r} is not known", fix=nearest(storage, _STORAGE))
     progress = choose_progress(quiet=quiet)
     with progress.stage("start", detail="loading torch and transformers"):
-        from prunebench.bench import BenchSetup, bench, explain_checkpoint, find_checkpoint
+        from prunebench.bench.bench import BenchSetup, bench, explain_checkpoint, find_checkpoint
         from prunebench.models.load import choose_device
         from prunebench.sparse24.backends.table import require_backend
     store = ResultStore(results_dir)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
-    from prunebench.models.kept import KeptInfo
+    from prunebench.models.journal import KeptInfo
 
 
 def clean_command(
@@ -20,8 +20,8 @@ def clean_command(
     debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,
 ) -> None:
     """Remove what interrupted runs have kept to go on from; runs that are at work stay."""
-    from prunebench.models.kept import KeptRun
-    from prunebench.place import kept_runs
+    from prunebench.models.journal import KeptRun
+    from prunebench.run.resume import kept_runs
 
     infos = kept_runs()
     if not show:

@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from prunebench.cli.console import wide_console
-from prunebench.cli.guard import say
+from prunebench.cli.exit_codes import say
 from prunebench.cli.paired import compare_paired
 from prunebench.cli.published import compare_published
 from prunebench.cli.stored import require_results
 from prunebench.errors import UsageError, nearest
 from prunebench.results import render
-from prunebench.results.bench import read_benches
+from prunebench.results.bench_schema import read_benches
 from prunebench.results.compare import Selection, Table, compare
 from prunebench.results.store import ResultStore
 

@@ -95,7 +95,7 @@ def _folders(results_dir: Path) -> list[Finding]:
 
 
 def _sources() -> list[Finding]:
-    from prunebench.hub import hub_problem
+    from prunebench.download.hub import hub_problem
     from prunebench.models.source import find_model, local_path
     from prunebench.spec import RunSpec
 

@@ -9,16 +9,16 @@ from typing import Any
 import typer
 
 from prunebench.cli.clean import print_kept
+from prunebench.distributed import world_size
 from prunebench.errors import UsageError
 from prunebench.models.source import find_model, local_path
-from prunebench.processes import world_size
 from prunebench.spec import RunSpec
 
 
 def print_dry_run(spec: RunSpec, setup: Any, *, as_json: bool) -> None:
     """Check everything, print what would be run and what it would take; refuse what cannot fit."""
-    from prunebench.forecast import require_fits
-    from prunebench.prepare import prepare
+    from prunebench.run.forecast import require_fits
+    from prunebench.run.plan import prepare
 
     source = find_model(spec.model)
     if source.kind != "gguf" and local_path(source) is None:
@@ -60,8 +60,8 @@ def print_dry_run(spec: RunSpec, setup: Any, *, as_json: bool) -> None:
 
 def _print_forecast(plan: Any) -> Any:
     """Print what the run will take, and return it; None where that cannot be counted."""
-    from prunebench.capacity import gigabytes
-    from prunebench.forecast import duration, forecast
+    from prunebench.run.forecast import duration, forecast
+    from prunebench.run.memory import gigabytes
 
     place = "in memory" if plan.weights == "resident" else "on disk, a block at a time"
     typer.echo(f"  weights     {place}")
@@ -134,9 +134,9 @@ def _duration(seconds: float) -> str:
 
 def print_resume_info(spec: RunSpec, setup: Any, *, as_json: bool) -> None:
     """Print what an interrupted run of this very command has saved."""
-    from prunebench.models.kept import kept_info
-    from prunebench.place import kept_folder
-    from prunebench.resolve import resolve
+    from prunebench.models.journal import kept_info
+    from prunebench.run.resolve import resolve
+    from prunebench.run.resume import kept_folder
 
     resolved = resolve(spec, setup)
     info = kept_info(kept_folder(resolved))

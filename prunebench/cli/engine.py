@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from prunebench.cli.guard import say
-from prunebench.engines import EXECUTORS, Engine
-from prunebench.engines.job import SLURM_ONLY, Resources, read_resources
+from prunebench.cli.exit_codes import say
 from prunebench.errors import UsageError, nearest
-from prunebench.recipe import Recipe, RecipeCell
+from prunebench.sweep.engines import EXECUTORS, Engine
+from prunebench.sweep.engines.job import SLURM_ONLY, Resources, read_resources
+from prunebench.sweep.recipe import Recipe, RecipeCell
 
 
 class Voice:
@@ -72,22 +72,22 @@ def open_engine(
         PrunebenchError: What is missing for it.
     """
     if executor == "local":
-        from prunebench.engines.local import LocalEngine, slots_of_machine
+        from prunebench.sweep.engines.local import LocalEngine, slots_of_machine
 
         devices = {cell.values["device"] if device == "auto" else device for cell in cells}
         return LocalEngine(slots_of_machine(jobs or 1, devices), show=voice.show)
     from prunebench.files import cache_dir, require_writable
-    from prunebench.sweep import needs_gpu
+    from prunebench.sweep.sweep import needs_gpu
 
     options = {**recipe.resources, **asked}
     if needs_gpu(recipe, cells, device=device):
         options.setdefault("gpus", 1)
     resources = Resources.of(options)
     if executor == "ray":
-        from prunebench.engines.ray import RayEngine
+        from prunebench.sweep.engines.ray import RayEngine
 
         return RayEngine(resources, at_once=jobs, note=voice.note)
-    from prunebench.engines.slurm import SlurmEngine
+    from prunebench.sweep.engines.slurm import SlurmEngine
 
     folder = cache_dir() / "slurm"
     require_writable(folder)

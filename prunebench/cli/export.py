@@ -10,15 +10,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from prunebench.cli.guard import say
+from prunebench.cli.exit_codes import say
 from prunebench.cli.progress import choose_progress
 from prunebench.errors import IncompatibleData, MissingResource, UsageError, nearest
 from prunebench.results.store import Damaged, ResultStore, read_result
 
 if TYPE_CHECKING:
-    from prunebench.export import To
-    from prunebench.hub import Repository
-    from prunebench.sparse24.folder import Packing
+    from prunebench.checkpoints.export import To
+    from prunebench.checkpoints.packed24 import Packing
+    from prunebench.download.hub import Repository
 
 
 _NAMED = 3  # so many of the matrices that stay dense are named
@@ -71,13 +71,13 @@ def export_command(
     repository = _find_repository(push, public=public)
     progress = choose_progress(quiet=quiet)
     with progress.stage("start", detail="loading torch and transformers"):
-        from prunebench.export import export
+        from prunebench.checkpoints.export import export
     done = export(source, output, replace=force, progress=progress, to=wanted)
     if not as_json:
         _print_summary(done)
     pushed = None
     if repository and _agreed(repository, done.sizes, public=public, yes=yes):
-        from prunebench.hub import push_folder
+        from prunebench.download.hub import push_folder
 
         with progress.stage("push", detail=repository.url):
             message = "2:4, packed by prunebench"
@@ -120,7 +120,7 @@ def _find(name: str, results_dir: Path) -> Path:
         raise IncompatibleData(
             f"{name} is neither a checkpoint's folder nor a result", where=found.reason
         )
-    from prunebench.export import no_weights
+    from prunebench.checkpoints.export import no_weights
 
     raise no_weights(found)
 
@@ -128,7 +128,7 @@ def _find(name: str, results_dir: Path) -> Path:
 def _find_repository(name: str | None, *, public: bool) -> Repository | None:
     if name is None:
         return None
-    from prunebench.hub import find_repository
+    from prunebench.download.hub import find_repository
 
     repository = find_repository(name)
     if repository.exists and not repository.private and not public:

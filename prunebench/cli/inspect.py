@@ -15,7 +15,7 @@ from prunebench.errors import CheckFailed, MissingResource, PrunebenchError, Usa
 from prunebench.sparsity import Sparsity
 
 if TYPE_CHECKING:
-    from prunebench.models.inspect import TensorFacts, Totals
+    from prunebench.checkpoints.inspect import TensorFacts, Totals
 
 _NAMED = 3  # so many of the matrices that are left out are named
 
@@ -50,8 +50,13 @@ def inspect_command(
     if not wanted.is_pattern:
         raise UsageError(f"--pattern {pattern} is not N:M", fix="as in --pattern 2:4")
     path = _find(checkpoint)
-    from prunebench.models.inspect import Totals, checkpoint_tensors, inspect_tensors, unreadable
-    from prunebench.sparse24.folder import dense_tensors, kind_of
+    from prunebench.checkpoints.inspect import (
+        Totals,
+        checkpoint_tensors,
+        inspect_tensors,
+        unreadable,
+    )
+    from prunebench.checkpoints.packed24 import dense_tensors, kind_of
 
     kind = kind_of(path)
     tensors = (checkpoint_tensors if kind == "dense" else dense_tensors)(path).values()

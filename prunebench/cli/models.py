@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from prunebench.cli.guard import guarded
+from prunebench.cli.exit_codes import guarded
 from prunebench.cli.listing import list_command
 from prunebench.cli.progress import choose_progress
 from prunebench.errors import MissingResource

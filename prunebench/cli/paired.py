@@ -10,7 +10,7 @@ from pathlib import Path
 import typer
 
 from prunebench.cli.console import wide_console
-from prunebench.cli.guard import say
+from prunebench.cli.exit_codes import say
 from prunebench.errors import IncompatibleData, UsageError, nearest
 from prunebench.results.compare import Selection
 from prunebench.results.paired import LEVEL, RESAMPLES, Comparison, Pairing, pair, read_sides

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from prunebench.cli.guard import say
+from prunebench.cli.exit_codes import say
 from prunebench.cli.stored import require_results
 from prunebench.errors import SaveError
 from prunebench.files import require_writable, write_text

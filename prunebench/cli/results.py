@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from prunebench.cli.guard import guarded, say
+from prunebench.cli.exit_codes import guarded, say
 from prunebench.errors import CheckFailed
 from prunebench.files import write_text
 from prunebench.results.compare import compare

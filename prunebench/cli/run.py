@@ -8,14 +8,14 @@ from typing import Annotated, Any
 
 import typer
 
+from prunebench.cli.config import collect, print_config, settle_dtype
 from prunebench.cli.dry_run import print_dry_run, print_resume_info
-from prunebench.cli.guard import command_line
+from prunebench.cli.exit_codes import command_line
 from prunebench.cli.options import KEEP, PLACE, RUN, takes_options
 from prunebench.cli.progress import choose_progress
 from prunebench.cli.summary import print_summary
-from prunebench.cli.values import collect, print_config, settle_dtype
+from prunebench.distributed import device_of, rank
 from prunebench.errors import UsageError
-from prunebench.processes import device_of, rank
 from prunebench.results.schema import Result
 from prunebench.run_options import RUN_OPTIONS, spec_of
 from prunebench.spec import Setup
@@ -96,9 +96,9 @@ def run_command(
         print_dry_run(spec, setup, as_json=as_json)
         return
     with progress.stage("start", detail="loading torch and transformers"):
-        from prunebench.prepare import load_inputs
-        from prunebench.resolve import resolve
-        from prunebench.run import execute as execute_plan
+        from prunebench.run.execute import execute as execute_plan
+        from prunebench.run.plan import load_inputs
+        from prunebench.run.resolve import resolve
     resolved = resolve(spec, setup)
     filed = _filed(resolved) if once else None
     if filed:

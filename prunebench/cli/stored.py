@@ -6,7 +6,7 @@ from pathlib import Path
 
 import typer
 
-from prunebench.cli.guard import say
+from prunebench.cli.exit_codes import say
 from prunebench.results.store import holds_results
 
 

@@ -15,17 +15,17 @@ import typer
 
 from prunebench.cli.compare import print_tables
 from prunebench.cli.engine import Voice, check_engine, open_engine
-from prunebench.cli.guard import command_line, say
+from prunebench.cli.exit_codes import command_line, say
 from prunebench.cli.progress import choose_progress
 from prunebench.cli.published import print_twins, twin_record
 from prunebench.errors import CheckFailed, PrunebenchError, SomeCellsFailed
-from prunebench.recipe import Expectation, Recipe, RecipeCell, read_recipe
 from prunebench.results.compare import compare
 from prunebench.results.published import Twin, find_twins
 from prunebench.results.render import column_title, value_text
+from prunebench.sweep.recipe import Expectation, Recipe, RecipeCell, read_recipe
 
 if TYPE_CHECKING:
-    from prunebench.sweep import CellOutcome, Sweep
+    from prunebench.sweep.sweep import CellOutcome, Sweep
 
 
 def validate_command(
@@ -47,7 +47,7 @@ def validate_command(
 
 
 def _checked(path: Path) -> Recipe:
-    from prunebench.resolve import check_names
+    from prunebench.run.resolve import check_names
     from prunebench.spec import Setup
 
     recipe = read_recipe(path, complete=True)
@@ -139,8 +139,8 @@ def sweep_command(
     """
     asked = check_engine(executor, resource or [])
     from prunebench.spec import Setup
-    from prunebench.sweep import Sweep, needs_gpu, parse_shard, require_resources
-    from prunebench.sweep import shard as part_of
+    from prunebench.sweep.sweep import Sweep, needs_gpu, parse_shard, require_resources
+    from prunebench.sweep.sweep import shard as part_of
 
     part, parts = parse_shard(shard)
     recipe = _checked(recipe_path)
@@ -190,7 +190,7 @@ def _run(sweep: Sweep, cells: Sequence[RecipeCell], voice: Voice) -> list[CellOu
 
 def _dry(sweep: Sweep, cells: Sequence[RecipeCell]) -> list[CellOutcome]:
     from prunebench.models.source import find_model, local_path
-    from prunebench.sweep import CellOutcome
+    from prunebench.sweep.sweep import CellOutcome
 
     outcomes = []
     for cell in cells:

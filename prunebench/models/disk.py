@@ -28,10 +28,10 @@ from prunebench.errors import IncompatibleData
 from prunebench.models.activations import Activations, MappedActivations
 from prunebench.models.checkpoint_keys import match_keys
 from prunebench.models.complete import require_complete
-from prunebench.models.kept import KeptRun
+from prunebench.models.journal import KeptRun
 from prunebench.models.linears import find_blocks, find_linears, find_repeats
 from prunebench.models.load import attention_of, quiet_transformers
-from prunebench.models.memory import return_free_memory
+from prunebench.models.out_of_memory import return_free_memory
 from prunebench.models.safetensors_files import (
     StoredTensor,
     check_weight_files,

@@ -15,16 +15,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from prunebench.errors import IncompatibleData, MissingResource
-from prunebench.files import cache_dir, write_text
-from prunebench.hub import asking, patiently
-from prunebench.hub_files import (
+from prunebench.download.hub import asking, patiently
+from prunebench.download.hub_files import (
     Wanted,
     cached_snapshot,
     describe,
     download_snapshot,
     verify_snapshot,
 )
+from prunebench.errors import IncompatibleData, MissingResource
+from prunebench.files import cache_dir, write_text
 from prunebench.models.safetensors_files import weight_files
 from prunebench.progress import Progress
 

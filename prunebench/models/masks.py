@@ -20,9 +20,9 @@ import torch
 from jaxtyping import Bool
 from torch import Tensor
 
+from prunebench.download.hub_files import fetch_file
 from prunebench.errors import IncompatibleData, MissingResource, UsageError
 from prunebench.files import sha256_file
-from prunebench.hub_files import fetch_file
 from prunebench.models.linears import Linear
 from prunebench.models.safetensors_files import weight_files
 from prunebench.progress import Progress

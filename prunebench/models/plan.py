@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from prunebench.errors import IncompatibleData
 from prunebench.models.linears import Linear
-from prunebench.models.memory import is_out_of_memory
+from prunebench.models.out_of_memory import is_out_of_memory
 from prunebench.models.replay import TrueRun, record_calls, refused, run_model
 from prunebench.models.taps import Account
 from prunebench.models.weights import weights_of

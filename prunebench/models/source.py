@@ -18,6 +18,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Literal
 
+from prunebench.download.wheels import Wheel
 from prunebench.errors import IncompatibleData, MissingResource, UsageError, nearest
 from prunebench.files import cache_dir, explain_os_error, sha256_file
 from prunebench.models.gguf_parts import gguf_name, gguf_parts, join_gguf
@@ -25,7 +26,6 @@ from prunebench.models.hub_model import cached_model, fetch_hub_model
 from prunebench.models.safetensors_files import check_weight_files, other_files, weight_files
 from prunebench.progress import Progress
 from prunebench.spec import Bos
-from prunebench.wheels import Wheel
 
 _HUB_NAME = re.compile(r"^[\w][\w.-]*/[\w][\w.-]*(@[\w./-]+)?$")
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from prunebench.models.activations import Activations
 from prunebench.models.disk import DiskWeights
 from prunebench.models.linears import find_blocks
-from prunebench.models.memory import FittingBatches
+from prunebench.models.out_of_memory import FittingBatches
 from prunebench.models.replay import (
     BlockCall,
     blocks_giving,

@@ -33,8 +33,8 @@ from torch import Tensor
 
 from prunebench.calibration.hessian import damped_hessian
 from prunebench.calibration.stats import InputStats
-from prunebench.models.blocks import LinearGroup
 from prunebench.models.measure import count_sparser_groups
+from prunebench.models.walker import LinearGroup
 from prunebench.pruners.keep import keep_matrix, keep_rows
 from prunebench.pruners.layer import Event, GroupPruner, Needs, Pruned
 from prunebench.pruners.magnitude import smallest_dropped

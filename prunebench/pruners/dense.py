@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
-from prunebench.models.blocks import BlockWalker
+from prunebench.models.walker import BlockWalker
 from prunebench.pruners.layer import Needs, PruneReport
 from prunebench.sparsity import Sparsity
 

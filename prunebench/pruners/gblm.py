@@ -23,8 +23,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from prunebench.calibration.stats import InputStats
-from prunebench.models.blocks import LinearGroup
 from prunebench.models.gradients import Norm
+from prunebench.models.walker import LinearGroup
 from prunebench.pruners.keep import keep_rows
 from prunebench.pruners.layer import GroupPruner, Needs, Pruned
 from prunebench.sparsity import Sparsity

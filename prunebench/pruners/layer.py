@@ -13,9 +13,9 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from prunebench.calibration.stats import InputStats
-from prunebench.models.blocks import BlockWalker, LinearGroup
 from prunebench.models.gradients import Norm
 from prunebench.models.source import CatalogEntry
+from prunebench.models.walker import BlockWalker, LinearGroup
 from prunebench.sparsity import Sparsity
 from prunebench.spec import OptionValue
 

@@ -13,7 +13,7 @@ from typing import ClassVar
 
 import torch
 
-from prunebench.models.blocks import BlockWalker
+from prunebench.models.walker import BlockWalker
 from prunebench.pruners.keep import keep_rows
 from prunebench.pruners.layer import Needs, PruneReport
 from prunebench.sparsity import Sparsity

@@ -31,8 +31,8 @@ from torch import Tensor
 
 from prunebench.calibration.hessian import InverseFactor, factorise
 from prunebench.calibration.stats import InputStats
-from prunebench.models.blocks import LinearGroup
 from prunebench.models.measure import count_sparser_groups
+from prunebench.models.walker import LinearGroup
 from prunebench.pruners.keep import keep_group, keep_largest
 from prunebench.pruners.layer import BEYOND_TARGET, Event, GroupPruner, Needs, Pruned
 from prunebench.pruners.magnitude import smallest_dropped

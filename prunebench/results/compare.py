@@ -21,7 +21,7 @@ from typing import Any
 
 from prunebench.errors import MissingResource, UsageError, nearest
 from prunebench.options import options_of
-from prunebench.results.bench import Bench
+from prunebench.results.bench_schema import Bench
 from prunebench.results.cell_score import CellScore as CellScore
 from prunebench.results.schema import Result, Score
 from prunebench.sparsity import Sparsity

@@ -28,12 +28,12 @@ import torch
 from torch import Tensor, nn
 
 from prunebench.calibration.training import Training
+from prunebench.distributed import world_size
 from prunebench.errors import IncompatibleData, SaveError, UsageError
-from prunebench.models.blocks import BlockWalker
 from prunebench.models.linears import Linear
 from prunebench.models.masks import Masks
 from prunebench.models.source import CatalogEntry
-from prunebench.processes import world_size
+from prunebench.models.walker import BlockWalker
 from prunebench.pruners.layer import (
     Event,
     Forecast,

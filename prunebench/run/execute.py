@@ -1,0 +1,392 @@
+"""One run: check everything, load, score the dense model, prune, measure, score, file the result.
+
+    plan = prepare(spec, setup)     # no weight is loaded; what can fail early fails here
+    result = execute(plan)
+
+`run` does both. `execute` is the whole story of a run.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+
+import torch
+from torch import nn
+
+from prunebench.allocators.allocation import (
+    Allocation,
+    layer_sparsities,
+    require_sound,
+    save_allocation,
+)
+from prunebench.calibration.training import Training
+from prunebench.calibration.windows import save_windows
+from prunebench.checkpoints.save import save_masks, save_model
+from prunebench.distributed import rank, together
+from prunebench.errors import OutOfMemory, PrunebenchError, SaveError
+from prunebench.evaluate.divergence import at_dense
+from prunebench.evaluate.outcome import Outcome
+from prunebench.files import cache_dir, write_text
+from prunebench.models.gradients import GradientNorms, gradient_norms
+from prunebench.models.journal import KeptRun
+from prunebench.models.linears import Linear, find_linears
+from prunebench.models.load import hash_weights
+from prunebench.models.measure import Measured, measure_linear, require_met, require_total
+from prunebench.models.out_of_memory import halvings_heard, is_out_of_memory
+from prunebench.models.walker import BlockWalker
+from prunebench.models.weights import weights_of
+from prunebench.progress import Advance, quiet_libraries
+from prunebench.pruners import METHODS
+from prunebench.pruners.layer import Point, PruneReport
+from prunebench.results.samples import write_samples
+from prunebench.results.schema import Result
+from prunebench.run.packed import executed
+from prunebench.run.plan import Plan, prepare
+from prunebench.run.result import (
+    allocation_block,
+    cost_block,
+    failed_result,
+    identity,
+    method_block,
+    model_block,
+    samples_of,
+    score_blocks,
+    sparsity_block,
+    training_block,
+)
+from prunebench.run.resume import go_on, open_model, opened_run
+from prunebench.run.scoring import diverge, refer_to_dense, score_dense, score_prior, score_pruned
+from prunebench.sparsity import Sparsity
+from prunebench.spec import RunSpec, Setup
+
+
+def run(spec: RunSpec, setup: Setup) -> Result | None:
+    """Prepare and execute one run; returns what `execute` does.
+
+    Raises:
+        PrunebenchError: Whatever a user can fix. Once weights have been loaded, a failed run leaves
+            a `failed` record in the results folder too.
+    """
+    with quiet_libraries():
+        return execute(prepare(spec, setup))
+
+
+def execute(plan: Plan) -> Result | None:
+    """Load, score, prune, measure, score again, and file the result.
+
+    Returns:
+        The result; None in a process that only helps the first one to learn.
+
+    Raises:
+        PrunebenchError: Whatever a user can fix; the failure is filed too.
+    """
+    with together(device=str(plan.device), trains=plan.training is not None):
+        if rank() == 0:
+            return _execute(plan)
+        _assist(plan)
+        return None
+
+
+def _assist(plan: Plan) -> None:
+    """Learn with the first process, and file nothing."""
+    with _memory_errors(plan.device, trains=True):
+        model = open_model(plan, None)
+        _prune(plan, model, {one.name: plan.sparsity for one in find_linears(model)})
+
+
+def _execute(plan: Plan) -> Result:
+    spec, clock = plan.spec, plan.clock
+    halvings: list[str] = []
+    trains = plan.training is not None
+    with (
+        _failures_are_filed(plan) as row_is_filed,
+        _memory_errors(plan.device, trains=trains),
+        _halvings_are_told(plan, halvings),
+        opened_run(plan) as kept,
+    ):
+        with clock.stage("load", detail=f"{spec.model} in {spec.dtype} on {plan.device}"):
+            model = open_model(plan, kept)
+            linears = find_linears(model)
+            dense_sha256, zeros = _look_at_dense(model, linears, kept)
+        is_dense = not METHODS.find(spec.method).prunes and spec.execute == "dense"
+        dense = [] if is_dense else score_dense(plan, model, dense_sha256)
+        references = refer_to_dense(plan, model)
+        with _stopwatch(kept) as prune_seconds:
+            allocation = _allocate(plan, model, linears, kept)
+            requested = layer_sparsities(plan.sparsity, allocation, linears)
+            report = _prune(plan, model, requested)
+        with clock.stage("measure", detail="sparsity of every layer"):
+            evaluated_sha256, measured = _look_at_pruned(model, linears, requested)
+            require_met(measured, zeros, requested, beyond=report.zeros_beyond)
+            require_total(measured, zeros, plan.sparsity, beyond=report.zeros_beyond)
+        with executed(plan, model, linears) as execution:
+            outcomes = score_pruned(plan, model, dense_sha256 if is_dense else None, kept)
+            diverged = diverge(plan, model, references)
+        dense = outcomes if is_dense else dense
+        result = Result(
+            **identity(plan, status="ok"),
+            model=model_block(plan, model, dense_sha256, evaluated_sha256),
+            method=method_block(spec, report),
+            calibration=plan.calibration,
+            training=training_block(plan, report),
+            allocation=allocation_block(spec, allocation),
+            sparsity=sparsity_block(plan, measured, report, allocation),
+            scores=[
+                score
+                for pair in zip(
+                    [*outcomes, *diverged], [*dense, *map(at_dense, diverged)], strict=True
+                )
+                for score in score_blocks(*pair)
+            ],
+            execution=execution,
+            cost=cost_block(
+                plan,
+                prune_seconds(),
+                starts=kept.state.starts if kept else 1,
+                halvings=halvings,
+            ),
+        )
+        result = _named_once(result, kept)
+        _publish(plan, result)  # the row first: a full disk must not cost an hour's work twice
+        row_is_filed()
+        if plan.training is not None:
+            plan.training.forget()
+        if plan.setup.log_samples:
+            write_samples(plan.store.path_of(result), samples_of(outcomes, dense))
+        _save_outputs(plan, model, linears, result, allocation)
+    return result
+
+
+def _look_at_dense(
+    model: nn.Module, linears: list[Linear], kept: KeptRun | None
+) -> tuple[str, dict[str, int]]:
+    """Return the hash of the dense weights and the zeros of every linear, in one pass."""
+    if kept and kept.state.dense:
+        return kept.state.dense["sha256"], kept.state.dense["zeros"]
+    zeros: dict[str, int] = {}
+
+    def count(index: int) -> None:
+        mine = [one for one in linears if one.block_index == index]
+        zeros.update({one.name: int((one.stored == 0).sum()) for one in mine})
+
+    sha256 = hash_weights(model, look=count)
+    if kept:
+        kept.update(dense={"sha256": sha256, "zeros": zeros})
+    return sha256, zeros
+
+
+def _look_at_pruned(
+    model: nn.Module, linears: list[Linear], requested: dict[str, Sparsity]
+) -> tuple[str, list[Measured]]:
+    """Return the hash of the weights and what they show, in one pass."""
+    found: dict[str, Measured] = {}
+
+    def measure(index: int) -> None:
+        for one in linears:
+            if one.block_index == index:
+                found[one.name] = measure_linear(one, requested[one.name])
+
+    sha256 = hash_weights(model, look=measure)
+    return sha256, [found[one.name] for one in linears]
+
+
+def _allocate(
+    plan: Plan, model: nn.Module, linears: list[Linear], kept: KeptRun | None
+) -> Allocation:
+    """Choose a ratio for every layer."""
+    target, allocator = plan.sparsity.ratio, plan.allocator
+    if kept and kept.state.allocation:
+        return Allocation(**kept.state.allocation)
+    if allocator is None:
+        assert plan.allocation is not None
+        return plan.allocation
+    if plan.spec.allocation == "uniform":
+        return allocator.allocate(BlockWalker(model), target)
+    with _walk(plan, model, "allocate", f"{plan.spec.allocation} {plan.sparsity}") as walker:
+        allocation = allocator.allocate(walker, target)
+    require_sound(allocation, linears, target)
+    if kept:
+        kept.update(allocation={name: dict(value) for name, value in vars(allocation).items()})
+    return allocation
+
+
+def _prune(plan: Plan, model: nn.Module, requested: dict[str, Sparsity]) -> PruneReport:
+    go_on(plan, model)
+    gradients, norm = None, plan.pruner.needs.gradients
+    if norm is not None and plan.windows:
+        samples = len(plan.windows.token_ids)
+        detail = f"of the dense model, {norm}"
+        with plan.clock.stage("gradients", total=samples, detail=detail, unit="windows") as advance:
+            gradients = gradient_norms(model, plan.windows.token_ids, norm=norm, advance=advance)
+    detail = f"{plan.spec.method} {plan.sparsity}"
+    with _walk(plan, model, "prune", detail, gradients) as walker:
+        return plan.pruner.prune(walker, requested)
+
+
+@contextmanager
+def _stopwatch(kept: KeptRun | None) -> Iterator[Callable[[], float]]:
+    """Yield what says how long the work inside took, earlier starts of this run included."""
+    before = kept.state.seconds if kept else 0.0
+    begun = time.perf_counter()
+    ended: list[float] = []
+
+    def seconds() -> float:
+        return before + (ended[0] if ended else time.perf_counter()) - begun
+
+    with kept.on_save(lambda: {"seconds": seconds()}) if kept else nullcontext():
+        yield seconds
+    ended.append(time.perf_counter())
+    if kept:
+        kept.update(seconds=seconds())
+
+
+@contextmanager
+def _walk(
+    plan: Plan, model: nn.Module, stage: str, detail: str, gradients: GradientNorms | None = None
+) -> Iterator[BlockWalker]:
+    """Open a walk over the calibration tokens as one stage of the run."""
+    total, unit = max(one.block_index for one in plan.linears) + 1, "blocks"
+    need = plan.pruner.needs.training
+    if stage == "prune" and need is not None:
+        total, unit = need.steps, "steps"
+    with plan.clock.stage(stage, total=total, detail=detail, unit=unit) as advance:
+        yield BlockWalker(
+            model,
+            token_ids=plan.windows.token_ids if plan.windows else None,
+            within_block=plan.spec.within_block or "joint",
+            devices=plan.devices,
+            gradients=gradients,
+            training=_training(plan, model, advance),
+            masks=plan.masks,
+            advance=advance,
+        )
+
+
+def _training(plan: Plan, model: nn.Module, advance: Advance) -> Training | None:
+    """Let the steps of a training be heard; a state is kept for this very spec alone."""
+    if plan.training is None:
+        return None
+
+    def hear(point: Point) -> None:
+        advance(bool(point.step))
+        if point.held_out_ppl is not None:
+            plan.clock.note(training_line(point))
+
+    def prior() -> tuple[Outcome, ...]:
+        return tuple(score_prior(plan, model)) if rank() == 0 else ()
+
+    return dataclasses.replace(plan.training, hear=hear, note=plan.clock.note, score_prior=prior)
+
+
+def training_line(point: Point) -> str:
+    """Say what a step measured in one line."""
+    loss = "" if point.loss is None else f"loss {point.loss:.3f}, "
+    return (
+        f"  step {point.step}: {loss}held-out ppl {point.held_out_ppl:,.4g}, "
+        f"{point.changed:.2%} of the groups changed, certainty {point.certainty:.3f}, "
+        f"temperature {point.temperature:.2g}, {point.seconds:.0f} s"
+    )
+
+
+def _named_once(result: Result, kept: KeptRun | None) -> Result:
+    """Return the result that an earlier start was about to file, if there was one: same name."""
+    if kept is None:
+        return result
+    if kept.state.result is None:
+        kept.update(result=result.to_json())
+    return Result.model_validate_json(kept.state.result or "")
+
+
+def _publish(plan: Plan, result: Result) -> None:
+    """File the result; where that fails now, keep it in the cache and say where."""
+    if plan.weights == "disk" and plan.store.path_of(result).exists():
+        return  # an earlier start of this run has filed it
+    try:
+        plan.store.publish(result)
+    except SaveError as error:
+        rescue = cache_dir() / "unfiled" / f"{result.id}.json"
+        write_text(rescue, result.to_json())
+        error.fix = f"the result was kept as {rescue}: {error.fix}, and copy it there"
+        raise
+
+
+def _save_outputs(
+    plan: Plan, model: nn.Module, linears: list[Linear], result: Result, allocation: Allocation
+) -> None:
+    setup = plan.setup
+    if setup.save_allocation:
+        save_allocation(setup.save_allocation, allocation.ratios, linears)
+    if setup.save_calibration and plan.windows:
+        save_windows(setup.save_calibration, plan.windows)
+    if setup.save_masks:
+        with plan.clock.stage("save", detail=str(setup.save_masks)):
+            save_masks(linears, setup.save_masks, weights=weights_of(model))
+    if setup.save_model:
+        save_model(
+            model,
+            plan.model,
+            setup.save_model,
+            result=result,
+            replace=setup.force,
+            progress=plan.clock,
+        )
+
+
+@contextmanager
+def _halvings_are_told(plan: Plan, halvings: list[str]) -> Iterator[None]:
+    """Say and note what did not fit into memory and was done in smaller batches."""
+
+    def hear(what: str, size: int) -> None:
+        halvings.append(f"{what}: {size} at a time")
+        plan.clock.note(f"out of memory: {what} goes on with {size} sequences at a time")
+
+    with halvings_heard(hear):
+        yield
+
+
+@contextmanager
+def _memory_errors(device: torch.device, *, trains: bool) -> Iterator[None]:
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise OutOfMemory(
+            f"out of memory on {device}",
+            where=str(error).splitlines()[0][:160] if str(error) else "the host has none left",
+            fix="use --weights disk, --within-block joint, --dtype bfloat16, fewer "
+            "--calibration-samples, or a shorter --seqlen"
+            if not trains
+            else "use --dtype bfloat16, --set logit_dtype=bfloat16, --set state_dtype=int8, or a "
+            "smaller --set micro_tokens",
+        ) from error
+
+
+@contextmanager
+def _failures_are_filed(plan: Plan) -> Iterator[Callable[[], None]]:
+    """Leave a `failed` record for anything that goes wrong after the checks.
+
+    Ctrl-C leaves none, and neither does the end of whoever read our output (a sweep that was
+    killed, `| head`): the run itself did not fail.
+
+    Yields:
+        What to call once the row is filed: what goes wrong then is no failed run.
+    """
+    filed: list[bool] = []
+    try:
+        yield lambda: filed.append(True)
+    except Exception as error:
+        if filed or isinstance(error, BrokenPipeError):
+            raise
+        what = error.what if isinstance(error, PrunebenchError) else str(error)
+        record = failed_result(
+            plan, error=type(error).__name__, stage=plan.clock.current, message=what
+        )
+        try:
+            plan.store.publish(record)
+        except PrunebenchError as unsaved:
+            plan.clock.note(f"the failure could not be filed: {unsaved.what}")
+        raise

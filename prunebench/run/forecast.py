@@ -1,0 +1,203 @@
+"""What a run will take on this machine, before it loads a weight: memory, disk, time.
+
+Memory is counted (`models.footprint`, `capacity`), the method's part and all times come from a
+small probe (`prunebench.run.probe`). Times leave out what does not grow with the model: imports,
+tokenising, lm-eval's own work.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from dataclasses import dataclass
+
+import psutil
+import torch
+
+from prunebench.errors import OutOfMemory, SaveError
+from prunebench.evaluate.perplexity import BATCH_TOKENS as SCORE_TOKENS
+from prunebench.files import cache_dir, free_disk
+from prunebench.models.footprint import count_footprint
+from prunebench.models.linears import Linear
+from prunebench.models.load import load_config, skeleton
+from prunebench.models.safetensors_files import weight_files
+from prunebench.models.walker import BATCH_TOKENS
+from prunebench.pruners import METHODS
+from prunebench.pruners.layer import GroupPruner
+from prunebench.run.memory import (
+    Need,
+    Sizes,
+    Work,
+    free_memory,
+    gigabytes,
+    model_sizes,
+    plan_memory,
+)
+from prunebench.run.plan import Plan
+from prunebench.run.probe import Machine, MethodCost, probe_machine, probe_method
+
+_MARGIN = 1.1  # of what is counted: scratch memory of kernels, fragmentation
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """What is expected of a run.
+
+    Attributes:
+        need: Peak bytes.
+        device_free: Bytes that are free on the compute device.
+        host_free: Bytes that are free in host memory.
+        disk_free: Bytes that are free in the cache.
+        seconds: By stage; empty where the method cannot be probed.
+    """
+
+    need: Need
+    device_free: int
+    host_free: int
+    disk_free: int
+    seconds: dict[str, float]
+
+
+def forecast(plan: Plan) -> Forecast:
+    """Count and probe what a run takes.
+
+    Raises:
+        NotImplementedError: The architecture cannot be run without its weights (mixtures of
+            experts choose by the data).
+    """
+    dtype = getattr(torch, plan.spec.dtype)
+    config = load_config(plan.model.path)
+    sizes = model_sizes(skeleton(config), dtype)
+    work = work_of(plan)
+    footprint = count_footprint(
+        config, dtype, calibration=(work.batch, max(2, work.seqlen)),
+        scoring=(work.scored, work.window), hessian=work.hessian,
+    )  # fmt: skip
+    groups = groups_of(plan.linears)
+    cost = None
+    if isinstance(plan.pruner, GroupPruner) and not plan.pruner.needs.gradients:
+        cost = probe_method(plan.pruner, plan.sparsity, plan.device)
+    need = plan_memory(
+        sizes, config.get_text_config().hidden_size, footprint, work,
+        method_peak=max(cost.peak(*group) for group in groups) if cost else 0,
+        dtype=dtype, weights=plan.weights, placement=plan.setup.activations,
+        on_gpu=plan.device.type == "cuda", process=anonymous_bytes(),
+    )  # fmt: skip
+    machine = probe_machine(plan.linears, dtype, plan.device, weight_files(plan.model.path)[0])
+    seconds = _seconds(plan, sizes, work, cost, machine, groups) if cost else {}
+    host = torch.device("cpu")
+    return Forecast(
+        need, free_memory(plan.device), free_memory(host), free_disk(cache_dir()), seconds
+    )
+
+
+def work_of(plan: Plan) -> Work:
+    """Return what a run does."""
+    windows = plan.windows.token_ids if plan.windows else None
+    samples, seqlen = windows.shape if windows is not None else (0, 0)
+    device = plan.device.type
+    longest = max((text.windows.shape[1] for text in plan.texts), default=2)
+    return Work(
+        samples=samples,
+        seqlen=seqlen,
+        batch=min(samples, max(1, BATCH_TOKENS.get(device, 4096) // seqlen)) if samples else 1,
+        windows=max((len(text.windows) for text in plan.texts), default=0),
+        window=longest,
+        scored=max(1, SCORE_TOKENS.get(device, 2048) // longest),
+        sequential=plan.spec.within_block == "sequential",
+        hessian=plan.pruner.needs.hessian,
+        reports=plan.spec.divergence,
+    )
+
+
+def groups_of(linears: list[Linear]) -> list[tuple[int, int]]:
+    """Return rows and width of the first block's groups: neighbours of one width share an input.
+
+    Where two inputs have one width (an output projection behind q, k and v) the group comes out
+    too large, which is the safe side.
+    """
+    first = [one for one in linears if one.block_index == 0]
+    return [
+        (sum(one.out_features for one in members), width)
+        for width, run in itertools.groupby(first, lambda one: one.in_features)
+        if (members := list(run))
+    ]
+
+
+def anonymous_bytes() -> int:
+    """Return the memory of this process that no file backs."""
+    info = psutil.Process().memory_info()
+    return int(info.rss - getattr(info, "shared", 0))
+
+
+def _seconds(
+    plan: Plan,
+    sizes: Sizes,
+    work: Work,
+    cost: MethodCost,
+    machine: Machine,
+    groups: list[tuple[int, int]],
+) -> dict[str, float]:
+    blocks = len(sizes.blocks)
+    products = sum(one.size for one in plan.linears)
+    reading = sizes.total / machine.read_bytes if plan.weights == "disk" else 0.0
+    passes = 1 if work.sequential else 2
+    tokens = work.samples * work.seqlen
+    solving = blocks * sum(cost.time(*group) for group in groups)
+    scored = sum(text.windows.numel() for text in plan.texts)
+    scoring = reading + scored * (products + sizes.outside / 2) / machine.flops
+    stages = {"load": reading + sizes.total / machine.read_bytes}
+    dense = not METHODS.find(plan.spec.method).prunes
+    if not dense:
+        stages["baseline"] = scoring
+        stages["prune"] = 3 * reading + passes * tokens * products / machine.flops + solving
+    return stages | {"measure": reading, "score": scoring}
+
+
+def require_fits(plan: Plan, found: Forecast) -> None:
+    """Refuse what cannot fit, and name the option that would make it fit.
+
+    Raises:
+        OutOfMemory: The device or the host has too little memory.
+        SaveError: The cache has too little room.
+    """
+    need = found.need
+    for name, wanted, free in (
+        (str(plan.device), need.device_total, found.device_free),
+        ("the host", need.host_total, found.host_free),
+    ):
+        if wanted * _MARGIN > free and wanted:
+            raise OutOfMemory(
+                f"{plan.spec.method} on {plan.spec.model} does not fit",
+                where=f"{gigabytes(wanted * _MARGIN)} are needed on {name} with a tenth to spare, "
+                f"{gigabytes(free)} are free",
+                fix=_what_would_fit(plan, need),
+            )
+    if need.disk * _MARGIN > found.disk_free:
+        raise SaveError(
+            f"{plan.spec.method} on {plan.spec.model} does not fit on the disk of the cache",
+            where=f"{gigabytes(need.disk)} are needed, {gigabytes(found.disk_free)} are free",
+            fix="free space there, or set PRUNEBENCH_CACHE to a folder on another disk",
+        )
+
+
+def _what_would_fit(plan: Plan, need: Need) -> str:
+    """Return the option that takes away the largest part of what is needed."""
+    largest = max({**need.host, **need.device}.items(), key=lambda item: item[1])[0]
+    if plan.weights == "resident" and largest == "blocks":
+        return "use --weights disk"
+    if largest == "hidden states" and plan.weights == "disk":
+        return "use --activations disk, or fewer --calibration-samples"
+    if plan.spec.within_block == "sequential":
+        return "use --within-block joint, which has one batch at work at a time"
+    if plan.spec.dtype == "float32":
+        return "use --dtype bfloat16"
+    return f"the most is taken by {largest}: use a shorter --seqlen, or a larger machine"
+
+
+def duration(seconds: float) -> str:
+    """Return a time for people."""
+    if seconds < 90:
+        return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"
+    minutes = math.ceil(seconds / 60)
+    return f"{minutes} min" if minutes < 100 else f"{minutes / 60:.1f} h"

@@ -1,0 +1,215 @@
+"""What a run needs of a machine, and what the machine has.
+
+Sizes follow from the shapes in the config. What running a block takes is counted, not guessed: one
+block runs on the meta device, where tensors have shapes and no memory, and every tensor that exists
+is added up. What a method adds is counted too, on small matrices, and scaled (`run.probe`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+import torch
+from torch import nn
+
+from prunebench.models.footprint import BlockFootprint
+from prunebench.models.linears import find_blocks
+from prunebench.spec import Placement, Weights
+
+_HEADROOM = 1.2  # of a model in memory: what pruning and scoring add
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Bytes of a model's parameters in the dtype of the run, from its shapes.
+
+    Attributes:
+        outside: Embeddings, norms and head.
+        blocks: Each block.
+    """
+
+    outside: int
+    blocks: tuple[int, ...]
+
+    @property
+    def total(self) -> int:
+        """All parameters."""
+        return self.outside + sum(self.blocks)
+
+
+def model_sizes(model: nn.Module, dtype: torch.dtype) -> Sizes:
+    """Return the sizes of a model on any device, the meta device included."""
+    _, blocks = find_blocks(model)
+    each = tuple(sum(p.numel() for p in block.parameters()) * dtype.itemsize for block in blocks)
+    everything = sum(p.numel() for p in model.parameters()) * dtype.itemsize
+    return Sizes(everything - sum(each), each)
+
+
+def free_memory(device: torch.device) -> int:
+    """Return the bytes that this process may still take on a device.
+
+    For the host the least of what the system, the control group and the limits of the process
+    leave.
+    """
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        return int(free)
+    rooms = [psutil.virtual_memory().available, *_group_rooms(), *_limit_rooms()]
+    return max(0, int(min(rooms)))
+
+
+def _group_rooms() -> list[int]:
+    """What is left in the control group (version 2, then 1)."""
+    rooms = []
+    for limit, used in (
+        ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
+        (
+            "/sys/fs/cgroup/memory/memory.limit_in_bytes",
+            "/sys/fs/cgroup/memory/memory.usage_in_bytes",
+        ),
+    ):
+        with contextlib.suppress(OSError, ValueError):
+            rooms.append(int(Path(limit).read_text()) - int(Path(used).read_text()))
+    return rooms
+
+
+def _limit_rooms() -> list[int]:
+    """What `ulimit -v` and `ulimit -d` leave."""
+    import resource
+
+    mine = psutil.Process().memory_info()
+    return [
+        limit - used
+        for kind, used in ((resource.RLIMIT_AS, mine.vms), (resource.RLIMIT_DATA, mine.rss))
+        if (limit := resource.getrlimit(kind)[0]) != resource.RLIM_INFINITY
+    ]
+
+
+def choose_weights(sizes: Sizes, device: torch.device) -> tuple[Weights, str]:
+    """Choose where the weights should be, and say why.
+
+    Returns:
+        `resident` where the whole model fits with room to work, else `disk`; and the reason.
+    """
+    need, free = round(sizes.total * _HEADROOM), free_memory(device)
+    facts = f"{gigabytes(need)} needed in memory, {gigabytes(free)} free on {device}"
+    return ("resident", facts) if need <= free else ("disk", facts)
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a run does, as far as its size depends on it.
+
+    Attributes:
+        samples: Calibration windows; 0 for a method without data.
+        seqlen: Tokens of one.
+        batch: Calibration windows in a batch.
+        windows: Windows that are scored, of all texts.
+        window: Tokens of the longest.
+        scored: Windows in a batch that is scored.
+        sequential: Whether each linear is pruned before it runs.
+        hessian: Whether Gram matrices are collected.
+        reports: Whether the dense model's outputs are kept for comparison.
+    """
+
+    samples: int
+    seqlen: int
+    batch: int
+    windows: int
+    window: int
+    scored: int
+    sequential: bool
+    hessian: bool
+    reports: bool = False
+
+
+@dataclass(frozen=True)
+class Need:
+    """Peak bytes of a run, and where they come from.
+
+    Attributes:
+        device: On the compute device, by what; on a CPU this is host memory.
+        host: In host memory beside a GPU, by what; empty on a CPU.
+        disk: In the cache, while the run lasts.
+    """
+
+    device: dict[str, int]
+    host: dict[str, int]
+    disk: int
+
+    @property
+    def device_total(self) -> int:
+        """All that is on the device at the peak."""
+        return sum(self.device.values())
+
+    @property
+    def host_total(self) -> int:
+        """All that is in host memory beside a GPU at the peak."""
+        return sum(self.host.values())
+
+
+def plan_memory(
+    sizes: Sizes,
+    hidden_size: int,
+    footprint: BlockFootprint,
+    work: Work,
+    *,
+    method_peak: int,
+    dtype: torch.dtype,
+    weights: Weights,
+    placement: Placement,
+    on_gpu: bool,
+    process: int,
+) -> Need:
+    """Add up what a run takes at its peak.
+
+    Args:
+        sizes: Of the parameters.
+        hidden_size: Width of a hidden state.
+        footprint: Of running a block.
+        work: What the run does.
+        method_peak: What the method takes for its largest group of linears.
+        dtype: Of the run.
+        weights: Where they are.
+        placement: Where hidden states wait.
+        on_gpu: Whether the compute device is a GPU.
+        process: What this process has in memory before it loads anything.
+    """
+    largest = max(sizes.blocks)
+    token = hidden_size * dtype.itemsize
+    calibrating = work.samples * work.seqlen * token
+    scoring = work.windows * work.window * token * (weights == "disk")
+    if work.reports:
+        scoring += work.windows * work.window * token
+    batches = math.ceil(work.samples / work.batch) if work.samples else 0
+    running = footprint.collecting * (batches if work.sequential else 1) if work.samples else 0
+    pruning = calibrating + max(running, footprint.statistics * bool(work.samples) + method_peak)
+    judging = scoring + footprint.running + footprint.head
+    states, busy = max(
+        ((calibrating, pruning - calibrating), (scoring, judging - scoring)), key=sum
+    )
+    device: dict[str, int] = {"embeddings, norms and head": sizes.outside}
+    host: dict[str, int] = {}
+    if weights == "resident":
+        device["blocks"] = sum(sizes.blocks)
+    else:
+        device["the block at work"] = largest
+        (host if on_gpu else device)["the block that is read"] = largest
+    place = {"device": device, "cpu": host if on_gpu else device, "disk": None}
+    where = place[placement if weights == "disk" else "device"]
+    if where is not None:
+        where["hidden states"] = states
+    device["one batch, statistics, method"] = busy
+    (host if on_gpu else device)["Python and libraries"] = process
+    kept = sum(sizes.blocks) + 2 * calibrating if weights == "disk" else 0
+    mapped = max(calibrating, scoring) if weights == "disk" and placement == "disk" else 0
+    return Need(device, host, kept + mapped)
+
+
+def gigabytes(count: float) -> str:
+    """Return a size for people."""
+    return f"{count / 1e9:.1f} GB" if count >= 1e8 else f"{count / 1e6:.1f} MB"

@@ -1,0 +1,368 @@
+"""What a run reads before it touches a weight: windows, texts, tasks, masks, everything checked.
+
+A text that is too short, a token that the model has no row for, a full disk or a width that M does
+not divide is found here, in seconds, and not after the pruning.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from prunebench.allocators.allocation import Allocation, load_allocation, require_sound
+from prunebench.calibration.bos import check_bos, require_begun
+from prunebench.calibration.texts import TextIdentity, load_text, placed
+from prunebench.calibration.training import Training, training_windows
+from prunebench.calibration.vocabulary import require_known, vocabulary_size
+from prunebench.calibration.windows import Windows, load_windows, sample_windows
+from prunebench.errors import CheckFailed, UsageError
+from prunebench.evaluate.outcome import Evaluator
+from prunebench.evaluate.perplexity import PerplexityTask, prepare_perplexity
+from prunebench.files import cache_dir
+from prunebench.models.carried import require_carriable
+from prunebench.models.checkpoint_keys import check_tensors, match_keys
+from prunebench.models.linears import Linear, find_linears
+from prunebench.models.load import load_config, load_tokenizer, require_context, skeleton
+from prunebench.models.masks import Masks, open_masks
+from prunebench.models.safetensors_files import stored_tensors, weight_files
+from prunebench.models.stored_config import asked_attention
+from prunebench.pruners.layer import Needs
+from prunebench.results.schema import CalibrationBlock
+from prunebench.run.dtype import StoredDtype
+from prunebench.run.memory import choose_weights, model_sizes
+from prunebench.run.resolve import ResolvedSpec, path_in, require_outputs, resolve
+from prunebench.spec import RunSpec, Setup, Weights
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan(ResolvedSpec):
+    """A run that has been checked as far as it can be without its weights.
+
+    Attributes:
+        tokenizer: Of the model.
+        linears: All that are prunable, without weights.
+        allocation: The ratios of a file, where one was named.
+        windows: Calibration tokens, for methods that read them.
+        calibration: What the result says of them.
+        texts: Scored first.
+        tasks: Scored after the texts.
+        training: Windows to learn from, for methods that learn.
+        masks: Masks that were named, for methods that read them.
+        weights: Where the weights will be.
+    """
+
+    tokenizer: Any
+    linears: list[Linear]
+    allocation: Allocation | None
+    windows: Windows | None
+    calibration: CalibrationBlock | None
+    texts: list[PerplexityTask]
+    tasks: list[Evaluator]
+    training: Training | None
+    masks: Masks | None
+    weights: Weights
+
+
+def prepare(spec: RunSpec, setup: Setup) -> Plan:
+    """Resolve every name, fetch what is missing and check all that needs no weights.
+
+    Raises:
+        PrunebenchError: The first thing that is wrong.
+    """
+    return load_inputs(resolve(spec, setup))
+
+
+def load_inputs(resolved: ResolvedSpec) -> Plan:
+    """Read and cut the texts, the tasks and the masks of a run, and check that they fit the model.
+
+    Raises:
+        PrunebenchError: The first thing that is wrong.
+    """
+    clock, named = resolved.clock, resolved.named
+    for note in resolved.dtype.notes:
+        clock.note(f"  {note}")
+    with clock.stage("check", detail="config, tokenizer and sizes"):
+        config = _read_config(resolved)
+        _require_contexts(named, config)
+        tokenizer = load_tokenizer(resolved.model.path)
+        _check_bos(resolved, config, tokenizer)
+        model = skeleton(config)
+        linears = find_linears(model)
+        _check_files(resolved, model)
+        for linear in linears:
+            resolved.sparsity.require_width(linear.in_features, name=linear.name)
+        allocation = _read_allocation(resolved, linears)
+    vocabulary = vocabulary_size(model)
+    windows, calibration = _calibrate(resolved, tokenizer, vocabulary)
+    if windows is not None:
+        require_context(config, windows.token_ids.shape[1], option="seqlen")
+    texts = _prepare_texts(resolved, tokenizer, vocabulary)
+    tasks = _prepare_tasks(resolved, tokenizer, vocabulary)
+    masks = _open_masks(resolved, linears)
+    if resolved.pruner.needs.training is not None:
+        length = resolved.pruner.needs.training.seqlen
+        require_context(config, length, option="set train_seqlen")
+    training = _prepare_training(resolved, tokenizer, vocabulary)
+    _require_known(resolved, windows, texts, training, vocabulary, tokenizer)
+    weights = _place_weights(resolved, model, tasks)
+    if resolved.setup.save_model and weights == "resident":
+        require_carriable(resolved.model.path, model)
+    _require_same(resolved, calibration, texts, masks)
+    return Plan(
+        **vars(resolved),
+        tokenizer=tokenizer,
+        linears=linears,
+        allocation=allocation,
+        windows=windows,
+        calibration=calibration,
+        texts=texts,
+        tasks=tasks,
+        training=training,
+        masks=masks,
+        weights=weights,
+    )
+
+
+def _read_config(resolved: ResolvedSpec) -> Any:
+    path = resolved.model.path
+    config, asked = load_config(path), asked_attention(path)
+    if asked not in (None, config._attn_implementation):
+        resolved.clock.note(
+            f"  config.json asks for {asked}: run with {config._attn_implementation}"
+        )
+    return config
+
+
+def _require_contexts(named: RunSpec, config: Any) -> None:
+    if named.seqlen is not None and not (named.calibration or "").startswith("tokens:"):
+        require_context(config, named.seqlen, option="seqlen")
+    if not all(name.startswith("tokens:") for name in named.ppl):
+        require_context(config, named.ppl_seqlen, option="ppl-seqlen")
+
+
+def _check_bos(resolved: ResolvedSpec, config: Any, tokenizer: Any) -> None:
+    """Refuse windows that should begin with a BOS that is not there; say where they should."""
+    entry = resolved.model.source.entry
+    always = entry is not None and entry.bos == "window"
+    learns = resolved.pruner.needs.training is not None
+    note = check_bos(resolved.named, config, tokenizer, always=always, learns=learns)
+    if note:
+        resolved.clock.note(f"  {note}")
+
+
+def _check_files(resolved: ResolvedSpec, model: torch.nn.Module) -> None:
+    """Refuse files that are not the model's, and what could not be saved afterwards."""
+    path = resolved.model.path
+    check_tensors(model, stored_tensors(weight_files(path)))
+    size = StoredDtype.of(path).saved_bytes(resolved.spec.dtype)
+    require_outputs(resolved.setup, need_model_bytes=size)
+
+
+def _read_allocation(resolved: ResolvedSpec, linears: list[Linear]) -> Allocation | None:
+    if resolved.allocator is not None:
+        return None
+    allocation = Allocation(load_allocation(path_in(resolved.named.allocation), linears))
+    require_sound(allocation, linears, resolved.sparsity.ratio)
+    return allocation
+
+
+def _open_masks(resolved: ResolvedSpec, linears: list[Linear]) -> Masks | None:
+    name = resolved.pruner.needs.masks
+    if name is None:
+        return None
+    with resolved.clock.stage("masks", detail=name):
+        return open_masks(name, linears, resolved.clock)
+
+
+def _prepare_training(resolved: ResolvedSpec, tokenizer: Any, vocabulary: int) -> Training | None:
+    """Cut what is learned from into windows."""
+    need, clock, spec = resolved.pruner.needs.training, resolved.clock, resolved.spec
+    if need is None:
+        return None
+    with clock.stage("training", detail=need.text):
+        source: Any = path_in(need.text)
+        if not need.text.startswith("tokens:"):
+            name = placed(need.text, model=resolved.model.source.kind)
+            source = load_text(name, use="calibration", progress=clock)
+            _require_identity(source, resolved.training_text)
+        training = training_windows(
+            source, tokenizer, samples=need.samples, seqlen=need.seqlen, held_out=need.held_out,
+            least=need.least, seed=spec.seed, vocabulary=vocabulary, bos=spec.calibration_bos,
+        )  # fmt: skip
+    return replace(training, folder=cache_dir() / "training" / spec.spec_id)
+
+
+def _require_known(
+    resolved: ResolvedSpec, windows: Windows | None, texts: list[PerplexityTask],
+    training: Training | None, vocabulary: int, tokenizer: Any,
+) -> None:  # fmt: skip
+    """Refuse tokens that the model has no row for, but for those of tasks (`prepare_tasks`)."""
+    named, need = resolved.named, resolved.pruner.needs.training
+    read = [(name, text.windows) for name, text in zip(named.ppl, texts, strict=True)]
+    if windows is not None:
+        read.append((named.calibration or "", windows.token_ids))
+    if training is not None and need is not None:
+        parts = (training.train, training.held_out)
+        read += [(need.text, part) for part in parts if part.numel()]
+    for name, token_ids in read:
+        require_known(token_ids, vocabulary=vocabulary, source=name, tokenizer=tokenizer)
+
+
+def _calibrate(
+    resolved: ResolvedSpec, tokenizer: Any, vocabulary: int
+) -> tuple[Windows | None, CalibrationBlock | None]:
+    spec, name = resolved.spec, resolved.named.calibration
+    if name is None or spec.calibration_samples is None or spec.seqlen is None:
+        return None, None
+    seed: int | None = spec.seed
+    with resolved.clock.stage("calibration", detail=name):
+        if name.startswith("tokens:"):
+            windows = load_windows(path_in(name), vocabulary=vocabulary)
+            require_begun(windows.token_ids, tokenizer, spec.calibration_bos, path=path_in(name))
+            text, origin, seed = "tokens", f"sha256:{windows.sha256}", None
+        else:
+            source = load_text(name, use="calibration", progress=resolved.clock)
+            _require_identity(source, resolved.calibration_text)
+            text, origin = source.name, source.origin
+            windows = sample_windows(
+                source, tokenizer, samples=spec.calibration_samples, seqlen=spec.seqlen,
+                seed=spec.seed, bos=spec.calibration_bos,
+            )  # fmt: skip
+    samples, seqlen = windows.token_ids.shape
+    block = CalibrationBlock(
+        text=text,
+        origin=origin,
+        samples=samples,
+        seqlen=seqlen,
+        seed=seed,
+        packed=windows.packed,
+        tokens_sha256=windows.sha256,
+        bos=spec.calibration_bos,
+    )
+    return windows, block
+
+
+def _prepare_tasks(resolved: ResolvedSpec, tokenizer: Any, vocabulary: int) -> list[Evaluator]:
+    spec, setup = resolved.spec, resolved.setup
+    if not spec.tasks:
+        return []
+    from prunebench.evaluate.tasks import Protocol, prepare_tasks
+
+    protocol = Protocol(
+        num_fewshot=spec.num_fewshot,
+        limit=spec.limit,
+        apply_chat_template=spec.apply_chat_template,
+        batch_size=setup.batch_size,
+        include_path=setup.include_path,
+    )
+    with resolved.clock.stage("tasks", detail=", ".join(spec.tasks)):
+        tasks = prepare_tasks(
+            spec.tasks,
+            protocol,
+            tokenizer=tokenizer,
+            vocabulary=vocabulary,
+            progress=resolved.clock,
+        )
+    return [*tasks]
+
+
+def _place_weights(
+    resolved: ResolvedSpec, model: torch.nn.Module, tasks: list[Evaluator]
+) -> Weights:
+    """Decide where the weights will be, and say so where they will not be in memory.
+
+    Raises:
+        UsageError: The method, the allocator or a task needs all weights in memory.
+        IncompatibleData: The checkpoint cannot be read a block at a time.
+    """
+    spec, wanted = resolved.spec, resolved.setup.weights
+    if wanted == "resident":
+        return "resident"
+    dtype = getattr(torch, spec.dtype)
+    chosen, facts = choose_weights(model_sizes(model, dtype), resolved.device)
+    if wanted == "auto":
+        if chosen == "resident":
+            return "resident"
+        resolved.clock.note(f"weights stay on disk: {facts}")
+    reason = _why_resident(resolved, tasks)
+    if reason:
+        raise UsageError(
+            f"--weights disk does not go with {spec.method} here",
+            where=reason,
+            fix=f"use --weights resident ({facts}), or leave it out",
+        )
+    match_keys(model, stored_tensors(weight_files(resolved.model.path)), dtype=dtype)
+    return "disk"
+
+
+def _why_resident(resolved: ResolvedSpec, tasks: list[Evaluator]) -> str:
+    """Return why all weights must be in memory; empty if they need not be."""
+    spec, allocator = resolved.spec, resolved.allocator
+    needs: Sequence[Needs] = (
+        resolved.pruner.needs, *([] if allocator is None else [allocator.needs]),
+    )  # fmt: skip
+    reason = ""
+    if any(need.training is not None for need in needs):
+        reason = f"{spec.method} learns, and runs every block forward and backward in each step"
+    elif any(need.gradients is not None for need in needs):
+        reason = f"{spec.method} reads gradients, which need the whole model"
+    elif any(need.whole_model for need in needs):
+        reason = f"{spec.allocation} runs the whole model for every group of layers"
+    for task in tasks:
+        if getattr(task, "generates", False):
+            reason = f"{task.name} makes the model write text, token by token"
+    return reason
+
+
+def _prepare_texts(resolved: ResolvedSpec, tokenizer: Any, vocabulary: int) -> list[PerplexityTask]:
+    spec, texts = resolved.spec, []
+    for name in resolved.named.ppl:
+        with resolved.clock.stage("tokenize", detail=name):
+            text = prepare_perplexity(
+                name,
+                tokenizer,
+                seqlen=spec.ppl_seqlen,
+                limit_tokens=spec.ppl_tokens,
+                vocabulary=vocabulary,
+                progress=resolved.clock,
+                bos=spec.ppl_bos,
+            )
+        texts.append(text)
+    return texts
+
+
+# ---------------------------------------------------------------- what was read is what was named
+
+
+def _require_identity(text: TextIdentity, wanted: TextIdentity | None) -> None:
+    if wanted is None or (text.name, text.origin) != (wanted.name, wanted.origin):
+        raise _changed(f"the text {text.name}", text.origin, wanted.origin if wanted else "")
+
+
+def _require_same(
+    resolved: ResolvedSpec,
+    calibration: CalibrationBlock | None,
+    texts: list[PerplexityTask],
+    masks: Masks | None,
+) -> None:
+    """Refuse content that is not what the spec was resolved to: files that have just changed."""
+    spec = resolved.spec
+    if calibration is not None and calibration.origin != spec.calibration_origin:
+        raise _changed("the calibration text", calibration.origin, str(spec.calibration_origin))
+    protocols = tuple(text.protocol for text in texts)
+    origins = tuple(text.origin for text in texts)
+    if protocols != spec.ppl or origins != spec.ppl_origins:
+        raise _changed("a text of --ppl", ", ".join(protocols), ", ".join(spec.ppl))
+    if masks is not None and masks.origin not in spec.method_options.values():
+        raise _changed("the masks", masks.origin, "what they were a moment ago")
+
+
+def _changed(what: str, read: str, wanted: str) -> CheckFailed:
+    return CheckFailed(
+        f"{what} changed while it was read",
+        where=f"read {read}, wanted {wanted}",
+        fix="leave the files alone while a run begins, and start it again",
+    )

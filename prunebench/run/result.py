@@ -1,0 +1,263 @@
+"""The blocks of a result, from what a run knows and has measured."""
+
+from __future__ import annotations
+
+import dataclasses
+import platform
+import sys
+import time
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from torch import nn
+
+from prunebench import __version__
+from prunebench.allocators import ALLOCATORS, FILE
+from prunebench.allocators.allocation import Allocation
+from prunebench.evaluate.outcome import Outcome
+from prunebench.models.measure import Measured
+from prunebench.pruners import METHODS
+from prunebench.pruners.layer import PruneReport
+from prunebench.results.samples import Sample
+from prunebench.results.schema import (
+    AllocationBlock,
+    CostBlock,
+    FailureBlock,
+    HardwareBlock,
+    LayerSparsity,
+    MethodBlock,
+    MethodEvent,
+    ModelBlock,
+    PriorScore,
+    Result,
+    Score,
+    SoftwareBlock,
+    SparsityBlock,
+    TrainingBlock,
+    TrainingPoint,
+)
+from prunebench.results.store import new_run_id
+from prunebench.run.plan import Plan
+from prunebench.run.resolve import ResolvedSpec
+from prunebench.spec import RunSpec
+
+
+def identity(resolved: ResolvedSpec, *, status: str) -> dict[str, Any]:
+    """Return the fields that every result has, finished or failed."""
+    spec = resolved.spec
+    return {
+        "id": new_run_id(spec),
+        "status": status,
+        "created_at": datetime.now(UTC).isoformat(timespec="seconds"),
+        "command": resolved.setup.command,
+        "spec_id": spec.spec_id,
+        "spec": spec,
+        "hardware": describe_hardware(resolved.device, count=len(resolved.devices)),
+        "software": describe_software(with_tasks=bool(spec.tasks)),
+    }
+
+
+def failed_result(resolved: ResolvedSpec, *, error: str, stage: str, message: str) -> Result:
+    """Return the record of a run that did not finish."""
+    failure = FailureBlock(stage=stage, error=error, message=message[:500])
+    return Result(**identity(resolved, status="failed"), failure=failure)
+
+
+def model_block(
+    plan: Plan, model: nn.Module, dense_sha256: str, evaluated_sha256: str
+) -> ModelBlock:
+    """Describe which weights were pruned."""
+    return ModelBlock(
+        id=plan.spec.model,
+        source=plan.model.source.kind,
+        revision=plan.model.revision,
+        pull_request=plan.model.pull_request,
+        architecture=type(model).__name__,
+        parameters=sum(p.numel() for p in model.parameters()),
+        prunable_parameters=sum(one.size for one in plan.linears),
+        dtype=plan.spec.dtype,
+        dense_sha256=dense_sha256,
+        evaluated_sha256=evaluated_sha256,
+    )
+
+
+def method_block(spec: RunSpec, report: PruneReport) -> MethodBlock:
+    """Describe what decided, and what it had to work around."""
+    row = METHODS.find(spec.method)
+    return MethodBlock(
+        name=spec.method,
+        implementation=row.target,
+        version=METHODS.find(spec.method).distribution,
+        options=spec.method_options,
+        paper=row.paper,
+        events=[MethodEvent(layer=e.layer, kind=e.kind, value=e.value) for e in report.events],
+    )
+
+
+def allocation_block(spec: RunSpec, allocation: Allocation) -> AllocationBlock | None:
+    """Describe what spread the target over the layers."""
+    if spec.allocation == "uniform":
+        return None
+    row = FILE if spec.allocation == "file" else ALLOCATORS.find(spec.allocation)
+    return AllocationBlock(
+        name=spec.allocation,
+        implementation=row.target,
+        version=row.distribution,
+        options=spec.allocation_options,
+        paper=row.paper,
+        facts=dict(allocation.facts),
+    )
+
+
+def training_block(plan: Plan, report: PruneReport) -> TrainingBlock | None:
+    """Describe what was learned from, and how it went."""
+    learned, training = report.learned, plan.training
+    if learned is None or training is None or plan.training_text is None:
+        return None
+    text, origin = plan.training_text.name, plan.training_text.origin
+    return TrainingBlock(
+        text=text,
+        origin=origin,
+        windows=len(training.train),
+        held_out_windows=len(training.held_out),
+        seqlen=training.train.shape[1],
+        tokens_sha256=training.sha256,
+        best_step=learned.best_step,
+        processes=learned.processes,
+        curve=[TrainingPoint(**dataclasses.asdict(point)) for point in learned.curve],
+        prior_scores=[
+            PriorScore(metric=metric, protocol=one.protocol, value=measure.value)
+            for one in learned.prior_scores
+            for metric, measure in one.measures.items()
+        ],
+    )
+
+
+def sparsity_block(
+    plan: Plan,
+    measured: list[Measured],
+    report: PruneReport,
+    allocation: Allocation,
+) -> SparsityBlock:
+    """Describe the sparsity that the weights show."""
+    total = sum(one.linear.size for one in measured)
+    return SparsityBlock(
+        requested=str(plan.sparsity),
+        realised_ratio=sum(one.zeros for one in measured) / total,
+        negative_zeros=sum(one.negative_zeros for one in measured),
+        pattern_violations=sum(one.violations for one in measured),
+        layers=[
+            LayerSparsity(
+                name=one.linear.name,
+                out_features=one.linear.out_features,
+                in_features=one.linear.in_features,
+                requested=str(plan.sparsity.with_ratio(allocation.ratios[one.linear.name])),
+                zeros=one.zeros,
+                loss=report.losses.get(one.linear.name),
+                estimate=allocation.estimates.get(one.linear.name),
+            )
+            for one in measured
+        ],
+    )
+
+
+def score_blocks(outcome: Outcome, dense: Outcome) -> list[Score]:
+    """Describe what the pruned model got under one protocol, and the dense model beside it."""
+    return [
+        Score(
+            metric=metric,
+            dataset=outcome.dataset,
+            origin=outcome.origin,
+            protocol=outcome.protocol,
+            value=measure.value,
+            dense_value=dense.measures[metric].value,
+            higher_is_better=measure.higher_is_better,
+            targets=outcome.targets,
+            limited=outcome.limited,
+            tokens_sha256=outcome.sha256,
+            stderr=measure.stderr,
+            dense_stderr=dense.measures[metric].stderr,
+        )
+        for metric, measure in outcome.measures.items()
+    ]
+
+
+def samples_of(outcomes: list[Outcome], dense: list[Outcome]) -> list[Sample]:
+    """Return what came out for every document and window, of the pruned and the dense model."""
+    return [
+        Sample(
+            protocol=outcome.protocol,
+            item=number,
+            sha256=item.sha256,
+            values=item.values,
+            dense_values=other.values,
+        )
+        for outcome, beside in zip(outcomes, dense, strict=True)
+        for number, (item, other) in enumerate(zip(outcome.items, beside.items, strict=True))
+    ]
+
+
+def cost_block(plan: Plan, prune_seconds: float, *, starts: int, halvings: list[str]) -> CostBlock:
+    """Describe what the run took so far, see `CostBlock`."""
+    peaks = [torch.cuda.max_memory_allocated(one) for one in plan.devices if one.type == "cuda"]
+    return CostBlock(
+        stage_seconds={name: round(s, 3) for name, s in plan.clock.seconds.items()},
+        prune_seconds=round(prune_seconds, 3),
+        total_seconds=round(time.perf_counter() - plan.started, 3),
+        peak_rss_bytes=peak_rss_bytes(),
+        peak_gpu_bytes=max(peaks, default=None),
+        weights=plan.weights,
+        starts=starts,
+        halved_batches=halvings,
+    )
+
+
+def peak_rss_bytes() -> int:
+    """Return the largest resident size of this process so far.
+
+    On Linux from `VmHWM`: `ru_maxrss` survives exec, so it would report the peak of whatever
+    started us.
+    """
+    status = Path("/proc/self/status")
+    if status.is_file():
+        rows = dict(line.split(":", 1) for line in status.read_text("utf-8").splitlines())
+        if "VmHWM" in rows:
+            return int(rows["VmHWM"].split()[0]) * 1024
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def describe_hardware(device: torch.device, *, count: int = 1) -> HardwareBlock:
+    """Describe this machine, without its name; `count` is how many such devices are used."""
+    cpu = platform.processor() or platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.is_file():
+        rows = (line.partition(":") for line in cpuinfo.read_text("utf-8").splitlines())
+        cpu = next((value.strip() for key, _, value in rows if key.strip() == "model name"), cpu)
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else cpu
+    return HardwareBlock(
+        device=device.type,
+        device_name=name if count == 1 else f"{count} x {name}",
+        cpu=cpu,
+        cpu_threads=torch.get_num_threads(),
+        memory_bytes=psutil.virtual_memory().total,
+    )
+
+
+def describe_software(*, with_tasks: bool = False) -> SoftwareBlock:
+    """Return the versions that a number depends on."""
+    import transformers
+
+    return SoftwareBlock(
+        prunebench=__version__,
+        python=platform.python_version(),
+        torch=str(torch.__version__),
+        transformers=transformers.__version__,
+        lm_eval=metadata.version("lm-eval") if with_tasks else None,
+    )

@@ -1,0 +1,125 @@
+"""Where the weights of a run are, and what an interrupted run has left for this one.
+
+`resident`: all in memory. `disk`: a block at a time (`models.disk`), and every finished block is
+kept in the cache until the result has been filed. Neither changes a number.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from prunebench import __version__
+from prunebench.files import cache_dir
+from prunebench.models.disk import DiskWeights, load_on_disk
+from prunebench.models.journal import KeptInfo, KeptRun, kept_info, read_journal
+from prunebench.models.load import load_config, load_model
+from prunebench.models.weights import weights_of
+from prunebench.pruners.layer import GroupPruner
+from prunebench.run.plan import Plan
+from prunebench.run.resolve import ResolvedSpec
+
+
+def kept_folder(resolved: ResolvedSpec) -> Path:
+    """Return where a run keeps what it has finished: a name that stands for all it depends on."""
+    import transformers
+
+    facts = [
+        resolved.spec.canonical_json(), __version__, str(torch.__version__),
+        transformers.__version__, resolved.device.type, platform.machine(),
+    ]  # fmt: skip
+    digest = hashlib.sha256(json.dumps(facts).encode()).hexdigest()
+    return runs_folder() / digest[:24]
+
+
+def runs_folder() -> Path:
+    """Return the folder of all that unfinished runs keep."""
+    return cache_dir() / "runs"
+
+
+def kept_runs() -> list[KeptInfo]:
+    """Return what all interrupted runs have left, the newest first."""
+    folders = [path for path in runs_folder().glob("*") if path.is_dir()]
+    infos = [info for info in map(kept_info, sorted(folders)) if info]
+    return sorted(infos, key=lambda info: info.age_seconds)
+
+
+@contextmanager
+def opened_run(plan: Plan) -> Iterator[KeptRun | None]:
+    """Open what this run keeps; None where the weights are in memory.
+
+    It stays where the run ends with an error, and goes when the run is finished.
+
+    Raises:
+        SaveError: The cache cannot be written.
+    """
+    if plan.weights == "resident":
+        yield None
+        return
+    folder, clock = kept_folder(plan), plan.clock
+    kept = KeptRun(folder)
+    has_lock = kept.lock()
+    if not has_lock:
+        clock.note(f"another process runs this very command ({folder}): this one keeps nothing")
+        kept = KeptRun(folder.with_name(f"{folder.name}-{secrets.token_hex(4)}"))
+        kept.lock()
+    found = read_journal(kept.folder) is not None
+    with clock.stage("verify", detail="what is kept") if found else nullcontext():
+        kept.read()
+    if kept.blocks:
+        clock.note(f"going on: {len(kept.blocks)} blocks were finished before, in {kept.folder}")
+    kept.state = replace(
+        kept.state,
+        command=plan.setup.command,
+        title=f"{plan.spec.method} {plan.sparsity} on {plan.spec.model}",
+        blocks=max(linear.block_index for linear in plan.linears) + 1,
+        starts=kept.state.starts + 1,
+    )
+    try:
+        yield kept
+    except BaseException:
+        if not has_lock:
+            kept.remove()
+            raise
+        done = len(kept.blocks)
+        clock.note(f"{done} finished blocks saved; rerun the same command to resume")
+        kept.release()
+        raise
+    kept.remove()
+
+
+def open_model(plan: Plan, kept: KeptRun | None) -> nn.Module:
+    """Load the dense model, or what lies outside its blocks."""
+    dtype = getattr(torch, plan.spec.dtype)
+    if kept is None:
+        return load_model(plan.model.path, dtype=dtype, device=plan.device)
+    return load_on_disk(
+        plan.model.path,
+        load_config(plan.model.path),
+        dtype=dtype,
+        device=plan.device,
+        kept=kept,
+        placement=plan.setup.activations,
+    )
+
+
+def go_on(plan: Plan, model: nn.Module) -> None:
+    """Take the finished blocks for the model's, if the method can go on from them.
+
+    A method that decides group by group can; one that carries something from block to block (the
+    generator of `random`) begins again.
+    """
+    weights = weights_of(model)
+    if isinstance(weights, DiskWeights):
+        if not isinstance(plan.pruner, GroupPruner):
+            weights.kept.discard_blocks()
+        weights.go_on()

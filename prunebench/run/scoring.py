@@ -1,0 +1,114 @@
+"""The evaluations of a run: of the dense model, of the pruned one, and of a prior.
+
+What the same weights got in the same evaluation before is not measured again.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import asdict
+from typing import Any
+
+from torch import nn
+
+from prunebench.evaluate.divergence import Divergence
+from prunebench.evaluate.outcome import (
+    Evaluator,
+    Outcome,
+    cached_outcomes,
+    outcomes_from,
+    remember_outcomes,
+)
+from prunebench.models.journal import KeptRun
+from prunebench.models.load import hash_weights
+from prunebench.run.plan import Plan
+
+
+def _evaluators(plan: Plan) -> list[Evaluator]:
+    return [*plan.texts, *plan.tasks]
+
+
+def score_dense(plan: Plan, model: nn.Module, dense_sha256: str) -> list[Outcome]:
+    """Score the dense model, or take what these weights got before in the same evaluation."""
+    outcomes = []
+    for evaluator in _evaluators(plan):
+        baseline = functools.partial(_score, plan, model, evaluator, stage="baseline")
+        outcomes += _scored_once(dense_sha256, evaluator, baseline)
+    return outcomes
+
+
+def _scored_once(
+    sha256: str, evaluator: Evaluator, score: Callable[[], list[Outcome]]
+) -> list[Outcome]:
+    """Return what these weights got before in the same evaluation, or score them and keep that."""
+    found = cached_outcomes(sha256, evaluator)
+    if found is None:
+        found = score()
+        remember_outcomes(sha256, evaluator, found)
+    return found
+
+
+def score_pruned(
+    plan: Plan, model: nn.Module, dense_sha256: str | None, kept: KeptRun | None
+) -> list[Outcome]:
+    """Score the model as it is now; what a dense model got is remembered."""
+    outcomes = []
+    scored: dict[str, Any] = dict(kept.state.scored) if kept else {}
+    for evaluator in _evaluators(plan):
+        if evaluator.name in scored:
+            outcomes += outcomes_from(scored[evaluator.name])
+            continue
+        found = _score(plan, model, evaluator, stage="score")
+        if kept:
+            scored[evaluator.name] = [asdict(one) for one in found]
+            kept.update(scored=scored)
+        if dense_sha256 is not None:
+            remember_outcomes(dense_sha256, evaluator, found)
+        outcomes += found
+    return outcomes
+
+
+def _score(plan: Plan, model: nn.Module, evaluator: Evaluator, *, stage: str) -> list[Outcome]:
+    name, total = evaluator.name, evaluator.units
+    with plan.clock.stage(stage, total=total, detail=name, unit=evaluator.unit) as advance:
+        return evaluator.score(model, advance=advance)
+
+
+def refer_to_dense(plan: Plan, model: nn.Module) -> list[Divergence]:
+    """Keep what the pruned model's distributions will be compared with."""
+    if not plan.spec.divergence:
+        return []
+    references = []
+    for text in plan.texts:
+        with plan.clock.stage(
+            "baseline", total=text.units, detail=f"distributions on {text.name}", unit="windows"
+        ) as advance:
+            references.append(Divergence.of_dense(model, text, advance=advance))
+    return references
+
+
+def diverge(plan: Plan, model: nn.Module, references: list[Divergence]) -> list[Outcome]:
+    """Compare the model's distributions with those that were kept."""
+    outcomes = []
+    for reference in references:
+        text = reference.text
+        with plan.clock.stage(
+            "score", total=text.units, detail=f"distributions on {text.name}", unit="windows"
+        ) as advance:
+            outcomes.append(reference.score(model, advance=advance))
+    return outcomes
+
+
+def score_prior(plan: Plan, model: nn.Module) -> list[Outcome]:
+    """Score the mask that a training begins with on the texts, once for the same weights."""
+    outcomes = []
+    sha256 = hash_weights(model) if plan.texts else ""
+    for text in plan.texts:
+        silently = functools.partial(text.score, model, advance=lambda done: None)
+        found = _scored_once(sha256, text, silently)
+        for one in found:
+            value = one.measures["token_ppl"].value
+            plan.clock.note(f"  the prior: ppl {value:,.4g} on {one.protocol}")
+        outcomes += found
+    return outcomes

@@ -1,0 +1,1 @@
+"""Many runs: recipes, their cells, and the engines that run them."""

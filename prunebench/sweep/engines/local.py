@@ -1,0 +1,116 @@
+"""Cells on this machine: one at a time, or side by side, each with a GPU or threads of its own."""
+
+from __future__ import annotations
+
+import os
+import queue
+import subprocess
+import threading
+import time
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import replace
+
+from prunebench.errors import UsageError
+from prunebench.sweep.engines.job import Job, JobEnd
+from prunebench.sweep.engines.process import interrupt, run_job
+
+_GRACE_SECONDS = 30.0
+
+
+class LocalEngine:
+    """Runs a job in each free slot.
+
+    Args:
+        slots: For each job that may run at a time, what its environment gets: a GPU of its own, a
+            number of threads.
+        show: Gets a job's number and every line that it writes to stderr, as it comes.
+    """
+
+    def __init__(
+        self, slots: Sequence[Mapping[str, str]], *, show: Callable[[int, str], None]
+    ) -> None:
+        self.at_once: int | None = len(slots)
+        self._show = show
+        self._free = list(slots)
+        self._ended: queue.SimpleQueue[tuple[Job, JobEnd, Mapping[str, str]]] = queue.SimpleQueue()
+        self._processes: dict[int, subprocess.Popen[str]] = {}
+        self._cancelled = False
+
+    def submit(self, job: Job) -> str:
+        """Start a job in a free slot: there is one, for no more than `at_once` are given."""
+        slot = self._free.pop()
+        placed = replace(job, settings={**job.settings, **slot})
+        threading.Thread(target=self._run, args=(job, placed, slot), daemon=True).start()
+        return ""
+
+    def _run(self, job: Job, placed: Job, slot: Mapping[str, str]) -> None:
+        def started(process: subprocess.Popen[str]) -> None:
+            self._processes[job.number] = process
+            if self._cancelled:
+                interrupt(process)
+
+        end = run_job(placed, hear=lambda line: self._hear(job, line), started=started)
+        self._processes.pop(job.number, None)
+        self._ended.put((job, end, slot))
+
+    def _hear(self, job: Job, line: str) -> None:
+        if not self._cancelled:
+            self._show(job.number, line)
+
+    def wait(self) -> tuple[Job, JobEnd]:
+        """Wait until any job ends."""
+        job, end, slot = self._ended.get()
+        self._free.append(slot)
+        return job, end
+
+    def cancel(self) -> None:
+        """Interrupt every job once, wait for them, and kill those that do not end."""
+        self._cancelled = True
+        running = list(self._processes.values())
+        for process in running:
+            interrupt(process)
+        deadline = time.monotonic() + _GRACE_SECONDS
+        try:
+            for process in running:
+                process.wait(timeout=max(0.0, deadline - time.monotonic()))
+        except (subprocess.TimeoutExpired, KeyboardInterrupt):
+            for process in running:
+                interrupt(process, number=9)
+
+    def close(self) -> None:
+        """Nothing is held."""
+
+
+def slots_of_machine(jobs: int, devices: Collection[str]) -> list[dict[str, str]]:
+    """Return what each of so many jobs at a time gets of this machine: a GPU, or threads.
+
+    Args:
+        jobs: How many.
+        devices: What the cells ask for: `auto`, `cpu`, `cuda` or `cuda:N`.
+
+    Raises:
+        UsageError: There are not so many GPUs.
+    """
+    if jobs == 1:
+        return [{}]
+    gpus = [] if set(devices) == {"cpu"} else _gpus()
+    if gpus or any(one.startswith("cuda") for one in devices):
+        if jobs > len(gpus) or any(":" in one for one in devices):
+            raise UsageError(
+                f"--jobs {jobs} needs {jobs} GPUs, and there are {len(gpus)} to choose from",
+                where="two cells on one GPU would measure each other",
+                fix=f"use --jobs {len(gpus) or 1}, no cuda:N, or --device cpu",
+            )
+        return [{"CUDA_VISIBLE_DEVICES": gpu} for gpu in gpus[:jobs]]
+    threads = max(1, (os.cpu_count() or 1) // jobs)
+    given = os.environ.get("OMP_NUM_THREADS", str(threads))
+    return [{"OMP_NUM_THREADS": given} for _ in range(jobs)]
+
+
+def _gpus() -> list[str]:
+    import torch
+
+    if not torch.cuda.is_available():
+        return []
+    named = [one for one in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if one]
+    return named or [str(index) for index in range(torch.cuda.device_count())]

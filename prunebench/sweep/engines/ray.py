@@ -1,0 +1,114 @@
+"""Cells as tasks of a Ray cluster that is running already."""
+
+from __future__ import annotations
+
+import os
+import re
+import socket
+import tempfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from prunebench.errors import MissingResource
+from prunebench.sweep.engines.job import Job, JobEnd, Resources
+from prunebench.sweep.engines.process import run_job
+
+
+def _require_listener() -> None:
+    """Find out at once whether anything listens where the cluster should be.
+
+    `ray.init` itself tries for minutes, also where a killed cluster has left its address behind.
+
+    Raises:
+        OSError: Nothing does.
+    """
+    left = Path(os.environ.get("RAY_TMPDIR", tempfile.gettempdir()), "ray", "ray_current_cluster")
+    named = os.environ.get("RAY_ADDRESS") or (left.read_text("utf-8") if left.is_file() else "")
+    found = re.fullmatch(r"(?:ray://)?\[?([^/\]]+)\]?:(\d+)", named.strip())
+    if found:
+        try:
+            socket.create_connection((found[1], int(found[2])), timeout=10).close()
+        except OSError as error:
+            raise OSError(f"{named.strip()}: {error.strerror or error}") from error
+
+
+class RayEngine:
+    """Sends one Ray task a cell.
+
+    Ray's own retries are off: whether a lost cell is tried again is the sweep's decision, the same
+    with every engine.
+
+    Args:
+        resources: What a cell asks for.
+        at_once: At most so many tasks at a time; None for any number.
+        note: Gets one line if no node has what is asked for.
+
+    Raises:
+        MissingResource: Ray is not installed, or no cluster answers.
+    """
+
+    def __init__(
+        self, resources: Resources, *, note: Callable[[str], None], at_once: int | None = None
+    ) -> None:
+        try:
+            import ray
+        except ImportError:
+            raise MissingResource(
+                "--executor ray needs the package ray", fix="pip install 'prunebench[ray]'"
+            ) from None
+        try:
+            _require_listener()
+            ray.init(address="auto", log_to_driver=False, logging_level="ERROR")
+        except OSError as error:  # ConnectionError is one
+            raise MissingResource(
+                "no Ray cluster answers",
+                where=str(error).splitlines()[0],
+                fix="ray start --head on this machine, or RAY_ADDRESS=HOST:PORT",
+            ) from None
+        self.at_once = at_once
+        self._ray: Any = ray
+        self._running: dict[Any, Job] = {}
+        cpus, gpus = resources.cpus or 1, resources.gpus or 0
+        memory = resources.memory_gb and int(resources.memory_gb * 2**30)
+        self._task = ray.remote(run_job).options(
+            num_cpus=cpus, num_gpus=gpus, memory=memory, max_retries=0, name="prunebench"
+        )
+        wanted = {"CPU": cpus, "GPU": gpus, "memory": memory or 0}
+        if not any(_has(node, wanted) for node in ray.nodes()):
+            note(f"no node of the Ray cluster has {resources.described() or '1 CPU'}: "
+                 "the cells wait until one joins")  # fmt: skip
+
+    def submit(self, job: Job) -> str:
+        """Queue a task."""
+        task = self._task.remote(job)
+        self._running[task] = job
+        return f"Ray task {task.task_id().hex()[:12]}"
+
+    def wait(self) -> tuple[Job, JobEnd]:
+        """Wait until any task ends."""
+        ended, _ = self._ray.wait(list(self._running), num_returns=1)
+        job = self._running.pop(ended[0])
+        try:
+            end = self._ray.get(ended[0])
+        except self._ray.exceptions.RayError as error:
+            lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+            name = type(error).__name__
+            return job, JobEnd(None, reason=f"Ray lost it: {name}: {lines[0] if lines else ''}")
+        assert isinstance(end, JobEnd)
+        return job, end
+
+    def cancel(self) -> None:
+        """End every task; their processes end with them."""
+        for task in self._running:
+            self._ray.cancel(task, force=True)
+        self._running.clear()
+
+    def close(self) -> None:
+        """Leave the cluster, which runs on; what is left of this sweep in it ends."""
+        self._ray.shutdown()
+
+
+def _has(node: dict[str, Any], wanted: Mapping[str, float]) -> bool:
+    there = node.get("Resources", {})
+    return bool(node.get("Alive")) and all(there.get(k, 0) >= v for k, v in wanted.items() if v)

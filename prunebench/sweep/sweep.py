@@ -1,0 +1,373 @@
+"""From a recipe to results: one process a cell, finished cells skipped, failures kept apart.
+
+    sweep = Sweep(setup, engine=LocalEngine(slots, show=show))
+    for outcome in sweep.run(recipe.cells): ...
+
+A cell is finished when the shared table holds a result of the very same spec, resolved to content
+(weights, texts, options, seed): a sweep that was stopped, killed or interrupted is started again
+with the same command, and goes on. A process a cell: whatever one does to memory, the next starts
+clean, and its peak is its own. Every cell is checked on the machine that runs the sweep before an
+engine gets it; a job looks once more whether its cell is finished, so that several sweeps of one
+recipe do little twice. A cell that fails is tried once more unless its exit code says that it
+would fail the same way, and then a `failed` record says why.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import time
+from collections import deque
+from collections.abc import Callable, Generator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from prunebench.download.hub import hub_problem, hub_reachable
+from prunebench.errors import MissingResource, PrunebenchError, UsageError
+from prunebench.models.source import ModelSource, fetch_model, find_model, local_path
+from prunebench.progress import Silent
+from prunebench.results.schema import Result
+from prunebench.results.store import ResultStore, read_result
+from prunebench.run.dtype import choose_dtype
+from prunebench.run.plan import load_inputs
+from prunebench.run.resolve import ResolvedSpec, resolve
+from prunebench.run.result import failed_result
+from prunebench.run_options import RUN_OPTIONS
+from prunebench.spec import AUTO, RunSpec, Setup
+from prunebench.sweep.engines import Engine
+from prunebench.sweep.engines.job import Job, JobEnd, Refused
+from prunebench.sweep.engines.local import LocalEngine
+from prunebench.sweep.recipe import Recipe, RecipeCell
+
+_TRIES = 2
+_INTERRUPTED = 130
+_FINAL = (2, 4, 6, _INTERRUPTED)  # usage, damaged data, a check: the same again would not help
+_ARRIVAL_SECONDS, _ARRIVAL_POLL_SECONDS = 60.0, 1.0  # a network file system hides new files a while
+_SHARD = re.compile(r"(\d+)/(\d+)")
+
+
+@dataclass(frozen=True)
+class CellOutcome:
+    """What became of a cell.
+
+    Attributes:
+        state: `finished` before, `done` now, `failed`, or `to run` (of a dry run).
+        result: What was filed, unless it failed.
+        reason: Why it failed, in one line.
+        exit_code: That of its process.
+        tries: How often it was started.
+    """
+
+    cell: RecipeCell
+    state: Literal["finished", "done", "failed", "to run"]
+    result: Result | None = None
+    reason: str = ""
+    exit_code: int = 0
+    seconds: float = 0.0
+    tries: int = 0
+
+
+@dataclass(frozen=True)
+class _Attempt:
+    """A cell on its way: what it is, and the failures that were on file before."""
+
+    cell: RecipeCell
+    spec: RunSpec | None = None
+    failed_before: frozenset[str] = frozenset()
+    tries: int = 0
+
+
+def parse_shard(text: str) -> tuple[int, int]:
+    """Read `2/8`: the second of eight equal parts.
+
+    Raises:
+        UsageError: It is not of that form, or there is no such part.
+    """
+    found = _SHARD.fullmatch(text)
+    part, parts = (int(found[1]), int(found[2])) if found else (0, 0)
+    if not 1 <= part <= parts:
+        raise UsageError(f"--shard {text!r} is no part of a whole", fix="as in --shard 2/8")
+    return part, parts
+
+
+def shard(cells: Sequence[RecipeCell], part: int, parts: int) -> list[RecipeCell]:
+    """Return every `parts`-th cell, from the `part`-th on."""
+    return list(cells[part - 1 :: parts])
+
+
+def needs_gpu(recipe: Recipe, cells: Sequence[RecipeCell], *, device: str) -> bool:
+    """Whether any of the cells cannot well do without a GPU."""
+    if device != "auto":
+        return device.startswith("cuda")
+    named = (cell.values["device"].startswith("cuda") for cell in cells)
+    return any(named) or any(cell.values["model"] in recipe.gpu_memory_gb for cell in cells)
+
+
+def require_resources(
+    recipe: Recipe, cells: Sequence[RecipeCell], *, device: str, here: bool = True
+) -> None:
+    """Say before the first cell what is missing for any: a GPU, the hub, a login.
+
+    With `here` False the cells run elsewhere, where there may be a GPU.
+
+    Raises:
+        MissingResource: What is missing, and for which models.
+    """
+    models = {cell.values["model"]: find_model(cell.values["model"]) for cell in cells}
+    big = {name: recipe.gpu_memory_gb[name] for name in models if name in recipe.gpu_memory_gb}
+    if here and big and device == "auto" and not _has_gpu():
+        name, size = max(big.items(), key=lambda item: item[1])
+        raise MissingResource(
+            f"{recipe.path} needs a CUDA device, and there is none here",
+            where=f"{name} needs about {size:g} GB of its memory (computed, not measured)",
+            fix="run it on a machine with such a GPU, or add --device cpu and much patience",
+        )
+    missing = [name for name, source in models.items() if _must_download(source)]
+    if missing and not hub_reachable():
+        raise MissingResource(
+            f"{recipe.path} needs {', '.join(missing)}, and the hub cannot be reached",
+            where=hub_problem(),
+            fix="connect to the network, or fetch them first: prunebench models fetch "
+            f"{missing[0]}",
+        )
+    gated = [name for name in missing if (entry := models[name].entry) and entry.gated]
+    if gated and not _logged_in():
+        raise MissingResource(
+            f"{', '.join(gated)} {'are' if len(gated) > 1 else 'is'} gated, and nobody is logged "
+            "in to the hub",
+            fix="accept the licence on the hub, then run hf auth login",
+        )
+
+
+def _must_download(source: ModelSource) -> bool:
+    return source.kind == "hub" and local_path(source) is None
+
+
+def _has_gpu() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
+
+
+def _logged_in() -> bool:
+    from huggingface_hub import get_token
+
+    return get_token() is not None
+
+
+class Sweep:
+    """The cells of a recipe, given to an engine.
+
+    Args:
+        setup: What all cells share: results folder, device, batch size, task files, samples.
+        engine: Where they run.
+        tell: Gets a cell and one line about what became of it on the way.
+        here: Whether cells run on this machine; by default, whether the engine is local.
+        on_gpu: Whether cells that run elsewhere have a GPU there.
+    """
+
+    def __init__(
+        self,
+        setup: Setup,
+        *,
+        engine: Engine | None = None,
+        tell: Callable[[RecipeCell, str], None] = lambda cell, line: None,
+        here: bool | None = None,
+        on_gpu: bool = False,
+    ) -> None:
+        self._setup = setup
+        self._engine = engine or LocalEngine([{}], show=lambda number, line: None)
+        self._here = isinstance(self._engine, LocalEngine) if here is None else here
+        self._tell = tell
+        self._on_gpu = on_gpu
+        self._store = ResultStore(setup.results_dir)
+        self._running: dict[int, _Attempt] = {}
+        self._at_once = self._engine.at_once
+
+    def with_dtype(self, cell: RecipeCell) -> RecipeCell:
+        """Choose the dtype of a cell for another machine, which then is part of its command.
+
+        What suits this machine may not suit that one, and the sweep has to know what it waits for.
+        """
+        if self._here or cell.values["dtype"] != AUTO:
+            return cell
+        dtype = "float32"
+        if self._on_gpu:
+            source = find_model(cell.values["model"])
+            folder = local_path(source) or fetch_model(source, Silent()).path
+            dtype = choose_dtype(AUTO, source, folder, torch.device("cuda")).dtype
+        chosen = {"dtype": dtype}
+        return replace(cell, given={**cell.given, **chosen}, values={**cell.values, **chosen})
+
+    def resolve(self, cell: RecipeCell) -> ResolvedSpec:
+        """Say on this machine what a cell's names mean, and fetch its model.
+
+        Raises:
+            PrunebenchError: The cell cannot be run: what `prunebench run` would say.
+        """
+        device = cell.values["device"] if self._setup.device == "auto" else self._setup.device
+        setup = replace(
+            self._setup,
+            device=device if self._here else "cpu",
+            command=shlex.join(self.command(cell)),
+        )
+        if not cell.values["tasks"]:
+            setup = replace(setup, batch_size=None, include_path=None)
+        return resolve(cell.spec, setup)
+
+    def finished(self, cell: RecipeCell) -> Result | None:
+        """Return the newest finished result of the same spec, if there is one.
+
+        Raises:
+            PrunebenchError: As for `resolve`.
+        """
+        return self._store.newest(self.resolve(cell).spec)
+
+    def run(self, cells: Sequence[RecipeCell]) -> Generator[CellOutcome]:
+        """Run the cells that are not finished; yields what became of each, as it is known.
+
+        Closing the iterator, or an interrupt, ends all jobs.
+        """
+        waiting = deque(_Attempt(cell) for cell in cells)
+        try:
+            while waiting or self._running:
+                full = self._at_once is not None and len(self._running) >= self._at_once
+                if waiting and not full:
+                    outcome = self._begin(waiting.popleft(), waiting)
+                else:
+                    outcome = self._end(*self._engine.wait(), waiting)
+                if outcome:
+                    yield outcome
+        finally:
+            if self._running:
+                self._engine.cancel()
+            self._engine.close()
+
+    def _begin(self, attempt: _Attempt, waiting: deque[_Attempt]) -> CellOutcome | None:
+        """Give a cell to the engine, unless it is finished or cannot be run."""
+        cell = attempt.cell
+        try:
+            cell = self.with_dtype(cell)
+            attempt = replace(attempt, cell=cell)
+            resolved = self.resolve(cell)
+            spec = resolved.spec
+            result = self._store.newest(spec)
+            if result:
+                return CellOutcome(cell, "done" if attempt.tries else "finished", result)
+            load_inputs(resolved)  # what `prunebench run` would refuse is refused here
+        except PrunebenchError as error:
+            reason = " / ".join(str(error).splitlines())
+            return CellOutcome(cell, "failed", reason=reason, exit_code=error.exit_code)
+        if attempt.spec is None:
+            attempt = replace(attempt, spec=spec, failed_before=self._failed(spec))
+        try:
+            name = self._engine.submit(self._job(cell))
+        except Refused:
+            if not self._running:
+                raise
+            self._at_once = len(self._running)
+            waiting.appendleft(attempt)
+            return None
+        self._running[cell.number] = replace(attempt, tries=attempt.tries + 1)
+        self._tell(cell, name)
+        return None
+
+    def _end(self, job: Job, end: JobEnd, waiting: deque[_Attempt]) -> CellOutcome | None:
+        """Fetch the result of a job that ended, or try it again, or give it up."""
+        attempt = self._running.pop(job.number)
+        cell, reason = attempt.cell, end.reason
+        if end.code == 0:
+            result = self._arrived(attempt, end.result_id)
+            if result:
+                return CellOutcome(cell, "done", result, seconds=end.seconds, tries=attempt.tries)
+            reason = (
+                f"its result {end.result_id} did not arrive in {self._store.root}: "
+                "is the folder the same on all machines?"
+            )
+        if end.code == _INTERRUPTED and self._here:
+            raise KeyboardInterrupt
+        if end.code not in _FINAL and attempt.tries < _TRIES:
+            self._tell(cell, f"failed: {reason}: it is tried once more")
+            waiting.appendleft(attempt)
+            return None
+        self._record(attempt, end, reason)
+        return CellOutcome(
+            cell, "failed", reason=reason, exit_code=end.code or 1, seconds=end.seconds,
+            tries=attempt.tries,
+        )  # fmt: skip
+
+    def _arrived(self, attempt: _Attempt, result_id: str) -> Result | None:
+        """Return the result that a job filed; a shared file system may show it a little later."""
+        assert attempt.spec is not None
+        deadline = time.monotonic() + _ARRIVAL_SECONDS
+        while True:
+            found = self._filed(result_id) if result_id else self._store.newest(attempt.spec)
+            if found or time.monotonic() > deadline:
+                return found
+            time.sleep(_ARRIVAL_POLL_SECONDS)
+
+    def _filed(self, result_id: str) -> Result | None:
+        try:
+            found = read_result(self._store.find(result_id))
+        except (UsageError, MissingResource):
+            return None
+        return found if isinstance(found, Result) else None
+
+    def _failed(self, spec: RunSpec) -> frozenset[str]:
+        return frozenset(one.id for one in self._store.of(spec) if one.status == "failed")
+
+    def _record(self, attempt: _Attempt, end: JobEnd, reason: str) -> None:
+        """File a failure, unless the run could still do so itself."""
+        assert attempt.spec is not None
+        if self._failed(attempt.spec) - attempt.failed_before:
+            return
+        error = "WorkerLost" if end.code is None else "ProcessFailed"
+        if not self._here:
+            reason += " (the hardware here is that of the machine that ran the sweep)"
+        try:
+            resolved = self.resolve(attempt.cell)
+            record = failed_result(
+                resolved, error=error, stage=end.stage or "sweep", message=reason
+            )
+            self._store.publish(record)
+        except PrunebenchError as unsaved:
+            self._tell(attempt.cell, f"the failure could not be filed: {unsaved.what}")
+
+    def _job(self, cell: RecipeCell) -> Job:
+        return Job(
+            number=cell.number,
+            words=tuple(self.command(cell)[1:]),
+            folder=str(Path.cwd()),
+            settings=_settings(os.environ),
+        )
+
+    def command(self, cell: RecipeCell) -> list[str]:
+        """Return the command that runs a cell, as one would type it."""
+        setup = self._setup
+        words = ["prunebench", "run", *cell.arguments, "--results-dir", str(setup.results_dir)]
+        if setup.device != "auto":
+            words += ["--device", setup.device]
+        if cell.values["tasks"] and setup.batch_size is not None:
+            words += ["--batch-size", str(setup.batch_size)]
+        if cell.values["tasks"] and setup.include_path is not None:
+            words += ["--include-path", str(setup.include_path)]
+        return [*words, *(["--log-samples"] if setup.log_samples else []), "--json"]
+
+
+def _settings(environment: Mapping[str, str]) -> dict[str, str | None]:
+    """Return what a job's environment takes over from ours, and what it must not have.
+
+    What would change a cell behind the recipe's back is taken away; a token is never sent.
+    """
+    variables = [option.variable for option in RUN_OPTIONS.values() if option.variable]
+    sent: dict[str, str | None] = {
+        name: value
+        for name, value in environment.items()
+        if name.startswith(("PRUNEBENCH_", "HF_")) and "TOKEN" not in name
+    }
+    ours = dict.fromkeys([*variables, "PRUNEBENCH_RECIPE"])
+    return sent | ours | {"PRUNEBENCH_ONCE": "1"}
