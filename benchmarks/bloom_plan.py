@@ -17,7 +17,7 @@ from prunebench.models.linears import find_linears
 from prunebench.models.load import skeleton
 from prunebench.pruners import METHODS
 from prunebench.run.forecast import groups_of
-from prunebench.run.memory import Work, gigabytes, model_sizes, plan_memory
+from prunebench.run.memory import Workload, gigabytes, model_sizes, plan_memory
 from prunebench.run.probe import probe_method
 from prunebench.sparsity import Sparsity
 
@@ -38,7 +38,7 @@ def main() -> int:
     print(f"BLOOM, {gigabytes(sizes.total)} in bfloat16, a block {gigabytes(max(sizes.blocks))}")
     for name in ("wanda", "sparsegpt"):
         pruner = METHODS.make(name, {})
-        work = Work(
+        work = Workload(
             samples=SAMPLES, seqlen=SEQLEN, batch=BATCH, windows=WINDOWS, window=SEQLEN,
             scored=SCORED, sequential=False, hessian=pruner.needs.hessian,
         )  # fmt: skip

@@ -28,10 +28,10 @@ def _on_disk(folder: Path, kept: Path) -> Any:
     import torch
 
     from prunebench.models.disk import load_on_disk
-    from prunebench.models.journal import KeptRun
+    from prunebench.models.journal import RunJournal
     from prunebench.models.load import load_config
 
-    run = KeptRun(kept)
+    run = RunJournal(kept)
     run.lock()
     return load_on_disk(
         folder, load_config(folder), dtype=torch.float32, device=torch.device("cpu"), kept=run
@@ -88,7 +88,7 @@ def memory_in_this_process() -> None:
     from prunebench.models.walker import BATCH_TOKENS
     from prunebench.pruners import METHODS
     from prunebench.run.forecast import anonymous_bytes, groups_of
-    from prunebench.run.memory import Work, model_sizes, plan_memory
+    from prunebench.run.memory import Workload, model_sizes, plan_memory
     from prunebench.run.probe import probe_method
     from prunebench.sparsity import Sparsity
 
@@ -96,7 +96,7 @@ def memory_in_this_process() -> None:
     model = skeleton(config)
     samples, seqlen = tokens.shape
     batch = BATCH_TOKENS["cpu"] // seqlen
-    work = Work(samples, seqlen, batch, windows=0, window=seqlen, scored=1, sequential=False,
+    work = Workload(samples, seqlen, batch, windows=0, window=seqlen, scored=1, sequential=False,
                 hessian=True)  # fmt: skip
     footprint = count_footprint(
         config, torch.float32, calibration=(batch, seqlen), scoring=(1, seqlen), hessian=True

@@ -151,7 +151,7 @@ def prune_and_score(folder: Path, method: str, options: Any) -> dict[str, float]
     from prunebench.allocators import ALLOCATORS
     from prunebench.evaluate.perplexity import token_ppl
     from prunebench.models.disk import DiskWeights, load_on_disk
-    from prunebench.models.journal import KeptRun
+    from prunebench.models.journal import RunJournal
     from prunebench.models.load import load_config
     from prunebench.models.walker import BlockWalker
     from prunebench.models.weights import weights_of
@@ -165,7 +165,7 @@ def prune_and_score(folder: Path, method: str, options: Any) -> dict[str, float]
     shape = (options.samples, options.seqlen)
     tokens = torch.randint(options.vocabulary, shape, generator=generator)
     with tempfile.TemporaryDirectory(dir=folder) as name:
-        kept = KeptRun(Path(name))
+        kept = RunJournal(Path(name))
         model = load_on_disk(
             folder, load_config(folder), dtype=torch.bfloat16, device=torch.device("cpu"), kept=kept
         )

@@ -38,7 +38,7 @@ def device_of(name: str) -> str:
 
 
 @contextlib.contextmanager
-def together(*, device: str, trains: bool) -> Iterator[None]:
+def process_group(*, device: str, trains: bool) -> Iterator[None]:
     """Join the group of processes, if there is one, and leave it at the end.
 
     Raises:

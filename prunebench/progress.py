@@ -69,7 +69,7 @@ def quiet_libraries(*, warn: bool = True) -> Iterator[None]:
         bar.__init__ = draw
 
 
-class StageClock:
+class StageTimer:
     """A `Progress` that passes everything on and remembers the seconds of each stage.
 
     A stage opened inside another one counts for itself and for the outer one.

@@ -10,7 +10,7 @@ from prunebench.models.footprint import BlockFootprint, Footprint, count_footpri
 from prunebench.pruners.sparsegpt import SparseGPT
 from prunebench.pruners.wanda import Wanda
 from prunebench.run import forecast as module
-from prunebench.run.memory import Need, Sizes, Work, choose_weights, plan_memory
+from prunebench.run.memory import MemoryNeed, Sizes, Workload, choose_weights, plan_memory
 from prunebench.run.probe import probe_method
 from prunebench.sparsity import Sparsity
 from prunebench.testing import tiny_model
@@ -18,7 +18,7 @@ from prunebench.testing import tiny_model
 CPU = torch.device("cpu")
 SIZES = Sizes(outside=100, blocks=(1000, 1000, 1000))
 COUNTED = BlockFootprint(running=50, collecting=70, statistics=20, head=30)
-WORK = Work(
+WORK = Workload(
     samples=8, seqlen=4, batch=2, windows=0, window=2, scored=1, sequential=False, hessian=False
 )
 
@@ -123,4 +123,4 @@ def test_the_option_that_would_help_is_named(weights, part, fix):
 
     plan = Plan()
     plan.weights = weights
-    assert fix in module._what_would_fit(plan, Need({part: 10, "other": 1}, {}, 0))
+    assert fix in module._what_would_fit(plan, MemoryNeed({part: 10, "other": 1}, {}, 0))

@@ -10,7 +10,7 @@ from prunebench.evaluate.divergence import Divergence
 from prunebench.evaluate.perplexity import PerplexityTask, window_losses
 from prunebench.models.activations import MappedActivations
 from prunebench.models.disk import load_on_disk
-from prunebench.models.journal import KeptRun
+from prunebench.models.journal import RunJournal
 from prunebench.models.linears import find_blocks
 from prunebench.models.load import hash_weights, load_config, load_model
 from prunebench.models.stream import batch_logits
@@ -42,7 +42,7 @@ def folder_of(tmp_path_factory):
 
 def both(folder, tmp_path, *, dtype=torch.float32, placement="device"):
     """The same model in memory and on disk."""
-    kept = KeptRun(tmp_path / "kept")
+    kept = RunJournal(tmp_path / "kept")
     kept.lock()
     on_disk = load_on_disk(
         folder, load_config(folder), dtype=dtype, device=CPU, kept=kept, placement=placement

@@ -6,7 +6,7 @@ import torch
 from prunebench.evaluate.perplexity import window_losses
 from prunebench.models.linears import find_blocks
 from prunebench.models.load import hash_weights
-from prunebench.models.out_of_memory import halvings_heard, is_out_of_memory
+from prunebench.models.out_of_memory import is_out_of_memory, on_batch_halved
 from prunebench.models.walker import BlockWalker
 from prunebench.pruners import METHODS
 from prunebench.results.store import ResultStore
@@ -45,7 +45,7 @@ def test_a_batch_that_is_too_large_is_halved(method, error):
     model = tiny_model("llama")
     exhaust(model, rows=1, error=error)
     told = []
-    with halvings_heard(lambda what, size: told.append((what, size))):
+    with on_batch_halved(lambda what, size: told.append((what, size))):
         assert prune(model, method) == expected
     assert told == [("calibration", 2), ("calibration", 1)]
 
@@ -71,7 +71,7 @@ def test_scoring_goes_on_with_halves():
     model = tiny_model("llama")
     exhaust(model, rows=1, error=MemoryError())
     told = []
-    with halvings_heard(lambda what, size: told.append((what, size))):
+    with on_batch_halved(lambda what, size: told.append((what, size))):
         assert window_losses(model, windows, batch_tokens=96) == pytest.approx(expected, rel=1e-6)
     assert told == [("scoring", 2), ("scoring", 1)]
 

@@ -10,7 +10,7 @@ import torch
 
 from prunebench.errors import SaveError
 from prunebench.models.disk import load_on_disk
-from prunebench.models.journal import KeptRun, kept_info
+from prunebench.models.journal import RunJournal, journal_info
 from prunebench.models.load import hash_weights, load_config
 from prunebench.models.walker import BlockWalker
 from prunebench.pruners import METHODS
@@ -33,16 +33,16 @@ def folder(tmp_path_factory):
     return path
 
 
-def prune(folder, kept_folder, *, method="sparsegpt", order="joint", stop_at=None):
+def prune(folder, journal_folder, *, method="sparsegpt", order="joint", stop_at=None):
     """Prune on disk, going on from what is kept; `stop_at` a block, in the middle of it."""
-    kept = KeptRun(kept_folder)
+    kept = RunJournal(journal_folder)
     assert kept.lock()
     kept.read()
     model = load_on_disk(folder, load_config(folder), dtype=torch.float32, device=CPU, kept=kept)
     walker = BlockWalker(model, token_ids=tiny_tokens(), within_block=order, batch_tokens=48)
-    walker._weights.go_on()
+    walker._weights.restore_blocks()
     visited = []
-    plain = walker._weights.keep_block
+    plain = walker._weights.save_block
 
     def keep(index, **options):
         visited.append(index)
@@ -50,7 +50,7 @@ def prune(folder, kept_folder, *, method="sparsegpt", order="joint", stop_at=Non
             raise Killed
         plain(index, **options)
 
-    walker._weights.keep_block = keep
+    walker._weights.save_block = keep
     report = None
     try:
         pruner = METHODS.make(method, {})
@@ -106,10 +106,10 @@ def test_damaged_state_is_found_by_its_hash_and_done_again(folder, tmp_path, nam
 
 
 def test_a_folder_belongs_to_one_process(tmp_path):
-    one, other = KeptRun(tmp_path / "kept"), KeptRun(tmp_path / "kept")
+    one, other = RunJournal(tmp_path / "kept"), RunJournal(tmp_path / "kept")
     assert one.lock()
     assert not other.lock()
-    assert kept_info(tmp_path / "kept").running
+    assert journal_info(tmp_path / "kept").running
     one.release()
     assert other.lock()
 

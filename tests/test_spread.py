@@ -13,7 +13,7 @@ from prunebench.calibration.stats import StatsAccumulator
 from prunebench.errors import UsageError
 from prunebench.models import walker as module
 from prunebench.models.disk import load_on_disk
-from prunebench.models.journal import KeptRun
+from prunebench.models.journal import RunJournal
 from prunebench.models.linears import find_blocks
 from prunebench.models.load import choose_devices, hash_weights, load_config
 from prunebench.models.replicas import copy_to
@@ -55,7 +55,7 @@ def test_the_same_bits_with_hessians_and_in_both_orders(order, devices):
 def test_the_same_bits_from_disk(tmp_path):
     tiny_model("llama").save_pretrained(tmp_path / "tiny")
     config = load_config(tmp_path / "tiny")
-    kept = KeptRun(tmp_path / "kept")
+    kept = RunJournal(tmp_path / "kept")
     assert kept.lock()
     on_disk = load_on_disk(tmp_path / "tiny", config, dtype=torch.float32, device=CPU, kept=kept)
     expected = prune(tiny_model("llama"), 1, method="sparsegpt")
@@ -66,7 +66,7 @@ def test_every_device_gets_its_share():
     """Batches in turn; a copy's weights are its own, and follow those that were pruned."""
     model = tiny_model("llama")
     ran = []
-    plain = module.Spread.at
+    plain = module.BlockReplicas.at
 
     def at(self, batch):
         block, device = plain(self, batch)
@@ -74,7 +74,7 @@ def test_every_device_gets_its_share():
         return block, device
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module.Spread, "at", at)
+        patch.setattr(module.BlockReplicas, "at", at)
         walker = BlockWalker(
             model, token_ids=tiny_tokens(samples=4), batch_tokens=24, devices=[CPU, CPU]
         )

@@ -13,7 +13,7 @@ from prunebench.allocators.sensitivity import Sensitivity
 from prunebench.errors import IncompatibleData
 from prunebench.models.disk import load_on_disk
 from prunebench.models.gradients import gradient_norms
-from prunebench.models.journal import KeptRun
+from prunebench.models.journal import RunJournal
 from prunebench.models.linears import find_blocks, find_linears
 from prunebench.models.replay import plain_inference
 from prunebench.models.walker import BlockWalker
@@ -135,7 +135,7 @@ def test_where_shared_weights_do_not_fit_they_are_named(tmp_path):
     with pytest.raises(IncompatibleData, match=r"layers\.1\.shared_transformer.*q_proj"):
         gradient_norms(model, tiny_tokens(), norm="l1")
     model.save_pretrained(tmp_path)
-    kept = KeptRun(tmp_path / "kept")
+    kept = RunJournal(tmp_path / "kept")
     with pytest.raises(IncompatibleData, match="read from disk") as error:
         load_on_disk(tmp_path, model.config, dtype=torch.float32, device=CPU, kept=kept)
     assert "blocks 1 and 3 share" in error.value.where

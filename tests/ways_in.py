@@ -8,7 +8,7 @@ from safetensors.torch import load_file, save_file
 
 from prunebench.checkpoints.packed24 import unpacked
 from prunebench.models.disk import load_on_disk
-from prunebench.models.journal import KeptRun
+from prunebench.models.journal import RunJournal
 from prunebench.models.load import load_config, load_model
 from prunebench.models.source import LocalModel, ModelSource, fetch_model, find_model
 from prunebench.progress import Silent
@@ -23,7 +23,7 @@ def resident(folder: Path, tmp_path: Path):
 
 def disk(folder: Path, tmp_path: Path):
     """A block at a time, in float32."""
-    kept = KeptRun(tmp_path / "kept")
+    kept = RunJournal(tmp_path / "kept")
     kept.lock()
     return load_on_disk(folder, load_config(folder), dtype=torch.float32, device=CPU, kept=kept)
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
-    from prunebench.models.journal import KeptInfo
+    from prunebench.models.journal import JournalInfo
 
 
 def clean_command(
@@ -20,13 +20,13 @@ def clean_command(
     debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,
 ) -> None:
     """Remove what interrupted runs have kept to go on from; runs that are at work stay."""
-    from prunebench.models.journal import KeptRun
-    from prunebench.run.resume import kept_runs
+    from prunebench.models.journal import RunJournal
+    from prunebench.run.resume import unfinished_runs
 
-    infos = kept_runs()
+    infos = unfinished_runs()
     if not show:
         for info in infos:
-            kept = KeptRun(info.folder)
+            kept = RunJournal(info.folder)
             if kept.lock():  # not while a process is at it
                 kept.remove()
     if as_json:
@@ -38,7 +38,7 @@ def clean_command(
         print_kept(info, removed=not show and not info.running)
 
 
-def print_kept(info: KeptInfo, *, removed: bool = False) -> None:
+def print_kept(info: JournalInfo, *, removed: bool = False) -> None:
     """Print what is kept of one run."""
     typer.echo(f"{info.title}{': removed' if removed else ''}")
     now = ", a process is at it" if info.running else ""

@@ -134,12 +134,12 @@ def _duration(seconds: float) -> str:
 
 def print_resume_info(spec: RunSpec, setup: Any, *, as_json: bool) -> None:
     """Print what an interrupted run of this very command has saved."""
-    from prunebench.models.journal import kept_info
+    from prunebench.models.journal import journal_info
     from prunebench.run.resolve import resolve
-    from prunebench.run.resume import kept_folder
+    from prunebench.run.resume import journal_folder
 
     resolved = resolve(spec, setup)
-    info = kept_info(kept_folder(resolved))
+    info = journal_info(journal_folder(resolved))
     if as_json:
         facts = {**asdict(info), "folder": str(info.folder)} if info else None
         typer.echo(json.dumps(facts, indent=1))

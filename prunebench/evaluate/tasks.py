@@ -26,7 +26,7 @@ from prunebench.errors import IncompatibleData, MissingResource, UsageError
 from prunebench.evaluate.outcome import Item, Measure, Outcome
 from prunebench.evaluate.records import Loaded, record_source, task_table
 from prunebench.evaluate.requests import require_known_ids, require_known_requests
-from prunebench.models.out_of_memory import FittingBatches
+from prunebench.models.out_of_memory import AutoBatch
 from prunebench.models.stream import batch_logits, is_streamed
 from prunebench.progress import Progress, quiet_libraries
 
@@ -378,7 +378,7 @@ def _wrap(asked: LmEvalTask, model: Any, answered: Callable[[int, int], None]) -
     class Counted(Checked):
         """Tells how many of the requests have been answered."""
 
-        fitting = FittingBatches("tasks")
+        fitting = AutoBatch("tasks")
 
         def _loglikelihood_tokens(self, requests: Any, *args: Any, **kwargs: Any) -> Any:
             self.wanted, self.done = len(requests), 0

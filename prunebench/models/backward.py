@@ -39,7 +39,7 @@ _ROUNDING = 1 / 32
 
 
 @runtime_checkable
-class Sums(Protocol):
+class GradientSink(Protocol):
     """Who sums the gradients."""
 
     def fetch(self, linears: Sequence[Linear]) -> None:
@@ -59,7 +59,9 @@ class _Replayed(torch.autograd.Function):
     """A linear whose output is known: no product forward, its gradient to the accumulator."""
 
     @staticmethod
-    def forward(ctx: Any, inputs: Tensor, output: Tensor, linear: Linear, sums: Sums) -> Tensor:
+    def forward(
+        ctx: Any, inputs: Tensor, output: Tensor, linear: Linear, sums: GradientSink
+    ) -> Tensor:
         ctx.save_for_backward(inputs)
         ctx.linear, ctx.sums = linear, sums
         return output
@@ -97,7 +99,7 @@ class Backward:
         self,
         model: nn.Module,
         linears: Sequence[Linear],
-        sums: Sums,
+        sums: GradientSink,
         weights: Blocks | None = None,
     ) -> None:
         self.model = model
@@ -316,7 +318,7 @@ def _outputs_kept(
 def _outputs_given(
     linears: Sequence[Linear],
     known: dict[Linear, list[Tensor]],
-    sums: Sums,
+    sums: GradientSink,
     changed: Set[Linear],
 ) -> Iterator[None]:
     """Let every linear give what it gave before, and add its gradient to `sums`."""
@@ -348,7 +350,7 @@ def _forwards(
 
 
 @contextlib.contextmanager
-def _whole_gradients(linears: Sequence[Linear], sums: Sums) -> Iterator[None]:
+def _whole_gradients(linears: Sequence[Linear], sums: GradientSink) -> Iterator[None]:
     """Add the gradient of every parameter as autograd makes it, over all its uses, and free it."""
     owned: dict[int, tuple[nn.Parameter, list[Linear]]] = {}
     for linear in linears:

@@ -16,7 +16,7 @@ from prunebench.models.activations import Activations
 from prunebench.models.out_of_memory import is_out_of_memory, tell_halved
 from prunebench.models.plan import BlockPlan, LaterUse
 from prunebench.models.replay import BlockCall, Known, record_calls, share_arguments
-from prunebench.models.replicas import Spread
+from prunebench.models.replicas import BlockReplicas
 
 
 class Calibration:
@@ -109,7 +109,7 @@ class Calibration:
             )
         )
 
-    def forward(self, spread: Spread, index: int, batch: int, hidden: Tensor) -> Tensor:
+    def forward(self, spread: BlockReplicas, index: int, batch: int, hidden: Tensor) -> Tensor:
         """Run a block on a batch, in its parts, and return what it gives."""
         block, device = spread.at(batch)
         parts = [
@@ -118,7 +118,7 @@ class Calibration:
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     @torch.no_grad()
-    def propagate(self, spread: Spread, index: int) -> None:
+    def propagate(self, spread: BlockReplicas, index: int) -> None:
         """Run a block on all batches: the hidden states are those before the next one."""
         for batch in range(len(self.hidden)):
             while True:

@@ -28,7 +28,7 @@ from prunebench.errors import IncompatibleData
 from prunebench.models.activations import Activations, MappedActivations
 from prunebench.models.checkpoint_keys import match_keys
 from prunebench.models.complete import require_complete
-from prunebench.models.journal import KeptRun
+from prunebench.models.journal import RunJournal
 from prunebench.models.linears import find_blocks, find_linears, find_repeats
 from prunebench.models.load import attention_of, quiet_transformers
 from prunebench.models.out_of_memory import return_free_memory
@@ -46,7 +46,7 @@ _ALIGN = 64  # bytes, as torch aligns its own memory
 
 
 @dataclass(frozen=True)
-class _Slot:
+class _ParameterSlot:
     """A parameter or persistent buffer of a block: where it belongs, and what it is."""
 
     name: str
@@ -68,7 +68,7 @@ class _Slot:
         return tensor.data
 
 
-class _Rooms:
+class _BufferPool:
     """Memory for one block each, filled again and again.
 
     Fresh memory for every block would be cut up by what is allocated between two blocks and lives
@@ -116,7 +116,7 @@ class DiskWeights:
         stored: dict[str, StoredTensor],
         *,
         device: torch.device,
-        kept: KeptRun,
+        kept: RunJournal,
         placement: Placement = "device",
     ) -> None:
         prefix, self._blocks = find_blocks(model)
@@ -131,8 +131,8 @@ class DiskWeights:
         ]
         self._depth: dict[int, int] = {}
         self._reader = ThreadPoolExecutor(1, thread_name_prefix="next-block")
-        self._coming: tuple[int, Future[_Present]] | None = None
-        self._rooms = _Rooms(max(sum(map(self._room_bytes, slots)) for slots in self._slots))
+        self._prefetched: tuple[int, Future[_Present]] | None = None
+        self._rooms = _BufferPool(max(sum(map(self._room_bytes, slots)) for slots in self._slots))
         self._room_of: dict[int, Tensor | None] = {}
         self.read_bytes = 0
         self.read_seconds = self.wait_seconds = 0.0
@@ -160,7 +160,7 @@ class DiskWeights:
         finally:
             self._leave(index)
 
-    def keep_block(
+    def save_block(
         self, index: int, *, notes: Sequence[Any] = (), hidden: Iterable[Tensor] | None = None
     ) -> None:
         """Write an open block to its file, and read it from there from now on.
@@ -169,10 +169,10 @@ class DiskWeights:
             SaveError: The disk is full.
         """
         tensors = {slot.name: slot.get() for slot in self._slots[index]}
-        self.kept.add_block(index, tensors, notes=notes, hidden=hidden)
+        self.kept.save_block(index, tensors, notes=notes, hidden=hidden)
         self._pruned[index] = self.kept.tensors_of(index)
 
-    def kept_hidden(self, index: int) -> list[Tensor] | None:
+    def saved_hidden(self, index: int) -> list[Tensor] | None:
         """Return the activations before a block that an interrupted run has kept, if any."""
         return self.kept.hidden_before(index)
 
@@ -184,9 +184,9 @@ class DiskWeights:
 
     # ------------------------------------------------------------ going on, and what is where
 
-    def go_on(self) -> None:
+    def restore_blocks(self) -> None:
         """Take the blocks that an interrupted run has pruned for the model's."""
-        self._forget_coming()
+        self._drop_prefetched()
         self._pruned = {
             index: self.kept.tensors_of(index) for index in range(len(self.kept.blocks))
         }
@@ -212,7 +212,7 @@ class DiskWeights:
 
     def close(self) -> None:
         """End the reading thread."""
-        self._forget_coming()
+        self._drop_prefetched()
         self._reader.shutdown(wait=True)
 
     # ------------------------------------------------------------ reading
@@ -226,7 +226,7 @@ class DiskWeights:
             self._room_of[index], tensors = self._take(index)
             self.wait_seconds += time.perf_counter() - begun
             if then < len(self._blocks) and then != index:
-                self._coming = (then, self._reader.submit(self._read, then))
+                self._prefetched = (then, self._reader.submit(self._read, then))
             for slot in self._slots[index]:
                 slot.put(tensors.pop(slot.name).to(self._device, non_blocking=True))
         except BaseException:
@@ -243,18 +243,18 @@ class DiskWeights:
 
     def _take(self, index: int) -> _Present:
         """Return a block: the one that was read ahead, or read now."""
-        if self._coming is not None and self._coming[0] == index:
-            coming, self._coming = self._coming, None
+        if self._prefetched is not None and self._prefetched[0] == index:
+            coming, self._prefetched = self._prefetched, None
             return coming[1].result()
-        self._forget_coming()
+        self._drop_prefetched()
         return self._read(index)
 
-    def _forget_coming(self) -> None:
-        coming, self._coming = self._coming, None
+    def _drop_prefetched(self) -> None:
+        coming, self._prefetched = self._prefetched, None
         if coming is not None and not coming[1].cancel() and coming[1].exception() is None:
             self._rooms.give_back(coming[1].result()[0])  # it had begun, and was waited for
 
-    def _room_bytes(self, slot: _Slot) -> int:
+    def _room_bytes(self, slot: _ParameterSlot) -> int:
         size = math.prod(self._stored[slot.name].shape) * slot.dtype.itemsize
         return -(-size // _ALIGN) * _ALIGN
 
@@ -295,12 +295,14 @@ class DiskWeights:
         block.register_forward_hook(after, always_call=True)
 
 
-def _slots(block: nn.Module, prefix: str, stored: dict[str, StoredTensor]) -> Iterator[_Slot]:
+def _slots(
+    block: nn.Module, prefix: str, stored: dict[str, StoredTensor]
+) -> Iterator[_ParameterSlot]:
     for path, module in block.named_modules():
         inside = f"{prefix}{path}." if path else prefix
         for attribute, tensor in [*module._parameters.items(), *module._buffers.items()]:
             if tensor is not None and f"{inside}{attribute}" in stored:
-                yield _Slot(f"{inside}{attribute}", module, attribute, tensor.dtype)
+                yield _ParameterSlot(f"{inside}{attribute}", module, attribute, tensor.dtype)
 
 
 @contextlib.contextmanager
@@ -338,7 +340,7 @@ def load_on_disk(
     *,
     dtype: torch.dtype,
     device: torch.device,
-    kept: KeptRun,
+    kept: RunJournal,
     placement: Placement = "device",
 ) -> nn.Module:
     """Load what lies outside the blocks of a model, and let its blocks be read when they are used.

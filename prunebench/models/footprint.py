@@ -21,7 +21,7 @@ from prunebench.calibration.stats import StatsAccumulator, Workspace
 from prunebench.models.disk import build_skeleton
 from prunebench.models.linears import Linear, find_blocks, find_linears
 from prunebench.models.replay import BlockCall, Stop, plain_inference
-from prunebench.models.taps import tapped
+from prunebench.models.taps import capture_inputs
 
 _LOSS_ROWS = 128  # tokens whose losses are made at a time, see `evaluate.perplexity`
 
@@ -135,7 +135,7 @@ def count_footprint(
                 seen[linear.name].add(inputs)
 
         with Footprint() as collecting:
-            with tapped(linears, tap):
+            with capture_inputs(linears, tap):
                 call.run(block, hidden)
             last.clear()
             statistics = collecting.now

@@ -68,7 +68,7 @@ class RunState:
         return cls(**{name: value for name, value in rows.items() if name in names})
 
 
-class KeptRun:
+class RunJournal:
     """The folder of one run.
 
     Attributes:
@@ -153,7 +153,7 @@ class KeptRun:
         """Return where the tensors of a finished block lie, by their name in the model."""
         return stored_tensors([self.folder / self._blocks[index]["file"]])
 
-    def add_block(
+    def save_block(
         self,
         index: int,
         tensors: dict[str, Tensor],
@@ -267,7 +267,7 @@ def read_journal(folder: Path) -> dict[str, Any] | None:
 
 
 @dataclass(frozen=True)
-class KeptInfo:
+class JournalInfo:
     """What an interrupted run has left, by its journal: nothing is hashed here.
 
     Attributes:
@@ -289,17 +289,17 @@ class KeptInfo:
     running: bool
 
 
-def kept_info(folder: Path) -> KeptInfo | None:
+def journal_info(folder: Path) -> JournalInfo | None:
     """Return what is kept in a folder; None if there is no such folder."""
     if not folder.is_dir():
         return None
     journal = read_journal(folder) or {}
     state = RunState.of_journal(journal)
     files = [path.stat() for path in folder.iterdir() if path.is_file()]
-    kept = KeptRun(folder)
+    kept = RunJournal(folder)
     free = kept.lock()
     kept.release()
-    return KeptInfo(
+    return JournalInfo(
         folder=folder,
         title=state.title,
         command=state.command,

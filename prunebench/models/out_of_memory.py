@@ -47,7 +47,7 @@ def return_free_memory() -> None:
 
 
 @contextlib.contextmanager
-def halvings_heard(listener: Callable[[str, int], None]) -> Iterator[None]:
+def on_batch_halved(listener: Callable[[str, int], None]) -> Iterator[None]:
     """Let `listener` hear what was halved, and to how many sequences, while this is open."""
     _listeners.append(listener)
     try:
@@ -65,7 +65,7 @@ def tell_halved(what: str, size: int) -> None:
         listener(what, size)
 
 
-class FittingBatches:
+class AutoBatch:
     """Runs batches, in parts where a whole one is too much; what did not fit is not tried again.
 
     Attributes:

@@ -16,10 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from prunebench.models.linears import Linear
-from prunebench.models.taps import Tap, tapped
+from prunebench.models.taps import InputHook, capture_inputs
 
 
-class Spread:
+class BlockReplicas:
     """One block on every device: as it is on the first, a copy on each of the others.
 
     Args:
@@ -45,17 +45,17 @@ class Spread:
         return self._blocks[which], self._devices[which]
 
     @contextlib.contextmanager
-    def tapped(
-        self, linears: list[Linear], tap: Tap, *, by_product: Collection[Linear] = ()
+    def capture_inputs(
+        self, linears: list[Linear], tap: InputHook, *, by_product: Collection[Linear] = ()
     ) -> Iterator[None]:
         """Call `tap(linear, input)` before one of `linears` is applied, on whichever device."""
         original = {twin: one for one in linears for twin in (one, *self._copies[one])}
         products = [twin for twin, one in original.items() if one in by_product]
         tell = lambda twin, inputs: tap(original[twin], inputs)  # noqa: E731
-        with tapped(list(original), tell, by_product=products):
+        with capture_inputs(list(original), tell, by_product=products):
             yield
 
-    def spread_weights(self, linears: Sequence[Linear]) -> None:
+    def broadcast_weights(self, linears: Sequence[Linear]) -> None:
         """Bring what was written to some of the matrices to the other devices."""
         for linear in linears:
             for twin in self._copies[linear]:

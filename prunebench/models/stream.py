@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from prunebench.models.activations import Activations
 from prunebench.models.disk import DiskWeights
 from prunebench.models.linears import find_blocks
-from prunebench.models.out_of_memory import FittingBatches
+from prunebench.models.out_of_memory import AutoBatch
 from prunebench.models.replay import (
     BlockCall,
     blocks_giving,
@@ -57,7 +57,7 @@ def batch_logits(
             logits: Tensor = model(input_ids=ids.to(device), use_cache=False).logits
             return logits
 
-        fitting = FittingBatches("scoring")
+        fitting = AutoBatch("scoring")
         for ids in batches:
             yield from fitting.run(run, ids)
             advance(len(ids))

@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_leaves
 
 from prunebench.models.linears import Linear
 
-Tap = Callable[[Linear, Tensor], None]
+InputHook = Callable[[Linear, Tensor], None]
 
 _LEFT_RIGHT = {
     torch.matmul, torch.mm, torch.bmm,
@@ -40,7 +40,7 @@ class ProductTap(TorchFunctionMode):
         tap: Is called with the linear and its input, (..., in).
     """
 
-    def __init__(self, linears: Collection[Linear], tap: Tap) -> None:
+    def __init__(self, linears: Collection[Linear], tap: InputHook) -> None:
         super().__init__()
         self._tap = tap
         self._by_address: dict[int, Linear] = {}
@@ -126,7 +126,7 @@ class Account(ProductTap):
             self._ends[begin] = begin + parameter.nbytes
             self._members.setdefault(begin, []).append(linear)
         self._begins = sorted(self._ends)
-        self._hooks = tapped(linears, lambda linear, x: self.called.append((linear, x)))
+        self._hooks = capture_inputs(linears, lambda linear, x: self.called.append((linear, x)))
 
     def __enter__(self) -> Account:
         self._hooks.__enter__()
@@ -164,8 +164,8 @@ class Account(ProductTap):
 
 
 @contextlib.contextmanager
-def tapped(
-    linears: Collection[Linear], tap: Tap, *, by_product: Collection[Linear] = ()
+def capture_inputs(
+    linears: Collection[Linear], tap: InputHook, *, by_product: Collection[Linear] = ()
 ) -> Iterator[None]:
     """Call `tap(linear, input)` just before each of `linears` is applied.
 

@@ -35,7 +35,7 @@ from prunebench.models.masks import Masks
 from prunebench.models.out_of_memory import is_out_of_memory
 from prunebench.models.plan import check_replay, separate_later_uses
 from prunebench.models.replay import Stop, plain_inference, require_run
-from prunebench.models.replicas import Spread
+from prunebench.models.replicas import BlockReplicas
 from prunebench.models.weights import ResidentWeights, WeightStore, weights_of
 from prunebench.spec import WithinBlock
 
@@ -172,7 +172,7 @@ class BlockWalker:
                     if write:
                         goes_on = calibration is not None and index + 1 < len(self.blocks)
                         hidden = calibration.hidden if calibration and goes_on else None
-                        self._weights.keep_block(index, notes=self.notes[index], hidden=hidden)
+                        self._weights.save_block(index, notes=self.notes[index], hidden=hidden)
                 self._advance(1)
 
     def survey(self, *, hessian: bool = False) -> Generator[LinearGroup]:
@@ -204,14 +204,14 @@ class BlockWalker:
             later=later,
         )
 
-    def _spread(self, block: nn.Module, index: int) -> Spread:
+    def _spread(self, block: nn.Module, index: int) -> BlockReplicas:
         repeats = [one for one in self._repeats if one.block_index == index]
-        return Spread(block, [*self.linears_of(index), *repeats], self._devices)
+        return BlockReplicas(block, [*self.linears_of(index), *repeats], self._devices)
 
     def _go_on(self, begin: int, data: Calibration | None) -> None:
         """Bring the activations before block `begin` back: as they were kept, or made again."""
         if data is not None and 0 < begin < len(self.blocks):
-            kept = None if data.leaves_tensors else self._weights.kept_hidden(begin)
+            kept = None if data.leaves_tensors else self._weights.saved_hidden(begin)
             for batch, hidden in enumerate(kept or ()):
                 data.hidden[batch] = hidden
             for index in range(0 if kept is None else begin, begin):
@@ -239,7 +239,9 @@ class BlockWalker:
 
     # ------------------------------------------------------------ the two orders
 
-    def _joint(self, spread: Spread, index: int, data: Calibration) -> Generator[LinearGroup]:
+    def _joint(
+        self, spread: BlockReplicas, index: int, data: Calibration
+    ) -> Generator[LinearGroup]:
         groups = data.plans[index].groups
         while True:
             try:
@@ -252,11 +254,13 @@ class BlockWalker:
             data.halve()  # and all batches again: some sums may be half made
         for members in groups:  # each is dropped when it has been used: a Hessian is large
             yield self._group(members, collected.pop(0), data)
-            spread.spread_weights(members)
+            spread.broadcast_weights(members)
         if index + 1 < len(self.blocks):
             data.propagate(spread, index)
 
-    def _collect(self, spread: Spread, index: int, data: Calibration) -> list[StatsAccumulator]:
+    def _collect(
+        self, spread: BlockReplicas, index: int, data: Calibration
+    ) -> list[StatsAccumulator]:
         plan = data.plans[index]
         collected = [data.accumulator() for _ in plan.groups]
         slot = {members[0]: i for i, members in enumerate(plan.groups)}
@@ -273,7 +277,7 @@ class BlockWalker:
             if linear is last:
                 raise Stop
 
-        with torch.no_grad(), spread.tapped(list(slot), tap, by_product=plan.by_product):
+        with torch.no_grad(), spread.capture_inputs(list(slot), tap, by_product=plan.by_product):
             for batch, hidden in enumerate(data.hidden):
                 parts = data.calls[batch]
                 block, device = spread.at(batch)
@@ -285,7 +289,11 @@ class BlockWalker:
         return collected
 
     def _collect_later(
-        self, spread: Spread, index: int, data: Calibration, collected: list[StatsAccumulator]
+        self,
+        spread: BlockReplicas,
+        index: int,
+        data: Calibration,
+        collected: list[StatsAccumulator],
     ) -> None:
         """Add the inputs that a block's matrices get in later blocks that use them again.
 
@@ -306,12 +314,14 @@ class BlockWalker:
             for number, there in enumerate(spreads[1:], index + 1):
                 leaders = [leader for leader in slots if leader.block_index == number]
                 by_product = data.plans[number].by_product
-                taps.enter_context(there.tapped(leaders, tap, by_product=by_product))
+                taps.enter_context(there.capture_inputs(leaders, tap, by_product=by_product))
             for batch, hidden in enumerate(data.hidden):
                 for number, there in enumerate(spreads, index):
                     hidden = data.forward(there, number, batch, hidden)
 
-    def _sequential(self, spread: Spread, index: int, data: Calibration) -> Generator[LinearGroup]:
+    def _sequential(
+        self, spread: BlockReplicas, index: int, data: Calibration
+    ) -> Generator[LinearGroup]:
         plan = data.plans[index]
         parent = getcurrent()
         waiting: list[Any] = [
@@ -324,7 +334,7 @@ class BlockWalker:
 
         last_block = index + 1 == len(self.blocks)
         try:
-            with spread.tapped([members[0] for members in plan.groups], tap):
+            with spread.capture_inputs([members[0] for members in plan.groups], tap):
                 for members in plan.groups:
                     accumulator = data.accumulator()
                     with torch.no_grad():
@@ -333,7 +343,7 @@ class BlockWalker:
                             assert arrived is members[0], "the order of a static block changed"
                             accumulator.add(inputs)
                     yield self._group(members, accumulator, data)
-                    spread.spread_weights(members)
+                    spread.broadcast_weights(members)
                     del accumulator
                 with torch.no_grad():
                     for i, batch in enumerate([] if last_block else waiting):

@@ -47,7 +47,7 @@ class WeightStore(Protocol):
                 following one.
         """
 
-    def keep_block(
+    def save_block(
         self, index: int, *, notes: Sequence[Any] = (), hidden: Iterable[Tensor] | None = None
     ) -> None:
         """Keep what was written to an open block.
@@ -58,7 +58,7 @@ class WeightStore(Protocol):
             hidden: The calibration activations behind it, if the run could go on from there.
         """
 
-    def kept_hidden(self, index: int) -> list[Tensor] | None:
+    def saved_hidden(self, index: int) -> list[Tensor] | None:
         """Return the activations before block `index` that an interrupted run has kept, if any."""
 
     def activations(self, device: torch.device) -> Activations:
@@ -79,12 +79,12 @@ class ResidentWeights:
         """Return the block as it is."""
         return contextlib.nullcontext(self._blocks[index])
 
-    def keep_block(
+    def save_block(
         self, index: int, *, notes: Sequence[Any] = (), hidden: Iterable[Tensor] | None = None
     ) -> None:
         """Do nothing: what was written is in the model."""
 
-    def kept_hidden(self, index: int) -> list[Tensor] | None:
+    def saved_hidden(self, index: int) -> list[Tensor] | None:
         """Return None: what is only in memory ends with the process."""
         return None
 

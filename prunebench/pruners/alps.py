@@ -36,7 +36,7 @@ from prunebench.calibration.stats import InputStats
 from prunebench.models.measure import count_sparser_groups
 from prunebench.models.walker import LinearGroup
 from prunebench.pruners.keep import keep_matrix, keep_rows
-from prunebench.pruners.layer import Event, GroupPruner, Needs, Pruned
+from prunebench.pruners.layer import GroupPruner, LayerEvent, Needs, Pruned
 from prunebench.pruners.magnitude import smallest_dropped
 from prunebench.sparsity import Sparsity
 
@@ -62,7 +62,7 @@ class _Reconstruction(GroupPruner):
             weight, target = linear.read(), sparsity[linear.name]
             events = []
             if dead:
-                events.append(Event(linear.name, "dead inputs", float(dead)))
+                events.append(LayerEvent(linear.name, "dead inputs", float(dead)))
             if target.ratio == 0:
                 yield Pruned(weight, 0.0, tuple(events))
                 continue
@@ -73,7 +73,7 @@ class _Reconstruction(GroupPruner):
             sparser = count_sparser_groups(new, target)
             if sparser:
                 events.append(
-                    Event(linear.name, "groups with fewer non-zeros than N", float(sparser))
+                    LayerEvent(linear.name, "groups with fewer non-zeros than N", float(sparser))
                 )
             yield Pruned(new, loss, tuple(events))
 

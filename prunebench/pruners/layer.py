@@ -72,7 +72,7 @@ BEYOND_TARGET = "zeros beyond the target"
 
 
 @dataclass(frozen=True)
-class Event:
+class LayerEvent:
     """Something a method had to work around in one layer, for the result to show."""
 
     layer: str
@@ -93,7 +93,7 @@ class Pruned:
 
     weight: Float[Tensor, "out in"]
     loss: float | None = None
-    events: tuple[Event, ...] = ()
+    events: tuple[LayerEvent, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -105,9 +105,9 @@ class PruneReport:
         learned: How a training went, for methods that train.
     """
 
-    events: tuple[Event, ...] = ()
+    events: tuple[LayerEvent, ...] = ()
     losses: Mapping[str, float] = field(default_factory=dict)
-    learned: Learned | None = None
+    learned: TrainingReport | None = None
 
     @property
     def zeros_beyond(self) -> dict[str, int]:
@@ -116,7 +116,7 @@ class PruneReport:
 
 
 @dataclass(frozen=True)
-class Point:
+class CurvePoint:
     """What was measured at the end of a training step; step 0 is where it began.
 
     Attributes:
@@ -142,7 +142,7 @@ class Point:
 
 
 @dataclass(frozen=True)
-class Learned:
+class TrainingReport:
     """How a training went.
 
     Attributes:
@@ -155,7 +155,7 @@ class Learned:
 
     best_step: int
     processes: int
-    curve: tuple[Point, ...]
+    curve: tuple[CurvePoint, ...]
     prior_scores: tuple[Any, ...] = ()
 
 
@@ -254,7 +254,8 @@ class GroupPruner(ABC):
                 notes = walker.notes[-1]
                 if group.stats is not None and group.stats.tokens == 0:
                     notes += [
-                        asdict(Event(one.name, "no calibration token")) for one in group.linears
+                        asdict(LayerEvent(one.name, "no calibration token"))
+                        for one in group.linears
                     ]
                 for linear, new in zip(
                     group.linears, self.prune_group(group, sparsity), strict=True
@@ -270,7 +271,7 @@ class GroupPruner(ABC):
 def _report(notes: Iterable[Iterable[Mapping[str, Any]]]) -> PruneReport:
     """Return what the notes of all blocks say: events, and losses by layer."""
     rows = [row for block in notes for row in block]
-    events = [Event(**row) for row in rows if "kind" in row]
+    events = [LayerEvent(**row) for row in rows if "kind" in row]
     return PruneReport(tuple(events), {row["layer"]: row["loss"] for row in rows if "loss" in row})
 
 

@@ -34,7 +34,7 @@ from prunebench.calibration.stats import InputStats
 from prunebench.models.measure import count_sparser_groups
 from prunebench.models.walker import LinearGroup
 from prunebench.pruners.keep import keep_group, keep_largest
-from prunebench.pruners.layer import BEYOND_TARGET, Event, GroupPruner, Needs, Pruned
+from prunebench.pruners.layer import BEYOND_TARGET, GroupPruner, LayerEvent, Needs, Pruned
 from prunebench.pruners.magnitude import smallest_dropped
 from prunebench.sparsity import Sparsity
 
@@ -102,15 +102,17 @@ class SparseGPT(GroupPruner):
             new = columns[:, part.outputs].T
             events = []
             if factor.retries:
-                events.append(Event(name, "Hessian damped more", factor.damping))
+                events.append(LayerEvent(name, "Hessian damped more", factor.damping))
             if dead:
-                events.append(Event(name, "dead inputs", float(dead)))
+                events.append(LayerEvent(name, "dead inputs", float(dead)))
             sparser = count_sparser_groups(new, part.sparsity)
             if sparser:
-                events.append(Event(name, "groups with fewer non-zeros than N", float(sparser)))
+                events.append(
+                    LayerEvent(name, "groups with fewer non-zeros than N", float(sparser))
+                )
             beyond = int((new == 0).sum()) - part.sparsity.count(new.numel())
             if beyond > 0 and grid and not part.sparsity.is_pattern:  # small ones round to 0
-                events.append(Event(name, BEYOND_TARGET, float(beyond)))
+                events.append(LayerEvent(name, BEYOND_TARGET, float(beyond)))
             found.append(Pruned(new, float(losses[part.outputs].sum()) / 2, tuple(events)))
         return found
 

@@ -25,40 +25,46 @@ from prunebench.allocators.allocation import (
 from prunebench.calibration.training import Training
 from prunebench.calibration.windows import save_windows
 from prunebench.checkpoints.save import save_masks, save_model
-from prunebench.distributed import rank, together
+from prunebench.distributed import process_group, rank
 from prunebench.errors import OutOfMemory, PrunebenchError, SaveError
 from prunebench.evaluate.divergence import at_dense
 from prunebench.evaluate.outcome import Outcome
 from prunebench.files import cache_dir, write_text
 from prunebench.models.gradients import GradientNorms, gradient_norms
-from prunebench.models.journal import KeptRun
+from prunebench.models.journal import RunJournal
 from prunebench.models.linears import Linear, find_linears
 from prunebench.models.load import hash_weights
 from prunebench.models.measure import Measured, measure_linear, require_met, require_total
-from prunebench.models.out_of_memory import halvings_heard, is_out_of_memory
+from prunebench.models.out_of_memory import is_out_of_memory, on_batch_halved
 from prunebench.models.walker import BlockWalker
 from prunebench.models.weights import weights_of
 from prunebench.progress import Advance, quiet_libraries
 from prunebench.pruners import METHODS
-from prunebench.pruners.layer import Point, PruneReport
+from prunebench.pruners.layer import CurvePoint, PruneReport
 from prunebench.results.samples import write_samples
 from prunebench.results.schema import Result
-from prunebench.run.packed import executed
+from prunebench.run.packed import packed_weights
 from prunebench.run.plan import Plan, prepare
 from prunebench.run.result import (
-    allocation_block,
-    cost_block,
+    build_allocation_block,
+    build_cost_block,
+    build_identity,
+    build_method_block,
+    build_model_block,
+    build_score_blocks,
+    build_sparsity_block,
+    build_training_block,
     failed_result,
-    identity,
-    method_block,
-    model_block,
     samples_of,
-    score_blocks,
-    sparsity_block,
-    training_block,
 )
-from prunebench.run.resume import go_on, open_model, opened_run
-from prunebench.run.scoring import diverge, refer_to_dense, score_dense, score_prior, score_pruned
+from prunebench.run.resume import open_model, open_run_state, restore_finished_blocks
+from prunebench.run.scoring import (
+    collect_dense_logits,
+    score_dense,
+    score_divergence,
+    score_prior,
+    score_pruned,
+)
 from prunebench.sparsity import Sparsity
 from prunebench.spec import RunSpec, Setup
 
@@ -83,7 +89,7 @@ def execute(plan: Plan) -> Result | None:
     Raises:
         PrunebenchError: Whatever a user can fix; the failure is filed too.
     """
-    with together(device=str(plan.device), trains=plan.training is not None):
+    with process_group(device=str(plan.device), trains=plan.training is not None):
         if rank() == 0:
             return _execute(plan)
         _assist(plan)
@@ -104,52 +110,52 @@ def _execute(plan: Plan) -> Result:
     with (
         _failures_are_filed(plan) as row_is_filed,
         _memory_errors(plan.device, trains=trains),
-        _halvings_are_told(plan, halvings),
-        opened_run(plan) as kept,
+        _record_halvings(plan, halvings),
+        open_run_state(plan) as kept,
     ):
         with clock.stage("load", detail=f"{spec.model} in {spec.dtype} on {plan.device}"):
             model = open_model(plan, kept)
             linears = find_linears(model)
-            dense_sha256, zeros = _look_at_dense(model, linears, kept)
+            dense_sha256, zeros = _hash_and_count_zeros(model, linears, kept)
         is_dense = not METHODS.find(spec.method).prunes and spec.execute == "dense"
         dense = [] if is_dense else score_dense(plan, model, dense_sha256)
-        references = refer_to_dense(plan, model)
+        references = collect_dense_logits(plan, model)
         with _stopwatch(kept) as prune_seconds:
             allocation = _allocate(plan, model, linears, kept)
             requested = layer_sparsities(plan.sparsity, allocation, linears)
             report = _prune(plan, model, requested)
         with clock.stage("measure", detail="sparsity of every layer"):
-            evaluated_sha256, measured = _look_at_pruned(model, linears, requested)
+            evaluated_sha256, measured = _hash_and_measure(model, linears, requested)
             require_met(measured, zeros, requested, beyond=report.zeros_beyond)
             require_total(measured, zeros, plan.sparsity, beyond=report.zeros_beyond)
-        with executed(plan, model, linears) as execution:
+        with packed_weights(plan, model, linears) as execution:
             outcomes = score_pruned(plan, model, dense_sha256 if is_dense else None, kept)
-            diverged = diverge(plan, model, references)
+            diverged = score_divergence(plan, model, references)
         dense = outcomes if is_dense else dense
         result = Result(
-            **identity(plan, status="ok"),
-            model=model_block(plan, model, dense_sha256, evaluated_sha256),
-            method=method_block(spec, report),
+            **build_identity(plan, status="ok"),
+            model=build_model_block(plan, model, dense_sha256, evaluated_sha256),
+            method=build_method_block(spec, report),
             calibration=plan.calibration,
-            training=training_block(plan, report),
-            allocation=allocation_block(spec, allocation),
-            sparsity=sparsity_block(plan, measured, report, allocation),
+            training=build_training_block(plan, report),
+            allocation=build_allocation_block(spec, allocation),
+            sparsity=build_sparsity_block(plan, measured, report, allocation),
             scores=[
                 score
                 for pair in zip(
                     [*outcomes, *diverged], [*dense, *map(at_dense, diverged)], strict=True
                 )
-                for score in score_blocks(*pair)
+                for score in build_score_blocks(*pair)
             ],
             execution=execution,
-            cost=cost_block(
+            cost=build_cost_block(
                 plan,
                 prune_seconds(),
                 starts=kept.state.starts if kept else 1,
                 halvings=halvings,
             ),
         )
-        result = _named_once(result, kept)
+        result = _reuse_pending_result(result, kept)
         _publish(plan, result)  # the row first: a full disk must not cost an hour's work twice
         row_is_filed()
         if plan.training is not None:
@@ -160,8 +166,8 @@ def _execute(plan: Plan) -> Result:
     return result
 
 
-def _look_at_dense(
-    model: nn.Module, linears: list[Linear], kept: KeptRun | None
+def _hash_and_count_zeros(
+    model: nn.Module, linears: list[Linear], kept: RunJournal | None
 ) -> tuple[str, dict[str, int]]:
     """Return the hash of the dense weights and the zeros of every linear, in one pass."""
     if kept and kept.state.dense:
@@ -178,7 +184,7 @@ def _look_at_dense(
     return sha256, zeros
 
 
-def _look_at_pruned(
+def _hash_and_measure(
     model: nn.Module, linears: list[Linear], requested: dict[str, Sparsity]
 ) -> tuple[str, list[Measured]]:
     """Return the hash of the weights and what they show, in one pass."""
@@ -194,7 +200,7 @@ def _look_at_pruned(
 
 
 def _allocate(
-    plan: Plan, model: nn.Module, linears: list[Linear], kept: KeptRun | None
+    plan: Plan, model: nn.Module, linears: list[Linear], kept: RunJournal | None
 ) -> Allocation:
     """Choose a ratio for every layer."""
     target, allocator = plan.sparsity.ratio, plan.allocator
@@ -214,7 +220,7 @@ def _allocate(
 
 
 def _prune(plan: Plan, model: nn.Module, requested: dict[str, Sparsity]) -> PruneReport:
-    go_on(plan, model)
+    restore_finished_blocks(plan, model)
     gradients, norm = None, plan.pruner.needs.gradients
     if norm is not None and plan.windows:
         samples = len(plan.windows.token_ids)
@@ -227,7 +233,7 @@ def _prune(plan: Plan, model: nn.Module, requested: dict[str, Sparsity]) -> Prun
 
 
 @contextmanager
-def _stopwatch(kept: KeptRun | None) -> Iterator[Callable[[], float]]:
+def _stopwatch(kept: RunJournal | None) -> Iterator[Callable[[], float]]:
     """Yield what says how long the work inside took, earlier starts of this run included."""
     before = kept.state.seconds if kept else 0.0
     begun = time.perf_counter()
@@ -270,10 +276,10 @@ def _training(plan: Plan, model: nn.Module, advance: Advance) -> Training | None
     if plan.training is None:
         return None
 
-    def hear(point: Point) -> None:
+    def hear(point: CurvePoint) -> None:
         advance(bool(point.step))
         if point.held_out_ppl is not None:
-            plan.clock.note(training_line(point))
+            plan.clock.note(format_training_point(point))
 
     def prior() -> tuple[Outcome, ...]:
         return tuple(score_prior(plan, model)) if rank() == 0 else ()
@@ -281,7 +287,7 @@ def _training(plan: Plan, model: nn.Module, advance: Advance) -> Training | None
     return dataclasses.replace(plan.training, hear=hear, note=plan.clock.note, score_prior=prior)
 
 
-def training_line(point: Point) -> str:
+def format_training_point(point: CurvePoint) -> str:
     """Say what a step measured in one line."""
     loss = "" if point.loss is None else f"loss {point.loss:.3f}, "
     return (
@@ -291,7 +297,7 @@ def training_line(point: Point) -> str:
     )
 
 
-def _named_once(result: Result, kept: KeptRun | None) -> Result:
+def _reuse_pending_result(result: Result, kept: RunJournal | None) -> Result:
     """Return the result that an earlier start was about to file, if there was one: same name."""
     if kept is None:
         return result
@@ -336,14 +342,14 @@ def _save_outputs(
 
 
 @contextmanager
-def _halvings_are_told(plan: Plan, halvings: list[str]) -> Iterator[None]:
+def _record_halvings(plan: Plan, halvings: list[str]) -> Iterator[None]:
     """Say and note what did not fit into memory and was done in smaller batches."""
 
     def hear(what: str, size: int) -> None:
         halvings.append(f"{what}: {size} at a time")
         plan.clock.note(f"out of memory: {what} goes on with {size} sequences at a time")
 
-    with halvings_heard(hear):
+    with on_batch_halved(hear):
         yield
 
 

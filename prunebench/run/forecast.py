@@ -25,9 +25,9 @@ from prunebench.models.walker import BATCH_TOKENS
 from prunebench.pruners import METHODS
 from prunebench.pruners.layer import GroupPruner
 from prunebench.run.memory import (
-    Need,
+    MemoryNeed,
     Sizes,
-    Work,
+    Workload,
     free_memory,
     gigabytes,
     model_sizes,
@@ -51,7 +51,7 @@ class Forecast:
         seconds: By stage; empty where the method cannot be probed.
     """
 
-    need: Need
+    need: MemoryNeed
     device_free: int
     host_free: int
     disk_free: int
@@ -91,13 +91,13 @@ def forecast(plan: Plan) -> Forecast:
     )
 
 
-def work_of(plan: Plan) -> Work:
+def work_of(plan: Plan) -> Workload:
     """Return what a run does."""
     windows = plan.windows.token_ids if plan.windows else None
     samples, seqlen = windows.shape if windows is not None else (0, 0)
     device = plan.device.type
     longest = max((text.windows.shape[1] for text in plan.texts), default=2)
-    return Work(
+    return Workload(
         samples=samples,
         seqlen=seqlen,
         batch=min(samples, max(1, BATCH_TOKENS.get(device, 4096) // seqlen)) if samples else 1,
@@ -133,7 +133,7 @@ def anonymous_bytes() -> int:
 def _seconds(
     plan: Plan,
     sizes: Sizes,
-    work: Work,
+    work: Workload,
     cost: MethodCost,
     machine: Machine,
     groups: list[tuple[int, int]],
@@ -181,7 +181,7 @@ def require_fits(plan: Plan, found: Forecast) -> None:
         )
 
 
-def _what_would_fit(plan: Plan, need: Need) -> str:
+def _what_would_fit(plan: Plan, need: MemoryNeed) -> str:
     """Return the option that takes away the largest part of what is needed."""
     largest = max({**need.host, **need.device}.items(), key=lambda item: item[1])[0]
     if plan.weights == "resident" and largest == "blocks":

@@ -58,11 +58,11 @@ def free_memory(device: torch.device) -> int:
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         return int(free)
-    rooms = [psutil.virtual_memory().available, *_group_rooms(), *_limit_rooms()]
+    rooms = [psutil.virtual_memory().available, *_cgroup_headroom(), *_rlimit_headroom()]
     return max(0, int(min(rooms)))
 
 
-def _group_rooms() -> list[int]:
+def _cgroup_headroom() -> list[int]:
     """What is left in the control group (version 2, then 1)."""
     rooms = []
     for limit, used in (
@@ -77,7 +77,7 @@ def _group_rooms() -> list[int]:
     return rooms
 
 
-def _limit_rooms() -> list[int]:
+def _rlimit_headroom() -> list[int]:
     """What `ulimit -v` and `ulimit -d` leave."""
     import resource
 
@@ -101,7 +101,7 @@ def choose_weights(sizes: Sizes, device: torch.device) -> tuple[Weights, str]:
 
 
 @dataclass(frozen=True)
-class Work:
+class Workload:
     """What a run does, as far as its size depends on it.
 
     Attributes:
@@ -128,7 +128,7 @@ class Work:
 
 
 @dataclass(frozen=True)
-class Need:
+class MemoryNeed:
     """Peak bytes of a run, and where they come from.
 
     Attributes:
@@ -156,7 +156,7 @@ def plan_memory(
     sizes: Sizes,
     hidden_size: int,
     footprint: BlockFootprint,
-    work: Work,
+    work: Workload,
     *,
     method_peak: int,
     dtype: torch.dtype,
@@ -164,7 +164,7 @@ def plan_memory(
     placement: Placement,
     on_gpu: bool,
     process: int,
-) -> Need:
+) -> MemoryNeed:
     """Add up what a run takes at its peak.
 
     Args:
@@ -207,7 +207,7 @@ def plan_memory(
     (host if on_gpu else device)["Python and libraries"] = process
     kept = sum(sizes.blocks) + 2 * calibrating if weights == "disk" else 0
     mapped = max(calibrating, scoring) if weights == "disk" and placement == "disk" else 0
-    return Need(device, host, kept + mapped)
+    return MemoryNeed(device, host, kept + mapped)
 
 
 def gigabytes(count: float) -> str:

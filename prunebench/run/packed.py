@@ -21,7 +21,7 @@ _WINDOWS = 4
 
 
 @contextmanager
-def executed(
+def packed_weights(
     plan: Plan, model: nn.Module, linears: list[Linear]
 ) -> Iterator[ExecutionBlock | None]:
     """Run the model with packed weights inside, and as it was before and after.

@@ -32,7 +32,7 @@ from prunebench.models.load import choose_devices, load_tokenizer
 from prunebench.models.masks import masks_origin, require_masks_named
 from prunebench.models.source import CatalogEntry, LocalModel, fetch_model, find_model
 from prunebench.options import options_of
-from prunebench.progress import StageClock
+from prunebench.progress import StageTimer
 from prunebench.pruners import METHODS
 from prunebench.pruners.layer import DependsOnModel, Pruner
 from prunebench.results.store import ResultStore
@@ -83,7 +83,7 @@ class ResolvedSpec:
     named: RunSpec
     setup: Setup
     store: ResultStore
-    clock: StageClock
+    clock: StageTimer
     devices: tuple[torch.device, ...]
     model: LocalModel
     dtype: DtypeChoice
@@ -107,7 +107,7 @@ def resolve(spec: RunSpec, setup: Setup) -> ResolvedSpec:
         PrunebenchError: The first thing that is wrong.
     """
     started = time.perf_counter()
-    clock = StageClock(setup.progress)
+    clock = StageTimer(setup.progress)
     with clock.stage("check", detail=f"{spec.method} on {spec.model}"):
         source = find_model(spec.model)
         named = check_names(_place_texts(spec, source.kind), setup)
@@ -335,7 +335,7 @@ def _identify_allocation(spec: RunSpec) -> Fields:
     return {"allocation": "file", "allocation_options": {"sha256": digest}}
 
 
-def _identify_masks(named: NamedSpec, clock: StageClock) -> Fields:
+def _identify_masks(named: NamedSpec, clock: StageTimer) -> Fields:
     name = named.pruner.needs.masks
     if name is None:
         return {}

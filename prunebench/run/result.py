@@ -46,7 +46,7 @@ from prunebench.run.resolve import ResolvedSpec
 from prunebench.spec import RunSpec
 
 
-def identity(resolved: ResolvedSpec, *, status: str) -> dict[str, Any]:
+def build_identity(resolved: ResolvedSpec, *, status: str) -> dict[str, Any]:
     """Return the fields that every result has, finished or failed."""
     spec = resolved.spec
     return {
@@ -64,10 +64,10 @@ def identity(resolved: ResolvedSpec, *, status: str) -> dict[str, Any]:
 def failed_result(resolved: ResolvedSpec, *, error: str, stage: str, message: str) -> Result:
     """Return the record of a run that did not finish."""
     failure = FailureBlock(stage=stage, error=error, message=message[:500])
-    return Result(**identity(resolved, status="failed"), failure=failure)
+    return Result(**build_identity(resolved, status="failed"), failure=failure)
 
 
-def model_block(
+def build_model_block(
     plan: Plan, model: nn.Module, dense_sha256: str, evaluated_sha256: str
 ) -> ModelBlock:
     """Describe which weights were pruned."""
@@ -85,7 +85,7 @@ def model_block(
     )
 
 
-def method_block(spec: RunSpec, report: PruneReport) -> MethodBlock:
+def build_method_block(spec: RunSpec, report: PruneReport) -> MethodBlock:
     """Describe what decided, and what it had to work around."""
     row = METHODS.find(spec.method)
     return MethodBlock(
@@ -98,7 +98,7 @@ def method_block(spec: RunSpec, report: PruneReport) -> MethodBlock:
     )
 
 
-def allocation_block(spec: RunSpec, allocation: Allocation) -> AllocationBlock | None:
+def build_allocation_block(spec: RunSpec, allocation: Allocation) -> AllocationBlock | None:
     """Describe what spread the target over the layers."""
     if spec.allocation == "uniform":
         return None
@@ -113,7 +113,7 @@ def allocation_block(spec: RunSpec, allocation: Allocation) -> AllocationBlock |
     )
 
 
-def training_block(plan: Plan, report: PruneReport) -> TrainingBlock | None:
+def build_training_block(plan: Plan, report: PruneReport) -> TrainingBlock | None:
     """Describe what was learned from, and how it went."""
     learned, training = report.learned, plan.training
     if learned is None or training is None or plan.training_text is None:
@@ -137,7 +137,7 @@ def training_block(plan: Plan, report: PruneReport) -> TrainingBlock | None:
     )
 
 
-def sparsity_block(
+def build_sparsity_block(
     plan: Plan,
     measured: list[Measured],
     report: PruneReport,
@@ -165,7 +165,7 @@ def sparsity_block(
     )
 
 
-def score_blocks(outcome: Outcome, dense: Outcome) -> list[Score]:
+def build_score_blocks(outcome: Outcome, dense: Outcome) -> list[Score]:
     """Describe what the pruned model got under one protocol, and the dense model beside it."""
     return [
         Score(
@@ -201,7 +201,9 @@ def samples_of(outcomes: list[Outcome], dense: list[Outcome]) -> list[Sample]:
     ]
 
 
-def cost_block(plan: Plan, prune_seconds: float, *, starts: int, halvings: list[str]) -> CostBlock:
+def build_cost_block(
+    plan: Plan, prune_seconds: float, *, starts: int, halvings: list[str]
+) -> CostBlock:
     """Describe what the run took so far, see `CostBlock`."""
     peaks = [torch.cuda.max_memory_allocated(one) for one in plan.devices if one.type == "cuda"]
     return CostBlock(

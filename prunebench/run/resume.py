@@ -21,7 +21,7 @@ from torch import nn
 from prunebench import __version__
 from prunebench.files import cache_dir
 from prunebench.models.disk import DiskWeights, load_on_disk
-from prunebench.models.journal import KeptInfo, KeptRun, kept_info, read_journal
+from prunebench.models.journal import JournalInfo, RunJournal, journal_info, read_journal
 from prunebench.models.load import load_config, load_model
 from prunebench.models.weights import weights_of
 from prunebench.pruners.layer import GroupPruner
@@ -29,7 +29,7 @@ from prunebench.run.plan import Plan
 from prunebench.run.resolve import ResolvedSpec
 
 
-def kept_folder(resolved: ResolvedSpec) -> Path:
+def journal_folder(resolved: ResolvedSpec) -> Path:
     """Return where a run keeps what it has finished: a name that stands for all it depends on."""
     import transformers
 
@@ -46,15 +46,15 @@ def runs_folder() -> Path:
     return cache_dir() / "runs"
 
 
-def kept_runs() -> list[KeptInfo]:
+def unfinished_runs() -> list[JournalInfo]:
     """Return what all interrupted runs have left, the newest first."""
     folders = [path for path in runs_folder().glob("*") if path.is_dir()]
-    infos = [info for info in map(kept_info, sorted(folders)) if info]
+    infos = [info for info in map(journal_info, sorted(folders)) if info]
     return sorted(infos, key=lambda info: info.age_seconds)
 
 
 @contextmanager
-def opened_run(plan: Plan) -> Iterator[KeptRun | None]:
+def open_run_state(plan: Plan) -> Iterator[RunJournal | None]:
     """Open what this run keeps; None where the weights are in memory.
 
     It stays where the run ends with an error, and goes when the run is finished.
@@ -65,12 +65,12 @@ def opened_run(plan: Plan) -> Iterator[KeptRun | None]:
     if plan.weights == "resident":
         yield None
         return
-    folder, clock = kept_folder(plan), plan.clock
-    kept = KeptRun(folder)
+    folder, clock = journal_folder(plan), plan.clock
+    kept = RunJournal(folder)
     has_lock = kept.lock()
     if not has_lock:
         clock.note(f"another process runs this very command ({folder}): this one keeps nothing")
-        kept = KeptRun(folder.with_name(f"{folder.name}-{secrets.token_hex(4)}"))
+        kept = RunJournal(folder.with_name(f"{folder.name}-{secrets.token_hex(4)}"))
         kept.lock()
     found = read_journal(kept.folder) is not None
     with clock.stage("verify", detail="what is kept") if found else nullcontext():
@@ -97,7 +97,7 @@ def opened_run(plan: Plan) -> Iterator[KeptRun | None]:
     kept.remove()
 
 
-def open_model(plan: Plan, kept: KeptRun | None) -> nn.Module:
+def open_model(plan: Plan, kept: RunJournal | None) -> nn.Module:
     """Load the dense model, or what lies outside its blocks."""
     dtype = getattr(torch, plan.spec.dtype)
     if kept is None:
@@ -112,7 +112,7 @@ def open_model(plan: Plan, kept: KeptRun | None) -> nn.Module:
     )
 
 
-def go_on(plan: Plan, model: nn.Module) -> None:
+def restore_finished_blocks(plan: Plan, model: nn.Module) -> None:
     """Take the finished blocks for the model's, if the method can go on from them.
 
     A method that decides group by group can; one that carries something from block to block (the
@@ -122,4 +122,4 @@ def go_on(plan: Plan, model: nn.Module) -> None:
     if isinstance(weights, DiskWeights):
         if not isinstance(plan.pruner, GroupPruner):
             weights.kept.discard_blocks()
-        weights.go_on()
+        weights.restore_blocks()

@@ -20,7 +20,7 @@ from prunebench.evaluate.outcome import (
     outcomes_from,
     remember_outcomes,
 )
-from prunebench.models.journal import KeptRun
+from prunebench.models.journal import RunJournal
 from prunebench.models.load import hash_weights
 from prunebench.run.plan import Plan
 
@@ -50,7 +50,7 @@ def _scored_once(
 
 
 def score_pruned(
-    plan: Plan, model: nn.Module, dense_sha256: str | None, kept: KeptRun | None
+    plan: Plan, model: nn.Module, dense_sha256: str | None, kept: RunJournal | None
 ) -> list[Outcome]:
     """Score the model as it is now; what a dense model got is remembered."""
     outcomes = []
@@ -75,7 +75,7 @@ def _score(plan: Plan, model: nn.Module, evaluator: Evaluator, *, stage: str) ->
         return evaluator.score(model, advance=advance)
 
 
-def refer_to_dense(plan: Plan, model: nn.Module) -> list[Divergence]:
+def collect_dense_logits(plan: Plan, model: nn.Module) -> list[Divergence]:
     """Keep what the pruned model's distributions will be compared with."""
     if not plan.spec.divergence:
         return []
@@ -88,7 +88,7 @@ def refer_to_dense(plan: Plan, model: nn.Module) -> list[Divergence]:
     return references
 
 
-def diverge(plan: Plan, model: nn.Module, references: list[Divergence]) -> list[Outcome]:
+def score_divergence(plan: Plan, model: nn.Module, references: list[Divergence]) -> list[Outcome]:
     """Compare the model's distributions with those that were kept."""
     outcomes = []
     for reference in references:

@@ -27,7 +27,7 @@ from torch.distributed.checkpoint.state_dict_saver import save
 
 from prunebench.errors import IncompatibleData, SaveError
 from prunebench.files import explain_os_error, sha256_file
-from prunebench.pruners.layer import Point
+from prunebench.pruners.layer import CurvePoint
 from prunebench.pruners.maskllm.learn import Learner
 from prunebench.pruners.maskllm.shards import Shards
 
@@ -115,7 +115,7 @@ class CheckpointStore:
                 fix="remove that folder: the training then begins anew",
             ) from error
         learner.done, learner.progress.best_step = facts["done"], facts["best_step"]
-        learner.progress.curve = [Point(**point) for point in facts["curve"]]
+        learner.progress.curve = [CurvePoint(**point) for point in facts["curve"]]
         return ""
 
     def _facts(self, learner: Learner, hashes: dict[str, str]) -> dict[str, Any]:

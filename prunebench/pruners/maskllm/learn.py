@@ -21,7 +21,7 @@ from prunebench.errors import IncompatibleData
 from prunebench.models.backward import Backward
 from prunebench.models.linears import Linear, find_blocks
 from prunebench.models.replay import plain_inference
-from prunebench.pruners.layer import Point
+from prunebench.pruners.layer import CurvePoint
 from prunebench.pruners.maskllm import dispatch
 from prunebench.pruners.maskllm.candidates import mask_of
 from prunebench.pruners.maskllm.masked_weights import MaskedWeights
@@ -45,11 +45,11 @@ class Progress:
     """
 
     best: dict[str, Integer[Tensor, " groups"]] = field(default_factory=dict)
-    curve: list[Point] = field(default_factory=list)
+    curve: list[CurvePoint] = field(default_factory=list)
     best_step: int = 0
 
     @property
-    def held_out(self) -> list[Point]:
+    def held_out(self) -> list[CurvePoint]:
         """The points with a held-out score."""
         return [point for point in self.curve if point.held_out_ppl is not None]
 
@@ -110,7 +110,7 @@ class Learner:
         held_out: Int[Tensor, "held seqlen"],
         *,
         eval_every: int,
-        after_step: Callable[[Point], None] = lambda point: None,
+        after_step: Callable[[CurvePoint], None] = lambda point: None,
     ) -> Progress:
         """Take the steps that are left.
 
@@ -285,7 +285,7 @@ class Learner:
         ppl: float | None,
         train: Tensor,
         begun: float,
-        after_step: Callable[[Point], None],
+        after_step: Callable[[CurvePoint], None],
     ) -> None:
         relaxation = self.schedule.relaxation(max(step - 1, 0), seed=self.seed, draw=0)
         certain = math.fsum(dispatch.certainty(layer, relaxation) for layer in self.layers.values())
@@ -294,7 +294,7 @@ class Learner:
             for one, layer in self.layers.items()
         )
         certain, changed = self.shards.sum(certain, changed)
-        point = Point(
+        point = CurvePoint(
             step,
             tokens=step * self.schedule.batch * train.shape[1],
             loss=loss,

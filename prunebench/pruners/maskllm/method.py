@@ -35,14 +35,14 @@ from prunebench.models.masks import Masks
 from prunebench.models.source import CatalogEntry
 from prunebench.models.walker import BlockWalker
 from prunebench.pruners.layer import (
-    Event,
+    CurvePoint,
     Forecast,
-    Learned,
+    LayerEvent,
     Needs,
-    Point,
     Pruner,
     PruneReport,
     TrainingNeeds,
+    TrainingReport,
 )
 from prunebench.pruners.maskllm.candidates import candidates, choose, mask_of, require_learnable
 from prunebench.pruners.maskllm.checkpoint import CheckpointStore
@@ -161,7 +161,7 @@ class MaskLLM(Options):
         learner = self._learner(walker, prior, table, shards)
         assert self.eval_every is not None
 
-        def after_step(point: Point) -> None:
+        def after_step(point: CurvePoint) -> None:
             data.hear(point)
             last = point.step == learner.schedule.steps
             if keeper is None or not (self.save_every and point.step):
@@ -183,7 +183,7 @@ class MaskLLM(Options):
             raise
         progress = learner.progress
         _write(walker, progress.best, table, shards)
-        learned = Learned(progress.best_step, shards.world, tuple(progress.curve), scores)
+        learned = TrainingReport(progress.best_step, shards.world, tuple(progress.curve), scores)
         return PruneReport(events, learned=learned)
 
     def _require_shares(self, world: int) -> None:
@@ -314,7 +314,7 @@ def _weights_put_back(walker: BlockWalker) -> Iterator[None]:
             one.stored.copy_(dense.pop(one.name))
 
 
-def _resume(keeper: CheckpointStore, learner: Learner, data: Training) -> tuple[Event, ...]:
+def _resume(keeper: CheckpointStore, learner: Learner, data: Training) -> tuple[LayerEvent, ...]:
     """Take up the kept state of this very run; the result says from where the training went on."""
     damage = keeper.restore(learner)
     if damage:
@@ -324,7 +324,7 @@ def _resume(keeper: CheckpointStore, learner: Learner, data: Training) -> tuple[
     data.note(f"  the training goes on after step {learner.done}, kept in {keeper.folder}")
     for point in learner.progress.curve:
         data.hear(point)
-    return (Event("all", "training resumed after step", float(learner.done)),)
+    return (LayerEvent("all", "training resumed after step", float(learner.done)),)
 
 
 def _keep(keeper: CheckpointStore, learner: Learner, data: Training) -> None:
