@@ -123,12 +123,14 @@ def prune_seconds(
     method: str, model: Any, tokens: Any, *, sparsity: str, within_block: Any, gradients: Any = None
 ) -> float:
     """Prune a model and return how long that took."""
+    from prunebench.models.pruner_inputs import PrunerInputs
     from prunebench.models.walker import BlockWalker
     from prunebench.pruners import METHODS
     from prunebench.sparsity import Sparsity
 
     begun = time.perf_counter()
-    walker = BlockWalker(model, token_ids=tokens, within_block=within_block, gradients=gradients)
+    inputs = PrunerInputs(gradients=gradients)
+    walker = BlockWalker(model, token_ids=tokens, within_block=within_block, inputs=inputs)
     target = Sparsity.parse(sparsity)
     METHODS.make(method, {}).prune(walker, {one.name: target for one in walker.linears})
     return time.perf_counter() - begun

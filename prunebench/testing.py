@@ -23,6 +23,7 @@ from prunebench.models.gradients import gradient_norms
 from prunebench.models.linears import find_linears
 from prunebench.models.load import hash_weights, quiet_transformers
 from prunebench.models.measure import measure_linear, require_met
+from prunebench.models.pruner_inputs import PrunerInputs
 from prunebench.models.walker import BlockWalker
 from prunebench.pruners.layer import DependsOnModel, Pruner
 from prunebench.sparsity import Sparsity
@@ -174,8 +175,7 @@ class _Trial:
             self.model,
             token_ids=tokens,
             within_block=self.within_block,
-            gradients=gradients,
-            training=training,
+            inputs=PrunerInputs(gradients=gradients, training=training),
             batch_tokens=48,
         )
         self.pruner.prune(walker, {linear.name: self.sparsity for linear in walker.linears})

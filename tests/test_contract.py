@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from prunebench.models.load import hash_weights
+from prunebench.models.pruner_inputs import PrunerInputs
 from prunebench.models.walker import BlockWalker
 from prunebench.pruners import BUILTIN, METHODS
 from prunebench.sparsity import Sparsity
@@ -80,7 +81,7 @@ def test_every_layer_loses_its_exact_count_at_odd_widths(method, ratio):
     gradients = None
     if pruner.needs.gradients:
         gradients = gradient_norms(model, tiny_tokens(), norm=pruner.norm)
-    walker = BlockWalker(model, token_ids=tiny_tokens(), gradients=gradients)
+    walker = BlockWalker(model, token_ids=tiny_tokens(), inputs=PrunerInputs(gradients=gradients))
     report = pruner.prune(walker, {one.name: target for one in walker.linears})
     found = {one.name: int((one.stored == 0).sum()) for one in walker.linears}
     assert found == {one.name: target.count(one.size) for one in walker.linears}

@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from prunebench.calibration.stats import StatsAccumulator
 from prunebench.models.gradients import _Accumulators, gradient_norms
 from prunebench.models.linears import find_linears
+from prunebench.models.pruner_inputs import PrunerInputs
 from prunebench.models.source import ModelSource, find_model
 from prunebench.models.walker import BlockWalker
 from prunebench.pruners import BUILTIN, METHODS
@@ -375,7 +376,9 @@ def test_statistics_and_solver_of_a_bfloat16_model_are_float32(method, monkeypat
     if pruner.needs.gradients:
         gradients = gradient_norms(model, tokens, norm=pruner.norm)
         assert "add_product" in calls or "add_gradient" in calls
-    walker = BlockWalker(model, token_ids=tokens, gradients=gradients, batch_tokens=48)
+    walker = BlockWalker(
+        model, token_ids=tokens, inputs=PrunerInputs(gradients=gradients), batch_tokens=48
+    )
     sparsity = {one.name: Sparsity.parse("0.5") for one in find_linears(model)}
     pruner.prune(walker, sparsity)
     assert seen == []

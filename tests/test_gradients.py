@@ -10,6 +10,7 @@ from prunebench.errors import IncompatibleData
 from prunebench.models.gradients import gradient_norms
 from prunebench.models.linears import find_linears
 from prunebench.models.load import hash_weights
+from prunebench.models.pruner_inputs import PrunerInputs
 from prunebench.models.walker import BlockWalker
 from prunebench.pruners import METHODS
 from prunebench.pruners.gblm import Gblm
@@ -96,7 +97,7 @@ def pruned(method, sparsity, **options):
     gradients = None
     if pruner.needs.gradients:
         gradients = gradient_norms(model, tokens, norm=pruner.norm)
-    walker = BlockWalker(model, token_ids=tokens, gradients=gradients)
+    walker = BlockWalker(model, token_ids=tokens, inputs=PrunerInputs(gradients=gradients))
     pruner.prune(walker, {one.name: Sparsity.parse(sparsity) for one in walker.linears})
     return model
 

@@ -14,6 +14,7 @@ from prunebench.errors import IncompatibleData, UsageError
 from prunebench.models.backward import Backward
 from prunebench.models.linears import find_linears
 from prunebench.models.load import hash_weights
+from prunebench.models.pruner_inputs import PrunerInputs
 from prunebench.models.replay import plain_inference
 from prunebench.models.walker import BlockWalker
 from prunebench.pruners import METHODS
@@ -49,7 +50,7 @@ def train(folder=None, *, model=None, notes=None, hear=lambda point: None, **opt
     model = model or one_block()
     note = notes.append if notes is not None else lambda text: None
     data = Training(tiny_tokens(samples=8), tiny_tokens(samples=3, seed=1), folder, hear, note)
-    walker = BlockWalker(model, token_ids=tiny_tokens(), training=data)
+    walker = BlockWalker(model, token_ids=tiny_tokens(), inputs=PrunerInputs(training=data))
     report = pruner_of(**options).prune(walker, {one.name: HALF for one in walker.linears})
     return model, report
 

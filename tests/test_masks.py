@@ -11,6 +11,7 @@ from prunebench.errors import IncompatibleData, MissingResource, UsageError
 from prunebench.files import sha256_file
 from prunebench.models.linears import find_linears
 from prunebench.models.masks import open_masks
+from prunebench.models.pruner_inputs import PrunerInputs
 from prunebench.models.walker import BlockWalker
 from prunebench.progress import Silent
 from prunebench.pruners import METHODS
@@ -75,7 +76,7 @@ def test_masks_are_applied_and_kept_weights_stay_as_they_are(kind, model, file, 
         model.save_pretrained(tmp_path / "checkpoint")
     name = file if kind == "file" else tmp_path / "checkpoint"
     dense = tiny_model("llama")
-    walker = BlockWalker(dense, masks=opened(name, dense))
+    walker = BlockWalker(dense, inputs=PrunerInputs(masks=opened(name, dense)))
     MaskLLM(masks=str(name)).prune(walker, {one.name: HALF for one in walker.linears})
     for ours, theirs in zip(find_linears(dense), find_linears(model), strict=True):
         assert torch.equal(ours.read(), theirs.read())
@@ -117,7 +118,7 @@ def test_masks_that_are_not_n_of_m_name_the_place(tmp_path):
     second.write(spoiled)
     save_masks(find_linears(ours), tmp_path / "m.npz")
     dense = tiny_model("llama")
-    walker = BlockWalker(dense, masks=opened(tmp_path / "m.npz", dense))
+    walker = BlockWalker(dense, inputs=PrunerInputs(masks=opened(tmp_path / "m.npz", dense)))
     with pytest.raises(IncompatibleData, match="not 2:4") as caught:
         MaskLLM(masks="m.npz").prune(walker, {one.name: HALF for one in walker.linears})
     assert second.name in caught.value.where
@@ -193,7 +194,7 @@ def test_a_checkpoint_of_another_model_is_refused(model, tmp_path):
 def test_a_dense_checkpoint_has_no_masks_of_a_pattern(tmp_path):
     dense = tiny_model("llama")
     dense.save_pretrained(tmp_path / "dense")
-    walker = BlockWalker(dense, masks=opened(tmp_path / "dense", dense))
+    walker = BlockWalker(dense, inputs=PrunerInputs(masks=opened(tmp_path / "dense", dense)))
     with pytest.raises(IncompatibleData, match="not 2:4"):
         MaskLLM(masks="dense").prune(walker, {one.name: HALF for one in walker.linears})
 

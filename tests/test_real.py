@@ -26,6 +26,7 @@ from prunebench.evaluate.tasks import Protocol, prepare_tasks
 from prunebench.files import cache_dir
 from prunebench.models.gradients import gradient_norms
 from prunebench.models.load import hash_weights, load_model, load_tokenizer
+from prunebench.models.pruner_inputs import PrunerInputs
 from prunebench.models.source import fetch_model, find_model
 from prunebench.models.walker import BlockWalker
 from prunebench.progress import Silent
@@ -82,7 +83,9 @@ def prune(model, method, sparsity, tokens, **options):
     gradients = None
     if pruner.needs.gradients:
         gradients = gradient_norms(model, tokens, norm=pruner.norm)
-    walker = BlockWalker(model, token_ids=tokens, gradients=gradients, **options)
+    walker = BlockWalker(
+        model, token_ids=tokens, inputs=PrunerInputs(gradients=gradients), **options
+    )
     walker.report = pruner.prune(walker, {x.name: Sparsity.parse(sparsity) for x in walker.linears})
     return walker
 
@@ -260,7 +263,7 @@ def test_a_learned_mask_is_no_worse_than_its_prior_on_held_out_text(model, token
     options = {"prior": "magnitude", "steps": 3, "batch": 2, "eval_every": 3, "save_every": 0}
     pruner = METHODS.make("maskllm", METHODS.resolve_options("maskllm", options, seed=0))
     training = Training(tokens[:2, :128].clone(), tokens[2:, :128].clone())
-    walker = BlockWalker(model, token_ids=tokens, training=training)
+    walker = BlockWalker(model, token_ids=tokens, inputs=PrunerInputs(training=training))
     report = pruner.prune(walker, {one.name: Sparsity.parse("2:4") for one in walker.linears})
     for linear in walker.linears:
         assert int((linear.stored.view(-1, 4) != 0).sum(1).max()) == 2

@@ -26,14 +26,13 @@ from jaxtyping import Int
 from torch import Tensor, nn
 
 from prunebench.calibration.stats import InputStats, StatsAccumulator
-from prunebench.calibration.training import Training
 from prunebench.errors import IncompatibleData, UsageError
 from prunebench.models.calibrated import Calibration
 from prunebench.models.gradients import GradientNorms
 from prunebench.models.linears import Linear, find_blocks, find_linears, find_repeats
-from prunebench.models.masks import Masks
 from prunebench.models.out_of_memory import is_out_of_memory
 from prunebench.models.plan import check_replay, separate_later_uses
+from prunebench.models.pruner_inputs import PrunerInputs
 from prunebench.models.replay import Stop, plain_inference, require_run
 from prunebench.models.replicas import BlockReplicas
 from prunebench.models.weights import ResidentWeights, WeightStore, weights_of
@@ -68,9 +67,7 @@ class BlockWalker:
         activation_device: Where hidden states wait between blocks; by default beside the weights.
         devices: Where the calibration batches run, in turn; the first is where the model is, and
             the default.
-        gradients: Gradients of the dense model, for methods that read them.
-        training: Windows to learn from, for methods that learn.
-        masks: Masks that were named, for methods that apply them or begin with them.
+        inputs: What the method needs besides statistics.
         batch_tokens: Tokens run through a block at a time; by default what suits the device.
         advance: Hears 1 for every finished block.
 
@@ -88,9 +85,7 @@ class BlockWalker:
         weights: WeightStore | None = None,
         activation_device: torch.device | None = None,
         devices: Sequence[torch.device] = (),
-        gradients: GradientNorms | None = None,
-        training: Training | None = None,
-        masks: Masks | None = None,
+        inputs: PrunerInputs | None = None,
         batch_tokens: int | None = None,
         advance: Callable[[int], None] = lambda done: None,
     ) -> None:
@@ -99,10 +94,8 @@ class BlockWalker:
         self.linears = find_linears(model)
         self._repeats = find_repeats(model, self.linears)
         self.within_block = within_block
-        self.training = training
-        self.masks = masks
+        self.inputs = inputs or PrunerInputs()
         self._token_ids = token_ids
-        self._gradients = gradients
         self.notes: list[list[Any]] = []
         self._weights = weights or weights_of(model)
         self._device = next(model.parameters()).device
@@ -164,7 +157,9 @@ class BlockWalker:
                 self.notes.append([])
                 with self._weights.open_block(index) as block:
                     if calibration is None:
-                        yield LinearGroup(tuple(self.linears_of(index)), None, self._gradients)
+                        yield LinearGroup(
+                            tuple(self.linears_of(index)), None, self.inputs.gradients
+                        )
                     elif order == "joint":
                         yield from self._joint(self._spread(block, index), index, calibration)
                     else:
@@ -366,4 +361,4 @@ class BlockWalker:
                 where="the activations overflow on the calibration text",
                 fix="use --dtype float32 or bfloat16, or check the weights",
             )
-        return LinearGroup(tuple(members), stats, self._gradients)
+        return LinearGroup(tuple(members), stats, self.inputs.gradients)

@@ -36,6 +36,7 @@ from prunebench.models.linears import Linear, find_linears
 from prunebench.models.load import hash_weights
 from prunebench.models.measure import Measured, measure_linear, require_met, require_total
 from prunebench.models.out_of_memory import is_out_of_memory, on_batch_halved
+from prunebench.models.pruner_inputs import PrunerInputs
 from prunebench.models.walker import BlockWalker
 from prunebench.models.weights import weights_of
 from prunebench.progress import Advance, quiet_libraries
@@ -264,9 +265,7 @@ def _walk(
             token_ids=plan.windows.token_ids if plan.windows else None,
             within_block=plan.spec.within_block or "joint",
             devices=plan.devices,
-            gradients=gradients,
-            training=_training(plan, model, advance),
-            masks=plan.masks,
+            inputs=PrunerInputs(gradients, _training(plan, model, advance), plan.masks),
             advance=advance,
         )
 

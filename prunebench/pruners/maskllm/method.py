@@ -137,11 +137,11 @@ class MaskLLM(Options):
         if not target.ratio:
             return PruneReport()
         if self.masks:
-            if walker.masks is None:
+            if walker.inputs.masks is None:
                 raise UsageError("masks are named, and none were opened")
             with closing(walker.groups(stats=False)) as groups:
                 for linear in (one for group in groups for one in group.linears):
-                    keep = _checked(walker.masks, linear, target)
+                    keep = _checked(walker.inputs.masks, linear, target)
                     linear.write(torch.where(keep.to(linear.stored.device), linear.read(), 0))
             return PruneReport()
         require_learnable(target)
@@ -150,7 +150,7 @@ class MaskLLM(Options):
     # ------------------------------------------------------------ learning
 
     def _learn(self, walker: BlockWalker, target: Sparsity) -> PruneReport:
-        data = walker.training
+        data = walker.inputs.training
         if data is None:
             raise UsageError("maskllm needs text to learn from", fix="give --set train_data=NAME")
         shards = Shards.of_group()
@@ -202,8 +202,8 @@ class MaskLLM(Options):
         assert self.prior is not None
         if self.prior == "scratch":
             return None
-        if walker.masks is not None:
-            masks = walker.masks
+        if walker.inputs.masks is not None:
+            masks = walker.inputs.masks
             return {one.name: choose(_checked(masks, one, target), table) for one in walker.linears}
         chosen = {}
         with _weights_put_back(walker):
