@@ -107,16 +107,16 @@ def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
     if not lists:
         raise IncompatibleData(
             f"{type(model).__name__} has no list of blocks",
-            where="no nn.ModuleList of matrices was found in its text decoder",
+            where="no nn.ModuleList with parameters was found in its text decoder",
             fix="choose a decoder-only transformer",
         )
-    depth = _depth(model)
-    path = max(lists, key=lambda name: (len(lists[name]) == depth, _matrix_size(lists[name])))
+    depth = getattr(_text_config(model), "num_hidden_layers", None)
+    path = max(lists, key=lambda name: (len(lists[name]) == depth, _size(lists[name])))
     return path, lists[path]
 
 
 def _block_lists(model: nn.Module) -> dict[str, nn.ModuleList]:
-    """Return the outermost lists with matrices by path, of the text decoder if it has any."""
+    """Return the outermost lists with parameters by path, of the text decoder if it has any."""
     getter: Any = getattr(model, "get_decoder", None)
     decoder = (getter() if getter else None) or model
     path = next((name for name, module in model.named_modules() if module is decoder), "")
@@ -124,7 +124,7 @@ def _block_lists(model: nn.Module) -> dict[str, nn.ModuleList]:
 
 
 def _lists_below(model: nn.Module, root: nn.Module, prefix: str) -> dict[str, nn.ModuleList]:
-    """Return the outermost lists with matrices by path, without those of towers.
+    """Return the outermost lists with parameters by path, without those of towers.
 
     Towers for images and sound are models of their own: they take no token ids, or have a
     configuration of their own.
@@ -141,19 +141,17 @@ def _lists_below(model: nn.Module, root: nn.Module, prefix: str) -> dict[str, nn
             closed.append(path)
         elif isinstance(module, nn.ModuleList):
             closed.append(path)
-            if _matrix_size(module) or len(module) == _depth(model):  # 2:4 layers have none
+            if _size(module):  # the norms alone, where packed layers hold no parameters
                 lists[path] = module
     return lists
 
 
+def _size(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
 def _matrix_size(module: nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters() if parameter.ndim >= 2)
-
-
-def _depth(model: nn.Module) -> int | None:
-    """Return how many blocks the configuration says there are."""
-    depth: int | None = getattr(_text_config(model), "num_hidden_layers", None)
-    return depth
 
 
 def _text_config(model: nn.Module) -> Any:
@@ -214,7 +212,7 @@ def _require_sole(model: nn.Module, prefix: str, blocks: nn.ModuleList) -> None:
     """Refuse a decoder with another list of blocks; a list of single matrices is none."""
     size = _matrix_size(blocks)
     for path, other in _block_lists(model).items():
-        share = _matrix_size(other) / (size + _matrix_size(other))
+        share = _matrix_size(other) / max(1, size + _matrix_size(other))
         whole = any(next(member.children(), None) is not None for member in other)
         if path != prefix and whole and share > 1 - MIN_COVERAGE:
             raise IncompatibleData(
