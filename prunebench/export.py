@@ -26,17 +26,23 @@ from prunebench.errors import IncompatibleData, MissingResource, SaveError, Usag
 from prunebench.files import atomic_folder, link_or_copy
 from prunebench.models.card import model_card
 from prunebench.models.carried import TEMPLATES, copy_templates
+from prunebench.models.checkpoint_keys import check_tensors
 from prunebench.models.linears import Linear, find_linears
 from prunebench.models.load import load_config, skeleton
-from prunebench.models.safetensors_files import INDEX_NAME, hash_stored
+from prunebench.models.safetensors_files import (
+    INDEX_NAME,
+    PACKED_INDEX,
+    hash_stored,
+    other_files,
+)
 from prunebench.models.save import RESULT_NAME, check_target, save_stored_masks
+from prunebench.models.stored_config import require_unquantised
 from prunebench.models.stored_model import StoredModel, stored_model
 from prunebench.models.verify import expected_of_folder, require_saved
 from prunebench.progress import Progress
 from prunebench.results.schema import Result
 from prunebench.results.store import Damaged, read_copy
 from prunebench.sparse24.folder import (
-    PACKED_INDEX,
     Packing,
     copy_companions,
     dense_tensors,
@@ -56,6 +62,7 @@ _STORAGE = {
     "packed24": "2:4 matrices are packed (values and 4-bit codes, 0.5625 of the dense bytes): run "
     "them with `prunebench`, or get plain safetensors with `prunebench export DIR --to dense`",
     "sparse-24-bitmask": "2:4 matrices are stored as sparse-24-bitmask",
+    "fp8": "matrices are stored as float8, with a scale a block",
 }
 To = Literal["dense", "packed24"]
 _ABOUT = {
@@ -151,10 +158,12 @@ def export(
     tensors = dense_tensors(source)
     _check_target(source, target, replace=replace)
     model = skeleton(load_config(source))
+    check_tensors(model, tensors)
     here, linears = stored_model(model, tensors), find_linears(model)
     sha256 = str(result.model.evaluated_sha256)
     expected = expected_of_folder(here, sha256, result.model.dtype)
-    wanted = [path for path in sorted(source.iterdir()) if _is_taken(path)]
+    others = other_files(source)
+    wanted = [path for path in sorted(source.iterdir()) if _is_taken(path) and path not in others]
     if to is not None:
         wanted = [path for path in wanted if not _is_weight(path)]
     packing = None
@@ -185,7 +194,11 @@ def export(
         about = {name: _ABOUT[name] for name in written}
         card = model_card(result, about, storage=_STORAGE[to or stored])
         (part / "README.md").write_text(card, encoding="utf-8")
-    left_out = [p for p in sorted(source.iterdir()) if p not in wanted and not _is_weight(p)]
+    left_out = [
+        path
+        for path in sorted(source.iterdir())
+        if path not in wanted and (path in others or not _is_weight(path))
+    ]
     names_left = (p.name for p in left_out if p.name not in (*_WRITTEN, TEMPLATES))
     return Exported(target, result, _sizes(target), tuple(linked), tuple(names_left), packing)
 
@@ -220,6 +233,8 @@ def _blame(
 def _convert(source: Path, target: Path, to: To, *, replace: bool, progress: Progress) -> Exported:
     """Store the weights of a folder without a result in another way; the rest is copied."""
     load_config(source)
+    if kind_of(source) == "dense":
+        require_unquantised(source)
     tensors = dense_tensors(source)
     _check_target(source, target, replace=replace)
     packing = None

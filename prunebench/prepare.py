@@ -30,7 +30,7 @@ from prunebench.evaluate.outcome import Evaluator
 from prunebench.evaluate.perplexity import PerplexityTask, prepare_perplexity
 from prunebench.files import cache_dir, require_writable, sha256_file
 from prunebench.models.carried import require_carriable
-from prunebench.models.checkpoint_keys import match_keys
+from prunebench.models.checkpoint_keys import check_tensors, match_keys
 from prunebench.models.linears import Linear, find_linears
 from prunebench.models.load import (
     choose_devices,
@@ -44,6 +44,7 @@ from prunebench.models.masks import Masks, open_masks
 from prunebench.models.safetensors_files import stored_tensors, weight_files
 from prunebench.models.save import check_target
 from prunebench.models.source import LocalModel, fetch_model, find_model
+from prunebench.models.stored_config import asked_attention
 from prunebench.names import check_names
 from prunebench.progress import StageClock
 from prunebench.pruners.layer import Needs, Pruner
@@ -113,7 +114,7 @@ def prepare(spec: RunSpec, setup: Setup) -> Plan:
         _check_outputs(setup, need_model_bytes=1 << 20)
     local = unpacked(fetch_model(source, clock), clock)
     with clock.stage("check", detail="config, tokenizer and sizes"):
-        config = load_config(local.path)
+        config = _read_config(local, clock)
         if spec.seqlen is not None and not (spec.calibration or "").startswith("tokens:"):
             require_context(config, spec.seqlen, option="seqlen")
         if not all(name.startswith("tokens:") for name in spec.ppl):
@@ -128,7 +129,7 @@ def prepare(spec: RunSpec, setup: Setup) -> Plan:
             spec, allocator = _read_allocation(spec, linears, sparsity)
         else:
             allocator = rule
-    size = sum(file.stat().st_size for file in local.path.glob("*.safetensors"))
+        size = _require_whole(local, model)
     _check_outputs(setup, need_model_bytes=size)
     vocabulary = int(config.get_text_config().vocab_size)
     windows, calibration = _calibrate(spec, tokenizer, vocabulary, clock)
@@ -152,6 +153,21 @@ def prepare(spec: RunSpec, setup: Setup) -> Plan:
         spec, setup, store, clock, devices, local, tokenizer, pruner, allocator, sparsity, linears,
         windows, calibration, texts, tasks, weights, started, training, learned_from, masks,
     )  # fmt: skip
+
+
+def _read_config(local: LocalModel, clock: StageClock) -> Any:
+    config = load_config(local.path)
+    asked = asked_attention(local.path)
+    if asked not in (None, config._attn_implementation):
+        clock.note(f"  config.json asks for {asked}: run with {config._attn_implementation}")
+    return config
+
+
+def _require_whole(local: LocalModel, model: torch.nn.Module) -> int:
+    """Refuse files that are not the model's; return the bytes of their tensors."""
+    stored = stored_tensors(weight_files(local.path))
+    check_tensors(model, stored)
+    return sum(tensor.stop - tensor.start for tensor in stored.values())
 
 
 def _devices(

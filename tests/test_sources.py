@@ -109,6 +109,7 @@ def test_damaged_weights_are_found_without_loading(tiny_folder, tmp_path, damage
 def test_a_missing_shard_is_named(tiny_folder, tmp_path):
     copy = tmp_path / "copy"
     shutil.copytree(tiny_folder, copy)
+    (copy / "model.safetensors").unlink()
     index = {"weight_map": {"a": "model-1.safetensors"}}
     (copy / "model.safetensors.index.json").write_text(json.dumps(index))
     with pytest.raises(IncompatibleData, match=r"model-1\.safetensors is damaged"):

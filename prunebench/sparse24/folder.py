@@ -24,18 +24,21 @@ from torch import Tensor
 
 from prunebench.errors import IncompatibleData, PrunebenchError, SaveError
 from prunebench.files import atomic_folder, cache_dir
-from prunebench.models.carried import copy_templates, read_config
+from prunebench.models.carried import copy_templates
 from prunebench.models.safetensors_files import (
     INDEX_NAME,
+    PACKED_INDEX,
     StoredTensor,
     check_weight_files,
+    other_files,
     stored_tensors,
     weight_files,
 )
 from prunebench.models.source import LocalModel
-from prunebench.models.verify import stray_files
+from prunebench.models.stored_config import require_unquantised, stored_config
 from prunebench.progress import Progress
 from prunebench.sparse24.bitmask import bitmask_tensors, is_bitmask, plain_config
+from prunebench.sparse24.fp8 import fp8_tensors, is_fp8, plain_fp8_config
 from prunebench.sparse24.packed import (
     DTYPES,
     Packed24,
@@ -47,12 +50,11 @@ from prunebench.sparse24.packed import (
 )
 from prunebench.sparse24.stored import Derived, read_tensor
 
-PACKED_INDEX = "packed24.json"
 _VALUES, _CODES = ".values24", ".codes24"
 _SHARD_BYTES = 2 << 30
 _SIXTEEN_BITS = tuple(str(dtype).removeprefix("torch.") for dtype in DTYPES)
 
-Kind = Literal["dense", "packed24", "sparse-24-bitmask"]
+Kind = Literal["dense", "packed24", "sparse-24-bitmask", "fp8"]
 
 
 @dataclass(frozen=True)
@@ -78,7 +80,9 @@ def kind_of(folder: Path) -> Kind:
     """Return how the weights of a folder are stored."""
     if (folder / PACKED_INDEX).is_file():
         return "packed24"
-    return "sparse-24-bitmask" if is_bitmask(folder) else "dense"
+    if is_bitmask(folder):
+        return "sparse-24-bitmask"
+    return "fp8" if is_fp8(folder) else "dense"
 
 
 def dense_tensors(folder: Path) -> dict[str, StoredTensor]:
@@ -92,13 +96,20 @@ def dense_tensors(folder: Path) -> dict[str, StoredTensor]:
     kind = kind_of(folder)
     if kind == "packed24":
         return _packed_tensors(folder, stored)
+    if kind == "fp8":
+        return fp8_tensors(folder, stored)
     return bitmask_tensors(folder, stored) if kind == "sparse-24-bitmask" else stored
 
 
 def unpacked(local: LocalModel, progress: Progress) -> LocalModel:
-    """Return a model whose weights are dense: itself, or its copy in the cache, made once."""
+    """Return a model whose weights are dense: itself, or its copy in the cache, made once.
+
+    Raises:
+        IncompatibleData: It is quantised in a way that is not read.
+    """
     kind = kind_of(local.path)
     if kind == "dense":
+        require_unquantised(local.path)
         return local
     digest = hashlib.sha256(local.revision.encode()).hexdigest()[:12]
     path = cache_dir() / "models" / f"{local.source.id.replace('/', '--')}-dense-{digest}"
@@ -135,6 +146,7 @@ def require_same(
         SaveError: It holds anything else, or cannot be read.
     """
     what, where = f"{name} was not saved: it is not what it was made from", ""
+    config = _plain_config(source) or stored_config(source)
     with progress.stage("verify", total=len(tensors), detail=str(name), unit="tensors") as tell:
         try:
             written = dense_tensors(folder)
@@ -146,7 +158,7 @@ def require_same(
                 if where:
                     break
                 tell(1)
-            if stray_files(folder) or read_config(folder) != _config_of(source):
+            if other_files(folder) or stored_config(folder) != config:
                 where = where or "config.json has changed, or a file is beside the weights"
         except Exception as error:  # whatever a reader would stumble over
             where = error.what if isinstance(error, PrunebenchError) else str(error)
@@ -154,8 +166,9 @@ def require_same(
         raise SaveError(what, where=where, fix="check the disk and try again")
 
 
-def _config_of(source: Path) -> dict[str, Any]:
-    return plain_config(source) or read_config(source)
+def _plain_config(source: Path) -> dict[str, Any] | None:
+    """Return the config without what describes how weights are stored; None if nothing does."""
+    return plain_fp8_config(source) if is_fp8(source) else plain_config(source)
 
 
 def _equal(one: StoredTensor, other: StoredTensor) -> bool:
@@ -304,7 +317,7 @@ def copy_companions(source: Path, target: Path) -> None:
         if path.is_file() and not weights and not path.name.startswith("."):
             shutil.copyfile(path, target / path.name)
     copy_templates(source, target)
-    config = plain_config(source)
+    config = _plain_config(source)
     if config is not None:
         (target / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 

@@ -1,0 +1,110 @@
+"""Models in one GGUF file or in parts: which files they are, and how parts become one.
+
+A light module: torch is not loaded to understand a name.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from prunebench.errors import IncompatibleData, MissingResource
+
+_PART = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})$")
+UNREADABLE = (ValueError, KeyError, OSError, RuntimeError, IndexError, NotImplementedError)
+
+
+def gguf_name(gguf: Path) -> str:
+    """Return the name of a model: the file's, without the number of the part."""
+    part = _PART.match(gguf.stem)
+    return part["stem"] if part else gguf.stem
+
+
+def gguf_parts(gguf: Path) -> list[Path]:
+    """Return all files of a model in order, whichever of them was named.
+
+    Raises:
+        MissingResource: A part is not there.
+    """
+    part = _PART.match(gguf.stem)
+    if part is None:
+        return [gguf]
+    count = int(part["count"])
+    numbers = range(1, count + 1)
+    parts = [gguf.with_name(f"{part['stem']}-{n:05}-of-{count:05}.gguf") for n in numbers]
+    missing = [path.name for path in parts if not path.is_file()]
+    if missing or not parts:
+        others = "the other is" if count == 2 else f"{len(missing)} others are"
+        raise MissingResource(
+            f"{gguf} is part {int(part['number'])} of {count}, {others} missing",
+            where=f"the first that is not there is {missing[0] if missing else gguf.name}",
+            fix="copy or download all parts into one folder, with their names",
+        )
+    return parts
+
+
+def join_gguf(parts: Sequence[Path], path: Path) -> None:
+    """Write one file of several parts: the settings of the first, the tensors of all.
+
+    Raises:
+        IncompatibleData: They are not the parts of one model.
+        OSError: The disk is full.
+    """
+    import gguf
+
+    readers = [read_gguf(part) for part in parts]
+    fields = readers[0].fields
+    architecture = fields.get("general.architecture")
+    names = [tensor.name for reader in readers for tensor in reader.tensors]
+    promised = fields.get("split.tensors.count")
+    wanted = int(promised.contents()) if promised else len(names)
+    if architecture is None or len(names) != wanted or len(set(names)) != len(names):
+        raise IncompatibleData(
+            f"{parts[0]} and its siblings are not the parts of one model",
+            where=f"they hold {len(set(names))} tensors, the first part promises {wanted}",
+            fix="copy or download all parts again",
+        )
+    writer = gguf.GGUFWriter(path, str(architecture.contents()))
+    for name, field in fields.items():
+        if name == "general.architecture" or name.startswith(("GGUF.", "split.")):
+            continue
+        kind = field.types[0]
+        item = field.types[-1] if kind == gguf.GGUFValueType.ARRAY else None
+        writer.add_key_value(name, field.contents(), kind, sub_type=item)
+    tensors = [tensor for reader in readers for tensor in reader.tensors]
+    for one in tensors:
+        writer.add_tensor_info(
+            one.name, one.data.shape, one.data.dtype, one.data.nbytes, one.tensor_type
+        )
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+    for one in tensors:
+        writer.write_tensor_data(one.data)
+    writer.close()
+
+
+def read_gguf(path: Path) -> Any:
+    """Open a GGUF file.
+
+    Raises:
+        IncompatibleData: It is none, or damaged.
+    """
+    import gguf
+
+    try:
+        return gguf.GGUFReader(path)
+    except (*UNREADABLE, AssertionError, UnicodeDecodeError) as error:
+        raise unreadable(path, error) from error
+
+
+def unreadable(path: Path, error: Exception) -> IncompatibleData:
+    """Return the error for a GGUF file that cannot be read."""
+    lines = str(error).splitlines()
+    return IncompatibleData(
+        f"{path} cannot be read as a GGUF model",
+        where=lines[0][:200] if lines else type(error).__name__,
+        fix="copy the file again, or give a folder of safetensors",
+    )

@@ -1,0 +1,125 @@
+"""What a GGUF file says of positions and scales, and transformers does not read.
+
+llama.cpp stores the frequencies of Llama 3.1 as divisors of the plain ones, one number for every
+pair of channels. transformers leaves the tensor out, and every position would be rotated wrongly.
+The divisors follow from the four settings of the `llama3` scaling, which are found again here, and
+compared with the file.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from prunebench.errors import IncompatibleData
+
+ROPE_FACTORS = "rope_freqs.weight"
+_RTOL = 1e-4
+_LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
+_CONTEXTS = (8192, 4096, 16384, 32768)  # that the model was trained with before
+_SETTINGS = {  # as the file calls it, and as the config does
+    "attention.sliding_window": "sliding_window",
+    "attn_logit_softcapping": "attn_logit_softcapping",
+    "final_logit_softcapping": "final_logit_softcapping",
+    "attention.layer_norm_rms_epsilon": "rms_norm_eps",
+}
+
+
+def apply_rope_factors(path: Path, model: Any, factors: np.ndarray) -> None:
+    """Make the config give the frequencies that the file holds.
+
+    Args:
+        path: The file, for messages.
+        model: As transformers read it.
+        factors: What each plain frequency is divided by, (head dimension / 2,).
+
+    Raises:
+        IncompatibleData: No setting gives these.
+    """
+    wanted = torch.as_tensor(np.array(factors), dtype=torch.float32).reshape(-1)
+    config = model.config
+    plain = _plain_frequencies(config)
+    if plain is not None and len(plain) == len(wanted):
+        if _close(_frequencies(config), plain / wanted):
+            return
+        for context in _CONTEXTS:
+            trial = dict(config.rope_parameters)
+            trial |= {"rope_type": "llama3", "factor": float(wanted.max()), **_LLAMA3}
+            trial["original_max_position_embeddings"] = context
+            if _close(_frequencies(config, trial), plain / wanted):
+                config.rope_parameters = trial
+                return
+    raise IncompatibleData(
+        f"{path} scales positions in a way that is not read",
+        where=f"its {ROPE_FACTORS} is of no known setting",
+        fix="give a folder of safetensors, whose config.json says how",
+    )
+
+
+def require_same_settings(path: Path, config: Any, reader: Any) -> None:
+    """Refuse a file whose settings transformers read otherwise than it says.
+
+    Raises:
+        IncompatibleData: There is such a setting.
+    """
+    architecture = str(reader.fields["general.architecture"].contents())
+
+    def stated(name: str) -> Any:
+        field = reader.fields.get(f"{architecture}.{name}")
+        return None if field is None else field.contents()
+
+    scaling = stated("rope.scaling.type")
+    rope = getattr(config, "rope_parameters", None) or {}
+    if scaling not in (None, "none") and rope.get("rope_type", "default") in ("default", None):
+        raise _otherwise(path, f"{architecture}.rope.scaling.type", scaling, "default")
+    for name, attribute in _SETTINGS.items():
+        value, ours = stated(name), getattr(config, attribute, None)
+        if not isinstance(value, int | float) or ours is None:
+            continue
+        if abs(value - ours) > 1e-6 * max(abs(value), abs(ours)):
+            raise _otherwise(path, f"{architecture}.{name}", value, ours)
+
+
+def _otherwise(path: Path, name: str, value: Any, ours: Any) -> IncompatibleData:
+    return IncompatibleData(
+        f"{path} says {name} = {value}, and transformers reads {ours}",
+        where="the model that is scored would not be the one in the file",
+        fix="give a folder of safetensors, whose config.json says it",
+    )
+
+
+def _frequencies(config: Any, parameters: dict[str, Any] | None = None) -> Tensor:
+    """Return the frequencies that the config gives, (head dimension / 2,), with other settings."""
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    before = config.rope_parameters
+    config.rope_parameters = dict(parameters or before)
+    try:
+        kind = config.rope_parameters.get("rope_type", "default")
+        if kind == "default":
+            plain = _plain_frequencies(config)
+            assert plain is not None
+            return plain
+        frequencies: Tensor = ROPE_INIT_FUNCTIONS[kind](config, torch.device("cpu"))[0]
+        return frequencies
+    finally:
+        config.rope_parameters = before
+
+
+def _plain_frequencies(config: Any) -> Tensor | None:
+    parameters = getattr(config, "rope_parameters", None) or {}
+    theta = parameters.get("rope_theta")
+    if theta is None:
+        return None
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    width = int(width * parameters.get("partial_rotary_factor", 1.0))
+    exponents = torch.arange(0, width, 2, dtype=torch.float32) / width
+    return 1.0 / float(theta) ** exponents
+
+
+def _close(one: Tensor, other: Tensor) -> bool:
+    return one.shape == other.shape and torch.allclose(one, other, rtol=_RTOL, atol=0.0)

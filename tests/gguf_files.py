@@ -1,0 +1,147 @@
+"""Tiny Llamas as GGUF files, written as llama.cpp's converter does: whole, or in parts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import torch
+
+_NAMES = {
+    "model.embed_tokens": "token_embd",
+    "model.norm": "output_norm",
+    "lm_head": "output",
+    "input_layernorm": "attn_norm",
+    "post_attention_layernorm": "ffn_norm",
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+}
+
+
+def gguf_tensors(config: Any, state: dict[str, torch.Tensor]) -> dict[str, np.ndarray]:
+    """The weights of a tiny Llama by the names of GGUF; q and k with their rows interleaved."""
+    tensors: dict[str, np.ndarray] = {}
+    heads = {"attn_q": config.num_attention_heads, "attn_k": config.num_key_value_heads}
+    for name, tensor in state.items():
+        stem, _, kind = name.rpartition(".")
+        prefix = ""
+        if stem.startswith("model.layers."):
+            index, _, stem = stem.removeprefix("model.layers.").partition(".")
+            prefix = f"blk.{index}."
+        short, weight = _NAMES[stem], tensor.float().numpy()
+        if short in heads:
+            rows = weight.reshape(heads[short], 2, -1, *weight.shape[1:])
+            weight = rows.swapaxes(1, 2).reshape(weight.shape)
+        tensors[f"{prefix}{short}.{kind}"] = np.ascontiguousarray(weight)
+    return tensors
+
+
+def write_gguf(
+    path: Path,
+    model: Any,
+    tensors: dict[str, np.ndarray] | None = None,
+    settings: dict[str, Any] | None = None,
+) -> Path:
+    """Write one file.
+
+    Args:
+        path: Where to.
+        model: A tiny Llama, for the settings.
+        tensors: By default those of the model.
+        settings: More keys, without `llama.`; numbers or texts.
+    """
+    writer = gguf.GGUFWriter(path, "llama")
+    config = model.config
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
+    writer.add_rope_dimension_count(config.head_dim)
+    writer.add_vocab_size(config.vocab_size)
+    for name, value in (settings or {}).items():
+        if isinstance(value, str):
+            writer.add_string(f"llama.{name}", value)
+        else:
+            writer.add_float32(f"llama.{name}", value)
+    _write_tokenizer(writer, config.vocab_size)
+    ours = gguf_tensors(config, model.state_dict()) if tensors is None else tensors
+    for name, tensor in ours.items():
+        writer.add_tensor(name, tensor)
+    _finish(writer)
+    return path
+
+
+def split_gguf(path: Path, *, parts: int = 2) -> list[Path]:
+    """Cut a file as llama.cpp's gguf-split does: all settings are in the first part."""
+    reader = gguf.GGUFReader(path)
+    step = -(-len(reader.tensors) // parts)
+    files = []
+    for number in range(parts):
+        file = path.with_name(f"{path.stem}-{number + 1:05}-of-{parts:05}.gguf")
+        writer = gguf.GGUFWriter(file, "llama")
+        for field in reader.fields.values() if number == 0 else ():
+            if field.name != "general.architecture" and not field.name.startswith("GGUF."):
+                kind = field.types[0]
+                item = field.types[-1] if kind == gguf.GGUFValueType.ARRAY else None
+                writer.add_key_value(field.name, field.contents(), kind, sub_type=item)
+        writer.add_uint16("split.no", number)
+        writer.add_uint16("split.count", parts)
+        writer.add_int32("split.tensors.count", len(reader.tensors))
+        for one in reader.tensors[number * step : (number + 1) * step]:
+            writer.add_tensor(one.name, one.data, raw_dtype=one.tensor_type)
+        _finish(writer)
+        files.append(file)
+    return files
+
+
+def llama3_factors(config: Any, *, factor: float, context: int = 8192) -> np.ndarray:
+    """The divisors of the frequencies, by the formula of llama.cpp's converter."""
+    width = config.head_dim
+    plain = 1.0 / config.rope_parameters["rope_theta"] ** (np.arange(0, width, 2) / width)
+    divisors = []
+    for frequency in plain:
+        length = 2 * np.pi / frequency
+        if length < context / 4.0:
+            divisors.append(1.0)
+        elif length > context / 1.0:
+            divisors.append(factor)
+        else:
+            smooth = (context / length - 1.0) / (4.0 - 1.0)
+            divisors.append(1.0 / ((1 - smooth) / factor + smooth))
+    return np.array(divisors, dtype=np.float32)
+
+
+def same_weights(one: Any, other: Any) -> bool:
+    """Whether two models hold the same parameters, bit for bit."""
+    ours, theirs = dict(one.named_parameters()), dict(other.named_parameters())
+    return ours.keys() == theirs.keys() and all(torch.equal(ours[n], theirs[n]) for n in ours)
+
+
+def _write_tokenizer(writer: gguf.GGUFWriter, size: int) -> None:
+    from tokenizers import pre_tokenizers
+
+    writer.add_tokenizer_model("gpt2")
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    writer.add_token_list([*alphabet[: size - 1], "ab"])  # what the one merge makes
+    writer.add_token_types([gguf.TokenType.NORMAL] * size)
+    writer.add_token_merges(["a b"])
+    writer.add_bos_token_id(1)
+    writer.add_eos_token_id(2)
+
+
+def _finish(writer: gguf.GGUFWriter) -> None:
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
