@@ -9,11 +9,14 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import prunebench.models.save as save_module
 import prunebench.models.verify as verify
 import prunebench.sparse24.folder as packed_folder
-from prunebench.models.carried import clean_tokenizer_config, write_index
-from prunebench.models.load import hash_weights
+from prunebench.errors import SaveError
+from prunebench.models.carried import clean_tokenizer_config, write_config, write_index
+from prunebench.models.load import hash_weights, load_model
 from prunebench.models.safetensors_files import check_weight_files, weight_files
+from prunebench.progress import Silent
 from prunebench.results.store import ResultStore
 from prunebench.testing import tiny_model
 
@@ -468,3 +471,68 @@ def test_zeros_that_packing_would_change_are_not_packed_as_scored(cli, eval_file
     output = cli("export", "ck", "-o", "out", "--to", "packed24", code=4).output
     assert "are -0.0, which is packed as +0.0" in output
     assert not Path("out").exists()
+
+
+# ---------------------------------------------------------------- every architecture
+
+
+def small_model(kind):
+    """Build a tiny random model of a kind that transformers knows; None where it cannot be."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from prunebench.testing import _LLAMA_LIKE
+
+    small = {
+        **_LLAMA_LIKE, "num_experts": 4, "num_local_experts": 4, "n_routed_experts": 4,
+        "moe_intermediate_size": 32, "n_group": 1, "topk_group": 1, "n_layer": 3, "n_embd": 32,
+        "n_head": 4, "ffn_dim": 64, "d_model": 32, "n_layers": 3,
+    }  # fmt: skip
+    try:
+        config = AutoConfig.for_model(kind)
+        text = config.get_text_config()
+        for name in small.keys() & vars(text).keys():
+            setattr(text, name, small[name])
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config)
+        if sum(one.numel() for one in model.parameters()) > 20e6:
+            return None
+        return AutoModelForCausalLM.from_config(config)
+    except Exception:
+        return None
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_no_architecture_of_transformers_is_refused_by_mistake(tmp_path, dtype):
+    """Whatever plain transformers loads from a saved folder is what its files are hashed as."""
+    from transformers import AutoModelForCausalLM
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    name, checked, refused = str(dtype).removeprefix("torch."), 0, {}
+    for kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        built = small_model(kind)
+        if built is None:
+            continue
+        source, target = tmp_path / kind, tmp_path / f"{kind}-saved"
+        try:
+            built.save_pretrained(source)
+            model = load_model(source, dtype=dtype, device=torch.device("cpu"))
+            sha256 = hash_weights(model)
+        except Exception:
+            continue  # it could not be run either
+        target.mkdir()
+        save_module._save_resident(model, target)
+        write_config(source, target, model, dtype=name)
+        expected = verify.expected_of_model(model, sha256, name, {})
+        try:
+            verify.require_saved(target, expected, name=target, progress=Silent())
+        except SaveError as error:
+            refused[kind] = error.where
+        loaded = AutoModelForCausalLM.from_pretrained(target)
+        if (hash_weights(loaded) == sha256) != (kind not in refused):
+            refused[kind] = "plain transformers loads something else"
+        checked += 1
+        shutil.rmtree(source)
+        shutil.rmtree(target)
+    assert refused == {}
+    assert checked > 80
