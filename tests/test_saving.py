@@ -359,7 +359,14 @@ def faulty(monkeypatch):
     return arm
 
 
-FAULTY_PAIRS = [(way, fault) for way in WAYS for fault in {**FAULTS, **CONFIG_FAULTS}]
+QUICK = {"a bit of a matrix", "a tensor is dropped", "tied tensors differ"}
+FAULTY_PAIRS = [
+    pytest.param(
+        way, fault, marks=[] if "strangers" not in way or fault in QUICK else pytest.mark.slow
+    )
+    for way in WAYS
+    for fault in {**FAULTS, **CONFIG_FAULTS}
+]
 
 
 @pytest.mark.parametrize(("way", "fault"), FAULTY_PAIRS)
@@ -376,7 +383,7 @@ def test_every_fault_of_every_writer_is_refused_and_nothing_is_left(
 
 
 @pytest.mark.parametrize("way", ["resident", "disk", "export", "packed24", "dense"])
-@pytest.mark.parametrize("name", ["tower", "mtp"])
+@pytest.mark.parametrize("name", ["mtp", pytest.param("tower", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("damage", [flip_a_bit, drop_a_tensor])
 def test_a_fault_in_what_is_carried_over_is_refused(save, faulty, built, way, name, damage):
     built(name)
