@@ -1,4 +1,4 @@
-"""Tiny Llamas as GGUF files, written as llama.cpp's converter does: whole, or in parts."""
+"""Tiny models as GGUF files, written as llama.cpp's converter does: whole, or in parts."""
 
 from __future__ import annotations
 
@@ -22,19 +22,32 @@ _NAMES = {
     "mlp.gate_proj": "ffn_gate",
     "mlp.up_proj": "ffn_up",
     "mlp.down_proj": "ffn_down",
+    "self_attn.q_norm": "attn_q_norm",
+    "self_attn.k_norm": "attn_k_norm",
+    "mlp.gate": "ffn_gate_inp",
+    "mlp.experts.down_proj": "ffn_down_exps",
 }
+_ARCHITECTURES = {"llama": "llama", "qwen3_moe": "qwen3moe"}
 
 
 def gguf_tensors(config: Any, state: dict[str, torch.Tensor]) -> dict[str, np.ndarray]:
-    """The weights of a tiny Llama by the names of GGUF; q and k with their rows interleaved."""
+    """The weights by the names of GGUF; q and k of a Llama with their rows interleaved."""
     tensors: dict[str, np.ndarray] = {}
     heads = {"attn_q": config.num_attention_heads, "attn_k": config.num_key_value_heads}
+    if config.model_type != "llama":
+        heads = {}
     for name, tensor in state.items():
         stem, _, kind = name.rpartition(".")
         prefix = ""
         if stem.startswith("model.layers."):
             index, _, stem = stem.removeprefix("model.layers.").partition(".")
             prefix = f"blk.{index}."
+        if kind not in ("weight", "bias"):
+            stem, kind = f"{stem}.{kind}", "weight"
+        if stem == "mlp.experts.gate_up_proj":
+            gate, up = (np.ascontiguousarray(half.float().numpy()) for half in tensor.chunk(2, 1))
+            tensors |= {f"{prefix}ffn_gate_exps.weight": gate, f"{prefix}ffn_up_exps.weight": up}
+            continue
         short, weight = _NAMES[stem], tensor.float().numpy()
         if short in heads:
             rows = weight.reshape(heads[short], 2, -1, *weight.shape[1:])
@@ -53,12 +66,13 @@ def write_gguf(
 
     Args:
         path: Where to.
-        model: A tiny Llama, for the settings.
+        model: A tiny Llama or Qwen3-MoE, for the settings.
         tensors: By default those of the model.
-        settings: More keys, without `llama.`; numbers or texts.
+        settings: More keys, without the architecture; numbers or texts.
     """
-    writer = gguf.GGUFWriter(path, "llama")
     config = model.config
+    architecture = _ARCHITECTURES[config.model_type]
+    writer = gguf.GGUFWriter(path, architecture)
     writer.add_block_count(config.num_hidden_layers)
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)
@@ -71,9 +85,13 @@ def write_gguf(
     writer.add_vocab_size(config.vocab_size)
     for name, value in (settings or {}).items():
         if isinstance(value, str):
-            writer.add_string(f"llama.{name}", value)
+            writer.add_string(f"{architecture}.{name}", value)
         else:
-            writer.add_float32(f"llama.{name}", value)
+            writer.add_float32(f"{architecture}.{name}", value)
+    if architecture == "qwen3moe":
+        writer.add_expert_count(config.num_experts)
+        writer.add_expert_used_count(config.num_experts_per_tok)
+        writer.add_key_length(config.head_dim)
     _write_tokenizer(writer, config.vocab_size)
     ours = gguf_tensors(config, model.state_dict()) if tensors is None else tensors
     for name, tensor in ours.items():

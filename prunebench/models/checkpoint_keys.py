@@ -105,13 +105,13 @@ def find_places(model: nn.Module, stored: Mapping[str, StoredTensor]) -> Checkpo
         places[name] = tensor
     missing = set(wanted) - set(places) - set(rebuilt)
     gaps = {gap for keys in parts.values() for gap in _gaps(keys)}
-    unused, refused = unplaced_tensors(model, {name: one.shape for name, one in unplaced})
+    unused, refused = unplaced_tensors(model, {name: extra.shape for name, extra in unplaced})
     return CheckpointKeys(
         places,
         rebuilt,
         without_tied(model, missing) | gaps,
-        {one.name: one for name, one in unplaced if name in unused},
-        {one.name for name, one in unplaced if name in refused},
+        {extra.name: extra for name, extra in unplaced if name in unused},
+        {extra.name for name, extra in unplaced if name in refused},
     )
 
 
@@ -140,7 +140,7 @@ def match_keys(
 
 
 def _folder_of(stored: Mapping[str, StoredTensor]) -> Path:
-    return next((one.path.parent for one in stored.values()), Path())
+    return next((tensor.path.parent for tensor in stored.values()), Path())
 
 
 def _name_in_model(
@@ -157,9 +157,10 @@ def _name_in_model(
 
 def _made_with(name: str, pattern: str, converters: list[Any]) -> list[str]:
     """Return all names that a conversion gives with the first of them."""
-    for one in converters:
-        if pattern in one.source_patterns:
-            return [name.replace(one.target_patterns[0], other) for other in one.target_patterns]
+    for converter in converters:
+        if pattern in converter.source_patterns:
+            first = converter.target_patterns[0]
+            return [name.replace(first, other) for other in converter.target_patterns]
     return [name]
 
 

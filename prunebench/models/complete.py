@@ -90,7 +90,9 @@ def is_harmless(name: str, shape: tuple[int, ...] | None) -> bool:
 
 def _declared_unused(model: Any) -> re.Pattern[str] | None:
     patterns = getattr(model, "_keys_to_ignore_on_load_unexpected", None)
-    return re.compile("|".join(f"({one})" for one in sorted(patterns))) if patterns else None
+    return (
+        re.compile("|".join(f"({pattern})" for pattern in sorted(patterns))) if patterns else None
+    )
 
 
 def without_tied(model: Any, missing: Iterable[str]) -> set[str]:

@@ -11,6 +11,8 @@ out (tensors, scaling of positions) is refused by name, see also `models.gguf_ro
 
 from __future__ import annotations
 
+import contextlib
+import io
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +39,7 @@ def convert_gguf(gguf: Path, folder: Path) -> None:
     where = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
     reader = read_gguf(gguf)
     _require_one_part(gguf, reader)
-    with quiet_transformers():
+    with quiet_transformers(), contextlib.redirect_stderr(io.StringIO()):  # tqdm's bar, always on
         try:
             tokenizer = AutoTokenizer.from_pretrained(**where)
             model, info = AutoModelForCausalLM.from_pretrained(
@@ -48,7 +50,9 @@ def convert_gguf(gguf: Path, folder: Path) -> None:
             )
         except ImportError as error:
             raise needs_package(gguf, error) from error
-        except UNREADABLE as error:
+        except Exception as error:
+            if not isinstance(error, UNREADABLE) and type(error) is not Exception:
+                raise  # the library tokenizers raises a plain one
             raise unreadable(gguf, error) from error
         _require_whole(gguf, reader, model, info)
         model.hf_quantizer = None

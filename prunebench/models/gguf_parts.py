@@ -74,15 +74,14 @@ def join_gguf(parts: Sequence[Path], path: Path) -> None:
         item = field.types[-1] if kind == gguf.GGUFValueType.ARRAY else None
         writer.add_key_value(name, field.contents(), kind, sub_type=item)
     tensors = [tensor for reader in readers for tensor in reader.tensors]
-    for one in tensors:
-        writer.add_tensor_info(
-            one.name, one.data.shape, one.data.dtype, one.data.nbytes, one.tensor_type
-        )
+    for tensor in tensors:
+        data = tensor.data
+        writer.add_tensor_info(tensor.name, data.shape, data.dtype, data.nbytes, tensor.tensor_type)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
-    for one in tensors:
-        writer.write_tensor_data(one.data)
+    for tensor in tensors:
+        writer.write_tensor_data(tensor.data)
     writer.close()
 
 

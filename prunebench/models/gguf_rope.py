@@ -121,5 +121,5 @@ def _plain_frequencies(config: Any) -> Tensor | None:
     return 1.0 / float(theta) ** exponents
 
 
-def _close(one: Tensor, other: Tensor) -> bool:
-    return one.shape == other.shape and torch.allclose(one, other, rtol=_RTOL, atol=0.0)
+def _close(ours: Tensor, theirs: Tensor) -> bool:
+    return ours.shape == theirs.shape and torch.allclose(ours, theirs, rtol=_RTOL, atol=0.0)

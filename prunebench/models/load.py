@@ -87,7 +87,11 @@ def load_tokenizer(path: Path) -> Any:
             tokenizer = AutoTokenizer.from_pretrained(path)
         except ImportError as error:
             raise needs_package(f"the tokenizer of {path}", error) from error
-        except (ValueError, OSError, KeyError, TypeError) as error:
+        except Exception as error:
+            if not isinstance(error, ValueError | OSError | KeyError | TypeError) and (
+                type(error) is not Exception  # what the library tokenizers raises
+            ):
+                raise
             raise MissingResource(
                 f"{path} has no usable tokenizer",
                 where=str(error).splitlines()[0][:200],
@@ -178,7 +182,7 @@ def load_model(path: Path, *, dtype: torch.dtype, device: torch.device) -> nn.Mo
                 fix="check that config.json and the safetensors belong together",
             ) from error
     stored = stored_tensors(weight_files(path))
-    require_loaded(path, model, info, shapes={name: one.shape for name, one in stored.items()})
+    require_loaded(path, model, info, shapes={name: row.shape for name, row in stored.items()})
     check_tensors(model, stored)
     model.requires_grad_(False)
     model.eval()

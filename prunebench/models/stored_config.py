@@ -37,7 +37,7 @@ def quantization_settings(folder: Path) -> dict[str, Any]:
 
 
 def _quantizations(config: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    for part in (config, *(one for one in config.values() if isinstance(one, dict))):
+    for part in (config, *(part for part in config.values() if isinstance(part, dict))):
         for name in _WHERE:
             settings = part.get(name)
             if isinstance(settings, dict) and settings:

@@ -146,7 +146,7 @@ def require_same(
         SaveError: It holds anything else, or cannot be read.
     """
     what, where = f"{name} was not saved: it is not what it was made from", ""
-    config = _plain_config(source) or stored_config(source)
+    config = dense_config(source) or stored_config(source)
     with progress.stage("verify", total=len(tensors), detail=str(name), unit="tensors") as tell:
         try:
             written = dense_tensors(folder)
@@ -164,11 +164,6 @@ def require_same(
             where = error.what if isinstance(error, PrunebenchError) else str(error)
     if where:
         raise SaveError(what, where=where, fix="check the disk and try again")
-
-
-def _plain_config(source: Path) -> dict[str, Any] | None:
-    """Return the config without what describes how weights are stored; None if nothing does."""
-    return plain_fp8_config(source) if is_fp8(source) else plain_config(source)
 
 
 def _equal(one: StoredTensor, other: StoredTensor) -> bool:
@@ -310,6 +305,11 @@ def _write_shards(tensors: Iterable[tuple[str, Tensor]], folder: Path, stem: str
     return files
 
 
+def dense_config(folder: Path) -> dict[str, Any] | None:
+    """Return the config for the dense weights of a folder; None if it is the one that it has."""
+    return plain_fp8_config(folder) if is_fp8(folder) else plain_config(folder)
+
+
 def copy_companions(source: Path, target: Path) -> None:
     """Copy what lies beside the weights; a config without what describes how they are stored."""
     for path in sorted(source.iterdir()):
@@ -317,7 +317,7 @@ def copy_companions(source: Path, target: Path) -> None:
         if path.is_file() and not weights and not path.name.startswith("."):
             shutil.copyfile(path, target / path.name)
     copy_templates(source, target)
-    config = _plain_config(source)
+    config = dense_config(source)
     if config is not None:
         (target / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
