@@ -180,20 +180,7 @@ def export(
             require_saved(part, expected, name=target, progress=progress, read=dense_tensors)
         except SaveError as error:
             _blame(source, here, result, packing, error)
-        written = [RESULT_NAME, RECIPE_NAME]
-        recipe = recipe_text(result)
-        if result.spec.allocation == "file":
-            _write_allocation(part / ALLOCATION_NAME, result, linears)
-            written.append(ALLOCATION_NAME)
-        (part / RECIPE_NAME).write_text(recipe, encoding="utf-8")
-        if result.spec.method != "dense":
-            with progress.stage("masks", detail=f"{len(linears)} layers"):
-                names = dict.fromkeys(one.parameter_name for one in linears)
-                save_stored_masks((here.tensors[name] for name in names), part / MASKS_NAME)
-            written.append(MASKS_NAME)
-        about = {name: _ABOUT[name] for name in written}
-        card = model_card(result, about, storage=_STORAGE[to or stored])
-        (part / "README.md").write_text(card, encoding="utf-8")
+        _describe(part, result, here, linears, storage=_STORAGE[to or stored], progress=progress)
     left_out = [
         path
         for path in sorted(source.iterdir())
@@ -201,6 +188,32 @@ def export(
     ]
     names_left = (p.name for p in left_out if p.name not in (*_WRITTEN, TEMPLATES))
     return Exported(target, result, _sizes(target), tuple(linked), tuple(names_left), packing)
+
+
+def _describe(
+    part: Path,
+    result: Result,
+    here: StoredModel,
+    linears: list[Linear],
+    *,
+    storage: str,
+    progress: Progress,
+) -> None:
+    """Write recipe, masks and card into a folder."""
+    written = [RESULT_NAME, RECIPE_NAME]
+    recipe = recipe_text(result)
+    if result.spec.allocation == "file":
+        _write_allocation(part / ALLOCATION_NAME, result, linears)
+        written.append(ALLOCATION_NAME)
+    (part / RECIPE_NAME).write_text(recipe, encoding="utf-8")
+    if result.spec.method != "dense":
+        with progress.stage("masks", detail=f"{len(linears)} layers"):
+            names = dict.fromkeys(linear.parameter_name for linear in linears)
+            save_stored_masks((here.tensors[name] for name in names), part / MASKS_NAME)
+        written.append(MASKS_NAME)
+    about = {name: _ABOUT[name] for name in written}
+    card = model_card(result, about, storage=storage)
+    (part / "README.md").write_text(card, encoding="utf-8")
 
 
 def _blame(
