@@ -36,6 +36,7 @@ from prunebench.checkpoints.save import RESULT_NAME, check_target, save_stored_m
 from prunebench.errors import IncompatibleData, MissingResource, SaveError, UsageError
 from prunebench.files import atomic_folder, link_or_copy
 from prunebench.models.carried import TEMPLATES, copy_templates
+from prunebench.models.checkpoint_keys import check_tensors
 from prunebench.models.linears import Linear, find_linears
 from prunebench.models.load import load_config, skeleton
 from prunebench.models.safetensors_files import (
@@ -158,6 +159,7 @@ def export(
     tensors = dense_tensors(source)
     _check_target(source, target, replace=replace)
     model = skeleton(load_config(source))
+    check_tensors(model, tensors)
     here, linears = stored_model(model, tensors), find_linears(model)
     sha256 = str(result.model.evaluated_sha256)
     expected = expected_of_folder(here, sha256, result.model.dtype)
@@ -179,27 +181,40 @@ def export(
             require_saved(part, expected, name=target, progress=progress, read=dense_tensors)
         except SaveError as error:
             _blame(source, here, result, packing, error)
-        written = [RESULT_NAME, RECIPE_NAME]
-        recipe = recipe_text(result)
-        if result.spec.allocation == "file":
-            _write_allocation(part / ALLOCATION_NAME, result, linears)
-            written.append(ALLOCATION_NAME)
-        (part / RECIPE_NAME).write_text(recipe, encoding="utf-8")
-        if result.spec.method != "dense":
-            with progress.stage("masks", detail=f"{len(linears)} layers"):
-                names = dict.fromkeys(one.parameter_name for one in linears)
-                save_stored_masks((here.tensors[name] for name in names), part / MASKS_NAME)
-            written.append(MASKS_NAME)
-        about = {name: _ABOUT[name] for name in written}
-        card = model_card(result, about, storage=_STORAGE[to or stored])
-        (part / "README.md").write_text(card, encoding="utf-8")
+        _describe(part, result, here, linears, storage=_STORAGE[to or stored], progress=progress)
     left_out = [
         path
         for path in sorted(source.iterdir())
         if path not in wanted and (path in others or not _is_weight(path))
     ]
-    left_names = tuple(path.name for path in left_out if path.name not in (*_WRITTEN, TEMPLATES))
-    return Exported(target, result, _sizes(target), tuple(linked), left_names, packing)
+    names_left = (p.name for p in left_out if p.name not in (*_WRITTEN, TEMPLATES))
+    return Exported(target, result, _sizes(target), tuple(linked), tuple(names_left), packing)
+
+
+def _describe(
+    part: Path,
+    result: Result,
+    here: StoredModel,
+    linears: list[Linear],
+    *,
+    storage: str,
+    progress: Progress,
+) -> None:
+    """Write recipe, masks and card into a folder."""
+    written = [RESULT_NAME, RECIPE_NAME]
+    recipe = recipe_text(result)
+    if result.spec.allocation == "file":
+        _write_allocation(part / ALLOCATION_NAME, result, linears)
+        written.append(ALLOCATION_NAME)
+    (part / RECIPE_NAME).write_text(recipe, encoding="utf-8")
+    if result.spec.method != "dense":
+        with progress.stage("masks", detail=f"{len(linears)} layers"):
+            names = dict.fromkeys(linear.parameter_name for linear in linears)
+            save_stored_masks((here.tensors[name] for name in names), part / MASKS_NAME)
+        written.append(MASKS_NAME)
+    about = {name: _ABOUT[name] for name in written}
+    card = model_card(result, about, storage=storage)
+    (part / "README.md").write_text(card, encoding="utf-8")
 
 
 def _blame(

@@ -27,7 +27,7 @@ from prunebench.checkpoints.derived import Derived, read_tensor
 from prunebench.checkpoints.fp8 import fp8_tensors, is_fp8, plain_fp8_config
 from prunebench.errors import IncompatibleData, PrunebenchError, SaveError
 from prunebench.files import atomic_folder, cache_dir
-from prunebench.models.carried import copy_templates, read_config
+from prunebench.models.carried import copy_templates
 from prunebench.models.safetensors_files import (
     INDEX_NAME,
     PACKED_INDEX,
@@ -38,7 +38,7 @@ from prunebench.models.safetensors_files import (
     weight_files,
 )
 from prunebench.models.source import LocalModel
-from prunebench.models.stored_config import require_unquantised
+from prunebench.models.stored_config import require_unquantised, stored_config
 from prunebench.progress import Progress
 from prunebench.sparse24.packed import (
     DTYPES,
@@ -146,6 +146,7 @@ def require_same(
         SaveError: It holds anything else, or cannot be read.
     """
     what, where = f"{name} was not saved: it is not what it was made from", ""
+    config = dense_config(source) or stored_config(source)
     with progress.stage("verify", total=len(tensors), detail=str(name), unit="tensors") as tell:
         try:
             written = dense_tensors(folder)
@@ -157,9 +158,7 @@ def require_same(
                 if where:
                     break
                 tell(1)
-            if other_files(folder) or read_config(folder) != (
-                dense_config(source) or read_config(source)
-            ):
+            if other_files(folder) or stored_config(folder) != config:
                 where = where or "config.json has changed, or a file is beside the weights"
         except Exception as error:  # whatever a reader would stumble over
             where = error.what if isinstance(error, PrunebenchError) else str(error)

@@ -77,7 +77,12 @@ def bench_command(
         raise UsageError(f"--storage {storage!r} is not known", fix=nearest(storage, _STORAGE))
     progress = choose_progress(quiet=quiet)
     with progress.stage("start", detail="loading torch and transformers"):
-        from prunebench.bench.bench import BenchSetup, bench, explain_checkpoint, find_checkpoint
+        from prunebench.bench.bench import (
+            BenchSetup,
+            bench,
+            explain_checkpoint,
+            find_checkpoint,
+        )
         from prunebench.models.load import choose_device
         from prunebench.sparse24.backends.table import require_backend
     store = ResultStore(results_dir)

@@ -66,15 +66,7 @@ def inspect_command(
     bad = [row for row in rows if row.non_finite]
     totals = Totals.of(shown)
     if as_json:
-        document = {
-            "pattern": str(wanted),
-            "stored": kind,
-            "pruned": dataclasses.asdict(Totals.of([row for row in matrices if row.is_pruned])),
-            "all": dataclasses.asdict(Totals.of(matrices)),
-            "non_finite": {row.name: row.non_finite for row in bad},
-            "unread": unread,
-            "tensors": [dataclasses.asdict(row) for row in rows],
-        }
+        document = {"pattern": str(wanted), "stored": kind, **_document(rows), "unread": unread}
         typer.echo(json.dumps(document, indent=1))
     else:
         _print_rows([row for row in rows if row in shown or row in bad], wanted)
@@ -88,6 +80,19 @@ def inspect_command(
     _require_finite(bad)
     if pattern is not None:
         _require_pattern(shown, wanted)
+
+
+def _document(rows: Sequence[TensorFacts]) -> dict[str, object]:
+    """Return what is printed as JSON of the tensors."""
+    from prunebench.checkpoints.inspect import Totals
+
+    matrices = [row for row in rows if len(row.shape) >= 2]
+    return {
+        "pruned": dataclasses.asdict(Totals.of([row for row in matrices if row.is_pruned])),
+        "all": dataclasses.asdict(Totals.of(matrices)),
+        "non_finite": {row.name: row.non_finite for row in rows if row.non_finite},
+        "tensors": [dataclasses.asdict(row) for row in rows],
+    }
 
 
 def _find(name: str) -> Path:

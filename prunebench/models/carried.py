@@ -24,6 +24,7 @@ from prunebench.models.safetensors_files import (
     stored_tensors,
     weight_files,
 )
+from prunebench.models.stored_config import stored_config
 from prunebench.models.stored_model import StoredModel, saved_names, stored_model
 
 TEMPLATES = "additional_chat_templates"
@@ -147,15 +148,6 @@ def copy_templates(source: Path, target: Path) -> None:
             shutil.copyfile(path, target / TEMPLATES / path.name)
 
 
-def read_config(folder: Path) -> dict[str, Any]:
-    """Return `config.json` as it is, an empty one where there is none that can be read."""
-    try:
-        config = json.loads((folder / "config.json").read_text("utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return config if isinstance(config, dict) else {}
-
-
 def write_config(source: Path, target: Path, model: Any, *, dtype: str) -> None:
     """Write the config of a source with another dtype; all else is as it came.
 
@@ -167,7 +159,7 @@ def write_config(source: Path, target: Path, model: Any, *, dtype: str) -> None:
         model: What is saved.
         dtype: Of its parameters, e.g. `bfloat16`.
     """
-    config = read_config(source)
+    config = stored_config(source)
     _set_dtype(config, dtype)
     text = model.config.get_text_config()
     for key, value in config.items():

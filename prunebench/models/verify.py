@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from prunebench.errors import PrunebenchError, SaveError
-from prunebench.models.carried import carried_tensors, read_config
+from prunebench.models.carried import carried_tensors
 from prunebench.models.linears import find_blocks
 from prunebench.models.load import load_config, skeleton
 from prunebench.models.safetensors_files import (
@@ -29,6 +29,7 @@ from prunebench.models.safetensors_files import (
     stored_tensors,
     weight_files,
 )
+from prunebench.models.stored_config import quantization_of
 from prunebench.models.stored_model import StoredModel, kept_buffers, stored_model
 from prunebench.models.tensor_files import bytes_of
 from prunebench.models.weights import weights_of
@@ -129,10 +130,9 @@ def _difference(
     advance: Callable[[int], None],
 ) -> str:
     """Return the first thing in which a folder differs from what it must hold; empty if none."""
-    config = read_config(folder)
-    for key in ("quantization_config", "compression_config"):
-        if config.get(key):
-            return f"config.json says {key}, and the weights are not quantised"
+    method = quantization_of(folder)
+    if method is not None:
+        return f"config.json says quantised with {method}, and the weights are not"
     if dtype != expected.dtype:
         return f"config.json says {dtype}, the weights are {expected.dtype}"
     strays = other_files(folder)
