@@ -26,7 +26,7 @@ from prunebench.models.linears import find_linears
 from prunebench.models.source import catalog, find_model
 from prunebench.progress import Silent
 from prunebench.results.store import ResultStore
-from prunebench.run.plan import _place_texts
+from prunebench.run.resolve import _place_texts
 from prunebench.spec import RunSpec
 from prunebench.testing import tiny_model
 from tests.conftest import prose

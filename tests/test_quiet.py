@@ -83,7 +83,7 @@ def task_folder(tmp_path_factory):
 
 
 OURS = {"start", "check", "hash", "convert", "calibration", "tokenize", "tasks", "download", "load",
-        "baseline", "divergence", "prune", "measure", "score", "save"}  # fmt: skip
+        "baseline", "divergence", "prune", "measure", "score", "save", "verify"}  # fmt: skip
 
 
 def noisy(tiny_run, gguf_file, task_folder):

@@ -113,7 +113,7 @@ def test_a_tokenizer_with_bos_is_asked_as_lm_eval_itself_asks(gemma_folder, task
 
     (task,) = prepare_tasks(
         ["pangram"], Protocol(include_path=task_folder), tokenizer=load_tokenizer(gemma_folder),
-        progress=Silent(),
+        vocabulary=256, progress=Silent(),
     )  # fmt: skip
     asked = {"ours": [], "theirs": []}
 

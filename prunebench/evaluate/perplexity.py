@@ -27,7 +27,7 @@ from prunebench.calibration.windows import hash_tokens, load_windows
 from prunebench.errors import IncompatibleData
 from prunebench.evaluate.outcome import Item, Measure, Outcome, standard_error
 from prunebench.models.stream import batch_logits
-from prunebench.progress import Progress, Silent
+from prunebench.progress import Progress
 from prunebench.spec import BOS_WINDOW, Bos
 
 METRIC = "token_ppl"
@@ -201,13 +201,13 @@ def protocol_of(
     return f"{protocol}/first-{limit // seqlen * seqlen}"
 
 
-def count_windows(name: str, tokenizer: Any, *, seqlen: int, bos: Bos) -> int:
+def count_windows(name: str, tokenizer: Any, *, seqlen: int, bos: Bos, progress: Progress) -> int:
     """Return how many windows a text has.
 
     Raises:
         MissingResource: It cannot be had here.
     """
-    text = load_text(name, use="evaluation", progress=Silent())
+    text = load_text(name, use="evaluation", progress=progress)
     return len(_token_ids(text, tokenizer, seqlen=seqlen, bos=bos)) // text_tokens(seqlen, bos)
 
 

@@ -14,7 +14,7 @@ import torch
 
 from prunebench.allocators.allocation import Allocation, load_allocation, require_sound
 from prunebench.calibration.bos import check_bos, require_begun
-from prunebench.calibration.texts import TextIdentity, load_text, placed
+from prunebench.calibration.texts import TextIdentity, load_text
 from prunebench.calibration.training import Training, training_windows
 from prunebench.calibration.vocabulary import require_known, vocabulary_size
 from prunebench.calibration.windows import Windows, load_windows, sample_windows
@@ -185,8 +185,7 @@ def _prepare_training(resolved: ResolvedSpec, tokenizer: Any, vocabulary: int) -
     with clock.stage("training", detail=need.text):
         source: Any = path_in(need.text)
         if not need.text.startswith("tokens:"):
-            name = placed(need.text, model=resolved.model.source.kind)
-            source = load_text(name, use="calibration", progress=clock)
+            source = load_text(need.text, use="calibration", progress=clock)
             _require_identity(source, resolved.training_text)
         training = training_windows(
             source, tokenizer, samples=need.samples, seqlen=need.seqlen, held_out=need.held_out,

@@ -130,7 +130,7 @@ def resolve(spec: RunSpec, setup: Setup) -> ResolvedSpec:
         stored=StoredDtype.of(fetched.path) if is_fp8(fetched.path) else None,
     )
     calibration, calibration_fields = _identify_calibration(named.spec)
-    training_text, training_fields = _identify_training(named, source.kind)
+    training_text, training_fields = _identify_training(named)
     fields: Fields = {
         "model": source.id,
         "model_revision": model.revision,
@@ -138,7 +138,7 @@ def resolve(spec: RunSpec, setup: Setup) -> ResolvedSpec:
         **_identify_allocation(named.spec),
         **_identify_masks(named, clock),
         **calibration_fields,
-        **_identify_ppl(named.spec, model),
+        **_identify_ppl(named.spec, model, clock),
     }
     if training_fields:
         options = fields.get("method_options", named.spec.method_options)
@@ -274,7 +274,11 @@ def _place_texts(spec: RunSpec, kind: str) -> RunSpec:
     """Decide where the texts come from, before anything is asked of the network."""
     calibration = spec.calibration and placed(spec.calibration, model=kind)
     ppl = tuple(placed(name, model=kind) for name in spec.ppl)
-    return spec.model_copy(update={"calibration": calibration, "ppl": ppl})
+    options = dict(spec.method_options)
+    if isinstance(options.get("train_data"), str):
+        options["train_data"] = placed(str(options["train_data"]), model=kind)
+    fields = {"calibration": calibration, "ppl": ppl, "method_options": options}
+    return spec.model_copy(update=fields)
 
 
 # ---------------------------------------------------------------- contents
@@ -293,7 +297,7 @@ def _identify_calibration(spec: RunSpec) -> tuple[TextIdentity | None, Fields]:
     return text, {"calibration": text.name, "calibration_origin": text.origin}
 
 
-def _identify_training(named: NamedSpec, kind: str) -> tuple[TextIdentity | None, Fields]:
+def _identify_training(named: NamedSpec) -> tuple[TextIdentity | None, Fields]:
     need = named.pruner.needs.training
     if need is None:
         return None, {}
@@ -301,11 +305,11 @@ def _identify_training(named: NamedSpec, kind: str) -> tuple[TextIdentity | None
         digest = sha256_file(path_in(need.text))
         text = TextIdentity(f"tokens-{digest[:12]}", "all", f"sha256:{digest}")
     else:
-        text = identify_text(placed(need.text, model=kind), use="calibration")
+        text = identify_text(need.text, use="calibration")
     return text, {"train_data": text.name}
 
 
-def _identify_ppl(spec: RunSpec, model: LocalModel) -> Fields:
+def _identify_ppl(spec: RunSpec, model: LocalModel, clock: StageTimer) -> Fields:
     protocols, origins = [], []
     for name in spec.ppl:
         tokens = None
@@ -318,7 +322,9 @@ def _identify_ppl(spec: RunSpec, model: LocalModel) -> Fields:
             text, seqlen = identify_text(name, use="evaluation"), spec.ppl_seqlen
             if spec.ppl_tokens is not None:  # whether the text has more is part of the protocol
                 tokenizer = load_tokenizer(model.path)
-                count = count_windows(name, tokenizer, seqlen=seqlen, bos=spec.ppl_bos)
+                count = count_windows(
+                    name, tokenizer, seqlen=seqlen, bos=spec.ppl_bos, progress=clock
+                )
                 tokens = count * seqlen
         protocols.append(
             protocol_of(text, seqlen=seqlen, bos=spec.ppl_bos, tokens=tokens, limit=spec.ppl_tokens)
@@ -331,7 +337,11 @@ def _identify_allocation(spec: RunSpec) -> Fields:
     """Name the content of `file:PATH`, not the path."""
     if not spec.allocation.startswith("file:"):
         return {}
-    digest = hashlib.sha256(path_in(spec.allocation).read_bytes()).hexdigest()
+    path = path_in(spec.allocation)
+    try:
+        digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    except OSError as error:
+        raise UsageError(f"cannot read the allocation {path}", where=str(error.strerror)) from None
     return {"allocation": "file", "allocation_options": {"sha256": digest}}
 
 
