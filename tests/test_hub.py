@@ -372,3 +372,15 @@ def test_a_pull_request_that_is_named_is_a_revision_like_any_other(cli, loopback
     cli(*run_of("facebook/opt-125m@refs/pr/7", eval_file))
     assert only_row().model.revision == commit
     assert only_row().model.pull_request is None
+
+
+def test_a_quantized_repository_is_refused_before_its_weights_are_fetched(
+    loopback, tiny_folder, cli
+):
+    config = json.loads((tiny_folder / "config.json").read_text("utf-8"))
+    config["quantization_config"] = {"quant_method": "gptq", "bits": 4}
+    files = files_of(tiny_folder) | {"config.json": json.dumps(config).encode()}
+    loopback.model("org/tiny-gptq", files)
+    outcome = cli("run", "-m", "magnitude", "-M", "org/tiny-gptq", "--ppl", "wiki", code=4)
+    assert "org/tiny-gptq is quantised with gptq: give the unquantised checkpoint" in outcome.stderr
+    assert not any("safetensors" in str(request) for request in loopback.log)

@@ -21,11 +21,13 @@ from prunebench.download.hub_files import (
     cached_snapshot,
     describe,
     download_snapshot,
+    fetch_file,
     verify_snapshot,
 )
 from prunebench.errors import IncompatibleData, MissingResource
 from prunebench.files import cache_dir, write_text
 from prunebench.models.safetensors_files import weight_files
+from prunebench.models.stored_config import FP8, require_unquantised
 from prunebench.progress import Progress
 
 _WANTED = Wanted(
@@ -89,7 +91,7 @@ def fetch_hub_model(repository: str, revision: str | None, progress: Progress) -
     model = cached_model(repository, revision)
     if model is None:
         with progress.stage("download", detail=f"{repository} from the hub"):
-            model = _download(repository, revision)
+            model = _download(repository, revision, progress)
     verify_snapshot(model.path, repository, _WANTED, progress=progress, fix=_FIX)
     if model.pull_request:
         progress.note(
@@ -99,7 +101,7 @@ def fetch_hub_model(repository: str, revision: str | None, progress: Progress) -
     return model
 
 
-def _download(repository: str, revision: str | None) -> HubModel:
+def _download(repository: str, revision: str | None, progress: Progress) -> HubModel:
     info = describe(repository, revision=revision, fix=_FIX)
     pull_request = None
     names = [file.rfilename for file in info.siblings or ()]
@@ -108,6 +110,11 @@ def _download(repository: str, revision: str | None) -> HubModel:
             raise _only_pickles(f"{repository}@{revision}", "a revision was named, and is kept to")
         pull_request, info = _find_conversion(repository, info)
         revision = pull_request
+    if "config.json" in names:  # before the weights, which may be hundreds of gigabytes
+        config = fetch_file(
+            repository, "config.json", revision=info.sha, progress=progress, fix=_FIX
+        )
+        require_unquantised(config.parent, name=repository, reads=(FP8,))
     path = download_snapshot(repository, _WANTED, revision=revision, info=info, fix=_FIX)
     if pull_request:
         _remember_conversion(repository, pull_request)

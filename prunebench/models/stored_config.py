@@ -44,16 +44,21 @@ def _quantizations(config: dict[str, Any]) -> Iterator[dict[str, Any]]:
                 yield {"quant_method": "mlx"} | settings if name == "quantization" else settings
 
 
-def require_unquantised(folder: Path) -> None:
+def require_unquantised(folder: Path, *, name: str = "", reads: tuple[str, ...] = ()) -> None:
     """Refuse weights that are codes of another method's.
+
+    Args:
+        folder: Holds `config.json`.
+        name: What the user calls it; by default the folder.
+        reads: Methods whose weights can be read all the same.
 
     Raises:
         IncompatibleData: The config names a quantisation.
     """
     method = quantization_of(folder)
-    if method is not None:
+    if method is not None and method not in reads:
         raise IncompatibleData(
-            f"{folder} is quantised with {method}: give the unquantised checkpoint",
+            f"{name or folder} is quantised with {method}: give the unquantised checkpoint",
             where="config.json says so; pruning needs the weights themselves, in floating point",
             fix="use the repository that it was made from, often the same name without the suffix",
         )
