@@ -152,10 +152,6 @@ class DiskWeights:
             index: self.kept.tensors_of(index) for index in range(len(self.kept.blocks))
         }
 
-    def names_of(self, index: int) -> list[str]:
-        """Return the names of a block's tensors in the model."""
-        return [slot.name for slot in self._slots[index]]
-
     def tensors_of(self, index: int) -> dict[str, Tensor]:
         """Return the tensors of an open block by name."""
         return {slot.name: slot.get() for slot in self._slots[index]}

@@ -125,14 +125,14 @@ def count_footprint(
         with Footprint() as plain:
             call.run(block, hidden)
         workspace: Workspace = {}
-        seen: dict[str, StatsAccumulator] = {}
+        accumulators: dict[str, StatsAccumulator] = {}
         last: list[Tensor] = []
 
         def hook(linear: Linear, inputs: Tensor) -> None:
             if not last or last[0] is not inputs:  # linears that share an input share statistics
                 last[:] = [inputs]
-                seen[linear.name] = StatsAccumulator(workspace, hessian=hessian)
-                seen[linear.name].add(inputs)
+                accumulators[linear.name] = StatsAccumulator(workspace, hessian=hessian)
+                accumulators[linear.name].add(inputs)
 
         with Footprint() as collecting:
             with capture_inputs(linears, hook):

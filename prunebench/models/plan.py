@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from prunebench.errors import IncompatibleData
 from prunebench.models.linears import Linear
 from prunebench.models.out_of_memory import is_out_of_memory
-from prunebench.models.replay import TrueRun, record_calls, refused, run_model
+from prunebench.models.replay import TrueRun, not_replayable, record_calls, run_model
 from prunebench.models.taps import Account
 from prunebench.models.weights import weights_of
 
@@ -79,12 +79,14 @@ def check_replay(
                     where="the model overflows on the calibration text",
                     fix="use --dtype float32 or bfloat16, or check the weights",
                 )
-            raise refused(model, f"the replay differs from the model before block {index}")
+            raise not_replayable(model, f"the replay differs from the model before block {index}")
         with _refusing(model), weights.open_block(index), Account(linears[index]) as account:
             hidden = calls[index].run(block, hidden)
         plans.append(_plan(block, linears[index], account, true, index))
     if not torch.equal(hidden, true.output):
-        raise refused(model, f"the replay differs from the model after block {len(blocks) - 1}")
+        raise not_replayable(
+            model, f"the replay differs from the model after block {len(blocks) - 1}"
+        )
     return plans
 
 
@@ -96,7 +98,7 @@ def _refusing(model: nn.Module) -> Iterator[None]:
     except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
         if is_out_of_memory(error):
             raise
-        raise refused(model, f"{type(error).__name__}: {error}".split("\n")[0]) from error
+        raise not_replayable(model, f"{type(error).__name__}: {error}".split("\n")[0]) from error
 
 
 def _plan(
@@ -104,7 +106,7 @@ def _plan(
 ) -> BlockPlan:
     called, products = _inputs_of(account.called), _inputs_of(account.products)
     by_product = set()
-    seen: dict[Linear, list[Tensor]] = {}  # the inputs of each linear, in execution order
+    inputs: dict[Linear, list[Tensor]] = {}  # the inputs of each linear, in execution order
     for linear in _in_order(account):
         as_module, multiplied = called.get(linear, []), products.get(linear, [])
         if linear in account.others or not multiplied:
@@ -112,20 +114,20 @@ def _plan(
             raise _unaccounted(linear, f"its weight is used by {user}, so its input is not known")
         if linear.expert is None and not _same_tensors(as_module, multiplied):
             by_product.add(linear)  # e.g. Mamba's dt_proj: never called, or with another input
-        seen[linear] = (
+        inputs[linear] = (
             multiplied if linear in by_product or linear.expert is not None else as_module
         )
-    unseen = [linear for linear in linears if linear not in seen]
-    fused = {linear.parameter_name for linear in seen if linear.expert is not None}
-    for linear in unseen:
+    unreached = [linear for linear in linears if linear not in inputs]
+    fused = {linear.parameter_name for linear in inputs if linear.expert is not None}
+    for linear in unreached:
         if linear.expert is not None and linear.parameter_name not in fused:
             raise _unaccounted(linear, "its experts are not applied one by one")
-        if not _is_expert(block, linear, seen):
+        if not _is_expert(block, linear, inputs):
             raise _unaccounted(linear, "the forward pass does not use it")
     return BlockPlan(
-        groups=_groups(seen) + [[linear] for linear in unseen],
-        dynamic=bool(unseen) or any(linear.expert is not None for linear in linears),
-        repeated=frozenset(linear for linear, tensors in seen.items() if len(tensors) > 1),
+        groups=_groups(inputs) + [[linear] for linear in unreached],
+        dynamic=bool(unreached) or any(linear.expert is not None for linear in linears),
+        repeated=frozenset(linear for linear, tensors in inputs.items() if len(tensors) > 1),
         by_product=frozenset(by_product),
         returns=true.returns_tuple[index],
         leaves_tensors=true.leaves_tensors,
@@ -153,24 +155,24 @@ def _same_tensors(left: list[Tensor], right: list[Tensor]) -> bool:
     )
 
 
-def _groups(seen: dict[Linear, list[Tensor]]) -> list[list[Linear]]:
-    """Group the linears that read the identical tensors, in the order of `seen`."""
+def _groups(inputs: dict[Linear, list[Tensor]]) -> list[list[Linear]]:
+    """Group the linears that read the identical tensors, in the order of `inputs`."""
     groups: dict[tuple[int, ...], list[Linear]] = {}
-    for linear, tensors in seen.items():
+    for linear, tensors in inputs.items():
         # identity, not equality: `Account` holds the tensors, so no id is reused
         groups.setdefault(tuple(map(id, tensors)), []).append(linear)
     return list(groups.values())
 
 
-def _is_expert(block: nn.Module, linear: Linear, seen: dict[Linear, list[Tensor]]) -> bool:
+def _is_expert(block: nn.Module, linear: Linear, inputs: dict[Linear, list[Tensor]]) -> bool:
     """Return whether a linear that did not run is an expert: one of several, of which others ran.
 
     The alternatives are the matrices of a fused parameter, or the members of a `ModuleList` inside
     the block.
     """
     if linear.expert is not None:
-        return any(other.parameter_name == linear.parameter_name for other in seen)
-    ran = {id(other.module) for other in seen}
+        return any(other.parameter_name == linear.parameter_name for other in inputs)
+    ran = {id(other.module) for other in inputs}
     for module in block.modules():
         if isinstance(module, nn.ModuleList):
             members = [{id(part) for part in member.modules()} for member in module]

@@ -186,7 +186,7 @@ def run_model(
         missing = sorted(set(range(len(blocks))) - set(trace.order))
         order = trace.order[: 2 * len(blocks)]
         reason = f"its blocks run in the order {order}, not once each in order"
-        raise refused(model, f"block {missing[0]} does not run" if missing else reason)
+        raise not_replayable(model, f"block {missing[0]} does not run" if missing else reason)
     return TrueRun(trace.inputs, trace.last[0], trace.returns, trace.leaves_tensors)
 
 
@@ -215,7 +215,7 @@ class _Trace:
         self._arguments |= _tensors((args, kwargs))
         if not self._arguments.keys().isdisjoint(self._extras):
             reason = "blocks pass tensors to later blocks beside the hidden state"
-            raise refused(self._model, reason)
+            raise not_replayable(self._model, reason)
 
     def after(self, index: int, output: Any) -> None:
         hidden = hidden_of(output)
@@ -267,7 +267,7 @@ def require_run(model: nn.Module, blocks: nn.ModuleList) -> None:
             handle.remove()
     if len(ran) < len(blocks):
         missing = min(set(range(len(blocks))) - ran)
-        raise refused(model, f"block {missing} does not run")
+        raise not_replayable(model, f"block {missing} does not run")
 
 
 @torch.no_grad()
@@ -361,7 +361,7 @@ def resume(
         IncompatibleData: Blocks leave tensors for later blocks beside the hidden state.
     """
     if run.leaves_tensors:
-        raise refused(model, "blocks leave tensors for later blocks beside the hidden state")
+        raise not_replayable(model, "blocks leave tensors for later blocks beside the hidden state")
     outputs = run.inputs[1 : index + 1]
     with blocks_giving(blocks, outputs, run.returns_tuple):
         logits: Tensor = model(input_ids=token_ids, use_cache=False).logits
@@ -389,7 +389,7 @@ def blocks_giving(
             vars(block).pop("forward", None)
 
 
-def refused(model: nn.Module, reason: str) -> IncompatibleData:
+def not_replayable(model: nn.Module, reason: str) -> IncompatibleData:
     """Return the error for an architecture that cannot be replayed."""
     return IncompatibleData(
         f"{type(model).__name__} cannot be replayed block by block",
