@@ -67,6 +67,7 @@ class MappedActivations(Activations):
         self._tensors.append(self._mapped(hidden))
 
     def _mapped(self, hidden: Tensor) -> Tensor:
+        """Return a copy of a tensor in a new memory-mapped file."""
         size = hidden.numel() * hidden.element_size()
         path = self._folder / f".hidden-{os.getpid()}-{id(self)}-{len(self._tensors)}.map"
         try:

@@ -233,6 +233,7 @@ def _require_sole(model: nn.Module, prefix: str, blocks: nn.ModuleList) -> None:
 
 
 def _linears_of(module: nn.Module, path: str, index: int) -> list[Linear]:
+    """Return the prunable matrices that a module itself owns, without those of its children."""
     from transformers.pytorch_utils import Conv1D
 
     if isinstance(module, nn.Linear):

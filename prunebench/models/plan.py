@@ -104,6 +104,7 @@ def _refusing(model: nn.Module) -> Iterator[None]:
 def _plan(
     block: nn.Module, linears: list[Linear], account: Account, true: TrueRun, index: int
 ) -> BlockPlan:
+    """Return a block's plan, or refuse a linear whose input was not captured."""
     called, products = _inputs_of(account.called), _inputs_of(account.products)
     by_product = set()
     inputs: dict[Linear, list[Tensor]] = {}  # the inputs of each linear, in execution order

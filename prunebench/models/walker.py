@@ -182,6 +182,7 @@ class BlockWalker:
     # ------------------------------------------------------------ preparation
 
     def _prepare(self, *, hessian: bool) -> Calibration:
+        """Check that the model can be replayed, and record the calls of all calibration batches."""
         token_ids = self._token_ids
         assert token_ids is not None
         by_block = [
@@ -250,6 +251,7 @@ class BlockWalker:
     def _joint(
         self, replicas: BlockReplicas, index: int, data: Calibration
     ) -> Generator[LinearGroup]:
+        """Yield a block's groups after all statistics are collected, then run the pruned block."""
         groups = data.plans[index].groups
         while True:
             try:
@@ -337,6 +339,7 @@ class BlockWalker:
     def _sequential(
         self, replicas: BlockReplicas, index: int, data: Calibration
     ) -> Generator[LinearGroup]:
+        """Yield each group of a block when all batches have reached its input."""
         # Each batch is one forward pass of the block, paused at the input of one linear:
         #
         #     walker                       batch 0                      batch 1
