@@ -234,16 +234,16 @@ def test_auto_chooses_by_the_memory_that_is_free_and_says_so(cli, tiny_run, tmp_
     assert "weights stay on disk" in outcome.output
 
 
-def test_two_rooms_are_enough_and_no_open_block_loses_its_own(folder_of, tmp_path):
+def test_two_buffers_are_enough_and_no_open_block_loses_its_own(folder_of, tmp_path):
     resident, on_disk = both(folder_of("llama"), tmp_path)
     store = weights_of(on_disk)
     prune(on_disk)
     window_losses(on_disk, tiny_tokens(samples=2))
     store.close()
-    assert len({room.data_ptr() for room in store._rooms._free}) == len(store._rooms._free) <= 2
+    assert len({buffer.data_ptr() for buffer in store._pool._free}) == len(store._pool._free) <= 2
 
 
-def test_blocks_that_are_open_together_do_not_share_a_room(folder_of, tmp_path):
+def test_blocks_that_are_open_together_do_not_share_a_buffer(folder_of, tmp_path):
     resident, on_disk = both(folder_of("llama"), tmp_path)
     store, blocks = weights_of(on_disk), find_blocks(resident)[1]
     with store.open_block(0) as first, store.open_block(2), store.open_block(1) as other:

@@ -23,7 +23,7 @@ PROCESSES = Path(__file__).parent / "processes.py"
 
 
 class Killed(BaseException):
-    """What a kill is to the code: nothing behind it runs."""
+    """Stands for a kill: a BaseException, so that no code handles it."""
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +34,7 @@ def folder(tmp_path_factory):
 
 
 def prune(folder, journal_folder, *, method="sparsegpt", order="joint", stop_at=None):
-    """Prune on disk, going on from what is kept; `stop_at` a block, in the middle of it."""
+    """Prune on disk, resuming from the saved blocks; `stop_at`: the block to be killed in."""
     kept = RunJournal(journal_folder)
     assert kept.lock()
     kept.read()

@@ -1,7 +1,7 @@
-"""The hidden states of all batches between two blocks: in memory, or in a mapped file.
+"""The hidden states of all batches between two blocks: in memory, or in memory-mapped files.
 
-A mapped file costs no anonymous memory: the system writes its pages out when it needs room, and
-reads them again when a batch comes to its turn.
+A mapped file takes no anonymous memory: the system writes its pages to disk when it needs memory,
+and reads them again when their batch runs.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from prunebench.files import explain_os_error
 
 
 class Activations:
-    """One tensor a batch, in the memory of a device."""
+    """One tensor for each batch, (samples, seqlen, hidden), in the memory of a device."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -41,10 +41,10 @@ class Activations:
 
 
 class MappedActivations(Activations):
-    """One tensor a batch, each in a file that is mapped into memory and has no name on disk.
+    """One tensor for each batch, each in a memory-mapped file that is already unlinked.
 
     Args:
-        folder: On the disk that should hold them.
+        folder: A folder on the disk that should hold them.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -52,9 +52,9 @@ class MappedActivations(Activations):
         self._folder = folder
 
     def __setitem__(self, batch: int, hidden: Tensor) -> None:
-        place = self._tensors[batch]
-        if place.shape == hidden.shape and place.dtype == hidden.dtype:
-            place.copy_(hidden)
+        mapped = self._tensors[batch]
+        if mapped.shape == hidden.shape and mapped.dtype == hidden.dtype:
+            mapped.copy_(hidden)
         else:
             self._tensors[batch] = self._mapped(hidden)
 
@@ -67,17 +67,19 @@ class MappedActivations(Activations):
         self._tensors.append(self._mapped(hidden))
 
     def _mapped(self, hidden: Tensor) -> Tensor:
+        """Return a copy of a tensor in a new memory-mapped file."""
         size = hidden.numel() * hidden.element_size()
         path = self._folder / f".hidden-{os.getpid()}-{id(self)}-{len(self._tensors)}.map"
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
             with path.open("w+b") as file:
-                os.posix_fallocate(file.fileno(), 0, max(1, size))  # a full disk says so now
+                # a full disk fails here; in a mapped page it would be a bus error
+                os.posix_fallocate(file.fileno(), 0, max(1, size))
                 mapped = torch.from_file(
                     str(path), shared=True, size=hidden.numel(), dtype=hidden.dtype
                 )
         except OSError as error:
             raise explain_os_error(error, self._folder) from error
         finally:
-            path.unlink(missing_ok=True)  # the mapping stays, and goes with the process
-        return mapped.view(hidden.shape).copy_(hidden)
+            path.unlink(missing_ok=True)  # the mapping stays valid until it is freed
+        return mapped.view(hidden.shape).copy_(hidden)  # [samples, seqlen, hidden]

@@ -1,14 +1,15 @@
-"""The backward pass of some windows, block by block: for gradient norms and for learned masks.
+"""A backward pass of the whole model, block by block: for gradient norms and for learned masks.
 
-Forward without a graph: the input of every block and the output of every linear are kept. Backward
-from the last block to the first: the block runs again with a graph, its linears give what they gave
-before without a product, so that only attention and element-wise work is repeated. Of the graph
-only one block exists, and a linear's gradient goes straight to whoever sums it. (Matrices that are
-not called as modules, once each, run again: fused experts, and what a block uses twice. Their
+The forward pass builds no graph; the input of every block and the output of every linear are
+stored. The backward pass goes from the last block to the first: each block runs again with a graph,
+but its linears return their stored outputs without a matrix product, so that only attention and
+element-wise operations are recomputed. Only one block's autograd graph is alive at a time; each
+linear's gradient is accumulated as soon as it is computed. (Matrices that are not called exactly
+once as a module are multiplied again: fused experts, and those that a block uses twice. Their
 gradient exists until it is added.)
 
-A block is opened once forward and once backward for all batches of windows, so that a store may
-make its weights anew each time, as masks that are still soft do.
+A block is opened once in the forward and once in the backward pass for all batches, so that a store
+can compute its weights each time, as MaskLLM does from soft masks.
 """
 
 from __future__ import annotations
@@ -16,9 +17,9 @@ from __future__ import annotations
 import contextlib
 import inspect
 import math
-from collections.abc import Callable, Iterator, Sequence, Set
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -28,56 +29,32 @@ from prunebench.errors import IncompatibleData
 from prunebench.models.linears import Linear, find_blocks, find_repeats
 from prunebench.models.plan import check_replay
 from prunebench.models.replay import BlockCall, blocks_giving, record_calls
+from prunebench.models.stored_outputs import (
+    GradientSink,
+    Outputs,
+    add_autograd_gradients,
+    record_outputs,
+    replay_outputs,
+)
 from prunebench.models.weights import Blocks, ResidentWeights
 
 HEAD_ROWS = 128
 """Tokens whose logits exist at a time."""
 
-
 _ROUNDING = 1 / 32
-"""Largest relative difference of two ways to multiply in bfloat16."""
-
-
-@runtime_checkable
-class GradientSink(Protocol):
-    """Who sums the gradients."""
-
-    def fetch(self, linears: Sequence[Linear]) -> None:
-        """Hear which linears come next."""
-
-    def add_product(self, linear: Linear, outer: Tensor, inputs: Tensor) -> None:
-        """Take the gradient outer^T inputs; outer is (tokens, out) and inputs (tokens, in)."""
-
-    def add_gradient(self, linear: Linear, gradient: Tensor) -> None:
-        """Take a gradient that exists already, stored as the weight is."""
-
-    def release(self) -> None:
-        """Hear that a block is done."""
-
-
-class _Replayed(torch.autograd.Function):
-    """A linear whose output is known: no product forward, its gradient to the accumulator."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, inputs: Tensor, output: Tensor, linear: Linear, sums: GradientSink
-    ) -> Tensor:
-        ctx.save_for_backward(inputs)
-        ctx.linear, ctx.sums = linear, sums
-        return output
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Any) -> Any:
-        (inputs,) = ctx.saved_tensors
-        linear, outer = ctx.linear, gradients[0]
-        ctx.sums.add_product(linear, outer.flatten(0, -2), inputs.flatten(0, -2))
-        weight = linear.stored.T if linear.transposed else linear.stored  # (out, in)
-        return outer @ weight if ctx.needs_input_grad[0] else None, None, None, None
+"""Largest relative difference between two matrix products of the same bfloat16 operands."""
 
 
 @dataclass
 class _Batch:
-    """Windows that run together, and where they are: `hidden` is the input of the next block."""
+    """Windows that run together.
+
+    Attributes:
+        window: Their token ids.
+        hidden: Input of the next block, (batch, seqlen, hidden).
+        calls: The arguments of every block.
+        inputs: Inputs of the blocks so far; the backward pass pops them.
+    """
 
     window: Int[Tensor, "batch seqlen"]
     hidden: Tensor
@@ -86,13 +63,13 @@ class _Batch:
 
 
 class Backward:
-    """Adds the gradients of some windows after others.
+    """Computes gradients of the loss and adds them to a sink.
 
     Args:
         model: The model, under `plain_inference`.
-        linears: Those whose gradients are wanted.
-        sums: Who takes them.
-        weights: Where the weights of a block come from; by default the model has them.
+        linears: The linears whose gradients are computed.
+        sums: Accumulates the gradients.
+        weights: Opens the blocks; by default the model's weights are in memory.
     """
 
     def __init__(
@@ -108,20 +85,25 @@ class Backward:
         self._weights: Blocks = weights or ResidentWeights(self.blocks)
         self._repeats = find_repeats(model, linears)
         self._by_block = [
-            [one for one in linears if one.block_index == index]
+            [linear for linear in linears if linear.block_index == index]
             for index in range(len(self.blocks))
         ]
         self._returns: list[tuple[Any, ...] | None] = []
-        self._changed: set[Linear] = set()
-        self._whole = {linear for linear in linears if linear.expert is not None}
+        # linears whose output the block modifies in place: the stored output must be cloned
+        self._modified: set[Linear] = set()
+        # linears whose gradient autograd computes as a whole, because they cannot be replayed
+        self._by_autograd = {linear for linear in linears if linear.expert is not None}
         forward: Any = model.forward
         self._some_logits = "logits_to_keep" in inspect.signature(forward).parameters
 
-    def prepare(self, sample: Int[Tensor, "one seqlen"]) -> None:
-        """Check that the blocks can be replayed, and see how each gradient is to be had.
+    def prepare(self, sample: Int[Tensor, "sample seqlen"]) -> None:
+        """Check that the blocks can be replayed, and choose how to compute each gradient.
+
+        Args:
+            sample: One window, on the model's device.
 
         Raises:
-            IncompatibleData: They cannot be, or blocks share a matrix.
+            IncompatibleData: The blocks cannot be replayed, or share a matrix.
         """
         for repeat, linear in self._repeats.items():
             raise IncompatibleData(
@@ -132,36 +114,38 @@ class Backward:
         plans = check_replay(self.model, self.blocks, self._by_block, sample)
         self._returns = [plan.returns for plan in plans]
         for plan in plans:
-            self._whole |= plan.by_product | plan.repeated
+            self._by_autograd |= plan.by_product | plan.repeated
         if any(plan.leaves_tensors for plan in plans):
             raise IncompatibleData(
-                f"the gradients of {type(self.model).__name__} cannot be had block by block",
+                f"the gradients of {type(self.model).__name__} cannot be computed block by block",
                 where="a block leaves tensors for later blocks beside its hidden state",
                 fix="use a method without gradients, such as wanda or sparsegpt",
             )
         hidden, calls = record_calls(self.model, self.blocks, sample, returns_tuple=self._returns)
         for index, block in enumerate(self.blocks):
-            known: dict[Linear, list[Tensor]] = {}
-            with torch.no_grad(), self._plain_products(index):
+            outputs: Outputs = {}
+            with torch.no_grad(), self._find_plain_products(index):
                 calls[index].run(block, hidden)
-            with torch.no_grad(), _outputs_kept(self._called(index), known):
+            with torch.no_grad(), record_outputs(self._called(index), outputs):
                 hidden = calls[index].run(block, hidden)
-            self._changed |= {one for one, made in known.items() if any(t._version for t in made)}
+            for linear, tensors in outputs.items():
+                if any(tensor._version for tensor in tensors):  # counts in-place writes
+                    self._modified.add(linear)
 
     @contextlib.contextmanager
-    def _plain_products(self, index: int) -> Iterator[None]:
-        """See which linears give more than the product and the bias: autograd has to run those."""
+    def _find_plain_products(self, index: int) -> Iterator[None]:
+        """Leave linears whose output is more than the product and the bias to autograd."""
 
-        def look(linear: Linear, inputs: Tensor, output: Any) -> None:
-            weight = linear.stored.T if linear.transposed else linear.stored
+        def compare(linear: Linear, inputs: Tensor, output: Any) -> None:
+            weight = linear.stored.T if linear.transposed else linear.stored  # [out, in]
             product = nn.functional.linear(inputs, weight, getattr(linear.module, "bias", None))
             same = isinstance(output, Tensor) and output.shape == product.shape
             if not same or (output - product).norm() > _ROUNDING * product.norm():
-                self._whole.add(linear)
+                self._by_autograd.add(linear)
 
         handles = [
             linear.module.register_forward_hook(
-                lambda _, args, output, linear=linear: look(linear, args[0], output)
+                lambda _, args, output, linear=linear: compare(linear, args[0], output)
             )
             for linear in self._called(index)
         ]
@@ -182,66 +166,82 @@ class Backward:
             scale: Factor of the gradient.
         """
         batches = self._batches(windows, batch)
-        known = self._forward(batches, keep=True)
-        share = scale / (windows[:, 1:].numel() or 1)
+        outputs = self._forward(batches, keep=True)
+        share = scale / (windows[:, 1:].numel() or 1)  # every token but the first is predicted
         losses, gradients = [], []
-        for one in batches:
-            loss, gradient = self._head(one.window, one.hidden, share)
+        for current in batches:
+            loss, gradient = self._head(current.window, current.hidden, share)
             losses.append(loss)
-            gradients.append(gradient)
+            gradients.append(gradient)  # [batch, seqlen, hidden]
         for index in reversed(range(len(self.blocks))):
-            outputs = known.pop()
+            of_block = outputs.pop()
             with self._weights.open_block(index) as block:
                 self.sums.fetch(self._by_block[index])
-                for place, one in enumerate(batches):
-                    gradients[place] = self._block(block, index, one, outputs, gradients[place])
+                for i, current in enumerate(batches):
+                    gradients[i] = self._block(block, index, current, of_block, gradients[i])
                 self.sums.release()
         return math.fsum(losses) / (windows[:, 1:].numel() or 1)
 
     def _called(self, index: int) -> list[Linear]:
         """Return the linears of a block that are called as modules, once each in a pass."""
-        return [linear for linear in self._by_block[index] if linear not in self._whole]
+        return [linear for linear in self._by_block[index] if linear not in self._by_autograd]
 
     def losses(self, windows: Int[Tensor, "windows seqlen"], *, batch: int = 1) -> list[float]:
         """Return the summed cross-entropy of every batch of windows, in nats; no gradients."""
         batches = self._batches(windows, batch)
         self._forward(batches, keep=False)
-        return [self._head(one.window, one.hidden, None)[0] for one in batches]
+        return [self._head(current.window, current.hidden, None)[0] for current in batches]
 
     def _batches(self, windows: Tensor, batch: int) -> list[_Batch]:
-        made = []
-        for window in torch.split(windows, batch):
+        batches = []
+        for window in torch.split(windows, batch):  # [batch, seqlen]
             hidden, calls = record_calls(
                 self.model, self.blocks, window, returns_tuple=self._returns
             )
-            made.append(_Batch(window, hidden, calls))
-        return made
+            batches.append(_Batch(window, hidden, calls))
+        return batches
 
-    def _forward(self, batches: list[_Batch], *, keep: bool) -> list[dict[Linear, list[Tensor]]]:
-        """Run all batches through all blocks; return what each block's linears gave."""
-        known: list[dict[Linear, list[Tensor]]] = []
+    def _forward(self, batches: list[_Batch], *, keep: bool) -> list[Outputs]:
+        """Run all batches through all blocks; return each block's outputs of its linears.
+
+        Args:
+            batches: Their `hidden` advances to the output of the last block.
+            keep: Whether inputs of blocks and outputs of linears are stored.
+        """
+        outputs: list[Outputs] = []
         for index in range(len(self.blocks)):
-            made: dict[Linear, list[Tensor]] = {}
-            kept = _outputs_kept(self._called(index), made, self._changed)
+            of_block: Outputs = {}
+            recording = record_outputs(self._called(index), of_block, self._modified)
             with (
                 torch.no_grad(),
                 self._weights.open_block(index) as block,
-                kept if keep else contextlib.nullcontext(),
+                recording if keep else contextlib.nullcontext(),
             ):
-                for one in batches:
+                for batch in batches:
                     if keep:
-                        one.inputs.append(one.hidden)
-                    one.hidden = one.calls[index].run(block, one.hidden)
-            known.append(made)
-        return known
+                        batch.inputs.append(batch.hidden)
+                    batch.hidden = batch.calls[index].run(block, batch.hidden)
+            outputs.append(of_block)
+        return outputs
 
     def _head(self, window: Tensor, hidden: Tensor, share: float | None) -> tuple[float, Tensor]:
-        """Return the summed loss of a batch, and the gradient of `share` times it, if wanted."""
+        """Return the summed loss of a batch, and the gradient of `share` times it.
+
+        Args:
+            window: Token ids, (batch, seqlen).
+            hidden: Output of the last block, (batch, seqlen, hidden).
+            share: Factor of the gradient; None where only the loss is needed.
+
+        Returns:
+            The loss in nats, and the gradient by `hidden`, (batch, seqlen, hidden); `hidden`
+            itself without `share`.
+        """
         leaf = hidden.detach().requires_grad_(share is not None)
-        targets = window[:, 1:]
+        targets = window[:, 1:]  # [batch, seqlen - 1]
         length = targets.shape[1]
+        # a model without `logits_to_keep` computes the logits of the whole batch at once
         step = max(1, HEAD_ROWS // len(window)) if self._some_logits else length
-        outputs = [leaf] * len(self.blocks)  # only the last one's is used
+        outputs = [leaf] * len(self.blocks)  # only the last block's is used
         losses = []
         with (
             blocks_giving(self.blocks, outputs, self._returns),
@@ -249,14 +249,16 @@ class Backward:
         ):
             for start in range(0, length, step):
                 rows = torch.arange(start, min(start + step, length), device=window.device)
-                wanted: dict[str, Any] = {"logits_to_keep": rows} if self._some_logits else {}
-                logits = self.model(input_ids=window, use_cache=False, **wanted).logits
+                options: dict[str, Any] = {"logits_to_keep": rows} if self._some_logits else {}
+                logits = self.model(input_ids=window, use_cache=False, **options).logits
+                # [batch, rows, vocabulary] -> [batch * rows, vocabulary]
                 logits = (logits if self._some_logits else logits[:, :-1]).flatten(0, 1)
-                loss, slope = _loss_slope(logits.detach(), targets[:, rows].flatten())
+                loss, gradient = _loss_and_gradient(logits.detach(), targets[:, rows].flatten())
                 losses.append(loss)
                 if share is not None:
-                    slope.mul_(share)
-                    torch.autograd.backward([logits], [slope.to(logits.dtype)])
+                    gradient.mul_(share)
+                    # each slice adds its part to leaf.grad and frees its logits
+                    torch.autograd.backward([logits], [gradient.to(logits.dtype)])
         return math.fsum(losses), hidden if leaf.grad is None else leaf.grad
 
     def _block(
@@ -264,115 +266,37 @@ class Backward:
         block: nn.Module,
         index: int,
         batch: _Batch,
-        known: dict[Linear, list[Tensor]],
+        outputs: Outputs,
         gradient: Tensor,
     ) -> Tensor:
-        """Run a block again with a graph, add its linears' gradients, return its input's."""
+        """Run a block again with a graph and add the gradients of its linears.
+
+        Args:
+            block: The block, open.
+            index: Its index.
+            batch: The batch; its last stored input is popped.
+            outputs: Stored outputs of the block's linears; the first of each is popped.
+            gradient: Gradient by the block's output, (batch, seqlen, hidden).
+
+        Returns:
+            The gradient by the block's input, (batch, seqlen, hidden).
+        """
         leaf = batch.inputs.pop().detach().requires_grad_()
-        whole = [linear for linear in self._by_block[index] if linear in self._whole]
-        given = _outputs_given(self._called(index), known, self.sums, self._changed)
-        with given, _whole_gradients(whole, self.sums), torch.enable_grad():
+        whole = [linear for linear in self._by_block[index] if linear in self._by_autograd]
+        replayed = replay_outputs(self._called(index), outputs, self.sums, self._modified)
+        with replayed, add_autograd_gradients(whole, self.sums), torch.enable_grad():
             output = batch.calls[index].run(block, leaf)
             torch.autograd.backward([output], [gradient])
         assert leaf.grad is not None
         return leaf.grad
 
 
-def _loss_slope(
+def _loss_and_gradient(
     logits: Float[Tensor, "rows vocabulary"], targets: Int[Tensor, " rows"]
 ) -> tuple[float, Float[Tensor, "rows vocabulary"]]:
     """Return the summed cross-entropy and its gradient: softmax - 1 at the target, float32."""
-    slope = logits.to(torch.float32).log_softmax(-1)
-    places = torch.arange(len(targets), device=targets.device), targets
-    loss = -float(slope[places].sum(dtype=torch.float64))
-    slope.exp_()[places] -= 1
-    return loss, slope
-
-
-@contextlib.contextmanager
-def _outputs_kept(
-    linears: Sequence[Linear],
-    known: dict[Linear, list[Tensor]],
-    changed: Set[Linear] = frozenset(),
-) -> Iterator[None]:
-    """Keep what every linear gives, in the order of its calls.
-
-    What is in `changed` gives a copy: the block writes into it.
-    """
-
-    def wrapped(linear: Linear) -> Callable[[Tensor], Tensor]:
-        plain = linear.module.forward
-
-        def forward(inputs: Tensor) -> Tensor:
-            output: Tensor = plain(inputs)
-            known.setdefault(linear, []).append(output)
-            return output.clone() if linear in changed else output
-
-        return forward
-
-    with _forwards(linears, wrapped):
-        yield
-
-
-@contextlib.contextmanager
-def _outputs_given(
-    linears: Sequence[Linear],
-    known: dict[Linear, list[Tensor]],
-    sums: GradientSink,
-    changed: Set[Linear],
-) -> Iterator[None]:
-    """Let every linear give what it gave before, and add its gradient to `sums`."""
-
-    def wrapped(linear: Linear) -> Callable[[Tensor], Tensor]:
-        def forward(inputs: Tensor) -> Tensor:
-            output: Tensor = _Replayed.apply(  # type: ignore[no-untyped-call]
-                inputs, known[linear].pop(0), linear, sums
-            )
-            return output.clone() if linear in changed else output
-
-        return forward
-
-    with _forwards(linears, wrapped):
-        yield
-
-
-@contextlib.contextmanager
-def _forwards(
-    linears: Sequence[Linear], wrapped: Callable[[Linear], Callable[[Tensor], Tensor]]
-) -> Iterator[None]:
-    try:
-        for linear in linears:
-            linear.module.forward = wrapped(linear)
-        yield
-    finally:
-        for linear in linears:
-            vars(linear.module).pop("forward", None)
-
-
-@contextlib.contextmanager
-def _whole_gradients(linears: Sequence[Linear], sums: GradientSink) -> Iterator[None]:
-    """Add the gradient of every parameter as autograd makes it, over all its uses, and free it."""
-    owned: dict[int, tuple[nn.Parameter, list[Linear]]] = {}
-    for linear in linears:
-        parameter: nn.Parameter = getattr(linear.module, linear.attribute)
-        owned.setdefault(id(parameter), (parameter, []))[1].append(linear)
-    handles = []
-    try:
-        for parameter, members in owned.values():
-
-            def add(of: Tensor, members: list[Linear] = members) -> None:
-                assert of.grad is not None
-                for one in members:
-                    sums.add_gradient(one, of.grad if one.expert is None else of.grad[one.expert])
-                of.grad = None
-
-            parameter.requires_grad_(True)
-            register: Any = parameter.register_post_accumulate_grad_hook
-            handles.append(register(add))
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-        for parameter, _ in owned.values():
-            parameter.requires_grad_(False)
-            parameter.grad = None
+    gradient = logits.to(torch.float32).log_softmax(-1)  # [rows, vocabulary]
+    at_targets = torch.arange(len(targets), device=targets.device), targets
+    loss = -float(gradient[at_targets].sum(dtype=torch.float64))
+    gradient.exp_()[at_targets] -= 1  # in place: the logits of a slice are large
+    return loss, gradient

@@ -1,6 +1,6 @@
-"""The calibration set on its way through the blocks: hidden states, and arguments of every call.
+"""The calibration set on its way through the blocks: hidden states and the arguments of each call.
 
-A batch that is too much for the memory runs in parts from then on, see `Calibration.halve`.
+If a batch runs out of memory, all batches run in smaller parts from then on: `Calibration.halve`.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 from prunebench.calibration.stats import StatsAccumulator, Workspace
 from prunebench.models.activations import Activations
-from prunebench.models.out_of_memory import is_out_of_memory, tell_halved
+from prunebench.models.out_of_memory import is_out_of_memory, report_halved
 from prunebench.models.plan import BlockPlan, LaterUse
-from prunebench.models.replay import BlockCall, Known, record_calls, share_arguments
+from prunebench.models.replay import BlockCall, Copies, record_calls, share_arguments
 from prunebench.models.replicas import BlockReplicas
 
 
@@ -27,16 +27,18 @@ class Calibration:
         blocks: Its blocks.
         token_ids: (samples, seqlen).
         plans: How each block uses its linears.
-        hidden: An empty place for the hidden states.
-        devices: Where the batches run, in turn; the model is on the first.
+        hidden: An empty store for the hidden states.
+        devices: Where the batches run, round-robin; the model is on the first.
         part: Sequences in a batch.
         hessian: Whether statistics include the Gram matrix.
         later: For each block the uses of its matrices by later blocks.
 
     Attributes:
-        calls: For every batch the arguments of its parts: one part, or more where a whole batch
-            was too much for the memory.
+        hidden: For every batch the input of the current block, (samples, seqlen, hidden).
+        calls: Arguments by batch, part and block. A batch has one part until a batch has run out
+            of memory.
         part: Sequences in a part.
+        samples: Sequences in the calibration set.
         leaves_tensors: Whether blocks put tensors into the arguments of later ones.
     """
 
@@ -65,41 +67,43 @@ class Calibration:
         self._token_ids = token_ids
         self._devices = devices
         self._workspace: Workspace = {}
-        self._rows = [len(batch) for batch in torch.split(token_ids, part)]
+        self._rows = [len(batch) for batch in torch.split(token_ids, part)]  # fixed; parts halve
         calls: list[list[list[BlockCall]]] = []
         for batch in torch.split(token_ids, part):
-            first, made = self._record(batch)
-            hidden.append(first)
-            calls.append([share_arguments(made, calls[0][0]) if calls else made])
-        self.calls = self._sent(calls)
+            first, recorded = self._record(batch)
+            hidden.append(first)  # [samples, seqlen, hidden]
+            calls.append([share_arguments(recorded, calls[0][0]) if calls else recorded])
+        self.calls = self._to_devices(calls)
 
     def accumulator(self) -> StatsAccumulator:
-        """Return an empty accumulator of what the method needs."""
+        """Return an empty accumulator of the statistics that the method needs."""
         return StatsAccumulator(self._workspace, hessian=self._hessian, devices=self._devices)
 
     def halve(self) -> None:
-        """Run half as many sequences at a time from now on."""
+        """Run half as many sequences at a time from now on; the batches stay as they are."""
         self.part = (self.part + 1) // 2
-        tell_halved("calibration", self.part)
+        report_halved("calibration", self.part)
+        # A mask of 16 sequences does not fit 8: the arguments of every part are recorded again.
         size = self._rows[0]
         calls: list[list[list[BlockCall]]] = []
         for batch in torch.split(self._token_ids, size):
-            made = [self._record(part)[1] for part in torch.split(batch, self.part)]
-            first = calls[0][0] if calls else made[0]
-            calls.append([share_arguments(one, first) for one in made])
-        self.calls = self._sent(calls)
+            parts = [self._record(part)[1] for part in torch.split(batch, self.part)]
+            first = calls[0][0] if calls else parts[0]
+            calls.append([share_arguments(part, first) for part in parts])
+        self.calls = self._to_devices(calls)
 
     def parts(self, batch: int, hidden: Tensor) -> Iterator[tuple[list[BlockCall], Tensor]]:
         """Yield a batch's parts: the arguments of every block, and the rows of `hidden`."""
         calls = self.calls[batch]
+        # [samples, seqlen, hidden] -> parts of [part, seqlen, hidden]
         rows = (hidden,) if len(calls) == 1 else torch.split(hidden, self.part)
         return zip(calls, rows, strict=True)
 
     def can_halve(self) -> bool:
-        """Return whether less can run at a time.
+        """Return whether fewer sequences can run at a time.
 
-        The first axis has to be that of the samples, and nothing may lie in the arguments that
-        would have to be made again.
+        The first axis of the hidden states must be the samples, and blocks must not leave tensors
+        in their arguments: recording these again would lose them.
         """
         return (
             self.part > 1
@@ -109,41 +113,42 @@ class Calibration:
             )
         )
 
-    def forward(self, spread: BlockReplicas, index: int, batch: int, hidden: Tensor) -> Tensor:
-        """Run a block on a batch, in its parts, and return what it gives."""
-        block, device = spread.at(batch)
+    def forward(self, replicas: BlockReplicas, index: int, batch: int, hidden: Tensor) -> Tensor:
+        """Run a block on a batch, part by part; return its output, (samples, seqlen, hidden)."""
+        block, device = replicas.at(batch)
         parts = [
             call[index].run(block, rows.to(device)) for call, rows in self.parts(batch, hidden)
         ]
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     @torch.no_grad()
-    def propagate(self, spread: BlockReplicas, index: int) -> None:
-        """Run a block on all batches: the hidden states are those before the next one."""
+    def propagate(self, replicas: BlockReplicas, index: int) -> None:
+        """Run a block on all batches; `hidden` then holds the inputs of the next block."""
         for batch in range(len(self.hidden)):
             while True:
                 try:
                     hidden = self.hidden[batch]
-                    self.hidden[batch] = self.forward(spread, index, batch, hidden)
+                    self.hidden[batch] = self.forward(replicas, index, batch, hidden)
                     break
                 except (RuntimeError, MemoryError) as error:
                     if not is_out_of_memory(error) or not self.can_halve():
                         raise
-                self.halve()
+                self.halve()  # outside the except clause, whose traceback keeps tensors alive
 
     def _record(self, token_ids: Tensor) -> tuple[Tensor, list[BlockCall]]:
+        """Return the first block's input and every block's arguments."""
         returns = [plan.returns for plan in self.plans]
         ids = token_ids.to(self._devices[0])
         return record_calls(self._model, self._blocks, ids, returns_tuple=returns)
 
-    def _sent(self, calls: list[list[list[BlockCall]]]) -> list[list[list[BlockCall]]]:
-        """Return the calls with the arguments of every batch where it will run."""
-        known: list[Known] = [{} for _ in self._devices]
-        sent = []
+    def _to_devices(self, calls: list[list[list[BlockCall]]]) -> list[list[list[BlockCall]]]:
+        """Return the calls with the arguments of every batch on the device where it will run."""
+        copies: list[Copies] = [{} for _ in self._devices]
+        moved = []
         for batch, parts in enumerate(calls):
-            which = batch % len(self._devices)
-            if which:
-                device = self._devices[which]
-                parts = [[call.to(device, known[which]) for call in part] for part in parts]
-            sent.append(parts)
-        return sent
+            replica = batch % len(self._devices)
+            if replica:
+                device = self._devices[replica]
+                parts = [[call.to(device, copies[replica]) for call in part] for part in parts]
+            moved.append(parts)
+        return moved

@@ -1,13 +1,13 @@
-"""`--weights disk`: a model whose blocks stay in its files.
+"""`--weights disk`: a model whose blocks are read from its files when they are used.
 
-The model is a skeleton. What lies outside its blocks (embeddings, the last norm, the head) is
-loaded; the parameters of a block are on the meta device, and in memory only while it is open. One
-thread reads the next block meanwhile. A block that was pruned is written to a file of its own at
-once, and read from there from then on.
+The model is a skeleton. Everything outside its blocks (embeddings, the last norm, the head) is
+loaded; the parameters of a block are on the meta device, and in memory only while the block is
+open. Meanwhile a thread prefetches the next block. A pruned block is written to its own file at
+once, and read from there afterwards.
 
-Any code that runs the whole model still works: a block that is called opens itself. Reading the
-model once for every window would be slow, so whoever runs many windows goes through `models.stream`
-or the walker, which take all windows through one block before they open the next.
+Code that runs the whole model still works: a block that is called opens itself. That reads the
+whole model for every call, so code with many windows uses `models.stream` or the walker, which run
+all windows through one block before they open the next.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ import math
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +25,7 @@ from torch import Tensor, nn
 
 from prunebench.errors import IncompatibleData
 from prunebench.models.activations import Activations, MappedActivations
+from prunebench.models.block_buffers import BufferPool, ParameterSlot, parameter_slots
 from prunebench.models.checkpoint_keys import match_keys
 from prunebench.models.complete import require_complete
 from prunebench.models.journal import RunJournal
@@ -45,52 +45,8 @@ from prunebench.spec import Placement
 _ALIGN = 64  # bytes, as torch aligns its own memory
 
 
-@dataclass(frozen=True)
-class _ParameterSlot:
-    """A parameter or persistent buffer of a block: where it belongs, and what it is."""
-
-    name: str
-    module: nn.Module
-    attribute: str
-    dtype: torch.dtype
-
-    def put(self, tensor: Tensor) -> None:
-        """Make it present."""
-        if self.attribute in self.module._buffers:
-            self.module._buffers[self.attribute] = tensor
-        else:
-            parameter = nn.Parameter(tensor, requires_grad=False)
-            self.module._parameters[self.attribute] = parameter
-
-    def get(self) -> Tensor:
-        """Return what is there now."""
-        tensor: Tensor = getattr(self.module, self.attribute)
-        return tensor.data
-
-
-class _BufferPool:
-    """Memory for one block each, filled again and again.
-
-    Fresh memory for every block would be cut up by what is allocated between two blocks and lives
-    longer; freed pieces too small for the next block's tensors would add up to the whole model.
-    """
-
-    def __init__(self, size: int) -> None:
-        self._size = size
-        self._free: list[Tensor] = []
-
-    def take(self) -> Tensor:
-        """Return a room that is free, or a new one."""
-        return self._free.pop() if self._free else torch.empty(self._size, dtype=torch.uint8)
-
-    def give_back(self, room: Tensor | None) -> None:
-        """Let the next block have it; nothing may look at its tensors any more."""
-        if room is not None:
-            self._free.append(room)
-
-
-_Present = tuple[Tensor | None, dict[str, Tensor]]
-"""A block in host memory: its room, and its tensors by name."""
+_LoadedBlock = tuple[Tensor | None, dict[str, Tensor]]
+"""A block in host memory: its buffer (None where memory is pinned), and its tensors by name."""
 
 
 class DiskWeights:
@@ -98,16 +54,18 @@ class DiskWeights:
 
     Args:
         model: The skeleton.
-        stored: Where its parameters lie, by name.
-        device: Where a block computes.
-        kept: Takes the blocks that have been pruned.
-        placement: Where hidden states wait between two blocks.
+        stored: The stored tensors of its parameters, by name.
+        device: The device on which a block runs.
+        kept: The journal, in which pruned blocks are saved.
+        placement: Where hidden states are stored between two blocks.
 
     Attributes:
-        read_bytes: What has been read so far.
-        read_seconds: How long that took, most of it while another block was at work.
-        wait_seconds: How long a block that was wanted was not there yet.
-        returns: What follows the hidden state in each block's output, once it has been seen.
+        kept: The journal.
+        read_bytes: Bytes read so far.
+        read_seconds: Time spent reading, most of it while another block was running.
+        wait_seconds: Time spent waiting for a block that had not been read yet.
+        returns: What follows the hidden state in each block's output; None until a run has
+            observed it.
     """
 
     def __init__(
@@ -126,30 +84,34 @@ class DiskWeights:
         self.kept = kept
         self._pruned: dict[int, dict[str, StoredTensor]] = {}
         self._slots = [
-            list(_slots(block, f"{prefix}.{index}.", stored))
+            list(parameter_slots(block, f"{prefix}.{index}.", stored))
             for index, block in enumerate(self._blocks)
         ]
-        self._depth: dict[int, int] = {}
+        self._depth: dict[int, int] = {}  # how often each block is open: opening nests
         self._reader = ThreadPoolExecutor(1, thread_name_prefix="next-block")
-        self._prefetched: tuple[int, Future[_Present]] | None = None
-        self._rooms = _BufferPool(max(sum(map(self._room_bytes, slots)) for slots in self._slots))
-        self._room_of: dict[int, Tensor | None] = {}
+        self._prefetched: tuple[int, Future[_LoadedBlock]] | None = None
+        self._pool = BufferPool(max(sum(map(self._aligned_bytes, slots)) for slots in self._slots))
+        self._buffer_of: dict[int, Tensor | None] = {}
         self.read_bytes = 0
         self.read_seconds = self.wait_seconds = 0.0
         self.returns: list[tuple[Any, ...] | None] | None = None
         for index, block in enumerate(self._blocks):
             self._open_when_called(index, block)
 
-    # ------------------------------------------------------------ the store of the walker
+    # ------------------------------------------------------------ the `WeightStore` protocol
 
     @property
     def finished(self) -> Sequence[Sequence[Any]]:
-        """The notes of the first blocks, which an interrupted run has pruned already."""
+        """The notes of the blocks that an interrupted run has already pruned, from the first."""
         return [self.kept.blocks[index]["notes"] for index in range(len(self._pruned))]
 
     @contextlib.contextmanager
     def open_block(self, index: int, *, then: int | None = None) -> Iterator[nn.Module]:
-        """Read a block, and begin to read the next one; drop it at the end.
+        """Read a block and start prefetching the next one; free the block at the end.
+
+        Args:
+            index: Index of the block.
+            then: Index of the block to prefetch; by default `index + 1`.
 
         Raises:
             IncompatibleData: A file has become shorter.
@@ -163,37 +125,32 @@ class DiskWeights:
     def save_block(
         self, index: int, *, notes: Sequence[Any] = (), hidden: Iterable[Tensor] | None = None
     ) -> None:
-        """Write an open block to its file, and read it from there from now on.
+        """Save an open block to its own file, and read it from there from now on.
 
         Raises:
             SaveError: The disk is full.
         """
-        tensors = {slot.name: slot.get() for slot in self._slots[index]}
-        self.kept.save_block(index, tensors, notes=notes, hidden=hidden)
+        self.kept.save_block(index, self.tensors_of(index), notes=notes, hidden=hidden)
         self._pruned[index] = self.kept.tensors_of(index)
 
     def saved_hidden(self, index: int) -> list[Tensor] | None:
-        """Return the activations before a block that an interrupted run has kept, if any."""
+        """Return the saved activations before a block of an interrupted run, if any."""
         return self.kept.hidden_before(index)
 
     def activations(self, device: torch.device) -> Activations:
-        """Return an empty place for hidden states, where the run wants them."""
+        """Return an empty store for hidden states: on `device`, or as the run's placement says."""
         if self._placement == "disk":
             return MappedActivations(self.kept.folder)
         return Activations(torch.device("cpu") if self._placement == "cpu" else device)
 
-    # ------------------------------------------------------------ going on, and what is where
+    # ------------------------------------------------------------ resuming, and where tensors are
 
     def restore_blocks(self) -> None:
-        """Take the blocks that an interrupted run has pruned for the model's."""
+        """Read the blocks that an interrupted run has pruned from their saved files."""
         self._drop_prefetched()
         self._pruned = {
             index: self.kept.tensors_of(index) for index in range(len(self.kept.blocks))
         }
-
-    def names_of(self, index: int) -> list[str]:
-        """Return the names of a block's tensors in the model."""
-        return [slot.name for slot in self._slots[index]]
 
     def tensors_of(self, index: int) -> dict[str, Tensor]:
         """Return the tensors of an open block by name."""
@@ -205,109 +162,107 @@ class DiskWeights:
         return next(iter(self._stored.values())).path.parent
 
     def pruned_file(self, index: int) -> Path | None:
-        """Return the file of a block that was pruned."""
+        """Return the file of a pruned block; None for a dense one."""
         if index not in self._pruned:
             return None
         return self.kept.folder / str(self.kept.blocks[index]["file"])
 
     def close(self) -> None:
-        """End the reading thread."""
+        """Stop the prefetching thread."""
         self._drop_prefetched()
         self._reader.shutdown(wait=True)
 
     # ------------------------------------------------------------ reading
 
     def _enter(self, index: int, then: int) -> None:
+        """Load a block, unless it is open already, and start prefetching block `then`."""
         self._depth[index] = self._depth.get(index, 0) + 1
         if self._depth[index] > 1:
             return
         try:
-            begun = time.perf_counter()
-            self._room_of[index], tensors = self._take(index)
-            self.wait_seconds += time.perf_counter() - begun
+            start_time = time.perf_counter()
+            self._buffer_of[index], tensors = self._take(index)
+            self.wait_seconds += time.perf_counter() - start_time
+            # only after `_take`, which has used or dropped the last prefetch: two buffers suffice
             if then < len(self._blocks) and then != index:
                 self._prefetched = (then, self._reader.submit(self._read, then))
+            # pop: on a GPU each host copy can be freed as soon as it has been transferred
             for slot in self._slots[index]:
                 slot.put(tensors.pop(slot.name).to(self._device, non_blocking=True))
-        except BaseException:
+        except BaseException:  # a partly loaded block goes back to the meta device
             self._leave(index)
             raise
 
     def _leave(self, index: int) -> None:
+        """Undo one `_enter`; the last one frees the block."""
         self._depth[index] -= 1
         if self._depth[index] == 0:
             for slot in self._slots[index]:
                 slot.put(torch.empty_like(slot.get(), device="meta"))
-            self._rooms.give_back(self._room_of.pop(index, None))
+            self._pool.give_back(self._buffer_of.pop(index, None))
             return_free_memory()
 
-    def _take(self, index: int) -> _Present:
-        """Return a block: the one that was read ahead, or read now."""
+    def _take(self, index: int) -> _LoadedBlock:
+        """Return a block in host memory: wait for its prefetch, or read it now."""
         if self._prefetched is not None and self._prefetched[0] == index:
-            coming, self._prefetched = self._prefetched, None
-            return coming[1].result()
+            (_, prefetch), self._prefetched = self._prefetched, None
+            return prefetch.result()  # an error of the thread is raised here
         self._drop_prefetched()
         return self._read(index)
 
     def _drop_prefetched(self) -> None:
-        coming, self._prefetched = self._prefetched, None
-        if coming is not None and not coming[1].cancel() and coming[1].exception() is None:
-            self._rooms.give_back(coming[1].result()[0])  # it had begun, and was waited for
+        """Cancel the prefetch, or wait for it and free its buffer."""
+        prefetched, self._prefetched = self._prefetched, None
+        if prefetched is not None:
+            prefetch = prefetched[1]
+            # `cancel` fails once the thread is reading; `exception` waits until it has finished
+            if not prefetch.cancel() and prefetch.exception() is None:
+                self._pool.give_back(prefetch.result()[0])
 
-    def _room_bytes(self, slot: _ParameterSlot) -> int:
+    def _aligned_bytes(self, slot: ParameterSlot) -> int:
         size = math.prod(self._stored[slot.name].shape) * slot.dtype.itemsize
         return -(-size // _ALIGN) * _ALIGN
 
-    def _read(self, index: int) -> _Present:
-        """Read a block; for a GPU into pinned memory, which torch itself uses again."""
-        places = self._pruned.get(index, self._stored)
+    def _read(self, index: int) -> _LoadedBlock:
+        """Read a block; for a GPU into pinned memory, which torch's allocator reuses."""
+        stored = self._pruned.get(index, self._stored)
         pin = self._device.type == "cuda"
-        room = None if pin else self._rooms.take()
-        begun, at = time.perf_counter(), 0
+        buffer = None if pin else self._pool.take()
+        start_time, offset = time.perf_counter(), 0
         tensors: dict[str, Tensor] = {}
         for slot in self._slots[index]:
-            place, out = places[slot.name], None
-            if room is not None:
-                shape = place.shape
-                size = math.prod(shape) * slot.dtype.itemsize
-                out = room[at : at + size].view(slot.dtype).view(shape)
-                at += self._room_bytes(slot)
-            tensors[slot.name] = read_tensor(place, slot.dtype, pin=pin, out=out)
-            self.read_bytes += place.stop - place.start
-        self.read_seconds += time.perf_counter() - begun
-        return room, tensors
+            tensor, out = stored[slot.name], None
+            if buffer is not None:
+                size = math.prod(tensor.shape) * slot.dtype.itemsize
+                out = buffer[offset : offset + size].view(slot.dtype).view(tensor.shape)
+                offset += self._aligned_bytes(slot)
+            tensors[slot.name] = read_tensor(tensor, slot.dtype, pin=pin, out=out)
+            self.read_bytes += tensor.stop - tensor.start
+        self.read_seconds += time.perf_counter() - start_time
+        return buffer, tensors
 
     def _open_when_called(self, index: int, block: nn.Module) -> None:
-        """Let a block that is called while it is not open, open itself for the call."""
-        mine: list[bool] = []
+        """Make a block open itself for a call while it is not open."""
+        opened: list[bool] = []  # a stack, one entry for each running call
 
         def before(module: nn.Module, args: Any) -> None:
-            absent = self._depth.get(index, 0) == 0 and "forward" not in vars(module)
-            mine.append(absent)
-            if absent:
+            # an instance's "forward" is a replacement of `models.replay`, which uses no weights
+            closed = self._depth.get(index, 0) == 0 and "forward" not in vars(module)
+            opened.append(closed)
+            if closed:
                 self._enter(index, index + 1)
 
         def after(module: nn.Module, args: Any, output: Any) -> None:
-            if mine and mine.pop():
+            if opened and opened.pop():
                 self._leave(index)
 
         block.register_forward_pre_hook(before)
         block.register_forward_hook(after, always_call=True)
 
 
-def _slots(
-    block: nn.Module, prefix: str, stored: dict[str, StoredTensor]
-) -> Iterator[_ParameterSlot]:
-    for path, module in block.named_modules():
-        inside = f"{prefix}{path}." if path else prefix
-        for attribute, tensor in [*module._parameters.items(), *module._buffers.items()]:
-            if tensor is not None and f"{inside}{attribute}" in stored:
-                yield _ParameterSlot(f"{inside}{attribute}", module, attribute, tensor.dtype)
-
-
 @contextlib.contextmanager
 def _parameters_on_meta() -> Iterator[None]:
-    """Let new parameters be on the meta device; buffers, which are computed, are real."""
+    """Create parameters on the meta device; buffers, which are computed, stay real."""
     plain = nn.Module.register_parameter
 
     def register(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
@@ -343,19 +298,19 @@ def load_on_disk(
     kept: RunJournal,
     placement: Placement = "device",
 ) -> nn.Module:
-    """Load what lies outside the blocks of a model, and let its blocks be read when they are used.
+    """Load a model without its blocks, which are read from disk when they are used.
 
     Args:
         path: The folder of the model.
         config: From `load_config`.
-        dtype: Of the parameters.
-        device: Where the model computes.
-        kept: Takes the blocks that are pruned.
-        placement: Where hidden states wait between two blocks.
+        dtype: Dtype of the parameters.
+        device: The device on which the model runs.
+        kept: The journal, in which pruned blocks are saved.
+        placement: Where hidden states are stored between two blocks.
 
     Raises:
-        IncompatibleData: The checkpoint needs more than names, see `models.checkpoint_keys`, or a
-            tensor is missing.
+        IncompatibleData: Blocks share a matrix, a tensor is missing, or the checkpoint's tensors
+            have to be converted and not only renamed, see `models.checkpoint_keys`.
     """
     check_weight_files(path)
     model: Any = build_skeleton(config, dtype)
@@ -367,10 +322,10 @@ def load_on_disk(
         )
     keys = match_keys(model, stored_tensors(weight_files(path)), dtype=dtype)
     prefix, _ = find_blocks(model)
-    for slot in _slots(model, "", keys.stored):
+    for slot in parameter_slots(model, "", keys.stored):
         if not slot.name.startswith(f"{prefix}."):
             slot.put(read_tensor(keys.stored[slot.name], slot.dtype).to(device))
-    absent = set(model.state_dict()) - set(keys.stored)  # all tied, `match_keys` says
+    absent = set(model.state_dict()) - set(keys.stored)  # all tied: `match_keys` has checked it
     with quiet_transformers():
         model.tie_weights(missing_keys=absent, recompute_mapping=False)
     require_complete(path, missing=absent)

@@ -1,7 +1,7 @@
-"""How many bytes of tensors exist at a time, counted while code runs, on any device.
+"""Count the peak number of bytes in tensors while code runs, on any device.
 
-On the meta device tensors have shapes and no memory: the peak of a whole block of any size is
-known in milliseconds. Scratch memory inside a kernel is not seen.
+On the meta device tensors have shapes and no memory, so the peak of a block of any size is computed
+in milliseconds. Scratch memory inside a kernel is not counted.
 """
 
 from __future__ import annotations
@@ -23,72 +23,72 @@ from prunebench.models.linears import Linear, find_blocks, find_linears
 from prunebench.models.replay import BlockCall, Stop, plain_inference
 from prunebench.models.taps import capture_inputs
 
-_LOSS_ROWS = 128  # tokens whose losses are made at a time, see `evaluate.perplexity`
+_LOSS_ROWS = 128  # tokens whose losses are computed at a time, see `evaluate.perplexity`
 
 
 class _FusedAttention(TorchFunctionMode):
-    """Attention as the fused kernels do it: its output exists, its scores never do."""
+    """Attention with the memory of the fused kernels: the output, but no score matrix."""
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         if func is nn.functional.scaled_dot_product_attention:
             query, value = args[0], args[2]
-            return query.new_empty((*query.shape[:-1], value.shape[-1]))
+            return query.new_empty((*query.shape[:-1], value.shape[-1]))  # [..., tokens, head dim]
         return func(*args, **(kwargs or {}))
 
 
 class Footprint(TorchDispatchMode):
-    """Counts the bytes of all storages that are made while it is open.
+    """Count the bytes of all tensor storages that are created inside the `with` statement.
 
     Attributes:
-        peak: The most that existed at a time.
-        now: What exists now.
+        peak: Largest number of bytes that existed at a time.
+        now: Number of bytes that exist now.
     """
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.peak = 0
         self.now = 0
-        self._known: set[int] = set()
+        self._counted: set[int] = set()
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         output = func(*args, **(kwargs or {}))
-        old = {id(one.untyped_storage()) for one in tree_leaves((args, kwargs)) if _is_plain(one)}
-        for one in tree_leaves(output):
-            if _is_plain(one):
-                self._see(one.untyped_storage(), old)
+        # storages of the arguments are not new: the output of a view or in-place operation
+        old = {id(tensor.untyped_storage()) for tensor in _tensors((args, kwargs))}
+        for tensor in _tensors(output):
+            self._count(tensor.untyped_storage(), old)
         return output
 
-    def _see(self, storage: Any, old: set[int]) -> None:
+    def _count(self, storage: Any, old: set[int]) -> None:
         key, size = storage._cdata, storage.nbytes()
-        if key in self._known or id(storage) in old:
+        if key in self._counted or id(storage) in old:
             return
-        self._known.add(key)
+        self._counted.add(key)
         self.now += size
         self.peak = max(self.peak, self.now)
-        weakref.finalize(storage, self._forget, key, size)
+        weakref.finalize(storage, self._uncount, key, size)
 
-    def _forget(self, key: int, size: int) -> None:
-        self._known.discard(key)
+    def _uncount(self, key: int, size: int) -> None:
+        self._counted.discard(key)
         self.now -= size
 
 
-def _is_plain(value: Any) -> bool:
-    return isinstance(value, Tensor)
+def _tensors(values: Any) -> list[Tensor]:
+    return [leaf for leaf in tree_leaves(values) if isinstance(leaf, Tensor)]
 
 
 @dataclass(frozen=True)
 class BlockFootprint:
-    """Bytes of tensors at the peak of a stage, weights not counted.
+    """Peak bytes of tensors in each stage, without weights.
 
     Attributes:
-        running: Running one block with nothing collected.
+        running: Running one block without statistics.
         collecting: Running one block and collecting statistics.
-        statistics: What the statistics take when they are complete.
-        head: Making logits of the last hidden state, and losses of them.
+        statistics: The complete statistics of one block.
+        head: Computing logits from the last hidden state, and losses from them.
     """
 
     running: int
@@ -106,49 +106,50 @@ def count_footprint(
     scoring: tuple[int, int],
     hessian: bool,
 ) -> BlockFootprint:
-    """Count what a batch takes, from the config alone.
+    """Count the memory that a batch takes, from the config alone.
 
     Args:
-        config: Of the model.
-        dtype: Of the run.
-        calibration: Sequences and tokens of a calibration batch.
-        scoring: The same of a batch that is scored.
+        config: Configuration of the model.
+        dtype: Of the weights and activations.
+        calibration: Shape of a calibration batch, (samples, seqlen).
+        scoring: Shape of an evaluation batch, (samples, seqlen).
         hessian: Whether Gram matrices are collected.
     """
     model = build_skeleton(config, dtype)
     prefix, blocks = find_blocks(model)
     _put_zeros_outside(model, prefix)
     block = blocks[0]
-    linears = [one for one in find_linears(model) if one.block_index == 0]
+    linears = [linear for linear in find_linears(model) if linear.block_index == 0]
     with plain_inference(model), _FusedAttention():
         hidden, call = _first_call(model, block, calibration)
         with Footprint() as plain:
             call.run(block, hidden)
         workspace: Workspace = {}
-        seen: dict[str, StatsAccumulator] = {}
+        accumulators: dict[str, StatsAccumulator] = {}
         last: list[Tensor] = []
 
-        def tap(linear: Linear, inputs: Tensor) -> None:
+        def hook(linear: Linear, inputs: Tensor) -> None:
             if not last or last[0] is not inputs:  # linears that share an input share statistics
                 last[:] = [inputs]
-                seen[linear.name] = StatsAccumulator(workspace, hessian=hessian)
-                seen[linear.name].add(inputs)
+                accumulators[linear.name] = StatsAccumulator(workspace, hessian=hessian)
+                accumulators[linear.name].add(inputs)
 
         with Footprint() as collecting:
-            with capture_inputs(linears, tap):
+            with capture_inputs(linears, hook):
                 call.run(block, hidden)
-            last.clear()
+            last.clear()  # the last input would be counted as statistics
             statistics = collecting.now
     head = _head(config, dtype, scoring)
     return BlockFootprint(plain.peak, collecting.peak, statistics, head)
 
 
 def _put_zeros_outside(model: nn.Module, prefix: str) -> None:
-    """Give what lies outside the blocks weights of zero that take no memory."""
+    """Replace the meta parameters outside the blocks by zeros that take no memory."""
     for path, module in model.named_modules():
         if not f"{path}.".startswith(f"{prefix}."):
             for name, parameter in module._parameters.items():
                 if parameter is not None and parameter.is_meta:
+                    # one element with strides of 0
                     zeros = torch.zeros((), dtype=parameter.dtype).expand(parameter.shape)
                     module._parameters[name] = nn.Parameter(zeros, requires_grad=False)
     for buffer in model.buffers():
@@ -159,10 +160,10 @@ def _first_call(
     model: nn.Module, block: nn.Module, shape: tuple[int, int]
 ) -> tuple[Tensor, BlockCall]:
     """Return the hidden state and the arguments of the first block, on the meta device."""
-    found: list[tuple[BlockCall, Tensor]] = []
+    calls: list[tuple[BlockCall, Tensor]] = []
 
     def forward(*args: Any, **kwargs: Any) -> None:
-        found.append(BlockCall.take(args, kwargs))
+        calls.append(BlockCall.take(args, kwargs))
         raise Stop
 
     block.forward = forward
@@ -171,7 +172,7 @@ def _first_call(
             model(input_ids=torch.zeros(shape, dtype=torch.int64), use_cache=False)
     finally:
         vars(block).pop("forward", None)
-    call, hidden = found[0]
+    call, hidden = calls[0]
     for name, buffer in block.named_buffers():
         owner, _, attribute = name.rpartition(".")
         block.get_submodule(owner)._buffers[attribute] = buffer.to("meta")
@@ -184,8 +185,8 @@ def _to_meta(value: Any) -> Any:
 
 
 def _head(config: Any, dtype: torch.dtype, shape: tuple[int, int]) -> int:
-    """Return what logits take, and the losses of as many tokens as are made at a time."""
+    """Return the bytes of a batch's logits, and of the losses of `_LOSS_ROWS` tokens."""
     vocabulary = config.get_text_config().vocab_size
     logits = shape[0] * shape[1] * int(vocabulary) * dtype.itemsize
     rows = min(_LOSS_ROWS, shape[1]) * vocabulary * 4
-    return logits + 3 * int(rows)
+    return logits + 3 * int(rows)  # float32 logits and temporaries of the loss

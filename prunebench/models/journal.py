@@ -1,12 +1,12 @@
-"""What a run has finished, kept on disk so that the same command can go on after a kill.
+"""The journal of a run: save finished blocks, so that the same command can resume after a kill.
 
-A folder holds one safetensors file a finished block, the calibration activations before the next
-one, and a journal that names them with their SHA-256. Nothing in it is trusted: a file that is not
-what the journal says is as good as not there, and so are the blocks behind it. Activations can
-always be made again by running the finished blocks, bit for bit.
+A run's folder has a safetensors file for each finished block, the calibration activations before
+the next block, and a journal with their names and SHA-256. Nothing in it is trusted: a file that
+differs from the journal counts as missing, and so do the blocks after it. Activations can always be
+recomputed by running the finished blocks, bit for bit.
 
-Nothing is flushed to the disk here. What a power cut takes away is found by its hash and done
-again; waiting for the disk after every block would cost more than that.
+Nothing is flushed to disk (no fsync). What a power cut destroys is detected by its hash and
+recomputed; an fsync after every block would cost more than that.
 """
 
 from __future__ import annotations
@@ -36,18 +36,18 @@ _LOCK = "lock"
 
 @dataclass(frozen=True)
 class RunState:
-    """What a run saves besides its blocks, so that a resumed run has it again.
+    """What a run saves besides its blocks.
 
     Attributes:
         command: The command line.
-        title: What is run, for people.
+        title: Description of the run for messages.
         blocks: Number of blocks of the model.
         starts: How often the run was started.
-        seconds: Time that the pruning has taken so far.
+        seconds: Pruning time so far.
         dense: `sha256` of the dense weights and `zeros` by linear, once counted.
         allocation: The fields of `Allocation`, once chosen.
-        scored: Outcomes as JSON has them, by evaluator.
-        result: The result as JSON, once it is about to be filed.
+        scored: Outcomes (JSON-serializable) by evaluator.
+        result: The result as JSON, once it is ready to be saved.
     """
 
     command: str = ""
@@ -62,20 +62,20 @@ class RunState:
 
     @classmethod
     def of_journal(cls, journal: dict[str, Any] | None) -> RunState:
-        """Read it from a journal; an empty state without one."""
+        """Return the state in a journal; an empty state without a journal."""
         names = {field.name for field in fields(cls)}
-        rows = (journal or {}).get("facts", {})
-        return cls(**{name: value for name, value in rows.items() if name in names})
+        values = (journal or {}).get("facts", {})
+        return cls(**{name: value for name, value in values.items() if name in names})
 
 
 class RunJournal:
-    """The folder of one run.
+    """The saved blocks and state of one run, in a folder.
 
     Attributes:
-        folder: Where it is.
-        state: What else a resumed run needs.
-        written_bytes: What this process has written.
-        write_seconds: How long that took, hashing included.
+        folder: The folder.
+        state: What is saved besides the blocks.
+        written_bytes: Bytes written by this process.
+        write_seconds: Time that the writing took, including hashing.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -91,10 +91,10 @@ class RunJournal:
     # ------------------------------------------------------------ opening and closing
 
     def lock(self) -> bool:
-        """Make the folder and take it for this process; False if another one has it.
+        """Create and lock the folder for this process; return False if another one has locked it.
 
         Raises:
-            SaveError: It cannot be made.
+            SaveError: The folder cannot be created.
         """
         path = self.folder / _LOCK
         while True:
@@ -102,7 +102,7 @@ class RunJournal:
                 self.folder.mkdir(parents=True, exist_ok=True)
                 handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
             except FileNotFoundError:
-                continue  # a run that was finished has just removed the folder
+                continue  # a run that has just finished removed the folder
             except OSError as error:
                 raise explain_os_error(error, self.folder) from error
             try:
@@ -113,23 +113,23 @@ class RunJournal:
             if _is_at(path, handle):
                 self._lock = handle
                 return True
-            os.close(handle)  # it was removed between the opening and the lock
+            os.close(handle)  # the file was removed between `open` and `flock`: try again
 
     def read(self) -> None:
-        """Find out what is there and sound; what is not is removed."""
+        """Load the state and the blocks up to the first damaged one; remove all other files."""
         journal = read_journal(self.folder) or {}
         self.state = RunState.of_journal(journal)
         self._blocks, self._hidden = [], journal.get("hidden")
         for row in journal.get("blocks", []):
-            if not _is_sound(self.folder, row):
-                break
+            if not _is_intact(self.folder, row):
+                break  # the blocks after it would be resumed with a gap
             self._blocks.append(row)
-        self._sweep()
+        self._remove_unlisted()
 
     def discard_blocks(self) -> None:
-        """Forget the finished blocks: the method cannot go on from them."""
+        """Remove the finished blocks, for methods that cannot resume from them."""
         self._blocks, self._hidden = [], None
-        self._sweep()
+        self._remove_unlisted()
 
     def remove(self) -> None:
         """Remove the folder: the run is finished."""
@@ -137,12 +137,12 @@ class RunJournal:
         self.release()
 
     def release(self) -> None:
-        """Let others have the folder."""
+        """Unlock the folder."""
         if self._lock is not None:
             os.close(self._lock)
             self._lock = None
 
-    # ------------------------------------------------------------ what is kept
+    # ------------------------------------------------------------ saving and loading
 
     @property
     def blocks(self) -> Sequence[dict[str, Any]]:
@@ -150,7 +150,7 @@ class RunJournal:
         return self._blocks
 
     def tensors_of(self, index: int) -> dict[str, StoredTensor]:
-        """Return where the tensors of a finished block lie, by their name in the model."""
+        """Return the stored tensors of a finished block, by their name in the model."""
         return stored_tensors([self.folder / self._blocks[index]["file"]])
 
     def save_block(
@@ -161,12 +161,18 @@ class RunJournal:
         notes: Sequence[Any] = (),
         hidden: Iterable[Tensor] | None = None,
     ) -> None:
-        """Keep a finished block and the activations behind it.
+        """Save a finished block and the activations after it.
+
+        Args:
+            index: Index of the block; later blocks are discarded.
+            tensors: Its tensors, by their name in the model.
+            notes: Events and losses of the pruning method (JSON-serializable).
+            hidden: Inputs of the next block by batch, (samples, seqlen, hidden) each.
 
         Raises:
-            SaveError: The disk is full; what was kept before stays as it is.
+            SaveError: The disk is full; the blocks saved before remain.
         """
-        self._blocks = self._blocks[:index]
+        self._blocks = self._blocks[:index]  # blocks after it saw other inputs
         row = self._write(f"block-{index:05d}.safetensors", tensors)
         old = self._hidden
         if hidden is not None:
@@ -175,13 +181,14 @@ class RunJournal:
             self._hidden["index"] = index + 1
         self._blocks.append(row | {"notes": list(notes)})
         self.save()
+        # only now: a kill before `save` leaves the old journal, which names the old activations
         if old and self._hidden and old["file"] != self._hidden["file"]:
             (self.folder / old["file"]).unlink(missing_ok=True)
 
     def hidden_before(self, index: int) -> list[Tensor] | None:
-        """Return the activations before a block, if they are there and sound."""
+        """Return the saved activations before a block, if they exist and are intact."""
         row = self._hidden
-        if not row or row["index"] != index or not _is_sound(self.folder, row):
+        if not row or row["index"] != index or not _is_intact(self.folder, row):
             return None
         stored = stored_tensors([self.folder / row["file"]])
         return [
@@ -200,7 +207,7 @@ class RunJournal:
 
     @contextlib.contextmanager
     def on_save(self, changes: Callable[[], dict[str, Any]]) -> Iterator[None]:
-        """Let the fields that `changes` returns be updated at every save."""
+        """Update the state with the fields that `changes` returns at every save."""
         self._at_save = changes
         try:
             yield
@@ -224,17 +231,17 @@ class RunJournal:
     # ------------------------------------------------------------ files
 
     def _write(self, name: str, tensors: dict[str, Tensor]) -> dict[str, Any]:
-        begun = time.perf_counter()
+        start_time = time.perf_counter()
         with self._renamed(name) as part:
             digest = write_tensors(part, tensors)
             size = part.stat().st_size
-        self.write_seconds += time.perf_counter() - begun
+        self.write_seconds += time.perf_counter() - start_time
         self.written_bytes += size
         return {"file": name, "sha256": digest, "bytes": size}
 
     @contextlib.contextmanager
     def _renamed(self, name: str) -> Any:
-        """Yield a temporary path that takes the name when it is whole; nothing is flushed."""
+        """Yield a temporary path; rename it to `name` if no error occurs. Nothing is flushed."""
         part = self.folder / f".{name}.part"
         try:
             yield part
@@ -243,18 +250,18 @@ class RunJournal:
             part.unlink(missing_ok=True)
             raise explain_os_error(error, self.folder / name) from error
 
-    def _sweep(self) -> None:
-        """Remove files that belong to nothing."""
-        known = {_JOURNAL, _LOCK, *(row["file"] for row in self._blocks)}
+    def _remove_unlisted(self) -> None:
+        """Remove files that the journal does not list."""
+        listed = {_JOURNAL, _LOCK, *(row["file"] for row in self._blocks)}
         if self._hidden:
-            known.add(self._hidden["file"])
+            listed.add(self._hidden["file"])
         for path in self.folder.iterdir() if self.folder.is_dir() else ():
-            if path.name not in known and path.is_file():
+            if path.name not in listed and path.is_file():
                 path.unlink(missing_ok=True)
 
 
 def read_journal(folder: Path) -> dict[str, Any] | None:
-    """Return the journal of a folder, or None if there is none that is whole."""
+    """Return the journal of a folder, or None if it is missing or damaged."""
     try:
         digest, _, text = (folder / _JOURNAL).read_text("utf-8").partition("\n")
         text = text.removesuffix("\n")
@@ -268,15 +275,17 @@ def read_journal(folder: Path) -> dict[str, Any] | None:
 
 @dataclass(frozen=True)
 class JournalInfo:
-    """What an interrupted run has left, by its journal: nothing is hashed here.
+    """What an interrupted run has saved, according to its journal; no file is hashed.
 
     Attributes:
-        title: What was run.
-        done: Finished blocks.
-        blocks: All blocks.
+        folder: Folder of the run.
+        title: Description of the run.
+        command: Its command line.
+        done: Number of finished blocks.
+        blocks: Number of blocks of the model.
         size: Bytes on disk.
-        age_seconds: Since something was written.
-        running: Whether a process is at it now.
+        age_seconds: Time since the last write.
+        running: Whether a process is working on it now.
     """
 
     folder: Path
@@ -290,40 +299,40 @@ class JournalInfo:
 
 
 def journal_info(folder: Path) -> JournalInfo | None:
-    """Return what is kept in a folder; None if there is no such folder."""
+    """Return what is saved in a folder; None if there is no such folder."""
     if not folder.is_dir():
         return None
     journal = read_journal(folder) or {}
     state = RunState.of_journal(journal)
     files = [path.stat() for path in folder.iterdir() if path.is_file()]
-    kept = RunJournal(folder)
-    free = kept.lock()
-    kept.release()
+    run = RunJournal(folder)
+    idle = run.lock()
+    run.release()
     return JournalInfo(
         folder=folder,
         title=state.title,
         command=state.command,
         done=len(journal.get("blocks", [])),
         blocks=state.blocks,
-        size=sum(one.st_size for one in files),
-        age_seconds=time.time() - max((one.st_mtime for one in files), default=time.time()),
-        running=not free,
+        size=sum(file.st_size for file in files),
+        age_seconds=time.time() - max((file.st_mtime for file in files), default=time.time()),
+        running=not idle,
     )
 
 
 def _is_at(path: Path, handle: int) -> bool:
-    """Return whether an open file is still the one that has this name."""
+    """Return whether a path still names the open file `handle`."""
     try:
         return os.path.samestat(os.fstat(handle), path.stat())
     except OSError:
         return False
 
 
-def _is_sound(folder: Path, row: dict[str, Any]) -> bool:
-    """Return whether a file is what the journal says, by size and SHA-256."""
+def _is_intact(folder: Path, row: dict[str, Any]) -> bool:
+    """Return whether a file has the size and SHA-256 in the journal."""
     path = folder / str(row["file"])
     try:
-        whole = path.stat().st_size == row["bytes"]
-        return whole and sha256_file(path) == str(row["sha256"])
+        complete = path.stat().st_size == row["bytes"]
+        return complete and sha256_file(path) == str(row["sha256"])
     except OSError:
         return False

@@ -1,8 +1,8 @@
 """`Linear`: one prunable matrix of a block, however the architecture stores it.
 
 `nn.Linear` and its subclasses store [out, in]; GPT-2's `Conv1D` stores [in, out]; mixtures of
-experts fuse the matrices of all experts into one parameter [experts, out, in]. Whatever is not one
-of these is not prunable, and a block with too much of it is refused by name.
+experts fuse the matrices of all experts into one parameter [experts, out, in]. Anything else is not
+prunable, and a block with too many other matrices is refused; the message names them.
 """
 
 from __future__ import annotations
@@ -26,11 +26,13 @@ class Linear:
     """A prunable matrix; `name` is unique in the model.
 
     Attributes:
-        name: Path of the module, and for an expert the parameter and the expert's number.
+        name: Path of the module, and for an expert the parameter and the expert's index.
         parameter_name: Name of the parameter that holds the matrix (`named_parameters`).
         block_index: Index of its block.
         module: The module that owns the parameter, whose input is the matrix's input.
         attribute: Name of the parameter in its module.
+        out_features: Rows of the matrix as [out, in].
+        in_features: Columns of the matrix as [out, in].
         expert: Index in a fused parameter, else None.
         transposed: True if it is stored as [in, out].
     """
@@ -57,13 +59,13 @@ class Linear:
         return parameter if self.expert is None else parameter[self.expert]
 
     def read(self) -> Float[Tensor, "out in"]:
-        """Return the weight in float32: a view if it is stored so, else a copy.
+        """Return the weight in float32: a view if it is stored in float32, else a copy.
 
         Raises:
-            IncompatibleData: It holds NaN or infinity.
+            IncompatibleData: It contains NaN or infinity.
         """
-        weight = (self.stored.T if self.transposed else self.stored).to(torch.float32)
-        if not torch.isfinite(weight.sum(dtype=torch.float64)):  # one pass; NaN and inf survive it
+        weight = (self.stored.T if self.transposed else self.stored).to(torch.float32)  # [out, in]
+        if not torch.isfinite(weight.sum(dtype=torch.float64)):  # one pass; NaN and inf propagate
             raise IncompatibleData(
                 f"{self.name} holds NaN or infinity",
                 where="the weights of the model are damaged",
@@ -75,7 +77,7 @@ class Linear:
         """Store a new weight, cast to the stored dtype; a zero is stored as +0.0.
 
         Raises:
-            IncompatibleData: The weight does not fit, or holds NaN or infinity.
+            IncompatibleData: The weight has another shape, or contains NaN or infinity.
         """
         if tuple(weight.shape) != (self.out_features, self.in_features):
             raise IncompatibleData(
@@ -89,19 +91,18 @@ class Linear:
                 where="the pruning method divided by zero or overflowed",
                 fix="use more calibration tokens, or float32",
             )
-        # -0.0 + 0.0 = +0.0: packers of 2:4 weights take -0.0 for a value
+        # -0.0 + 0.0 = +0.0: packers of 2:4 weights treat -0.0 as a non-zero
         torch.add(weight.T if self.transposed else weight, 0.0, out=self.stored)
 
 
 def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
     """Return the path and the list of the decoder blocks, without a forward pass.
 
-    It is the outermost `ModuleList` of the text decoder that has as many members as the
-    configuration says; where none or several do, the largest. `models.plan` checks that it is
-    what the forward pass runs.
+    It is the outermost `ModuleList` of the text decoder with `num_hidden_layers` members; if none
+    or several have that many, the largest. `models.plan` checks that the forward pass runs it.
 
     Raises:
-        IncompatibleData: The model has none.
+        IncompatibleData: The model has no such list.
     """
     lists = _block_lists(model)
     if not lists:
@@ -111,12 +112,13 @@ def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
             fix="choose a decoder-only transformer",
         )
     depth = getattr(_text_config(model), "num_hidden_layers", None)
+    # the depth decides; the size only between lists that both have it, or that both lack it
     path = max(lists, key=lambda name: (len(lists[name]) == depth, _size(lists[name])))
     return path, lists[path]
 
 
 def _block_lists(model: nn.Module) -> dict[str, nn.ModuleList]:
-    """Return the outermost lists with parameters by path, of the text decoder if it has any."""
+    """Return the outermost lists with parameters by path: the text decoder's, else the model's."""
     getter: Any = getattr(model, "get_decoder", None)
     decoder = (getter() if getter else None) or model
     path = next((name for name, module in model.named_modules() if module is decoder), "")
@@ -126,22 +128,22 @@ def _block_lists(model: nn.Module) -> dict[str, nn.ModuleList]:
 def _lists_below(model: nn.Module, root: nn.Module, prefix: str) -> dict[str, nn.ModuleList]:
     """Return the outermost lists with parameters by path, without those of towers.
 
-    Towers for images and sound are models of their own: they take no token ids, or have a
-    configuration of their own.
+    A tower for images or audio is a `PreTrainedModel` inside the model whose main input is not
+    token ids, or which has another configuration class.
     """
     configs = {type(getattr(model, "config", None)), type(_text_config(model))}
     lists: dict[str, nn.ModuleList] = {}
-    closed: list[str] = []  # what lies below was looked at, or is a tower
+    skipped: list[str] = []  # towers, and lists that are already returned
     for path, module in root.named_modules(prefix=prefix):
-        if any(path.startswith(f"{above}.") for above in closed):
+        if any(path.startswith(f"{above}.") for above in skipped):
             continue
-        takes = getattr(module, "main_input_name", None)  # only models of transformers say so
-        foreign = takes is not None and type(getattr(module, "config", None)) not in configs
-        if module is not root and (foreign or takes not in (None, "input_ids")):
-            closed.append(path)
+        main_input = getattr(module, "main_input_name", None)  # only `PreTrainedModel` has it
+        foreign = main_input is not None and type(getattr(module, "config", None)) not in configs
+        if module is not root and (foreign or main_input not in (None, "input_ids")):
+            skipped.append(path)
         elif isinstance(module, nn.ModuleList):
-            closed.append(path)
-            if _size(module):  # the norms alone, where packed layers hold no parameters
+            skipped.append(path)
+            if _size(module):  # packed layers have no parameters; their blocks still have norms
                 lists[path] = module
     return lists
 
@@ -164,7 +166,7 @@ def find_linears(model: nn.Module) -> list[Linear]:
 
     Raises:
         IncompatibleData: Less than `MIN_COVERAGE` of a block's matrices is prunable, or the model
-            has a second list of blocks; what is not pruned is named with its share.
+            has a second list of blocks; the message names the uncovered matrices and their share.
     """
     prefix, blocks = find_blocks(model)
     _require_sole(model, prefix, blocks)
@@ -174,10 +176,17 @@ def find_linears(model: nn.Module) -> list[Linear]:
 
 
 def find_repeats(model: nn.Module, linears: Sequence[Linear]) -> dict[Linear, Linear]:
-    """Return where later blocks use a matrix of an earlier one again, and which of `linears` it is.
+    """Map every repeat, a later block's use of an earlier block's matrix, to its linear.
 
     Blocks may share weights (Zamba2). The matrix belongs to the first block that has it, and is
-    pruned there; the keys stand for its other uses, one a block.
+    pruned there.
+
+    Args:
+        model: The model.
+        linears: From `find_linears`.
+
+    Returns:
+        Repeat -> the one of `linears` with the same matrix; at most one repeat a block and matrix.
     """
     by_name = {linear.name: linear for linear in linears}
     repeats: dict[Linear, Linear] = {}
@@ -191,11 +200,12 @@ def find_repeats(model: nn.Module, linears: Sequence[Linear]) -> dict[Linear, Li
 
 
 def _by_matrix(prefix: str, blocks: nn.ModuleList) -> list[list[Linear]]:
-    """Return every matrix with its uses, the first one first."""
+    """Return the linears of every matrix, in the order of the blocks."""
     uses: dict[tuple[int, int | None], list[Linear]] = {}
     for index, block in enumerate(blocks):
         for linear in _linears_in(prefix, index, block):
             parameter = getattr(linear.module, linear.attribute)
+            # shared weights are one Parameter object in several modules
             uses.setdefault((id(parameter), linear.expert), []).append(linear)
     return list(uses.values())
 
@@ -209,7 +219,7 @@ def _linears_in(prefix: str, index: int, block: nn.Module) -> list[Linear]:
 
 
 def _require_sole(model: nn.Module, prefix: str, blocks: nn.ModuleList) -> None:
-    """Refuse a decoder with another list of blocks; a list of single matrices is none."""
+    """Refuse a decoder with a second list of blocks; a list of single matrices does not count."""
     size = _matrix_size(blocks)
     for path, other in _block_lists(model).items():
         share = _matrix_size(other) / max(1, size + _matrix_size(other))
@@ -223,17 +233,18 @@ def _require_sole(model: nn.Module, prefix: str, blocks: nn.ModuleList) -> None:
 
 
 def _linears_of(module: nn.Module, path: str, index: int) -> list[Linear]:
+    """Return the prunable matrices that a module itself owns, without those of its children."""
     from transformers.pytorch_utils import Conv1D
 
     if isinstance(module, nn.Linear):
-        out, width = module.weight.shape
+        out, width = module.weight.shape  # [out, in]
         return [Linear(path, f"{path}.weight", index, module, "weight", out, width)]
     if isinstance(module, Conv1D):
-        width, out = module.weight.shape
+        width, out = module.weight.shape  # [in, out]
         return [
             Linear(path, f"{path}.weight", index, module, "weight", out, width, transposed=True)
         ]
-    if getattr(module, "is_transposed", None) is not False:  # set on fused experts alone
+    if getattr(module, "is_transposed", None) is not False:  # an attribute of fused experts only
         return []
     return [
         Linear(
@@ -242,7 +253,7 @@ def _linears_of(module: nn.Module, path: str, index: int) -> list[Linear]:
             index,
             module,
             name,
-            out_features=parameter.shape[1],
+            out_features=parameter.shape[1],  # [experts, out, in]
             in_features=parameter.shape[2],
             expert=expert,
         )
@@ -257,7 +268,7 @@ def _require_coverage(kind: str, block: nn.Module, linears: list[Linear]) -> Non
     covered = {id(getattr(linear.module, linear.attribute)) for linear in linears}
     total = sum(p.numel() for p in matrices.values())
     missed = {name: p.numel() / total for name, p in matrices.items() if id(p) not in covered}
-    share = 1 - sum(missed.values())
+    share = 1 - sum(missed.values())  # vectors (norms, biases) do not count
     if total == 0 or share < MIN_COVERAGE:
         worst = sorted(missed, key=lambda name: -missed[name])[:3]
         raise IncompatibleData(

@@ -1,4 +1,4 @@
-"""What the weights show after pruning: counted, not assumed."""
+"""Count the zeros after pruning, and check them against the requested sparsity."""
 
 from __future__ import annotations
 
@@ -12,12 +12,19 @@ from prunebench.errors import CheckFailed
 from prunebench.models.linears import Linear
 from prunebench.sparsity import Sparsity
 
-_TOLERANCE = 1e-4  # "realised equals asked": share of the weights
+_TOLERANCE = 1e-4  # allowed difference from the requested sparsity, as a share of the weights
 
 
 @dataclass(frozen=True)
 class Measured:
-    """Counts of one matrix. `violations` are N:M groups with more than N non-zeros."""
+    """Counts of one matrix.
+
+    Attributes:
+        linear: The matrix.
+        zeros: Weights that are 0.
+        negative_zeros: Those of them that are -0.0.
+        violations: N:M groups with more than N non-zeros.
+    """
 
     linear: Linear
     zeros: int
@@ -28,13 +35,13 @@ class Measured:
 def measure_linear(linear: Linear, sparsity: Sparsity) -> Measured:
     """Count the zeros of a matrix, and the groups that break the pattern of `sparsity`."""
     stored = linear.stored
-    weight = stored.T if linear.transposed else stored
+    weight = stored.T if linear.transposed else stored  # [out, in]
     zero = weight == 0
     negative = int((zero & torch.signbit(weight)).sum())
-    broken = 0
+    violations = 0
     if sparsity.group is not None and sparsity.kept is not None:
-        broken = count_violations(zero, kept=sparsity.kept, group=sparsity.group)
-    return Measured(linear, int(zero.sum()), negative, broken)
+        violations = count_violations(zero, kept=sparsity.kept, group=sparsity.group)
+    return Measured(linear, int(zero.sum()), negative, violations)
 
 
 def count_violations(zero: Tensor, *, kept: int, group: int) -> int:
@@ -45,7 +52,7 @@ def count_violations(zero: Tensor, *, kept: int, group: int) -> int:
         kept: N of N:M.
         group: M of N:M.
     """
-    groups = zero.reshape(zero.shape[0], -1, group)
+    groups = zero.reshape(zero.shape[0], -1, group)  # [out, groups, M]
     return int((groups.sum(-1, dtype=torch.int32) < group - kept).sum())
 
 
@@ -58,8 +65,8 @@ def count_sparser_groups(weight: Tensor, sparsity: Sparsity) -> int:
     """
     if sparsity.group is None or sparsity.kept is None:
         return 0
-    kept = (weight != 0).reshape(weight.shape[0], -1, sparsity.group).sum(-1, dtype=torch.int32)
-    return int((kept < sparsity.kept).sum())
+    groups = (weight != 0).reshape(weight.shape[0], -1, sparsity.group)  # [out, groups, M]
+    return int((groups.sum(-1, dtype=torch.int32) < sparsity.kept).sum())
 
 
 def require_met(
@@ -69,32 +76,33 @@ def require_met(
     *,
     beyond: Mapping[str, int] | None = None,
 ) -> None:
-    """Raise unless every matrix has the sparsity that was asked for.
+    """Raise unless every matrix has its requested sparsity.
 
-    N:M must hold in every group, and a ratio to one weight of the matrix: whatever a method
-    compares with each other, its counts must add up. More zeros than asked are let pass where the
-    dense weight had them, where the method has said so, and up to 0.01% (a weight may round to 0).
+    N:M must hold in every group, and a ratio to one weight of the matrix, whatever groups of
+    weights a method compares. More zeros than requested are allowed where the dense weight had
+    them, where the method reports them, and up to 0.01% (a weight may round to 0).
 
     Args:
         after: The pruned matrices.
         before: Zeros of each dense matrix, by name.
         requested: Sparsity of each matrix, by name.
-        beyond: Zeros that the method says it made on top, by name.
+        beyond: Additional zeros that the method reports, by name.
 
     Raises:
-        CheckFailed: A layer misses; it is named with what it has.
+        CheckFailed: A matrix has another sparsity; the message gives its name and counts.
     """
-    for one in after:
-        linear, sparsity = one.linear, requested[one.linear.name]
-        wanted = sparsity.count(linear.size)
+    for measured in after:
+        linear, zeros = measured.linear, measured.zeros
+        sparsity = requested[linear.name]
+        target = sparsity.count(linear.size)
         allowed = before[linear.name] + (beyond or {}).get(linear.name, 0)
-        too_few = one.zeros < wanted - 1
-        too_many = not sparsity.is_pattern and one.zeros > wanted + _slack(linear.size) + allowed
-        if one.violations or too_few or too_many:
-            found = f"{one.violations} groups break it, " if one.violations else ""
+        too_few = zeros < target - 1
+        too_many = not sparsity.is_pattern and zeros > target + _slack(linear.size) + allowed
+        if measured.violations or too_few or too_many:
+            broken = f"{measured.violations} groups break it, " if measured.violations else ""
             raise CheckFailed(
                 f"{linear.name} was to be pruned to {sparsity} and is not",
-                where=f"{found}{one.zeros:,} of {linear.size:,} weights are zero, not {wanted:,}",
+                where=f"{broken}{zeros:,} of {linear.size:,} weights are zero, not {target:,}",
                 fix="this is an error of the pruning method: see prunebench check",
             )
 
@@ -108,18 +116,24 @@ def require_total(
 ) -> None:
     """Raise unless all matrices together have the target's share of zeros, to 0.01%.
 
-    Every layer may round to a whole weight; this is what shows that the roundings do not add up.
+    Every layer rounds to a whole weight; this check shows that the rounding errors do not add up.
+
+    Args:
+        after: The pruned matrices.
+        before: Zeros of each dense matrix, by name.
+        target: Sparsity of the whole model.
+        beyond: Additional zeros that the method reports, by name.
 
     Raises:
-        CheckFailed: They have another share.
+        CheckFailed: The share of zeros differs.
     """
-    total = sum(one.linear.size for one in after)
-    zeros, wanted = sum(one.zeros for one in after), target.count(total)
+    total = sum(measured.linear.size for measured in after)
+    zeros, count = sum(measured.zeros for measured in after), target.count(total)
     allowed = sum(before.values()) + sum((beyond or {}).values())
-    if not wanted - _slack(total) <= zeros <= wanted + _slack(total) + allowed:
+    if not count - _slack(total) <= zeros <= count + _slack(total) + allowed:
         raise CheckFailed(
             f"the model was to be pruned to {target} and is not",
-            where=f"{zeros:,} of {total:,} weights are zero ({zeros / total:.3%}), not {wanted:,}",
+            where=f"{zeros:,} of {total:,} weights are zero ({zeros / total:.3%}), not {count:,}",
             fix="this is an error of the allocation: its ratios do not add up to the target",
         )
 

@@ -1,8 +1,8 @@
-"""Out of memory, one batch at a time: halve the batch, say so, go on.
+"""Retry batches that run out of memory at half the size.
 
-Every row of a batch is a sequence of its own, so half a batch at a time is the same computation.
-(A device may choose another kernel for fewer rows, whose sums round otherwise in the last bit, as
-another device would; that a batch was halved is therefore told, and recorded in the result.)
+Every row of a batch is an independent sequence, so half a batch at a time is the same computation.
+(A device may choose another kernel for fewer rows, which rounds differently in the last bit, as
+another device would; that a batch was halved is therefore reported, and recorded in the result.)
 """
 
 from __future__ import annotations
@@ -21,25 +21,25 @@ _listeners: list[Callable[[str, int], None]] = []
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Return whether an exception says that a device or the host has no memory left."""
+    """Return whether an exception means that a device or the host is out of memory."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
-    return isinstance(error, RuntimeError) and any(one in str(error) for one in _HOST_MESSAGES)
+    return isinstance(error, RuntimeError) and any(text in str(error) for text in _HOST_MESSAGES)
 
 
 @functools.cache
 def _malloc_trim() -> Callable[[int], int] | None:
     try:
         trim: Callable[[int], int] = ctypes.CDLL(None).malloc_trim
-    except (AttributeError, OSError, TypeError):  # another C library than glibc
+    except (AttributeError, OSError, TypeError):  # a C library other than glibc
         return None
     return trim
 
 
 def return_free_memory() -> None:
-    """Give back to the system what is freed but kept by glibc, which never gives back the middle.
+    """Return freed memory from glibc's heap to the system; do nothing with another C library.
 
-    Elsewhere do nothing.
+    By itself glibc returns only the top of its heap, so a long-lived tensor holds all below it.
     """
     trim = _malloc_trim()
     if trim is not None:
@@ -48,7 +48,7 @@ def return_free_memory() -> None:
 
 @contextlib.contextmanager
 def on_batch_halved(listener: Callable[[str, int], None]) -> Iterator[None]:
-    """Let `listener` hear what was halved, and to how many sequences, while this is open."""
+    """Call `listener(what, size)` whenever batches of `what` are halved to `size` sequences."""
     _listeners.append(listener)
     try:
         yield
@@ -56,9 +56,9 @@ def on_batch_halved(listener: Callable[[str, int], None]) -> Iterator[None]:
         _listeners.remove(listener)
 
 
-def tell_halved(what: str, size: int) -> None:
-    """Say that batches of `what` hold `size` sequences from now on, and free what can be freed."""
-    gc.collect()
+def report_halved(what: str, size: int) -> None:
+    """Report that batches of `what` hold `size` sequences from now on, and free cached memory."""
+    gc.collect()  # frames of the error may be in reference cycles
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
     for listener in _listeners:
@@ -66,11 +66,11 @@ def tell_halved(what: str, size: int) -> None:
 
 
 class AutoBatch:
-    """Runs batches, in parts where a whole one is too much; what did not fit is not tried again.
+    """Run batches, in parts once a batch has run out of memory; a failed size is not tried again.
 
     Attributes:
-        what: For the message.
-        size: The most sequences at a time from now on; None as long as every batch fitted.
+        what: What the batches are for, in the message.
+        size: Largest number of sequences at a time; None until a batch has run out of memory.
     """
 
     def __init__(self, what: str) -> None:
@@ -78,17 +78,17 @@ class AutoBatch:
         self.size: int | None = None
 
     def run(self, function: Callable[[Tensor], Tensor], batch: Tensor) -> Iterator[Tensor]:
-        """Yield what a function makes of a batch: whole, or of consecutive parts of it.
+        """Yield the outputs of a function for consecutive parts of a batch, or for all of it.
 
         Args:
-            function: From (samples, ...) to a tensor with as many rows.
+            function: Takes (samples, ...) and returns a tensor with as many rows.
             batch: The whole batch.
 
         Raises:
-            RuntimeError: One sequence alone is too much; the device's own error.
+            RuntimeError: A single sequence runs out of memory; the device's own error.
         """
         while len(batch):
-            part = batch[: self.size]
+            part = batch[: self.size]  # all of it while `size` is None
             try:
                 result = function(part)
             except (RuntimeError, MemoryError) as error:
@@ -96,8 +96,9 @@ class AutoBatch:
                     raise
             else:
                 yield result
-                del result
+                del result  # or the generator holds it while the next part runs
                 batch = batch[len(part) :]
                 continue
+            # outside the except clause, whose traceback keeps the failed tensors alive
             self.size = (len(part) + 1) // 2
-            tell_halved(self.what, self.size)
+            report_halved(self.what, self.size)

@@ -1,10 +1,10 @@
-"""The self-check before a walk: do the blocks run as the walker runs them, and how are the linears?
+"""The self-check before a walk: does the replay equal the model, and how is each linear used?
 
-One sample goes through the model as it is, and through the replay; both must agree bit for bit.
-While it does, every prunable matrix is accounted for: its module is called, or its parameter is
-multiplied, once or several times; or it is an expert that this sample did not choose. Whatever is
-used in another way, or not at all, is refused by name: pruned without its statistics it would
-look like every other layer.
+One sample goes through the model and through the replay; both must agree bit for bit. Meanwhile
+every prunable matrix is accounted for: its module is called, or its parameter is multiplied, once
+or several times; or it is an expert that this sample was not routed to. A matrix that is used in
+another way, or not at all, is refused by name: pruned with wrong statistics it would look like
+every other layer.
 """
 
 from __future__ import annotations
@@ -20,22 +20,22 @@ from torch import Tensor, nn
 from prunebench.errors import IncompatibleData
 from prunebench.models.linears import Linear
 from prunebench.models.out_of_memory import is_out_of_memory
-from prunebench.models.replay import TrueRun, record_calls, refused, run_model
+from prunebench.models.replay import TrueRun, not_replayable, record_calls, run_model
 from prunebench.models.taps import Account
 from prunebench.models.weights import weights_of
 
 
 @dataclass(frozen=True)
 class BlockPlan:
-    """How a block uses its linears, seen once on a real sample.
+    """How a block uses its linears, observed once on a real sample.
 
     Attributes:
-        groups: Linears that read the same tensors, in the order in which they run; the first of a
-            group is its leader. Every linear is in one group.
-        dynamic: True if which linears run depends on the data (experts); those that the sample
-            did not reach are groups of their own, at the end.
-        repeated: Linears that run more than once in a pass: their statistics are the sum.
-        by_product: Linears that are not called as modules; their input is seen at the product.
+        groups: Linears that read the same tensors, in execution order; the first of a group is its
+            leader. Every linear is in exactly one group.
+        dynamic: True if the data decide which linears run (experts). Those that the sample did not
+            reach are groups of one, at the end.
+        repeated: Linears that run more than once in a pass; their statistics are summed.
+        by_product: Linears that are not called as modules; their input is captured at the product.
         returns: What follows the hidden state in the block's output, or None.
         leaves_tensors: Whether blocks of the model put tensors into their arguments, where later
             ones find them (keys and values that layers share).
@@ -63,12 +63,12 @@ def check_replay(
 
     Raises:
         IncompatibleData: The replay differs, the activations are not finite, or a linear is used
-            in a way that cannot be followed; the first block where it shows, or the linear, is
-            named.
+            in a way that cannot be observed; the message names the first such block or linear.
     """
     with _refusing(model):
         true = run_model(model, blocks, token_ids)
         hidden, calls = record_calls(model, blocks, token_ids, returns_tuple=true.returns_tuple)
+    # Now block by block, so that the first block that differs can be named.
     weights = weights_of(model)
     plans: list[BlockPlan] = []
     for index, block in enumerate(blocks):
@@ -79,53 +79,56 @@ def check_replay(
                     where="the model overflows on the calibration text",
                     fix="use --dtype float32 or bfloat16, or check the weights",
                 )
-            raise refused(model, f"the replay differs from the model before block {index}")
+            raise not_replayable(model, f"the replay differs from the model before block {index}")
         with _refusing(model), weights.open_block(index), Account(linears[index]) as account:
             hidden = calls[index].run(block, hidden)
         plans.append(_plan(block, linears[index], account, true, index))
     if not torch.equal(hidden, true.output):
-        raise refused(model, f"the replay differs from the model after block {len(blocks) - 1}")
+        raise not_replayable(
+            model, f"the replay differs from the model after block {len(blocks) - 1}"
+        )
     return plans
 
 
 @contextlib.contextmanager
 def _refusing(model: nn.Module) -> Iterator[None]:
-    """Take an error of a model that is run in parts for a sign that it cannot be."""
+    """Turn an error of a model that runs in parts into a refusal of its architecture."""
     try:
         yield
     except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
         if is_out_of_memory(error):
             raise
-        raise refused(model, f"{type(error).__name__}: {error}".split("\n")[0]) from error
+        raise not_replayable(model, f"{type(error).__name__}: {error}".split("\n")[0]) from error
 
 
 def _plan(
     block: nn.Module, linears: list[Linear], account: Account, true: TrueRun, index: int
 ) -> BlockPlan:
+    """Return a block's plan, or refuse a linear whose input was not captured."""
     called, products = _inputs_of(account.called), _inputs_of(account.products)
     by_product = set()
-    seen: dict[Linear, list[Tensor]] = {}
+    inputs: dict[Linear, list[Tensor]] = {}  # the inputs of each linear, in execution order
     for linear in _in_order(account):
         as_module, multiplied = called.get(linear, []), products.get(linear, [])
         if linear in account.others or not multiplied:
-            how = account.others.get(linear, "code that cannot be watched")
-            raise _unaccounted(linear, f"its weight is used by {how}, so its input is not known")
+            user = account.others.get(linear, "code that cannot be observed")
+            raise _unaccounted(linear, f"its weight is used by {user}, so its input is not known")
         if linear.expert is None and not _same_tensors(as_module, multiplied):
-            by_product.add(linear)
-        seen[linear] = (
+            by_product.add(linear)  # e.g. Mamba's dt_proj: never called, or with another input
+        inputs[linear] = (
             multiplied if linear in by_product or linear.expert is not None else as_module
         )
-    unseen = [linear for linear in linears if linear not in seen]
-    fused = {one.parameter_name for one in seen if one.expert is not None}
-    for linear in unseen:
+    unreached = [linear for linear in linears if linear not in inputs]
+    fused = {linear.parameter_name for linear in inputs if linear.expert is not None}
+    for linear in unreached:
         if linear.expert is not None and linear.parameter_name not in fused:
             raise _unaccounted(linear, "its experts are not applied one by one")
-        if not _is_expert(block, linear, seen):
+        if not _is_expert(block, linear, inputs):
             raise _unaccounted(linear, "the forward pass does not use it")
     return BlockPlan(
-        groups=_groups(seen) + [[linear] for linear in unseen],
-        dynamic=bool(unseen) or any(linear.expert is not None for linear in linears),
-        repeated=frozenset(linear for linear, tensors in seen.items() if len(tensors) > 1),
+        groups=_groups(inputs) + [[linear] for linear in unreached],
+        dynamic=bool(unreached) or any(linear.expert is not None for linear in linears),
+        repeated=frozenset(linear for linear, tensors in inputs.items() if len(tensors) > 1),
         by_product=frozenset(by_product),
         returns=true.returns_tuple[index],
         leaves_tensors=true.leaves_tensors,
@@ -140,36 +143,37 @@ def _inputs_of(uses: list[tuple[Linear, Tensor]]) -> dict[Linear, list[Tensor]]:
 
 
 def _in_order(account: Account) -> list[Linear]:
-    """Return the linears that were used, in the order in which they first were."""
+    """Return the linears that were used, in the order of their first use."""
     uses = [*account.products, *account.called]
     return list(dict.fromkeys([*(linear for linear, _ in uses), *account.others]))
 
 
-def _same_tensors(ones: list[Tensor], others: list[Tensor]) -> bool:
-    """Return whether these are the same values in the same memory, whatever the view."""
-    return len(ones) == len(others) and all(
-        one.data_ptr() == other.data_ptr() and one.numel() == other.numel()
-        for one, other in zip(ones, others, strict=True)
+def _same_tensors(left: list[Tensor], right: list[Tensor]) -> bool:
+    """Return whether two lists hold the same memory; the views may differ."""
+    return len(left) == len(right) and all(
+        a.data_ptr() == b.data_ptr() and a.numel() == b.numel()
+        for a, b in zip(left, right, strict=True)
     )
 
 
-def _groups(seen: dict[Linear, list[Tensor]]) -> list[list[Linear]]:
-    """Return the linears that read the very same tensors together, in the order of `seen`."""
+def _groups(inputs: dict[Linear, list[Tensor]]) -> list[list[Linear]]:
+    """Group the linears that read the identical tensors, in the order of `inputs`."""
     groups: dict[tuple[int, ...], list[Linear]] = {}
-    for linear, tensors in seen.items():
+    for linear, tensors in inputs.items():
+        # identity, not equality: `Account` holds the tensors, so no id is reused
         groups.setdefault(tuple(map(id, tensors)), []).append(linear)
     return list(groups.values())
 
 
-def _is_expert(block: nn.Module, linear: Linear, seen: dict[Linear, list[Tensor]]) -> bool:
-    """Return whether a linear is one of several alternatives of which others ran.
+def _is_expert(block: nn.Module, linear: Linear, inputs: dict[Linear, list[Tensor]]) -> bool:
+    """Return whether a linear that did not run is an expert: one of several, of which others ran.
 
-    That is a matrix in a fused parameter, or a module in a list inside the block, of which another
-    member ran.
+    The alternatives are the matrices of a fused parameter, or the members of a `ModuleList` inside
+    the block.
     """
     if linear.expert is not None:
-        return any(one.parameter_name == linear.parameter_name for one in seen)
-    ran = {id(one.module) for one in seen}
+        return any(other.parameter_name == linear.parameter_name for other in inputs)
+    ran = {id(other.module) for other in inputs}
     for module in block.modules():
         if isinstance(module, nn.ModuleList):
             members = [{id(part) for part in member.modules()} for member in module]
@@ -188,11 +192,11 @@ def _unaccounted(linear: Linear, reason: str) -> IncompatibleData:
 
 @dataclass(frozen=True)
 class LaterUse:
-    """A group of a later block whose matrices an earlier block has too.
+    """A group of a later block that shares its matrices with an earlier block.
 
     Attributes:
-        leader: Stands for the group in the later block: its input is seen there.
-        slots: The groups of the earlier block that get it too.
+        leader: The group's leader in the later block, where its input is captured.
+        slots: Indices of the earlier block's groups, whose statistics include this input.
     """
 
     leader: Linear
@@ -202,27 +206,30 @@ class LaterUse:
 def separate_later_uses(
     plans: list[BlockPlan], repeats: Mapping[Linear, Linear]
 ) -> tuple[list[BlockPlan], list[list[LaterUse]]]:
-    """Take the repeats out of the plans: return plans of each matrix once, and where it is again.
+    """Remove the repeats from the plans: return plans with each matrix once, and its later uses.
 
-    Linears of one group stay together only if they are together wherever they are used.
+    Linears of one group stay together only if they are in one group wherever they are used.
 
     Args:
-        plans: Of all blocks.
+        plans: The plans of all blocks.
         repeats: From `find_repeats`.
+
+    Returns:
+        The plans without repeats, and for each block its `LaterUse`s.
     """
     leaders = {
         linear: members[0] for plan in plans for members in plan.groups for linear in members
     }
-    again: dict[Linear, list[Linear]] = {}  # by linear: the leaders of its later uses
+    later_leaders: dict[Linear, list[Linear]] = {}
     for repeat, linear in repeats.items():
-        again.setdefault(linear, []).append(leaders[repeat])
+        later_leaders.setdefault(linear, []).append(leaders[repeat])
     separated, later = [], []
     for plan in plans:
         groups: dict[tuple[Linear, ...], list[Linear]] = {}
         for members in plan.groups:
             for linear in members:
                 if linear not in repeats:
-                    key = (members[0], *again.get(linear, ()))
+                    key = (members[0], *later_leaders.get(linear, ()))
                     groups.setdefault(key, []).append(linear)
         slots: dict[Linear, list[int]] = {}
         for slot, (_, *uses) in enumerate(groups):

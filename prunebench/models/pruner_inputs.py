@@ -1,4 +1,4 @@
-"""What single methods read besides the statistics of the walk."""
+"""Inputs that some pruning methods need besides the statistics of the walk."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from prunebench.models.masks import Masks
 
 @dataclass(frozen=True)
 class PrunerInputs:
-    """What a method asked for by its `Needs`; the walker hands it on and reads none of it.
+    """The inputs that a method declares in its `Needs`; the walker passes them to the method.
 
     Attributes:
         gradients: Norms of the dense model's gradients.
-        training: Windows to learn from.
-        masks: Masks to apply or to begin with.
+        training: Training windows of a method that learns.
+        masks: Masks to apply, or to initialize learning with.
     """
 
     gradients: GradientNorms | None = None

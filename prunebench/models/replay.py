@@ -1,8 +1,8 @@
-"""Calling the blocks of a model one at a time, with the arguments that the model would give them.
+"""Replay: call the blocks of a model one at a time, with the arguments that the model passes.
 
-Nothing here knows an architecture. The model itself is run with every block's forward replaced by
-one that notes its arguments and hands its input on, so the embeddings, masks, position embeddings
-and whatever else a transformers version passes are made by the model's own code, at almost no
+There is no code per architecture. The model itself is run with every block's forward replaced by
+one that records its arguments and returns its input, so that embeddings, masks, position embeddings
+and whatever else a transformers version passes are computed by the model's own code, at almost no
 cost. A block is then called with those arguments and any hidden state.
 """
 
@@ -19,9 +19,9 @@ from torch.utils._pytree import tree_leaves
 
 from prunebench.errors import IncompatibleData
 
-_FEW_TOKENS = 8
-Known = dict[int, tuple[Tensor, Tensor]]
-"""Tensors and their copies on a device, by the identity of the first, which is kept alive."""
+_CHECK_TOKENS = 8
+Copies = dict[int, tuple[Tensor, Tensor]]
+"""By `id(tensor)`: the tensor, held so that its id is not reused, and its copy on a device."""
 
 
 class Stop(Exception):
@@ -45,36 +45,35 @@ class BlockCall:
 
     @classmethod
     def take(cls, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[BlockCall, Tensor]:
-        """Split the arguments of a call into the hidden state and the rest."""
+        """Split the arguments of a call into the rest and the hidden state."""
         if args:
             return cls((None, *args[1:]), dict(kwargs), ""), args[0]
         rest = dict(kwargs)
         return cls((), rest, "hidden_states"), rest.pop("hidden_states")
 
-    def to(self, device: torch.device, known: Known) -> BlockCall:
+    def to(self, device: torch.device, copies: Copies) -> BlockCall:
         """Return the call with its tensors on `device`.
 
         Args:
-            device: Where.
-            known: What has been brought there before, by identity; arguments that calls share are
-                brought once.
+            device: The target device.
+            copies: Tensors that were copied there before; shared arguments are copied once.
         """
 
         def moved(value: Any) -> Any:
             if isinstance(value, Tensor):
-                if id(value) not in known:
-                    known[id(value)] = (value, value.to(device))
-                return known[id(value)][1]
+                if id(value) not in copies:
+                    copies[id(value)] = (value, value.to(device))
+                return copies[id(value)][1]
             if isinstance(value, tuple | list):
                 return type(value)(map(moved, value))
             if isinstance(value, dict):
-                return {name: moved(one) for name, one in value.items()}
+                return {name: moved(item) for name, item in value.items()}
             return value
 
         return BlockCall(moved(self.args), moved(self.kwargs), self.keyword)
 
     def count_tensors(self) -> int:
-        """Count the tensors in the arguments; blocks may add some to mappings and lists."""
+        """Count the tensors in the arguments; a block may add some to mappings and lists."""
 
         def count(value: Any) -> int:
             if isinstance(value, Mapping):
@@ -86,7 +85,7 @@ class BlockCall:
         return count((self.args, self.kwargs))
 
     def run(self, block: nn.Module, hidden: Tensor) -> Tensor:
-        """Call the block and return its hidden state."""
+        """Call the block; return its hidden state, (samples, seqlen, hidden)."""
         if self.keyword:
             return hidden_of(block(**{self.keyword: hidden}, **self.kwargs))
         return hidden_of(block(hidden, *self.args[1:], **self.kwargs))
@@ -105,14 +104,14 @@ def hidden_of(output: Any) -> Tensor:
 
 @contextlib.contextmanager
 def plain_inference(model: nn.Module, *, plain_experts: bool = True) -> Iterator[None]:
-    """Evaluation mode, no KV cache, experts one by one; everything is put back afterwards.
+    """Evaluation mode, no KV cache, experts one by one; restore the settings afterwards.
 
     A KV cache among the recorded arguments would grow at every replay, and the second pass would
     attend to the keys of the first.
 
     Args:
         model: A causal language model.
-        plain_experts: Whether experts run one by one, so that each one's inputs can be seen.
+        plain_experts: Whether experts run one by one, so that the inputs of each can be captured.
     """
     pretrained: Any = model  # what transformers adds to nn.Module
     config = pretrained.config
@@ -134,12 +133,13 @@ def plain_inference(model: nn.Module, *, plain_experts: bool = True) -> Iterator
 
 @dataclass(frozen=True)
 class TrueRun:
-    """What the model itself did with one sample: the input of every block and the last output.
+    """A forward pass of the model on one sample: the input of every block and the last output.
 
     Attributes:
-        inputs: Hidden state before every block.
-        output: Hidden state behind the last one.
-        returns_tuple: What each block returns beside it, if it returns a tuple; NaN for tensors.
+        inputs: Hidden state before every block, (1, seqlen, hidden).
+        output: Hidden state after the last block.
+        returns_tuple: What each block returns after the hidden state, if it returns a tuple, with
+            tensors replaced by NaN; else None.
         leaves_tensors: Whether a block put tensors into its arguments, for later blocks.
     """
 
@@ -152,18 +152,18 @@ class TrueRun:
 def run_model(
     model: nn.Module, blocks: nn.ModuleList, token_ids: Tensor, *, to_end: bool = True
 ) -> TrueRun:
-    """Run the model on one sample and note what each block got.
+    """Run the model on one sample and record the input of each block.
 
     Args:
         model: The model.
         blocks: Its blocks.
         token_ids: One sample, (1, seqlen).
-        to_end: Whether to run on behind the last block, where a model might begin again; False
-            where that was checked before.
+        to_end: Whether to continue after the last block, where a model might call its blocks again;
+            False where that has been checked.
 
     Raises:
-        IncompatibleData: The blocks are not called once each, in order, or hand more on to one
-            another than the hidden state.
+        IncompatibleData: The blocks are not called once each, in order, or pass each other more
+            than the hidden state.
     """
     trace = _Trace(model, len(blocks), to_end=to_end)
     handles = []
@@ -186,12 +186,12 @@ def run_model(
         missing = sorted(set(range(len(blocks))) - set(trace.order))
         order = trace.order[: 2 * len(blocks)]
         reason = f"its blocks run in the order {order}, not once each in order"
-        raise refused(model, f"block {missing[0]} does not run" if missing else reason)
+        raise not_replayable(model, f"block {missing[0]} does not run" if missing else reason)
     return TrueRun(trace.inputs, trace.last[0], trace.returns, trace.leaves_tensors)
 
 
 class _Trace:
-    """Notes what the blocks get and give."""
+    """Record the inputs and outputs of the blocks."""
 
     def __init__(self, model: nn.Module, blocks: int, *, to_end: bool) -> None:
         self.order: list[int] = []
@@ -202,41 +202,43 @@ class _Trace:
         self._model = model
         self._final = blocks - 1
         self._to_end = to_end
-        # by identity, and alive: what blocks got, and what they made beside the hidden state
-        self._taken: dict[int, Tensor] = {}
-        self._given: dict[int, Tensor] = {}
+        # By `id`, with the tensors held so that no id is reused: arguments of the blocks so far,
+        # and new tensors that they returned after the hidden state.
+        self._arguments: dict[int, Tensor] = {}
+        self._extras: dict[int, Tensor] = {}
 
     def before(self, index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         call, hidden = BlockCall.take(args, kwargs)
         self.order.append(index)
         self.inputs.append(hidden)
         self._call, self._count = call, call.count_tensors()
-        self._taken |= _tensors((args, kwargs))
-        if not self._taken.keys().isdisjoint(self._given):
+        self._arguments |= _tensors((args, kwargs))
+        if not self._arguments.keys().isdisjoint(self._extras):
             reason = "blocks pass tensors to later blocks beside the hidden state"
-            raise refused(self._model, reason)
+            raise not_replayable(self._model, reason)
 
     def after(self, index: int, output: Any) -> None:
         hidden = hidden_of(output)
         self.leaves_tensors |= self._call.count_tensors() != self._count
         rest = output[1:] if isinstance(output, tuple) else None
-        made = _tensors(rest)
-        self._given |= {key: made[key] for key in made.keys() - self._taken.keys()}
+        # a block may return an argument unchanged; that tells a later block nothing new
+        extras = _tensors(rest)
+        self._extras |= {key: extras[key] for key in extras.keys() - self._arguments.keys()}
         self.returns.append(None if rest is None else tuple(map(_unusable, rest)))
         if index == self._final:
-            self.last.append(hidden.clone())  # what comes next may write into it
+            self.last.append(hidden.clone())  # the code after the blocks may write into it
             if not self._to_end:
                 raise Stop
 
 
 def _tensors(values: Any) -> dict[int, Tensor]:
-    return {id(one): one for one in tree_leaves(values) if isinstance(one, Tensor)}
+    return {id(leaf): leaf for leaf in tree_leaves(values) if isinstance(leaf, Tensor)}
 
 
 def _unusable(value: Any) -> Any:
-    """Return NaN in the place of a tensor: what one block hands to another would not be replayed.
+    """Return NaN in place of a tensor: what blocks pass to each other is not replayed.
 
-    A stand-in can give only what was seen with other tokens; where it is used, it must show.
+    A replaced block could only return tensors of other tokens; NaN shows if a model uses them.
     """
     if isinstance(value, Tensor):
         return torch.full_like(value, float("nan")) if value.is_floating_point() else value * 0
@@ -248,7 +250,7 @@ def require_run(model: nn.Module, blocks: nn.ModuleList) -> None:
     """Check on a few tokens that the forward pass runs every block.
 
     Raises:
-        IncompatibleData: One does not run.
+        IncompatibleData: A block does not run.
     """
     ran: set[int] = set()
     handles = [
@@ -256,7 +258,7 @@ def require_run(model: nn.Module, blocks: nn.ModuleList) -> None:
         for index, block in enumerate(blocks)
     ]
     token_ids = torch.zeros(
-        (1, _FEW_TOKENS), dtype=torch.int64, device=next(model.parameters()).device
+        (1, _CHECK_TOKENS), dtype=torch.int64, device=next(model.parameters()).device
     )
     try:
         model(input_ids=token_ids, use_cache=False)
@@ -265,7 +267,7 @@ def require_run(model: nn.Module, blocks: nn.ModuleList) -> None:
             handle.remove()
     if len(ran) < len(blocks):
         missing = min(set(range(len(blocks))) - ran)
-        raise refused(model, f"block {missing} does not run")
+        raise not_replayable(model, f"block {missing} does not run")
 
 
 @torch.no_grad()
@@ -276,7 +278,7 @@ def record_calls(
     *,
     returns_tuple: list[tuple[Any, ...] | None],
 ) -> tuple[Tensor, list[BlockCall]]:
-    """Run the model around its blocks: return the first hidden state and every block's arguments.
+    """Run the model without its blocks: return the first hidden state and each block's arguments.
 
     Args:
         model: The model, under `plain_inference`.
@@ -293,9 +295,9 @@ def record_calls(
             call, hidden = BlockCall.take(args, kwargs)
             calls.append(call)
             if index == 0:
-                first.append(hidden)
+                first.append(hidden)  # [samples, seqlen, hidden]
             if index == len(blocks) - 1:
-                raise Stop
+                raise Stop  # no head: the logits are not needed
             rest = returns_tuple[index]
             return hidden if rest is None else (hidden, *rest)
 
@@ -308,19 +310,20 @@ def record_calls(
             model(input_ids=token_ids, use_cache=False)
     finally:
         for block in blocks:
-            vars(block).pop("forward", None)
+            vars(block).pop("forward", None)  # the class's forward shows again
     return first[0], calls
 
 
 def share_arguments(calls: list[BlockCall], first: list[BlockCall]) -> list[BlockCall]:
-    """Use the first batch's arguments where this batch's are equal, so that one copy is kept."""
-    known: dict[tuple[int, int], Any] = {}
+    """Replace a batch's arguments by those of the first batch where they are equal: one copy."""
+    # by pair of ids: the blocks share most arguments, so each pair is compared once
+    chosen: dict[tuple[int, int], Any] = {}
 
     def shared(new: Any, old: Any) -> Any:
         key = (id(new), id(old))
-        if key not in known:
-            known[key] = old if _same(new, old) else new
-        return known[key]
+        if key not in chosen:
+            chosen[key] = old if _same(new, old) else new
+        return chosen[key]
 
     for call, old in zip(calls, first, strict=True):
         if len(call.args) == len(old.args) and call.kwargs.keys() == old.kwargs.keys():
@@ -331,35 +334,34 @@ def share_arguments(calls: list[BlockCall], first: list[BlockCall]) -> list[Bloc
     return calls
 
 
-def _same(one: Any, other: Any) -> bool:
-    if isinstance(one, Tensor) and isinstance(other, Tensor):
-        return one is other or (
-            one.shape == other.shape and one.dtype == other.dtype and torch.equal(one, other)
+def _same(left: Any, right: Any) -> bool:
+    if isinstance(left, Tensor) and isinstance(right, Tensor):
+        return left is right or (
+            left.shape == right.shape and left.dtype == right.dtype and torch.equal(left, right)
         )
-    if isinstance(one, tuple | list) and type(one) is type(other):
-        return len(one) == len(other) and all(map(_same, one, other))
-    return one is other
+    if isinstance(left, tuple | list) and type(left) is type(right):
+        return len(left) == len(right) and all(map(_same, left, right))
+    return left is right
 
 
 @torch.no_grad()
 def resume(
     model: nn.Module, blocks: nn.ModuleList, token_ids: Tensor, *, index: int, run: TrueRun
 ) -> Tensor:
-    """Run the model from block `index` to its end and return the logits.
+    """Run the model from block `index` to its end; return logits, (samples, seqlen, vocabulary).
 
     Args:
         model: The model, under `plain_inference`.
         blocks: Its blocks.
         token_ids: (samples, seqlen).
         index: The first block that runs.
-        run: What the dense model did with these tokens: the blocks before `index` are replaced by
-            what they gave.
+        run: The dense model's run on these tokens; the blocks before `index` return its outputs.
 
     Raises:
-        IncompatibleData: Later blocks need more of the earlier ones than what they gave.
+        IncompatibleData: Blocks leave tensors for later blocks beside the hidden state.
     """
     if run.leaves_tensors:
-        raise refused(model, "blocks leave tensors for later blocks beside the hidden state")
+        raise not_replayable(model, "blocks leave tensors for later blocks beside the hidden state")
     outputs = run.inputs[1 : index + 1]
     with blocks_giving(blocks, outputs, run.returns_tuple):
         logits: Tensor = model(input_ids=token_ids, use_cache=False).logits
@@ -372,7 +374,7 @@ def blocks_giving(
     outputs: Sequence[Tensor],
     returns_tuple: Sequence[tuple[Any, ...] | None],
 ) -> Iterator[None]:
-    """Let the first blocks give `outputs`, one each, whatever their input is."""
+    """Replace the first blocks: block i returns `outputs[i]`, (samples, seqlen, hidden)."""
 
     def stand_in(index: int) -> Callable[..., Any]:
         hidden, rest = outputs[index], returns_tuple[index]
@@ -387,8 +389,8 @@ def blocks_giving(
             vars(block).pop("forward", None)
 
 
-def refused(model: nn.Module, reason: str) -> IncompatibleData:
-    """Return the error that says why an architecture is refused."""
+def not_replayable(model: nn.Module, reason: str) -> IncompatibleData:
+    """Return the error for an architecture that cannot be replayed."""
     return IncompatibleData(
         f"{type(model).__name__} cannot be replayed block by block",
         where=reason,

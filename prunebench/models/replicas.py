@@ -1,8 +1,8 @@
-"""The block at work on several devices of one machine, so that its batches run side by side.
+"""Replicas of one block on several devices of a machine, which run its batches in parallel.
 
-The first device is the one that holds the model; the others get a copy of one block at a time.
-A launch on a GPU does not wait for it, so one thread hands batch after batch to device after
-device, and what comes back is used in the order of the batches: the result is that of one device.
+The first device holds the model; the others get a copy of one block at a time. GPU launches are
+asynchronous, so one thread launches batch after batch on device after device. Results are used in
+the order of the batches, and are therefore those of one device.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from prunebench.models.taps import InputHook, capture_inputs
 
 
 class BlockReplicas:
-    """One block on every device: as it is on the first, a copy on each of the others.
+    """One block on every device: the block itself on the first, a copy on each of the others.
 
     Args:
-        block: The block, with its weights in place on the first device.
+        block: The block, with its weights loaded on the first device.
         linears: Its prunable matrices.
-        devices: Where batches run, in turn.
+        devices: Where batches run, round-robin.
     """
 
     def __init__(
@@ -35,38 +35,46 @@ class BlockReplicas:
         self._blocks = [block, *(copy_to(block, device) for device in devices[1:])]
         self._copies: dict[Linear, list[Linear]] = {linear: [] for linear in linears}
         for copied in self._blocks[1:]:
-            twin = dict(zip(block.modules(), copied.modules(), strict=True))
+            copy_of = dict(zip(block.modules(), copied.modules(), strict=True))
             for linear, copies in self._copies.items():
-                copies.append(dataclasses.replace(linear, module=twin[linear.module]))
+                copies.append(dataclasses.replace(linear, module=copy_of[linear.module]))
 
     def at(self, batch: int) -> tuple[nn.Module, torch.device]:
-        """Return the block that runs a batch, and where."""
-        which = batch % len(self._devices)
-        return self._blocks[which], self._devices[which]
+        """Return the replica that runs a batch, and its device."""
+        replica = batch % len(self._devices)
+        return self._blocks[replica], self._devices[replica]
 
     @contextlib.contextmanager
     def capture_inputs(
-        self, linears: list[Linear], tap: InputHook, *, by_product: Collection[Linear] = ()
+        self, linears: list[Linear], hook: InputHook, *, by_product: Collection[Linear] = ()
     ) -> Iterator[None]:
-        """Call `tap(linear, input)` before one of `linears` is applied, on whichever device."""
-        original = {twin: one for one in linears for twin in (one, *self._copies[one])}
-        products = [twin for twin, one in original.items() if one in by_product]
-        tell = lambda twin, inputs: tap(original[twin], inputs)  # noqa: E731
-        with capture_inputs(list(original), tell, by_product=products):
+        """Call `hook(linear, input)` before one of `linears` is applied on any device."""
+        original = {
+            replica: linear for linear in linears for replica in (linear, *self._copies[linear])
+        }
+        products = [replica for replica, linear in original.items() if linear in by_product]
+
+        def call_hook(replica: Linear, inputs: Tensor) -> None:
+            hook(original[replica], inputs)
+
+        with capture_inputs(list(original), call_hook, by_product=products):
             yield
 
     def broadcast_weights(self, linears: Sequence[Linear]) -> None:
-        """Bring what was written to some of the matrices to the other devices."""
+        """Copy the weights of some linears from the first device to the others."""
         for linear in linears:
-            for twin in self._copies[linear]:
-                twin.stored.copy_(linear.stored)
+            for replica in self._copies[linear]:
+                replica.stored.copy_(linear.stored)
 
 
 def copy_to(block: nn.Module, device: torch.device) -> nn.Module:
-    """Return a copy of a block whose tensors are on `device`; nothing is copied in between."""
+    """Return a copy of a block on `device`; no copy is made on the block's own device."""
+    # deepcopy takes what is in its memo instead of copying: the tensors go straight to `device`
     memo: dict[int, object] = {}
-    for one in block.parameters():
-        memo[id(one)] = nn.Parameter(_copied(one, device), requires_grad=one.requires_grad)
+    for parameter in block.parameters():
+        memo[id(parameter)] = nn.Parameter(
+            _copied(parameter, device), requires_grad=parameter.requires_grad
+        )
     for buffer in block.buffers():
         memo[id(buffer)] = _copied(buffer, device)
     return copy.deepcopy(block, memo)

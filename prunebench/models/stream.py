@@ -1,9 +1,8 @@
-"""Running many batches through a model: one after the other, or all of them block by block.
+"""Run many batches through a model: batch by batch in memory, block by block from disk.
 
-A model in memory takes one batch after the other. Where the blocks stay on disk that would read
-the whole model for every batch; there all batches go through block i before block i + 1 is read.
-The arithmetic is the same: the same batches, and every block with the arguments that the model
-gives it.
+A model in memory runs one batch after the other. With its blocks on disk that would read the whole
+model for every batch; there all batches go through block i before block i + 1 is read. The
+arithmetic is the same: the same batches, and the arguments that the model passes to each block.
 """
 
 from __future__ import annotations
@@ -33,7 +32,7 @@ Advance = Callable[[int], None]
 
 
 def is_streamed(model: nn.Module) -> bool:
-    """Return whether a model's blocks are read when they are used."""
+    """Return whether a model's blocks are read from disk when they are used."""
     return not isinstance(weights_of(model), ResidentWeights)
 
 
@@ -43,12 +42,12 @@ def batch_logits(
 ) -> Iterator[Tensor]:
     """Yield the logits of every batch of token ids, (samples, seqlen, vocabulary), in order.
 
-    A batch that is too much for the memory comes in parts, its rows in order.
+    A batch that runs out of memory is yielded in parts, its rows in order.
 
     Args:
         model: A causal language model in evaluation mode.
         batches: int64 (samples, seqlen) each.
-        advance: Hears the samples of every finished batch.
+        advance: Called with the number of samples after each batch.
     """
     device = next(model.parameters()).device
     if not is_streamed(model):
@@ -57,9 +56,9 @@ def batch_logits(
             logits: Tensor = model(input_ids=ids.to(device), use_cache=False).logits
             return logits
 
-        fitting = AutoBatch("scoring")
+        auto_batch = AutoBatch("scoring")
         for ids in batches:
-            yield from fitting.run(run, ids)
+            yield from auto_batch.run(run, ids)
             advance(len(ids))
         return
     streamed = StreamedHead(model)
@@ -69,10 +68,10 @@ def batch_logits(
 
 
 class StreamedHead:
-    """A model whose blocks are on disk, in two steps: all batches through the blocks, and the head.
+    """A model whose blocks are on disk: all batches through the blocks, then through the head.
 
-    Attributes:
-        returns: What follows the hidden state in each block's output, see `models.replay`.
+    Args:
+        model: A model loaded by `load_on_disk`.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -87,58 +86,58 @@ class StreamedHead:
     def run(
         self, batches: Sequence[Tensor], *, advance: Advance = lambda done: None
     ) -> Activations:
-        """Return the hidden states behind the last block, one tensor a batch.
+        """Return the outputs of the last block, (samples, seqlen, hidden) for each batch.
 
         Args:
             batches: int64 (samples, seqlen) each.
-            advance: Hears all samples, spread over the blocks.
+            advance: Called after each block with its share of the samples; all calls together add
+                up to the number of samples.
         """
         states = self._weights.activations(self._device)
         with plain_inference(self._model, plain_experts=False):
             calls = self._record(batches, states)
-            told, total = 0, sum(map(len, batches))
+            reported, total = 0, sum(map(len, batches))
             for index in range(len(self._blocks)):
                 with self._weights.open_block(index) as block:
-                    for batch, mine in enumerate(calls):
-                        here = states[batch].to(self._device)
-                        states[batch] = mine[index].run(block, here)
-                now = total * (index + 1) // len(self._blocks)
-                advance(now - told)
-                told = now
+                    for batch, of_batch in enumerate(calls):
+                        hidden = states[batch].to(self._device)  # [samples, seqlen, hidden]
+                        states[batch] = of_batch[index].run(block, hidden)
+                finished = total * (index + 1) // len(self._blocks)
+                advance(finished - reported)
+                reported = finished
         return states
 
     def _record(self, batches: Sequence[Tensor], states: Activations) -> list[list[BlockCall]]:
-        """Note the arguments of every block for every batch; equal ones are kept once."""
+        """Record the arguments of every block for every batch; equal ones are stored once."""
         returns = self.returns
         calls: list[list[BlockCall]] = []
-        known: dict[torch.Size, list[BlockCall]] = {}
+        by_shape: dict[torch.Size, list[BlockCall]] = {}
         for ids in batches:
-            first, made = record_calls(
+            first, recorded = record_calls(
                 self._model, self._blocks, ids.to(self._device), returns_tuple=returns
             )
             states.append(first)
-            calls.append(share_arguments(made, known.setdefault(ids.shape, made)))
+            calls.append(share_arguments(recorded, by_shape.setdefault(ids.shape, recorded)))
         return calls
 
     @property
     def returns(self) -> list[tuple[Any, ...] | None]:
-        """What follows the hidden state in each block's output; the model is run once to see it."""
+        """What follows the hidden state in each block's output; the first use runs the model."""
         if self._weights.returns is None:
             with plain_inference(self._model, plain_experts=False), torch.no_grad():
                 probe = torch.zeros((1, _PROBE_TOKENS), dtype=torch.int64, device=self._device)
-                seen = run_model(self._model, self._blocks, probe)
-                self._weights.returns = seen.returns_tuple
+                self._weights.returns = run_model(self._model, self._blocks, probe).returns_tuple
         return self._weights.returns
 
     @torch.no_grad()
     def logits(self, ids: Tensor, hidden: Tensor) -> Tensor:
-        """Return the logits that the model makes of hidden states behind its last block.
+        """Return the logits of a batch, (samples, seqlen, vocabulary).
 
         Args:
-            ids: int64 (samples, seqlen), from which they came.
-            hidden: (samples, seqlen, hidden).
+            ids: The batch's token ids, int64 (samples, seqlen).
+            hidden: Output of the last block, (samples, seqlen, hidden).
         """
-        outputs = [hidden.to(self._device)] * len(self._blocks)
+        outputs = [hidden.to(self._device)] * len(self._blocks)  # only the last block's is used
         with blocks_giving(self._blocks, outputs, self.returns):
             logits: Tensor = self._model(input_ids=ids.to(self._device), use_cache=False).logits
         return logits

@@ -1,8 +1,9 @@
-"""Seeing the input of a matrix: at the call of its module, or at the product with its parameter.
+"""Capture the input of a matrix: at the call of its module, or at the product with its parameter.
 
-Most linears are called as modules, and a hook sees what they get. Experts that are fused into one
-parameter have no module of their own, and some modules are never called: Mamba multiplies with
-`dt_proj.weight`. There the product itself is watched. `Account` says which it is, for every linear.
+Most linears are called as modules, and a forward pre-hook gets their input. Experts that are fused
+into one parameter have no module each, and some modules are never called: Mamba multiplies with
+`dt_proj.weight`. There the product itself is intercepted. `Account` finds out which case applies to
+each linear.
 """
 
 from __future__ import annotations
@@ -33,18 +34,18 @@ _CASTS = {
 
 
 class ProductTap(TorchFunctionMode):
-    """Calls a tap with the input of every product with one of some matrices, before it is made.
+    """Call a hook with the input of every product with one of the given linears, before it runs.
 
     Args:
-        linears: Whose parameters are watched, as they lie in memory now.
-        tap: Is called with the linear and its input, (..., in).
+        linears: Their parameters are recognized by their present address in memory.
+        hook: Called with the linear and its input, (..., in).
     """
 
-    def __init__(self, linears: Collection[Linear], tap: InputHook) -> None:
+    def __init__(self, linears: Collection[Linear], hook: InputHook) -> None:
         super().__init__()
-        self._tap = tap
+        self._hook = hook
         self._by_address: dict[int, Linear] = {}
-        self._casts: dict[Linear, Tensor] = {}  # alive, so that no other tensor lies there
+        self._casts: dict[Linear, Tensor] = {}  # held, so that their addresses are not reused
         for linear in linears:
             self._by_address[linear.stored.data_ptr()] = linear
 
@@ -55,8 +56,9 @@ class ProductTap(TorchFunctionMode):
         for matrix, inputs, is_out_in in _product(func, (*args, *kwargs.values())):
             linear = self._matching(matrix, is_out_in)
             if linear is not None:
-                self._tap(linear, inputs)
+                self._hook(linear, inputs)
         result = func(*args, **kwargs)
+        # `weight.to(dtype)` and the like: a product with the cast is a product with the linear
         if func in _CASTS and isinstance(result, Tensor):
             linear = self._by_address.get(args[0].data_ptr())
             if linear is not None and result.shape == linear.stored.shape:
@@ -64,7 +66,7 @@ class ProductTap(TorchFunctionMode):
         return result
 
     def _remember(self, linear: Linear, cast: Tensor) -> None:
-        """Take a matrix in another dtype for the linear's; of each linear the last one counts."""
+        """Recognize a linear by a copy of its matrix as well; only its latest copy counts."""
         if cast.data_ptr() not in self._by_address:
             if linear in self._casts:
                 del self._by_address[self._casts[linear].data_ptr()]
@@ -72,19 +74,24 @@ class ProductTap(TorchFunctionMode):
             self._by_address[cast.data_ptr()] = linear
 
     def _matching(self, matrix: Tensor, is_out_in: bool) -> Linear | None:
-        """Return the linear whose whole matrix this is, in the order that the product needs."""
+        """Return the linear whose whole matrix this is, if its axes are in the product's order.
+
+        Args:
+            matrix: A 2-d operand of a product.
+            is_out_in: Whether the product reads it as [out, in], else as [in, out].
+        """
         linear = self._by_address.get(matrix.data_ptr())
         if linear is None:
             return None
         shape = (linear.out_features, linear.in_features)
-        as_stored = is_out_in != linear.transposed  # else it was transposed on the way
+        as_stored = is_out_in != linear.transposed  # else a transposed view of the parameter
         whole = tuple(matrix.shape) == (shape if is_out_in else shape[::-1])
-        in_rows = matrix.stride(-1 if as_stored else -2) == 1
-        return linear if whole and (in_rows or 1 in shape) else None
+        contiguous = matrix.stride(-1 if as_stored else -2) == 1  # square: tells W from W.T
+        return linear if whole and (contiguous or 1 in shape) else None
 
 
 def _product(func: Any, values: tuple[Any, ...]) -> Iterator[tuple[Tensor, Tensor, bool]]:
-    """Yield what may be the matrix of a product, its input, and whether it is used as [out, in]."""
+    """Yield a product's possible matrices, with the input and whether it is read as [out, in]."""
     if func is nn.functional.linear:
         yield values[1], values[0], True
         return
@@ -97,19 +104,19 @@ def _product(func: Any, values: tuple[Any, ...]) -> Iterator[tuple[Tensor, Tenso
     else:
         return
     if right.ndim == 2:
-        yield right, left, False
+        yield right, left, False  # x W: [..., in] [in, out]
     if left.ndim == 2 and right.ndim >= 2:
-        yield left, right.transpose(-1, -2), True
+        yield left, right.transpose(-1, -2), True  # W x: [out, in] [..., in, tokens]
 
 
 class Account(ProductTap):
-    """Notes how each linear of a block is used in one pass; to be used in a `with` statement.
+    """Record how each linear of a block is used in one pass; use it in a `with` statement.
 
     Attributes:
-        called: The inputs of the modules, by linear, in order.
-        products: The inputs of the products with their matrices. (The tensors are kept: a freed
-            one's address would be used again.)
-        others: Names of functions that use a matrix for something else.
+        called: (linear, input) of every module call, in order.
+        products: (linear, input) of every product with a linear's matrix. (The tensors are held:
+            a freed address would be reused.)
+        others: By linear, the name of a function that uses its matrix in another way.
     """
 
     def __init__(self, linears: Collection[Linear]) -> None:
@@ -117,15 +124,15 @@ class Account(ProductTap):
         self.products: list[tuple[Linear, Tensor]] = []
         self.others: dict[Linear, str] = {}
         super().__init__(linears, lambda linear, inputs: self.products.append((linear, inputs)))
-        # by the memory of a parameter: several may lie in one storage
+        # by address range of the parameter: several parameters may share one storage
         self._ends: dict[int, int] = {}
         self._members: dict[int, list[Linear]] = {}
         for linear in linears:
             parameter: Tensor = getattr(linear.module, linear.attribute)
-            begin = parameter.data_ptr()
-            self._ends[begin] = begin + parameter.nbytes
-            self._members.setdefault(begin, []).append(linear)
-        self._begins = sorted(self._ends)
+            start = parameter.data_ptr()
+            self._ends[start] = start + parameter.nbytes
+            self._members.setdefault(start, []).append(linear)
+        self._starts = sorted(self._ends)
         self._hooks = capture_inputs(linears, lambda linear, x: self.called.append((linear, x)))
 
     def __enter__(self) -> Account:
@@ -144,48 +151,47 @@ class Account(ProductTap):
     ) -> Any:
         before = len(self.products)
         result = super().__torch_function__(func, types, args, kwargs)
-        made = [one for one in tree_leaves(result) if isinstance(one, Tensor)]
-        if not made or len(self.products) > before or func in _CASTS:
+        outputs = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
+        if not outputs or len(self.products) > before or func in _CASTS:
             return result
-        views = {self._parameter_at(one) for one in made}
+        views = {self._parameter_at(output) for output in outputs}  # a view is not yet a use
         for value in tree_leaves((args, kwargs)):
-            begin = self._parameter_at(value) if isinstance(value, Tensor) else None
-            if begin is not None and begin not in views:
-                for linear in self._members[begin]:
+            start = self._parameter_at(value) if isinstance(value, Tensor) else None
+            if start is not None and start not in views:
+                for linear in self._members[start]:
                     self.others.setdefault(linear, getattr(func, "__name__", str(func)))
         return result
 
     def _parameter_at(self, tensor: Tensor) -> int | None:
-        """Return where the parameter begins in whose memory a tensor lies."""
+        """Return the start address of the parameter whose memory a tensor is in, if any."""
         address = tensor.data_ptr()
-        place = bisect_right(self._begins, address) - 1
-        begin = self._begins[place] if place >= 0 else 0
-        return begin if place >= 0 and address < self._ends[begin] else None
+        position = bisect_right(self._starts, address) - 1
+        start = self._starts[position] if position >= 0 else 0
+        return start if position >= 0 and address < self._ends[start] else None
 
 
 @contextlib.contextmanager
 def capture_inputs(
-    linears: Collection[Linear], tap: InputHook, *, by_product: Collection[Linear] = ()
+    linears: Collection[Linear], hook: InputHook, *, by_product: Collection[Linear] = ()
 ) -> Iterator[None]:
-    """Call `tap(linear, input)` just before each of `linears` is applied.
+    """Call `hook(linear, input)` just before each of `linears` is applied.
 
     Args:
-        linears: Which ones.
-        tap: What is called.
-        by_product: Those of them that are not called as modules; experts of a fused parameter
-            never are.
+        linears: The linears to capture.
+        hook: Called with the linear and its input, (..., in).
+        by_product: Linears that are not called as modules; experts of a fused parameter never are.
     """
-    products = [one for one in linears if one.expert is not None or one in by_product]
+    products = [linear for linear in linears if linear.expert is not None or linear in by_product]
     handles = [
         linear.module.register_forward_pre_hook(
-            lambda _, args, kwargs, linear=linear: tap(linear, _first(args, kwargs)),
+            lambda _, args, kwargs, linear=linear: hook(linear, _first(args, kwargs)),
             with_kwargs=True,
         )
         for linear in linears
         if linear.expert is None and linear not in by_product
     ]
     try:
-        with ProductTap(products, tap) if products else contextlib.nullcontext():
+        with ProductTap(products, hook) if products else contextlib.nullcontext():
             yield
     finally:
         for handle in handles:

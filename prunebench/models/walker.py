@@ -1,16 +1,15 @@
-"""The block walker: visits the decoder blocks in order, each with the inputs it will really see.
+"""The block walker: visit the decoder blocks in order, each with the inputs of the pruned model.
 
 The walk is the same for every architecture and every one-shot method. For block b, with the blocks
 before it already pruned:
 
 - `joint` (the papers' protocol): the dense block runs over the calibration set, statistics are
-  collected at all its linears, all are pruned, and the pruned block runs once more to make the
-  inputs of block b+1. The first of the two passes ends at the last linear's input: what that
-  linear would give is not needed.
-- `sequential`: every linear is pruned when its input is known, before it runs, so one pass does
-  both and the statistics belong to the inputs that the pruned model will see. The batches of the
-  calibration set run as greenlets that wait for each other before each linear: the arithmetic of
-  every batch stays in cache, and nothing is computed twice.
+  collected at all its linears, all are pruned, and the pruned block runs once more to compute the
+  inputs of block b+1. The first pass stops at the input of the last linear, whose output is unused.
+- `sequential`: every linear is pruned as soon as its input is computed and before it runs, so one
+  pass does both and the statistics are those of the pruned model's inputs. The calibration batches
+  run as greenlets that pause before each linear (see `_sequential`): the working set of a batch
+  stays in cache, and nothing is computed twice.
 """
 
 from __future__ import annotations
@@ -39,16 +38,17 @@ from prunebench.models.weights import ResidentWeights, WeightStore, weights_of
 from prunebench.spec import WithinBlock
 
 BATCH_TOKENS = {"cpu": 1024, "cuda": 16384}
-_CHECK_TOKENS = 128  # the arguments that depend on length are recorded anew for every batch
+_CHECK_TOKENS = 128  # enough: arguments that depend on the length are recorded for every batch
 
 
 @dataclass(frozen=True)
 class LinearGroup:
-    """Linears that read one input tensor, and what is known of them.
+    """Linears that read the same input tensor, with its statistics.
 
     Attributes:
+        linears: The linears; all have the same `in_features`.
         stats: Statistics of the input; None for methods without data.
-        gradients: Those of the whole model, for methods that read them.
+        gradients: Gradient norms of the whole model, for methods that read them.
     """
 
     linears: tuple[Linear, ...]
@@ -57,23 +57,24 @@ class LinearGroup:
 
 
 class BlockWalker:
-    """Hands out the linears of a model, group by group, with statistics of their inputs.
+    """Yield the linears of a model, group by group, with statistics of their inputs.
 
     Args:
         model: A causal language model of transformers, in evaluation mode.
-        token_ids: Calibration windows, or None for methods that need none.
+        token_ids: Calibration windows, (samples, seqlen), or None for methods that need none.
         within_block: The order inside a block, see the module's docstring.
-        weights: Where the weights live; by default, wherever the model has them (`weights_of`).
-        activation_device: Where hidden states wait between blocks; by default beside the weights.
-        devices: Where the calibration batches run, in turn; the first is where the model is, and
-            the default.
+        weights: The weight store; by default that of the model (`weights_of`).
+        activation_device: Where hidden states are stored between blocks; by default the model's
+            device.
+        devices: Where the calibration batches run, round-robin; the first is the model's device,
+            which is also the default.
         inputs: What the method needs besides statistics.
-        batch_tokens: Tokens run through a block at a time; by default what suits the device.
-        advance: Hears 1 for every finished block.
+        batch_tokens: Tokens run through a block at a time; by default `BATCH_TOKENS` of the device.
+        advance: Called with 1 after each block, and once with the number of restored blocks.
 
     Attributes:
-        notes: What the pruning method has to say of each block so far, as JSON has it; kept with
-            the block, so that a run that goes on has it again.
+        notes: Per-block events and losses of the pruning method (JSON-serializable). Saved with
+            the block so that a resumed run can report them.
     """
 
     def __init__(
@@ -105,11 +106,11 @@ class BlockWalker:
         self._advance = advance
 
     def linears_of(self, index: int) -> list[Linear]:
-        """Return the prunable matrices of one block."""
+        """Return the prunable linears of one block."""
         return [linear for linear in self.linears if linear.block_index == index]
 
     def first_windows(self, count: int) -> Int[Tensor, "samples seqlen"]:
-        """Return the first calibration windows, on the model's device.
+        """Return the first calibration windows, (count, seqlen), on the model's device.
 
         Raises:
             UsageError: There are no calibration tokens.
@@ -126,19 +127,20 @@ class BlockWalker:
         within_block: WithinBlock | Literal["cheapest"] | None = None,
         write: bool = True,
     ) -> Generator[LinearGroup]:
-        """Visit every linear once, block by block; write the new weights before asking for more.
+        """Yield every linear once, block by block; write new weights before the next iteration.
 
-        The blocks that an interrupted run has finished are not visited again.
+        Blocks that an interrupted run has finished are skipped.
 
         Args:
-            stats: Whether the method needs statistics; without, nothing is run.
+            stats: Whether the method needs statistics; without them no forward pass is run.
             hessian: Whether the statistics include the Gram matrix of the inputs.
-            within_block: Another order than the walker's. As long as nothing is written the orders
-                are equal; `cheapest` is the one with one pass, where the architecture allows it.
-            write: False where nothing is written, and so nothing is to be kept.
+            within_block: Overrides the walker's order. If no weights are written, all orders give
+                the same statistics; `cheapest` is the one-pass order where the architecture
+                allows it.
+            write: Whether the caller writes weights, so that each block is saved.
 
         Raises:
-            UsageError: Statistics are wanted, and there are no calibration tokens.
+            UsageError: Statistics are requested, but there are no calibration tokens.
             IncompatibleData: The architecture cannot be replayed, or activations are not finite.
         """
         if stats and self._token_ids is None:
@@ -146,14 +148,15 @@ class BlockWalker:
         order = within_block or self.within_block
         with plain_inference(self.model):
             calibration = self._prepare(hessian=hessian) if stats else None
+            # without statistics nothing has run the model yet; from disk it would take too long
             if write and not stats and isinstance(self._weights, ResidentWeights):
-                require_run(self.model, self.blocks)  # from disk it is seen when it is scored
+                require_run(self.model, self.blocks)
             if calibration is not None and order != "joint":
                 order = self._static_order(calibration, order)
             self.notes = [list(notes) for notes in self._weights.finished] if write else []
-            begin = len(self.notes)
-            self._go_on(begin, calibration)
-            for index in range(begin, len(self.blocks)):
+            start = len(self.notes)
+            self._restore_hidden(start, calibration)
+            for index in range(start, len(self.blocks)):
                 self.notes.append([])
                 with self._weights.open_block(index) as block:
                     if calibration is None:
@@ -161,30 +164,31 @@ class BlockWalker:
                             tuple(self.linears_of(index)), None, self.inputs.gradients
                         )
                     elif order == "joint":
-                        yield from self._joint(self._spread(block, index), index, calibration)
+                        yield from self._joint(self._replicate(block, index), index, calibration)
                     else:
-                        yield from self._sequential(self._spread(block, index), index, calibration)
+                        yield from self._sequential(
+                            self._replicate(block, index), index, calibration
+                        )
                     if write:
-                        goes_on = calibration is not None and index + 1 < len(self.blocks)
-                        hidden = calibration.hidden if calibration and goes_on else None
+                        is_last = index + 1 == len(self.blocks)
+                        hidden = calibration.hidden if calibration and not is_last else None
                         self._weights.save_block(index, notes=self.notes[index], hidden=hidden)
                 self._advance(1)
 
     def survey(self, *, hessian: bool = False) -> Generator[LinearGroup]:
-        """Visit every linear of the model as it is, with statistics; nothing may be written."""
+        """Yield every linear with statistics of the unchanged model; nothing may be written."""
         return self.groups(stats=True, hessian=hessian, within_block="cheapest", write=False)
 
     # ------------------------------------------------------------ preparation
 
     def _prepare(self, *, hessian: bool) -> Calibration:
+        """Check that the model can be replayed, and record the calls of all calibration batches."""
         token_ids = self._token_ids
         assert token_ids is not None
-        depth = range(len(self.blocks))
         by_block = [
-            [*self.linears_of(i), *(one for one in self._repeats if one.block_index == i)]
-            for i in depth
+            [*self.linears_of(index), *self._repeats_in(index)] for index in range(len(self.blocks))
         ]
-        sample = token_ids[:1, :_CHECK_TOKENS].to(self._device)
+        sample = token_ids[:1, :_CHECK_TOKENS].to(self._device)  # [1, tokens]
         checked = check_replay(self.model, self.blocks, by_block, sample)
         plans, later = separate_later_uses(checked, self._repeats)
         return Calibration(
@@ -199,24 +203,34 @@ class BlockWalker:
             later=later,
         )
 
-    def _spread(self, block: nn.Module, index: int) -> BlockReplicas:
-        repeats = [one for one in self._repeats if one.block_index == index]
-        return BlockReplicas(block, [*self.linears_of(index), *repeats], self._devices)
+    def _repeats_in(self, index: int) -> list[Linear]:
+        """Return the linears of a block that use the matrix of an earlier block."""
+        return [repeat for repeat in self._repeats if repeat.block_index == index]
 
-    def _go_on(self, begin: int, data: Calibration | None) -> None:
-        """Bring the activations before block `begin` back: as they were kept, or made again."""
-        if data is not None and 0 < begin < len(self.blocks):
-            kept = None if data.leaves_tensors else self._weights.saved_hidden(begin)
-            for batch, hidden in enumerate(kept or ()):
+    def _replicate(self, block: nn.Module, index: int) -> BlockReplicas:
+        linears = [*self.linears_of(index), *self._repeats_in(index)]
+        return BlockReplicas(block, linears, self._devices)
+
+    def _restore_hidden(self, start: int, data: Calibration | None) -> None:
+        """Restore the activations before block `start`: read them, or run the finished blocks."""
+        if data is not None and 0 < start < len(self.blocks):
+            # tensors that blocks left in their arguments are not saved: run the blocks again
+            saved = None if data.leaves_tensors else self._weights.saved_hidden(start)
+            for batch, hidden in enumerate(saved or ()):
                 data.hidden[batch] = hidden
-            for index in range(0 if kept is None else begin, begin):
+            for index in range(0 if saved is None else start, start):
                 with self._weights.open_block(index) as block:
-                    data.propagate(self._spread(block, index), index)
-        self._advance(begin)
+                    data.propagate(self._replicate(block, index), index)
+        self._advance(start)
 
     def _static_order(self, data: Calibration, order: str) -> WithinBlock:
-        """Return sequential, or joint where the cheapest is wanted and sequential does not fit."""
+        """Return sequential; joint if `order` is cheapest and sequential is not possible.
+
+        Raises:
+            IncompatibleData: `order` is sequential, and the architecture does not allow it.
+        """
         for index, plan in enumerate(data.plans):
+            # all batches must pause at the same linears, in the same order, once each
             reason = "a layer runs twice" if plan.repeated else ""
             reason = "later blocks use its weights again" if data.later[index] else reason
             reason = "which experts run depends on the text" if plan.dynamic else reason
@@ -235,116 +249,135 @@ class BlockWalker:
     # ------------------------------------------------------------ the two orders
 
     def _joint(
-        self, spread: BlockReplicas, index: int, data: Calibration
+        self, replicas: BlockReplicas, index: int, data: Calibration
     ) -> Generator[LinearGroup]:
+        """Yield a block's groups after all statistics are collected, then run the pruned block."""
         groups = data.plans[index].groups
         while True:
             try:
-                collected = self._collect(spread, index, data)
-                self._collect_later(spread, index, data, collected)
+                accumulators = self._collect(replicas, index, data)
+                self._collect_later(replicas, index, data, accumulators)
                 break
             except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error) or not data.can_halve():
                     raise
-            data.halve()  # and all batches again: some sums may be half made
-        for members in groups:  # each is dropped when it has been used: a Hessian is large
-            yield self._group(members, collected.pop(0), data)
-            spread.broadcast_weights(members)
+            # outside the except clause, whose traceback keeps the failed batch's tensors alive;
+            # all batches start over, because some sums already contain a part of one
+            data.halve()
+        for members in groups:
+            yield self._group(members, accumulators.pop(0), data)  # pop frees a large Hessian
+            replicas.broadcast_weights(members)
         if index + 1 < len(self.blocks):
-            data.propagate(spread, index)
+            data.propagate(replicas, index)
 
     def _collect(
-        self, spread: BlockReplicas, index: int, data: Calibration
+        self, replicas: BlockReplicas, index: int, data: Calibration
     ) -> list[StatsAccumulator]:
+        """Run the block on all batches; return an accumulator for each group of its plan."""
         plan = data.plans[index]
-        collected = [data.accumulator() for _ in plan.groups]
+        accumulators = [data.accumulator() for _ in plan.groups]
         slot = {members[0]: i for i, members in enumerate(plan.groups)}
         varies = plan.dynamic or plan.repeated
+        # In a static block nothing after the input of the last group is needed: stop there.
         last = None if varies or not plan.groups else plan.groups[-1][0]
+        # After `halve` the inputs of a batch's parts are added as one tensor: the same rounding.
+        pending: dict[int, list[Tensor]] = {}
 
-        seen: dict[int, list[Tensor]] = {}  # a batch in parts is summed whole: the same rounding
-
-        def tap(linear: Linear, inputs: Tensor) -> None:
+        def hook(linear: Linear, inputs: Tensor) -> None:
             if len(parts) == 1 or varies:
-                collected[slot[linear]].add(inputs)
+                accumulators[slot[linear]].add(inputs)
             else:
-                seen.setdefault(slot[linear], []).append(inputs.flatten(0, -2))
+                pending.setdefault(slot[linear], []).append(inputs.flatten(0, -2))  # [tokens, in]
             if linear is last:
                 raise Stop
 
-        with torch.no_grad(), spread.capture_inputs(list(slot), tap, by_product=plan.by_product):
+        with torch.no_grad(), replicas.capture_inputs(list(slot), hook, by_product=plan.by_product):
             for batch, hidden in enumerate(data.hidden):
                 parts = data.calls[batch]
-                block, device = spread.at(batch)
+                block, device = replicas.at(batch)
                 for call, rows in data.parts(batch, hidden):
                     with contextlib.suppress(Stop):
                         call[index].run(block, rows.to(device))
-                for number in sorted(seen):
-                    collected[number].add(torch.cat(seen.pop(number)))
-        return collected
+                for number in sorted(pending):
+                    accumulators[number].add(torch.cat(pending.pop(number)))
+        return accumulators
 
     def _collect_later(
         self,
-        spread: BlockReplicas,
+        replicas: BlockReplicas,
         index: int,
         data: Calibration,
-        collected: list[StatsAccumulator],
+        accumulators: list[StatsAccumulator],
     ) -> None:
-        """Add the inputs that a block's matrices get in later blocks that use them again.
+        """Add the inputs of a block's matrices in the later blocks that share them.
 
-        This block and those in between are as they are now, not pruned yet.
+        The blocks from this one to the last of those are run as they are now, not yet pruned.
         """
         uses = data.later[index]
         if not uses:
             return
-        until = max(use.leader.block_index for use in uses)
-        spreads = [spread, *(self._spread(self.blocks[i], i) for i in range(index + 1, until + 1))]
+        stop = max(use.leader.block_index for use in uses) + 1
+        chain = [
+            replicas,
+            *(self._replicate(self.blocks[number], number) for number in range(index + 1, stop)),
+        ]
         slots = {use.leader: use.slots for use in uses}
 
-        def tap(leader: Linear, inputs: Tensor) -> None:
+        def hook(leader: Linear, inputs: Tensor) -> None:
             for slot in slots[leader]:
-                collected[slot].add(inputs)
+                accumulators[slot].add(inputs)
 
-        with torch.no_grad(), contextlib.ExitStack() as taps:
-            for number, there in enumerate(spreads[1:], index + 1):
+        with torch.no_grad(), contextlib.ExitStack() as hooks:
+            for number, later in enumerate(chain[1:], index + 1):
                 leaders = [leader for leader in slots if leader.block_index == number]
                 by_product = data.plans[number].by_product
-                taps.enter_context(there.capture_inputs(leaders, tap, by_product=by_product))
+                hooks.enter_context(later.capture_inputs(leaders, hook, by_product=by_product))
             for batch, hidden in enumerate(data.hidden):
-                for number, there in enumerate(spreads, index):
-                    hidden = data.forward(there, number, batch, hidden)
+                for number, current in enumerate(chain, index):
+                    hidden = data.forward(current, number, batch, hidden)
 
     def _sequential(
-        self, spread: BlockReplicas, index: int, data: Calibration
+        self, replicas: BlockReplicas, index: int, data: Calibration
     ) -> Generator[LinearGroup]:
+        """Yield each group of a block when all batches have reached its input."""
+        # Each batch is one forward pass of the block, paused at the input of one linear:
+        #
+        #     walker                       batch 0                      batch 1
+        #     switch() ------------------> runs to q_proj's input
+        #     add(inputs) <--------------- hook: switch((q_proj, x))
+        #     switch() -----------------------------------------------> runs to q_proj's input
+        #     add(inputs) <-------------------------------------------- hook: switch((q_proj, x))
+        #     yield q, k, v: pruned by the method
+        #     switch() ------------------> pruned q, k, v; to o_proj's input
+        #     ... and at last switch() returns the block's output
         plan = data.plans[index]
-        parent = getcurrent()
-        waiting: list[Any] = [
-            greenlet(lambda i=i, h=h: data.forward(spread, index, i, h), parent)
+        walker = getcurrent()
+        passes: list[Any] = [
+            greenlet(lambda i=i, h=h: data.forward(replicas, index, i, h), walker)
             for i, h in enumerate(data.hidden)
         ]
 
-        def tap(linear: Linear, inputs: Tensor) -> None:
-            parent.switch((linear, inputs))
+        def hook(linear: Linear, inputs: Tensor) -> None:
+            walker.switch((linear, inputs))
 
-        last_block = index + 1 == len(self.blocks)
+        is_last = index + 1 == len(self.blocks)
         try:
-            with spread.capture_inputs([members[0] for members in plan.groups], tap):
+            with replicas.capture_inputs([members[0] for members in plan.groups], hook):
                 for members in plan.groups:
                     accumulator = data.accumulator()
-                    with torch.no_grad():
-                        for batch in waiting:
-                            arrived, inputs = batch.switch()
-                            assert arrived is members[0], "the order of a static block changed"
+                    with torch.no_grad():  # not around the yield: the method sets its own mode
+                        for batch in passes:
+                            linear, inputs = batch.switch()
+                            assert linear is members[0], "the order of a static block changed"
                             accumulator.add(inputs)
                     yield self._group(members, accumulator, data)
-                    spread.broadcast_weights(members)
+                    replicas.broadcast_weights(members)
                     del accumulator
                 with torch.no_grad():
-                    for i, batch in enumerate([] if last_block else waiting):
-                        data.hidden[i] = batch.switch()
+                    for i, batch in enumerate([] if is_last else passes):
+                        data.hidden[i] = batch.switch()  # [samples, seqlen, hidden]
         finally:
-            for batch in filter(None, waiting):  # those that still wait: unwind them
+            for batch in filter(None, passes):  # a greenlet is true while paused: unwind its frames
                 batch.throw(GreenletExit)
 
     # ------------------------------------------------------------ shared by both
@@ -352,6 +385,7 @@ class BlockWalker:
     def _group(
         self, members: list[Linear], accumulator: StatsAccumulator, data: Calibration
     ) -> LinearGroup:
+        """Return a group with the statistics of its input, which must be finite."""
         stats = accumulator.result(
             samples=data.samples, width=members[0].in_features, device=self._device
         )

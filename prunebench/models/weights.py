@@ -1,8 +1,8 @@
-"""Where the weights of a block are while it is worked on.
+"""Weight stores: load the weights of a block, and save what was written to them.
 
-A pruner reads and writes `Linear`s; the walker opens a block before it hands them out, keeps what
-was written, and closes it. What happens in between (nothing, or a read from disk and a write back,
-see `models.disk`) is the store's business alone.
+A pruner reads and writes `Linear`s; the walker opens a block before it yields them, saves what was
+written, and closes the block. A store implements these steps: `ResidentWeights` does nothing,
+`models.disk` reads a block from disk and writes it back.
 """
 
 from __future__ import annotations
@@ -22,51 +22,51 @@ from prunebench.models.linears import find_blocks
 
 @runtime_checkable
 class Blocks(Protocol):
-    """Makes the weights of one block present; a `WeightStore` does so too."""
+    """Loads the weights of one block at a time; every `WeightStore` is one."""
 
     def open_block(self, index: int) -> AbstractContextManager[nn.Module]:
-        """Return the block with its weights in place, to be used in a `with` statement."""
+        """Return a context manager that yields the block with its weights loaded."""
 
 
 @runtime_checkable
 class WeightStore(Protocol):
-    """Makes the weights of one block present, and keeps what was written to them."""
+    """Loads the weights of one block at a time, and saves what was written to them."""
 
     @property
     def finished(self) -> Sequence[Sequence[Any]]:
-        """The notes of the first blocks, which an interrupted run has pruned already."""
+        """The notes of the blocks that an interrupted run has already pruned, from the first."""
 
     def open_block(
         self, index: int, *, then: int | None = None
     ) -> AbstractContextManager[nn.Module]:
-        """Return the block with its weights in place, to be used in a `with` statement.
+        """Return a context manager that yields the block with its weights loaded.
 
         Args:
-            index: Which one.
-            then: The one that will be opened next, so that it can be fetched; by default the
-                following one.
+            index: Index of the block.
+            then: Index of the block that will be opened next, so that it can be prefetched; by
+                default `index + 1`.
         """
 
     def save_block(
         self, index: int, *, notes: Sequence[Any] = (), hidden: Iterable[Tensor] | None = None
     ) -> None:
-        """Keep what was written to an open block.
+        """Save what was written to an open block.
 
         Args:
-            index: Which one.
-            notes: What the pruning method has to say of it, as JSON has it.
-            hidden: The calibration activations behind it, if the run could go on from there.
+            index: Index of the block.
+            notes: Events and losses of the pruning method (JSON-serializable).
+            hidden: Calibration activations after the block, so that a run can resume there.
         """
 
     def saved_hidden(self, index: int) -> list[Tensor] | None:
-        """Return the activations before block `index` that an interrupted run has kept, if any."""
+        """Return the saved activations before block `index` of an interrupted run, if any."""
 
     def activations(self, device: torch.device) -> Activations:
-        """Return an empty place for hidden states between blocks."""
+        """Return an empty store for hidden states between blocks."""
 
 
 class ResidentWeights:
-    """All weights stay where the model has them, in host memory or on one device."""
+    """All weights stay in the model, in host memory or on one device."""
 
     finished: Sequence[Sequence[Any]] = ()
 
@@ -76,7 +76,7 @@ class ResidentWeights:
     def open_block(
         self, index: int, *, then: int | None = None
     ) -> AbstractContextManager[nn.Module]:
-        """Return the block as it is."""
+        """Return the block; its weights are in memory."""
         return contextlib.nullcontext(self._blocks[index])
 
     def save_block(
@@ -85,22 +85,23 @@ class ResidentWeights:
         """Do nothing: what was written is in the model."""
 
     def saved_hidden(self, index: int) -> list[Tensor] | None:
-        """Return None: what is only in memory ends with the process."""
+        """Return None: nothing is saved."""
         return None
 
     def activations(self, device: torch.device) -> Activations:
-        """Return a place in the memory of `device`."""
+        """Return an empty store in the memory of `device`."""
         return Activations(device)
 
 
+# a global, because any code that has a model may need to open its blocks
 _STORES: weakref.WeakKeyDictionary[nn.Module, WeightStore] = weakref.WeakKeyDictionary()
 
 
 def set_weights_of(model: nn.Module, store: WeightStore) -> None:
-    """Say where the weights of a model are that is not whole in memory."""
+    """Register the weight store of a model that is not entirely in memory."""
     _STORES[model] = store
 
 
 def weights_of(model: nn.Module) -> WeightStore:
-    """Return where the weights of a model are; by default where the model has them."""
+    """Return the weight store of a model; `ResidentWeights` if none is registered."""
     return _STORES.get(model) or ResidentWeights(find_blocks(model)[1])
