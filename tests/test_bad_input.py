@@ -298,7 +298,7 @@ def test_the_reader_of_a_pipe_may_leave(tmp_path):
 @pytest.mark.parametrize(("flags", "said"), [("avx2 fma", True), ("avx2 avx512_bf16", False)])
 def test_a_dtype_without_instructions_is_told(cli, tiny_run, tmp_path, monkeypatch, flags, said):
     (tmp_path / "cpuinfo").write_text(f"flags: {flags}\n")
-    monkeypatch.setattr("prunebench.models.load._CPU_FACTS", tmp_path / "cpuinfo")
+    monkeypatch.setattr("prunebench.models.device._CPU_FACTS", tmp_path / "cpuinfo")
     output = cli(*tiny_run, "-m", "magnitude", "--dtype", "bfloat16").output
     assert ("bfloat16 is emulated on this CPU" in output) == said
     assert "emulated" not in cli(*tiny_run, "-m", "magnitude", "--dry-run").output

@@ -10,7 +10,8 @@ from safetensors.torch import load_file, save_file
 
 from prunebench.checkpoints.packed24 import dense_tensors, kind_of
 from prunebench.errors import IncompatibleData
-from prunebench.models.load import hash_weights, load_model
+from prunebench.models.hashing import hash_weights
+from prunebench.models.load import load_model
 from prunebench.models.stored_config import plain, quantization_of
 from tests.gguf_files import (
     same_weights,

@@ -13,7 +13,8 @@ from prunebench.checkpoints.packed24 import unpacked, write_packed
 from prunebench.errors import IncompatibleData, PrunebenchError
 from prunebench.models.checkpoint_keys import check_tensors, find_places, unused_tensors
 from prunebench.models.complete import is_harmless
-from prunebench.models.load import hash_weights, load_config, skeleton
+from prunebench.models.hashing import hash_weights
+from prunebench.models.load import load_config, skeleton
 from prunebench.models.safetensors_files import stored_tensors, weight_files
 from prunebench.models.source import LocalModel, ModelSource, fetch_model, find_model
 from prunebench.progress import Silent

@@ -14,7 +14,8 @@ import prunebench.checkpoints.save as save_module
 import prunebench.models.verify as verify
 from prunebench.errors import SaveError
 from prunebench.models.carried import clean_tokenizer_config, write_config, write_index
-from prunebench.models.load import hash_weights, load_model
+from prunebench.models.hashing import hash_weights
+from prunebench.models.load import load_model
 from prunebench.models.safetensors_files import check_weight_files, weight_files
 from prunebench.progress import Silent
 from prunebench.results.store import ResultStore

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from prunebench.checkpoints.export import export
 from prunebench.checkpoints.inspect import inspect_checkpoint
 from prunebench.errors import IncompatibleData
-from prunebench.models.load import hash_weights
+from prunebench.models.hashing import hash_weights
 from prunebench.models.safetensors_files import other_files
 from prunebench.models.source import fetch_model, find_model
 from prunebench.progress import Silent

@@ -1,11 +1,9 @@
-"""Loading: the config and tokenizer first, a skeleton without weights, and then the weights."""
+"""Loading: the config and tokenizer first, a skeleton without weights, then the weights."""
 
 from __future__ import annotations
 
 import contextlib
-import hashlib
-import itertools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +13,8 @@ from torch import nn
 from prunebench.errors import IncompatibleData, MissingResource, UsageError
 from prunebench.models.checkpoint_keys import check_tensors
 from prunebench.models.complete import require_complete, unplaced_tensors
-from prunebench.models.linears import find_blocks
 from prunebench.models.safetensors_files import check_weight_files, stored_tensors, weight_files
 from prunebench.models.stored_config import require_unquantised
-from prunebench.models.weights import weights_of
 
 
 @contextlib.contextmanager
@@ -216,117 +212,3 @@ def require_loaded(
     extra = {str(name): shapes.get(str(name)) for name in info["unexpected_keys"]}
     _, unplaced = unplaced_tensors(model, extra)
     require_complete(source, missing=info["missing_keys"], unplaced=unplaced)
-
-
-def hash_weights(
-    model: nn.Module,
-    *,
-    look: Callable[[int], None] = lambda index: None,
-    advance: Callable[[int], None] = lambda done: None,
-) -> str:
-    """Return the SHA-256 over name, dtype, shape and bytes of every parameter, sorted by name.
-
-    Args:
-        model: The model; blocks that are on disk are read one at a time.
-        look: Called with the index of every block while it is there, for whoever wants to see it
-            in the same pass.
-        advance: Hears 1 for every block.
-    """
-    digest = hashlib.sha256()
-    prefix, _ = find_blocks(model)
-    weights = weights_of(model)
-    names = sorted(name for name, _ in model.named_parameters())
-    runs = [(index, list(run)) for index, run in itertools.groupby(names, _block_in(prefix))]
-    order = [index for index, _ in runs if index is not None]
-    following = dict(zip(order, [*order[1:], order[-1]], strict=True))
-    for index, members in runs:
-        if index is None:
-            _hash_parameters(model, members, digest)
-            continue
-        with weights.open_block(index, then=following[index]):
-            _hash_parameters(model, members, digest)
-            look(index)
-        advance(1)
-    return digest.hexdigest()
-
-
-def _block_in(prefix: str) -> Callable[[str], int | None]:
-    """Return what says of a parameter's name which block it is in; None for no block."""
-
-    def block(name: str) -> int | None:
-        inside = name.startswith(f"{prefix}.")
-        return int(name[len(prefix) + 1 :].partition(".")[0]) if inside else None
-
-    return block
-
-
-def _hash_parameters(model: nn.Module, names: list[str], digest: Any) -> None:
-    for name in names:
-        tensor = model.get_parameter(name).detach().contiguous().cpu()
-        digest.update(f"{name}\0{tensor.dtype}\0{tuple(tensor.shape)}\0".encode())
-        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
-
-
-_CPU_FACTS = Path("/proc/cpuinfo")
-_OWN_INSTRUCTIONS = {
-    torch.bfloat16: ("avx512_bf16", "amx_bf16", " bf16"),
-    torch.float16: ("avx512_fp16", "amx_fp16", " fphp"),
-}
-
-
-def is_emulated(dtype: torch.dtype, device: torch.device) -> bool | None:
-    """Whether a CPU has no instructions for a dtype; None where that cannot be told."""
-    flags = _OWN_INSTRUCTIONS.get(dtype)
-    if device.type != "cpu" or flags is None:
-        return False
-    if not _CPU_FACTS.is_file():
-        return None
-    facts = _CPU_FACTS.read_text("utf-8")
-    return not any(flag in facts for flag in flags)
-
-
-def choose_devices(names: str) -> tuple[torch.device, ...]:
-    """Return the devices for a `--device` value: one, or several GPUs between commas.
-
-    Raises:
-        UsageError: No such kind of device, or several that are not different GPUs of one kind:
-            another chip rounds otherwise, and the result would depend on where a batch ran.
-        MissingResource: A device is not in this machine.
-    """
-    devices = tuple(choose_device(name.strip()) for name in names.split(","))
-    if len(devices) == 1:
-        return devices
-    fix = "name different GPUs of one kind, as in --device cuda:0,cuda:1"
-    if len({one.index for one in devices if one.type == "cuda" and one.index is not None}) < len(
-        devices
-    ):
-        raise UsageError(f"{names!r} are not different GPUs", fix=fix)
-    kinds = {torch.cuda.get_device_name(one) for one in devices}
-    if len(kinds) > 1:
-        raise UsageError(f"{names!r} are different: {', '.join(sorted(kinds))}", fix=fix)
-    return devices
-
-
-def choose_device(name: str) -> torch.device:
-    """Return the device for a `--device` value; `auto` takes CUDA, else the CPU.
-
-    Raises:
-        UsageError: No such kind of device, or one without float64, in which statistics are summed.
-        MissingResource: The device is not in this machine.
-    """
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        device = torch.device("meta")
-    if device.type not in ("cpu", "cuda"):
-        raise UsageError(f"unknown device {name!r}", fix="use auto, cpu, cuda or cuda:0")
-    count = torch.cuda.device_count()
-    if device.type == "cuda" and (device.index or 0) >= count:
-        raise MissingResource(
-            f"device {name} is not available",
-            where=f"this machine has the cpu and {count} CUDA devices",
-            fix="use --device auto or --device cpu",
-        )
-    return device

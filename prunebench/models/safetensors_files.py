@@ -204,7 +204,7 @@ def hash_stored(
 ) -> str:
     """Return the hash of parameters as they are stored, in pieces.
 
-    The same SHA-256 that `models.load.hash_weights` takes of a loaded model: over name, dtype,
+    The same SHA-256 that `models.hashing.hash_weights` takes of a loaded model: over name, dtype,
     shape and bytes of every parameter, sorted by name.
 
     Args:
