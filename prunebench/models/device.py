@@ -1,4 +1,4 @@
-"""Which devices a `--device` value names, and which dtypes they only emulate."""
+"""Devices of a `--device` value, and dtypes that a CPU only emulates."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ import torch
 from prunebench.errors import MissingResource, UsageError
 
 _CPU_FACTS = Path("/proc/cpuinfo")
-_OWN_INSTRUCTIONS = {
+_NATIVE_FLAGS = {  # of /proc/cpuinfo; the last one is of ARM
     torch.bfloat16: ("avx512_bf16", "amx_bf16", " bf16"),
     torch.float16: ("avx512_fp16", "amx_fp16", " fphp"),
 }
 
 
 def is_emulated(dtype: torch.dtype, device: torch.device) -> bool | None:
-    """Whether a CPU has no instructions for a dtype; None where that cannot be told."""
-    flags = _OWN_INSTRUCTIONS.get(dtype)
+    """Return True if the CPU emulates this dtype, None if unknown."""
+    flags = _NATIVE_FLAGS.get(dtype)
     if device.type != "cpu" or flags is None:
         return False
     if not _CPU_FACTS.is_file():
@@ -27,33 +27,32 @@ def is_emulated(dtype: torch.dtype, device: torch.device) -> bool | None:
 
 
 def choose_devices(names: str) -> tuple[torch.device, ...]:
-    """Return the devices for a `--device` value: one, or several GPUs between commas.
+    """Return the devices of a `--device` value: one, or several GPUs separated by commas.
 
     Raises:
-        UsageError: No such kind of device, or several that are not different GPUs of one kind:
-            another chip rounds otherwise, and the result would depend on where a batch ran.
-        MissingResource: A device is not in this machine.
+        UsageError: No such type of device, or several that are not different GPUs of the same
+            model: GPUs round differently, and the result would depend on where a batch ran.
+        MissingResource: This machine has no such device.
     """
     devices = tuple(choose_device(name.strip()) for name in names.split(","))
     if len(devices) == 1:
         return devices
     fix = "name different GPUs of one kind, as in --device cuda:0,cuda:1"
-    if len({one.index for one in devices if one.type == "cuda" and one.index is not None}) < len(
-        devices
-    ):
+    indices = {device.index for device in devices if device.type == "cuda"} - {None}
+    if len(indices) < len(devices):
         raise UsageError(f"{names!r} are not different GPUs", fix=fix)
-    kinds = {torch.cuda.get_device_name(one) for one in devices}
+    kinds = {torch.cuda.get_device_name(device) for device in devices}
     if len(kinds) > 1:
         raise UsageError(f"{names!r} are different: {', '.join(sorted(kinds))}", fix=fix)
     return devices
 
 
 def choose_device(name: str) -> torch.device:
-    """Return the device for a `--device` value; `auto` takes CUDA, else the CPU.
+    """Return the device of a `--device` value; `auto` is CUDA if available, else the CPU.
 
     Raises:
-        UsageError: No such kind of device, or one without float64, in which statistics are summed.
-        MissingResource: The device is not in this machine.
+        UsageError: No such type of device, or one without float64, in which statistics are summed.
+        MissingResource: This machine has no such device.
     """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -1,4 +1,4 @@
-"""The hash of a model: of what its tensors hold, however its files are laid out."""
+"""Hash the weights of a model; the hash does not depend on how its files are laid out."""
 
 from __future__ import annotations
 
@@ -22,11 +22,13 @@ def hash_weights(
 ) -> str:
     """Return the SHA-256 over name, dtype, shape and bytes of every parameter, sorted by name.
 
+    `safetensors_files.hash_stored` computes the same hash from the files.
+
     Args:
         model: The model; blocks that are on disk are read one at a time.
-        look: Called with the index of every block while it is there, for whoever wants to see it
-            in the same pass.
-        advance: Hears 1 for every block.
+        look: Called with the index of each block while its weights are in memory, so that they need
+            not be read again.
+        advance: Called with 1 after each block.
     """
     digest = hashlib.sha256()
     prefix, _ = find_blocks(model)
@@ -34,7 +36,7 @@ def hash_weights(
     names = sorted(name for name, _ in model.named_parameters())
     runs = [(index, list(run)) for index, run in itertools.groupby(names, _block_in(prefix))]
     order = [index for index, _ in runs if index is not None]
-    following = dict(zip(order, [*order[1:], order[-1]], strict=True))
+    following = dict(zip(order, [*order[1:], order[-1]], strict=True))  # to prefetch from disk
     for index, members in runs:
         if index is None:
             _hash_parameters(model, members, digest)
@@ -47,7 +49,7 @@ def hash_weights(
 
 
 def _block_in(prefix: str) -> Callable[[str], int | None]:
-    """Return what says of a parameter's name which block it is in; None for no block."""
+    """Return a function from a parameter's name to the index of its block, or None."""
 
     def block(name: str) -> int | None:
         inside = name.startswith(f"{prefix}.")

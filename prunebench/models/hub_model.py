@@ -1,9 +1,9 @@
-"""A model of the hub: the safetensors of a repository, or those of its conversion.
+"""Models of the hub: the safetensors of a repository, or of its converted pull request.
 
-Old repositories hold pickles only, and a pickle can run any program, so none is opened. For many,
-the hub's own converter has opened a pull request with the same weights as safetensors. It is used
-where it is there already and the user named no revision, and the row names it. Nothing is ever
-asked for in the user's name: no conversion is started, no pull request opened.
+Old repositories hold only pickles, and a pickle can run any program, so none is opened. For many of
+them the hub's converter has opened a pull request with the same weights as safetensors. It is used
+if it exists and the user named no revision, and the result names it. Nothing is requested in the
+user's name: no conversion is started, no pull request opened.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class HubModel:
 
     Attributes:
         path: The folder of the snapshot; its name is the commit.
-        pull_request: `refs/pr/N` if the weights are those of a pull request that nobody named.
+        pull_request: `refs/pr/N` if the weights are those of the converter's pull request.
     """
 
     path: Path
@@ -55,23 +55,26 @@ class HubModel:
 
 
 def cached_model(repository: str, revision: str | None) -> HubModel | None:
-    """Return a model that lies in the cache with all its files, or None; asks no network."""
+    """Return a model that is completely in the cache, or None; no network access."""
     candidates: list[tuple[str | None, str | None]] = [(revision, None)]
     conversion = _read_conversions().get(repository)
     if revision is None and conversion:
         candidates.append((conversion, conversion))
-    for wanted, pull_request in candidates:
-        path = cached_snapshot(repository, _WANTED, revision=wanted)
+    for candidate, pull_request in candidates:
+        path = cached_snapshot(repository, _WANTED, revision=candidate)
         if path and _is_complete(path):
             return HubModel(path, pull_request)
     return None
 
 
 def _is_complete(folder: Path) -> bool:
-    """Whether all files are there, whole or not: other programs fetch some and leave out others."""
+    """Return whether no file is missing: other programs download only some of them.
+
+    Damaged files count as present; `verify_snapshot` downloads them again.
+    """
     try:
         weights = weight_files(folder)
-    except IncompatibleData:  # a damaged index, which is found and fetched again like any file
+    except IncompatibleData:  # a damaged index, which is downloaded again like any file
         return True
     tokenizer = any((folder / name).exists() for name in _TOKENIZER_FILES)
     config = (folder / "config.json").is_file()
@@ -79,11 +82,16 @@ def _is_complete(folder: Path) -> bool:
 
 
 def fetch_hub_model(repository: str, revision: str | None, progress: Progress) -> HubModel:
-    """Return a model of the hub, verified: out of the cache, else downloaded.
+    """Return a verified model of the hub, from the cache or downloaded.
+
+    Args:
+        repository: `org/name`.
+        revision: Branch, tag or commit; None is the main branch.
+        progress: Shows the download and the verification.
 
     Raises:
-        MissingResource: It cannot be had, or there are only pickles; the reason is said.
-        IncompatibleData: What arrives is not what the hub announces.
+        MissingResource: It cannot be downloaded, or has only pickles; the reason is given.
+        IncompatibleData: A downloaded file does not have the hash that the hub announces.
         SaveError: The cache cannot be written.
     """
     model = cached_model(repository, revision)
@@ -100,6 +108,7 @@ def fetch_hub_model(repository: str, revision: str | None, progress: Progress) -
 
 
 def _download(repository: str, revision: str | None) -> HubModel:
+    """Download a model, or its conversion if it has only pickles and no revision was named."""
     info = describe(repository, revision=revision, fix=_FIX)
     pull_request = None
     names = [file.rfilename for file in info.siblings or ()]
@@ -115,7 +124,9 @@ def _download(repository: str, revision: str | None) -> HubModel:
 
 
 def _find_conversion(repository: str, main: Any) -> tuple[str, Any]:
-    """Return the reference of an open conversion of the very weights of `main`, and its facts.
+    """Return the open pull request that converts the weights of `main`, and its `ModelInfo`.
+
+    The pull request still holds the pickles that it converted: their hashes must be those of main.
 
     Raises:
         MissingResource: There is none, or it was made from other weights.
@@ -131,6 +142,7 @@ def _find_conversion(repository: str, main: Any) -> tuple[str, Any]:
 
 
 def _conversions(repository: str) -> Iterator[str]:
+    """Yield the references (`refs/pr/N`) of open pull requests by the hub's converter."""
     from huggingface_hub import HfApi
 
     with asking(repository, fix=_FIX):
@@ -144,13 +156,14 @@ def _conversions(repository: str) -> Iterator[str]:
                 )
             )
         )
-    for one in discussions:
-        ours = (one.author, one.title, one.status) == (_CONVERTER, _TITLE, "open")
-        if ours and one.is_pull_request:
-            yield f"refs/pr/{one.num}"
+    for discussion in discussions:  # checked again: a mirror may ignore the filters
+        facts = (discussion.author, discussion.title, discussion.status)
+        if facts == (_CONVERTER, _TITLE, "open") and discussion.is_pull_request:
+            yield f"refs/pr/{discussion.num}"
 
 
 def _pickles(info: Any) -> dict[str, str | None]:
+    """Return the hash of every pickle of a `ModelInfo`, by name."""
     return {
         file.rfilename: file.lfs and file.lfs.sha256
         for file in info.siblings or ()
@@ -172,7 +185,7 @@ def _memo() -> Path:
 
 
 def _read_conversions() -> dict[str, str]:
-    """Return which pull request stands in for which repository, for when the hub is gone."""
+    """Return the pull request used for each repository, so that the cache works offline."""
     with contextlib.suppress(OSError, ValueError):
         memo = json.loads(_memo().read_text("utf-8"))
         if isinstance(memo, dict):

@@ -1,4 +1,4 @@
-"""Loading: the config and tokenizer first, a skeleton without weights, then the weights."""
+"""Load models: config and tokenizer first, a skeleton without weights, then the weights."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from prunebench.models.stored_config import require_unquantised
 
 @contextlib.contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """Silence transformers' progress bars and warnings; what matters is checked and raised."""
+    """Silence the progress bars and warnings of transformers; problems are checked and raised."""
     from transformers.utils import logging
 
     level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
@@ -36,11 +36,15 @@ def quiet_transformers() -> Iterator[None]:
 def load_config(path: Path, *, trust_remote_code: bool = False) -> Any:
     """Read `config.json`.
 
-    The attention that it asks for is replaced by the one that every run uses: a config may ask for
-    a package that is not here, and two runs must not differ by what is installed.
+    The attention implementation that it names is replaced by the one that every run uses: it may
+    need a package that is not installed, and results must not depend on what is installed.
+
+    Args:
+        path: The folder of the model.
+        trust_remote_code: Whether code in the folder may be run.
 
     Raises:
-        IncompatibleData: It is not a model that this transformers knows.
+        IncompatibleData: This version of transformers does not support the model.
         MissingResource: It needs a package that is not installed.
     """
     from transformers import AutoConfig
@@ -61,7 +65,7 @@ def load_config(path: Path, *, trust_remote_code: bool = False) -> Any:
 
 
 def needs_package(what: Path | str, error: ImportError) -> MissingResource:
-    """Return the error for something that transformers reads only with another package."""
+    """Return the error for a model or tokenizer that needs another package."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return MissingResource(
         f"{what} needs a package that is not installed",
@@ -85,7 +89,7 @@ def load_tokenizer(path: Path) -> Any:
             raise needs_package(f"the tokenizer of {path}", error) from error
         except Exception as error:
             if not isinstance(error, ValueError | OSError | KeyError | TypeError) and (
-                type(error) is not Exception  # what the library tokenizers raises
+                type(error) is not Exception  # the tokenizers library raises plain Exceptions
             ):
                 raise
             raise MissingResource(
@@ -93,12 +97,12 @@ def load_tokenizer(path: Path) -> Any:
                 where=str(error).splitlines()[0][:200],
                 fix="copy tokenizer.json and tokenizer_config.json of the base model there",
             ) from error
-    tokenizer.model_max_length = int(1e30)  # long texts are cut into windows by us
+    tokenizer.model_max_length = int(1e30)  # no warning: long texts are cut into windows
     return tokenizer
 
 
 def context_length(config: Any) -> int | None:
-    """Return the longest sequence the model was built for, or None if it has no limit (ALiBi)."""
+    """Return the model's context length in tokens, or None if it has no limit (ALiBi)."""
     text = config.get_text_config()
     for name in ("max_position_embeddings", "n_positions", "max_seq_len"):
         value = getattr(text, name, None)
@@ -108,7 +112,13 @@ def context_length(config: Any) -> int | None:
 
 
 def require_context(config: Any, seqlen: int, *, option: str) -> None:
-    """Raise `UsageError` where `seqlen` is beyond the model's context."""
+    """Raise `UsageError` if `seqlen` is longer than the model's context.
+
+    Args:
+        config: Of the model.
+        seqlen: Tokens in a window.
+        option: Name of the option that set it, for the error.
+    """
     limit = context_length(config)
     if limit is not None and seqlen > limit:
         raise UsageError(
@@ -119,7 +129,12 @@ def require_context(config: Any, seqlen: int, *, option: str) -> None:
 
 
 def skeleton(config: Any) -> nn.Module:
-    """Build the model on the meta device: shapes and names, no weights, no memory."""
+    """Build the model on the meta device: names and shapes, no weights, no memory.
+
+    Raises:
+        IncompatibleData: It is not a causal language model.
+        MissingResource: It needs a package that is not installed.
+    """
     from transformers import AutoModelForCausalLM
 
     with torch.device("meta"), quiet_transformers():
@@ -137,20 +152,25 @@ def skeleton(config: Any) -> nn.Module:
 
 
 def attention_of(config: Any) -> str:
-    """Return the attention that the architecture is run with: `sdpa`, or `eager` if it has none."""
+    """Return the attention implementation of a run: `sdpa`, or `eager` if it is not supported."""
     from transformers import AutoModelForCausalLM
 
-    known: Any = AutoModelForCausalLM._model_mapping
-    kind = known.get(type(config), None)
-    return "sdpa" if getattr(kind, "_supports_sdpa", True) else "eager"
+    mapping: Any = AutoModelForCausalLM._model_mapping
+    model_class = mapping.get(type(config), None)
+    return "sdpa" if getattr(model_class, "_supports_sdpa", True) else "eager"
 
 
 def load_model(path: Path, *, dtype: torch.dtype, device: torch.device) -> nn.Module:
-    """Load the weights, ready to be evaluated: eval mode, no gradients, nothing made up.
+    """Load a model for evaluation: eval mode, no gradients, every tensor from the files.
+
+    Args:
+        path: The folder of the model.
+        dtype: Of the parameters.
+        device: Where they are.
 
     Raises:
         IncompatibleData: A tensor is missing from the files, has no place in the model, or does not
-            fit the config; or the weights are quantised.
+            fit the config; or the weights are quantized.
         MissingResource: It needs a package that is not installed.
     """
     from transformers import AutoModelForCausalLM
@@ -166,7 +186,7 @@ def load_model(path: Path, *, dtype: torch.dtype, device: torch.device) -> nn.Mo
                 dtype=dtype,
                 use_safetensors=True,
                 attn_implementation=attention_of(config),
-                ignore_mismatched_sizes=True,  # they are refused below, by name
+                ignore_mismatched_sizes=True,  # require_loaded names them
                 output_loading_info=True,
             )
         except ImportError as error:
@@ -183,7 +203,7 @@ def load_model(path: Path, *, dtype: torch.dtype, device: torch.device) -> nn.Mo
     model.requires_grad_(False)
     model.eval()
     ready: nn.Module = model.to(device)
-    if device.type == "cpu":  # out of the mapped file: else every later stage pays page faults
+    if device.type == "cpu":  # copy out of the mapped file: it would cost page faults later
         for parameter in ready.parameters():
             parameter.data = parameter.data.clone()
     return ready
@@ -192,21 +212,21 @@ def load_model(path: Path, *, dtype: torch.dtype, device: torch.device) -> nn.Mo
 def require_loaded(
     source: Path, model: nn.Module, info: dict[str, Any], *, shapes: Mapping[str, tuple[int, ...]]
 ) -> None:
-    """Refuse what transformers filled, left out, or could not fit, by name.
+    """Refuse a model if transformers initialized, ignored or could not fit a tensor.
 
     Args:
-        source: What was loaded.
-        model: The model.
-        info: Of `from_pretrained(..., output_loading_info=True)`.
-        shapes: Of the tensors in the files, as far as known.
+        source: The file or folder that was loaded.
+        model: The loaded model.
+        info: From `from_pretrained(..., output_loading_info=True)`.
+        shapes: Shapes of the tensors in the files, as far as known.
 
     Raises:
-        IncompatibleData: There is any.
+        IncompatibleData: Names such a tensor.
     """
-    for name, stored, wanted in sorted(info["mismatched_keys"], key=lambda row: str(row[0])):
+    for name, stored, expected in sorted(info["mismatched_keys"], key=lambda row: str(row[0])):
         raise IncompatibleData(
             f"{source} does not fit its config",
-            where=f"{name} is {list(stored)}, the model has {list(wanted)}",
+            where=f"{name} is {list(stored)}, the model has {list(expected)}",
             fix="check that config.json and the weights belong together",
         )
     extra = {str(name): shapes.get(str(name)) for name in info["unexpected_keys"]}
