@@ -37,9 +37,9 @@ def test_a_quantised_checkpoint_is_refused_by_the_name_of_its_method(
     with_config(folder, quantization_config=QUANTISED[method])
     tiny_run[tiny_run.index("--model") + 1] = str(folder)
     outcome = cli(*tiny_run, "-m", "dense", code=4)
-    assert f"is quantised with {method}: give the unquantised checkpoint" in outcome.output
+    assert f"is quantized with {method}: give the unquantized checkpoint" in outcome.output
     assert "load  " not in outcome.output  # seen at the check
-    with pytest.raises(IncompatibleData, match=f"quantised with {method}"):
+    with pytest.raises(IncompatibleData, match=f"quantized with {method}"):
         resident(folder, tmp_path)
 
 

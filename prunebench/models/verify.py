@@ -1,8 +1,8 @@
-"""Every folder that was written is read again, and must hold what was scored.
+"""Verify every saved folder: read it again and compare it with the weights that were scored.
 
-The files are hashed in pieces, as the model that a plain transformers makes of them: no second
-model is in memory. A writer that changes a bit, casts, forgets a tensor or a tie is found here,
-before the folder has its name.
+The files are hashed in pieces, as the model that transformers would load from them, so no second
+model is in memory. A changed bit, a cast, a missing tensor or tie is an error, and the folder never
+gets its final name.
 """
 
 from __future__ import annotations
@@ -41,13 +41,13 @@ _UNLIKE = "was not saved: what was read back is not what was scored"
 
 @dataclass(frozen=True)
 class Expected:
-    """What a saved folder must hold.
+    """Expected contents of a saved folder.
 
     Attributes:
-        sha256: Of the parameters, as `hash_weights` has it.
-        dtype: What its config must say, e.g. `bfloat16`.
-        buffers: A hash of every persistent buffer, by name in the model.
-        carried: What lies beside the text model, by name in the files.
+        sha256: `hash_weights` of the parameters.
+        dtype: The dtype in its config, e.g. `bfloat16`.
+        buffers: Hash of each persistent buffer, by name in the model.
+        carried: Tensors that the text model does not use, by name in the files.
     """
 
     sha256: str
@@ -60,7 +60,7 @@ def read_dense(folder: Path) -> dict[str, StoredTensor]:
     """Return the tensors of a folder of plain safetensors.
 
     Raises:
-        IncompatibleData: A file is missing, damaged, or no part of the model.
+        IncompatibleData: A file is missing, damaged, or not part of the model.
     """
     check_weight_files(folder)
     return stored_tensors(weight_files(folder))
@@ -69,12 +69,25 @@ def read_dense(folder: Path) -> dict[str, StoredTensor]:
 def expected_of_model(
     model: nn.Module, sha256: str, dtype: str, carried: Mapping[str, StoredTensor]
 ) -> Expected:
-    """Return what the folder of a model must hold that is in memory or on disk."""
+    """Return the expected contents of the folder of a loaded model.
+
+    Args:
+        model: The model, in memory or with its blocks on disk.
+        sha256: `hash_weights` of it.
+        dtype: Of its parameters.
+        carried: From `carried_tensors`.
+    """
     return Expected(sha256, dtype, _hash_buffers(model), carried)
 
 
 def expected_of_folder(source: StoredModel, sha256: str, dtype: str) -> Expected:
-    """Return what a folder must hold that is made from another one."""
+    """Return the expected contents of a folder that is converted from another one.
+
+    Args:
+        source: The tensors of the other folder.
+        sha256: Hash of its parameters.
+        dtype: Of its parameters.
+    """
     buffers = {
         name: hash_stored(source.tensors, [name])
         for name in source.tensors.keys() - {*source.parameters}
@@ -85,17 +98,20 @@ def expected_of_folder(source: StoredModel, sha256: str, dtype: str) -> Expected
 def require_saved(
     folder: Path, expected: Expected, *, name: Path, progress: Progress, read: Read = read_dense
 ) -> StoredModel:
-    """Read a folder that was just written and compare it with what it must hold.
+    """Read a folder that was just written and compare it with its expected contents.
 
     Args:
-        folder: Where it is now.
-        expected: What it must hold.
-        name: Where it is going to be.
-        progress: Hears of the stage.
-        read: Reads the tensors, packed ones as if they were dense.
+        folder: Its temporary name.
+        expected: Its expected contents.
+        name: Its final name, for messages.
+        progress: Shows the stage.
+        read: Returns the tensors of the folder, packed ones as if they were dense.
+
+    Returns:
+        The tensors that were read.
 
     Raises:
-        SaveError: It holds anything else, or cannot be read.
+        SaveError: The contents differ, or cannot be read.
     """
     try:
         tensors = read(folder)
@@ -103,9 +119,9 @@ def require_saved(
         with progress.stage("verify", total=total, detail=str(name), unit="B") as advance:
             model = skeleton(load_config(folder))
             saved = stored_model(model, tensors)
-            dtype = str(model.config.dtype).removeprefix("torch.")  # a plain load casts to it
+            dtype = str(model.config.dtype).removeprefix("torch.")  # from_pretrained casts to it
             difference = _difference(folder, dtype, saved, expected, advance)
-    except Exception as error:  # whatever a plain load would stumble over
+    except Exception as error:  # anything that from_pretrained could raise
         reason = error.what if isinstance(error, PrunebenchError) else str(error)
         raise _unlike(name, f"it cannot be read: {reason}") from error
     if difference:
@@ -129,10 +145,10 @@ def _difference(
     expected: Expected,
     advance: Callable[[int], None],
 ) -> str:
-    """Return the first thing in which a folder differs from what it must hold; empty if none."""
+    """Return the first difference between a folder and its expected contents, or ""."""
     method = quantization_of(folder)
     if method is not None:
-        return f"config.json says quantised with {method}, and the weights are not"
+        return f"config.json says quantized with {method}, and the weights are not"
     if dtype != expected.dtype:
         return f"config.json says {dtype}, the weights are {expected.dtype}"
     strays = other_files(folder)
@@ -168,7 +184,7 @@ def _carried_difference(
 
 
 def _hash_buffers(model: nn.Module) -> dict[str, str]:
-    """Return the same hash of every persistent buffer as of one in a file; blocks are opened."""
+    """Return the hash of each persistent buffer, the same as `hash_stored` of it in a file."""
     prefix, _ = find_blocks(model)
     weights = weights_of(model)
 
