@@ -289,10 +289,10 @@ def test_the_base_model_and_its_licence():
 
 
 def test_every_licence_of_the_catalogue_is_known_to_the_hub():
-    from prunebench.checkpoints.model_card import _LICENCES
+    from prunebench.checkpoints.model_card import _LICENSES
     from prunebench.models.source import catalog
 
-    assert {entry.licence for entry in catalog().values()} - set(_LICENCES) == {
+    assert {entry.licence for entry in catalog().values()} - set(_LICENSES) == {
         "LLaMA (non-commercial)",
         "OPT-175B (non-commercial)",
     }

@@ -1,13 +1,13 @@
-"""From a checkpoint that `run --save-model` wrote to a folder worth publishing.
+"""Export a checkpoint of `run --save-model` as a folder to publish.
 
-    README.md        the card: model-index, method, calibration, hashes, the command
+    README.md        model card: model-index, method, calibration, hashes, the command
     prunebench.json  the result
     recipe.toml      the run, for `run --recipe`
     masks.npz        the keep masks, packed bits, as `run --save-masks` writes them
-    *                weights, config and tokenizer, as they were; with `to="packed24"` the 2:4
+    *                weights, config and tokenizer, unchanged; with `to="packed24"` the 2:4
                      matrices packed, with `to="dense"` as plain safetensors again
 
-The weights in the files are hashed and must be those that the result scored: a card never describes
+The weights are hashed and must be those that the result scored, so that a card never describes
 other weights.
 """
 
@@ -76,13 +76,15 @@ _ABOUT = {
 
 @dataclass(frozen=True)
 class Exported:
-    """What was written.
+    """An exported folder.
 
     Attributes:
+        folder: The folder.
+        result: Of the checkpoint; None if it had none.
         sizes: Bytes of every file, by name.
-        linked: Files that share their bytes with the checkpoint (hard links).
-        left_out: Files of the checkpoint that were not taken.
-        packing: What packing did, where the matrices were packed.
+        linked: Files that are hard links to those of the checkpoint.
+        left_out: Files of the checkpoint that were not copied.
+        packing: Report of packing; None if nothing was packed.
     """
 
     folder: Path
@@ -94,10 +96,10 @@ class Exported:
 
 
 def read_checkpoint(folder: Path) -> Result:
-    """Return the result of a checkpoint's folder.
+    """Return the result in a checkpoint's folder.
 
     Raises:
-        IncompatibleData: The folder has none, or a damaged one.
+        IncompatibleData: The folder has none, a damaged one, or that of an unfinished run.
     """
     path = folder / RESULT_NAME
     if not path.is_file():
@@ -115,7 +117,7 @@ def read_checkpoint(folder: Path) -> Result:
 
 
 def no_weights(result: Result) -> MissingResource:
-    """Return the error for a result that was named instead of its checkpoint."""
+    """Return the error for exporting a result instead of its checkpoint."""
     words = shlex.split(result.command)
     saved = next((b for a, b in zip(words, words[1:], strict=False) if a == "--save-model"), None)
     saved = saved or next(
@@ -135,19 +137,19 @@ def no_weights(result: Result) -> MissingResource:
 def export(
     source: Path, target: Path, *, replace: bool, progress: Progress, to: To | None = None
 ) -> Exported:
-    """Write the folder.
+    """Write a folder to publish.
 
     Args:
         source: A folder that `run --save-model` wrote.
-        target: The folder to write; a whole one or none is left there.
-        replace: Whether it may replace what is there.
-        progress: Hears of the stages.
-        to: How the weights are stored; None is as they are now. With one, any folder of a model
-            is taken, also one that nobody here has scored: it then gets no card.
+        target: The folder to write, completely or not at all.
+        replace: Whether an existing folder may be replaced.
+        progress: Shows the stages.
+        to: How to store the weights; None keeps the format. If given, any model folder can be the
+            source; without a result it gets no card.
 
     Raises:
         IncompatibleData: The source is damaged, or its weights are not those that were scored.
-        UsageError: There is something at the target.
+        UsageError: The target exists.
         SaveError: It cannot be written.
     """
     stored = kind_of(source)
@@ -160,17 +162,17 @@ def export(
     _check_target(source, target, replace=replace)
     model = skeleton(load_config(source))
     check_tensors(model, tensors)
-    here, linears = stored_model(model, tensors), find_linears(model)
+    source_model, linears = stored_model(model, tensors), find_linears(model)
     sha256 = str(result.model.evaluated_sha256)
-    expected = expected_of_folder(here, sha256, result.model.dtype)
+    expected = expected_of_folder(source_model, sha256, result.model.dtype)
     others = other_files(source)
-    wanted = [path for path in sorted(source.iterdir()) if _is_taken(path) and path not in others]
+    copied = [path for path in sorted(source.iterdir()) if _is_copied(path) and path not in others]
     if to is not None:
-        wanted = [path for path in wanted if not _is_weight(path)]
+        copied = [path for path in copied if not _is_weight(path)]
     packing = None
     with atomic_folder(target, replace=replace, exclusive=True) as part:
-        with progress.stage("copy", detail=f"{len(wanted)} files"):
-            linked = [path.name for path in wanted if link_or_copy(path, part / path.name)]
+        with progress.stage("copy", detail=f"{len(copied)} files"):
+            linked = [path.name for path in copied if link_or_copy(path, part / path.name)]
             copy_templates(source, part)
         if to == "packed24":
             packing = write_packed(tensors, part, progress=progress)
@@ -180,12 +182,13 @@ def export(
         try:
             require_saved(part, expected, name=target, progress=progress, read=dense_tensors)
         except SaveError as error:
-            _blame(source, here, result, packing, error)
-        _describe(part, result, here, linears, storage=_STORAGE[to or stored], progress=progress)
+            _raise_cause(source, source_model, result, packing, error)
+        storage = _STORAGE[to or stored]
+        _describe(part, result, source_model, linears, storage=storage, progress=progress)
     left_out = [
         path
         for path in sorted(source.iterdir())
-        if path not in wanted and (path in others or not _is_weight(path))
+        if path not in copied and (path in others or not _is_weight(path))
     ]
     names_left = (p.name for p in left_out if p.name not in (*_WRITTEN, TEMPLATES))
     return Exported(target, result, _sizes(target), tuple(linked), tuple(names_left), packing)
@@ -194,13 +197,13 @@ def export(
 def _describe(
     part: Path,
     result: Result,
-    here: StoredModel,
+    source_model: StoredModel,
     linears: list[Linear],
     *,
     storage: str,
     progress: Progress,
 ) -> None:
-    """Write recipe, masks and card into a folder."""
+    """Write recipe, masks and model card to a folder."""
     written = [RESULT_NAME, RECIPE_NAME]
     recipe = recipe_text(result)
     if result.spec.allocation == "file":
@@ -210,26 +213,33 @@ def _describe(
     if result.spec.method != "dense":
         with progress.stage("masks", detail=f"{len(linears)} layers"):
             names = dict.fromkeys(linear.parameter_name for linear in linears)
-            save_stored_masks((here.tensors[name] for name in names), part / MASKS_NAME)
+            save_stored_masks((source_model.tensors[name] for name in names), part / MASKS_NAME)
         written.append(MASKS_NAME)
     about = {name: _ABOUT[name] for name in written}
     card = model_card(result, about, storage=storage)
     (part / "README.md").write_text(card, encoding="utf-8")
 
 
-def _blame(
-    source: Path, here: StoredModel, result: Result, packing: Packing | None, error: SaveError
+def _raise_cause(
+    source: Path, model: StoredModel, result: Result, packing: Packing | None, error: SaveError
 ) -> NoReturn:
-    """Say whose fault it is that a folder does not hold what was scored.
+    """Raise the reason why an exported folder differs from what was scored.
+
+    Args:
+        source: The checkpoint.
+        model: Its tensors.
+        result: Of the run.
+        packing: Report of packing, if it was packed.
+        error: Of `require_saved`.
 
     Raises:
-        IncompatibleData: The source does not hold it either, or packing cannot.
-        SaveError: The writing went wrong.
+        IncompatibleData: The source differs too, or cannot be packed without a change.
+        SaveError: Writing failed.
     """
     assert result.model is not None
-    digest = "" if here.missing else hash_stored(here.tensors, here.parameters)
+    digest = "" if model.missing else hash_stored(model.tensors, model.parameters)
     if digest != result.model.evaluated_sha256:
-        what = f"they hash to {digest[:16]}..." if digest else f"{here.missing[0]} is missing"
+        what = f"they hash to {digest[:16]}..." if digest else f"{model.missing[0]} is missing"
         raise IncompatibleData(
             f"the weights in {source} are not those that were scored",
             where=f"{what}, the result {result.id} scored {result.model.evaluated_sha256[:16]}...",
@@ -245,7 +255,7 @@ def _blame(
 
 
 def _convert(source: Path, target: Path, to: To, *, replace: bool, progress: Progress) -> Exported:
-    """Store the weights of a folder without a result in another way; the rest is copied."""
+    """Convert the weights of a folder without a result; the other files are copied."""
     load_config(source)
     if kind_of(source) == "dense":
         require_unquantised(source)
@@ -272,27 +282,28 @@ def _is_weight(path: Path) -> bool:
     return path.suffix == ".safetensors" or path.name in (INDEX_NAME, PACKED_INDEX)
 
 
-def _is_taken(path: Path) -> bool:
-    """Whether a file belongs to a model; what we write ourselves is written anew."""
-    fits = any(path.match(kind) for kind in _KINDS) and not path.name.startswith(".")
-    return path.is_file() and fits and path.name not in _WRITTEN
+def _is_copied(path: Path) -> bool:
+    """Return whether a file is copied: it belongs to the model, and export does not write it."""
+    matches = any(path.match(kind) for kind in _KINDS) and not path.name.startswith(".")
+    return path.is_file() and matches and path.name not in _WRITTEN
 
 
 def _check_target(source: Path, target: Path, *, replace: bool) -> None:
-    here, there = source.resolve(), target.resolve()
-    if there == here or there in here.parents:
+    """Refuse a target that would replace the checkpoint, exists, or cannot be written."""
+    checkpoint, folder = source.resolve(), target.resolve()
+    if folder == checkpoint or folder in checkpoint.parents:
         raise UsageError(
             f"{target} is or holds the checkpoint itself", fix="name another folder with -o"
         )
     size = sum(path.stat().st_size for path in source.iterdir() if path.is_file())
-    parent = next(path for path in (there, *there.parents) if path.exists())
+    parent = next(path for path in (folder, *folder.parents) if path.exists())
     linked = parent.stat().st_dev == source.stat().st_dev
     check_target(target, need_bytes=1 << 24 if linked else size, replace=replace, folder=True)
 
 
 def _write_allocation(path: Path, result: Result, linears: list[Linear]) -> None:
     assert result.sparsity is not None
-    ratios = {one.name: Sparsity.parse(one.requested).ratio for one in result.sparsity.layers}
+    ratios = {layer.name: Sparsity.parse(layer.requested).ratio for layer in result.sparsity.layers}
     save_allocation(path, ratios, linears)
 
 
@@ -300,10 +311,10 @@ def _write_allocation(path: Path, result: Result, linears: list[Linear]) -> None
 
 
 def recipe_text(result: Result) -> str:
-    """Return a TOML recipe that repeats a run: the same spec, where the same data is there.
+    """Return a TOML recipe that repeats a run: the same spec, given the same data.
 
-    Texts of the catalogue are named with the place that they came from. Files of the user's are
-    named by their hash, and a comment says so: a recipe of another text must not run by mistake.
+    Named texts get their source (`NAME@wheel`). Local files are named by their hash, with a comment
+    to put the path there, so that the recipe cannot run on another text by mistake.
     """
     spec, notes = result.spec, [f"repeats {result.id}: prunebench run --recipe {RECIPE_NAME}"]
     values: dict[str, Any] = {"method": spec.method, "model": _model_name(result, notes)}
@@ -322,14 +333,14 @@ def recipe_text(result: Result) -> str:
     values["ppl_seqlen"] = spec.ppl_seqlen
     for name, option in options_of(RunSpec).items():
         value = getattr(spec, name)
-        unread = value is None  # data that the method does not read
+        unread = value is None  # such as calibration data of a method without calibration
         if option.about.given and name not in values and not unread and value != option.value:
             values[name] = value
     values["seed"] = spec.seed
     options = dict(spec.method_options)
     if result.training is not None:
-        one = result.training
-        options["train_data"] = _text_name(one.text, one.origin, notes)
+        training = result.training
+        options["train_data"] = _text_name(training.text, training.origin, notes)
     lines = [*(f"# {note}" for note in notes), *_toml(values)]
     if options:
         lines += ["", "[set]", *_toml(options)]
@@ -339,6 +350,7 @@ def recipe_text(result: Result) -> str:
 
 
 def _model_name(result: Result, notes: list[str]) -> str:
+    """Return the name of the model for `--model`; of a local one a note says to put its path."""
     assert result.model is not None
     name, revision = result.spec.model, result.model.revision
     if result.model.source == "hub" and "/" in name:
@@ -350,12 +362,12 @@ def _model_name(result: Result, notes: list[str]) -> str:
 
 
 def _text_name(resolved: str, origin: str, notes: list[str]) -> str:
-    """Return the name under which a text can be asked for again.
+    """Return the name of a text for `--calibration` and `--ppl`.
 
     Args:
-        resolved: What the spec calls it: a protocol, or data set and split.
-        origin: Where it came from, as the spec says.
-        notes: Takes what the reader has to do.
+        resolved: Its name in the spec: a protocol, or dataset and split.
+        origin: Its origin in the spec.
+        notes: Comments of the recipe; for a local file, one is appended that asks for its path.
     """
     for name, entry in texts().items():
         if origin == entry.url or (entry.sha256 and origin.startswith("sha256:") and (
@@ -378,7 +390,7 @@ def _toml(values: dict[str, Any]) -> list[str]:
 
 def _toml_value(value: Any) -> str:
     if value is None:
-        return '"none"'  # TOML has no null; options are read from this word
+        return '"none"'  # TOML has no null; options parse this word
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, list | tuple):

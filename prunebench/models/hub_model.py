@@ -17,7 +17,7 @@ from typing import Any
 
 from prunebench.download.hub import asking, patiently
 from prunebench.download.hub_files import (
-    Wanted,
+    FilePatterns,
     cached_snapshot,
     describe,
     download_snapshot,
@@ -28,7 +28,7 @@ from prunebench.files import cache_dir, write_text
 from prunebench.models.safetensors_files import weight_files
 from prunebench.progress import Progress
 
-_WANTED = Wanted(
+_PATTERNS = FilePatterns(
     allow=("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"),
     ignore=("original/*", "onnx/*"),
 )
@@ -61,7 +61,7 @@ def cached_model(repository: str, revision: str | None) -> HubModel | None:
     if revision is None and conversion:
         candidates.append((conversion, conversion))
     for candidate, pull_request in candidates:
-        path = cached_snapshot(repository, _WANTED, revision=candidate)
+        path = cached_snapshot(repository, _PATTERNS, revision=candidate)
         if path and _is_complete(path):
             return HubModel(path, pull_request)
     return None
@@ -98,7 +98,7 @@ def fetch_hub_model(repository: str, revision: str | None, progress: Progress) -
     if model is None:
         with progress.stage("download", detail=f"{repository} from the hub"):
             model = _download(repository, revision)
-    verify_snapshot(model.path, repository, _WANTED, progress=progress, fix=_FIX)
+    verify_snapshot(model.path, repository, _PATTERNS, progress=progress, fix=_FIX)
     if model.pull_request:
         progress.note(
             f"  {repository} has pickles only: the safetensors are those of its pull request "
@@ -117,7 +117,7 @@ def _download(repository: str, revision: str | None) -> HubModel:
             raise _only_pickles(f"{repository}@{revision}", "a revision was named, and is kept to")
         pull_request, info = _find_conversion(repository, info)
         revision = pull_request
-    path = download_snapshot(repository, _WANTED, revision=revision, info=info, fix=_FIX)
+    path = download_snapshot(repository, _PATTERNS, revision=revision, info=info, fix=_FIX)
     if pull_request:
         _remember_conversion(repository, pull_request)
     return HubModel(path, pull_request)
