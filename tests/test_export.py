@@ -11,8 +11,8 @@ import torch
 from huggingface_hub import ModelCard
 
 import prunebench.download.hub as hub
-from prunebench.checkpoints.export import recipe_text
 from prunebench.checkpoints.model_card import front_matter, model_card
+from prunebench.checkpoints.recipe_text import recipe_text
 from prunebench.models.masks import mask_file
 from prunebench.results.store import ResultStore
 from tests.test_results import make_result
