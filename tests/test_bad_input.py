@@ -163,7 +163,7 @@ def test_what_is_saved_is_not_replaced_unasked(cli, tiny_run, tmp_path):
     cli(*run, "--force")
     assert (tmp_path / "work" / "out" / "README.md").read_text() != before
     assert (
-        "is a folder, a file is wanted"
+        "is a folder, not a file"
         in cli(*tiny_run, "-m", "magnitude", "--save-masks", "out", code=2).output
     )
     assert "is a file" in cli(*tiny_run, "-m", "magnitude", "--save-model", "m.npz", code=2).output

@@ -448,7 +448,7 @@ def test_a_push_that_fails_leaves_the_folder(cli, checkpoint, api, monkeypatch):
 @pytest.mark.parametrize("name", ["x", "a/b/c", "me/", "me/x y"])
 def test_names_of_no_repository(cli, checkpoint, api, name):
     output = cli("export", "ck", "-o", "out", "--push", name, "--yes", code=2).output
-    assert "is no repository" in output
+    assert "is not a repository name" in output
 
 
 def test_options_of_pushing_need_it(cli, checkpoint):

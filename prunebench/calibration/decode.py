@@ -54,7 +54,7 @@ def decode_text(data: bytes, path: Path) -> str:
 
 def _encoded(path: Path, name: str, why: str) -> IncompatibleData:
     return IncompatibleData(
-        f"{path} is {name} text, and UTF-8 is wanted",
+        f"{path} is {name} text, and only UTF-8 is read",
         where=why,
         fix=f"convert it: iconv -f {name} -t UTF-8 OLD > NEW",
     )

@@ -1,6 +1,6 @@
 """The table of named texts, `texts.toml`: which names there are, and which text each stands for.
 
-Nothing is fetched here; documents are loaded in `calibration/texts.py`.
+Nothing is downloaded here; documents are loaded in `calibration/texts.py`.
 """
 
 from __future__ import annotations

@@ -89,7 +89,7 @@ def training_windows(
         if windows.shape[1] != seqlen:
             raise UsageError(
                 f"{source} has windows of {windows.shape[1]} tokens",
-                where=f"the training wants {seqlen}",
+                where=f"the training uses windows of {seqlen}",
                 fix=f"use --set train_seqlen={windows.shape[1]}",
             )
         require_begun(windows, tokenizer, bos, path=source)
@@ -99,7 +99,7 @@ def training_windows(
     have = len(rows.token_ids)
     if have < held_out + least:
         raise IncompatibleData(
-            f"the text to learn from has {have} windows of {seqlen} tokens",
+            f"the training text has {have} windows of {seqlen} tokens",
             where=f"{held_out} are held out, and a step takes {least}",
             fix="use a longer text (--set train_data=NAME), or smaller --set train_seqlen, "
             "batch or held_out",

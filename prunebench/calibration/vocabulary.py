@@ -56,5 +56,5 @@ def require_known(
         where=where,
         fix="use tokens made with this model's tokenizer"
         if tokenizer is None
-        else "use the tokenizer that the model was trained with: this one knows more tokens",
+        else "use the tokenizer that the model was trained with: this one has more tokens",
     )

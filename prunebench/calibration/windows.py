@@ -81,6 +81,8 @@ def sample_windows(
 
     if isinstance(documents, list):  # a memory-mapped shard of C4 is large enough
         _require_enough(documents, tokens_of, text, samples=samples, seqlen=seqlen)
+    # The papers' loop: one randint for the document, one for the start; a rejected document costs
+    # only the first. Any other call of `rng` would change every later window.
     rows: list[list[int]] = []
     rejected = 0
     while len(rows) < samples:
@@ -93,7 +95,7 @@ def sample_windows(
                 if len(packed) < samples:
                     raise IncompatibleData(
                         f"the text is too short: {packed.numel():,} tokens, {samples} x {seqlen} "
-                        "are wanted",
+                        "are needed",
                         fix="use fewer samples, shorter ones, or another text",
                     )
                 return Windows(begin_windows(packed, tokenizer, bos), packed=True)
@@ -129,7 +131,7 @@ def _require_enough(
     if have < need:
         raise IncompatibleData(
             f"{text.dataset} is too short: {have:,} tokens, "
-            f"{samples} x {seqlen} = {need:,} are wanted",
+            f"{samples} x {seqlen} = {need:,} are needed",
             where=f"text from {text.origin}",
             fix=f"use --calibration-samples {have // seqlen} or fewer, a shorter --seqlen, "
             "or another text"

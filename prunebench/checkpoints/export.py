@@ -43,7 +43,7 @@ from prunebench.models.safetensors_files import (
     hash_stored,
     other_files,
 )
-from prunebench.models.stored_config import require_unquantised
+from prunebench.models.stored_config import require_unquantized
 from prunebench.models.stored_model import StoredModel, stored_model
 from prunebench.models.verify import expected_of_folder, require_saved
 from prunebench.progress import Progress
@@ -175,6 +175,7 @@ def export(
         elif to == "dense":
             with progress.stage("write", detail="dense safetensors"):
                 write_dense(tensors, part)
+        # Of the copy, not of the source: a file that changed while it was copied is noticed.
         try:
             require_saved(part, expected, name=target, progress=progress, read=dense_tensors)
         except SaveError as error:
@@ -254,7 +255,7 @@ def _convert(source: Path, target: Path, to: To, *, replace: bool, progress: Pro
     """Convert the weights of a folder without a result; the other files are copied."""
     load_config(source)
     if kind_of(source) == "dense":
-        require_unquantised(source)
+        require_unquantized(source)
     tensors = dense_tensors(source)
     _check_target(source, target, replace=replace)
     packing = None
@@ -291,6 +292,7 @@ def _check_target(source: Path, target: Path, *, replace: bool) -> None:
         raise UsageError(
             f"{target} is or holds the checkpoint itself", fix="name another folder with -o"
         )
+    # On the same file system files are hard-linked, and need no space.
     size = sum(path.stat().st_size for path in source.iterdir() if path.is_file())
     parent = next(path for path in (folder, *folder.parents) if path.exists())
     linked = parent.stat().st_dev == source.stat().st_dev

@@ -148,15 +148,17 @@ def _facts(stored: StoredTensor, pattern: Sparsity) -> TensorFacts:
     for rows in _rows(stored):
         zero = rows == 0
         zeros += int(zero.sum())
+        # -0.0 == 0.0, so only its sign bit shows it
         negative_zeros += int((zero & torch.signbit(rows)).sum())
         non_finite += int((~torch.isfinite(rows)).sum())
-        if along:
+        if along:  # a piece holds whole rows, so no group is cut
             count, position = _violations(zero, pattern)
             broken += count
             if first is None and position is not None:
                 first = done * stored.shape[-1] + position
         done += len(rows)
     axis, violations = (-1, broken) if along else (None, None)
+    # A Conv1D weight [in, out] of GPT-2 has its groups along axis 0.
     if violations != 0 and checked and _holds_across(stored, zeros, pattern):
         axis, violations, first = 0, 0, None
     return TensorFacts(

@@ -39,7 +39,7 @@ from prunebench.models.safetensors_files import (
     weight_files,
 )
 from prunebench.models.source import LocalModel
-from prunebench.models.stored_config import require_unquantised, stored_config
+from prunebench.models.stored_config import require_unquantized, stored_config
 from prunebench.progress import Progress
 from prunebench.sparse24.packed import (
     DTYPES,
@@ -107,7 +107,7 @@ def unpacked(local: LocalModel, progress: Progress) -> LocalModel:
     """
     kind = kind_of(local.path)
     if kind == "dense":
-        require_unquantised(local.path)
+        require_unquantized(local.path)
         return local
     digest = hashlib.sha256(local.revision.encode()).hexdigest()[:12]
     path = cache_dir() / "models" / f"{local.source.id.replace('/', '--')}-dense-{digest}"
@@ -258,7 +258,7 @@ class _Packer:
         """Return the packed matrix, and whether it was transposed (GPT-2 stores [in, out])."""
         if tensor.ndim != 2 or not tensor.dtype.is_floating_point:
             return None
-        for across in (False, True):
+        for across in (False, True):  # as stored [out, in] first, then transposed
             matrix = tensor.T.contiguous() if across else tensor  # [out, in]
             if matrix.shape[1] % 4:
                 continue
@@ -299,6 +299,7 @@ def _write_shards(tensors: Iterable[tuple[str, Tensor]], folder: Path, stem: str
     batch: dict[str, Tensor] = {}
 
     def flush() -> None:
+        # safetensors needs contiguous tensors; the final name needs the number of shards
         save_file(batch, folder / f"{stem}-{len(shards) + 1}.part", {"format": "pt"})
         shards.append(list(batch))
         batch.clear()

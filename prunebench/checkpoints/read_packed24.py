@@ -63,7 +63,8 @@ def _read_index(folder: Path) -> dict[str, dict[str, Any]]:
         ) from None
     if not sound:
         raise IncompatibleData(
-            f"{path} is no index of packed24, version 1", fix="update prunebench, or export again"
+            f"{path} is not an index of packed24, version 1",
+            fix="update prunebench, or export again",
         )
     return rows
 

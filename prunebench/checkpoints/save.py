@@ -57,12 +57,12 @@ def check_target(path: Path, *, need_bytes: int, replace: bool, folder: bool) ->
     """
     taken = any(path.iterdir()) if folder and path.is_dir() else path.exists()
     if taken and folder and path.is_file():
-        raise UsageError(f"{path} is a file, a folder is wanted", fix="name another folder")
+        raise UsageError(f"{path} is a file, not a folder", fix="name another folder")
     if taken and not folder and path.is_dir():
-        raise UsageError(f"{path} is a folder, a file is wanted", fix="name a file in it")
+        raise UsageError(f"{path} is a folder, not a file", fix="name a file in it")
     if taken and not replace:
         raise UsageError(
-            f"{path} exists already", fix="name another place, or add --force to replace it"
+            f"{path} exists already", fix="name another path, or add --force to replace it"
         )
     require_writable(path.absolute().parent, need_bytes=need_bytes)
 
@@ -129,7 +129,7 @@ def _save_resident(model: Any, folder: Path) -> None:
     """
     from transformers import GenerationConfig
 
-    settings = model.generation_config
+    settings = model.generation_config  # restored below: the caller's model is unchanged
     model.generation_config = GenerationConfig()
     try:
         model.save_pretrained(folder)
@@ -145,7 +145,7 @@ def _require_names_of_source(folder: Path, source: StoredModel, name: Path) -> N
     if others:
         raise SaveError(
             f"{name} cannot be saved with what the text model does not use",
-            where=f"transformers wrote {others[0]}, which is no name of its source",
+            where=f"transformers wrote {others[0]}, which is not a name in its source",
             fix="use --weights disk, which keeps the names, or run without --save-model",
         )
 
@@ -174,7 +174,7 @@ def save_shards(model: Any, weights: DiskWeights, folder: Path, source: StoredMo
     }
     names = [f"model-{shard + 1:05d}-of-{count:05d}.safetensors" for shard in range(count)]
     write_tensors(folder / names[0], _renamed(outside, source))
-    for index, name in enumerate(names[1:]):
+    for index, name in enumerate(names[1:]):  # shard 1 has the rest, shard i + 2 block i
         pruned = weights.pruned_file(index)
         if pruned is None:
             with weights.open_block(index):
@@ -182,7 +182,7 @@ def save_shards(model: Any, weights: DiskWeights, folder: Path, source: StoredMo
             continue
         tensors = stored_tensors([pruned])
         renamed = _renamed(tensors, source)
-        if renamed.keys() == tensors.keys():
+        if renamed.keys() == tensors.keys():  # the file can be used as it is
             link_or_copy(pruned, folder / name)
         else:
             write_stored(folder / name, renamed)

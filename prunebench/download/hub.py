@@ -240,14 +240,14 @@ def _reason(error: BaseException, what: str, revision: str | None) -> tuple[str,
     if _is(root, "ConnectTimeout"):
         return f"the hub cannot be reached: no connection within {CONNECT_SECONDS:g} s", ""
     if _is(root, "TimeoutException") or isinstance(root, TimeoutError):
-        return "the hub cannot be reached: it took the question and did not answer in time", ""
+        return "the hub cannot be reached: it accepted the request and did not answer in time", ""
     if _is(root, "ProxyError"):
         return f"the proxy refuses: {first_line(root)}", "check HTTPS_PROXY and NO_PROXY"
     if _is(root, "ConnectError"):
         return f"the hub cannot be reached: {first_line(root)}", ""
     if isinstance(root, json.JSONDecodeError | FileMetadataError):
         return (
-            f"what answers at {_endpoint()} is no hub: {first_line(root)}",
+            f"what answers at {_endpoint()} is not a hub: {first_line(root)}",
             "check HF_ENDPOINT, and whether the network asks for a login of its own",
         )
     if _is(root, "TransportError") or "Consistency check failed" in text:
@@ -278,9 +278,9 @@ def _answer(response: Any, what: str, revision: str | None) -> tuple[str, str]:
     kind = "datasets/" if "/datasets/" in str(response.request.url) else ""
     page, token = f"{_endpoint()}/{kind}{what.split(' ')[0]}", get_token()
     if code == "GatedRepo":
-        whose = "this login has no access to it yet" if token else "nobody is logged in"
+        reason = "this login has no access to it yet" if token else "you are not logged in"
         return (
-            f"it is gated, and {whose} ({status}): the license is accepted at {page}",
+            f"it is gated, and {reason} ({status}): the license is accepted at {page}",
             "accept it there, run hf auth login, and try again; or name a local copy",
         )
     if status == 401 and token and code != "RepoNotFound":
@@ -307,7 +307,7 @@ def _answer(response: Any, what: str, revision: str | None) -> tuple[str, str]:
     if status == 403:
         return (
             f"the hub forbids it ({status}: {says or 'no reason given'})",
-            "use a token that may: its permissions are set in the settings of the hub",
+            "use a token that may do it: its permissions are set in the settings of the hub",
         )
     if status >= 500:
         return (
@@ -344,7 +344,7 @@ def find_repository(name: str) -> Repository:
     from huggingface_hub import HfApi, errors
 
     if not _REPOSITORY.fullmatch(name):
-        raise UsageError(f"{name!r} is no repository", fix="give org/name or user/name")
+        raise UsageError(f"{name!r} is not a repository name", fix="give org/name or user/name")
     fix = "leave --push out: the folder can be pushed later with hf upload"
     problem = hub_problem()
     if problem:
@@ -358,11 +358,11 @@ def find_repository(name: str) -> Repository:
     except errors.LocalTokenNotFoundError as error:
         raise MissingResource(
             f"cannot push to {name}",
-            where="nobody is logged in",
+            where="you are not logged in",
             fix=f"run hf auth login, or {fix}",
         ) from error
     except errors.HFValidationError as error:
-        raise UsageError(f"{name!r} is no repository", where=first_line(error)) from None
+        raise UsageError(f"{name!r} is not a repository name", where=first_line(error)) from None
     except hub_errors() as error:
         where, advice = _reason(error, name, None)
         raise MissingResource(f"cannot push to {name}", where=where, fix=advice or fix) from error

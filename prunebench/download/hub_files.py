@@ -100,7 +100,7 @@ def fetch_file(
         return path
     with _lock():  # of two runs the second waits, and then the file is verified
         if _damaged([path], progress):
-            progress.note(f"{repository} {name} is damaged in the cache: it is fetched again")
+            progress.note(f"{repository} {name} is damaged in the cache: downloading it again")
             _delete(path)
             commit = path.parents[name.count("/")].name  # the branch may have moved on
             path = _download_file(repository, name, commit, kind, progress, fix)
@@ -201,7 +201,7 @@ def verify_snapshot(
         if not damaged:
             return
         names = ", ".join(path.name for path in damaged)
-        progress.note(f"{repository}: damaged in the cache, and fetched again: {names}")
+        progress.note(f"{repository}: damaged in the cache, downloading again: {names}")
         for path in damaged:
             _delete(path)
         commit = folder.name  # the branch may have moved on
@@ -225,9 +225,10 @@ def _require_whole(paths: Iterable[Path], repository: str, progress: Progress) -
     if damaged:
         for path in damaged:
             _delete(path)
+        names = ", ".join(path.name for path in damaged)
         raise IncompatibleData(
-            f"{repository} arrives damaged: {', '.join(path.name for path in damaged)}",
-            where="it has not the hash that the hub announces, twice",
+            f"{repository} is damaged after the download: {names}",
+            where="twice its hash was not the one that the hub announces",
             fix="a proxy or a full disk may be at fault: try again, or use another network",
         )
 

@@ -118,7 +118,7 @@ class Wheel:
     def _download_from_index(self, part: Path, progress: Progress) -> None:
         url, size = self._locate()
         have = part.stat().st_size if part.exists() else 0
-        if have > size:
+        if have > size:  # damaged: begin again
             part.unlink()
             have = 0
         request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"})

@@ -63,8 +63,8 @@ def require_carriable(folder: Path, model: nn.Module) -> None:
         raise IncompatibleData(
             f"{folder} cannot be saved with the {len(carried)} tensors that the text model does "
             "not use",
-            where=f"transformers would write {others[0]}, which is no name of its files; what is "
-            f"not used begins with {min(carried)}",
+            where=f"transformers would write {others[0]}, which is not a name in its files; "
+            f"what is not used begins with {min(carried)}",
             fix="use --weights disk, which keeps the names, or run without --save-model",
         )
 
@@ -114,7 +114,7 @@ def add_carried(folder: Path, tensors: Mapping[str, StoredTensor]) -> None:
         return
     files = weight_files(folder)
     count = len(files) + 1
-    (folder / INDEX_NAME).unlink(missing_ok=True)
+    (folder / INDEX_NAME).unlink(missing_ok=True)  # its file names have another count
     names = [f"model-{number:05d}-of-{count:05d}.safetensors" for number in range(1, count + 1)]
     for old, new in zip(files, names, strict=False):
         old.rename(folder / new)

@@ -79,6 +79,7 @@ def find_places(model: nn.Module, stored: Mapping[str, StoredTensor]) -> Checkpo
         if name not in state:
             unplaced.append((name, tensor))
             continue
+        # Codes of a quantized checkpoint have the right shape, and would be cast to floats.
         if state[name].is_floating_point() and "float" not in tensor.dtype:
             raise _quantized(tensor)
         if name in places or (name in rebuilt and converter is None):

@@ -98,6 +98,7 @@ def _declared_unused(model: Any) -> re.Pattern[str] | None:
 def without_tied(model: Any, missing: Iterable[str]) -> set[str]:
     """Remove from missing names those that are tied to one that was read."""
     names = set(missing)
+    # A chain of ties (A to B, B to C) is one group: it is missing only if none of it was read.
     group_of: dict[str, set[str]] = {}
     for target, source in (getattr(model, "all_tied_weights_keys", None) or {}).items():
         group = group_of.setdefault(source, {source})

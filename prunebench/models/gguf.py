@@ -60,6 +60,7 @@ def convert_gguf(gguf: Path, folder: Path) -> None:
                 raise  # the tokenizers library raises plain Exceptions
             raise unreadable(gguf, error) from error
         _require_whole(gguf, reader, model, info)
+        # save_pretrained refuses or writes these marks of a quantized model.
         model.hf_quantizer = None
         for owner, name in (
             (model.config, "quantization_config"),

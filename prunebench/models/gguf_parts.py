@@ -73,7 +73,7 @@ def join_gguf(parts: Sequence[Path], path: Path) -> None:
     writer = gguf.GGUFWriter(path, str(architecture.contents()))
     for name, field in fields.items():
         if name == "general.architecture" or name.startswith(("GGUF.", "split.")):
-            continue
+            continue  # the writer sets these itself; split.* would describe a part
         kind = field.types[0]
         item = field.types[-1] if kind == gguf.GGUFValueType.ARRAY else None
         writer.add_key_value(name, field.contents(), kind, sub_type=item)

@@ -46,6 +46,7 @@ def apply_rope_factors(path: Path, model: Any, factors: np.ndarray) -> None:
     if plain is not None and len(plain) == len(divisors):
         if _close(_frequencies(config), plain / divisors):
             return
+        # The largest divisor is `factor`; the original context is the only unknown setting left.
         for context in _CONTEXTS:
             trial = dict(config.rope_parameters)
             trial |= {"rope_type": "llama3", "factor": float(divisors.max()), **_LLAMA3}

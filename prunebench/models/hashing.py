@@ -34,11 +34,12 @@ def hash_weights(
     prefix, _ = find_blocks(model)
     weights = weights_of(model)
     names = sorted(name for name, _ in model.named_parameters())
-    runs = [(index, list(run)) for index, run in itertools.groupby(names, _block_in(prefix))]
+    # Sorted by name, block 10 comes before block 2: the order of the hash, not of the model.
+    runs = [(index, list(run)) for index, run in itertools.groupby(names, block_index_of(prefix))]
     order = [index for index, _ in runs if index is not None]
     following = dict(zip(order, [*order[1:], order[-1]], strict=True))  # to prefetch from disk
     for index, members in runs:
-        if index is None:
+        if index is None:  # embeddings, final norm, head: always in memory
             _hash_parameters(model, members, digest)
             continue
         with weights.open_block(index, then=following[index]):
@@ -48,7 +49,7 @@ def hash_weights(
     return digest.hexdigest()
 
 
-def _block_in(prefix: str) -> Callable[[str], int | None]:
+def block_index_of(prefix: str) -> Callable[[str], int | None]:
     """Return a function from a parameter's name to the index of its block, or None."""
 
     def block(name: str) -> int | None:
@@ -62,4 +63,4 @@ def _hash_parameters(model: nn.Module, names: list[str], digest: Any) -> None:
     for name in names:
         tensor = model.get_parameter(name).detach().contiguous().cpu()
         digest.update(f"{name}\0{tensor.dtype}\0{tuple(tensor.shape)}\0".encode())
-        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)  # numpy has no bfloat16

@@ -114,7 +114,9 @@ def _download(repository: str, revision: str | None) -> HubModel:
     names = [file.rfilename for file in info.siblings or ()]
     if not any(name.endswith(".safetensors") and "/" not in name for name in names):
         if revision is not None:
-            raise _only_pickles(f"{repository}@{revision}", "a revision was named, and is kept to")
+            raise _only_pickles(
+                f"{repository}@{revision}", "a revision was named, and no other is used"
+            )
         pull_request, info = _find_conversion(repository, info)
         revision = pull_request
     path = download_snapshot(repository, _PATTERNS, revision=revision, info=info, fix=_FIX)
@@ -138,7 +140,7 @@ def _find_conversion(repository: str, main: Any) -> tuple[str, Any]:
         if _pickles(main).items() <= hashes.items():
             return reference, info
         stale = f"its conversion {reference} was made from other weights"
-    raise _only_pickles(repository, stale or "nobody has converted it there")
+    raise _only_pickles(repository, stale or "it has not been converted there")
 
 
 def _conversions(repository: str) -> Iterator[str]:

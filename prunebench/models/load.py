@@ -14,7 +14,7 @@ from prunebench.errors import IncompatibleData, MissingResource, UsageError
 from prunebench.models.checkpoint_keys import check_tensors
 from prunebench.models.complete import require_complete, unplaced_tensors
 from prunebench.models.safetensors_files import check_weight_files, stored_tensors, weight_files
-from prunebench.models.stored_config import require_unquantised
+from prunebench.models.stored_config import require_unquantized
 
 
 @contextlib.contextmanager
@@ -176,7 +176,7 @@ def load_model(path: Path, *, dtype: torch.dtype, device: torch.device) -> nn.Mo
     from transformers import AutoModelForCausalLM
 
     check_weight_files(path)
-    require_unquantised(path)
+    require_unquantized(path)
     config = load_config(path)
     with quiet_transformers():
         try:

@@ -50,7 +50,7 @@ class Masks:
         """Return the keep mask of one matrix."""
         keep = self.read_parameter(linear.parameter_name)
         keep = keep if linear.expert is None else keep[linear.expert]  # [experts, ...] -> [...]
-        return keep.T.contiguous() if linear.transposed else keep
+        return keep.T.contiguous() if linear.transposed else keep  # [out, in]
 
 
 def open_masks(name: str, linears: Sequence[Linear], progress: Progress) -> Masks:
@@ -105,7 +105,7 @@ def require_masks_named(name: str) -> None:
         raise MissingResource(f"there are no masks at {name}", fix="check the path")
     if path.suffix != ".npz":
         raise UsageError(
-            f"{name} is no file of masks",
+            f"{name} is not a mask file",
             where="masks are a .npz file, a checkpoint's folder, or hub:REPO",
             fix="make one with prunebench run --save-masks masks.npz",
         )
@@ -168,12 +168,12 @@ def mask_file(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> Callable[[st
             )
         return bits
 
-    for name in shapes:
+    for name in shapes:  # every entry is checked before the run starts; none stays in memory
         packed(name)
 
     def read(name: str) -> Tensor:
         shape = shapes[name]
-        bits = np.unpackbits(packed(name), count=int(np.prod(shape)))
+        bits = np.unpackbits(packed(name), count=int(np.prod(shape)))  # [size], without padding
         return torch.from_numpy(bits.astype(bool)).view(shape)
 
     return read

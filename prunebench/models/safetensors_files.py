@@ -70,7 +70,7 @@ class StoredTensor:
             stream.seek(self.start)
             for at in range(self.start, self.stop, step):
                 piece = bytearray(min(step, self.stop - at))
-                if stream.readinto(piece) != len(piece):
+                if stream.readinto(piece) != len(piece):  # truncated after its header was read
                     raise _damaged(self.path, f"{self.name} ends early")
                 yield piece
 
@@ -113,7 +113,7 @@ def _layouts(folder: Path) -> Iterator[tuple[str, list[Path]]]:
         except (ValueError, KeyError, AttributeError) as error:
             raise _damaged(index, f"not a weight index: {error}") from None
         outside = sorted(name for name in names if Path(name).name != name)
-        if outside:
+        if outside:  # an index could name any file of the machine
             raise _damaged(index, f"it names {outside[0]}, which is not in the folder")
         yield INDEX_NAME, [folder / name for name in sorted(names)]
     if single.is_file():
@@ -158,6 +158,7 @@ def read_header(path: Path) -> dict[str, dict[str, object]]:
     """
     size = path.stat().st_size
     with path.open("rb") as stream:
+        # Layout: 8 bytes header length, JSON header, then the tensors, offsets counted from there.
         length = int.from_bytes(stream.read(8), "little")
         if size < 8 or length > min(size - 8, _HEADER_LIMIT_BYTES):
             raise _damaged(path, f"its header does not fit its {size:,} bytes")

@@ -128,7 +128,7 @@ def find_model(name: str) -> ModelSource:
         return ModelSource(repository, "hub", repository, revision or None)
     raise UsageError(
         f"unknown model {name!r}",
-        where="it is no alias, no folder or .gguf file here, and no org/name of the hub",
+        where="it is not an alias, a local folder or .gguf file, or org/name of the hub",
         fix=nearest(name, catalog()),
     )
 
@@ -167,7 +167,7 @@ def fetch_model(source: ModelSource, progress: Progress) -> LocalModel:
         revision = _folder_revision(path, progress)
     check_weight_files(path)
     for file in other_files(path):
-        progress.note(f"{file.name} in {path} is not read: it is no part of the model")
+        progress.note(f"{file.name} in {path} is ignored: it is not part of the model")
     return LocalModel(source, path, revision, pull_request)
 
 

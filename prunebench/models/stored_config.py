@@ -45,7 +45,7 @@ def _quantizations(config: dict[str, Any]) -> Iterator[dict[str, Any]]:
                 yield {"quant_method": "mlx"} | settings if name == "quantization" else settings
 
 
-def require_unquantised(folder: Path) -> None:
+def require_unquantized(folder: Path) -> None:
     """Refuse a quantized checkpoint.
 
     Raises:

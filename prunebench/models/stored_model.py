@@ -67,12 +67,12 @@ class Rebuilt(StoredTensor):
         Raises:
             IncompatibleData: A file has become shorter.
         """
-        converter = copy.deepcopy(self.converter)
+        converter = copy.deepcopy(self.converter)  # it collects the tensors that it is given
         for pattern, parts in self.parts.items():
             converter.collected_tensors[pattern] = [_whole(part) for part in parts]
         converted = converter.convert(self.name, model=self.model, config=self.model.config)
         tensor = converted[self.name]
-        yield bytearray(bytes_of(tensor[0] if isinstance(tensor, list) else tensor))
+        yield bytearray(bytes_of(tensor[0] if isinstance(tensor, list) else tensor))  # row-major
 
 
 def stored_model(model: nn.Module, stored: Mapping[str, StoredTensor]) -> StoredModel:
@@ -119,6 +119,7 @@ def saved_names(model: Any, source: StoredModel) -> set[str]:
     from transformers.core_model_loading import revert_weight_conversion
 
     state = {name: model.state_dict()[name] for name in source.tensors}
+    # revert_weight_conversion reads this attribute, which from_pretrained would have set
     model._weight_conversions = [step for step in source.steps if step.was_used()]
     try:
         return set(revert_weight_conversion(model, state))
@@ -155,7 +156,7 @@ def _settle_ties(
     first_of: dict[int, str] = {}
     parameters: list[str] = []
     for name, parameter in model.named_parameters(remove_duplicate=False):
-        first = first_of.setdefault(id(parameter), name)
+        first = first_of.setdefault(id(parameter), name)  # tied parameters are the same object
         if first == name:
             parameters.append(name)
         elif name in tensors and first not in tensors:

@@ -91,7 +91,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> str:
         for tensor in tensors.values():
             data = memoryview(bytes_of(tensor))
             digest.update(data)
-            while data:
+            while data:  # an unbuffered write may be partial
                 data = data[stream.write(data) or 0 :]
     return digest.hexdigest()
 

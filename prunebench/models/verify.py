@@ -19,6 +19,7 @@ from torch import nn
 
 from prunebench.errors import PrunebenchError, SaveError
 from prunebench.models.carried import carried_tensors
+from prunebench.models.hashing import block_index_of
 from prunebench.models.linears import find_blocks
 from prunebench.models.load import load_config, skeleton
 from prunebench.models.safetensors_files import (
@@ -153,9 +154,10 @@ def _difference(
         return f"config.json says {dtype}, the weights are {expected.dtype}"
     strays = other_files(folder)
     if strays:
-        return f"{strays[0].name} is beside the weights, and no part of them"
+        return f"{strays[0].name} is beside the weights, and not part of them"
     if saved.missing:
         return f"{len(saved.missing)} tensors are missing, the first is {saved.missing[0]}"
+    # The hash covers names, dtypes and shapes too: a cast or a lost tie changes it.
     digest = hash_stored(saved.tensors, saved.parameters, advance=advance)
     if digest != expected.sha256:
         return f"the weights hash to {digest[:16]}..., those scored to {expected.sha256[:16]}..."
@@ -165,7 +167,7 @@ def _difference(
     }
     for name in sorted({*buffers, *expected.buffers}):
         if buffers.get(name) != expected.buffers.get(name):
-            return f"the buffer {name} is another one"
+            return f"the buffer {name} has changed"
     return _carried_difference(saved, expected, advance)
 
 
@@ -177,7 +179,7 @@ def _carried_difference(
         if key not in unused:
             return f"{key}, which the text model does not use, was not carried over"
         if key not in expected.carried:
-            return f"{key} is no part of the model, and was not in its source"
+            return f"{key} is not part of the model, and was not in its source"
         if hash_stored(unused, [key], advance=advance) != hash_stored(expected.carried, [key]):
             return f"{key}, which the text model does not use, is not what it was"
     return ""
@@ -188,12 +190,8 @@ def _hash_buffers(model: nn.Module) -> dict[str, str]:
     prefix, _ = find_blocks(model)
     weights = weights_of(model)
 
-    def block(name: str) -> int | None:
-        inside = name.startswith(f"{prefix}.")
-        return int(name[len(prefix) + 1 :].partition(".")[0]) if inside else None
-
     hashes: dict[str, str] = {}
-    for index, names in itertools.groupby(kept_buffers(model), block):
+    for index, names in itertools.groupby(kept_buffers(model), block_index_of(prefix)):
         with nullcontext() if index is None else weights.open_block(index):
             for name in names:
                 tensor: torch.Tensor = model.get_buffer(name)
