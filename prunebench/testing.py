@@ -20,8 +20,9 @@ from torch import Tensor, nn
 from prunebench.calibration.training import Training
 from prunebench.errors import PrunebenchError, UsageError
 from prunebench.models.gradients import gradient_norms
+from prunebench.models.hashing import hash_weights
 from prunebench.models.linears import find_linears
-from prunebench.models.load import hash_weights, quiet_transformers
+from prunebench.models.load import quiet_transformers
 from prunebench.models.measure import measure_linear, require_met
 from prunebench.models.pruner_inputs import PrunerInputs
 from prunebench.models.walker import BlockWalker

@@ -22,8 +22,8 @@ from prunebench.allocators.allocation import (
 from prunebench.allocators.hessian import automatic_range, layer_error, log_clusters, spread
 from prunebench.allocators.sensitivity import _Curve, balanced
 from prunebench.errors import CheckFailed, IncompatibleData, UsageError
+from prunebench.models.hashing import hash_weights
 from prunebench.models.linears import find_linears
-from prunebench.models.load import hash_weights
 from prunebench.models.walker import BlockWalker
 from prunebench.sparsity import Sparsity
 from prunebench.testing import ARCHITECTURES, tiny_model, tiny_tokens

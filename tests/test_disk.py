@@ -10,9 +10,10 @@ from prunebench.evaluate.divergence import Divergence
 from prunebench.evaluate.perplexity import PerplexityTask, window_losses
 from prunebench.models.activations import MappedActivations
 from prunebench.models.disk import load_on_disk
+from prunebench.models.hashing import hash_weights
 from prunebench.models.journal import RunJournal
 from prunebench.models.linears import find_blocks
-from prunebench.models.load import hash_weights, load_config, load_model
+from prunebench.models.load import load_config, load_model
 from prunebench.models.stream import batch_logits
 from prunebench.models.walker import BlockWalker
 from prunebench.models.weights import weights_of

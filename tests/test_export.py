@@ -11,8 +11,8 @@ import torch
 from huggingface_hub import ModelCard
 
 import prunebench.download.hub as hub
-from prunebench.checkpoints.export import recipe_text
 from prunebench.checkpoints.model_card import front_matter, model_card
+from prunebench.checkpoints.recipe_text import recipe_text
 from prunebench.models.masks import mask_file
 from prunebench.results.store import ResultStore
 from tests.test_results import make_result
@@ -289,10 +289,10 @@ def test_the_base_model_and_its_licence():
 
 
 def test_every_licence_of_the_catalogue_is_known_to_the_hub():
-    from prunebench.checkpoints.model_card import _LICENCES
+    from prunebench.checkpoints.model_card import _LICENSES
     from prunebench.models.source import catalog
 
-    assert {entry.licence for entry in catalog().values()} - set(_LICENCES) == {
+    assert {entry.licence for entry in catalog().values()} - set(_LICENSES) == {
         "LLaMA (non-commercial)",
         "OPT-175B (non-commercial)",
     }
@@ -448,7 +448,7 @@ def test_a_push_that_fails_leaves_the_folder(cli, checkpoint, api, monkeypatch):
 @pytest.mark.parametrize("name", ["x", "a/b/c", "me/", "me/x y"])
 def test_names_of_no_repository(cli, checkpoint, api, name):
     output = cli("export", "ck", "-o", "out", "--push", name, "--yes", code=2).output
-    assert "is no repository" in output
+    assert "is not a repository name" in output
 
 
 def test_options_of_pushing_need_it(cli, checkpoint):

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from prunebench.errors import IncompatibleData, MissingResource
-from prunebench.models.load import hash_weights
+from prunebench.models.hashing import hash_weights
 from prunebench.models.source import fetch_model, find_model
 from prunebench.progress import Silent
 from prunebench.testing import _LLAMA_LIKE, tiny_model, tiny_tokens

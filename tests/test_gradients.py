@@ -8,8 +8,8 @@ import torch
 from prunebench.calibration.stats import InputStats
 from prunebench.errors import IncompatibleData
 from prunebench.models.gradients import gradient_norms
+from prunebench.models.hashing import hash_weights
 from prunebench.models.linears import find_linears
-from prunebench.models.load import hash_weights
 from prunebench.models.pruner_inputs import PrunerInputs
 from prunebench.models.walker import BlockWalker
 from prunebench.pruners import METHODS

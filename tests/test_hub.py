@@ -184,7 +184,7 @@ def test_a_flipped_byte_in_the_cache_is_noticed_and_fetched_again(
     whole = in_cache(name).read_bytes()
     flip(in_cache(name))
     outcome = cli(*OWNERS, *SMALL, "--results-dir", "after")
-    assert "fetched again" in outcome.stderr and name in outcome.stderr
+    assert "damaged in the cache" in outcome.stderr and name in outcome.stderr
     assert in_cache(name).read_bytes() == whole
     before, after = only_row("before"), only_row("after")
     assert before.spec_id == after.spec_id
@@ -237,7 +237,7 @@ def test_a_file_that_arrives_damaged_is_refused_and_not_kept(cli, owners_hub):
     shutil.rmtree(constants.HF_HUB_CACHE)
     owners_hub.spoiled.add(digest)
     output = cli("models", "fetch", "llama2-7b", code=4).output
-    assert "arrives damaged: model-00001-of-00004.safetensors" in output
+    assert "is damaged after the download: model-00001-of-00004.safetensors" in output
     owners_hub.spoiled.clear()
     cli("models", "fetch", "llama2-7b")
 
@@ -341,12 +341,12 @@ def test_pickles_are_read_from_a_pull_request_that_is_there_and_the_row_names_it
     ("facts", "says"),
     [
         ({}, "a revision was named"),
-        ({"author": {"name": "mallory"}}, "nobody has converted it"),
-        ({"status": "closed"}, "nobody has converted it"),
-        ({"title": "Better weights"}, "nobody has converted it"),
-        ({"isPullRequest": False}, "nobody has converted it"),
+        ({"author": {"name": "mallory"}}, "it has not been converted"),
+        ({"status": "closed"}, "it has not been converted"),
+        ({"title": "Better weights"}, "it has not been converted"),
+        ({"isPullRequest": False}, "it has not been converted"),
         ({"bin": b"another pickle"}, "was made from other weights"),
-        (None, "nobody has converted it"),
+        (None, "it has not been converted"),
     ],
     ids=["a named revision", "a stranger's", "closed", "another title", "a discussion",
          "of other weights", "none"],
@@ -382,5 +382,5 @@ def test_a_quantized_repository_is_refused_before_its_weights_are_fetched(
     files = files_of(tiny_folder) | {"config.json": json.dumps(config).encode()}
     loopback.model("org/tiny-gptq", files)
     outcome = cli("run", "-m", "magnitude", "-M", "org/tiny-gptq", "--ppl", "wiki", code=4)
-    assert "org/tiny-gptq is quantised with gptq: give the unquantised checkpoint" in outcome.stderr
+    assert "org/tiny-gptq is quantized with gptq: give the unquantized checkpoint" in outcome.stderr
     assert not any("safetensors" in str(request) for request in loopback.log)

@@ -136,7 +136,7 @@ def both(*steps):
 WRONG = functools.partial(with_token, token="hf_" + "b" * 34)
 FAILURES = {
     "wrong token": (WRONG, "does not accept the token (401: Invalid credentials"),
-    "gated, no login": (gated, "it is gated, and nobody is logged in (401)"),
+    "gated, no login": (gated, "it is gated, and you are not logged in (401)"),
     "gated, not accepted": (both(gated, with_token), "this login has no access to it yet (403)"),
     "forbidden": (forbidden, "the hub forbids it (403: Your token lacks the permission)"),
     "no repository": (without_repositories, "it is not on the hub, or is private"),
@@ -146,7 +146,7 @@ FAILURES = {
     "limited": (limited, "too many requests (429); it asks to wait 300 s"),
     "trouble": (functools.partial(failing, status=503), "the hub is in trouble (503"),
     "cut": (functools.partial(failing, cut=True), "the connection to the hub was cut"),
-    "portal": (functools.partial(failing, page=PORTAL), "is no hub"),
+    "portal": (functools.partial(failing, page=PORTAL), "is not a hub"),
     "silent": (impatient, "did not answer in time"),
     "certificate": (behind_a_wrong_certificate, "the hub's certificate cannot be verified"),
     "away": (away, "the hub cannot be reached: [Errno "),

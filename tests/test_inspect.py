@@ -88,7 +88,7 @@ def test_shards_of_an_index(tmp_path):
 @pytest.mark.parametrize("shard", ["40KB", "1GB"])
 def test_the_hash_of_files_is_that_of_the_loaded_model(tmp_path, architecture, shard):
     """Tied weights too: named_parameters counts them once, as the files do."""
-    from prunebench.models.load import hash_weights
+    from prunebench.models.hashing import hash_weights
 
     model = tiny_model(architecture).to(torch.bfloat16)
     model.save_pretrained(tmp_path, max_shard_size=shard)
@@ -102,7 +102,8 @@ def test_files_hash_as_the_model_that_plain_transformers_loads(tmp_path, archite
     """Renamed, tied, and fused ones too, each of which transformers makes of several tensors."""
     from transformers import AutoModelForCausalLM
 
-    from prunebench.models.load import hash_weights, load_config, skeleton
+    from prunebench.models.hashing import hash_weights
+    from prunebench.models.load import load_config, skeleton
     from prunebench.models.stored_model import Rebuilt, stored_model
 
     tiny_model(architecture).to(torch.bfloat16).save_pretrained(tmp_path, max_shard_size="60KB")

@@ -8,7 +8,7 @@ import torch
 
 from prunebench.calibration.training import Training
 from prunebench.errors import IncompatibleData
-from prunebench.models.load import hash_weights
+from prunebench.models.hashing import hash_weights
 from prunebench.pruners.maskllm.noise import gumbel
 from prunebench.pruners.maskllm.shards import Shards
 from prunebench.testing import tiny_tokens

@@ -12,8 +12,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from prunebench.calibration.training import Training
 from prunebench.errors import IncompatibleData, UsageError
 from prunebench.models.backward import Backward
+from prunebench.models.hashing import hash_weights
 from prunebench.models.linears import find_linears
-from prunebench.models.load import hash_weights
 from prunebench.models.pruner_inputs import PrunerInputs
 from prunebench.models.replay import plain_inference
 from prunebench.models.walker import BlockWalker

@@ -203,7 +203,7 @@ def test_names_that_are_no_masks(model, tmp_path):
     with pytest.raises(MissingResource, match="no masks at"):
         opened(tmp_path / "nope.npz", model)
     (tmp_path / "m.txt").write_text("x")
-    with pytest.raises(UsageError, match="no file of masks"):
+    with pytest.raises(UsageError, match="is not a mask file"):
         opened(tmp_path / "m.txt", model)
     (tmp_path / "empty").mkdir()
     with pytest.raises((IncompatibleData, MissingResource)):

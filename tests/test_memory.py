@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from prunebench.evaluate.perplexity import window_losses
+from prunebench.models.hashing import hash_weights
 from prunebench.models.linears import find_blocks
-from prunebench.models.load import hash_weights
 from prunebench.models.out_of_memory import is_out_of_memory, on_batch_halved
 from prunebench.models.walker import BlockWalker
 from prunebench.pruners import METHODS

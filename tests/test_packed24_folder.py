@@ -273,7 +273,7 @@ def test_damaged_checkpoints_of_compressed_tensors(cli, checkpoint):
     assert "is not 2:4 in sparse-24-bitmask" in cli("inspect", "bitmask", code=4).output
     config["quantization_config"]["config_groups"] = {"group_0": {"weights": {"num_bits": 8}}}
     Path("bitmask/config.json").write_text(json.dumps(config))
-    assert "is quantised too" in cli("inspect", "bitmask", code=4).output
+    assert "is quantized too" in cli("inspect", "bitmask", code=4).output
 
 
 def test_unpacking_is_exact_for_the_packed_form_itself(packed):

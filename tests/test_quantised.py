@@ -10,7 +10,8 @@ from safetensors.torch import load_file, save_file
 
 from prunebench.checkpoints.packed24 import dense_tensors, kind_of
 from prunebench.errors import IncompatibleData
-from prunebench.models.load import hash_weights, load_model
+from prunebench.models.hashing import hash_weights
+from prunebench.models.load import load_model
 from prunebench.models.stored_config import plain, quantization_of
 from tests.gguf_files import (
     same_weights,
@@ -36,9 +37,9 @@ def test_a_quantised_checkpoint_is_refused_by_the_name_of_its_method(
     with_config(folder, quantization_config=QUANTISED[method])
     tiny_run[tiny_run.index("--model") + 1] = str(folder)
     outcome = cli(*tiny_run, "-m", "dense", code=4)
-    assert f"is quantised with {method}: give the unquantised checkpoint" in outcome.output
+    assert f"is quantized with {method}: give the unquantized checkpoint" in outcome.output
     assert "load  " not in outcome.output  # seen at the check
-    with pytest.raises(IncompatibleData, match=f"quantised with {method}"):
+    with pytest.raises(IncompatibleData, match=f"quantized with {method}"):
         resident(folder, tmp_path)
 
 

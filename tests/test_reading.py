@@ -11,9 +11,10 @@ from safetensors.torch import load_file, save_file
 
 from prunebench.checkpoints.packed24 import unpacked, write_packed
 from prunebench.errors import IncompatibleData, PrunebenchError
-from prunebench.models.checkpoint_keys import check_tensors, find_places, unused_tensors
+from prunebench.models.checkpoint_keys import check_tensors, find_places
 from prunebench.models.complete import is_harmless
-from prunebench.models.load import hash_weights, load_config, skeleton
+from prunebench.models.hashing import hash_weights
+from prunebench.models.load import load_config, skeleton
 from prunebench.models.safetensors_files import stored_tensors, weight_files
 from prunebench.models.source import LocalModel, ModelSource, fetch_model, find_model
 from prunebench.progress import Silent
@@ -188,7 +189,7 @@ def test_integers_are_not_read_as_weights(dtype, tiny_folder, tmp_path):
 
     folder = changed(tiny_folder, tmp_path, to_integers)
     for way in (resident, disk, skeleton_alone):
-        with pytest.raises(IncompatibleData, match="is quantised"):
+        with pytest.raises(IncompatibleData, match="is quantized"):
             way(folder, tmp_path)
 
 
@@ -211,7 +212,7 @@ def test_buffers_that_are_computed_anyway_are_harmless(architecture, extra, tmp_
     for way in (resident, disk):
         assert hash_weights(way(folder, tmp_path)) == hash_weights(model)
     stored = stored_tensors(weight_files(folder))
-    assert unused_tensors(model, stored) == {}
+    assert find_places(model, stored).unused == {}
     assert set(extra) <= stored.keys()
 
 
@@ -248,7 +249,7 @@ def test_what_an_architecture_declares_unused_is_told_apart(tmp_path):
     save_file(tensors | extra, folder / "model.safetensors", {"format": "pt"})
     stored = stored_tensors(weight_files(folder))
     for way in (resident, disk):
-        assert set(unused_tensors(way(folder, tmp_path), stored)) == set(extra)
+        assert set(find_places(way(folder, tmp_path), stored).unused) == set(extra)
     places = find_places(model, stored)
     assert (places.missing, places.refused) == (set(), set())
     save_file(

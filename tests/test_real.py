@@ -25,7 +25,8 @@ from prunebench.evaluate.perplexity import prepare_perplexity, token_ppl
 from prunebench.evaluate.tasks import Protocol, prepare_tasks
 from prunebench.files import cache_dir
 from prunebench.models.gradients import gradient_norms
-from prunebench.models.load import hash_weights, load_model, load_tokenizer
+from prunebench.models.hashing import hash_weights
+from prunebench.models.load import load_model, load_tokenizer
 from prunebench.models.pruner_inputs import PrunerInputs
 from prunebench.models.source import fetch_model, find_model
 from prunebench.models.walker import BlockWalker

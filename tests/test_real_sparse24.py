@@ -10,8 +10,9 @@ import pytest
 import torch
 
 from prunebench.evaluate.perplexity import prepare_perplexity, token_ppl
+from prunebench.models.hashing import hash_weights
 from prunebench.models.linears import find_linears
-from prunebench.models.load import hash_weights, load_model, load_tokenizer
+from prunebench.models.load import load_model, load_tokenizer
 from prunebench.models.source import fetch_model, find_model
 from prunebench.models.walker import BlockWalker
 from prunebench.progress import Silent

@@ -10,8 +10,9 @@ import torch
 
 from prunebench.errors import SaveError
 from prunebench.models.disk import load_on_disk
+from prunebench.models.hashing import hash_weights
 from prunebench.models.journal import RunJournal, journal_info
-from prunebench.models.load import hash_weights, load_config
+from prunebench.models.load import load_config
 from prunebench.models.walker import BlockWalker
 from prunebench.pruners import METHODS
 from prunebench.results.store import ResultStore

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from prunebench.models.load import hash_weights
+from prunebench.models.hashing import hash_weights
 from prunebench.results.store import ResultStore
 from prunebench.testing import tiny_model
 from tests.gguf_files import write_gguf

@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 from prunebench.errors import IncompatibleData, UsageError
+from prunebench.models.hashing import hash_weights
 from prunebench.models.linears import find_linears
-from prunebench.models.load import hash_weights
 from prunebench.results.store import ResultStore
 from prunebench.sparse24.backends import cusparselt as cslt
 from prunebench.sparse24.backends.cusparselt import (

@@ -12,10 +12,12 @@ from torch.utils._pytree import tree_leaves
 from prunebench.calibration.stats import StatsAccumulator
 from prunebench.errors import UsageError
 from prunebench.models import walker as module
+from prunebench.models.device import choose_devices
 from prunebench.models.disk import load_on_disk
+from prunebench.models.hashing import hash_weights
 from prunebench.models.journal import RunJournal
 from prunebench.models.linears import find_blocks
-from prunebench.models.load import choose_devices, hash_weights, load_config
+from prunebench.models.load import load_config
 from prunebench.models.replicas import copy_to
 from prunebench.models.walker import BlockWalker
 from prunebench.pruners import METHODS

@@ -1,9 +1,9 @@
-"""BOS, the token that begins a text: once a text, or at the beginning of every window.
+"""Where BOS, the beginning-of-sequence token, stands: once per text, or first in every window.
 
-`text` is the protocol of the papers: special tokens as the tokenizer puts them into one long text,
-so that of all windows only the first begins with BOS. `window`: every window of `seqlen` tokens is
-BOS and `seqlen - 1` tokens of the text, which is tokenised without special tokens. Models of the
-Gemma family never saw a text without it, and are scored twice as bad by `text`.
+`text` is the papers' protocol: special tokens as the tokenizer adds them to one long text, so only
+the first window begins with BOS. `window`: every window of `seqlen` tokens is BOS followed by
+`seqlen - 1` tokens of the text, which is tokenized without special tokens. Models of the Gemma
+family were never trained without BOS; with `text` their perplexity is about twice as high.
 """
 
 from __future__ import annotations
@@ -20,21 +20,21 @@ from prunebench.spec import Bos, RunSpec
 
 
 def tokenize(tokenizer: Any, text: str, bos: Bos = "text") -> list[int]:
-    """Tokenise in one call, special tokens as the tokenizer puts them; with `window`, none."""
+    """Tokenize a text in one call; with `text`, the tokenizer adds its special tokens."""
     if bos == "window":
         return list(tokenizer(text, add_special_tokens=False).input_ids)
     return list(tokenizer(text).input_ids)
 
 
 def text_tokens(seqlen: int, bos: Bos) -> int:
-    """Return how many tokens of a window come from the text."""
+    """Return how many tokens of a window of `seqlen` come from the text."""
     return seqlen - 1 if bos == "window" else seqlen
 
 
 def begin_windows(
     pieces: Int[Tensor, "windows piece"], tokenizer: Any, bos: Bos
 ) -> Int[Tensor, "windows seqlen"]:
-    """Put BOS before every piece, if every window begins with it."""
+    """Prepend BOS to every row if `bos` is `window`; else return the rows unchanged."""
     if bos == "text":
         return pieces
     first = torch.full((len(pieces), 1), require_bos(tokenizer), dtype=pieces.dtype)
@@ -44,26 +44,30 @@ def begin_windows(
 def require_bos(tokenizer: Any, option: str = "window") -> int:
     """Return the id of BOS.
 
+    Args:
+        tokenizer: Of the model.
+        option: The option that needs BOS, for the error.
+
     Raises:
         UsageError: The tokenizer has none.
     """
-    found = tokenizer.bos_token_id
-    if found is None:
+    token_id = tokenizer.bos_token_id
+    if token_id is None:
         raise UsageError(
             f"{option}: the model's tokenizer has no BOS token",
             where=f"tokenizer_config.json in {tokenizer.name_or_path or '?'} names no bos_token",
             fix="leave it out",
         )
-    return int(found)
+    return int(token_id)
 
 
 def require_begun(
     token_ids: Int[Tensor, "windows seqlen"], tokenizer: Any, bos: Bos, *, path: Path
 ) -> None:
-    """Refuse a token file whose windows do not all begin with BOS, where they should.
+    """Refuse a token file whose windows do not all begin with BOS, if `bos` is `window`.
 
     Raises:
-        IncompatibleData: Says how many do not.
+        IncompatibleData: Some windows do not begin with BOS.
         UsageError: The tokenizer has no BOS.
     """
     if bos == "text":
@@ -81,17 +85,17 @@ def require_begun(
 def check_bos(
     spec: RunSpec, config: Any, tokenizer: Any, *, always: bool = False, learns: bool = False
 ) -> str:
-    """Refuse `window` without a BOS token; return what the user should be told, or nothing.
+    """Check the BOS options of a run; return a warning for the user, or "".
 
     Args:
-        spec: What is run.
-        config: The model's.
-        tokenizer: The model's.
+        spec: The run.
+        config: Of the model.
+        tokenizer: Of the model.
         always: Whether the catalog says that this model needs BOS in each window.
-        learns: Whether the method cuts a text to learn from.
+        learns: Whether the method is trained on a text.
 
     Raises:
-        UsageError: Every window should begin with BOS, and the tokenizer has none.
+        UsageError: An option is `window`, and the tokenizer has no BOS.
     """
     options = {"--ppl-bos": spec.ppl_bos} if spec.ppl else {}
     if spec.calibration is not None or learns:
@@ -110,6 +114,6 @@ def check_bos(
 
 
 def needs_window(config: Any) -> bool:
-    """Whether a model was trained on texts that all begin with BOS, and goes wrong without."""
+    """Return whether a model needs BOS in every window: it was never trained without."""
     kinds = (config.model_type, config.get_text_config().model_type)
     return any("gemma" in kind for kind in kinds)

@@ -1,4 +1,4 @@
-"""Bytes of a text file to text: UTF-8, and everything else refused by its name."""
+"""Decode text files: UTF-8 only; any other encoding is named in the error."""
 
 from __future__ import annotations
 
@@ -7,24 +7,22 @@ from pathlib import Path
 
 from prunebench.errors import IncompatibleData
 
-_MARKS = {  # the longer one first: the mark of UTF-32 begins with that of UTF-16
+_MARKS = {  # UTF-32 first: its byte order mark begins with that of UTF-16
     codecs.BOM_UTF32_LE: "UTF-32",
     codecs.BOM_UTF32_BE: "UTF-32",
     codecs.BOM_UTF16_LE: "UTF-16",
     codecs.BOM_UTF16_BE: "UTF-16",
 }
 _GZIP = b"\x1f\x8b"
-_NUL_SHARE = 0.1  # Latin letters in UTF-16 are half NUL, and NUL is a character of UTF-8
+_NUL_SHARE = 0.1  # half of Latin text in UTF-16 is NUL, and NUL is valid UTF-8
 
 
 def decode_text(data: bytes, path: Path) -> str:
-    """Return UTF-8 text, without the byte order mark that some editors put before it.
-
-    Line ends stay as they are.
+    """Decode UTF-8 and drop a byte order mark; line ends are not converted.
 
     Args:
         data: The bytes of the file, decompressed.
-        path: Its path, for the error.
+        path: The file, for the error.
 
     Raises:
         IncompatibleData: It is empty, blank, compressed, or in another encoding.
@@ -56,7 +54,7 @@ def decode_text(data: bytes, path: Path) -> str:
 
 def _encoded(path: Path, name: str, why: str) -> IncompatibleData:
     return IncompatibleData(
-        f"{path} is {name} text, and UTF-8 is wanted",
+        f"{path} is {name} text, and only UTF-8 is read",
         where=why,
         fix=f"convert it: iconv -f {name} -t UTF-8 OLD > NEW",
     )

@@ -1,13 +1,13 @@
-"""The inverse of a layer's Hessian as one triangular factor, from which SparseGPT works.
+"""Triangular factor of the inverse Hessian of a layer, as SparseGPT uses it.
 
 H = (2 / n) X X^T is the Hessian of the layer's reconstruction error (Frantar and Alistarh,
-https://arxiv.org/abs/2301.00774). With U upper triangular and inv(H) = U^T U, row j of U holds
-what pruning weight j does to the weights behind it, and U_jj^2 is the j-th diagonal entry of the
-inverse of H restricted to {j, j+1, ...}.
+https://arxiv.org/abs/2301.00774). With U upper triangular and inv(H) = U^T U, row j of U is the
+update that pruning weight j causes in the weights after it, and U_jj^2 is the j-th diagonal entry
+of the inverse of H restricted to {j, j+1, ...}.
 
-The papers' code takes a Cholesky factor, inverts H with it, and factorises the inverse. Here H is
-factorised from its last column to its first, H = R R^T with R upper triangular, and U = inv(R):
-half of the work, and one rounding less.
+The papers' code takes a Cholesky factor, inverts H with it, and factorizes the inverse. Here H is
+factorized from its last column to its first, H = R R^T with R upper triangular, and U = inv(R):
+half the work, and one rounding less.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class InverseFactor:
         upper: U, float32, upper triangular.
         dead: Inputs that were zero for every calibration token; their diagonal was set to 1.
         damping: The share of the mean diagonal that was added, after retries.
-        retries: How often the damping had to be raised by ten.
+        retries: How often the damping was multiplied by ten.
     """
 
     upper: Float[Tensor, "in in"]
@@ -45,7 +45,7 @@ class InverseFactor:
 def damped_hessian(
     stats: InputStats, *, damping: float
 ) -> tuple[Float[Tensor, "in in"], Bool[Tensor, " in"]]:
-    """Return H with dead inputs set to 1 on the diagonal and damping added, and the dead inputs."""
+    """Return the damped Hessian and the dead inputs, whose diagonal is set to 1 first."""
     hessian = stats.hessian()
     diagonal = hessian.diagonal()
     dead = diagonal == 0
@@ -68,15 +68,17 @@ def factorise(stats: InputStats, *, damping: float, name: str) -> InverseFactor:
     tried = damping
     for retries in range(_MAX_RETRIES + 1):
         hessian, dead = damped_hessian(stats, damping=tried)
-        flipped = hessian.flip(0, 1)
-        del hessian  # at most three such matrices at a time: of BLOOM's widest, each has 13 GB
+        # The Cholesky factor L of the flipped H, flipped back, is R of H = R R^T.
+        flipped = hessian.flip(0, 1)  # [in, in]
+        del hessian  # at most three such matrices at a time: BLOOM's widest takes 13 GB each
         lower, failed = torch.linalg.cholesky_ex(flipped)
         del flipped
         if not failed:
             identity = torch.eye(len(lower), dtype=lower.dtype, device=lower.device)
             inverse = torch.linalg.solve_triangular(lower, identity, upper=False)
             del lower, identity
-            return InverseFactor(inverse.flip(0, 1).contiguous(), dead, tried, retries)
+            upper = inverse.flip(0, 1).contiguous()  # U = inv(R), [in, in]
+            return InverseFactor(upper, dead, tried, retries)
         if retries < _MAX_RETRIES:
             tried = max(tried, 1e-4) * _DAMPING_STEP
     raise IncompatibleData(

@@ -1,6 +1,6 @@
-"""`InputStats`: what calibration leaves behind for one input tensor.
+"""Calibration statistics of linears' inputs: sums of squares and Gram matrices.
 
-Linears that read the same tensor (q, k and v; gate and up) share one of these.
+Linears that read the same tensor (q, k and v; gate and up) share one `InputStats`.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ class InputStats:
     Attributes:
         samples: Number of calibration sequences.
         tokens: Number of tokens that reached the input; 0 for an expert that was never chosen.
-        sum_squares: Sum over tokens of x_j^2, in float64, in which products and sums of float32
-            inputs are exact enough that the order of batches cannot change a mask.
-        gram: Sum over tokens of x x^T, float32, symmetric; None unless it was asked for.
+        sum_squares: Sum over tokens of x_j^2, in float64: precise enough for float32 inputs that
+            the order of batches cannot change a mask.
+        gram: Sum over tokens of x x^T, float32, symmetric; None unless a method needs it.
     """
 
     samples: int
@@ -35,10 +35,10 @@ class InputStats:
     gram: Float[Tensor, "in in"] | None = None
 
     def norms(self) -> Float[Tensor, " in"]:
-        """Return ||X_j|| = sqrt(sum_t x_tj^2 / samples), float32, as Wanda's `scaler_row` has it.
+        """Return ||X_j|| = sqrt(sum_t x_tj^2 / samples), float32, like Wanda's `scaler_row`.
 
-        The division by the number of samples does not change Wanda's masks; it matters to methods
-        that add another term (GBLM).
+        The division by the number of samples does not change Wanda's masks, but it does change
+        those of methods that add another term (GBLM).
         """
         return (self.sum_squares / self.samples).sqrt().to(torch.float32)
 
@@ -46,7 +46,7 @@ class InputStats:
         """Return (2 / samples) * X X^T, float32, a new tensor: the Hessian of ||D X||^2 / samples.
 
         Raises:
-            ValueError: It was not collected: the method's `needs` do not ask for it.
+            ValueError: It was not collected, because `needs` of the method has no `hessian=True`.
         """
         if self.gram is None:
             raise ValueError("no Hessian was collected; set Needs(calibration=True, hessian=True)")
@@ -57,11 +57,11 @@ class StatsAccumulator:
     """Collects `InputStats` batch by batch.
 
     Args:
-        workspace: Scratch memory by width and device, shared by the accumulators of a walk. A fresh
-            block of megabytes for every batch would cost more in page faults than the arithmetic.
+        workspace: Scratch memory by width and device, shared by the accumulators of a model.
+            Allocating megabytes for every batch would cost more in page faults than the arithmetic.
         hessian: Whether to collect the Gram matrix too.
-        devices: Where the Gram matrix is summed, panel by panel in turn, and the first is where
-            the result will be; by default where the inputs are.
+        devices: Where the panels of the Gram matrix are summed, in turn; the first also holds the
+            result. By default the device of the inputs.
     """
 
     def __init__(
@@ -80,7 +80,7 @@ class StatsAccumulator:
 
     def add(self, inputs: Float[Tensor, "*tokens in"]) -> None:
         """Add the inputs of one batch, in any floating dtype."""
-        rows = inputs.detach().reshape(-1, inputs.shape[-1])  # (tokens, in)
+        rows = inputs.detach().reshape(-1, inputs.shape[-1])  # [tokens, in]
         self.tokens += rows.shape[0]
         if self._hessian:
             self._add_gram(rows.to(torch.float32))
@@ -93,7 +93,7 @@ class StatsAccumulator:
         if scratch is None or len(scratch) < len(rows):
             scratch = torch.empty(rows.shape, dtype=torch.float64, device=rows.device)
             self._workspace[key] = scratch
-        squares = scratch[: len(rows)].copy_(rows).square_().sum(0)
+        squares = scratch[: len(rows)].copy_(rows).square_().sum(0)  # [in]
         squares = squares.to(self._devices[0] if self._devices else rows.device)
         if self._sum_squares is None:
             self._sum_squares = squares
@@ -101,26 +101,33 @@ class StatsAccumulator:
             self._sum_squares += squares
 
     def _add_gram(self, rows: Tensor) -> None:
-        """Add X^T X, panel by panel from the diagonal to the right: half the products suffice."""
+        """Add the upper triangle of X^T X, one panel of rows at a time: half of the products."""
         width = rows.shape[1]
         devices = self._devices or (rows.device,)
         if not self._grams:
             self._grams = [torch.zeros(width, width, device=device) for device in devices]
-        there = [rows.to(device) for device in devices]
+        copies = [rows.to(device) for device in devices]
         for number, start in enumerate(range(0, width, _PANEL)):
-            x, gram = there[number % len(there)], self._grams[number % len(there)]
-            panel = x[:, start : start + _PANEL]
+            x, gram = copies[number % len(copies)], self._grams[number % len(copies)]
+            panel = x[:, start : start + _PANEL]  # [tokens, panel]
+            # [panel, in - start]: from the diagonal block to the right
             gram[start : start + _PANEL, start:].addmm_(panel.T, x[:, start:])
 
     def result(self, *, samples: int, width: int, device: torch.device) -> InputStats:
-        """Return what was collected; zeros of length `width` if nothing ever came."""
+        """Return the statistics; zeros of length `width` if no batch was added.
+
+        Args:
+            samples: Number of calibration sequences.
+            width: Size of the input.
+            device: Where the zeros are.
+        """
         if self._grams:
             upper, *others = self._grams
-            for other in others:  # each has other panels, and zeros where those are not
+            for other in others:  # each device holds its own panels, and zeros elsewhere
                 upper += other.to(upper.device)
             upper = upper.triu_()
             squares = upper.diagonal().to(torch.float64)
-            upper += upper.triu(1).T
+            upper += upper.triu(1).T  # symmetric again, [in, in]
             return InputStats(samples, self.tokens, squares, upper)
         sums = self._sum_squares
         if sums is None:

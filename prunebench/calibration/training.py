@@ -1,4 +1,4 @@
-"""What a method learns from: windows of a text, and others that only decide what is kept."""
+"""Training data of learning methods: windows to train on, and held-out windows."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ from prunebench.spec import Bos
 
 @dataclass(frozen=True)
 class Training:
-    """Windows and where a training keeps its state.
+    """Training data, and the callbacks and folder of a training run.
 
     Attributes:
-        train: Windows to learn from.
-        held_out: Windows that are not learned from.
-        folder: For the state of this very run, or None to keep none.
-        hear: Is told what each step measured.
-        note: Is told what the user should know.
-        score_prior: Returns what the model gets as it is; called with the prior's mask applied.
+        train: Windows to train on.
+        held_out: Windows to choose the mask by, never trained on.
+        folder: Where the training state of this run is saved, or None to save none.
+        hear: Called with the measurements of each step.
+        note: Called with messages for the user.
+        score_prior: Returns the scores of the model with the mask of the prior applied.
     """
 
     train: Int[Tensor, "windows seqlen"]
@@ -40,13 +40,13 @@ class Training:
     score_prior: Callable[[], tuple[Any, ...]] = lambda: ()
 
     def forget(self) -> None:
-        """Remove the state: what was learned is safe elsewhere."""
+        """Delete the saved state, once the result is saved elsewhere."""
         if self.folder is not None:
             shutil.rmtree(self.folder, ignore_errors=True)
 
     @property
     def sha256(self) -> str:
-        """The hash that identifies all tokens, those held out first."""
+        """Hash of all tokens, the held-out windows first."""
         return hash_tokens(torch.cat([self.held_out, self.train]))
 
 
@@ -62,33 +62,44 @@ def training_windows(
     vocabulary: int,
     bos: Bos = "text",
 ) -> Training:
-    """Cut a text, or read a token file, into windows to learn from and windows to hold out.
+    """Cut a text into windows, or read them from a token file, and split off the held-out ones.
 
-    Documents are shuffled, joined and cut; at most `samples` windows are kept, and the first
-    `held_out` of a file of tokens, or of the shuffled text, are those that decide.
+    Documents are shuffled, joined and cut into at most `samples + held_out` windows; the first
+    `held_out` of them are held out.
+
+    Args:
+        source: A text, or the path of a token file.
+        tokenizer: Of the model.
+        samples: Number of windows to train on, at most.
+        seqlen: Tokens in a window.
+        held_out: Number of windows to hold out.
+        least: Number of windows to train on, at least: the batch size.
+        seed: Of the shuffling.
+        vocabulary: Of the model, see `vocabulary_size`.
+        bos: Whether every window begins with BOS.
 
     Raises:
         IncompatibleData: The text is too short for both, or the windows of a token file do not
-            begin with BOS as they should.
+            begin with BOS as `bos` demands.
         UsageError: The windows of a token file have another length.
     """
-    wanted = samples + held_out
+    count = samples + held_out
     if isinstance(source, Path):
         windows = load_windows(source, vocabulary=vocabulary).token_ids
         if windows.shape[1] != seqlen:
             raise UsageError(
                 f"{source} has windows of {windows.shape[1]} tokens",
-                where=f"the training wants {seqlen}",
+                where=f"the training uses windows of {seqlen}",
                 fix=f"use --set train_seqlen={windows.shape[1]}",
             )
         require_begun(windows, tokenizer, bos, path=source)
-        rows = Windows(windows[:wanted], packed=False)
+        rows = Windows(windows[:count], packed=False)
     else:
-        rows = pack_windows(source, tokenizer, samples=wanted, seqlen=seqlen, seed=seed, bos=bos)
+        rows = pack_windows(source, tokenizer, samples=count, seqlen=seqlen, seed=seed, bos=bos)
     have = len(rows.token_ids)
     if have < held_out + least:
         raise IncompatibleData(
-            f"the text to learn from has {have} windows of {seqlen} tokens",
+            f"the training text has {have} windows of {seqlen} tokens",
             where=f"{held_out} are held out, and a step takes {least}",
             fix="use a longer text (--set train_data=NAME), or smaller --set train_seqlen, "
             "batch or held_out",

@@ -1,9 +1,9 @@
-"""Whether token ids have a row in the model's embedding: one check for every way they come in.
+"""Check that token ids have a row in the model's embedding, wherever they come from.
 
-On a CPU an id beyond it is an IndexError in the middle of a run; on CUDA it ends the context, and
-what is asked afterwards fails elsewhere. So ids are looked at on the CPU, before any weight is
-loaded. A tokenizer may know more tokens than the model (an added padding token, say), as long as
-none of them is used.
+On a CPU a too large id raises IndexError in the middle of a run; on CUDA it destroys the context,
+and later calls fail elsewhere. So ids are checked on the CPU, before any weight is loaded. A
+tokenizer may have more tokens than the model (an added padding token, for example), as long as none
+of them is used.
 """
 
 from __future__ import annotations
@@ -19,29 +19,29 @@ from prunebench.errors import IncompatibleData
 
 def vocabulary_size(model: nn.Module) -> int:
     """Return how many token ids a model can read and predict: rows of its embedding and head."""
-    known: Any = model
-    ends = (known.get_input_embeddings(), known.get_output_embeddings())
+    pretrained: Any = model
+    ends = (pretrained.get_input_embeddings(), pretrained.get_output_embeddings())
     return min(int(end.weight.shape[0]) for end in ends if hasattr(end, "weight"))
 
 
 def largest_id(tokenizer: Any) -> int:
-    """Return the largest token id that a tokenizer can give, added tokens included."""
+    """Return the largest token id of a tokenizer, added tokens included."""
     return max(tokenizer.get_vocab().values(), default=-1)
 
 
 def require_known(
     token_ids: Tensor | Sequence[int], *, vocabulary: int, source: str, tokenizer: Any = None
 ) -> None:
-    """Refuse token ids that the model has no row for.
+    """Refuse token ids that have no row in the model's embedding.
 
     Args:
         token_ids: Integers, any shape, on any device.
-        vocabulary: What `vocabulary_size` says of the model.
-        source: What holds them, for the error.
-        tokenizer: What made them, to show the text of a token; None for a file of tokens.
+        vocabulary: From `vocabulary_size`.
+        source: File or task that holds them, for the error.
+        tokenizer: Decodes the offending token for the error; None for a token file.
 
     Raises:
-        IncompatibleData: An id is negative or too large, or there is none.
+        IncompatibleData: An id is negative or too large, or there are no ids.
     """
     ids = torch.as_tensor(token_ids)
     low, high = (int(ids.min()), int(ids.max())) if ids.numel() else (-1, -1)
@@ -56,5 +56,5 @@ def require_known(
         where=where,
         fix="use tokens made with this model's tokenizer"
         if tokenizer is None
-        else "use the tokenizer that the model was trained with: this one knows more tokens",
+        else "use the tokenizer that the model was trained with: this one has more tokens",
     )

@@ -1,9 +1,9 @@
-"""Windows of tokens: sampled for calibration as the papers do it, or read from a file.
+"""Token windows for calibration: sampled as the papers do, or read from a file.
 
-A window of the papers is a random document longer than `seqlen`, then a random start in it
-(SparseGPT, Wanda and GBLM, with Python's `random` seeded by the run's seed: the same draws in the
-same order, so the same windows where text and tokenizer are the same). Where long documents are
-too rare, the search gives up after a bounded number of rejections and packs documents instead.
+The papers draw a random document longer than `seqlen`, then a random start in it (SparseGPT, Wanda
+and GBLM, with Python's `random` seeded by the run's seed: the same draws in the same order, so the
+same windows where text and tokenizer are the same). If long documents are too rare, sampling stops
+after a bounded number of rejections, and documents are packed instead.
 """
 
 from __future__ import annotations
@@ -30,19 +30,19 @@ from prunebench.spec import Bos
 
 TOKENS_KEY = "token_ids"
 _MAX_REJECTIONS = 1000  # in a row
-_SCAN_CHARACTERS = 64  # a text below this many characters a token is counted before sampling
+_SCAN_CHARACTERS = 64  # a text with fewer characters per needed token is counted before sampling
 
 
 @dataclass(frozen=True)
 class Windows:
-    """Token windows, int64 (samples, seqlen); `packed` if documents were joined to fill them."""
+    """Token windows, int64 [samples, seqlen]; `packed` if documents were joined to fill them."""
 
     token_ids: Int[Tensor, "samples seqlen"]
     packed: bool
 
     @property
     def sha256(self) -> str:
-        """The hash that identifies the tokens."""
+        """Hash of the tokens."""
         return hash_tokens(self.token_ids)
 
 
@@ -55,11 +55,19 @@ def hash_tokens(token_ids: Tensor) -> str:
 def sample_windows(
     text: Text, tokenizer: Any, *, samples: int, seqlen: int, seed: int, bos: Bos = "text"
 ) -> Windows:
-    """Draw `samples` windows of `seqlen` tokens; with `bos="window"`, BOS is the first of each.
+    """Sample windows as the papers do; with `bos="window"`, each begins with BOS.
+
+    Args:
+        text: Where the windows come from.
+        tokenizer: Of the model.
+        samples: Number of windows.
+        seqlen: Tokens in a window, BOS included.
+        seed: Of the random draws.
+        bos: Whether every window begins with BOS.
 
     Raises:
-        IncompatibleData: The text holds too few tokens to fill them.
-        UsageError: Every window should begin with BOS, and the tokenizer has none.
+        IncompatibleData: The text has too few tokens.
+        UsageError: `bos` is `window`, and the tokenizer has no BOS.
     """
     seqlen = text_tokens(seqlen, bos)
     rng = random.Random(seed)
@@ -71,8 +79,10 @@ def sample_windows(
             cache[index] = tokenize(tokenizer, documents[index], bos)
         return cache[index]
 
-    if isinstance(documents, list):  # not a memory-mapped shard of millions
+    if isinstance(documents, list):  # a memory-mapped shard of C4 is large enough
         _require_enough(documents, tokens_of, text, samples=samples, seqlen=seqlen)
+    # The papers' loop: one randint for the document, one for the start; a rejected document costs
+    # only the first. Any other call of `rng` would change every later window.
     rows: list[list[int]] = []
     rejected = 0
     while len(rows) < samples:
@@ -85,22 +95,24 @@ def sample_windows(
                 if len(packed) < samples:
                     raise IncompatibleData(
                         f"the text is too short: {packed.numel():,} tokens, {samples} x {seqlen} "
-                        "are wanted",
+                        "are needed",
                         fix="use fewer samples, shorter ones, or another text",
                     )
                 return Windows(begin_windows(packed, tokenizer, bos), packed=True)
             continue
         rejected = 0
-        start = rng.randint(0, len(ids) - seqlen - 1)
+        start = rng.randint(
+            0, len(ids) - seqlen - 1
+        )  # as the papers: the last start is never drawn
         rows.append(ids[start : start + seqlen])
-    pieces = torch.tensor(rows, dtype=torch.int64)
+    pieces = torch.tensor(rows, dtype=torch.int64)  # [samples, seqlen without BOS]
     return Windows(begin_windows(pieces, tokenizer, bos), packed=False)
 
 
 def pack_windows(
     text: Text, tokenizer: Any, *, samples: int, seqlen: int, seed: int, bos: Bos = "text"
 ) -> Windows:
-    """Join documents in a random order and cut them into at most `samples` windows."""
+    """Join documents in random order and cut them into at most `samples` windows."""
     pieces = _pack(
         text.documents, tokenizer, random.Random(seed), samples=samples,
         seqlen=text_tokens(seqlen, bos), bos=bos,
@@ -111,6 +123,7 @@ def pack_windows(
 def _require_enough(
     documents: list[str], tokens_of: Any, text: Text, *, samples: int, seqlen: int
 ) -> None:
+    """Raise `IncompatibleData` if a text that may be too short is; long ones are not counted."""
     need = samples * seqlen
     if sum(map(len, documents)) > need * _SCAN_CHARACTERS:
         return
@@ -118,7 +131,7 @@ def _require_enough(
     if have < need:
         raise IncompatibleData(
             f"{text.dataset} is too short: {have:,} tokens, "
-            f"{samples} x {seqlen} = {need:,} are wanted",
+            f"{samples} x {seqlen} = {need:,} are needed",
             where=f"text from {text.origin}",
             fix=f"use --calibration-samples {have // seqlen} or fewer, a shorter --seqlen, "
             "or another text"
@@ -136,10 +149,10 @@ def _pack(
     seqlen: int,
     bos: Bos,
 ) -> Tensor:
-    """Join documents in a random order until the windows are full or none is left, and cut."""
+    """Join documents in random order until the windows are full or none is left, and cut."""
     order = list(range(len(documents)))
     rng.shuffle(order)
-    ids = array.array("q")  # 8 bytes a token, however many
+    ids = array.array("q")  # 8 bytes a token, where a list takes 36
     for index in order:
         ids.extend(tokenize(tokenizer, documents[index] + "\n\n", bos))
         if len(ids) >= samples * seqlen:
@@ -149,7 +162,11 @@ def _pack(
 
 
 def load_windows(path: Path, *, vocabulary: int | None = None) -> Windows:
-    """Read a token file: safetensors with `token_ids`, int64 (samples, seqlen).
+    """Read a token file: safetensors with `token_ids`, int64 [samples, seqlen].
+
+    Args:
+        path: The file.
+        vocabulary: Of the model, to check the ids; None checks nothing.
 
     Raises:
         IncompatibleData: It is no such file, or a token is outside the model's vocabulary.
@@ -165,10 +182,10 @@ def load_windows(path: Path, *, vocabulary: int | None = None) -> Windows:
         ) from None
     token_ids = tensors.get(TOKENS_KEY)
     if token_ids is None or token_ids.ndim != 2 or token_ids.dtype != torch.int64:
-        found = {name: (str(t.dtype), tuple(t.shape)) for name, t in tensors.items()}
+        contents = {name: (str(t.dtype), tuple(t.shape)) for name, t in tensors.items()}
         raise IncompatibleData(
             f"{path} holds no {TOKENS_KEY}, int64 [samples, seqlen]",
-            where=f"it holds {found}",
+            where=f"it holds {contents}",
             fix=_TOKENS_FIX,
         )
     if vocabulary is not None:
@@ -177,7 +194,7 @@ def load_windows(path: Path, *, vocabulary: int | None = None) -> Windows:
 
 
 def save_windows(path: Path, windows: Windows) -> None:
-    """Write a token file that `load_windows` reads.
+    """Write a token file for `load_windows`.
 
     Raises:
         SaveError: It could not be written.

@@ -1,8 +1,8 @@
-"""Checkpoints in the format `sparse-24-bitmask` of compressed-tensors, read as dense ones.
+"""Read checkpoints in the format `sparse-24-bitmask` of compressed-tensors as dense ones.
 
-The library that wrote them no longer reads them (removed in 2026). A module's weight [N, K] lies in
-three tensors: `compressed` [N, K/2], the kept values row by row; `bitmask` uint8 [N, ceil(K/8)],
-a bit for every place, the lowest bit first; `shape`, two integers. The format is named in
+The library that wrote them no longer reads them (removed in 2026). A module's weight [N, K] is
+stored as three tensors: `compressed` [N, K/2], the kept values row by row; `bitmask` uint8
+[N, ceil(K/8)], one bit per weight, lowest bit first; `shape`, two integers. The format is named in
 `config.json`, under `sparsity_config` of `quantization_config` or of `compression_config`.
 """
 
@@ -25,12 +25,12 @@ _PARTS = ("compressed", "bitmask", "shape")
 
 
 def is_bitmask(folder: Path) -> bool:
-    """Whether the config of a folder names this format."""
+    """Return whether the config of a folder names this format."""
     return _sparsity(_config(folder)).get("format") == FORMAT
 
 
 def plain_config(folder: Path) -> dict[str, Any] | None:
-    """Return the config without what says that weights are compressed; None if nothing does."""
+    """Return the config without its compression settings; None if the format is another one."""
     config = _config(folder)
     if not is_bitmask(folder):
         return None
@@ -40,22 +40,27 @@ def plain_config(folder: Path) -> dict[str, Any] | None:
 def bitmask_tensors(folder: Path, stored: dict[str, StoredTensor]) -> dict[str, StoredTensor]:
     """Return the tensors by name, compressed ones as if they were dense.
 
+    Args:
+        folder: The folder, for its config.
+        stored: Its tensors, from `stored_tensors`.
+
     Raises:
-        IncompatibleData: The weights are quantised too, or a part of one is missing.
+        IncompatibleData: The weights are quantized too, or a part of one is missing.
     """
-    _require_unquantised(folder)
-    found: dict[str, StoredTensor] = {}
-    for name, one in stored.items():
+    _require_unquantized(folder)
+    dense: dict[str, StoredTensor] = {}
+    for name, tensor in stored.items():
         module, _, part = name.rpartition(".")
         if part not in _PARTS:
-            found[name] = one
+            dense[name] = tensor
         elif part == "compressed":
             weight = module if module.endswith(".weight") else f"{module}.weight"
-            found[weight] = _dense(weight, module, stored)
-    return found
+            dense[weight] = _dense(weight, module, stored)
+    return dense
 
 
 def _dense(weight: str, module: str, stored: dict[str, StoredTensor]) -> StoredTensor:
+    """Return the weight of a module, decompressed when it is read."""
     missing = [f"{module}.{part}" for part in _PARTS if f"{module}.{part}" not in stored]
     if missing:
         raise IncompatibleData(
@@ -72,42 +77,45 @@ def _dense(weight: str, module: str, stored: dict[str, StoredTensor]) -> StoredT
             f"{weight} is not 2:4 in {FORMAT}: "
             f"{values.dtype} {list(values.shape)} of {list(shape)}",
             where=f"in {values.path}",
-            fix="only unquantised weights of 16 or 32 bits are read",
+            fix="only unquantized weights of 16 or 32 bits are read",
         )
 
     def make() -> Tensor:
-        places = torch.arange(8, dtype=torch.uint8)
-        bits = (read_tensor(mask)[..., None] >> places & 1).bool().flatten(1)[:, : shape[1]]
-        kept = read_tensor(values).flatten()
-        if int(bits.sum()) != kept.numel():
+        positions = torch.arange(8, dtype=torch.uint8)
+        bits = read_tensor(mask)[..., None] >> positions & 1  # [N, ceil(K/8), 8]
+        keep = bits.bool().flatten(1)[:, : shape[1]]  # [N, K], without the padding
+        nonzero = read_tensor(values).flatten()  # [N * K/2]
+        if int(keep.sum()) != nonzero.numel():
             raise IncompatibleData(
-                f"{weight} is damaged: its mask has {int(bits.sum()):,} places for "
-                f"{kept.numel():,} values",
+                f"{weight} is damaged: its mask has {int(keep.sum()):,} places for "
+                f"{nonzero.numel():,} values",
                 fix="copy or download the folder again",
             )
-        return torch.zeros(shape, dtype=kept.dtype).masked_scatter_(bits, kept) + 0.0
+        dense = torch.zeros(shape, dtype=nonzero.dtype).masked_scatter_(keep, nonzero)
+        return dense + 0.0  # a kept -0.0 becomes +0.0
 
     return Derived.of(values, name=weight, dtype=values.dtype, shape=shape, make=make)
 
 
-def _require_unquantised(folder: Path) -> None:
+def _require_unquantized(folder: Path) -> None:
     config = _config(folder)
     block = config.get("quantization_config") or config.get("compression_config") or {}
     if block.get("config_groups"):
         raise IncompatibleData(
-            f"{folder} is quantised too ({block.get('format', 'unknown format')})",
+            f"{folder} is quantized too ({block.get('format', 'unknown format')})",
             where="config.json has config_groups: its values are not the weights",
-            fix="only unquantised 2:4 checkpoints are read",
+            fix="only unquantized 2:4 checkpoints are read",
         )
 
 
 def _sparsity(config: dict[str, Any]) -> dict[str, Any]:
+    """Return the `sparsity_config` of a config, wherever it is; empty if there is none."""
     for key in _KEYS:
         block = config.get(key)
         if isinstance(block, dict):
-            found = block if key == "sparsity_config" else block.get("sparsity_config")
-            if isinstance(found, dict):
-                return found
+            sparsity = block if key == "sparsity_config" else block.get("sparsity_config")
+            if isinstance(sparsity, dict):
+                return sparsity
     return {}
 
 

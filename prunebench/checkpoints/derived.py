@@ -1,4 +1,4 @@
-"""Tensors of a file that are computed from others in it, read as if they were stored."""
+"""Tensors that are computed from others of a file, with the interface of stored ones."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from prunebench.models.safetensors_files import StoredTensor
 
 @dataclass(frozen=True)
 class Derived(StoredTensor):
-    """A dense matrix that its file holds in another form; made whole when it is read."""
+    """A dense tensor that its file stores in another format; `make` computes it when it is read."""
 
     make: Callable[[], Tensor]
 
@@ -29,17 +29,25 @@ class Derived(StoredTensor):
         shape: tuple[int, ...],
         make: Callable[[], Tensor],
     ) -> Derived:
-        """Describe a matrix of the file of `source`; `stop - start` is its size when dense."""
+        """Describe a tensor in the file of `source`; `stop - start` is its size when dense.
+
+        Args:
+            source: A stored tensor that it is computed from.
+            name: Its name when dense.
+            dtype: Its dtype when dense, e.g. `bfloat16`.
+            shape: Its shape when dense.
+            make: Returns the dense tensor.
+        """
         size = math.prod(shape) * getattr(torch, dtype).itemsize
         return cls(source.path, name, dtype, shape, 0, size, make)
 
     def pieces(self, *, align: int = 1) -> Iterator[bytearray]:
-        """Yield all its bytes, row-major."""
+        """Yield all its bytes as one piece, row-major."""
         yield bytearray(self.make().contiguous().view(-1).view(torch.uint8).numpy().data)
 
 
 def read_tensor(stored: StoredTensor) -> Tensor:
-    """Read a tensor whole.
+    """Read a whole tensor.
 
     Raises:
         IncompatibleData: The file has become shorter, or torch has no such dtype.
@@ -51,7 +59,7 @@ def read_tensor(stored: StoredTensor) -> Tensor:
         raise IncompatibleData(
             f"{stored.name} is {stored.dtype}, which torch does not have",
             where=f"in {stored.path}",
-            fix="give the checkpoint without quantised weights",
+            fix="give the checkpoint without quantized weights",
         )
     data = bytearray().join(stored.pieces())
     if not data:

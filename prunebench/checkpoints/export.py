@@ -1,27 +1,24 @@
-"""From a checkpoint that `run --save-model` wrote to a folder worth publishing.
+"""Export a checkpoint of `run --save-model` as a folder to publish.
 
-    README.md        the card: model-index, method, calibration, hashes, the command
+    README.md        model card: model-index, method, calibration, hashes, the command
     prunebench.json  the result
     recipe.toml      the run, for `run --recipe`
     masks.npz        the keep masks, packed bits, as `run --save-masks` writes them
-    *                weights, config and tokenizer, as they were; with `to="packed24"` the 2:4
+    *                weights, config and tokenizer, unchanged; with `to="packed24"` the 2:4
                      matrices packed, with `to="dense"` as plain safetensors again
 
-The weights in the files are hashed and must be those that the result scored: a card never describes
+The weights are hashed and must be those that the result scored, so that a card never describes
 other weights.
 """
 
 from __future__ import annotations
 
-import json
-import re
 import shlex
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, NoReturn
+from typing import Literal, NoReturn
 
 from prunebench.allocators.allocation import save_allocation
-from prunebench.calibration.texts import texts
 from prunebench.checkpoints.model_card import model_card
 from prunebench.checkpoints.packed24 import (
     Packing,
@@ -32,6 +29,7 @@ from prunebench.checkpoints.packed24 import (
     write_dense,
     write_packed,
 )
+from prunebench.checkpoints.recipe_text import ALLOCATION_NAME, RECIPE_NAME, recipe_text
 from prunebench.checkpoints.save import RESULT_NAME, check_target, save_stored_masks
 from prunebench.errors import IncompatibleData, MissingResource, SaveError, UsageError
 from prunebench.files import atomic_folder, link_or_copy
@@ -45,17 +43,15 @@ from prunebench.models.safetensors_files import (
     hash_stored,
     other_files,
 )
-from prunebench.models.stored_config import require_unquantised
+from prunebench.models.stored_config import require_unquantized
 from prunebench.models.stored_model import StoredModel, stored_model
 from prunebench.models.verify import expected_of_folder, require_saved
-from prunebench.options import options_of
 from prunebench.progress import Progress
 from prunebench.results.schema import Result
 from prunebench.results.store import Damaged, read_copy
 from prunebench.sparsity import Sparsity
-from prunebench.spec import RunSpec
 
-MASKS_NAME, RECIPE_NAME, ALLOCATION_NAME = "masks.npz", "recipe.toml", "allocation.json"
+MASKS_NAME = "masks.npz"
 _KINDS = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja")
 _WRITTEN = ("README.md", RECIPE_NAME, MASKS_NAME, ALLOCATION_NAME)
 _STORAGE = {
@@ -76,13 +72,15 @@ _ABOUT = {
 
 @dataclass(frozen=True)
 class Exported:
-    """What was written.
+    """An exported folder.
 
     Attributes:
+        folder: The folder.
+        result: Of the checkpoint; None if it had none.
         sizes: Bytes of every file, by name.
-        linked: Files that share their bytes with the checkpoint (hard links).
-        left_out: Files of the checkpoint that were not taken.
-        packing: What packing did, where the matrices were packed.
+        linked: Files that are hard links to those of the checkpoint.
+        left_out: Files of the checkpoint that were not copied.
+        packing: Report of packing; None if nothing was packed.
     """
 
     folder: Path
@@ -94,10 +92,10 @@ class Exported:
 
 
 def read_checkpoint(folder: Path) -> Result:
-    """Return the result of a checkpoint's folder.
+    """Return the result in a checkpoint's folder.
 
     Raises:
-        IncompatibleData: The folder has none, or a damaged one.
+        IncompatibleData: The folder has none, a damaged one, or that of an unfinished run.
     """
     path = folder / RESULT_NAME
     if not path.is_file():
@@ -115,7 +113,7 @@ def read_checkpoint(folder: Path) -> Result:
 
 
 def no_weights(result: Result) -> MissingResource:
-    """Return the error for a result that was named instead of its checkpoint."""
+    """Return the error for exporting a result instead of its checkpoint."""
     words = shlex.split(result.command)
     saved = next((b for a, b in zip(words, words[1:], strict=False) if a == "--save-model"), None)
     saved = saved or next(
@@ -135,19 +133,19 @@ def no_weights(result: Result) -> MissingResource:
 def export(
     source: Path, target: Path, *, replace: bool, progress: Progress, to: To | None = None
 ) -> Exported:
-    """Write the folder.
+    """Write a folder to publish.
 
     Args:
         source: A folder that `run --save-model` wrote.
-        target: The folder to write; a whole one or none is left there.
-        replace: Whether it may replace what is there.
-        progress: Hears of the stages.
-        to: How the weights are stored; None is as they are now. With one, any folder of a model
-            is taken, also one that nobody here has scored: it then gets no card.
+        target: The folder to write, completely or not at all.
+        replace: Whether an existing folder may be replaced.
+        progress: Shows the stages.
+        to: How to store the weights; None keeps the format. If given, any model folder can be the
+            source; without a result it gets no card.
 
     Raises:
         IncompatibleData: The source is damaged, or its weights are not those that were scored.
-        UsageError: There is something at the target.
+        UsageError: The target exists.
         SaveError: It cannot be written.
     """
     stored = kind_of(source)
@@ -160,32 +158,34 @@ def export(
     _check_target(source, target, replace=replace)
     model = skeleton(load_config(source))
     check_tensors(model, tensors)
-    here, linears = stored_model(model, tensors), find_linears(model)
+    source_model, linears = stored_model(model, tensors), find_linears(model)
     sha256 = str(result.model.evaluated_sha256)
-    expected = expected_of_folder(here, sha256, result.model.dtype)
+    expected = expected_of_folder(source_model, sha256, result.model.dtype)
     others = other_files(source)
-    wanted = [path for path in sorted(source.iterdir()) if _is_taken(path) and path not in others]
+    copied = [path for path in sorted(source.iterdir()) if _is_copied(path) and path not in others]
     if to is not None:
-        wanted = [path for path in wanted if not _is_weight(path)]
+        copied = [path for path in copied if not _is_weight(path)]
     packing = None
     with atomic_folder(target, replace=replace, exclusive=True) as part:
-        with progress.stage("copy", detail=f"{len(wanted)} files"):
-            linked = [path.name for path in wanted if link_or_copy(path, part / path.name)]
+        with progress.stage("copy", detail=f"{len(copied)} files"):
+            linked = [path.name for path in copied if link_or_copy(path, part / path.name)]
             copy_templates(source, part)
         if to == "packed24":
             packing = write_packed(tensors, part, progress=progress)
         elif to == "dense":
             with progress.stage("write", detail="dense safetensors"):
                 write_dense(tensors, part)
+        # Of the copy, not of the source: a file that changed while it was copied is noticed.
         try:
             require_saved(part, expected, name=target, progress=progress, read=dense_tensors)
         except SaveError as error:
-            _blame(source, here, result, packing, error)
-        _describe(part, result, here, linears, storage=_STORAGE[to or stored], progress=progress)
+            _raise_cause(source, source_model, result, packing, error)
+        storage = _STORAGE[to or stored]
+        _describe(part, result, source_model, linears, storage=storage, progress=progress)
     left_out = [
         path
         for path in sorted(source.iterdir())
-        if path not in wanted and (path in others or not _is_weight(path))
+        if path not in copied and (path in others or not _is_weight(path))
     ]
     names_left = (p.name for p in left_out if p.name not in (*_WRITTEN, TEMPLATES))
     return Exported(target, result, _sizes(target), tuple(linked), tuple(names_left), packing)
@@ -194,13 +194,13 @@ def export(
 def _describe(
     part: Path,
     result: Result,
-    here: StoredModel,
+    source_model: StoredModel,
     linears: list[Linear],
     *,
     storage: str,
     progress: Progress,
 ) -> None:
-    """Write recipe, masks and card into a folder."""
+    """Write recipe, masks and model card to a folder."""
     written = [RESULT_NAME, RECIPE_NAME]
     recipe = recipe_text(result)
     if result.spec.allocation == "file":
@@ -210,26 +210,33 @@ def _describe(
     if result.spec.method != "dense":
         with progress.stage("masks", detail=f"{len(linears)} layers"):
             names = dict.fromkeys(linear.parameter_name for linear in linears)
-            save_stored_masks((here.tensors[name] for name in names), part / MASKS_NAME)
+            save_stored_masks((source_model.tensors[name] for name in names), part / MASKS_NAME)
         written.append(MASKS_NAME)
     about = {name: _ABOUT[name] for name in written}
     card = model_card(result, about, storage=storage)
     (part / "README.md").write_text(card, encoding="utf-8")
 
 
-def _blame(
-    source: Path, here: StoredModel, result: Result, packing: Packing | None, error: SaveError
+def _raise_cause(
+    source: Path, model: StoredModel, result: Result, packing: Packing | None, error: SaveError
 ) -> NoReturn:
-    """Say whose fault it is that a folder does not hold what was scored.
+    """Raise the reason why an exported folder differs from what was scored.
+
+    Args:
+        source: The checkpoint.
+        model: Its tensors.
+        result: Of the run.
+        packing: Report of packing, if it was packed.
+        error: Of `require_saved`.
 
     Raises:
-        IncompatibleData: The source does not hold it either, or packing cannot.
-        SaveError: The writing went wrong.
+        IncompatibleData: The source differs too, or cannot be packed without a change.
+        SaveError: Writing failed.
     """
     assert result.model is not None
-    digest = "" if here.missing else hash_stored(here.tensors, here.parameters)
+    digest = "" if model.missing else hash_stored(model.tensors, model.parameters)
     if digest != result.model.evaluated_sha256:
-        what = f"they hash to {digest[:16]}..." if digest else f"{here.missing[0]} is missing"
+        what = f"they hash to {digest[:16]}..." if digest else f"{model.missing[0]} is missing"
         raise IncompatibleData(
             f"the weights in {source} are not those that were scored",
             where=f"{what}, the result {result.id} scored {result.model.evaluated_sha256[:16]}...",
@@ -245,10 +252,10 @@ def _blame(
 
 
 def _convert(source: Path, target: Path, to: To, *, replace: bool, progress: Progress) -> Exported:
-    """Store the weights of a folder without a result in another way; the rest is copied."""
+    """Convert the weights of a folder without a result; the other files are copied."""
     load_config(source)
     if kind_of(source) == "dense":
-        require_unquantised(source)
+        require_unquantized(source)
     tensors = dense_tensors(source)
     _check_target(source, target, replace=replace)
     packing = None
@@ -272,117 +279,27 @@ def _is_weight(path: Path) -> bool:
     return path.suffix == ".safetensors" or path.name in (INDEX_NAME, PACKED_INDEX)
 
 
-def _is_taken(path: Path) -> bool:
-    """Whether a file belongs to a model; what we write ourselves is written anew."""
-    fits = any(path.match(kind) for kind in _KINDS) and not path.name.startswith(".")
-    return path.is_file() and fits and path.name not in _WRITTEN
+def _is_copied(path: Path) -> bool:
+    """Return whether a file is copied: it belongs to the model, and export does not write it."""
+    matches = any(path.match(kind) for kind in _KINDS) and not path.name.startswith(".")
+    return path.is_file() and matches and path.name not in _WRITTEN
 
 
 def _check_target(source: Path, target: Path, *, replace: bool) -> None:
-    here, there = source.resolve(), target.resolve()
-    if there == here or there in here.parents:
+    """Refuse a target that would replace the checkpoint, exists, or cannot be written."""
+    checkpoint, folder = source.resolve(), target.resolve()
+    if folder == checkpoint or folder in checkpoint.parents:
         raise UsageError(
             f"{target} is or holds the checkpoint itself", fix="name another folder with -o"
         )
+    # On the same file system files are hard-linked, and need no space.
     size = sum(path.stat().st_size for path in source.iterdir() if path.is_file())
-    parent = next(path for path in (there, *there.parents) if path.exists())
+    parent = next(path for path in (folder, *folder.parents) if path.exists())
     linked = parent.stat().st_dev == source.stat().st_dev
     check_target(target, need_bytes=1 << 24 if linked else size, replace=replace, folder=True)
 
 
 def _write_allocation(path: Path, result: Result, linears: list[Linear]) -> None:
     assert result.sparsity is not None
-    ratios = {one.name: Sparsity.parse(one.requested).ratio for one in result.sparsity.layers}
+    ratios = {layer.name: Sparsity.parse(layer.requested).ratio for layer in result.sparsity.layers}
     save_allocation(path, ratios, linears)
-
-
-# ---------------------------------------------------------------- the recipe
-
-
-def recipe_text(result: Result) -> str:
-    """Return a TOML recipe that repeats a run: the same spec, where the same data is there.
-
-    Texts of the catalogue are named with the place that they came from. Files of the user's are
-    named by their hash, and a comment says so: a recipe of another text must not run by mistake.
-    """
-    spec, notes = result.spec, [f"repeats {result.id}: prunebench run --recipe {RECIPE_NAME}"]
-    values: dict[str, Any] = {"method": spec.method, "model": _model_name(result, notes)}
-    values |= {"sparsity": spec.sparsity, "dtype": spec.dtype, "allocation": spec.allocation}
-    if spec.allocation == "file":
-        values["allocation"] = f"file:{ALLOCATION_NAME}"
-    if spec.within_block:
-        values["within_block"] = spec.within_block
-    if spec.calibration and spec.calibration_origin:
-        values["calibration"] = _text_name(spec.calibration, spec.calibration_origin, notes)
-        values["calibration_samples"] = spec.calibration_samples
-        values["seqlen"] = spec.seqlen
-    values["ppl"] = [
-        _text_name(*pair, notes) for pair in zip(spec.ppl, spec.ppl_origins, strict=True)
-    ]
-    values["ppl_seqlen"] = spec.ppl_seqlen
-    for name, option in options_of(RunSpec).items():
-        value = getattr(spec, name)
-        unread = value is None  # data that the method does not read
-        if option.about.given and name not in values and not unread and value != option.value:
-            values[name] = value
-    values["seed"] = spec.seed
-    options = dict(spec.method_options)
-    if result.training is not None:
-        one = result.training
-        options["train_data"] = _text_name(one.text, one.origin, notes)
-    lines = [*(f"# {note}" for note in notes), *_toml(values)]
-    if options:
-        lines += ["", "[set]", *_toml(options)]
-    if spec.allocation_options and spec.allocation != "file":
-        lines += ["", "[set.allocation]", *_toml(spec.allocation_options)]
-    return "\n".join([*lines, ""])
-
-
-def _model_name(result: Result, notes: list[str]) -> str:
-    assert result.model is not None
-    name, revision = result.spec.model, result.model.revision
-    if result.model.source == "hub" and "/" in name:
-        return f"{name}@{revision}"
-    if result.model.source in ("folder", "gguf"):
-        notes.append(f"model: a {result.model.source} of your own, {revision}; put its path there")
-        return f"./{name}" + (".gguf" if result.model.source == "gguf" else "")
-    return name
-
-
-def _text_name(resolved: str, origin: str, notes: list[str]) -> str:
-    """Return the name under which a text can be asked for again.
-
-    Args:
-        resolved: What the spec calls it: a protocol, or data set and split.
-        origin: Where it came from, as the spec says.
-        notes: Takes what the reader has to do.
-    """
-    for name, entry in texts().items():
-        if origin == entry.url or (entry.sha256 and origin.startswith("sha256:") and (
-            resolved.partition("/")[0] in (name, f"{name}-raw")
-        )):  # fmt: skip
-            return name
-        if entry.file and re.fullmatch(rf"wheel:[^/]+/{re.escape(entry.file)}", origin):
-            return f"{name}@wheel"
-        if entry.hub and origin.startswith(f"hub:{entry.hub}@"):
-            return f"{name}@hub"
-    digest = origin.removeprefix("sha256:")[:12]
-    kind, ending = ("tokens", "safetensors") if resolved.startswith("tokens") else ("file", "txt")
-    notes.append(f"{kind}:{digest}.{ending}: a file of your own, {origin}; put its path there")
-    return f"{kind}:{digest}.{ending}"
-
-
-def _toml(values: dict[str, Any]) -> list[str]:
-    return [f"{key} = {_toml_value(value)}" for key, value in values.items()]
-
-
-def _toml_value(value: Any) -> str:
-    if value is None:
-        return '"none"'  # TOML has no null; options are read from this word
-    if isinstance(value, bool):
-        return str(value).lower()
-    if isinstance(value, list | tuple):
-        return f"[{', '.join(map(_toml_value, value))}]"
-    if isinstance(value, int | float):
-        return repr(value)
-    return json.dumps(str(value), ensure_ascii=False).replace("\x7f", "\\u007f")

@@ -1,9 +1,9 @@
-"""Fine-grained FP8 checkpoints, read as dense ones.
+"""Read fine-grained FP8 checkpoints as dense ones.
 
-A matrix is stored as float8, and beside it as NAME_scale_inv one factor for every block of
-`weight_block_size` elements, or one for all; the weight is the product. Products are kept in
-float32, where they are exact up to one rounding: a run in bfloat16 rounds them as any reader would.
-Scales of activations are for kernels that compute in float8, and are left out.
+A matrix is stored as float8, with NAME_scale_inv: one factor for each block of `weight_block_size`
+elements, or one for the matrix; the weight is the product. Products are computed in float32, with
+one rounding; a run in bfloat16 rounds them again, as any reader would. Activation scales are for
+kernels that compute in float8, and are ignored.
 """
 
 from __future__ import annotations
@@ -29,20 +29,24 @@ _SCALES = ("float32", "bfloat16", "float16")
 
 
 def is_fp8(folder: Path) -> bool:
-    """Whether the config of a folder names this format."""
+    """Return whether the config of a folder names this format."""
     return quantization_of(folder) == FP8
 
 
 def plain_fp8_config(folder: Path) -> dict[str, Any]:
-    """Return the config without its quantisation."""
+    """Return the config without its quantization settings."""
     return plain(stored_config(folder))
 
 
 def fp8_tensors(folder: Path, stored: dict[str, StoredTensor]) -> dict[str, StoredTensor]:
-    """Return the tensors by name, those in float8 as float32 matrices.
+    """Return the tensors by name, those in float8 as float32 ones.
+
+    Args:
+        folder: The folder, for its config.
+        stored: Its tensors, from `stored_tensors`.
 
     Raises:
-        IncompatibleData: A scale is missing, of no use, or does not fit its matrix.
+        IncompatibleData: A scale is missing, has an unsupported dtype, or does not fit its matrix.
     """
     size = quantization_settings(folder).get("weight_block_size")
     block = (int(size[0]), int(size[1])) if isinstance(size, list) and len(size) == 2 else None
@@ -60,6 +64,7 @@ def fp8_tensors(folder: Path, stored: dict[str, StoredTensor]) -> dict[str, Stor
 def _dense(
     tensor: StoredTensor, scale: StoredTensor | None, block: tuple[int, int] | None
 ) -> StoredTensor:
+    """Return a float8 tensor times its scales, multiplied when it is read."""
     if scale is None:
         raise _unfit(tensor, f"{tensor.name}{_SCALE} is missing")
     if scale.dtype not in _SCALES:
@@ -68,6 +73,7 @@ def _dense(
         if block is None or len(tensor.shape) < 2:
             raise _unfit(tensor, f"{scale.size} scales, and no weight_block_size to spread them by")
         sides = zip(tensor.shape[-2:], block, strict=True)
+        # [..., ceil(rows / block rows), ceil(columns / block columns)]
         grid = (*tensor.shape[:-2], *(-(-side // step) for side, step in sides))
         if scale.shape != grid:
             raise _unfit(tensor, f"its scale is {list(scale.shape)}, blocks of {block} need {grid}")
@@ -79,8 +85,8 @@ def _dense(
             return weight * factors.reshape(())
         assert block is not None
         rows, columns = weight.shape[-2:]
-        factors = factors.repeat_interleave(block[0], -2)[..., :rows, :]
-        factors = factors.repeat_interleave(block[1], -1)[..., :columns]
+        factors = factors.repeat_interleave(block[0], -2)[..., :rows, :]  # [..., rows, blocks]
+        factors = factors.repeat_interleave(block[1], -1)[..., :columns]  # [..., rows, columns]
         return weight * factors
 
     name, shape = tensor.name, tensor.shape
@@ -91,5 +97,5 @@ def _unfit(tensor: StoredTensor, reason: str) -> IncompatibleData:
     return IncompatibleData(
         f"{tensor.name} cannot be read as fp8: {reason}",
         where=f"in {tensor.path}, whose config says quant_method fp8",
-        fix="give the unquantised checkpoint",
+        fix="give the unquantized checkpoint",
     )

@@ -1,4 +1,4 @@
-"""Looking into a checkpoint's files, a piece of a tensor in memory at a time."""
+"""Count zeros and check patterns in the files of a checkpoint, reading a piece at a time."""
 
 from __future__ import annotations
 
@@ -19,23 +19,24 @@ from prunebench.models.safetensors_files import (
 from prunebench.sparsity import Sparsity
 
 PRUNED_RATIO = 0.1
-"""A matrix with more zeros than this counts as pruned; rounding to 4 bits alone leaves some 1%."""
+"""A matrix with more zeros than this counts as pruned; 4-bit rounding alone makes about 1%."""
 
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 
 @dataclass(frozen=True)
 class TensorFacts:
-    """Counts of one stored tensor of floating numbers.
+    """Counts of one stored floating-point tensor.
 
     Attributes:
         zeros: Elements that are zero, of either sign.
-        negative_zeros: Those that are -0.0, which packers of 2:4 weights take for a value.
+        negative_zeros: Elements that are -0.0, which packers of 2:4 weights take for a value.
         non_finite: NaN and infinities.
-        axis: The axis along which the groups of the pattern lie: -1, or 0 for a matrix whose
-            groups hold only that way (GPT-2 stores [in, out]); null where nothing was checked.
-        violations: Groups that break the pattern; null for a vector, or where M does not divide.
-        first_violation: Where the first of them begins: an index into the tensor.
+        axis: The axis of the groups of the pattern: -1, or 0 for a matrix whose groups hold only
+            along that axis (GPT-2 stores [in, out]); null if nothing was checked.
+        violations: Groups that break the pattern; null for a vector, or if M does not divide the
+            axis.
+        first_violation: Index of the first element of the first of them.
     """
 
     name: str
@@ -51,7 +52,7 @@ class TensorFacts:
 
     @property
     def is_pruned(self) -> bool:
-        """Whether it is a matrix with zeros worth mentioning."""
+        """Whether it is a matrix with more than `PRUNED_RATIO` zeros."""
         return len(self.shape) >= 2 and self.zeros > PRUNED_RATIO * self.size
 
     @property
@@ -62,7 +63,7 @@ class TensorFacts:
 
 @dataclass(frozen=True)
 class Totals:
-    """What a set of tensors shows together; `broken` is how many of them break the pattern."""
+    """Sums over tensors; `broken` is the number of tensors that break the pattern."""
 
     tensors: int
     size: int
@@ -73,7 +74,7 @@ class Totals:
 
     @classmethod
     def of(cls, rows: Sequence[TensorFacts]) -> Totals:
-        """Add up."""
+        """Sum the counts of tensors."""
         return cls(
             tensors=len(rows),
             size=sum(row.size for row in rows),
@@ -85,10 +86,10 @@ class Totals:
 
 
 def inspect_checkpoint(path: Path, pattern: Sparsity) -> list[TensorFacts]:
-    """Count in every floating tensor of a safetensors file or of a folder of them.
+    """Count zeros in every floating-point tensor of a safetensors file or folder.
 
     Args:
-        path: A folder (of one file, or of shards), or one file.
+        path: A folder (with one file or shards), or one file.
         pattern: N:M to check, along the last dimension; a ratio checks no groups.
 
     Raises:
@@ -98,7 +99,7 @@ def inspect_checkpoint(path: Path, pattern: Sparsity) -> list[TensorFacts]:
 
 
 def checkpoint_tensors(path: Path) -> dict[str, StoredTensor]:
-    """Return the tensors of a safetensors file or of a folder of them, by name.
+    """Return the tensors of a safetensors file or folder, by name.
 
     Raises:
         IncompatibleData: There are no safetensors, or a file is damaged.
@@ -119,26 +120,27 @@ def checkpoint_tensors(path: Path) -> dict[str, StoredTensor]:
 
 
 def unreadable(tensors: Iterable[StoredTensor]) -> dict[str, str]:
-    """Return the dtype of every tensor that cannot be counted in, as torch does not have it."""
+    """Return the dtype of each tensor that cannot be read because torch has no such dtype."""
     return {
-        one.name: one.dtype
-        for one in tensors
-        if not isinstance(getattr(torch, one.dtype, None), torch.dtype)
+        tensor.name: tensor.dtype
+        for tensor in tensors
+        if not isinstance(getattr(torch, tensor.dtype, None), torch.dtype)
     }
 
 
 def inspect_tensors(tensors: Iterable[StoredTensor], pattern: Sparsity) -> list[TensorFacts]:
-    """Count in every floating tensor of those given; see `inspect_checkpoint`."""
+    """Count zeros in the floating-point ones of these tensors; see `inspect_checkpoint`."""
     return [
-        _facts(one, pattern)
-        for one in tensors
-        if one.size and isinstance(getattr(torch, one.dtype, None), torch.dtype)
-        if getattr(torch, one.dtype).is_floating_point
+        _facts(tensor, pattern)
+        for tensor in tensors
+        if tensor.size and isinstance(getattr(torch, tensor.dtype, None), torch.dtype)
+        if getattr(torch, tensor.dtype).is_floating_point
     ]
 
 
 def _facts(stored: StoredTensor, pattern: Sparsity) -> TensorFacts:
-    zeros = negative = broken = bad = 0
+    """Count in one tensor, a piece at a time."""
+    zeros = negative_zeros = broken = non_finite = 0
     checked = len(stored.shape) >= 2 and pattern.group is not None
     along = checked and stored.shape[-1] % (pattern.group or 1) == 0
     first: int | None = None
@@ -146,15 +148,17 @@ def _facts(stored: StoredTensor, pattern: Sparsity) -> TensorFacts:
     for rows in _rows(stored):
         zero = rows == 0
         zeros += int(zero.sum())
-        negative += int((zero & torch.signbit(rows)).sum())
-        bad += int((~torch.isfinite(rows)).sum())
-        if along:
-            found, place = _violations(zero, pattern)
-            broken += found
-            if first is None and place is not None:
-                first = done * stored.shape[-1] + place
+        # -0.0 == 0.0, so only its sign bit shows it
+        negative_zeros += int((zero & torch.signbit(rows)).sum())
+        non_finite += int((~torch.isfinite(rows)).sum())
+        if along:  # a piece holds whole rows, so no group is cut
+            count, position = _violations(zero, pattern)
+            broken += count
+            if first is None and position is not None:
+                first = done * stored.shape[-1] + position
         done += len(rows)
     axis, violations = (-1, broken) if along else (None, None)
+    # A Conv1D weight [in, out] of GPT-2 has its groups along axis 0.
     if violations != 0 and checked and _holds_across(stored, zeros, pattern):
         axis, violations, first = 0, 0, None
     return TensorFacts(
@@ -163,8 +167,8 @@ def _facts(stored: StoredTensor, pattern: Sparsity) -> TensorFacts:
         dtype=stored.dtype,
         size=stored.size,
         zeros=zeros,
-        negative_zeros=negative,
-        non_finite=bad,
+        negative_zeros=negative_zeros,
+        non_finite=non_finite,
         axis=axis,
         violations=violations,
         first_violation=None if first is None else _unravel(first, stored.shape),
@@ -172,42 +176,43 @@ def _facts(stored: StoredTensor, pattern: Sparsity) -> TensorFacts:
 
 
 def _rows(stored: StoredTensor, *, multiple: int = 1) -> Iterator[Tensor]:
-    """Yield pieces (rows, last dimension); all but the last have a multiple of so many rows."""
+    """Yield a tensor in pieces [rows, last dimension]; `rows` is a multiple but in the last one."""
     dtype = getattr(torch, stored.dtype)
     width = stored.shape[-1] if stored.shape else 1
     for piece in stored.pieces(align=width * dtype.itemsize * multiple):
         rows = torch.frombuffer(piece, dtype=dtype).view(-1, width)
-        yield rows.float() if dtype.itemsize == 1 else rows  # few operations know float8
+        yield rows.float() if dtype.itemsize == 1 else rows  # few operations support float8
 
 
 def _violations(zero: Tensor, pattern: Sparsity) -> tuple[int, int | None]:
     """Return how many groups along the rows break the pattern, and where the first begins.
 
     Args:
-        zero: (rows, width), whose width M divides.
+        zero: Bool [rows, width], whose width M divides.
         pattern: N:M.
     """
     assert pattern.kept is not None and pattern.group is not None
-    groups = zero.view(-1, pattern.group)
+    groups = zero.view(-1, pattern.group)  # [groups, M]
     broken = groups.sum(-1, dtype=torch.int16) < pattern.group - pattern.kept
     count = int(broken.sum())
     return count, int(broken.to(torch.uint8).argmax()) * pattern.group if count else None
 
 
 def _holds_across(stored: StoredTensor, zeros: int, pattern: Sparsity) -> bool:
-    """Whether every group along the other axis of a matrix holds; read only if zeros suffice."""
+    """Return whether the pattern holds along axis 0; reads the matrix only if zeros suffice."""
     assert pattern.kept is not None and pattern.group is not None
     if len(stored.shape) != 2 or stored.shape[0] % pattern.group:
         return False
     if zeros * pattern.group < stored.size * (pattern.group - pattern.kept):
         return False
     return not any(
-        _violations((rows == 0).T.contiguous(), pattern)[0]
+        _violations((rows == 0).T.contiguous(), pattern)[0]  # [out, rows], rows a multiple of M
         for rows in _rows(stored, multiple=pattern.group)
     )
 
 
 def _unravel(position: int, shape: Sequence[int]) -> tuple[int, ...]:
+    """Return the index of an element from its row-major position."""
     index: list[int] = []
     for size in reversed(shape):
         position, rest = divmod(position, size)

@@ -1,7 +1,7 @@
-"""The model card of a pruned checkpoint, from its result and nothing else.
+"""The model card of a pruned checkpoint, made from its result alone.
 
 The front matter follows the hub's metadata (https://github.com/huggingface/hub-docs, modelcard.md):
-scores are a `model-index`, one entry a protocol, so that the hub shows them and programs read them.
+scores are a `model-index`, one entry per protocol, which the hub shows and programs can read.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from prunebench.results.schema import Result, Score
 
 _TASK = "text-generation"
 _IN_PLACE = "zeros are stored in place: the files are as large as the dense model's"
-_METRICS = {"token_ppl": "perplexity", "acc": "accuracy"}  # the hub's names, where it has one
-_LICENCES = {  # as the catalogue says it: as the hub does (hf.co/docs/hub/repositories-licenses)
+_METRICS = {"token_ppl": "perplexity", "acc": "accuracy"}  # the hub's names, where it has them
+_LICENSES = {  # name in the catalog: on the hub (https://hf.co/docs/hub/repositories-licenses)
     "Apache-2.0": "apache-2.0",
     "Llama 2 Community": "llama2",
     "Llama 3 Community": "llama3",
@@ -33,8 +33,8 @@ def model_card(
 
     Args:
         result: A finished run.
-        files: What lies beside the weights: file name to a few words.
-        storage: How the zeros are stored.
+        files: Descriptions of the other files in the folder, by name.
+        storage: How the zeros are stored, as a sentence.
     """
     parts = [
         f"---\n{front_matter(result)}---\n",
@@ -62,7 +62,7 @@ def front_matter(result: Result) -> str:
             task_type=_TASK,
             dataset_type=score.dataset,
             dataset_name=score.protocol,
-            dataset_config=score.protocol,  # entries are told apart by it, not by their name
+            dataset_config=score.protocol,  # entries are distinguished by it, not by their name
             metric_type=_METRICS.get(score.metric, score.metric),
             metric_name=f"{score.metric} ({score.protocol})",
             metric_value=score.value,
@@ -75,7 +75,7 @@ def front_matter(result: Result) -> str:
         base = entry.hub if entry else spec.model
     tags = ["prunebench", "sparsity"]
     tags += ["pruned", spec.method.replace(":", ".")] if spec.method != "dense" else []
-    licence = _licence(entry)
+    license_fields = _license(entry)
     card = ModelCardData(
         library_name="transformers",
         pipeline_tag=_TASK,
@@ -83,30 +83,30 @@ def front_matter(result: Result) -> str:
         tags=tags,
         model_name=f"{spec.model_slug}-{spec.cell}",
         eval_results=scores or None,
-        license=licence.get("license"),
-        license_name=licence.get("license_name"),
-        license_link=licence.get("license_link"),
+        license=license_fields.get("license"),
+        license_name=license_fields.get("license_name"),
+        license_link=license_fields.get("license_link"),
     )
     return str(card.to_yaml(line_break="\n")) + "\n"
 
 
 def base_entry(result: Result) -> CatalogEntry | None:
-    """Return the catalogue's row of the model that was pruned, if it has one.
+    """Return the row of the catalog for the model that was pruned, or None.
 
-    A folder of the user's that is called like an alias is not that model.
+    A local folder with the name of an alias is not that model.
     """
     if result.model is None or result.model.source not in ("hub", "wheel"):
         return None
-    found = catalog().get(result.spec.model)
-    return found or next((e for e in catalog().values() if e.hub == result.spec.model), None)
+    entry = catalog().get(result.spec.model)
+    return entry or next((e for e in catalog().values() if e.hub == result.spec.model), None)
 
 
-def _licence(entry: CatalogEntry | None) -> dict[str, str]:
-    """Return what the front matter says of the base model's licence; nothing if it is unknown."""
+def _license(entry: CatalogEntry | None) -> dict[str, str]:
+    """Return the license fields of the front matter; empty if the license is unknown."""
     if entry is None:
         return {}
-    if entry.licence in _LICENCES:
-        return {"license": _LICENCES[entry.licence]}
+    if entry.licence in _LICENSES:
+        return {"license": _LICENSES[entry.licence]}
     named = {"license": "other", "license_name": re.sub(r"[^a-z0-9.]+", "-", entry.licence.lower())}
     if entry.hub:
         named["license_link"] = f"https://huggingface.co/{entry.hub}"
@@ -136,8 +136,10 @@ def _about(result: Result, storage: str) -> list[str]:
     if method.options:
         lines.append(f"- options: {_options(method.options)}")
     if result.allocation:
-        one = result.allocation
-        lines.append(f"- spread over the layers by `{one.name}`: {_options(one.options)}")
+        allocation = result.allocation
+        lines.append(
+            f"- spread over the layers by `{allocation.name}`: {_options(allocation.options)}"
+        )
     if result.spec.within_block:
         lines.append(f"- within a block: {result.spec.within_block}")
     if result.calibration:
@@ -205,5 +207,5 @@ def _provenance(result: Result) -> list[str]:
 
 
 def _text(text: str) -> str:
-    """Escape what Markdown or HTML would take for its own, and keep it on one line."""
+    """Escape characters that Markdown or HTML interprets, and keep the text on one line."""
     return re.sub(r"([\\`*|<>\[\]])", r"\\\1", " ".join(text.split()))

@@ -1,12 +1,12 @@
-"""Folders with packed 2:4 matrices: writing one, and reading one as if it were dense.
+"""Write folders with packed 2:4 matrices, and read every storage format as if it were dense.
 
-    packed24-00001-of-00002.safetensors   NAME.values24 and NAME.codes24 of every packed matrix,
-                                          and the other tensors as they are
+    packed24-00001-of-00002.safetensors   NAME.values24 and NAME.codes24 of each packed matrix,
+                                          and the other tensors unchanged
     packed24.json                         every tensor that the folder must hold
-    config.json, tokenizer, ...           as they were
+    config.json, tokenizer, ...           unchanged
 
-The files have no name that transformers looks for: it refuses the folder, where it would otherwise
-fill the matrices that it misses with random numbers.
+transformers looks for other file names and so refuses the folder; otherwise it would initialize
+the packed matrices, which it does not find, with random numbers.
 """
 
 from __future__ import annotations
@@ -23,8 +23,9 @@ import torch
 from torch import Tensor
 
 from prunebench.checkpoints.bitmask import bitmask_tensors, is_bitmask, plain_config
-from prunebench.checkpoints.derived import Derived, read_tensor
+from prunebench.checkpoints.derived import read_tensor
 from prunebench.checkpoints.fp8 import fp8_tensors, is_fp8, plain_fp8_config
+from prunebench.checkpoints.read_packed24 import CODES, VALUES, packed24_tensors
 from prunebench.errors import IncompatibleData, PrunebenchError, SaveError
 from prunebench.files import atomic_folder, cache_dir
 from prunebench.models.carried import copy_templates
@@ -38,7 +39,7 @@ from prunebench.models.safetensors_files import (
     weight_files,
 )
 from prunebench.models.source import LocalModel
-from prunebench.models.stored_config import require_unquantised, stored_config
+from prunebench.models.stored_config import require_unquantized, stored_config
 from prunebench.progress import Progress
 from prunebench.sparse24.packed import (
     DTYPES,
@@ -46,11 +47,8 @@ from prunebench.sparse24.packed import (
     check_24,
     pack24,
     require_24,
-    require_sound,
-    unpack24,
 )
 
-_VALUES, _CODES = ".values24", ".codes24"
 _SHARD_BYTES = 2 << 30
 _SIXTEEN_BITS = tuple(str(dtype).removeprefix("torch.") for dtype in DTYPES)
 
@@ -59,13 +57,13 @@ Kind = Literal["dense", "packed24", "sparse-24-bitmask", "fp8"]
 
 @dataclass(frozen=True)
 class Packing:
-    """What packing a folder did.
+    """Report of packing a folder.
 
     Attributes:
-        packed: The matrices that are packed now.
-        dense: Matrices of two dimensions that are not, with the reason.
-        packed_bytes: Of all tensors now.
-        dense_bytes: Of all tensors when all are dense.
+        packed: Names of the packed matrices.
+        dense: Reason why each other matrix was not packed, by name.
+        packed_bytes: Size of all tensors as written.
+        dense_bytes: Size of all tensors if all were dense.
         negative_zeros: Elements -0.0 that became +0.0.
     """
 
@@ -89,27 +87,27 @@ def dense_tensors(folder: Path) -> dict[str, StoredTensor]:
     """Return the tensors of a folder by name, packed ones as if they were dense.
 
     Raises:
-        IncompatibleData: A file is damaged, or a packed folder misses tensors or has others.
+        IncompatibleData: A file is damaged, or a packed folder does not match its index.
     """
     check_weight_files(folder)
     stored = stored_tensors(weight_files(folder))
     kind = kind_of(folder)
     if kind == "packed24":
-        return _packed_tensors(folder, stored)
+        return packed24_tensors(folder, stored)
     if kind == "fp8":
         return fp8_tensors(folder, stored)
     return bitmask_tensors(folder, stored) if kind == "sparse-24-bitmask" else stored
 
 
 def unpacked(local: LocalModel, progress: Progress) -> LocalModel:
-    """Return a model whose weights are dense: itself, or its copy in the cache, made once.
+    """Return a model with dense weights: itself, or its dense copy in the cache, made once.
 
     Raises:
-        IncompatibleData: It is quantised in a way that is not read.
+        IncompatibleData: It is quantized in a format that is not supported.
     """
     kind = kind_of(local.path)
     if kind == "dense":
-        require_unquantised(local.path)
+        require_unquantized(local.path)
         return local
     digest = hashlib.sha256(local.revision.encode()).hexdigest()[:12]
     path = cache_dir() / "models" / f"{local.source.id.replace('/', '--')}-dense-{digest}"
@@ -131,23 +129,23 @@ def require_same(
     name: Path,
     progress: Progress,
 ) -> None:
-    """Read a folder that was just written: it must be the same model.
+    """Read a folder that was just converted, and check that it holds the same model.
 
-    Packing forgets the sign of zeros and of NaN, and nothing else.
+    Packing loses the sign of zeros and of NaN, and nothing else.
 
     Args:
-        source: What it was made from.
-        tensors: The tensors of that, from `dense_tensors`.
-        folder: Where it is now.
-        name: Where it is going to be.
-        progress: Hears of the stage.
+        source: The folder that it was converted from.
+        tensors: The tensors of that folder, from `dense_tensors`.
+        folder: Its temporary name.
+        name: Its final name, for messages.
+        progress: Shows the stage.
 
     Raises:
-        SaveError: It holds anything else, or cannot be read.
+        SaveError: It holds another model, or cannot be read.
     """
     what, where = f"{name} was not saved: it is not what it was made from", ""
     config = dense_config(source) or stored_config(source)
-    with progress.stage("verify", total=len(tensors), detail=str(name), unit="tensors") as tell:
+    with progress.stage("verify", total=len(tensors), detail=str(name), unit="tensors") as advance:
         try:
             written = dense_tensors(folder)
             for key in sorted({*tensors, *written}):
@@ -157,35 +155,36 @@ def require_same(
                     where = f"{key} has changed"
                 if where:
                     break
-                tell(1)
+                advance(1)
             if other_files(folder) or stored_config(folder) != config:
                 where = where or "config.json has changed, or a file is beside the weights"
-        except Exception as error:  # whatever a reader would stumble over
+        except Exception as error:  # anything that a reader could raise
             where = error.what if isinstance(error, PrunebenchError) else str(error)
     if where:
         raise SaveError(what, where=where, fix="check the disk and try again")
 
 
-def _equal(one: StoredTensor, other: StoredTensor) -> bool:
-    if (one.dtype, one.shape) != (other.dtype, other.shape):
+def _equal(left: StoredTensor, right: StoredTensor) -> bool:
+    """Return whether two tensors are equal but for the sign of zeros and of NaN."""
+    if (left.dtype, left.shape) != (right.dtype, right.shape):
         return False
-    first, second = read_tensor(one), read_tensor(other)
-    if torch.equal(first.view(-1).view(torch.uint8), second.view(-1).view(torch.uint8)):
+    a, b = read_tensor(left), read_tensor(right)
+    if torch.equal(a.view(-1).view(torch.uint8), b.view(-1).view(torch.uint8)):
         return True
-    if not first.is_floating_point() or first.itemsize == 1:
+    if not a.is_floating_point() or a.itemsize == 1:  # float8 is never packed
         return False
-    return bool(((first == second) | (first.isnan() & second.isnan())).all())
+    return bool(((a == b) | (a.isnan() & b.isnan())).all())
 
 
 # ---------------------------------------------------------------- writing
 
 
 def write_dense(tensors: Mapping[str, StoredTensor], folder: Path) -> None:
-    """Write tensors as transformers reads them, in shards."""
-    pieces = ((name, read_tensor(one)) for name, one in tensors.items())
-    files = _write_shards(pieces, folder, "model")
+    """Write tensors as plain safetensors, in shards with an index if they need more than one."""
+    dense = ((name, read_tensor(tensor)) for name, tensor in tensors.items())
+    files = _write_shards(dense, folder, "model")
     if len(set(files.values())) > 1:
-        total = sum(one.stop - one.start for one in tensors.values())
+        total = sum(tensor.stop - tensor.start for tensor in tensors.values())
         index = {"metadata": {"total_size": total}, "weight_map": files}
         (folder / INDEX_NAME).write_text(json.dumps(index, indent=1) + "\n", encoding="utf-8")
 
@@ -193,62 +192,74 @@ def write_dense(tensors: Mapping[str, StoredTensor], folder: Path) -> None:
 def write_packed(
     tensors: Mapping[str, StoredTensor], folder: Path, *, progress: Progress
 ) -> Packing:
-    """Pack every matrix that is 2:4, and write all tensors.
+    """Pack every matrix that is 2:4, and write all tensors and the index.
+
+    Args:
+        tensors: From `dense_tensors`.
+        folder: The folder to write to.
+        progress: Shows the stage.
 
     Raises:
-        IncompatibleData: No matrix is 2:4 (the first group that breaks it is named), or the
+        IncompatibleData: No matrix is 2:4 (the error names the first group that breaks it), or the
             2:4 matrices are in float32.
     """
-    rows: dict[str, Any] = {}
-    work = _Packer(rows)
-    with progress.stage("pack", total=len(tensors), detail="2:4 matrices", unit="tensors") as tell:
+    packer = _Packer()
+    with progress.stage(
+        "pack", total=len(tensors), detail="2:4 matrices", unit="tensors"
+    ) as advance:
 
-        def told() -> Iterator[tuple[str, Tensor]]:
-            for one in tensors.values():
-                yield from work.pack(one)
-                tell(1)
+        def packed() -> Iterator[tuple[str, Tensor]]:
+            for tensor in tensors.values():
+                yield from packer.pack(tensor)
+                advance(1)
 
-        _write_shards(told(), folder, "packed24")
-    if not work.packed:
-        raise work.nothing_packed()
-    index = {"format": "packed24", "version": 1, "tensors": rows}
+        _write_shards(packed(), folder, "packed24")
+    if not packer.packed:
+        raise packer.nothing_packed()
+    index = {"format": "packed24", "version": 1, "tensors": packer.rows}
     (folder / PACKED_INDEX).write_text(json.dumps(index, indent=1) + "\n", encoding="utf-8")
-    total = sum(one.stop - one.start for one in tensors.values())
-    return Packing(tuple(work.packed), work.dense, work.bytes, total, work.negative_zeros)
+    return Packing(
+        packed=tuple(packer.packed),
+        dense=packer.dense,
+        packed_bytes=packer.bytes,
+        dense_bytes=sum(tensor.stop - tensor.start for tensor in tensors.values()),
+        negative_zeros=packer.negative_zeros,
+    )
 
 
 class _Packer:
-    """Packs tensor after tensor, and remembers what it did; `rows` becomes the index."""
+    """Packs one tensor at a time, and collects the index (`rows`) and the numbers of `Packing`."""
 
-    def __init__(self, rows: dict[str, Any]) -> None:
-        self.rows = rows
+    def __init__(self) -> None:
+        self.rows: dict[str, Any] = {}
         self.packed: list[str] = []
         self.dense: dict[str, str] = {}
         self.bytes = self.negative_zeros = 0
         self._first: IncompatibleData | None = None
 
     def pack(self, stored: StoredTensor) -> Iterator[tuple[str, Tensor]]:
+        """Yield what to write for a tensor: its values and codes, or itself if it is not 2:4."""
         tensor = read_tensor(stored)
-        found = self._try(stored, tensor)
+        result = self._try(stored, tensor)
         row = {"shape": list(stored.shape), "dtype": stored.dtype}
-        if found is None:
+        if result is None:
             self.rows[stored.name] = row | {"stored": "dense"}
             self.bytes += tensor.nbytes
             yield stored.name, tensor
             return
-        packed, across = found
+        packed, across = result
         self.rows[stored.name] = row | {"stored": "packed24", "transposed": across}
         self.packed.append(stored.name)
         self.bytes += packed.bytes
-        yield stored.name + _VALUES, packed.values
-        yield stored.name + _CODES, packed.codes
+        yield stored.name + VALUES, packed.values
+        yield stored.name + CODES, packed.codes
 
     def _try(self, stored: StoredTensor, tensor: Tensor) -> tuple[Packed24, bool] | None:
-        """Return the packed matrix, and whether its groups lie across (GPT-2 stores [in, out])."""
+        """Return the packed matrix, and whether it was transposed (GPT-2 stores [in, out])."""
         if tensor.ndim != 2 or not tensor.dtype.is_floating_point:
             return None
-        for across in (False, True):
-            matrix = tensor.T.contiguous() if across else tensor
+        for across in (False, True):  # as stored [out, in] first, then transposed
+            matrix = tensor.T.contiguous() if across else tensor  # [out, in]
             if matrix.shape[1] % 4:
                 continue
             report = check_24(matrix, name=stored.name)
@@ -263,11 +274,12 @@ class _Packer:
                 return pack24(matrix, name=stored.name), across
             if not across:
                 self.dense[stored.name] = f"{report.over:,} of {report.groups:,} groups break it"
-                self._remember(stored.name, report, matrix)
+                self._note_violation(stored.name, report, matrix)
         self.dense.setdefault(stored.name, f"no side of {list(stored.shape)} is a multiple of 4")
         return None
 
-    def _remember(self, name: str, report: Any, matrix: Tensor) -> None:
+    def _note_violation(self, name: str, report: Any, matrix: Tensor) -> None:
+        """Store the error of the first layer that is not 2:4; embedding and head never are."""
         if self._first is None and "embed" not in name and "head" not in name:
             try:
                 require_24(report, matrix, name=name)
@@ -275,28 +287,29 @@ class _Packer:
                 self._first = error
 
     def nothing_packed(self) -> IncompatibleData:
-        """Say why there is nothing to pack."""
+        """Return the error if no matrix was packed."""
         return self._first or IncompatibleData("no tensor is a matrix: there is nothing to pack")
 
 
 def _write_shards(tensors: Iterable[tuple[str, Tensor]], folder: Path, stem: str) -> dict[str, str]:
-    """Write tensors into as many files as they need; returns the file of each."""
+    """Write tensors to shards of up to 2 GiB; return the name of the file of each."""
     from safetensors.torch import save_file
 
     shards: list[list[str]] = []
-    waiting: dict[str, Tensor] = {}
+    batch: dict[str, Tensor] = {}
 
     def flush() -> None:
-        save_file(waiting, folder / f"{stem}-{len(shards) + 1}.part", {"format": "pt"})
-        shards.append(list(waiting))
-        waiting.clear()
+        # safetensors needs contiguous tensors; the final name needs the number of shards
+        save_file(batch, folder / f"{stem}-{len(shards) + 1}.part", {"format": "pt"})
+        shards.append(list(batch))
+        batch.clear()
 
     for name, tensor in tensors:
-        if waiting and sum(one.nbytes for one in waiting.values()) + tensor.nbytes > _SHARD_BYTES:
+        if batch and sum(t.nbytes for t in batch.values()) + tensor.nbytes > _SHARD_BYTES:
             flush()
-        waiting[name] = tensor.contiguous()
+        batch[name] = tensor.contiguous()
     flush()
-    files: dict[str, str] = {}
+    files: dict[str, str] = {}  # names hold the number of shards, so they are renamed at the end
     for number, names in enumerate(shards, 1):
         final = f"{stem}-{number:05}-of-{len(shards):05}.safetensors"
         final = f"{stem}.safetensors" if len(shards) == 1 else final
@@ -306,12 +319,12 @@ def _write_shards(tensors: Iterable[tuple[str, Tensor]], folder: Path, stem: str
 
 
 def dense_config(folder: Path) -> dict[str, Any] | None:
-    """Return the config for the dense weights of a folder; None if it is the one that it has."""
+    """Return the config for the dense weights of a folder; None if its own config fits."""
     return plain_fp8_config(folder) if is_fp8(folder) else plain_config(folder)
 
 
 def copy_companions(source: Path, target: Path) -> None:
-    """Copy what lies beside the weights; a config without what describes how they are stored."""
+    """Copy the other files of a folder; the config loses its compression settings."""
     for path in sorted(source.iterdir()):
         weights = path.suffix == ".safetensors" or path.name in (INDEX_NAME, PACKED_INDEX)
         if path.is_file() and not weights and not path.name.startswith("."):
@@ -320,76 +333,3 @@ def copy_companions(source: Path, target: Path) -> None:
     config = dense_config(source)
     if config is not None:
         (target / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-
-
-# ---------------------------------------------------------------- reading
-
-
-def _packed_tensors(folder: Path, stored: dict[str, StoredTensor]) -> dict[str, StoredTensor]:
-    rows = _read_index(folder)
-    wanted: set[str] = set()
-    for name, row in rows.items():
-        is_packed = row["stored"] == "packed24"
-        wanted |= {name + _VALUES, name + _CODES} if is_packed else {name}
-    for names, what in (
-        (sorted(wanted - stored.keys()), "misses"),
-        (sorted(stored.keys() - wanted), "has more than its index:"),
-    ):
-        if names:
-            raise IncompatibleData(
-                f"{folder} {what} {len(names)} tensors, the first is {names[0]}",
-                where=f"{PACKED_INDEX} names {len(wanted)} tensors, the files hold {len(stored)}",
-                fix="copy or download the folder again, or export the checkpoint again",
-            )
-    return {name: _from_index(name, row, stored) for name, row in rows.items()}
-
-
-def _read_index(folder: Path) -> dict[str, dict[str, Any]]:
-    path = folder / PACKED_INDEX
-    try:
-        document = json.loads(path.read_text("utf-8"))
-        rows: dict[str, dict[str, Any]] = document["tensors"]
-        sound = document["format"] == "packed24" and document["version"] == 1
-        sound = sound and all(row["stored"] in ("dense", "packed24") for row in rows.values())
-        sound = sound and all(len(row["shape"]) >= 0 for row in rows.values())
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise IncompatibleData(
-            f"{path} is damaged", where=f"{type(error).__name__}: {error}", fix="export again"
-        ) from None
-    if not sound:
-        raise IncompatibleData(
-            f"{path} is no index of packed24, version 1", fix="update prunebench, or export again"
-        )
-    return rows
-
-
-def _from_index(name: str, row: dict[str, Any], stored: dict[str, StoredTensor]) -> StoredTensor:
-    shape, dtype = tuple(row["shape"]), str(row["dtype"])
-    if row["stored"] == "dense":
-        one = stored[name]
-        if (one.shape, one.dtype) != (shape, dtype):
-            raise _unlike(one, shape, dtype)
-        return one
-    values, codes = stored[name + _VALUES], stored[name + _CODES]
-    across = bool(row.get("transposed"))
-    out, width = (shape[1], shape[0]) if across else shape
-    if (values.shape, values.dtype) != ((out, width // 2), dtype):
-        raise _unlike(values, (out, width // 2), dtype)
-    if (codes.shape, codes.dtype) != ((out, (width + 7) // 8), "uint8"):
-        raise _unlike(codes, (out, (width + 7) // 8), "uint8")
-
-    def make() -> Tensor:
-        packed = Packed24(read_tensor(values), read_tensor(codes))
-        require_sound(packed, name=name)
-        dense = unpack24(packed)
-        return dense.T.contiguous() if across else dense
-
-    return Derived.of(values, name=name, dtype=dtype, shape=shape, make=make)
-
-
-def _unlike(one: StoredTensor, shape: tuple[int, ...], dtype: str) -> IncompatibleData:
-    return IncompatibleData(
-        f"{one.name} is {one.dtype} {list(one.shape)}, {PACKED_INDEX} says {dtype} {list(shape)}",
-        where=f"in {one.path}",
-        fix="copy or download the folder again, or export the checkpoint again",
-    )

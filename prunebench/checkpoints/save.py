@@ -1,4 +1,4 @@
-"""What a run leaves besides its row: a pruned checkpoint with its card, and a file of masks."""
+"""Save the output of a run: the pruned checkpoint with its model card, and a mask file."""
 
 from __future__ import annotations
 
@@ -38,24 +38,31 @@ from prunebench.progress import Progress
 from prunebench.results.schema import Result
 
 RESULT_NAME = "prunebench.json"
-"""The copy of the result in a checkpoint's folder."""
+"""Name of the copy of the result in a checkpoint's folder."""
 
 
 def check_target(path: Path, *, need_bytes: int, replace: bool, folder: bool) -> None:
-    """Find out before the work whether a file or folder can be written at `path`.
+    """Check, before pruning, that a file or folder can be written.
+
+    Args:
+        path: The file or folder.
+        need_bytes: Its size, to check the free space.
+        replace: Whether an existing one may be replaced.
+        folder: Whether it is a folder.
 
     Raises:
-        UsageError: Something is there already, and `replace` is False.
+        UsageError: It exists, and `replace` is False; or it is a file where a folder is needed, or
+            the other way round.
         SaveError: It cannot be written.
     """
     taken = any(path.iterdir()) if folder and path.is_dir() else path.exists()
     if taken and folder and path.is_file():
-        raise UsageError(f"{path} is a file, a folder is wanted", fix="name another folder")
+        raise UsageError(f"{path} is a file, not a folder", fix="name another folder")
     if taken and not folder and path.is_dir():
-        raise UsageError(f"{path} is a folder, a file is wanted", fix="name a file in it")
+        raise UsageError(f"{path} is a folder, not a file", fix="name a file in it")
     if taken and not replace:
         raise UsageError(
-            f"{path} exists already", fix="name another place, or add --force to replace it"
+            f"{path} exists already", fix="name another path, or add --force to replace it"
         )
     require_writable(path.absolute().parent, need_bytes=need_bytes)
 
@@ -69,22 +76,21 @@ def save_model(
     replace: bool,
     progress: Progress,
 ) -> None:
-    """Write a folder that plain transformers loads, zeros in place, with a model card.
+    """Save a folder that `from_pretrained` loads, with zeros stored in place and a model card.
 
-    It is the folder of the dense model with other weights: config, tokenizer, and what the text
-    model does not use, are as they came. It is read again before it has its name.
+    Config, tokenizer, and what the text model does not use are copied from the dense model. The
+    folder is read again and verified before it gets its name.
 
     Args:
         model: The pruned model.
-        local: The dense model's folder.
-        path: Where to.
-        result: What was scored.
-        replace: Whether it may replace what is there.
-        progress: Hears of the stages.
+        local: The dense model.
+        path: The folder to write.
+        result: Of the run.
+        replace: Whether an existing folder may be replaced.
+        progress: Shows the stages.
 
     Raises:
-        SaveError: It could not be written, or what was written is not what was scored; nothing is
-            left at `path`, or what was there before.
+        SaveError: It could not be written, or differs from what was scored; `path` is unchanged.
     """
     assert result.model is not None
     source = stored_model(model, stored_tensors(weight_files(local.path)))
@@ -109,7 +115,7 @@ def save_model(
         expected = expected_of_model(model, sha256, dtype, carried)
         require_saved(part, expected, name=path, progress=progress)
     if carried:
-        size = sum(one.stop - one.start for one in carried.values())
+        size = sum(tensor.stop - tensor.start for tensor in carried.values())
         progress.note(
             f"  {len(carried)} tensors ({size / 1e6:,.1f} MB) that the text model does not use "
             f"were carried over as they are, the first is {min(carried)}"
@@ -117,13 +123,13 @@ def save_model(
 
 
 def _save_resident(model: Any, folder: Path) -> None:
-    """Let transformers write the weights; its config and generation settings are not wanted.
+    """Write the weights with `save_pretrained`, without its config files.
 
-    It refuses to write some settings that models came with.
+    It refuses some generation settings that published models have, so they are reset meanwhile.
     """
     from transformers import GenerationConfig
 
-    settings = model.generation_config
+    settings = model.generation_config  # restored below: the caller's model is unchanged
     model.generation_config = GenerationConfig()
     try:
         model.save_pretrained(folder)
@@ -134,26 +140,26 @@ def _save_resident(model: Any, folder: Path) -> None:
 
 
 def _require_names_of_source(folder: Path, source: StoredModel, name: Path) -> None:
-    """Refuse names that would not fit what is carried over: only together are they a model."""
+    """Raise `SaveError` if transformers wrote other names than those of the dense model's files."""
     others = sorted(stored_tensors(weight_files(folder)).keys() - source.names)
     if others:
         raise SaveError(
             f"{name} cannot be saved with what the text model does not use",
-            where=f"transformers wrote {others[0]}, which is no name of its source",
+            where=f"transformers wrote {others[0]}, which is not a name in its source",
             fix="use --weights disk, which keeps the names, or run without --save-model",
         )
 
 
 def save_shards(model: Any, weights: DiskWeights, folder: Path, source: StoredModel) -> None:
-    """Write a model whose blocks are on disk: a shard a block, one for the rest, and the index.
+    """Write a model whose blocks are on disk: one shard per block, one for the rest, and the index.
 
-    The files of pruned blocks are linked into the folder where the file system can, else copied.
+    The files of pruned blocks are hard-linked if the file system allows it, else copied.
 
     Args:
         model: The model.
-        weights: Where its blocks are.
-        folder: Where to.
-        source: The files of the dense model, whose names are taken.
+        weights: Its blocks on disk.
+        folder: The folder to write to.
+        source: The tensors of the dense model, whose names in the files are used.
 
     Raises:
         OSError: The disk is full.
@@ -168,7 +174,7 @@ def save_shards(model: Any, weights: DiskWeights, folder: Path, source: StoredMo
     }
     names = [f"model-{shard + 1:05d}-of-{count:05d}.safetensors" for shard in range(count)]
     write_tensors(folder / names[0], _renamed(outside, source))
-    for index, name in enumerate(names[1:]):
+    for index, name in enumerate(names[1:]):  # shard 1 has the rest, shard i + 2 block i
         pruned = weights.pruned_file(index)
         if pruned is None:
             with weights.open_block(index):
@@ -176,7 +182,7 @@ def save_shards(model: Any, weights: DiskWeights, folder: Path, source: StoredMo
             continue
         tensors = stored_tensors([pruned])
         renamed = _renamed(tensors, source)
-        if renamed.keys() == tensors.keys():
+        if renamed.keys() == tensors.keys():  # the file can be used as it is
             link_or_copy(pruned, folder / name)
         else:
             write_stored(folder / name, renamed)
@@ -184,19 +190,17 @@ def save_shards(model: Any, weights: DiskWeights, folder: Path, source: StoredMo
 
 
 def _renamed(tensors: Mapping[str, Any], source: StoredModel) -> dict[str, Any]:
-    """Name tensors as the files of the dense model do."""
+    """Rename tensors of the model to their names in the files of the dense model."""
     return {source.keys[name][0]: tensor for name, tensor in tensors.items()}
 
 
 def save_masks(linears: list[Linear], path: Path, *, weights: WeightStore | None = None) -> None:
-    """Write the keep masks of all pruned parameters of a loaded model.
-
-    The format is that of `models.masks`, in which the published MaskLLM masks come.
+    """Write the keep masks of all prunable parameters of a loaded model, as `models.masks` reads.
 
     Args:
         linears: All of the model, in order.
-        path: Where to.
-        weights: Where they are; by default in the model.
+        path: The file to write.
+        weights: Opens the blocks of a model on disk; None if all weights are in memory.
 
     Raises:
         SaveError: It could not be written.
@@ -207,34 +211,43 @@ def save_masks(linears: list[Linear], path: Path, *, weights: WeightStore | None
 def _masks_of(
     linears: list[Linear], weights: WeightStore | None
 ) -> Iterator[tuple[str, np.ndarray]]:
-    for index, mine in itertools.groupby(linears, lambda one: one.block_index):
+    """Yield name and packed keep mask of each parameter; experts of a stack share one."""
+    for index, members in itertools.groupby(linears, lambda linear: linear.block_index):
         with weights.open_block(index) if weights else contextlib.nullcontext():
-            parameters = {one.parameter_name: getattr(one.module, one.attribute) for one in mine}
+            parameters = {
+                linear.parameter_name: getattr(linear.module, linear.attribute)
+                for linear in members
+            }
             for name, parameter in parameters.items():
                 yield name, np.packbits((parameter.detach() != 0).cpu().numpy().reshape(-1))
 
 
 def save_stored_masks(tensors: Iterable[StoredTensor], path: Path) -> None:
-    """Write the same file as `save_masks` from the weights' files, a piece in memory at a time.
+    """Write the same file as `save_masks` from weight files, reading a piece at a time.
+
+    Args:
+        tensors: The prunable parameters, from `stored_tensors` or `stored_model`.
+        path: The file to write.
 
     Raises:
         SaveError: It could not be written.
         IncompatibleData: A weight file has become shorter.
     """
-    _write_masks(path, ((one.name, _packed(one)) for one in tensors))
+    _write_masks(path, ((tensor.name, _packed(tensor)) for tensor in tensors))
 
 
 def _packed(stored: StoredTensor) -> np.ndarray:
+    """Return the keep mask of a stored tensor, 8 weights a byte, [ceil(size / 8)]."""
     dtype = getattr(torch, stored.dtype)
     pieces = [
         np.packbits((torch.frombuffer(piece, dtype=dtype) != 0).numpy())
-        for piece in stored.pieces(align=8 * dtype.itemsize)  # whole bytes of bits
+        for piece in stored.pieces(align=8 * dtype.itemsize)  # whole bytes of the mask
     ]
     return np.concatenate(pieces)
 
 
 def _write_masks(path: Path, masks: Iterable[tuple[str, np.ndarray]]) -> None:
-    """Write what `numpy.savez_compressed` would, an entry at a time and with no dates in it."""
+    """Write what `numpy.savez_compressed` would, one entry at a time, and without timestamps."""
     with atomic_file(path) as part, zipfile.ZipFile(part, "w", zipfile.ZIP_DEFLATED) as archive:
         for name, packed in masks:
             entry = zipfile.ZipInfo(f"{name}.mask.npy")

@@ -83,7 +83,7 @@ def bench_command(
             explain_checkpoint,
             find_checkpoint,
         )
-        from prunebench.models.load import choose_device
+        from prunebench.models.device import choose_device
         from prunebench.sparse24.backends.table import require_backend
     store = ResultStore(results_dir)
     folder, result = find_checkpoint(checkpoint, store)

@@ -51,7 +51,7 @@ def settle_dtype(values: dict[str, Any], sources: dict[str, str]) -> None:
     if folder is None:
         sources["dtype"] += ": the checkpoint's own where the device has it (it is not here yet)"
         return
-    from prunebench.models.load import choose_devices
+    from prunebench.models.device import choose_devices
     from prunebench.run.dtype import choose_dtype
 
     device = choose_devices(device_of(values["device"]))[0]

@@ -58,7 +58,7 @@ def _devices() -> list[Finding]:
     import psutil
     import torch
 
-    from prunebench.models.load import is_emulated
+    from prunebench.models.device import is_emulated
 
     memory = psutil.virtual_memory()
     threads = torch.get_num_threads()

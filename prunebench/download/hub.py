@@ -1,7 +1,7 @@
-"""The Hugging Face hub: time limits, whether it answers, what went wrong, and pushing to it.
+"""The Hugging Face hub: timeouts, errors, reachability, and pushing.
 
-Every call of huggingface_hub goes through `asking`, so that a failure says what it was, in three
-lines, whatever was asked for. Files are fetched in `hub_files`.
+Every call of huggingface_hub goes through `asking`, which turns any failure into an error of three
+lines. Files are downloaded in `hub_files`.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ from prunebench.files import explain_os_error
 
 CONNECT_SECONDS = 10.0
 READ_SECONDS = 30.0  # without a byte
-WRITTEN_SECONDS = 300.0  # until what was sent has been worked through: a large commit takes long
-PAUSES_SECONDS = (1.0, 3.0)  # before a question is asked again
-MAX_WAIT_SECONDS = 60  # of what a busy hub may ask for; beyond, the user decides
+WRITTEN_SECONDS = 300.0  # for the answer to an upload: the hub takes long for a large commit
+PAUSES_SECONDS = (1.0, 3.0)  # before each retry
+MAX_WAIT_SECONDS = 60  # longest `Retry-After` to follow; a longer one is an error
 
 _REPOSITORY = re.compile(r"\w[\w.-]*/\w[\w.-]*")
-_OF_THE_DISK = {
+_DISK_ERRORS = {
     errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EIO,
 }  # fmt: skip
 _T = TypeVar("_T")
@@ -37,22 +37,22 @@ _T = TypeVar("_T")
 
 @functools.cache
 def limit_times() -> None:
-    """Give each request of huggingface_hub a time limit; most of its own wait for ever.
+    """Set a timeout for every request of huggingface_hub; most of them have none.
 
-    A default of the client is not enough: many of its calls pass `timeout=None`. The storage back
-    end hf_xet has limits of its own, of five minutes, and reads others from the environment.
+    A default timeout of the client is not enough: many calls pass `timeout=None`. The storage
+    backend hf_xet has timeouts of five minutes, and reads others from the environment.
     """
     from huggingface_hub import set_client_factory
     from huggingface_hub.utils._http import default_client_factory
 
     def client() -> Any:
-        made = default_client_factory()
-        hooks = made.event_hooks
-        made.event_hooks = {
+        session = default_client_factory()
+        hooks = session.event_hooks
+        session.event_hooks = {
             "request": [*hooks["request"], _limit],
             "response": [*hooks["response"], _refuse_long_waits],
         }
-        return made
+        return session
 
     set_client_factory(client)
     os.environ.setdefault("HF_XET_CLIENT_CONNECT_TIMEOUT", f"{CONNECT_SECONDS:.0f}s")
@@ -60,19 +60,20 @@ def limit_times() -> None:
 
 
 def _limit(request: Any) -> None:
+    """Lower the timeouts of a request to ours; the environment may raise them."""
     from huggingface_hub import constants
 
     silence = WRITTEN_SECONDS if request.method in ("POST", "PUT") else READ_SECONDS
     longest = max(silence, constants.HF_HUB_DOWNLOAD_TIMEOUT, constants.HF_HUB_ETAG_TIMEOUT)
-    given = request.extensions.get("timeout") or {}
+    timeouts = request.extensions.get("timeout") or {}
     limits = {"connect": CONNECT_SECONDS, "read": longest, "write": longest, "pool": longest}
     request.extensions["timeout"] = {
-        name: min(given.get(name) or limit, limit) for name, limit in limits.items()
+        name: min(timeouts.get(name) or limit, limit) for name, limit in limits.items()
     }
 
 
 def _refuse_long_waits(response: Any) -> None:
-    """Raise for a hub that asks to wait for minutes: huggingface_hub would, five times."""
+    """Raise if the hub asks to wait for minutes: huggingface_hub would wait, five times."""
     from huggingface_hub.utils._http import hf_raise_for_status
 
     seconds = response.headers.get("Retry-After", "")
@@ -83,7 +84,7 @@ def _refuse_long_waits(response: Any) -> None:
 
 @functools.cache
 def hub_problem() -> str:
-    """Return why the hub does not answer, or nothing where it does (asked once a process)."""
+    """Return why the hub does not answer, or "" if it does; asked once per process."""
     from huggingface_hub import constants, get_session
 
     limit_times()
@@ -95,41 +96,41 @@ def hub_problem() -> str:
 
 
 def hub_reachable() -> bool:
-    """Return whether the hub answers, be it slowly."""
+    """Return whether the hub answers."""
     return not hub_problem()
 
 
 @functools.cache
 def hub_errors() -> tuple[type[Exception], ...]:
-    """Return what huggingface_hub and its storage back end raise where the network or hub fails.
+    """Return what huggingface_hub and its storage backend raise for network and hub failures.
 
-    Its own errors descend from those of its HTTP library, whose name changes with its version;
-    hf_xet raises RuntimeError for whatever happens to it.
+    Most are subclasses of the errors of its HTTP library, which differs between its versions;
+    hf_xet raises RuntimeError for every failure.
     """
     from huggingface_hub import errors as hub
 
-    ours = (
+    names = (
         "HFValidationError",
         "EntryNotFoundError",
         "XetDownloadError",
         "RevisionResolutionError",
     )
-    named = (getattr(hub, name) for name in ours if hasattr(hub, name))
+    errors = (getattr(hub, name) for name in names if hasattr(hub, name))
     http = _http_library()
-    return (OSError, RuntimeError, json.JSONDecodeError, http.HTTPError, http.InvalidURL, *named)
+    return (OSError, RuntimeError, json.JSONDecodeError, http.HTTPError, http.InvalidURL, *errors)
 
 
 @contextmanager
 def asking(what: str, *, fix: str, revision: str | None = None) -> Iterator[None]:
-    """Turn whatever goes wrong with the hub inside into an error that says what it was.
+    """Convert any failure of the hub in the `with` block to an error with its cause and a fix.
 
     Args:
-        what: What is fetched: a repository, and a file where it is one.
-        fix: What to do where the hub is not at fault, nor the name: the way without it.
-        revision: The revision that was asked for, if any.
+        what: What is downloaded: a repository, or a repository and a file.
+        fix: What to do without the hub; used if the cause has no fix of its own.
+        revision: The revision that was requested, if any.
 
     Raises:
-        MissingResource: It cannot be had.
+        MissingResource: It cannot be downloaded.
         SaveError: The cache of huggingface_hub cannot be written.
     """
     limit_times()
@@ -142,7 +143,7 @@ def asking(what: str, *, fix: str, revision: str | None = None) -> Iterator[None
 
 
 def patiently(call: Callable[[], _T]) -> _T:
-    """Call, and again after a pause where the line was cut or the hub was in trouble."""
+    """Call, and retry after a pause if the connection was cut or the hub failed (status >= 500)."""
     for seconds in PAUSES_SECONDS:
         try:
             return call()
@@ -158,9 +159,9 @@ def patiently(call: Callable[[], _T]) -> _T:
 def hub_failure(
     what: str, error: Exception, *, fix: str, revision: str | None = None
 ) -> PrunebenchError:
-    """Return the error to raise for one of `hub_errors`: what it was, and what to do about it."""
+    """Return the error to raise for one of `hub_errors`, with its cause and a fix; see `asking`."""
     root = _root(error)
-    number = _number_of_disk(root)
+    number = _disk_errno(root)
     if number:
         from huggingface_hub import constants
 
@@ -171,7 +172,7 @@ def hub_failure(
 
 
 def hub_error_under(error: BaseException) -> Exception | None:
-    """Return the refusal of the hub or the failure of the line that an error was made from."""
+    """Return the hub response or connection failure that caused an error, or None."""
     deepest = None
     below: BaseException | None = error
     while below is not None:
@@ -182,15 +183,15 @@ def hub_error_under(error: BaseException) -> Exception | None:
     return deepest
 
 
-def _number_of_disk(error: BaseException) -> int:
-    """Return the number of an error of the disk, whoever raised it, or 0."""
-    written = re.search(r"\(os error (\d+)\)", str(error))  # by libraries in Rust
-    number = getattr(error, "errno", None) or (int(written[1]) if written else 0)
-    return number if number in _OF_THE_DISK else 0
+def _disk_errno(error: BaseException) -> int:
+    """Return the errno of a disk error, or 0 for other errors."""
+    match = re.search(r"\(os error (\d+)\)", str(error))  # of libraries in Rust
+    number = getattr(error, "errno", None) or (int(match[1]) if match else 0)
+    return number if number in _DISK_ERRORS else 0
 
 
 def _root(error: BaseException) -> BaseException:
-    """Return what happened: huggingface_hub wraps it, as in "cannot find it in the cache"."""
+    """Return the cause inside the errors of huggingface_hub that hide it ("not in the cache")."""
     from huggingface_hub.errors import LocalEntryNotFoundError
 
     wrappers = LocalEntryNotFoundError | ValueError | RuntimeError
@@ -200,26 +201,26 @@ def _root(error: BaseException) -> BaseException:
 
 
 def _is(error: BaseException, name: str) -> bool:
-    """Whether it is that error of the HTTP library under huggingface_hub."""
+    """Return whether an error is the named one of the HTTP library of huggingface_hub."""
     kind = getattr(_http_library(), name, None)
     return kind is not None and isinstance(error, kind)
 
 
 def _http_library() -> Any:
-    """Return httpx or its heir, whichever huggingface_hub was written for."""
+    """Return the HTTP library of huggingface_hub: httpx, or its successor."""
     from huggingface_hub.errors import HfHubHTTPError
 
     return sys.modules[HfHubHTTPError.__bases__[0].__module__.partition(".")[0]]
 
 
 def first_line(error: BaseException) -> str:
-    """Return the first line of an error's text, or the name of its kind."""
+    """Return the first line of an error's message, or the name of its class."""
     lines = str(error).strip().splitlines()
     return lines[0][:160] if lines else type(error).__name__
 
 
 def _reason(error: BaseException, what: str, revision: str | None) -> tuple[str, str]:
-    """Return what it was, and what to do about it ("" where only the way round is left)."""
+    """Return the cause of a failure, and its fix; "" if there is only the way without the hub."""
     from huggingface_hub.errors import FileMetadataError, HFValidationError, OfflineModeIsEnabled
 
     root = _root(error)
@@ -239,14 +240,14 @@ def _reason(error: BaseException, what: str, revision: str | None) -> tuple[str,
     if _is(root, "ConnectTimeout"):
         return f"the hub cannot be reached: no connection within {CONNECT_SECONDS:g} s", ""
     if _is(root, "TimeoutException") or isinstance(root, TimeoutError):
-        return "the hub cannot be reached: it took the question and did not answer in time", ""
+        return "the hub cannot be reached: it accepted the request and did not answer in time", ""
     if _is(root, "ProxyError"):
         return f"the proxy refuses: {first_line(root)}", "check HTTPS_PROXY and NO_PROXY"
     if _is(root, "ConnectError"):
         return f"the hub cannot be reached: {first_line(root)}", ""
     if isinstance(root, json.JSONDecodeError | FileMetadataError):
         return (
-            f"what answers at {_endpoint()} is no hub: {first_line(root)}",
+            f"what answers at {_endpoint()} is not a hub: {first_line(root)}",
             "check HF_ENDPOINT, and whether the network asks for a login of its own",
         )
     if _is(root, "TransportError") or "Consistency check failed" in text:
@@ -269,7 +270,7 @@ def _endpoint() -> str:
 
 
 def _answer(response: Any, what: str, revision: str | None) -> tuple[str, str]:
-    """Return what an answer of the hub above 399 means, and what to do about it."""
+    """Return the meaning of an error response of the hub (status >= 400), and its fix."""
     from huggingface_hub import get_token
 
     status, code = int(response.status_code), response.headers.get("X-Error-Code", "")
@@ -277,9 +278,9 @@ def _answer(response: Any, what: str, revision: str | None) -> tuple[str, str]:
     kind = "datasets/" if "/datasets/" in str(response.request.url) else ""
     page, token = f"{_endpoint()}/{kind}{what.split(' ')[0]}", get_token()
     if code == "GatedRepo":
-        whose = "this login has no access to it yet" if token else "nobody is logged in"
+        reason = "this login has no access to it yet" if token else "you are not logged in"
         return (
-            f"it is gated, and {whose} ({status}): the licence is accepted at {page}",
+            f"it is gated, and {reason} ({status}): the license is accepted at {page}",
             "accept it there, run hf auth login, and try again; or name a local copy",
         )
     if status == 401 and token and code != "RepoNotFound":
@@ -306,7 +307,7 @@ def _answer(response: Any, what: str, revision: str | None) -> tuple[str, str]:
     if status == 403:
         return (
             f"the hub forbids it ({status}: {says or 'no reason given'})",
-            "use a token that may: its permissions are set in the settings of the hub",
+            "use a token that may do it: its permissions are set in the settings of the hub",
         )
     if status >= 500:
         return (
@@ -318,7 +319,7 @@ def _answer(response: Any, what: str, revision: str | None) -> tuple[str, str]:
 
 @dataclass(frozen=True)
 class Repository:
-    """A model repository of the hub that may or may not be there yet."""
+    """A model repository of the hub, existing or to be created."""
 
     name: str
     exists: bool
@@ -326,21 +327,24 @@ class Repository:
 
     @property
     def url(self) -> str:
-        """Its page."""
+        """Address of its page."""
         return f"{_endpoint()}/{self.name}"
 
 
 def find_repository(name: str) -> Repository:
-    """Find out, before any work, whether something can be pushed to `org/name`.
+    """Check, before pruning, that the user can push to a repository.
+
+    Args:
+        name: `org/name`.
 
     Raises:
-        UsageError: It is no name of a repository.
-        MissingResource: The hub cannot be reached, or nobody is logged in.
+        UsageError: It is not the name of a repository.
+        MissingResource: The hub cannot be reached, or the user is not logged in.
     """
     from huggingface_hub import HfApi, errors
 
     if not _REPOSITORY.fullmatch(name):
-        raise UsageError(f"{name!r} is no repository", fix="give org/name or user/name")
+        raise UsageError(f"{name!r} is not a repository name", fix="give org/name or user/name")
     fix = "leave --push out: the folder can be pushed later with hf upload"
     problem = hub_problem()
     if problem:
@@ -354,23 +358,23 @@ def find_repository(name: str) -> Repository:
     except errors.LocalTokenNotFoundError as error:
         raise MissingResource(
             f"cannot push to {name}",
-            where="nobody is logged in",
+            where="you are not logged in",
             fix=f"run hf auth login, or {fix}",
         ) from error
     except errors.HFValidationError as error:
-        raise UsageError(f"{name!r} is no repository", where=first_line(error)) from None
+        raise UsageError(f"{name!r} is not a repository name", where=first_line(error)) from None
     except hub_errors() as error:
         where, advice = _reason(error, name, None)
         raise MissingResource(f"cannot push to {name}", where=where, fix=advice or fix) from error
 
 
 def push_folder(folder: Path, repository: Repository, *, private: bool, message: str) -> None:
-    """Upload a folder as one commit, making the repository if it is not there.
+    """Upload a folder as one commit, creating the repository if it does not exist.
 
     Args:
-        folder: What to upload.
-        repository: Where to.
-        private: Visibility of a new one; that of an old one stays.
+        folder: The folder to upload.
+        repository: From `find_repository`.
+        private: Visibility of a new repository; that of an existing one is not changed.
         message: Of the commit.
 
     Raises:
@@ -379,7 +383,10 @@ def push_folder(folder: Path, repository: Repository, *, private: bool, message:
     from huggingface_hub import HfApi
 
     limit_times()
-    failures: tuple[type[Exception], ...] = (*hub_errors(), ValueError)  # of the card, of a file
+    failures: tuple[type[Exception], ...] = (
+        *hub_errors(),
+        ValueError,
+    )  # ValueError: of a bad model card or file
     try:
         if not repository.exists:
             HfApi().create_repo(repository.name, private=private)

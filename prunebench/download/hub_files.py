@@ -1,9 +1,9 @@
-"""Files of the hub: out of the cache where they are there, else fetched; and verified, once.
+"""Get files of the hub from the cache or download them, and verify each once.
 
-The cache is that of huggingface_hub, in which a file is named by its hash: SHA-256 where it is
-large (LFS), Git's SHA-1 of a blob where it is small. A file that is not what its name says is
-deleted and fetched again. What has been verified is remembered by size and times, so that tens of
-gigabytes are read for it once and not at every run.
+The cache is that of huggingface_hub, in which a file is named by its hash: SHA-256 for large files
+(LFS), Git's SHA-1 of a blob for small ones. A file with another hash is deleted and downloaded
+again. A ledger records size and times of verified files, so that tens of gigabytes are hashed once
+and not in every run.
 """
 
 from __future__ import annotations
@@ -32,14 +32,14 @@ _CHUNK_BYTES = 4 << 20
 
 
 @dataclass(frozen=True)
-class Wanted:
-    """Which files of a repository: names that match one of `allow` and none of `ignore`."""
+class FilePatterns:
+    """Files of a repository: names that match one of `allow` and none of `ignore`."""
 
     allow: tuple[str, ...]
     ignore: tuple[str, ...] = ()
 
     def snapshot(self, repository: str, revision: str | None, *, cached: bool = False) -> Path:
-        """Call huggingface_hub's snapshot_download; `cached` touches no network."""
+        """Call `snapshot_download` and return the folder; with `cached`, no network access."""
         from huggingface_hub import snapshot_download
 
         return Path(
@@ -56,7 +56,7 @@ class Wanted:
 def cached_file(
     repository: str, name: str, *, revision: str | None, kind: Kind = "model"
 ) -> Path | None:
-    """Return where a file lies in the cache, or None; no network is touched."""
+    """Return the path of a file in the cache, or None; no network access."""
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
@@ -78,19 +78,19 @@ def fetch_file(
     progress: Progress,
     fix: str,
 ) -> Path:
-    """Return a file of the hub, whole: out of the cache, else downloaded.
+    """Return a verified file of the hub, from the cache or downloaded.
 
     Args:
         repository: `org/name`.
-        name: Path of the file in it.
+        name: Path of the file in the repository.
         revision: Branch, tag or commit; None is the main branch.
         kind: Of the repository.
-        progress: Hears of a download and of a verification.
-        fix: What the user can do instead, where the hub fails.
+        progress: Shows the download and the verification.
+        fix: What the user can do without the hub.
 
     Raises:
-        MissingResource: It is not here, and cannot be downloaded; the reason is said.
-        IncompatibleData: What arrives is not what the hub announces.
+        MissingResource: It is not in the cache, and cannot be downloaded; the reason is given.
+        IncompatibleData: The download does not have the hash that the hub announces.
         SaveError: The cache cannot be written.
     """
     path = cached_file(repository, name, revision=revision, kind=kind)
@@ -98,11 +98,11 @@ def fetch_file(
         path = _download_file(repository, name, revision, kind, progress, fix)
     if not _due([path]):
         return path
-    with _lock():  # of two runs the second waits, and finds it verified
+    with _lock():  # of two runs the second waits, and then the file is verified
         if _damaged([path], progress):
-            progress.note(f"{repository} {name} is damaged in the cache: it is fetched again")
+            progress.note(f"{repository} {name} is damaged in the cache: downloading it again")
             _delete(path)
-            commit = path.parents[name.count("/")].name  # not the branch: it may have moved on
+            commit = path.parents[name.count("/")].name  # the branch may have moved on
             path = _download_file(repository, name, commit, kind, progress, fix)
             _require_whole([path], repository, progress)
     return path
@@ -118,27 +118,29 @@ def _download_file(
         asking(f"{repository} {name}", fix=fix, revision=revision),
     ):
         url = hf_hub_url(repository, name, repo_type=kind, revision=revision)
-        # Asked first: hf_hub_download says of every failure that the file is not in the cache.
-        facts = patiently(lambda: get_hf_file_metadata(url))
+        # Asked first: hf_hub_download reports every failure as "not in the cache".
+        metadata = patiently(lambda: get_hf_file_metadata(url))
         path = Path(hf_hub_download(repository, name, revision=revision, repo_type=kind))
-    _announce({path: facts.etag})
+    _announce({path: metadata.etag})
     return path
 
 
-def cached_snapshot(repository: str, wanted: Wanted, *, revision: str | None) -> Path | None:
-    """Return the folder of a model that is all in the cache, or None; no network is touched."""
+def cached_snapshot(
+    repository: str, patterns: FilePatterns, *, revision: str | None
+) -> Path | None:
+    """Return the folder of a model that is completely in the cache, or None; no network access."""
     from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
     with contextlib.suppress(LocalEntryNotFoundError, HFValidationError):
-        return wanted.snapshot(repository, revision, cached=True)
+        return patterns.snapshot(repository, revision, cached=True)
     return None
 
 
 def describe(repository: str, *, revision: str | None, fix: str) -> Any:
-    """Ask the hub for a model's commit and files with their hashes (`ModelInfo`).
+    """Return the `ModelInfo` of a model: its commit, and its files with their hashes.
 
     Raises:
-        MissingResource: The hub fails, or refuses; the reason is said.
+        MissingResource: The hub cannot be reached, or refuses; the reason is given.
     """
     from huggingface_hub import HfApi
 
@@ -149,16 +151,23 @@ def describe(repository: str, *, revision: str | None, fix: str) -> Any:
 
 
 def download_snapshot(
-    repository: str, wanted: Wanted, *, revision: str | None, info: Any, fix: str
+    repository: str, patterns: FilePatterns, *, revision: str | None, info: Any, fix: str
 ) -> Path:
-    """Download a model that `info` describes; huggingface_hub names a file when it is whole.
+    """Download the files of a model; an interrupted download leaves no file with its final name.
+
+    Args:
+        repository: `org/name`.
+        patterns: Which files.
+        revision: Branch, tag or commit; None is the main branch.
+        info: From `describe`, for the hashes.
+        fix: What the user can do without the hub.
 
     Raises:
-        MissingResource: The hub fails, or refuses; the reason is said.
+        MissingResource: The hub cannot be reached, or refuses; the reason is given.
         SaveError: The cache cannot be written.
     """
     with asking(repository, fix=fix, revision=revision):
-        folder = wanted.snapshot(repository, revision)
+        folder = patterns.snapshot(repository, revision)
     hashes = {
         folder / file.rfilename: file.lfs.sha256 if file.lfs else file.blob_id
         for file in info.siblings or ()
@@ -168,13 +177,20 @@ def download_snapshot(
 
 
 def verify_snapshot(
-    folder: Path, repository: str, wanted: Wanted, *, progress: Progress, fix: str
+    folder: Path, repository: str, patterns: FilePatterns, *, progress: Progress, fix: str
 ) -> None:
-    """Verify the files of a snapshot in the cache, and fetch again what is damaged.
+    """Verify the files of a snapshot in the cache, and download damaged ones again.
+
+    Args:
+        folder: The snapshot; its name is the commit.
+        repository: `org/name`.
+        patterns: Which files.
+        progress: Shows the verification and the download.
+        fix: What the user can do without the hub.
 
     Raises:
         MissingResource: A file is damaged, and cannot be downloaded.
-        IncompatibleData: What arrives is not what the hub announces.
+        IncompatibleData: The download does not have the hash that the hub announces.
     """
     from huggingface_hub import HfApi
 
@@ -185,17 +201,17 @@ def verify_snapshot(
         if not damaged:
             return
         names = ", ".join(path.name for path in damaged)
-        progress.note(f"{repository}: damaged in the cache, and fetched again: {names}")
+        progress.note(f"{repository}: damaged in the cache, downloading again: {names}")
         for path in damaged:
             _delete(path)
-        commit = folder.name  # not the branch: it may have moved on
+        commit = folder.name  # the branch may have moved on
         with (
             progress.stage("download", detail=f"{repository} {names}"),
             asking(repository, fix=fix, revision=commit),
         ):
-            # Asked first: snapshot_download tries for half a minute, and then says less.
+            # Asked first: snapshot_download retries for half a minute, and then gives no reason.
             patiently(lambda: HfApi().model_info(repository, revision=commit))
-            wanted.snapshot(repository, commit)
+            patterns.snapshot(repository, commit)
         _require_whole(_files(folder), repository, progress)
 
 
@@ -204,13 +220,15 @@ def _files(folder: Path) -> list[Path]:
 
 
 def _require_whole(paths: Iterable[Path], repository: str, progress: Progress) -> None:
+    """Raise `IncompatibleData` if files that were downloaded again are damaged, and delete them."""
     damaged = _damaged(paths, progress)
     if damaged:
         for path in damaged:
             _delete(path)
+        names = ", ".join(path.name for path in damaged)
         raise IncompatibleData(
-            f"{repository} arrives damaged: {', '.join(path.name for path in damaged)}",
-            where="it has not the hash that the hub announces, twice",
+            f"{repository} is damaged after the download: {names}",
+            where="twice its hash was not the one that the hub announces",
             fix="a proxy or a full disk may be at fault: try again, or use another network",
         )
 
@@ -219,9 +237,9 @@ def _require_whole(paths: Iterable[Path], repository: str, progress: Progress) -
 
 
 def _blob(path: Path) -> Path:
-    """Return the file named by its hash that an entry of a snapshot points to.
+    """Return the blob, named by its hash, that an entry of a snapshot links to.
 
-    One link is followed, not all: behind it there may be a store with names of its own.
+    Only one link is followed: the blob may be a link too, into a store with other names.
     """
     return Path(os.path.normpath(path.parent / path.readlink())) if path.is_symlink() else path
 
@@ -231,7 +249,7 @@ def _ledger_path() -> Path:
 
 
 def _read_ledger() -> dict[str, Any]:
-    """Return hash and stamp by path of what was verified; a damaged ledger is an empty one."""
+    """Return hash and stamp of each verified file, by path; a damaged ledger counts as empty."""
     with contextlib.suppress(OSError, ValueError):
         ledger = json.loads(_ledger_path().read_text("utf-8"))
         if isinstance(ledger, dict):
@@ -240,16 +258,19 @@ def _read_ledger() -> dict[str, Any]:
 
 
 def _write_ledger(new: dict[str, Any]) -> None:
-    """Add to the ledger; what another process wrote in between is verified once more."""
+    """Add entries to the ledger, and drop those of deleted files.
+
+    An entry that another process writes in between is lost, and its file verified once more.
+    """
     entries = {**_read_ledger(), **new}
     entries = {path: entry for path, entry in entries.items() if Path(path).exists()}
     write_text(_ledger_path(), json.dumps(entries, indent=1, sort_keys=True) + "\n")
 
 
 def _announce(hashes: dict[Path, str | None]) -> None:
-    """Remember the hashes that the hub announced of files whose names do not say them.
+    """Record the hashes that the hub announced for files that are not named by their hash.
 
-    So it is where the cache has no symbolic links (some file systems; HF_HUB_DISABLE_SYMLINKS).
+    That is so in a cache without symbolic links (some file systems; HF_HUB_DISABLE_SYMLINKS).
     """
     new = {
         str(_blob(path)): [digest, None]
@@ -261,6 +282,7 @@ def _announce(hashes: dict[Path, str | None]) -> None:
 
 
 def _stamp(path: Path) -> list[int]:
+    """Return size and times of a file: if they are unchanged, so is the file."""
     stat = path.stat()
     return [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns]
 
@@ -272,7 +294,7 @@ def _lock() -> FileLock:
 
 
 def _due(paths: Iterable[Path]) -> list[tuple[Path, str]]:
-    """Return the files with a hash that are new or changed since they were verified."""
+    """Return the files that are new or changed since they were verified, with their hashes."""
     ledger = _read_ledger()
     due: list[tuple[Path, str]] = []
     for path in paths:
@@ -287,7 +309,7 @@ def _due(paths: Iterable[Path]) -> list[tuple[Path, str]]:
 
 
 def _damaged(paths: Iterable[Path], progress: Progress) -> list[Path]:
-    """Return the files that are not what their hash says; read only if new or changed since."""
+    """Return the files whose hash is wrong; only new and changed files are read."""
     due = _due(paths)
     if not due:
         return []
@@ -306,9 +328,9 @@ def _damaged(paths: Iterable[Path], progress: Progress) -> list[Path]:
 
 
 def _hashes(path: Path, like: str, advance: Any) -> Sequence[str]:
-    """Return the hashes of a file that may stand for it, of the length of `like`.
+    """Return the possible hashes of a file: SHA-256 if `like` has 64 digits, else two SHA-1.
 
-    Of 40 digits that is Git's, or the plain SHA-1, which some mirrors give instead.
+    The first is Git's hash of a blob, the second the plain SHA-1, which some mirrors announce.
     """
     if len(like) == 64:
         digests = [hashlib.sha256()]
@@ -325,7 +347,7 @@ def _hashes(path: Path, like: str, advance: Any) -> Sequence[str]:
 
 
 def _delete(path: Path) -> None:
-    """Remove an entry of a snapshot with all that it points to."""
+    """Remove an entry of a snapshot with the files that it links to."""
     blob = _blob(path)
     for file in {blob.resolve(), blob, path}:
         file.unlink(missing_ok=True)

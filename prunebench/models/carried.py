@@ -1,8 +1,7 @@
-"""What a checkpoint holds beside the text model: it is carried over as it is.
+"""Carry over the parts of a checkpoint that the text model does not use.
 
-A vision tower, blocks that predict several tokens ahead, the files of an image processor: pruning
-does not touch them, the config goes on to promise them, and so every saved folder has them too,
-byte for byte.
+A vision tower, multi-token-prediction blocks, the files of an image processor: pruning does not
+change them and the config still refers to them, so every saved folder has them too, byte for byte.
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ from prunebench.models.stored_config import stored_config
 from prunebench.models.stored_model import StoredModel, saved_names, stored_model
 
 TEMPLATES = "additional_chat_templates"
-"""The folder in which transformers keeps chat templates beyond the first."""
+"""Folder in which transformers saves chat templates other than the first."""
 
 _COMPANIONS = (
     "tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "added_tokens.json",
@@ -38,24 +37,24 @@ _COMPANIONS = (
 
 
 def carried_tensors(source: StoredModel) -> dict[str, StoredTensor]:
-    """Return the tensors that a text model has no place for, by their names in the files."""
+    """Return the tensors that the text model does not use, by name in the files."""
     return {
         key: tensor for key, tensor in source.unused.items() if not is_harmless(key, tensor.shape)
     }
 
 
 def require_carriable(folder: Path, model: nn.Module) -> None:
-    """Refuse, before the work, a model that could not be saved with what it does not use.
+    """Refuse, before pruning, a model that cannot be saved together with what it does not use.
 
-    Only together are they a model, and so the names must go on to fit: those that transformers
-    gives to what it saves must be those of the files.
+    The saved folder mixes tensors that transformers saves with tensors that are carried over, so
+    transformers must save under the names that the files have.
 
     Args:
         folder: The dense model.
         model: Built from its config, on any device.
 
     Raises:
-        IncompatibleData: They would not fit.
+        IncompatibleData: transformers would save under other names.
     """
     source = stored_model(model, stored_tensors(weight_files(folder)))
     carried = carried_tensors(source)
@@ -64,8 +63,8 @@ def require_carriable(folder: Path, model: nn.Module) -> None:
         raise IncompatibleData(
             f"{folder} cannot be saved with the {len(carried)} tensors that the text model does "
             "not use",
-            where=f"transformers would write {others[0]}, which is no name of its files; what is "
-            f"not used begins with {min(carried)}",
+            where=f"transformers would write {others[0]}, which is not a name in its files; "
+            f"what is not used begins with {min(carried)}",
             fix="use --weights disk, which keeps the names, or run without --save-model",
         )
 
@@ -74,7 +73,11 @@ def require_carriable(folder: Path, model: nn.Module) -> None:
 
 
 def write_stored(path: Path, tensors: Mapping[str, StoredTensor]) -> None:
-    """Write a safetensors file of tensors of other files, under these names, a piece at a time.
+    """Copy tensors of other files to a safetensors file, a piece at a time.
+
+    Args:
+        path: The file to write.
+        tensors: By their names in the new file.
 
     Raises:
         IncompatibleData: A file has become shorter.
@@ -91,7 +94,7 @@ def write_stored(path: Path, tensors: Mapping[str, StoredTensor]) -> None:
         }
         end += size
     text = json.dumps(header).encode()
-    text += b" " * (-(len(text) + 8) % 8)
+    text += b" " * (-(len(text) + 8) % 8)  # tensors begin at a multiple of 8 bytes
     with path.open("wb") as stream:
         stream.write(len(text).to_bytes(8, "little"))
         stream.write(text)
@@ -101,7 +104,7 @@ def write_stored(path: Path, tensors: Mapping[str, StoredTensor]) -> None:
 
 
 def add_carried(folder: Path, tensors: Mapping[str, StoredTensor]) -> None:
-    """Add tensors to a folder that holds a model already: one more shard, and a new index.
+    """Add tensors to the folder of a saved model, as one more shard, and write a new index.
 
     Raises:
         IncompatibleData: A file has become shorter.
@@ -111,7 +114,7 @@ def add_carried(folder: Path, tensors: Mapping[str, StoredTensor]) -> None:
         return
     files = weight_files(folder)
     count = len(files) + 1
-    (folder / INDEX_NAME).unlink(missing_ok=True)
+    (folder / INDEX_NAME).unlink(missing_ok=True)  # its file names have another count
     names = [f"model-{number:05d}-of-{count:05d}.safetensors" for number in range(1, count + 1)]
     for old, new in zip(files, names, strict=False):
         old.rename(folder / new)
@@ -120,7 +123,7 @@ def add_carried(folder: Path, tensors: Mapping[str, StoredTensor]) -> None:
 
 
 def write_index(folder: Path, names: Iterable[str]) -> None:
-    """Write the index of a model in several files."""
+    """Write the index of a model in several files of a folder."""
     rows = stored_tensors([folder / name for name in names])
     index = {
         "metadata": {"total_size": sum(row.stop - row.start for row in rows.values())},
@@ -129,11 +132,11 @@ def write_index(folder: Path, names: Iterable[str]) -> None:
     (folder / INDEX_NAME).write_text(json.dumps(index, indent=1, sort_keys=True), "utf-8")
 
 
-# ---------------------------------------------------------------- what is no weight
+# ---------------------------------------------------------------- config and tokenizer
 
 
 def copy_files(source: Path, target: Path) -> None:
-    """Copy tokenizer, chat templates, generation settings and processors, byte for byte."""
+    """Copy tokenizer, chat templates, generation config and processor files, byte for byte."""
     for path in sorted({path for kind in _COMPANIONS for path in source.glob(kind)}):
         if path.is_file() and path.suffix != ".safetensors":
             shutil.copyfile(path, target / path.name)
@@ -141,7 +144,7 @@ def copy_files(source: Path, target: Path) -> None:
 
 
 def copy_templates(source: Path, target: Path) -> None:
-    """Copy the folder of further chat templates, if there is one."""
+    """Copy the folder of additional chat templates, if there is one."""
     if (source / TEMPLATES).is_dir():
         (target / TEMPLATES).mkdir()
         for path in sorted((source / TEMPLATES).glob("*.jinja")):
@@ -149,26 +152,27 @@ def copy_templates(source: Path, target: Path) -> None:
 
 
 def write_config(source: Path, target: Path, model: Any, *, dtype: str) -> None:
-    """Write the config of a source with another dtype; all else is as it came.
+    """Copy the config of the dense model, with the dtype of the pruned one.
 
-    So what is carried over can still be loaded.
+    Everything else is unchanged, so that tensors that were carried over can still be loaded.
 
     Args:
-        source: The dense model.
-        target: The folder of the saved model.
-        model: What is saved.
+        source: Folder of the dense model.
+        target: Folder of the pruned model.
+        model: The pruned model.
         dtype: Of its parameters, e.g. `bfloat16`.
     """
     config = stored_config(source)
     _set_dtype(config, dtype)
     text = model.config.get_text_config()
     for key, value in config.items():
-        alone = text is model.config and key == "text_config"  # transformers took only this part
-        if isinstance(value, dict) and (alone or getattr(model.config, key, None) is text):
+        # Of some multimodal configs, transformers loads only `text_config`, as a config of its own.
+        text_only = text is model.config and key == "text_config"
+        if isinstance(value, dict) and (text_only or getattr(model.config, key, None) is text):
             _set_dtype(value, dtype)
     config.setdefault("architectures", [type(model).__name__])
-    text_of = json.dumps(config, indent=2, ensure_ascii=False)
-    (target / "config.json").write_text(text_of + "\n", encoding="utf-8")
+    document = json.dumps(config, indent=2, ensure_ascii=False)
+    (target / "config.json").write_text(document + "\n", encoding="utf-8")
 
 
 def _set_dtype(config: dict[str, Any], dtype: str) -> None:
@@ -177,13 +181,13 @@ def _set_dtype(config: dict[str, Any], dtype: str) -> None:
 
 
 def clean_tokenizer_config(folder: Path) -> None:
-    """Take out of a tokenizer that was written from a GGUF file what says only how it was read."""
+    """Remove from the config of a tokenizer made from a GGUF file the traces of its conversion."""
     path = folder / "tokenizer_config.json"
     if not path.is_file():
         return
     config = json.loads(path.read_text("utf-8"))
     for name in ("is_local", "local_files_only", "name_or_path", "gguf_file"):
         config.pop(name, None)
-    if config.get("model_max_length", 0) >= 1e20:  # transformers' word for "unknown"
+    if config.get("model_max_length", 0) >= 1e20:  # for transformers, this means unknown
         del config["model_max_length"]
     path.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -1,14 +1,14 @@
-"""Which tensor of a checkpoint is which parameter of the model, if that is a question of names.
+"""Match the tensors of a checkpoint with the parameters of a model, by name.
 
-transformers renames some keys when it loads a checkpoint, and rebuilds other tensors (it fuses the
-experts of a mixture, for example). What is only renamed can be read straight from the file, a block
-at a time; what is rebuilt cannot, and is refused by name.
+transformers renames some keys when it loads a checkpoint, and rebuilds other tensors from several
+(it fuses the experts of a mixture, for example). Renamed tensors can be read straight from the
+file, a block at a time; rebuilt ones cannot, and `--weights disk` refuses them.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,15 +23,17 @@ from prunebench.models.safetensors_files import StoredTensor
 
 @dataclass(frozen=True)
 class CheckpointKeys:
-    """Where the parameters and persistent buffers of a model lie in its files.
+    """Where the parameters and persistent buffers of a model are stored in its files.
 
     Attributes:
-        stored: By name in the model.
+        stored: Tensors that are stored as they are, by name in the model.
         rebuilt: Names in the model that transformers makes from several tensors, or several from
             one; with the key of one of them.
-        missing: Names that no file holds, and that are tied to none.
-        unused: Tensors that the architecture declares it does not load, by their name in the file.
-        refused: Names in the files of tensors that nothing in the model takes.
+        missing: Names in the model that no file holds, and that are not tied to one that a file
+            holds.
+        unused: Tensors that the architecture declares it does not load, by name in the file: real
+            weights of another part of the checkpoint (multi-token prediction, a vision tower).
+        refused: Names in the files of tensors that have no place in the model.
     """
 
     stored: dict[str, StoredTensor]
@@ -42,68 +44,65 @@ class CheckpointKeys:
 
 
 def check_tensors(model: nn.Module, stored: Mapping[str, StoredTensor]) -> CheckpointKeys:
-    """Refuse a checkpoint unless its tensors and the model's are the same, from the headers alone.
+    """Refuse a checkpoint that does not fit the model; only the headers of its files are needed.
 
     Args:
         model: The model, its parameters on any device.
-        stored: What the files hold, from `stored_tensors`.
+        stored: From `stored_tensors`.
 
     Raises:
-        IncompatibleData: A tensor is missing, has no place, has another shape, is there twice, or
-            holds integers where the model computes.
+        IncompatibleData: A tensor is missing, has no place in the model, has another shape, is
+            stored twice, or holds integers where the model has floating-point numbers.
     """
     keys = find_places(model, stored)
     require_complete(_folder_of(stored), missing=keys.missing, unplaced=keys.refused)
     return keys
 
 
-def unused_tensors(model: nn.Module, stored: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]:
-    """Return the weights of the files that the model's architecture declares it does not load.
-
-    Multi-token-prediction blocks, or a vision tower that a text model leaves out: real weights of
-    another part of the checkpoint. Buffers that are computed anyway are not among them.
-    """
-    return find_places(model, stored).unused
-
-
 def find_places(model: nn.Module, stored: Mapping[str, StoredTensor]) -> CheckpointKeys:
     """Match the tensors of a checkpoint with a model that was built from its config.
 
+    Args:
+        model: The model, its parameters on any device.
+        stored: From `stored_tensors`.
+
     Raises:
-        IncompatibleData: A tensor has another shape, is there twice, or is quantised.
+        IncompatibleData: A tensor has another shape, is stored twice, or is quantized.
     """
-    wanted = model.state_dict()
-    transforms = _transforms(model)
+    state = model.state_dict()
     places: dict[str, StoredTensor] = {}
-    parts: dict[tuple[str, str], list[str]] = {}  # of what is rebuilt: name and pattern, keys
+    parts: dict[tuple[str, str], list[str]] = {}  # keys of rebuilt tensors, by name and pattern
     rebuilt: dict[str, str] = {}
     unplaced: list[tuple[str, StoredTensor]] = []
-    for key, tensor in stored.items():
-        name, pattern = _name_in_model(model, key, wanted, transforms)
-        if name not in wanted:
+    for key, name, converter, pattern in matched_keys(model, stored, conversion_steps(model)):
+        tensor = stored[key]
+        if name not in state:
             unplaced.append((name, tensor))
             continue
-        if wanted[name].is_floating_point() and "float" not in tensor.dtype:
-            raise _quantised(tensor)
-        if name in places or (name in rebuilt and pattern is None):
+        # Codes of a quantized checkpoint have the right shape, and would be cast to floats.
+        if state[name].is_floating_point() and "float" not in tensor.dtype:
+            raise _quantized(tensor)
+        if name in places or (name in rebuilt and converter is None):
             other = places[name].name if name in places else rebuilt[name]
             raise IncompatibleData(
                 f"{tensor.path} holds {name} of the model twice",
                 where=f"as {other} and as {key}",
                 fix="remove the one that is not of this model",
             )
-        if pattern is not None:
+        if converter is not None:
             parts.setdefault((name, pattern), []).append(key)
-            rebuilt.update(dict.fromkeys(_made_with(name, pattern, transforms[1]), key))
+            targets = converter.target_patterns  # several: one tensor is split into many
+            names = [name.replace(targets[0], target) for target in targets]
+            rebuilt.update(dict.fromkeys(names, key))
             continue
-        if tuple(wanted[name].shape) != tensor.shape:
+        if tuple(state[name].shape) != tensor.shape:
             raise IncompatibleData(
                 f"{tensor.path} does not fit its config",
-                where=f"{key} is {list(tensor.shape)}, the model has {list(wanted[name].shape)}",
+                where=f"{key} is {list(tensor.shape)}, the model has {list(state[name].shape)}",
                 fix="check that config.json and the safetensors belong together",
             )
         places[name] = tensor
-    missing = set(wanted) - set(places) - set(rebuilt)
+    missing = set(state) - set(places) - set(rebuilt)
     gaps = {gap for keys in parts.values() for gap in _gaps(keys)}
     unused, refused = unplaced_tensors(model, {name: extra.shape for name, extra in unplaced})
     return CheckpointKeys(
@@ -118,16 +117,15 @@ def find_places(model: nn.Module, stored: Mapping[str, StoredTensor]) -> Checkpo
 def match_keys(
     model: nn.Module, stored: Mapping[str, StoredTensor], *, dtype: torch.dtype
 ) -> CheckpointKeys:
-    """Match the tensors of a checkpoint that is read a tensor at a time, see `check_tensors`.
+    """Match a checkpoint that `--weights disk` reads one tensor at a time, see `check_tensors`.
 
     Args:
         model: The model, its parameters on any device.
-        stored: What the files hold, from `stored_tensors`.
+        stored: From `stored_tensors`.
         dtype: Of the run.
 
     Raises:
-        IncompatibleData: The architecture or the checkpoint needs more than names; or as in
-            `check_tensors`.
+        IncompatibleData: transformers does more than rename its tensors; or as in `check_tensors`.
     """
     _require_plain(model, dtype)
     keys = find_places(model, stored)
@@ -143,29 +141,52 @@ def _folder_of(stored: Mapping[str, StoredTensor]) -> Path:
     return next((tensor.path.parent for tensor in stored.values()), Path())
 
 
-def _name_in_model(
-    model: Any, key: str, wanted: Mapping[str, Any], transforms: tuple[list[Any], list[Any]]
-) -> tuple[str, str | None]:
-    """Return the name of a checkpoint's tensor in the model, and the pattern that rebuilds it."""
-    from transformers.core_model_loading import rename_source_key
+def conversion_steps(model: Any) -> list[Any]:
+    """Return what transformers does to the keys of this architecture: renames and rebuilds."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
 
-    name, pattern = rename_source_key(key, *transforms, model.base_model_prefix, wanted)
-    if name not in wanted and key in wanted:
-        return key, None
-    return name, pattern
+    return list(get_model_conversion_mapping(model))
 
 
-def _made_with(name: str, pattern: str, converters: list[Any]) -> list[str]:
-    """Return all names that a conversion gives with the first of them."""
-    for converter in converters:
-        if pattern in converter.source_patterns:
-            first = converter.target_patterns[0]
-            return [name.replace(first, other) for other in converter.target_patterns]
-    return [name]
+def matched_keys(
+    model: Any, stored: Mapping[str, StoredTensor], steps: list[Any]
+) -> Iterator[tuple[str, str, Any, str]]:
+    """Yield for every key of a checkpoint its name in the model, its converter and its pattern.
+
+    The same as `transformers.core_model_loading` does, in the same order. A tensor that is only
+    renamed has no converter (None) and no pattern (""); a name that is not in the model is yielded
+    too.
+
+    Args:
+        model: The model, its parameters on any device.
+        stored: From `stored_tensors`.
+        steps: From `conversion_steps`; transformers notes in them which were used.
+    """
+    from transformers.core_model_loading import (
+        WeightConverter,
+        WeightRenaming,
+        dot_natural_key,
+        rename_source_key,
+    )
+
+    state, prefix = model.state_dict(), model.base_model_prefix
+    renamings = [step for step in steps if isinstance(step, WeightRenaming)]
+    converters = [step for step in steps if isinstance(step, WeightConverter)]
+    by_pattern = {
+        pattern: converter for converter in converters for pattern in converter.source_patterns
+    }
+    for key in sorted(stored, key=dot_natural_key):
+        name, pattern = rename_source_key(key, renamings, converters, prefix, state)
+        if name not in state and key in state:  # the file has the new names already
+            name, pattern = key, None
+        yield key, name, None if pattern is None else by_pattern[pattern], pattern or ""
 
 
 def _gaps(keys: list[str]) -> list[str]:
-    """Return the first key that is missing in a numbered row: experts are stacked as they come."""
+    """Return the first number that is missing from numbered keys, as a key, or nothing.
+
+    transformers stacks the experts that exist: a missing one would shift those after it.
+    """
     numbers = [[int(digits) for digits in re.findall(r"\d+", key)] for key in keys]
     if len({len(row) for row in numbers}) != 1:
         return []
@@ -178,39 +199,28 @@ def _gaps(keys: list[str]) -> list[str]:
     return []
 
 
-def _quantised(tensor: StoredTensor) -> IncompatibleData:
+def _quantized(tensor: StoredTensor) -> IncompatibleData:
     return IncompatibleData(
-        f"{tensor.path} is quantised: {tensor.name} is {tensor.dtype}",
+        f"{tensor.path} is quantized: {tensor.name} is {tensor.dtype}",
         where="integers would be read as if they were the weights",
-        fix="give the unquantised checkpoint",
-    )
-
-
-def _transforms(model: nn.Module) -> tuple[list[Any], list[Any]]:
-    """Return what transformers does to the keys of this architecture: renaming, rebuilding."""
-    from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import WeightConverter, WeightRenaming
-
-    steps = get_model_conversion_mapping(model)
-    return (
-        [step for step in steps if isinstance(step, WeightRenaming)],
-        [step for step in steps if isinstance(step, WeightConverter)],
+        fix="give the unquantized checkpoint",
     )
 
 
 def _require_plain(model: Any, dtype: torch.dtype) -> None:
+    """Refuse a model that transformers does not simply cast to `dtype`."""
     name = type(model).__name__
     if getattr(model.config, "quantization_config", None):
-        raise not_on_disk(name, "the checkpoint is quantised")
+        raise not_on_disk(name, "the checkpoint is quantized")
     strict = getattr(model, "_keep_in_fp32_modules_strict", None) or ()
     loose = getattr(model, "_keep_in_fp32_modules", None) or ()
-    kept = {torch.float16: {*strict, *loose}, torch.bfloat16: {*strict}}.get(dtype)
-    if kept:
-        raise not_on_disk(name, f"transformers keeps {sorted(kept)[0]} in float32")
+    in_float32 = {torch.float16: {*strict, *loose}, torch.bfloat16: {*strict}}.get(dtype)
+    if in_float32:
+        raise not_on_disk(name, f"transformers keeps {sorted(in_float32)[0]} in float32")
 
 
 def not_on_disk(architecture: str, reason: str) -> IncompatibleData:
-    """Return the refusal of `--weights disk` for an architecture."""
+    """Return the error for an architecture that `--weights disk` does not support."""
     return IncompatibleData(
         f"--weights disk does not fit {architecture}",
         where=reason,

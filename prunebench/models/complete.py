@@ -1,7 +1,7 @@
-"""Every tensor of the model is read from the files, and every tensor of the files has a place.
+"""Check that every tensor of the model is in the files, and every tensor of the files in the model.
 
-What transformers misses it fills with random numbers, and what it does not know it leaves out; both
-would be scored without a word. Every way of loading ends in `require_complete`.
+transformers initializes missing tensors with random numbers and ignores unknown ones; either way
+another model would be scored, without an error. Every way of loading ends in `require_complete`.
 """
 
 from __future__ import annotations
@@ -17,29 +17,29 @@ from prunebench.errors import IncompatibleData
 
 _HARMLESS = (
     r"rotary_emb\.(original_)?inv_freq$",  # computed from the config since 2023
-    r"rotary\.inv_freq$",  # the same of the first Falcon
+    r"rotary\.inv_freq$",  # the same, in the first Falcon
     r"(^|\.)position_ids$",  # 0, 1, 2, ...
-    r"\.attn_rot_embd(\.weight)?$",  # the frequencies again, in old GGUF files
-    r"attention\.masked_bias$|attn\.masked_bias$",  # the number that a masked score becomes
+    r"\.attn_rot_embd(\.weight)?$",  # the same, in old GGUF files
+    r"attention\.masked_bias$|attn\.masked_bias$",  # the score of masked positions, e.g. -1e9
 )
-"""Tensors that older versions stored, and that every version computes."""
+"""Buffers that older versions stored; every version computes them."""
 
 _CAUSAL_MASKS = r"(attn|attention)\.(bias|causal_mask)$"
-"""Lower triangles of ones, [1, 1, context, context]: GPT-2, GPT-NeoX. A bias has one dimension."""
+"""Lower triangles of ones, [1, 1, context, context] (GPT-2, GPT-NeoX); a real bias is a vector."""
 
 
 def require_complete(
     source: Path, *, missing: Iterable[str] = (), unplaced: Iterable[str] = ()
 ) -> None:
-    """Refuse a checkpoint that does not fit its model, by name.
+    """Refuse a checkpoint that does not fit its model.
 
     Args:
         source: The file or folder that was read.
-        missing: Parameters and persistent buffers of the model that were not read.
-        unplaced: Tensors of the files that nothing in the model takes; see `unplaced_tensors`.
+        missing: Parameters and persistent buffers of the model that are not in the files.
+        unplaced: Tensors of the files that have no place in the model; see `unplaced_tensors`.
 
     Raises:
-        IncompatibleData: There is one of either.
+        IncompatibleData: Names the first tensor of either.
     """
     names = sorted(missing)
     if names:
@@ -60,15 +60,15 @@ def require_complete(
 def unplaced_tensors(
     model: nn.Module, shapes: Mapping[str, tuple[int, ...] | None]
 ) -> tuple[set[str], set[str]]:
-    """Sort tensors that the model has no place for.
+    """Sort tensors that have no place in the model.
 
     Args:
         model: The model, on any device.
-        shapes: Of those tensors, by the name that transformers gives them; None if not known.
+        shapes: Shapes of those tensors, by the name that transformers gives them; None if unknown.
 
     Returns:
-        Those that the architecture declares unused (multi-token prediction, a vision tower): real
-        weights, of another part. And those to refuse. Harmless ones are in neither.
+        The tensors that the architecture declares unused (multi-token prediction, a vision tower:
+        real weights of another part), and the tensors to refuse. Harmless ones are in neither.
     """
     declared = _declared_unused(model)
     unused: set[str] = set()
@@ -81,7 +81,7 @@ def unplaced_tensors(
 
 
 def is_harmless(name: str, shape: tuple[int, ...] | None) -> bool:
-    """Whether a tensor is one that is computed anyway."""
+    """Return whether a tensor is a buffer that the model computes anyway."""
     if any(re.search(pattern, name) for pattern in _HARMLESS):
         return True
     mask = shape is not None and len(shape) == 4 and shape[:2] == (1, 1) and shape[2] == shape[3]
@@ -96,8 +96,9 @@ def _declared_unused(model: Any) -> re.Pattern[str] | None:
 
 
 def without_tied(model: Any, missing: Iterable[str]) -> set[str]:
-    """Return the missing names without those that are tied to one that was read."""
+    """Remove from missing names those that are tied to one that was read."""
     names = set(missing)
+    # A chain of ties (A to B, B to C) is one group: it is missing only if none of it was read.
     group_of: dict[str, set[str]] = {}
     for target, source in (getattr(model, "all_tied_weights_keys", None) or {}).items():
         group = group_of.setdefault(source, {source})

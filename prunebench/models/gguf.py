@@ -1,12 +1,12 @@
-"""GGUF files, read once by transformers and written as a plain safetensors folder.
+"""Convert GGUF files to a folder of safetensors, once, with the reader of transformers.
 
 Reading a GGUF takes half a minute for a small model, the folder under a second. The weights are
-dequantised to float32, which is exact. transformers refuses to save a model that still carries its
-quantiser, so the marks of it are removed first.
+dequantized to float32, which is exact. transformers refuses to save a model that still has a
+quantizer, so its traces are removed first.
 
-Large models come in parts, NAME-00001-of-00003.gguf, of which transformers reads the one that it is
-given; they are joined before, see `models.gguf_parts`. What the file says and transformers leaves
-out (tensors, scaling of positions) is refused by name, see also `models.gguf_rope`.
+Large models come in parts, NAME-00001-of-00003.gguf, of which transformers reads only the one that
+it is given; `models.gguf_parts` joins them first. A file with tensors or settings that transformers
+ignores (scaling of positions, for example) is refused, see also `models.gguf_rope`.
 """
 
 from __future__ import annotations
@@ -26,11 +26,16 @@ from prunebench.models.load import needs_package, quiet_transformers, require_lo
 
 
 def convert_gguf(gguf: Path, folder: Path) -> None:
-    """Write the model and tokenizer of `gguf`, one whole file, to `folder`, whole or not at all.
+    """Write the model and tokenizer of a GGUF file to a folder, completely or not at all.
+
+    Args:
+        gguf: One whole file, its parts joined.
+        folder: The folder to write.
 
     Raises:
         IncompatibleData: transformers cannot read the file (damaged, or an unknown architecture),
-            or reads another model than it holds.
+            or would read a different model.
+        MissingResource: It is one of several parts, or a package is not installed.
         SaveError: The folder cannot be written.
     """
     import torch
@@ -45,16 +50,17 @@ def convert_gguf(gguf: Path, folder: Path) -> None:
             model, info = AutoModelForCausalLM.from_pretrained(
                 **where,
                 dtype=torch.float32,
-                ignore_mismatched_sizes=True,  # they are refused below, by name
+                ignore_mismatched_sizes=True,  # require_loaded names them
                 output_loading_info=True,
             )
         except ImportError as error:
             raise needs_package(gguf, error) from error
         except Exception as error:
             if not isinstance(error, UNREADABLE) and type(error) is not Exception:
-                raise  # the library tokenizers raises a plain one
+                raise  # the tokenizers library raises plain Exceptions
             raise unreadable(gguf, error) from error
         _require_whole(gguf, reader, model, info)
+        # save_pretrained refuses or writes these marks of a quantized model.
         model.hf_quantizer = None
         for owner, name in (
             (model.config, "quantization_config"),
@@ -70,6 +76,7 @@ def convert_gguf(gguf: Path, folder: Path) -> None:
 
 
 def _require_one_part(path: Path, reader: Any) -> None:
+    """Refuse a part that was renamed, so that `gguf_parts` could not find the others."""
     count = reader.fields.get("split.count")
     if count is not None and int(count.contents()) > 1:
         number = int(reader.fields["split.no"].contents()) + 1
@@ -81,11 +88,12 @@ def _require_one_part(path: Path, reader: Any) -> None:
 
 
 def _require_whole(path: Path, reader: Any, model: Any, info: dict[str, Any]) -> None:
-    """Refuse a model that transformers read in part."""
+    """Refuse a model if transformers ignored a tensor or setting of its file."""
     tensors = {tensor.name: tensor for tensor in reader.tensors}
     require_loaded(path, model, info, shapes={})
     places = _places(model, reader)
     if places is not None:
+        # Stacked experts: the reader skips a matrix that is not in the file.
         missing = {
             name
             for place, name in places.items()
@@ -104,10 +112,10 @@ def _require_whole(path: Path, reader: Any, model: Any, info: dict[str, Any]) ->
 
 
 def _places(model: Any, reader: Any) -> dict[str, str] | None:
-    """Return the parameter of every tensor's name, as the older of two readers has it.
+    """Return the parameter for every tensor name of the older of two readers, which drops others.
 
-    It drops what it does not know. The newer one, which takes the architecture where it can, tells
-    (None here).
+    The newer reader reports what it does not load: for an architecture that it supports, None is
+    returned.
     """
     try:
         from transformers.integrations.gguf.utils import is_gguf_arch_supported

@@ -1,6 +1,6 @@
-"""Models in one GGUF file or in parts: which files they are, and how parts become one.
+"""Find and join the parts of a GGUF model, NAME-00001-of-00003.gguf.
 
-A light module: torch is not loaded to understand a name.
+This module does not import torch: model names are parsed with it.
 """
 
 from __future__ import annotations
@@ -17,16 +17,16 @@ UNREADABLE = (ValueError, KeyError, OSError, RuntimeError, IndexError, NotImplem
 
 
 def gguf_name(gguf: Path) -> str:
-    """Return the name of a model: the file's, without the number of the part."""
+    """Return the name of a model: the file's name without the part number."""
     part = _PART.match(gguf.stem)
     return part["stem"] if part else gguf.stem
 
 
 def gguf_parts(gguf: Path) -> list[Path]:
-    """Return all files of a model in order, whichever of them was named.
+    """Return all files of a model in order, given any of them.
 
     Raises:
-        MissingResource: A part is not there.
+        MissingResource: A part does not exist.
     """
     part = _PART.match(gguf.stem)
     if part is None:
@@ -46,7 +46,11 @@ def gguf_parts(gguf: Path) -> list[Path]:
 
 
 def join_gguf(parts: Sequence[Path], path: Path) -> None:
-    """Write one file of several parts: the settings of the first, the tensors of all.
+    """Join parts into one file: the settings of the first part, the tensors of all.
+
+    Args:
+        parts: The parts, in order.
+        path: The file to write.
 
     Raises:
         IncompatibleData: They are not the parts of one model.
@@ -59,17 +63,17 @@ def join_gguf(parts: Sequence[Path], path: Path) -> None:
     architecture = fields.get("general.architecture")
     names = [tensor.name for reader in readers for tensor in reader.tensors]
     promised = fields.get("split.tensors.count")
-    wanted = int(promised.contents()) if promised else len(names)
-    if architecture is None or len(names) != wanted or len(set(names)) != len(names):
+    count = int(promised.contents()) if promised else len(names)
+    if architecture is None or len(names) != count or len(set(names)) != len(names):
         raise IncompatibleData(
             f"{parts[0]} and its siblings are not the parts of one model",
-            where=f"they hold {len(set(names))} tensors, the first part promises {wanted}",
+            where=f"they hold {len(set(names))} tensors, the first part promises {count}",
             fix="copy or download all parts again",
         )
     writer = gguf.GGUFWriter(path, str(architecture.contents()))
     for name, field in fields.items():
         if name == "general.architecture" or name.startswith(("GGUF.", "split.")):
-            continue
+            continue  # the writer sets these itself; split.* would describe a part
         kind = field.types[0]
         item = field.types[-1] if kind == gguf.GGUFValueType.ARRAY else None
         writer.add_key_value(name, field.contents(), kind, sub_type=item)
@@ -89,7 +93,7 @@ def read_gguf(path: Path) -> Any:
     """Open a GGUF file.
 
     Raises:
-        IncompatibleData: It is none, or damaged.
+        IncompatibleData: It is not a GGUF file, or is damaged.
     """
     import gguf
 

@@ -1,9 +1,9 @@
-"""What a GGUF file says of positions and scales, and transformers does not read.
+"""RoPE scaling and other settings of a GGUF file that transformers does not read.
 
-llama.cpp stores the frequencies of Llama 3.1 as divisors of the plain ones, one number for every
-pair of channels. transformers leaves the tensor out, and every position would be rotated wrongly.
-The divisors follow from the four settings of the `llama3` scaling, which are found again here, and
-compared with the file.
+llama.cpp stores the RoPE frequencies of Llama 3.1 as divisors of the unscaled ones, one for every
+pair of channels. transformers ignores that tensor, and would rotate every position wrongly. The
+divisors follow from the four settings of the `llama3` scaling, which are recovered here by
+comparing the frequencies that they give with the file.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from prunebench.errors import IncompatibleData
 ROPE_FACTORS = "rope_freqs.weight"
 _RTOL = 1e-4
 _LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
-_CONTEXTS = (8192, 4096, 16384, 32768)  # that the model was trained with before
-_SETTINGS = {  # as the file calls it, and as the config does
+_CONTEXTS = (8192, 4096, 16384, 32768)  # candidates for original_max_position_embeddings
+_SETTINGS = {  # name in the file: name in the config
     "attention.sliding_window": "sliding_window",
     "attn_logit_softcapping": "attn_logit_softcapping",
     "final_logit_softcapping": "final_logit_softcapping",
@@ -30,27 +30,28 @@ _SETTINGS = {  # as the file calls it, and as the config does
 
 
 def apply_rope_factors(path: Path, model: Any, factors: np.ndarray) -> None:
-    """Make the config give the frequencies that the file holds.
+    """Set `rope_parameters` of the config so that it gives the frequencies of the file.
 
     Args:
         path: The file, for messages.
         model: As transformers read it.
-        factors: What each plain frequency is divided by, (head dimension / 2,).
+        factors: Divisors of the unscaled frequencies, [head dimension / 2].
 
     Raises:
-        IncompatibleData: No setting gives these.
+        IncompatibleData: No setting gives these frequencies.
     """
-    wanted = torch.as_tensor(np.array(factors), dtype=torch.float32).reshape(-1)
+    divisors = torch.as_tensor(np.array(factors), dtype=torch.float32).reshape(-1)
     config = model.config
     plain = _plain_frequencies(config)
-    if plain is not None and len(plain) == len(wanted):
-        if _close(_frequencies(config), plain / wanted):
+    if plain is not None and len(plain) == len(divisors):
+        if _close(_frequencies(config), plain / divisors):
             return
+        # The largest divisor is `factor`; the original context is the only unknown setting left.
         for context in _CONTEXTS:
             trial = dict(config.rope_parameters)
-            trial |= {"rope_type": "llama3", "factor": float(wanted.max()), **_LLAMA3}
+            trial |= {"rope_type": "llama3", "factor": float(divisors.max()), **_LLAMA3}
             trial["original_max_position_embeddings"] = context
-            if _close(_frequencies(config, trial), plain / wanted):
+            if _close(_frequencies(config, trial), plain / divisors):
                 config.rope_parameters = trial
                 return
     raise IncompatibleData(
@@ -61,10 +62,15 @@ def apply_rope_factors(path: Path, model: Any, factors: np.ndarray) -> None:
 
 
 def require_same_settings(path: Path, config: Any, reader: Any) -> None:
-    """Refuse a file whose settings transformers read otherwise than it says.
+    """Refuse a file if the config that transformers made of it has other settings.
+
+    Args:
+        path: The file, for messages.
+        config: As transformers read it.
+        reader: From `read_gguf`.
 
     Raises:
-        IncompatibleData: There is such a setting.
+        IncompatibleData: Names a setting that differs.
     """
     architecture = str(reader.fields["general.architecture"].contents())
 
@@ -93,7 +99,12 @@ def _otherwise(path: Path, name: str, value: Any, ours: Any) -> IncompatibleData
 
 
 def _frequencies(config: Any, parameters: dict[str, Any] | None = None) -> Tensor:
-    """Return the frequencies that the config gives, (head dimension / 2,), with other settings."""
+    """Return the RoPE frequencies of a config, [head dimension / 2].
+
+    Args:
+        config: Of the model; unchanged afterwards.
+        parameters: Used in place of its `rope_parameters`.
+    """
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
     before = config.rope_parameters
@@ -111,6 +122,7 @@ def _frequencies(config: Any, parameters: dict[str, Any] | None = None) -> Tenso
 
 
 def _plain_frequencies(config: Any) -> Tensor | None:
+    """Return the unscaled RoPE frequencies, theta^(-2i / d), or None without RoPE."""
     parameters = getattr(config, "rope_parameters", None) or {}
     theta = parameters.get("rope_theta")
     if theta is None:
@@ -121,5 +133,5 @@ def _plain_frequencies(config: Any) -> Tensor | None:
     return 1.0 / float(theta) ** exponents
 
 
-def _close(ours: Tensor, theirs: Tensor) -> bool:
-    return ours.shape == theirs.shape and torch.allclose(ours, theirs, rtol=_RTOL, atol=0.0)
+def _close(left: Tensor, right: Tensor) -> bool:
+    return left.shape == right.shape and torch.allclose(left, right, rtol=_RTOL, atol=0.0)

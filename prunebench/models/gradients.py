@@ -32,8 +32,8 @@ from torch import Tensor, nn
 from prunebench.errors import IncompatibleData
 from prunebench.files import atomic_file, cache_dir, require_writable
 from prunebench.models.backward import Backward
+from prunebench.models.hashing import hash_weights
 from prunebench.models.linears import Linear, find_linears
-from prunebench.models.load import hash_weights
 from prunebench.models.replay import plain_inference
 
 Norm = Literal["l1", "l2"]

@@ -1,9 +1,9 @@
-"""A model of the hub: the safetensors of a repository, or those of its conversion.
+"""Models of the hub: the safetensors of a repository, or of its converted pull request.
 
-Old repositories hold pickles only, and a pickle can run any program, so none is opened. For many,
-the hub's own converter has opened a pull request with the same weights as safetensors. It is used
-where it is there already and the user named no revision, and the row names it. Nothing is ever
-asked for in the user's name: no conversion is started, no pull request opened.
+Old repositories hold only pickles, and a pickle can run any program, so none is opened. For many of
+them the hub's converter has opened a pull request with the same weights as safetensors. It is used
+if it exists and the user named no revision, and the result names it. Nothing is requested in the
+user's name: no conversion is started, no pull request opened.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any
 
 from prunebench.download.hub import asking, patiently
 from prunebench.download.hub_files import (
-    Wanted,
+    FilePatterns,
     cached_snapshot,
     describe,
     download_snapshot,
@@ -27,10 +27,10 @@ from prunebench.download.hub_files import (
 from prunebench.errors import IncompatibleData, MissingResource
 from prunebench.files import cache_dir, write_text
 from prunebench.models.safetensors_files import weight_files
-from prunebench.models.stored_config import FP8, require_unquantised
+from prunebench.models.stored_config import FP8, require_unquantized
 from prunebench.progress import Progress
 
-_WANTED = Wanted(
+_PATTERNS = FilePatterns(
     allow=("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"),
     ignore=("original/*", "onnx/*"),
 )
@@ -49,7 +49,7 @@ class HubModel:
 
     Attributes:
         path: The folder of the snapshot; its name is the commit.
-        pull_request: `refs/pr/N` if the weights are those of a pull request that nobody named.
+        pull_request: `refs/pr/N` if the weights are those of the converter's pull request.
     """
 
     path: Path
@@ -57,23 +57,26 @@ class HubModel:
 
 
 def cached_model(repository: str, revision: str | None) -> HubModel | None:
-    """Return a model that lies in the cache with all its files, or None; asks no network."""
+    """Return a model that is completely in the cache, or None; no network access."""
     candidates: list[tuple[str | None, str | None]] = [(revision, None)]
     conversion = _read_conversions().get(repository)
     if revision is None and conversion:
         candidates.append((conversion, conversion))
-    for wanted, pull_request in candidates:
-        path = cached_snapshot(repository, _WANTED, revision=wanted)
+    for candidate, pull_request in candidates:
+        path = cached_snapshot(repository, _PATTERNS, revision=candidate)
         if path and _is_complete(path):
             return HubModel(path, pull_request)
     return None
 
 
 def _is_complete(folder: Path) -> bool:
-    """Whether all files are there, whole or not: other programs fetch some and leave out others."""
+    """Return whether no file is missing: other programs download only some of them.
+
+    Damaged files count as present; `verify_snapshot` downloads them again.
+    """
     try:
         weights = weight_files(folder)
-    except IncompatibleData:  # a damaged index, which is found and fetched again like any file
+    except IncompatibleData:  # a damaged index, which is downloaded again like any file
         return True
     tokenizer = any((folder / name).exists() for name in _TOKENIZER_FILES)
     config = (folder / "config.json").is_file()
@@ -81,18 +84,23 @@ def _is_complete(folder: Path) -> bool:
 
 
 def fetch_hub_model(repository: str, revision: str | None, progress: Progress) -> HubModel:
-    """Return a model of the hub, verified: out of the cache, else downloaded.
+    """Return a verified model of the hub, from the cache or downloaded.
+
+    Args:
+        repository: `org/name`.
+        revision: Branch, tag or commit; None is the main branch.
+        progress: Shows the download and the verification.
 
     Raises:
-        MissingResource: It cannot be had, or there are only pickles; the reason is said.
-        IncompatibleData: What arrives is not what the hub announces.
+        MissingResource: It cannot be downloaded, or has only pickles; the reason is given.
+        IncompatibleData: A downloaded file does not have the hash that the hub announces.
         SaveError: The cache cannot be written.
     """
     model = cached_model(repository, revision)
     if model is None:
         with progress.stage("download", detail=f"{repository} from the hub"):
             model = _download(repository, revision, progress)
-    verify_snapshot(model.path, repository, _WANTED, progress=progress, fix=_FIX)
+    verify_snapshot(model.path, repository, _PATTERNS, progress=progress, fix=_FIX)
     if model.pull_request:
         progress.note(
             f"  {repository} has pickles only: the safetensors are those of its pull request "
@@ -102,27 +110,32 @@ def fetch_hub_model(repository: str, revision: str | None, progress: Progress) -
 
 
 def _download(repository: str, revision: str | None, progress: Progress) -> HubModel:
+    """Download a model, or its conversion if it has only pickles and no revision was named."""
     info = describe(repository, revision=revision, fix=_FIX)
     pull_request = None
     names = [file.rfilename for file in info.siblings or ()]
     if not any(name.endswith(".safetensors") and "/" not in name for name in names):
         if revision is not None:
-            raise _only_pickles(f"{repository}@{revision}", "a revision was named, and is kept to")
+            raise _only_pickles(
+                f"{repository}@{revision}", "a revision was named, and no other is used"
+            )
         pull_request, info = _find_conversion(repository, info)
         revision = pull_request
     if "config.json" in names:  # before the weights, which may be hundreds of gigabytes
         config = fetch_file(
             repository, "config.json", revision=info.sha, progress=progress, fix=_FIX
         )
-        require_unquantised(config.parent, name=repository, reads=(FP8,))
-    path = download_snapshot(repository, _WANTED, revision=revision, info=info, fix=_FIX)
+        require_unquantized(config.parent, name=repository, reads=(FP8,))
+    path = download_snapshot(repository, _PATTERNS, revision=revision, info=info, fix=_FIX)
     if pull_request:
         _remember_conversion(repository, pull_request)
     return HubModel(path, pull_request)
 
 
 def _find_conversion(repository: str, main: Any) -> tuple[str, Any]:
-    """Return the reference of an open conversion of the very weights of `main`, and its facts.
+    """Return the open pull request that converts the weights of `main`, and its `ModelInfo`.
+
+    The pull request still holds the pickles that it converted: their hashes must be those of main.
 
     Raises:
         MissingResource: There is none, or it was made from other weights.
@@ -134,10 +147,11 @@ def _find_conversion(repository: str, main: Any) -> tuple[str, Any]:
         if _pickles(main).items() <= hashes.items():
             return reference, info
         stale = f"its conversion {reference} was made from other weights"
-    raise _only_pickles(repository, stale or "nobody has converted it there")
+    raise _only_pickles(repository, stale or "it has not been converted there")
 
 
 def _conversions(repository: str) -> Iterator[str]:
+    """Yield the references (`refs/pr/N`) of open pull requests by the hub's converter."""
     from huggingface_hub import HfApi
 
     with asking(repository, fix=_FIX):
@@ -151,13 +165,14 @@ def _conversions(repository: str) -> Iterator[str]:
                 )
             )
         )
-    for one in discussions:
-        ours = (one.author, one.title, one.status) == (_CONVERTER, _TITLE, "open")
-        if ours and one.is_pull_request:
-            yield f"refs/pr/{one.num}"
+    for discussion in discussions:  # checked again: a mirror may ignore the filters
+        facts = (discussion.author, discussion.title, discussion.status)
+        if facts == (_CONVERTER, _TITLE, "open") and discussion.is_pull_request:
+            yield f"refs/pr/{discussion.num}"
 
 
 def _pickles(info: Any) -> dict[str, str | None]:
+    """Return the hash of every pickle of a `ModelInfo`, by name."""
     return {
         file.rfilename: file.lfs and file.lfs.sha256
         for file in info.siblings or ()
@@ -179,7 +194,7 @@ def _memo() -> Path:
 
 
 def _read_conversions() -> dict[str, str]:
-    """Return which pull request stands in for which repository, for when the hub is gone."""
+    """Return the pull request used for each repository, so that the cache works offline."""
     with contextlib.suppress(OSError, ValueError):
         memo = json.loads(_memo().read_text("utf-8"))
         if isinstance(memo, dict):

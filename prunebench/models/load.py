@@ -1,11 +1,9 @@
-"""Loading: the config and tokenizer first, a skeleton without weights, and then the weights."""
+"""Load models: config and tokenizer first, a skeleton without weights, then the weights."""
 
 from __future__ import annotations
 
 import contextlib
-import hashlib
-import itertools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,15 +13,13 @@ from torch import nn
 from prunebench.errors import IncompatibleData, MissingResource, UsageError
 from prunebench.models.checkpoint_keys import check_tensors
 from prunebench.models.complete import require_complete, unplaced_tensors
-from prunebench.models.linears import find_blocks
 from prunebench.models.safetensors_files import check_weight_files, stored_tensors, weight_files
-from prunebench.models.stored_config import require_unquantised
-from prunebench.models.weights import weights_of
+from prunebench.models.stored_config import require_unquantized
 
 
 @contextlib.contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """Silence transformers' progress bars and warnings; what matters is checked and raised."""
+    """Silence the progress bars and warnings of transformers; problems are checked and raised."""
     from transformers.utils import logging
 
     level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
@@ -40,11 +36,15 @@ def quiet_transformers() -> Iterator[None]:
 def load_config(path: Path, *, trust_remote_code: bool = False) -> Any:
     """Read `config.json`.
 
-    The attention that it asks for is replaced by the one that every run uses: a config may ask for
-    a package that is not here, and two runs must not differ by what is installed.
+    The attention implementation that it names is replaced by the one that every run uses: it may
+    need a package that is not installed, and results must not depend on what is installed.
+
+    Args:
+        path: The folder of the model.
+        trust_remote_code: Whether code in the folder may be run.
 
     Raises:
-        IncompatibleData: It is not a model that this transformers knows.
+        IncompatibleData: This version of transformers does not support the model.
         MissingResource: It needs a package that is not installed.
     """
     from transformers import AutoConfig
@@ -65,7 +65,7 @@ def load_config(path: Path, *, trust_remote_code: bool = False) -> Any:
 
 
 def needs_package(what: Path | str, error: ImportError) -> MissingResource:
-    """Return the error for something that transformers reads only with another package."""
+    """Return the error for a model or tokenizer that needs another package."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return MissingResource(
         f"{what} needs a package that is not installed",
@@ -89,7 +89,7 @@ def load_tokenizer(path: Path) -> Any:
             raise needs_package(f"the tokenizer of {path}", error) from error
         except Exception as error:
             if not isinstance(error, ValueError | OSError | KeyError | TypeError) and (
-                type(error) is not Exception  # what the library tokenizers raises
+                type(error) is not Exception  # the tokenizers library raises plain Exceptions
             ):
                 raise
             raise MissingResource(
@@ -97,12 +97,12 @@ def load_tokenizer(path: Path) -> Any:
                 where=str(error).splitlines()[0][:200],
                 fix="copy tokenizer.json and tokenizer_config.json of the base model there",
             ) from error
-    tokenizer.model_max_length = int(1e30)  # long texts are cut into windows by us
+    tokenizer.model_max_length = int(1e30)  # no warning: long texts are cut into windows
     return tokenizer
 
 
 def context_length(config: Any) -> int | None:
-    """Return the longest sequence the model was built for, or None if it has no limit (ALiBi)."""
+    """Return the model's context length in tokens, or None if it has no limit (ALiBi)."""
     text = config.get_text_config()
     for name in ("max_position_embeddings", "n_positions", "max_seq_len"):
         value = getattr(text, name, None)
@@ -112,7 +112,13 @@ def context_length(config: Any) -> int | None:
 
 
 def require_context(config: Any, seqlen: int, *, option: str) -> None:
-    """Raise `UsageError` where `seqlen` is beyond the model's context."""
+    """Raise `UsageError` if `seqlen` is longer than the model's context.
+
+    Args:
+        config: Of the model.
+        seqlen: Tokens in a window.
+        option: Name of the option that set it, for the error.
+    """
     limit = context_length(config)
     if limit is not None and seqlen > limit:
         raise UsageError(
@@ -123,7 +129,12 @@ def require_context(config: Any, seqlen: int, *, option: str) -> None:
 
 
 def skeleton(config: Any) -> nn.Module:
-    """Build the model on the meta device: shapes and names, no weights, no memory."""
+    """Build the model on the meta device: names and shapes, no weights, no memory.
+
+    Raises:
+        IncompatibleData: It is not a causal language model.
+        MissingResource: It needs a package that is not installed.
+    """
     from transformers import AutoModelForCausalLM
 
     with torch.device("meta"), quiet_transformers():
@@ -141,26 +152,31 @@ def skeleton(config: Any) -> nn.Module:
 
 
 def attention_of(config: Any) -> str:
-    """Return the attention that the architecture is run with: `sdpa`, or `eager` if it has none."""
+    """Return the attention implementation of a run: `sdpa`, or `eager` if it is not supported."""
     from transformers import AutoModelForCausalLM
 
-    known: Any = AutoModelForCausalLM._model_mapping
-    kind = known.get(type(config), None)
-    return "sdpa" if getattr(kind, "_supports_sdpa", True) else "eager"
+    mapping: Any = AutoModelForCausalLM._model_mapping
+    model_class = mapping.get(type(config), None)
+    return "sdpa" if getattr(model_class, "_supports_sdpa", True) else "eager"
 
 
 def load_model(path: Path, *, dtype: torch.dtype, device: torch.device) -> nn.Module:
-    """Load the weights, ready to be evaluated: eval mode, no gradients, nothing made up.
+    """Load a model for evaluation: eval mode, no gradients, every tensor from the files.
+
+    Args:
+        path: The folder of the model.
+        dtype: Of the parameters.
+        device: Where they are.
 
     Raises:
         IncompatibleData: A tensor is missing from the files, has no place in the model, or does not
-            fit the config; or the weights are quantised.
+            fit the config; or the weights are quantized.
         MissingResource: It needs a package that is not installed.
     """
     from transformers import AutoModelForCausalLM
 
     check_weight_files(path)
-    require_unquantised(path)
+    require_unquantized(path)
     config = load_config(path)
     with quiet_transformers():
         try:
@@ -170,7 +186,7 @@ def load_model(path: Path, *, dtype: torch.dtype, device: torch.device) -> nn.Mo
                 dtype=dtype,
                 use_safetensors=True,
                 attn_implementation=attention_of(config),
-                ignore_mismatched_sizes=True,  # they are refused below, by name
+                ignore_mismatched_sizes=True,  # require_loaded names them
                 output_loading_info=True,
             )
         except ImportError as error:
@@ -187,7 +203,7 @@ def load_model(path: Path, *, dtype: torch.dtype, device: torch.device) -> nn.Mo
     model.requires_grad_(False)
     model.eval()
     ready: nn.Module = model.to(device)
-    if device.type == "cpu":  # out of the mapped file: else every later stage pays page faults
+    if device.type == "cpu":  # copy out of the mapped file: it would cost page faults later
         for parameter in ready.parameters():
             parameter.data = parameter.data.clone()
     return ready
@@ -196,137 +212,23 @@ def load_model(path: Path, *, dtype: torch.dtype, device: torch.device) -> nn.Mo
 def require_loaded(
     source: Path, model: nn.Module, info: dict[str, Any], *, shapes: Mapping[str, tuple[int, ...]]
 ) -> None:
-    """Refuse what transformers filled, left out, or could not fit, by name.
+    """Refuse a model if transformers initialized, ignored or could not fit a tensor.
 
     Args:
-        source: What was loaded.
-        model: The model.
-        info: Of `from_pretrained(..., output_loading_info=True)`.
-        shapes: Of the tensors in the files, as far as known.
+        source: The file or folder that was loaded.
+        model: The loaded model.
+        info: From `from_pretrained(..., output_loading_info=True)`.
+        shapes: Shapes of the tensors in the files, as far as known.
 
     Raises:
-        IncompatibleData: There is any.
+        IncompatibleData: Names such a tensor.
     """
-    for name, stored, wanted in sorted(info["mismatched_keys"], key=lambda row: str(row[0])):
+    for name, stored, expected in sorted(info["mismatched_keys"], key=lambda row: str(row[0])):
         raise IncompatibleData(
             f"{source} does not fit its config",
-            where=f"{name} is {list(stored)}, the model has {list(wanted)}",
+            where=f"{name} is {list(stored)}, the model has {list(expected)}",
             fix="check that config.json and the weights belong together",
         )
     extra = {str(name): shapes.get(str(name)) for name in info["unexpected_keys"]}
     _, unplaced = unplaced_tensors(model, extra)
     require_complete(source, missing=info["missing_keys"], unplaced=unplaced)
-
-
-def hash_weights(
-    model: nn.Module,
-    *,
-    look: Callable[[int], None] = lambda index: None,
-    advance: Callable[[int], None] = lambda done: None,
-) -> str:
-    """Return the SHA-256 over name, dtype, shape and bytes of every parameter, sorted by name.
-
-    Args:
-        model: The model; blocks that are on disk are read one at a time.
-        look: Called with the index of every block while it is there, for whoever wants to see it
-            in the same pass.
-        advance: Hears 1 for every block.
-    """
-    digest = hashlib.sha256()
-    prefix, _ = find_blocks(model)
-    weights = weights_of(model)
-    names = sorted(name for name, _ in model.named_parameters())
-    runs = [(index, list(run)) for index, run in itertools.groupby(names, _block_in(prefix))]
-    order = [index for index, _ in runs if index is not None]
-    following = dict(zip(order, [*order[1:], order[-1]], strict=True))
-    for index, members in runs:
-        if index is None:
-            _hash_parameters(model, members, digest)
-            continue
-        with weights.open_block(index, then=following[index]):
-            _hash_parameters(model, members, digest)
-            look(index)
-        advance(1)
-    return digest.hexdigest()
-
-
-def _block_in(prefix: str) -> Callable[[str], int | None]:
-    """Return what says of a parameter's name which block it is in; None for no block."""
-
-    def block(name: str) -> int | None:
-        inside = name.startswith(f"{prefix}.")
-        return int(name[len(prefix) + 1 :].partition(".")[0]) if inside else None
-
-    return block
-
-
-def _hash_parameters(model: nn.Module, names: list[str], digest: Any) -> None:
-    for name in names:
-        tensor = model.get_parameter(name).detach().contiguous().cpu()
-        digest.update(f"{name}\0{tensor.dtype}\0{tuple(tensor.shape)}\0".encode())
-        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
-
-
-_CPU_FACTS = Path("/proc/cpuinfo")
-_OWN_INSTRUCTIONS = {
-    torch.bfloat16: ("avx512_bf16", "amx_bf16", " bf16"),
-    torch.float16: ("avx512_fp16", "amx_fp16", " fphp"),
-}
-
-
-def is_emulated(dtype: torch.dtype, device: torch.device) -> bool | None:
-    """Whether a CPU has no instructions for a dtype; None where that cannot be told."""
-    flags = _OWN_INSTRUCTIONS.get(dtype)
-    if device.type != "cpu" or flags is None:
-        return False
-    if not _CPU_FACTS.is_file():
-        return None
-    facts = _CPU_FACTS.read_text("utf-8")
-    return not any(flag in facts for flag in flags)
-
-
-def choose_devices(names: str) -> tuple[torch.device, ...]:
-    """Return the devices for a `--device` value: one, or several GPUs between commas.
-
-    Raises:
-        UsageError: No such kind of device, or several that are not different GPUs of one kind:
-            another chip rounds otherwise, and the result would depend on where a batch ran.
-        MissingResource: A device is not in this machine.
-    """
-    devices = tuple(choose_device(name.strip()) for name in names.split(","))
-    if len(devices) == 1:
-        return devices
-    fix = "name different GPUs of one kind, as in --device cuda:0,cuda:1"
-    if len({one.index for one in devices if one.type == "cuda" and one.index is not None}) < len(
-        devices
-    ):
-        raise UsageError(f"{names!r} are not different GPUs", fix=fix)
-    kinds = {torch.cuda.get_device_name(one) for one in devices}
-    if len(kinds) > 1:
-        raise UsageError(f"{names!r} are different: {', '.join(sorted(kinds))}", fix=fix)
-    return devices
-
-
-def choose_device(name: str) -> torch.device:
-    """Return the device for a `--device` value; `auto` takes CUDA, else the CPU.
-
-    Raises:
-        UsageError: No such kind of device, or one without float64, in which statistics are summed.
-        MissingResource: The device is not in this machine.
-    """
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        device = torch.device("meta")
-    if device.type not in ("cpu", "cuda"):
-        raise UsageError(f"unknown device {name!r}", fix="use auto, cpu, cuda or cuda:0")
-    count = torch.cuda.device_count()
-    if device.type == "cuda" and (device.index or 0) >= count:
-        raise MissingResource(
-            f"device {name} is not available",
-            where=f"this machine has the cpu and {count} CUDA devices",
-            fix="use --device auto or --device cpu",
-        )
-    return device

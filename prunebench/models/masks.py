@@ -1,8 +1,8 @@
-"""Keep masks of a whole model, read one parameter at a time: from a mask file or a checkpoint.
+"""Read the keep masks of a model one parameter at a time, from a mask file or a checkpoint.
 
-A mask file is what `run --save-masks` writes and in which the published MaskLLM masks come: one
-entry a parameter, `<parameter name>.mask`, `numpy.packbits` of the keep mask in the parameter's own
-layout. A checkpoint's mask is where its weights are not zero.
+A mask file is what `run --save-masks` writes and the format of the published MaskLLM masks: one
+entry per parameter, `<parameter name>.mask`, `numpy.packbits` of the keep mask in the layout of the
+parameter. The mask of a checkpoint is where its weights are not zero.
 """
 
 from __future__ import annotations
@@ -28,20 +28,19 @@ from prunebench.models.safetensors_files import weight_files
 from prunebench.progress import Progress
 
 HUB_FILE = "mask_compressed.npz"
-"""Name of the mask file in a repository of the hub, as the published ones have it."""
-
+"""Name of the mask file in a hub repository, as in the published ones."""
 
 _DAMAGE = (ValueError, OSError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error)
-"""What numpy and zipfile raise where a file is not what it should be."""
+"""What numpy and zipfile raise for a damaged file."""
 
 
 @dataclass(frozen=True)
 class Masks:
-    """Masks that have been found to fit a model.
+    """Masks that fit a model.
 
     Attributes:
         origin: `hub:REPO@COMMIT`, or `sha256:` and the hash of the file or files.
-        read_parameter: Returns the keep mask of a parameter, bool, in its own layout.
+        read_parameter: Returns the keep mask of a parameter by its name: bool, its shape.
     """
 
     origin: str
@@ -50,21 +49,21 @@ class Masks:
     def read(self, linear: Linear) -> Bool[Tensor, "out in"]:
         """Return the keep mask of one matrix."""
         keep = self.read_parameter(linear.parameter_name)
-        keep = keep if linear.expert is None else keep[linear.expert]
-        return keep.T.contiguous() if linear.transposed else keep
+        keep = keep if linear.expert is None else keep[linear.expert]  # [experts, ...] -> [...]
+        return keep.T.contiguous() if linear.transposed else keep  # [out, in]
 
 
 def open_masks(name: str, linears: Sequence[Linear], progress: Progress) -> Masks:
-    """Find masks by name and check that they fit the model; none is kept in memory.
+    """Find masks by name and check that they fit the model; they are read later, one at a time.
 
     Args:
-        name: `hub:REPO` or `hub:REPO@REVISION`, a mask file (.npz), or a folder with a checkpoint.
-        linears: The prunable matrices of the model, maybe without weights.
-        progress: Hears of a download.
+        name: `hub:REPO` or `hub:REPO@REVISION`, a mask file (.npz), or the folder of a checkpoint.
+        linears: The prunable matrices of the model; they may be on the meta device.
+        progress: Shows a download.
 
     Raises:
-        MissingResource: There is nothing of the name, or the hub cannot be reached.
-        IncompatibleData: It is damaged, holds pickled objects, or belongs to another model.
+        MissingResource: They do not exist, or the hub cannot be reached.
+        IncompatibleData: They are damaged, hold pickled objects, or belong to another model.
     """
     shapes = {linear.parameter_name: tuple(_parameter(linear).shape) for linear in linears}
     origin = masks_origin(name, progress)
@@ -80,7 +79,7 @@ def masks_origin(name: str, progress: Progress) -> str:
     """Return where masks come from: `hub:REPO@COMMIT`, or a hash of the file or files.
 
     Raises:
-        MissingResource: There is nothing of the name, or the hub cannot be reached.
+        MissingResource: They do not exist, or the hub cannot be reached.
     """
     if name.startswith("hub:"):
         return _from_hub(name.removeprefix("hub:"), progress)[1]
@@ -93,10 +92,10 @@ def masks_origin(name: str, progress: Progress) -> str:
 
 
 def require_masks_named(name: str) -> None:
-    """Refuse a name that cannot be one of masks, before anything is fetched.
+    """Refuse a name that cannot be one of masks, before anything is downloaded.
 
     Raises:
-        MissingResource: It is no file or folder here.
+        MissingResource: There is no such file or folder.
         UsageError: It is neither a mask file nor a folder.
     """
     path = Path(name).expanduser()
@@ -106,7 +105,7 @@ def require_masks_named(name: str) -> None:
         raise MissingResource(f"there are no masks at {name}", fix="check the path")
     if path.suffix != ".npz":
         raise UsageError(
-            f"{name} is no file of masks",
+            f"{name} is not a mask file",
             where="masks are a .npz file, a checkpoint's folder, or hub:REPO",
             fix="make one with prunebench run --save-masks masks.npz",
         )
@@ -130,10 +129,17 @@ def _from_hub(repository: str, progress: Progress) -> tuple[Path, str]:
 
 
 def mask_file(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> Callable[[str], Tensor]:
-    """Check that a mask file covers parameters of some shapes; return what reads one of them.
+    """Check that a mask file fits the parameters of a model; return a function that reads a mask.
+
+    Args:
+        path: The file.
+        shapes: Shapes of the parameters, by name.
+
+    Returns:
+        From the name of a parameter to its keep mask, bool, of its shape.
 
     Raises:
-        IncompatibleData: It is no mask file, holds pickled objects, or does not fit the shapes.
+        IncompatibleData: It is not a mask file, holds pickled objects, or does not fit the shapes.
     """
     try:
         stored = np.load(path, allow_pickle=False)
@@ -146,8 +152,7 @@ def mask_file(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> Callable[[st
         ) from None
 
     def packed(name: str) -> Any:
-        shape = shapes[name]
-        size = int(np.prod(shape))
+        size = int(np.prod(shapes[name]))
         try:
             bits = stored[f"{name}.mask"] if f"{name}.mask" in entries else None
         except _DAMAGE as error:  # pickled, cut short, or with wrong bits
@@ -155,26 +160,27 @@ def mask_file(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> Callable[[st
                 f"{path} is damaged", where=f"{name}: {error}", fix="copy or make it again"
             ) from None
         if bits is None or bits.dtype != np.uint8 or bits.size != (size + 7) // 8:
-            found = "nothing" if bits is None else f"{bits.size} bytes of {bits.dtype}"
+            entry = "nothing" if bits is None else f"{bits.size} bytes of {bits.dtype}"
             raise IncompatibleData(
                 f"{path} does not fit the model",
-                where=f"{name} needs {size} bits, the file holds {found}",
+                where=f"{name} needs {size} bits, the file holds {entry}",
                 fix="use the masks of this very model",
             )
         return bits
 
-    for name in shapes:
+    for name in shapes:  # every entry is checked before the run starts; none stays in memory
         packed(name)
 
     def read(name: str) -> Tensor:
         shape = shapes[name]
-        bits = np.unpackbits(packed(name), count=int(np.prod(shape)))
+        bits = np.unpackbits(packed(name), count=int(np.prod(shape)))  # [size], without padding
         return torch.from_numpy(bits.astype(bool)).view(shape)
 
     return read
 
 
 def _checkpoint(folder: Path, shapes: Mapping[str, tuple[int, ...]]) -> Callable[[str], Tensor]:
+    """Do what `mask_file` does, for a checkpoint's folder."""
     from safetensors import SafetensorError, safe_open
 
     files = weight_files(folder)

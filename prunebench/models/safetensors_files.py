@@ -1,4 +1,4 @@
-"""Safetensors files without loading them: which there are, whether they are whole, piece by piece.
+"""Read safetensors files in pieces: which files a folder has, their headers, checks and hashes.
 
 The format is an 8-byte little-endian header length, a JSON header, and the tensors' bytes
 (https://github.com/huggingface/safetensors#format); a file whose size differs from what its header
@@ -22,24 +22,27 @@ INDEX_NAME = "model.safetensors.index.json"
 PACKED_INDEX = "packed24.json"
 ADAPTER_CONFIG = "adapter_config.json"
 _PIECE_BYTES = 16 << 20
-_DTYPES = {  # as the format names them: as torch does, and bytes an element
+_DTYPES = {  # name in the format: name in torch, bytes per element
     "BOOL": ("bool", 1), "U8": ("uint8", 1), "I8": ("int8", 1), "I16": ("int16", 2),
     "U16": ("uint16", 2), "I32": ("int32", 4), "U32": ("uint32", 4), "I64": ("int64", 8),
     "U64": ("uint64", 8), "F16": ("float16", 2), "BF16": ("bfloat16", 2), "F32": ("float32", 4),
     "F64": ("float64", 8), "F8_E4M3": ("float8_e4m3fn", 1), "F8_E5M2": ("float8_e5m2", 1),
 }  # fmt: skip
 DTYPE_CODES = {name: code for code, (name, _) in _DTYPES.items()}
-"""What the format calls a dtype of torch."""
+"""Name in the format for a dtype of torch."""
 
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """Where a tensor lies in a file.
+    """Location of a tensor in a file.
 
     Attributes:
-        dtype: As torch names it, e.g. `bfloat16`; as the format does where torch has none.
+        path: The file.
+        name: In the file.
+        dtype: Name in torch, e.g. `bfloat16`; the format's name if torch has no such dtype.
+        shape: As stored, row-major.
         start: Offset of its first byte in the file.
-        stop: Offset behind its last byte.
+        stop: Offset after its last byte.
     """
 
     path: Path
@@ -55,7 +58,7 @@ class StoredTensor:
         return math.prod(self.shape)
 
     def pieces(self, *, align: int = 1) -> Iterator[bytearray]:
-        """Read its bytes in pieces of about 16 MB, each a multiple of `align` bytes.
+        """Yield its bytes in pieces of about 16 MB, each a multiple of `align` bytes.
 
         The bytes are row-major and little endian, as the format stores them.
 
@@ -67,21 +70,21 @@ class StoredTensor:
             stream.seek(self.start)
             for at in range(self.start, self.stop, step):
                 piece = bytearray(min(step, self.stop - at))
-                if stream.readinto(piece) != len(piece):
+                if stream.readinto(piece) != len(piece):  # truncated after its header was read
                     raise _damaged(self.path, f"{self.name} ends early")
                 yield piece
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """Return the files that hold the weights of a model's folder, sorted; none if there are none.
+    """Return the files that hold the weights of a model's folder, sorted; empty if there are none.
 
-    The one rule, for whoever reads, hashes, copies or shows a folder: `model.safetensors`, or the
+    Everything that reads, hashes or copies a folder uses this rule: `model.safetensors`, or the
     files of `model.safetensors.index.json`, or those of `packed24.json`. Any other safetensors file
-    in the folder is no part of the model, see `other_files`.
+    in the folder is not part of the model, see `other_files`.
 
     Raises:
-        IncompatibleData: The folder has two of these, or something else that other readers would
-            take for the model or for a part of it.
+        IncompatibleData: The folder has two of these, or something else that other programs would
+            read as the model or as part of it.
     """
     layouts = {name: files for name, files in _layouts(folder) if files}
     if len({tuple(files) for files in layouts.values()}) > 1:
@@ -95,11 +98,12 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def other_files(folder: Path) -> list[Path]:
-    """Return the safetensors files of a folder that are no part of its model, sorted."""
+    """Return the safetensors files of a folder that are not part of its model, sorted."""
     return sorted(set(folder.glob("*.safetensors")) - set(weight_files(folder)))
 
 
 def _layouts(folder: Path) -> Iterator[tuple[str, list[Path]]]:
+    """Yield each way in which a folder holds weights: the deciding file, and the weight files."""
     single, index = folder / SINGLE_NAME, folder / INDEX_NAME
     if index.is_file():
         try:
@@ -109,7 +113,7 @@ def _layouts(folder: Path) -> Iterator[tuple[str, list[Path]]]:
         except (ValueError, KeyError, AttributeError) as error:
             raise _damaged(index, f"not a weight index: {error}") from None
         outside = sorted(name for name in names if Path(name).name != name)
-        if outside:
+        if outside:  # an index could name any file of the machine
             raise _damaged(index, f"it names {outside[0]}, which is not in the folder")
         yield INDEX_NAME, [folder / name for name in sorted(names)]
     if single.is_file():
@@ -119,7 +123,7 @@ def _layouts(folder: Path) -> Iterator[tuple[str, list[Path]]]:
 
 
 def _require_no_more(folder: Path) -> None:
-    """Refuse what changes which weights a program reads."""
+    """Refuse other files that change which weights a program reads, such as an adapter."""
     if (folder / ADAPTER_CONFIG).is_file():
         raise IncompatibleData(
             f"{folder} holds an adapter ({ADAPTER_CONFIG})",
@@ -136,7 +140,7 @@ def _require_no_more(folder: Path) -> None:
     try:
         config = json.loads((folder / "config.json").read_text("utf-8"))
     except (OSError, ValueError):
-        return  # whoever needs the config reads it, and says so
+        return  # load_config raises for it
     named = config.get("transformers_weights") if isinstance(config, dict) else None
     if named is not None:
         raise IncompatibleData(
@@ -150,10 +154,11 @@ def read_header(path: Path) -> dict[str, dict[str, object]]:
     """Return the header of a safetensors file: tensor name to dtype, shape and data offsets.
 
     Raises:
-        IncompatibleData: The file is damaged or cut off; what is wrong is named.
+        IncompatibleData: The file is damaged or truncated; the reason is given.
     """
     size = path.stat().st_size
     with path.open("rb") as stream:
+        # Layout: 8 bytes header length, JSON header, then the tensors, offsets counted from there.
         length = int.from_bytes(stream.read(8), "little")
         if size < 8 or length > min(size - 8, _HEADER_LIMIT_BYTES):
             raise _damaged(path, f"its header does not fit its {size:,} bytes")
@@ -169,31 +174,34 @@ def read_header(path: Path) -> dict[str, dict[str, object]]:
 
 
 def stored_tensors(files: Iterable[Path]) -> dict[str, StoredTensor]:
-    """Return what safetensors files hold, by name, in the files' order; no weight is read.
+    """Return the tensors of safetensors files by name, in the files' order; only headers are read.
 
     Raises:
         IncompatibleData: A file is damaged, a tensor's bytes do not fit its shape, or two files
             hold the same name.
     """
-    found: dict[str, StoredTensor] = {}
+    tensors: dict[str, StoredTensor] = {}
     for path in files:
         header = read_header(path)
         with path.open("rb") as stream:
-            begin = 8 + int.from_bytes(stream.read(8), "little")
+            data_start = 8 + int.from_bytes(stream.read(8), "little")
         for name, row in header.items():
             try:
-                start, stop = (begin + int(offset) for offset in row["data_offsets"])  # type: ignore[attr-defined]
+                start, stop = (data_start + int(offset) for offset in row["data_offsets"])  # type: ignore[attr-defined]
                 shape = tuple(map(int, row["shape"]))  # type: ignore[call-overload]
                 code = str(row["dtype"])
             except (KeyError, TypeError, ValueError) as error:
                 raise _damaged(path, f"the header of {name} is not readable: {error}") from None
             dtype, width = _DTYPES.get(code, (code, None))
-            if width is not None and not begin <= start <= stop == start + math.prod(shape) * width:
+            if (
+                width is not None
+                and not data_start <= start <= stop == start + math.prod(shape) * width
+            ):
                 raise _damaged(path, f"the bytes of {name} do not fit {code} {list(shape)}")
-            if name in found:
-                raise _damaged(path, f"{name} is in {found[name].path.name} too")
-            found[name] = StoredTensor(path, name, dtype, shape, start, stop)
-    return found
+            if name in tensors:
+                raise _damaged(path, f"{name} is in {tensors[name].path.name} too")
+            tensors[name] = StoredTensor(path, name, dtype, shape, start, stop)
+    return tensors
 
 
 def hash_stored(
@@ -202,21 +210,21 @@ def hash_stored(
     *,
     advance: Callable[[int], None] | None = None,
 ) -> str:
-    """Return the hash of parameters as they are stored, in pieces.
+    """Return the hash of stored parameters, reading a piece at a time.
 
-    The same SHA-256 that `models.load.hash_weights` takes of a loaded model: over name, dtype,
-    shape and bytes of every parameter, sorted by name.
+    The same SHA-256 as `models.hashing.hash_weights` of the loaded model: over name, dtype, shape
+    and bytes of every parameter, sorted by name.
 
     Args:
         tensors: From `stored_tensors`.
-        names: Of the model's parameters (`named_parameters`, where a tied one counts once).
-        advance: Hears the bytes as they are read.
+        names: Of the model's parameters (`named_parameters` lists tied ones once).
+        advance: Called with the number of bytes after each piece.
     """
     digest = hashlib.sha256()
     for name in sorted(names):
-        one = tensors[name]
-        digest.update(f"{name}\0torch.{one.dtype}\0{one.shape}\0".encode())
-        for piece in one.pieces():
+        tensor = tensors[name]
+        digest.update(f"{name}\0torch.{tensor.dtype}\0{tensor.shape}\0".encode())
+        for piece in tensor.pieces():
             digest.update(piece)
             if advance:
                 advance(len(piece))
@@ -224,7 +232,7 @@ def hash_stored(
 
 
 def check_weight_files(folder: Path) -> None:
-    """Raise `IncompatibleData` if a weight file is missing, cut off or damaged."""
+    """Raise `IncompatibleData` if a weight file is missing, truncated or damaged."""
     files = weight_files(folder)
     if not files:
         others = other_files(folder)

@@ -1,7 +1,7 @@
-"""From a name to a folder of safetensors on this machine.
+"""Resolve a model name to a local folder of safetensors.
 
 A name is an alias of `catalog.toml`, a repository of the Hugging Face hub (`org/name`, with an
-optional `@revision`), a local folder, or a GGUF file. What a name resolved to is recorded as a
+optional `@revision`), a local folder, or a GGUF file. Results record what it resolved to as a
 revision: the commit on the hub, or the SHA-256 of the files. Pickled weights are never read.
 """
 
@@ -34,8 +34,9 @@ _HUB_NAME = re.compile(r"^[\w][\w.-]*/[\w][\w.-]*(@[\w./-]+)?$")
 class CatalogEntry:
     """One row of `catalog.toml`; either `hub` or the four `wheel` fields are set.
 
-    `masks` are published ones, by the name that `models.masks` takes. `bos` is `window` for a model
-    that makes sense only where every window begins with BOS.
+    Attributes:
+        masks: Published masks of the model, by the name that `models.masks` takes.
+        bos: `window` for a model that needs BOS at the start of every window.
     """
 
     dtype: str
@@ -55,14 +56,14 @@ class CatalogEntry:
 
 @dataclass(frozen=True)
 class ModelSource:
-    """A name that has been understood, before anything is fetched.
+    """A parsed model name, before anything is downloaded.
 
     Attributes:
-        id: The name that results are filed under.
+        id: The model's name in results.
         kind: Where the weights come from.
         location: The hub repository or the local path; empty for a wheel.
         revision: A pinned revision of the hub, if any.
-        entry: The catalogue's row, for an alias.
+        entry: The row of the catalog, for an alias.
     """
 
     id: str
@@ -74,9 +75,14 @@ class ModelSource:
 
 @dataclass(frozen=True)
 class LocalModel:
-    """A folder that transformers can load: `config.json`, safetensors, tokenizer.
+    """A local folder that transformers can load: `config.json`, safetensors, tokenizer.
 
-    `pull_request` is the hub's conversion (`refs/pr/N`) that stands in for pickles, if one does.
+    Attributes:
+        source: What the user named.
+        path: The folder.
+        revision: Commit on the hub, or `sha256:` and the hash of the files.
+        pull_request: The pull request (`refs/pr/N`) whose safetensors are used instead of the
+            repository's pickles, if any.
     """
 
     source: ModelSource
@@ -87,17 +93,18 @@ class LocalModel:
 
 @functools.cache
 def catalog() -> dict[str, CatalogEntry]:
-    """Return the aliases, in the order of the file."""
+    """Return the aliases, in the order of `catalog.toml`."""
     text = resources.files("prunebench.models").joinpath("catalog.toml").read_text("utf-8")
     return {name: CatalogEntry(**row) for name, row in tomllib.loads(text).items()}
 
 
 def find_model(name: str) -> ModelSource:
-    """Understand a model name without touching the network.
+    """Parse a model name, without network access.
 
     Raises:
         UsageError: It is neither an alias, nor a path, nor of the form `org/name`.
-        MissingResource: It is written like a path, and nothing is there.
+        MissingResource: It looks like a path, and does not exist.
+        IncompatibleData: It is a file, but not a GGUF file.
     """
     entry = catalog().get(name)
     if entry:
@@ -121,13 +128,13 @@ def find_model(name: str) -> ModelSource:
         return ModelSource(repository, "hub", repository, revision or None)
     raise UsageError(
         f"unknown model {name!r}",
-        where="it is no alias, no folder or .gguf file here, and no org/name of the hub",
+        where="it is not an alias, a local folder or .gguf file, or org/name of the hub",
         fix=nearest(name, catalog()),
     )
 
 
 def local_path(source: ModelSource) -> Path | None:
-    """Return where the model lies if it is on this machine already, else None."""
+    """Return the folder of the model if it is on this machine already, else None."""
     if source.kind == "folder":
         return Path(source.location)
     if source.kind == "hub":
@@ -140,11 +147,11 @@ def local_path(source: ModelSource) -> Path | None:
 
 
 def fetch_model(source: ModelSource, progress: Progress) -> LocalModel:
-    """Return the model's folder on this machine, downloading or converting it first if needed.
+    """Return the local folder of a model, downloading or converting it first if needed.
 
     Raises:
-        MissingResource: It cannot be reached, or the licence has not been accepted.
-        IncompatibleData: Files are damaged, or hold no safetensors.
+        MissingResource: It cannot be downloaded, or its license has not been accepted.
+        IncompatibleData: Files are damaged, or there are no safetensors.
         SaveError: The cache cannot be written.
     """
     pull_request = None
@@ -160,7 +167,7 @@ def fetch_model(source: ModelSource, progress: Progress) -> LocalModel:
         revision = _folder_revision(path, progress)
     check_weight_files(path)
     for file in other_files(path):
-        progress.note(f"{file.name} in {path} is not read: it is no part of the model")
+        progress.note(f"{file.name} in {path} is ignored: it is not part of the model")
     return LocalModel(source, path, revision, pull_request)
 
 
@@ -172,7 +179,7 @@ def _converted_path(name: str, digest: str) -> Path:
 
 
 def _is_whole(path: Path) -> bool:
-    """Return whether a converted folder is usable; one that was damaged since is made again."""
+    """Return whether a converted folder is usable; a damaged one is deleted, to be made again."""
     if not path.is_dir():
         return False
     try:
@@ -184,6 +191,7 @@ def _is_whole(path: Path) -> bool:
 
 
 def _from_wheel(source: ModelSource, progress: Progress) -> tuple[Path, str]:
+    """Return folder and revision of a GGUF model inside a wheel, converted once."""
     entry = source.entry
     assert entry is not None
     path = _converted_path(source.id, entry.sha256)
@@ -202,9 +210,10 @@ def _from_wheel(source: ModelSource, progress: Progress) -> tuple[Path, str]:
 
 
 def _from_gguf(source: ModelSource, progress: Progress) -> tuple[Path, str]:
+    """Return folder and revision of a GGUF file, its parts joined and converted once."""
     parts = gguf_parts(Path(source.location))
     digest = _hash_files(parts, progress)
-    # version 2: what was converted before could hold tensors that were made up
+    # v2: folders converted by earlier versions may hold randomly initialized tensors
     path = _converted_path(f"{source.id}-v2", digest)
     if not _is_whole(path) and len(parts) == 1:
         _convert(parts[0], path, progress)
@@ -232,7 +241,7 @@ def _convert(gguf: Path, path: Path, progress: Progress) -> None:
 
 
 def _folder_revision(path: Path, progress: Progress) -> str:
-    weight_files(path)  # an adapter without its model has no config.json, and is told so
+    weight_files(path)  # first: an adapter has no config.json either, and gets its own error
     if not (path / "config.json").is_file():
         raise IncompatibleData(
             f"{path} is not a model folder",
@@ -246,7 +255,7 @@ def _folder_revision(path: Path, progress: Progress) -> str:
 
 
 def _hash_files(files: list[Path], progress: Progress) -> str:
-    """Hash one file, or the names and hashes of several."""
+    """Return the SHA-256 of one file, or of the names and hashes of several."""
     total = sum(file.stat().st_size for file in files)
     with progress.stage("hash", total=total, detail="model files", unit="B") as advance:
         if len(files) == 1:

@@ -1,4 +1,4 @@
-"""What `config.json` says of how weights are stored and run, read before a model is built of it."""
+"""Quantization and attention settings of a `config.json`, read without transformers."""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ from typing import Any
 from prunebench.errors import IncompatibleData
 
 FP8 = "fp8"
-_WHERE = ("quantization_config", "compression_config", "quantization")  # the last one is of MLX
+_KEYS = ("quantization_config", "compression_config", "quantization")  # the last one is MLX's
 
 
 def stored_config(folder: Path) -> dict[str, Any]:
-    """Return `config.json` as it is; empty if there is none or it cannot be read."""
+    """Return `config.json` as a dictionary; empty if there is none or it cannot be read."""
     try:
         document = json.loads((folder / "config.json").read_text("utf-8"))
     except (OSError, ValueError):
-        return {}  # whoever builds the model of it reads it again, and says why
+        return {}  # load_config raises for it
     return document if isinstance(document, dict) else {}
 
 
 def quantization_of(folder: Path) -> str | None:
-    """Return the method that a checkpoint is quantised with, as its config calls it."""
+    """Return the quantization method of a checkpoint by its name in the config, or None."""
     for settings in _quantizations(stored_config(folder)):
         if settings.get("load_in_4bit") or settings.get("load_in_8bit"):
             return "bitsandbytes"
@@ -32,20 +32,21 @@ def quantization_of(folder: Path) -> str | None:
 
 
 def quantization_settings(folder: Path) -> dict[str, Any]:
-    """Return what the config says of the quantisation; empty if it says nothing."""
+    """Return the quantization settings of the config; empty if there are none."""
     return next(_quantizations(stored_config(folder)), {})
 
 
 def _quantizations(config: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """Yield the quantization settings of a config and of its parts (`text_config`)."""
     for part in (config, *(part for part in config.values() if isinstance(part, dict))):
-        for name in _WHERE:
+        for name in _KEYS:
             settings = part.get(name)
             if isinstance(settings, dict) and settings:
                 yield {"quant_method": "mlx"} | settings if name == "quantization" else settings
 
 
-def require_unquantised(folder: Path, *, name: str = "", reads: tuple[str, ...] = ()) -> None:
-    """Refuse weights that are codes of another method's.
+def require_unquantized(folder: Path, *, name: str = "", reads: tuple[str, ...] = ()) -> None:
+    """Refuse a quantized checkpoint.
 
     Args:
         folder: Holds `config.json`.
@@ -53,28 +54,28 @@ def require_unquantised(folder: Path, *, name: str = "", reads: tuple[str, ...] 
         reads: Methods whose weights can be read all the same.
 
     Raises:
-        IncompatibleData: The config names a quantisation.
+        IncompatibleData: The config names a quantization method.
     """
     method = quantization_of(folder)
     if method is not None and method not in reads:
         raise IncompatibleData(
-            f"{name or folder} is quantised with {method}: give the unquantised checkpoint",
+            f"{name or folder} is quantized with {method}: give the unquantized checkpoint",
             where="config.json says so; pruning needs the weights themselves, in floating point",
             fix="use the repository that it was made from, often the same name without the suffix",
         )
 
 
 def plain(config: dict[str, Any]) -> dict[str, Any]:
-    """Return a config without what it says of a quantisation, at any depth."""
+    """Return a config without its quantization settings, at any depth."""
     return {
         key: plain(value) if isinstance(value, dict) else value
         for key, value in config.items()
-        if key not in _WHERE
+        if key not in _KEYS
     }
 
 
 def asked_attention(folder: Path) -> str | None:
-    """Return the attention that `config.json` asks for, which is not what a run uses."""
+    """Return the attention implementation that `config.json` names; no run uses it."""
     config = stored_config(folder)
     asked = config.get("attn_implementation") or config.get("_attn_implementation")
     return asked if isinstance(asked, str) else None

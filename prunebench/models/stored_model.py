@@ -1,8 +1,8 @@
-"""A model as its files hold it: every parameter by its name in the model, none of them loaded.
+"""The model that transformers would load from files, one tensor at a time.
 
 transformers renames tensors when it loads a checkpoint, and makes some from several (the fused
-experts of a mixture). Here the same is done one tensor at a time, when it is read, so that files
-can be hashed as the model that a plain transformers would load from them.
+experts of a mixture). Here each tensor is converted when it is read, so that files can be hashed as
+the model that they become, without loading it.
 """
 
 from __future__ import annotations
@@ -15,22 +15,23 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from prunebench.models.checkpoint_keys import conversion_steps, matched_keys
 from prunebench.models.safetensors_files import StoredTensor
 from prunebench.models.tensor_files import bytes_of
 
 
 @dataclass(frozen=True)
 class StoredModel:
-    """What files hold, seen from a model that was built from their config.
+    """The tensors of a checkpoint, by their names in the model.
 
     Attributes:
-        tensors: Parameters and persistent buffers by name in the model. Of tied parameters the
-            name that the model lists, whatever name the files have.
-        parameters: The names that the loaded model lists as its parameters.
+        tensors: Parameters and persistent buffers by name in the model. Tied parameters are listed
+            once, under the model's name for them, whatever name the files have.
+        parameters: The names that `named_parameters` of the loaded model would list.
         keys: The names in the files of each of `tensors`.
         missing: Names in the model that no file holds.
-        unused: What the model has no place for, by name in the files.
-        steps: What transformers does to the names.
+        unused: Tensors that have no place in the model, by name in the files.
+        steps: From `conversion_steps`.
     """
 
     tensors: dict[str, StoredTensor]
@@ -42,13 +43,19 @@ class StoredModel:
 
     @property
     def names(self) -> set[str]:
-        """Return the names in the files of all that the model uses."""
+        """Return the names in the files of all tensors that the model uses."""
         return {key for keys in self.keys.values() for key in keys}
 
 
 @dataclass(frozen=True)
 class Rebuilt(StoredTensor):
-    """A parameter that transformers makes of several tensors; made when it is read."""
+    """A parameter that transformers makes from other tensors; converted when it is read.
+
+    Attributes:
+        parts: The tensors in the files, by the pattern of the converter that they match.
+        converter: The `WeightConverter` of transformers.
+        model: The model, for its config.
+    """
 
     parts: dict[str, list[StoredTensor]]
     converter: Any
@@ -60,29 +67,29 @@ class Rebuilt(StoredTensor):
         Raises:
             IncompatibleData: A file has become shorter.
         """
-        converter = copy.deepcopy(self.converter)
+        converter = copy.deepcopy(self.converter)  # it collects the tensors that it is given
         for pattern, parts in self.parts.items():
             converter.collected_tensors[pattern] = [_whole(part) for part in parts]
-        made = converter.convert(self.name, model=self.model, config=self.model.config)
-        tensor = made[self.name]
-        yield bytearray(bytes_of(tensor[0] if isinstance(tensor, list) else tensor))
+        converted = converter.convert(self.name, model=self.model, config=self.model.config)
+        tensor = converted[self.name]
+        yield bytearray(bytes_of(tensor[0] if isinstance(tensor, list) else tensor))  # row-major
 
 
 def stored_model(model: nn.Module, stored: Mapping[str, StoredTensor]) -> StoredModel:
-    """Find the parameters and persistent buffers of a model in its files.
+    """Find the parameters and persistent buffers of a model in its files; nothing is refused.
 
     Args:
         model: Built from the config of the files, its parameters on any device.
-        stored: What the files hold, from `stored_tensors`; packed ones as if they were dense.
+        stored: From `stored_tensors` or `dense_tensors`.
     """
-    wanted: dict[str, Tensor] = model.state_dict()
+    state: dict[str, Tensor] = model.state_dict()
     tensors: dict[str, StoredTensor] = {}
     keys: dict[str, list[str]] = {}
     parts: dict[str, tuple[Any, dict[str, list[StoredTensor]]]] = {}
     unused: dict[str, StoredTensor] = {}
-    steps = _steps(model)
-    for key, name, converter, pattern in _named(model, stored, wanted, steps):
-        if name not in wanted:
+    steps = conversion_steps(model)
+    for key, name, converter, pattern in matched_keys(model, stored, steps):
+        if name not in state:
             unused[key] = stored[key]
             continue
         keys.setdefault(name, []).append(key)
@@ -91,10 +98,10 @@ def stored_model(model: nn.Module, stored: Mapping[str, StoredTensor]) -> Stored
         else:
             parts.setdefault(name, (converter, {}))[1].setdefault(pattern, []).append(stored[key])
     for first, (converter, lists) in parts.items():
-        for pattern in converter.target_patterns:  # one-to-many: each of them is made anew
+        for pattern in converter.target_patterns:  # one-to-many: converted again for each
             name = first.replace(converter.target_patterns[0], pattern)
-            if name in wanted:
-                shape = tuple(wanted[name].shape)
+            if name in state:
+                shape = tuple(state[name].shape)
                 tensors[name] = _rebuilt(name, shape, lists, converter, model)
                 keys[name] = keys[first]
     parameters = _settle_ties(model, tensors, keys)
@@ -103,7 +110,7 @@ def stored_model(model: nn.Module, stored: Mapping[str, StoredTensor]) -> Stored
 
 
 def saved_names(model: Any, source: StoredModel) -> set[str]:
-    """Return the names that transformers would give the tensors of a model that it saves.
+    """Return the names that `save_pretrained` would give the tensors of a model.
 
     Args:
         model: On the meta device: nothing is computed.
@@ -111,44 +118,13 @@ def saved_names(model: Any, source: StoredModel) -> set[str]:
     """
     from transformers.core_model_loading import revert_weight_conversion
 
-    wanted = {name: model.state_dict()[name] for name in source.tensors}
+    state = {name: model.state_dict()[name] for name in source.tensors}
+    # revert_weight_conversion reads this attribute, which from_pretrained would have set
     model._weight_conversions = [step for step in source.steps if step.was_used()]
     try:
-        return set(revert_weight_conversion(model, wanted))
+        return set(revert_weight_conversion(model, state))
     finally:
         del model._weight_conversions
-
-
-def _steps(model: Any) -> list[Any]:
-    from transformers.conversion_mapping import get_model_conversion_mapping
-
-    return list(get_model_conversion_mapping(model))
-
-
-def _named(
-    model: Any, stored: Mapping[str, StoredTensor], wanted: Mapping[str, Tensor], steps: list[Any]
-) -> Iterator[tuple[str, str, Any, str]]:
-    """Yield of every key its name in the model, and what makes it of how many (else None).
-
-    As `transformers.core_model_loading` does when it loads, in the same order.
-    """
-    from transformers.core_model_loading import (
-        WeightConverter,
-        WeightRenaming,
-        dot_natural_key,
-        rename_source_key,
-    )
-
-    renamings = [step for step in steps if isinstance(step, WeightRenaming)]
-    converters = [step for step in steps if isinstance(step, WeightConverter)]
-    by_pattern = {pattern: one for one in converters for pattern in one.source_patterns}
-    prefix = model.base_model_prefix
-    for key in sorted(stored, key=dot_natural_key):
-        name, pattern = rename_source_key(key, renamings, converters, prefix, wanted)
-        if name not in wanted and key in wanted:
-            name, pattern = rename_source_key(key, [], [], prefix, wanted)
-        converter = None if pattern is None else by_pattern[pattern]
-        yield key, name, converter, pattern or ""
 
 
 def _rebuilt(
@@ -164,23 +140,23 @@ def _rebuilt(
 
 
 def kept_buffers(model: nn.Module) -> list[str]:
-    """Return the names of the buffers that belong into a model's files."""
-    saved = set(model.state_dict())
-    return [name for name, _ in model.named_buffers() if name in saved]
+    """Return the names of a model's persistent buffers, which its files hold."""
+    state = set(model.state_dict())
+    return [name for name, _ in model.named_buffers() if name in state]
 
 
 def _settle_ties(
     model: nn.Module, tensors: dict[str, StoredTensor], keys: dict[str, list[str]]
 ) -> list[str]:
-    """Do with tied parameters what transformers does when it loads; returns all parameters.
+    """Resolve tied parameters as transformers does, in place; return the names of all parameters.
 
-    It ties what is there once, under whatever name. What is there twice, with different values, is
-    not tied at all.
+    It ties what is stored once, under whichever name. What is stored twice, with different values,
+    is not tied.
     """
     first_of: dict[int, str] = {}
     parameters: list[str] = []
     for name, parameter in model.named_parameters(remove_duplicate=False):
-        first = first_of.setdefault(id(parameter), name)
+        first = first_of.setdefault(id(parameter), name)  # tied parameters are the same object
         if first == name:
             parameters.append(name)
         elif name in tensors and first not in tensors:
@@ -193,13 +169,13 @@ def _settle_ties(
     return parameters
 
 
-def _same_bytes(one: StoredTensor, other: StoredTensor) -> bool:
-    """Whether two tensors are equal, a piece in memory at a time."""
-    if (one.dtype, one.shape) != (other.dtype, other.shape):
+def _same_bytes(left: StoredTensor, right: StoredTensor) -> bool:
+    """Return whether two tensors are equal, bit for bit, reading a piece at a time."""
+    if (left.dtype, left.shape) != (right.dtype, right.shape):
         return False
-    if isinstance(one, Rebuilt) or isinstance(other, Rebuilt):
-        return b"".join(one.pieces()) == b"".join(other.pieces())
-    return all(a == b for a, b in zip(one.pieces(), other.pieces(), strict=True))
+    if isinstance(left, Rebuilt) or isinstance(right, Rebuilt):  # a rebuilt one is a single piece
+        return b"".join(left.pieces()) == b"".join(right.pieces())
+    return all(a == b for a, b in zip(left.pieces(), right.pieces(), strict=True))
 
 
 def _whole(stored: StoredTensor) -> Tensor:

@@ -1,7 +1,7 @@
-"""Tensors to and from safetensors files, one at a time and without a mapping.
+"""Read and write tensors of safetensors files one at a time, without memory mapping.
 
-Pages of a mapped file count as resident memory of whoever maps them, and every first touch of one
-costs a fault; a plain read into a tensor costs neither. Files are hashed while they are written.
+Pages of a mapped file count as resident memory of the process, and the first access to each costs a
+page fault; reading into a tensor costs neither. Files are hashed while they are written.
 """
 
 from __future__ import annotations
@@ -18,34 +18,34 @@ from torch import Tensor
 from prunebench.errors import IncompatibleData
 from prunebench.models.safetensors_files import DTYPE_CODES, StoredTensor
 
-_ALIGN = 4096  # of the first tensor's bytes
+_ALIGN = 4096  # offset of the first tensor's bytes
 
 
 def read_tensor(
     stored: StoredTensor, dtype: torch.dtype, *, pin: bool = False, out: Tensor | None = None
 ) -> Tensor:
-    """Read one tensor into host memory, converted to `dtype`; at most 16 MB exist twice.
+    """Read one tensor into host memory, cast to `dtype`; at most 16 MB are in memory twice.
 
     Args:
-        stored: Where it lies.
-        dtype: What it should be.
-        pin: Whether to use page-locked memory, from which a GPU copies in the background.
-        out: Where to, a contiguous tensor of that shape and `dtype`; by default a new one.
+        stored: From `stored_tensors`.
+        dtype: Of the result.
+        pin: Whether to use page-locked memory, from which a GPU copies asynchronously.
+        out: A contiguous tensor of that shape and `dtype` to read into; by default a new one.
 
     Raises:
         IncompatibleData: The file has become shorter.
     """
-    own = getattr(torch, stored.dtype)
+    stored_dtype = getattr(torch, stored.dtype)
     whole = torch.empty(stored.shape, dtype=dtype, pin_memory=pin) if out is None else out
-    flat = whole.view(-1)
-    if own == dtype and flat.numel():
+    flat = whole.view(-1)  # [elements], shares memory with `whole`
+    if stored_dtype == dtype and flat.numel():
         with stored.path.open("rb", buffering=0) as stream:
             stream.seek(stored.start)
             _read_into(stream, memoryview(bytes_of(flat)), stored)
         return whole
     at = 0
-    for piece in stored.pieces(align=own.itemsize):
-        part = torch.frombuffer(piece, dtype=own)
+    for piece in stored.pieces(align=stored_dtype.itemsize):
+        part = torch.frombuffer(piece, dtype=stored_dtype)
         flat[at : at + len(part)].copy_(part)
         at += len(part)
     return whole
@@ -53,7 +53,7 @@ def read_tensor(
 
 def _read_into(stream: Any, target: memoryview, stored: StoredTensor) -> None:
     done = 0
-    while done < len(target):
+    while done < len(target):  # a read of an unbuffered file may return less than was asked for
         count = stream.readinto(target[done:])
         if not count:
             raise IncompatibleData(
@@ -65,10 +65,10 @@ def _read_into(stream: Any, target: memoryview, stored: StoredTensor) -> None:
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> str:
-    """Write a safetensors file, a tensor at a time; return its SHA-256.
+    """Write a safetensors file one tensor at a time; return its SHA-256.
 
     Args:
-        path: Where to; the caller gives it its final name when it is whole.
+        path: A temporary name: the caller renames the file when it is complete.
         tensors: By name, on any device.
     """
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
@@ -91,7 +91,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> str:
         for tensor in tensors.values():
             data = memoryview(bytes_of(tensor))
             digest.update(data)
-            while data:
+            while data:  # an unbuffered write may be partial
                 data = data[stream.write(data) or 0 :]
     return digest.hexdigest()
 

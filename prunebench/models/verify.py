@@ -1,8 +1,8 @@
-"""Every folder that was written is read again, and must hold what was scored.
+"""Verify every saved folder: read it again and compare it with the weights that were scored.
 
-The files are hashed in pieces, as the model that a plain transformers makes of them: no second
-model is in memory. A writer that changes a bit, casts, forgets a tensor or a tie is found here,
-before the folder has its name.
+The files are hashed in pieces, as the model that transformers would load from them, so no second
+model is in memory. A changed bit, a cast, a missing tensor or tie is an error, and the folder never
+gets its final name.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from torch import nn
 
 from prunebench.errors import PrunebenchError, SaveError
 from prunebench.models.carried import carried_tensors
+from prunebench.models.hashing import block_index_of
 from prunebench.models.linears import find_blocks
 from prunebench.models.load import load_config, skeleton
 from prunebench.models.safetensors_files import (
@@ -41,13 +42,13 @@ _UNLIKE = "was not saved: what was read back is not what was scored"
 
 @dataclass(frozen=True)
 class Expected:
-    """What a saved folder must hold.
+    """Expected contents of a saved folder.
 
     Attributes:
-        sha256: Of the parameters, as `hash_weights` has it.
-        dtype: What its config must say, e.g. `bfloat16`.
-        buffers: A hash of every persistent buffer, by name in the model.
-        carried: What lies beside the text model, by name in the files.
+        sha256: `hash_weights` of the parameters.
+        dtype: The dtype in its config, e.g. `bfloat16`.
+        buffers: Hash of each persistent buffer, by name in the model.
+        carried: Tensors that the text model does not use, by name in the files.
     """
 
     sha256: str
@@ -60,7 +61,7 @@ def read_dense(folder: Path) -> dict[str, StoredTensor]:
     """Return the tensors of a folder of plain safetensors.
 
     Raises:
-        IncompatibleData: A file is missing, damaged, or no part of the model.
+        IncompatibleData: A file is missing, damaged, or not part of the model.
     """
     check_weight_files(folder)
     return stored_tensors(weight_files(folder))
@@ -69,12 +70,25 @@ def read_dense(folder: Path) -> dict[str, StoredTensor]:
 def expected_of_model(
     model: nn.Module, sha256: str, dtype: str, carried: Mapping[str, StoredTensor]
 ) -> Expected:
-    """Return what the folder of a model must hold that is in memory or on disk."""
+    """Return the expected contents of the folder of a loaded model.
+
+    Args:
+        model: The model, in memory or with its blocks on disk.
+        sha256: `hash_weights` of it.
+        dtype: Of its parameters.
+        carried: From `carried_tensors`.
+    """
     return Expected(sha256, dtype, _hash_buffers(model), carried)
 
 
 def expected_of_folder(source: StoredModel, sha256: str, dtype: str) -> Expected:
-    """Return what a folder must hold that is made from another one."""
+    """Return the expected contents of a folder that is converted from another one.
+
+    Args:
+        source: The tensors of the other folder.
+        sha256: Hash of its parameters.
+        dtype: Of its parameters.
+    """
     buffers = {
         name: hash_stored(source.tensors, [name])
         for name in source.tensors.keys() - {*source.parameters}
@@ -85,17 +99,20 @@ def expected_of_folder(source: StoredModel, sha256: str, dtype: str) -> Expected
 def require_saved(
     folder: Path, expected: Expected, *, name: Path, progress: Progress, read: Read = read_dense
 ) -> StoredModel:
-    """Read a folder that was just written and compare it with what it must hold.
+    """Read a folder that was just written and compare it with its expected contents.
 
     Args:
-        folder: Where it is now.
-        expected: What it must hold.
-        name: Where it is going to be.
-        progress: Hears of the stage.
-        read: Reads the tensors, packed ones as if they were dense.
+        folder: Its temporary name.
+        expected: Its expected contents.
+        name: Its final name, for messages.
+        progress: Shows the stage.
+        read: Returns the tensors of the folder, packed ones as if they were dense.
+
+    Returns:
+        The tensors that were read.
 
     Raises:
-        SaveError: It holds anything else, or cannot be read.
+        SaveError: The contents differ, or cannot be read.
     """
     try:
         tensors = read(folder)
@@ -103,9 +120,9 @@ def require_saved(
         with progress.stage("verify", total=total, detail=str(name), unit="B") as advance:
             model = skeleton(load_config(folder))
             saved = stored_model(model, tensors)
-            dtype = str(model.config.dtype).removeprefix("torch.")  # a plain load casts to it
+            dtype = str(model.config.dtype).removeprefix("torch.")  # from_pretrained casts to it
             difference = _difference(folder, dtype, saved, expected, advance)
-    except Exception as error:  # whatever a plain load would stumble over
+    except Exception as error:  # anything that from_pretrained could raise
         reason = error.what if isinstance(error, PrunebenchError) else str(error)
         raise _unlike(name, f"it cannot be read: {reason}") from error
     if difference:
@@ -129,17 +146,18 @@ def _difference(
     expected: Expected,
     advance: Callable[[int], None],
 ) -> str:
-    """Return the first thing in which a folder differs from what it must hold; empty if none."""
+    """Return the first difference between a folder and its expected contents, or ""."""
     method = quantization_of(folder)
     if method is not None:
-        return f"config.json says quantised with {method}, and the weights are not"
+        return f"config.json says quantized with {method}, and the weights are not"
     if dtype != expected.dtype:
         return f"config.json says {dtype}, the weights are {expected.dtype}"
     strays = other_files(folder)
     if strays:
-        return f"{strays[0].name} is beside the weights, and no part of them"
+        return f"{strays[0].name} is beside the weights, and not part of them"
     if saved.missing:
         return f"{len(saved.missing)} tensors are missing, the first is {saved.missing[0]}"
+    # The hash covers names, dtypes and shapes too: a cast or a lost tie changes it.
     digest = hash_stored(saved.tensors, saved.parameters, advance=advance)
     if digest != expected.sha256:
         return f"the weights hash to {digest[:16]}..., those scored to {expected.sha256[:16]}..."
@@ -149,7 +167,7 @@ def _difference(
     }
     for name in sorted({*buffers, *expected.buffers}):
         if buffers.get(name) != expected.buffers.get(name):
-            return f"the buffer {name} is another one"
+            return f"the buffer {name} has changed"
     return _carried_difference(saved, expected, advance)
 
 
@@ -161,23 +179,19 @@ def _carried_difference(
         if key not in unused:
             return f"{key}, which the text model does not use, was not carried over"
         if key not in expected.carried:
-            return f"{key} is no part of the model, and was not in its source"
+            return f"{key} is not part of the model, and was not in its source"
         if hash_stored(unused, [key], advance=advance) != hash_stored(expected.carried, [key]):
             return f"{key}, which the text model does not use, is not what it was"
     return ""
 
 
 def _hash_buffers(model: nn.Module) -> dict[str, str]:
-    """Return the same hash of every persistent buffer as of one in a file; blocks are opened."""
+    """Return the hash of each persistent buffer, the same as `hash_stored` of it in a file."""
     prefix, _ = find_blocks(model)
     weights = weights_of(model)
 
-    def block(name: str) -> int | None:
-        inside = name.startswith(f"{prefix}.")
-        return int(name[len(prefix) + 1 :].partition(".")[0]) if inside else None
-
     hashes: dict[str, str] = {}
-    for index, names in itertools.groupby(kept_buffers(model), block):
+    for index, names in itertools.groupby(kept_buffers(model), block_index_of(prefix)):
         with nullcontext() if index is None else weights.open_block(index):
             for name in names:
                 tensor: torch.Tensor = model.get_buffer(name)

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from prunebench.models.load import is_emulated
+from prunebench.models.device import is_emulated
 from prunebench.models.safetensors_files import StoredTensor, stored_tensors, weight_files
 from prunebench.models.source import ModelSource
 from prunebench.run.memory import gigabytes

@@ -31,9 +31,9 @@ from prunebench.evaluate.divergence import at_dense
 from prunebench.evaluate.outcome import Outcome
 from prunebench.files import cache_dir, write_text
 from prunebench.models.gradients import GradientNorms, gradient_norms
+from prunebench.models.hashing import hash_weights
 from prunebench.models.journal import RunJournal
 from prunebench.models.linears import Linear, find_linears
-from prunebench.models.load import hash_weights
 from prunebench.models.measure import Measured, measure_linear, require_met, require_total
 from prunebench.models.out_of_memory import is_out_of_memory, on_batch_halved
 from prunebench.models.pruner_inputs import PrunerInputs

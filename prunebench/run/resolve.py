@@ -28,7 +28,8 @@ from prunebench.checkpoints.save import check_target
 from prunebench.errors import UsageError
 from prunebench.evaluate.perplexity import count_windows, protocol_of
 from prunebench.files import cache_dir, require_writable, sha256_file
-from prunebench.models.load import choose_devices, load_tokenizer
+from prunebench.models.device import choose_devices
+from prunebench.models.load import load_tokenizer
 from prunebench.models.masks import masks_origin, require_masks_named
 from prunebench.models.source import CatalogEntry, LocalModel, fetch_model, find_model
 from prunebench.options import options_of

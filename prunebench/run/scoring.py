@@ -20,8 +20,8 @@ from prunebench.evaluate.outcome import (
     outcomes_from,
     remember_outcomes,
 )
+from prunebench.models.hashing import hash_weights
 from prunebench.models.journal import RunJournal
-from prunebench.models.load import hash_weights
 from prunebench.run.plan import Plan
 
 

@@ -1,0 +1,66 @@
+"""Hash the weights of a model; the hash does not depend on how its files are laid out."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from prunebench.models.linears import find_blocks
+from prunebench.models.weights import weights_of
+
+
+def hash_weights(
+    model: nn.Module,
+    *,
+    look: Callable[[int], None] = lambda index: None,
+    advance: Callable[[int], None] = lambda done: None,
+) -> str:
+    """Return the SHA-256 over name, dtype, shape and bytes of every parameter, sorted by name.
+
+    `safetensors_files.hash_stored` computes the same hash from the files.
+
+    Args:
+        model: The model; blocks that are on disk are read one at a time.
+        look: Called with the index of each block while its weights are in memory, so that they need
+            not be read again.
+        advance: Called with 1 after each block.
+    """
+    digest = hashlib.sha256()
+    prefix, _ = find_blocks(model)
+    weights = weights_of(model)
+    names = sorted(name for name, _ in model.named_parameters())
+    # Sorted by name, block 10 comes before block 2: the order of the hash, not of the model.
+    runs = [(index, list(run)) for index, run in itertools.groupby(names, block_index_of(prefix))]
+    order = [index for index, _ in runs if index is not None]
+    following = dict(zip(order, [*order[1:], order[-1]], strict=True))  # to prefetch from disk
+    for index, members in runs:
+        if index is None:  # embeddings, final norm, head: always in memory
+            _hash_parameters(model, members, digest)
+            continue
+        with weights.open_block(index, then=following[index]):
+            _hash_parameters(model, members, digest)
+            look(index)
+        advance(1)
+    return digest.hexdigest()
+
+
+def block_index_of(prefix: str) -> Callable[[str], int | None]:
+    """Return a function from a parameter's name to the index of its block, or None."""
+
+    def block(name: str) -> int | None:
+        inside = name.startswith(f"{prefix}.")
+        return int(name[len(prefix) + 1 :].partition(".")[0]) if inside else None
+
+    return block
+
+
+def _hash_parameters(model: nn.Module, names: list[str], digest: Any) -> None:
+    for name in names:
+        tensor = model.get_parameter(name).detach().contiguous().cpu()
+        digest.update(f"{name}\0{tensor.dtype}\0{tuple(tensor.shape)}\0".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)  # numpy has no bfloat16
