@@ -13,7 +13,7 @@ from prunebench.errors import CheckFailed, IncompatibleData, UsageError
 from prunebench.files import write_text
 from prunebench.models.linears import Linear
 from prunebench.models.walker import BlockWalker
-from prunebench.pruners.layer import Needs
+from prunebench.pruners.protocol import Needs
 from prunebench.sparsity import Sparsity
 
 _FORMAT = "prunebench-allocation"

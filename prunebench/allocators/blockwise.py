@@ -26,7 +26,7 @@ from torch import Tensor
 
 from prunebench.allocators.allocation import Allocation, require_range, shifted
 from prunebench.models.walker import BlockWalker
-from prunebench.pruners.layer import Needs
+from prunebench.pruners.protocol import Needs
 
 _HIGHEST = 0.99
 

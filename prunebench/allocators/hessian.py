@@ -34,7 +34,7 @@ from prunebench.allocators.allocation import Allocation, bisect, require_range, 
 from prunebench.calibration.hessian import factorise
 from prunebench.models.linears import Linear
 from prunebench.models.walker import BlockWalker
-from prunebench.pruners.layer import Needs
+from prunebench.pruners.protocol import Needs
 
 _COLUMNS = 128  # SparseGPT's block
 _HALF_WIDTH = 0.1  # of the paper's range

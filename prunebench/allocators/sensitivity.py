@@ -33,7 +33,7 @@ from prunebench.allocators.allocation import Allocation, bisect, shifted
 from prunebench.calibration.hessian import factorise
 from prunebench.models.replay import TrueRun, resume, run_model
 from prunebench.models.walker import BlockWalker, LinearGroup
-from prunebench.pruners.layer import Needs
+from prunebench.pruners.protocol import Needs
 from prunebench.pruners.sparsegpt import SparseGPT
 from prunebench.sparsity import Sparsity
 

@@ -7,7 +7,7 @@ from typing import ClassVar
 
 from prunebench.allocators.allocation import Allocation
 from prunebench.models.walker import BlockWalker
-from prunebench.pruners.layer import Needs
+from prunebench.pruners.protocol import Needs
 
 
 @dataclass(frozen=True)

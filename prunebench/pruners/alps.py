@@ -36,8 +36,9 @@ from prunebench.calibration.stats import InputStats
 from prunebench.models.measure import count_sparser_groups
 from prunebench.models.walker import LinearGroup
 from prunebench.pruners.keep import keep_matrix, keep_rows
-from prunebench.pruners.layer import GroupPruner, LayerEvent, Needs, Pruned
+from prunebench.pruners.layer import GroupPruner
 from prunebench.pruners.magnitude import smallest_dropped
+from prunebench.pruners.protocol import LayerEvent, Needs, Pruned
 from prunebench.sparsity import Sparsity
 
 _CHECK_EVERY = 3

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from prunebench.models.walker import BlockWalker
-from prunebench.pruners.layer import Needs, PruneReport
+from prunebench.pruners.protocol import Needs, PruneReport
 from prunebench.sparsity import Sparsity
 
 

@@ -26,7 +26,8 @@ from prunebench.calibration.stats import InputStats
 from prunebench.models.gradients import Norm
 from prunebench.models.walker import LinearGroup
 from prunebench.pruners.keep import keep_rows
-from prunebench.pruners.layer import GroupPruner, Needs, Pruned
+from prunebench.pruners.layer import GroupPruner
+from prunebench.pruners.protocol import Needs, Pruned
 from prunebench.sparsity import Sparsity
 
 

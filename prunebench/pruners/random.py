@@ -15,7 +15,7 @@ import torch
 
 from prunebench.models.walker import BlockWalker
 from prunebench.pruners.keep import keep_rows
-from prunebench.pruners.layer import Needs, PruneReport
+from prunebench.pruners.protocol import Needs, PruneReport
 from prunebench.sparsity import Sparsity
 
 

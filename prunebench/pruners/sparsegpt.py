@@ -34,8 +34,9 @@ from prunebench.calibration.stats import InputStats
 from prunebench.models.measure import count_sparser_groups
 from prunebench.models.walker import LinearGroup
 from prunebench.pruners.keep import keep_group, keep_largest
-from prunebench.pruners.layer import BEYOND_TARGET, GroupPruner, LayerEvent, Needs, Pruned
+from prunebench.pruners.layer import GroupPruner
 from prunebench.pruners.magnitude import smallest_dropped
+from prunebench.pruners.protocol import BEYOND_TARGET, LayerEvent, Needs, Pruned
 from prunebench.sparsity import Sparsity
 
 _INNER = 32  # columns between two updates of the rest of a block; changes rounding only

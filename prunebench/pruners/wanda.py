@@ -26,7 +26,8 @@ from torch import Tensor
 
 from prunebench.calibration.stats import InputStats
 from prunebench.pruners.keep import keep_matrix, keep_rows
-from prunebench.pruners.layer import LayerPruner, Needs
+from prunebench.pruners.layer import LayerPruner
+from prunebench.pruners.protocol import Needs
 from prunebench.sparsity import Sparsity
 
 

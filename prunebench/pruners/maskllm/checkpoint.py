@@ -27,9 +27,9 @@ from torch.distributed.checkpoint.state_dict_saver import save
 
 from prunebench.errors import IncompatibleData, SaveError
 from prunebench.files import explain_os_error, sha256_file
-from prunebench.pruners.layer import CurvePoint
 from prunebench.pruners.maskllm.learn import Learner
 from prunebench.pruners.maskllm.shards import Shards
+from prunebench.pruners.training import CurvePoint
 
 _FACTS = "progress.json"
 

@@ -21,7 +21,6 @@ from prunebench.errors import IncompatibleData
 from prunebench.models.backward import Backward
 from prunebench.models.linears import Linear, find_blocks
 from prunebench.models.replay import plain_inference
-from prunebench.pruners.layer import CurvePoint
 from prunebench.pruners.maskllm import dispatch
 from prunebench.pruners.maskllm.candidates import mask_of
 from prunebench.pruners.maskllm.masked_weights import MaskedWeights
@@ -29,6 +28,7 @@ from prunebench.pruners.maskllm.optimise import Directions, Optimizer, sum_squar
 from prunebench.pruners.maskllm.relaxation import LayerLogits, Relaxation, WeightGradient
 from prunebench.pruners.maskllm.schedule import Schedule
 from prunebench.pruners.maskllm.shards import Shards
+from prunebench.pruners.training import CurvePoint
 
 _CHECK_TOKENS = 128
 _CPU_BATCH_TOKENS = 1024

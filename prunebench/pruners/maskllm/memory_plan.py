@@ -18,7 +18,6 @@ from torch import nn
 
 from prunebench.models.backward import HEAD_ROWS
 from prunebench.models.linears import Linear, find_linears
-from prunebench.pruners.layer import Forecast
 from prunebench.pruners.maskllm import dispatch
 from prunebench.pruners.maskllm.candidates import candidates
 from prunebench.pruners.maskllm.learn import batch_windows
@@ -26,6 +25,7 @@ from prunebench.pruners.maskllm.optimise import Optimizer
 from prunebench.pruners.maskllm.options import Options
 from prunebench.pruners.maskllm.relaxation import LayerLogits, Relaxation, WeightGradient
 from prunebench.pruners.maskllm.shards import Shards
+from prunebench.pruners.training import Forecast
 from prunebench.sparsity import Sparsity
 
 _GRAPH_COPIES = 1.5  # tensors of a block's graph beside each output of its linears

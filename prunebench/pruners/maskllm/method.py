@@ -34,16 +34,6 @@ from prunebench.models.linears import Linear
 from prunebench.models.masks import Masks
 from prunebench.models.source import CatalogEntry
 from prunebench.models.walker import BlockWalker
-from prunebench.pruners.layer import (
-    CurvePoint,
-    Forecast,
-    LayerEvent,
-    Needs,
-    Pruner,
-    PruneReport,
-    TrainingNeeds,
-    TrainingReport,
-)
 from prunebench.pruners.maskllm.candidates import candidates, choose, mask_of, require_learnable
 from prunebench.pruners.maskllm.checkpoint import CheckpointStore
 from prunebench.pruners.maskllm.initial_logits import LogitInit
@@ -55,6 +45,8 @@ from prunebench.pruners.maskllm.presets import PRESETS
 from prunebench.pruners.maskllm.relaxation import LayerLogits
 from prunebench.pruners.maskllm.schedule import Schedule
 from prunebench.pruners.maskllm.shards import Shards
+from prunebench.pruners.protocol import LayerEvent, Needs, Pruner, PruneReport
+from prunebench.pruners.training import CurvePoint, Forecast, TrainingNeeds, TrainingReport
 from prunebench.sparsity import Sparsity
 from prunebench.spec import OptionValue
 
