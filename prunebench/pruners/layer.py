@@ -51,7 +51,7 @@ __all__ = [
 
 
 class GroupPruner(ABC):
-    """A method that decides about the linears of one input at a time."""
+    """A method that prunes the linears of one input at a time (q, k and v; gate and up)."""
 
     needs: ClassVar[Needs] = Needs()
 
@@ -60,41 +60,41 @@ class GroupPruner(ABC):
         """Return the new weights of linears that read one input, in the order of the group.
 
         Args:
-            group: The linears, whose weights must not be changed here, and their statistics.
+            group: The linears and their statistics; do not change the weights here.
             sparsity: The target of every linear, by name.
         """
 
     def prune(self, walker: BlockWalker, sparsity: Mapping[str, Sparsity]) -> PruneReport:
-        """Walk the model and replace every weight by what `prune_group` makes of it."""
+        """Walk the model block by block and replace every weight by the result of `prune_group`."""
         needs = self.needs
         with closing(walker.groups(stats=needs.calibration, hessian=needs.hessian)) as groups:
             for group in groups:
-                notes = walker.notes[-1]
+                notes = walker.notes[-1]  # of the current block
                 if group.stats is not None and group.stats.tokens == 0:
                     notes += [
-                        asdict(LayerEvent(one.name, "no calibration token"))
-                        for one in group.linears
+                        asdict(LayerEvent(linear.name, "no calibration token"))
+                        for linear in group.linears
                     ]
-                for linear, new in zip(
+                for linear, pruned in zip(
                     group.linears, self.prune_group(group, sparsity), strict=True
                 ):
-                    linear.write(new.weight)
-                    notes += map(asdict, new.events)
-                    if new.loss is not None:
-                        notes.append({"layer": linear.name, "loss": new.loss})
-                del group, new  # a Hessian is freed before the next is made
+                    linear.write(pruned.weight)
+                    notes += map(asdict, pruned.events)
+                    if pruned.loss is not None:
+                        notes.append({"layer": linear.name, "loss": pruned.loss})
+                del group, pruned  # free this Hessian before the next group allocates its own
         return _report(walker.notes)
 
 
 def _report(notes: Iterable[Iterable[Mapping[str, Any]]]) -> PruneReport:
-    """Return what the notes of all blocks say: events, and losses by layer."""
+    """Collect the events and the losses by layer from the notes of all blocks."""
     rows = [row for block in notes for row in block]
     events = [LayerEvent(**row) for row in rows if "kind" in row]
     return PruneReport(tuple(events), {row["layer"]: row["loss"] for row in rows if "loss" in row})
 
 
 class LayerPruner(GroupPruner):
-    """A method that decides about one matrix at a time, from its weight and input statistics."""
+    """A method that prunes one matrix at a time, from its weight and input statistics."""
 
     @abstractmethod
     def prune_weight(
@@ -104,7 +104,7 @@ class LayerPruner(GroupPruner):
 
         Args:
             weight: float32, finite; must not be changed in place.
-            stats: Statistics of the inputs, or None for a method that needs none.
+            stats: Statistics of the inputs; None if `needs.calibration` is False.
             sparsity: The target of this matrix.
 
         Returns:
@@ -112,7 +112,7 @@ class LayerPruner(GroupPruner):
         """
 
     def prune_group(self, group: LinearGroup, sparsity: Mapping[str, Sparsity]) -> Iterator[Pruned]:
-        """Prune one linear after the other by `prune_weight`."""
+        """Prune the linears of the group one by one with `prune_weight`."""
         for linear in group.linears:
             weight = self.prune_weight(linear.read(), group.stats, sparsity[linear.name])
             yield Pruned(weight)

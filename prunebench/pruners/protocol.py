@@ -21,7 +21,7 @@ BEYOND_TARGET = "zeros beyond the target"
 
 @dataclass(frozen=True)
 class Needs:
-    """What a method or an allocator needs; it may depend on its options.
+    """What a method or an allocator needs; may depend on its options.
 
     Attributes:
         calibration: Statistics of the inputs over the calibration windows.
@@ -29,8 +29,8 @@ class Needs:
         gradients: Which norm of the dense model's gradients over the same windows, if any.
         training: Windows to learn from.
         masks: Name of masks to read, see `models.masks`.
-        whole_model: The model is run from any block to its end, again and again, so all weights
-            must be in memory.
+        whole_model: Whether all weights must be in memory, because the model is run repeatedly
+            from any block to its end.
     """
 
     calibration: bool = False
@@ -48,7 +48,7 @@ class Needs:
 
 @dataclass(frozen=True)
 class LayerEvent:
-    """Something a method had to work around in one layer, for the result to show."""
+    """A per-layer anomaly (e.g. a singular Hessian), recorded in the result."""
 
     layer: str
     kind: str
@@ -57,13 +57,13 @@ class LayerEvent:
 
 @dataclass(frozen=True)
 class Pruned:
-    """A new weight, and what a method knows of it.
+    """A new weight with its loss and events.
 
     Attributes:
         weight: float32, zeros where pruned.
         loss: The layer's reconstruction error 1/2 tr(D H D^T), D the change of the weight and H
-            the Hessian with its damping, if the method knows it.
-        events: What it had to work around.
+            the damped Hessian; None for a method that does not compute it.
+        events: Anomalies of this layer.
     """
 
     weight: Float[Tensor, "out in"]
@@ -73,11 +73,12 @@ class Pruned:
 
 @dataclass(frozen=True)
 class PruneReport:
-    """What a method has to say of its work; no events means nothing unusual happened.
+    """What a method reports at the end.
 
     Attributes:
+        events: Anomalies of all layers; empty if there were none.
         losses: Reconstruction error of each layer, by name, see `Pruned.loss`.
-        learned: How a training went, for methods that train.
+        learned: Training curve and best step, for methods that train.
     """
 
     events: tuple[LayerEvent, ...] = ()
@@ -86,7 +87,7 @@ class PruneReport:
 
     @property
     def zeros_beyond(self) -> dict[str, int]:
-        """Zeros that the method had to make beyond the target, by layer."""
+        """Zeros beyond the target (e.g. from quantization), by layer."""
         return {e.layer: int(e.value or 0) for e in self.events if e.kind == BEYOND_TARGET}
 
 
@@ -99,7 +100,7 @@ class Pruner(Protocol):
 
     @property
     def needs(self) -> Needs:
-        """What it needs; a class attribute, unless it depends on options."""
+        """What the method needs; a class attribute, unless it depends on options."""
 
     def prune(self, walker: BlockWalker, sparsity: Mapping[str, Sparsity]) -> PruneReport:
         """Prune every linear of `walker` to its sparsity, by name."""
@@ -107,7 +108,7 @@ class Pruner(Protocol):
 
 @runtime_checkable
 class DependsOnModel(Protocol):
-    """A pruner that fills in options by what is known of the model."""
+    """A pruner whose option defaults depend on the model."""
 
     def for_model(self, entry: CatalogEntry | None, calibration: str | None) -> Any:
         """Return the pruner with all options filled in.

@@ -14,14 +14,14 @@ from prunebench.sparsity import Sparsity
 
 @dataclass(frozen=True)
 class TrainingNeeds:
-    """Windows that a method learns from.
+    """Windows that a method trains on.
 
     Attributes:
         text: A text name as `--calibration` takes it.
-        samples: Windows wanted; fewer if the text is short.
-        seqlen: Tokens in one.
-        held_out: More windows, which only decide what is kept.
-        least: Windows without which it cannot begin.
+        samples: Number of windows; fewer if the text is short.
+        seqlen: Tokens in a window.
+        held_out: Additional windows for model selection.
+        least: Minimum number of windows.
         steps: Training steps, for the progress bar.
     """
 
@@ -35,17 +35,17 @@ class TrainingNeeds:
 
 @dataclass(frozen=True)
 class CurvePoint:
-    """What was measured at the end of a training step; step 0 is where it began.
+    """Metrics at the end of a training step; step 0 is the initial state.
 
     Attributes:
         step: Steps taken.
         tokens: Tokens trained on so far, over all processes.
         loss: Mean training loss of the step in nats a token, with soft masks; None at step 0.
-        temperature, scale: Of the step.
+        temperature, scale: tau and kappa of the step.
         certainty: Mean over the groups of the largest probability, without noise.
         changed: Share of the groups whose choice is not the prior's.
-        held_out_ppl: Perplexity of the hard mask on the held-out windows, where it was measured.
-        seconds: Since the beginning.
+        held_out_ppl: Perplexity of the hard mask on the held-out windows; None if not measured.
+        seconds: Since the start, over resumes.
     """
 
     step: int
@@ -61,14 +61,13 @@ class CurvePoint:
 
 @dataclass(frozen=True)
 class TrainingReport:
-    """How a training went.
+    """The result of a training.
 
     Attributes:
-        best_step: The step whose mask was kept; 0 is the prior.
-        processes: Processes that learned together.
-        curve: One point a step.
-        prior_scores: What the model got with the mask that was begun with; empty if it was not
-            asked.
+        best_step: The step whose mask is the result; 0 is the prior.
+        processes: Number of processes.
+        curve: One point per step.
+        prior_scores: Scores of the model with the prior's mask; empty if not requested.
     """
 
     best_step: int
@@ -79,12 +78,12 @@ class TrainingReport:
 
 @dataclass(frozen=True)
 class Forecast:
-    """What a training will need.
+    """An estimate of what a training needs.
 
     Attributes:
         memory: Bytes by item, in each process.
-        tokens: To learn from, over all processes.
-        seconds: About how long it takes, if that could be estimated.
+        tokens: Training tokens, over all processes.
+        seconds: Estimated duration; None if unknown.
     """
 
     memory: Mapping[str, int]
@@ -94,7 +93,7 @@ class Forecast:
 
 @runtime_checkable
 class Forecasts(Protocol):
-    """A pruner that can say what it will need before anything is loaded."""
+    """A pruner that can forecast its cost before anything is loaded."""
 
     def forecast(
         self,
@@ -105,12 +104,12 @@ class Forecasts(Protocol):
         device: torch.device,
         processes: int,
     ) -> Forecast | None:
-        """Return what is needed, or None if nothing is trained.
+        """Return the forecast, or None if nothing is trained.
 
         Args:
-            model: On the meta device: shapes alone.
+            model: On the meta device: shapes only.
             sparsity: The target.
             dtype: Of the weights.
-            device: Where it will run.
-            processes: How many learn together.
+            device: Where the training will run.
+            processes: Number of processes.
         """
