@@ -266,4 +266,4 @@ def test_products_of_bfloat16_are_summed_in_float32(device):
     sums.add_product(linear, outer.to(device), inputs.to(device))
     sums.release()
     expected = outer.double().T @ inputs.double()
-    assert torch.allclose(sums.own[linear].gradient.cpu().double(), expected, atol=1e-3)
+    assert torch.allclose(sums.owned[linear].gradient.cpu().double(), expected, atol=1e-3)

@@ -365,7 +365,7 @@ def test_a_loss_that_is_not_finite_stops_with_the_state_of_the_step_before(
         if len(calls) == 3 and culprit == "loss":
             return math.nan
         if len(calls) == 3:
-            next(iter(self.sums.own.values())).gradient[0, 0] = math.inf
+            next(iter(self.sums.owned.values())).gradient[0, 0] = math.inf
             self.sums.total += math.inf
         return loss
 

@@ -40,7 +40,6 @@ SHAPES = (
 )
 TOKENS = (1, 8, 64, 2048)
 CROSSOVER_TOKENS = (512, 8192)
-LARGE_BYTES = 90_000_000
 MOST_BYTES_A_SECOND = 4.5e12
 """Above this the cache was measured: an H200's memory bandwidth is lower."""
 

@@ -17,12 +17,12 @@ class GradientSums:
     """Accumulates dL/dW~: all rows for the block in the backward pass, then the owned rows only.
 
     Attributes:
-        own: The sums of the step (or draw) so far, owned rows, by linear.
+        owned: The sums of the step (or draw) so far, owned rows, by linear.
         total: The sum of all elements added in this step; not finite if any element is not.
     """
 
     def __init__(self, shards: Shards, dtype: torch.dtype) -> None:
-        self.own: dict[Linear, WeightGradient] = {}
+        self.owned: dict[Linear, WeightGradient] = {}
         self.total = torch.zeros(())
         self._shards = shards
         self._dtype = dtype
@@ -68,18 +68,18 @@ class GradientSums:
             # processes, so that a NaN or an overflow stops every one of them.
             sums = whole.gradient.sum() + rows.sum() + columns.sum()
             self.total = self.total.to(sums.device) + sums
-            if linear in self.own:
-                total = self.own[linear]
+            if linear in self.owned:
+                total = self.owned[linear]
                 total.gradient.add_(gradient)
                 total.rows.add_(rows)
                 total.columns.add_(columns)
             else:
-                self.own[linear] = WeightGradient(gradient, rows, columns)
+                self.owned[linear] = WeightGradient(gradient, rows, columns)
         self._whole = {}
 
     def forget(self) -> None:
         """Drop the sums, but not the check for finite values: the end of a draw."""
-        self.own = {}
+        self.owned = {}
 
     def clear(self) -> None:
         """Drop the sums and the check: the end of a step."""

@@ -207,7 +207,7 @@ class Learner:
         """Return the direction of a layer's logits, from dL/dW~ or summed over the draws."""
         layer, total = self.layers[linear], self._direction_sums.get(linear)
         if total is None:
-            weight, slope = self._own_rows(linear), self._sums.own[linear]
+            weight, slope = self._own_rows(linear), self._sums.owned[linear]
             return self.optimizer.directions(layer, weight, slope, relaxation)
         return ((part, total[:, part].clone()) for part in layer.chunks())  # overwritten later
 
@@ -228,7 +228,7 @@ class Learner:
         for linear, layer in self.layers.items():
             if linear not in self._direction_sums:
                 self._direction_sums[linear] = torch.zeros_like(layer.logits, dtype=torch.float32)
-            weight, slope = self._own_rows(linear), self._sums.own[linear]
+            weight, slope = self._own_rows(linear), self._sums.owned[linear]
             for part, direction in self.optimizer.directions(layer, weight, slope, relaxation):
                 self._direction_sums[linear][:, part] += direction
         self._sums.forget()

@@ -163,10 +163,6 @@ class CuSparseLtProduct:
         out = self.operators.mm(self.blob, padded, bias, algorithm)
         return out if len(padded) == tokens else out[:tokens].contiguous()
 
-    def workspace_bytes(self, tokens: int) -> int:
-        """Return the bytes of the padded input."""
-        return 0 if tokens % _PAD_TOKENS == 0 else (tokens + 7) * self.form.shape[1] * 2
-
     def settings(self, tokens: int) -> str:
         """Return the algorithm."""
         return str(self.algorithm_for(tokens))

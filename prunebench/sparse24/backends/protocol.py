@@ -41,9 +41,6 @@ class Product(Protocol):
     def run(self, x: Float[Tensor, "tokens in"], bias: Tensor | None) -> Tensor:
         """Return `x @ W.T + bias`, [tokens, out]."""
 
-    def workspace_bytes(self, tokens: int) -> int:
-        """Return the bytes that a call allocates temporarily."""
-
     def settings(self, tokens: int) -> str:
         """Return the launch parameters (algorithm, tiles, split); empty if there are none."""
 

@@ -222,11 +222,6 @@ class TritonProduct:
         rows, lanes = self.form.words.shape[3:]
         return f"{Tiling(rows, 4 * lanes)}, {self.launch_for(tokens)}"
 
-    def workspace_bytes(self, tokens: int) -> int:
-        """Return the bytes of the partial sums of split-K, in float32."""
-        split = self.launch_for(tokens).split
-        return 4 * split * tokens * self.form.shape[0] if split > 1 else 0
-
 
 def default_launch(form: TiledLayout) -> Launch:
     """Return launch parameters with enough programs to fill the GPU."""

@@ -89,11 +89,6 @@ class UnpackedProduct:
         self.form.write_dense(dense)
         return functional.linear(x, dense, bias)
 
-    def workspace_bytes(self, tokens: int) -> int:
-        """Return the bytes of the dense matrix."""
-        rows, width = self.form.shape
-        return rows * width * self.form.dtype.itemsize
-
     def settings(self, tokens: int) -> str:
         """Return "": there are no launch parameters."""
         return ""
