@@ -41,8 +41,8 @@ def _learner(model: Any, preset: str) -> Any:
     from prunebench.pruners.maskllm.method import MaskLLM
     from prunebench.pruners.maskllm.shards import Shards
 
-    method = MaskLLM(preset=preset, prior="scratch", batch=_WINDOWS, train_seqlen=512).filled()
-    learner = method._learner(BlockWalker(model), None, candidates(2, 4), Shards())
+    method = MaskLLM(preset=preset, prior="scratch", batch=_WINDOWS, train_seqlen=512)
+    learner = method.filled().learner(BlockWalker(model), None, candidates(2, 4), Shards())
     return learner
 
 

@@ -163,7 +163,7 @@ class Bench:
         tokens = self.window.shape[1]
         method = MaskLLM(preset="paper", prior="scratch", batch=1, train_seqlen=tokens, **options)
         walker = BlockWalker(self.model)
-        learner = method.filled()._learner(walker, None, candidates(2, 4), Shards())
+        learner = method.filled().learner(walker, None, candidates(2, 4), Shards())
         steps = []
         with plain_inference(self.model), torch.enable_grad():
             learner._backward.prepare(self.window[:, :128])

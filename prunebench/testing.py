@@ -26,7 +26,7 @@ from prunebench.models.load import quiet_transformers
 from prunebench.models.measure import measure_linear, require_met
 from prunebench.models.pruner_inputs import PrunerInputs
 from prunebench.models.walker import BlockWalker
-from prunebench.pruners.layer import DependsOnModel, Pruner
+from prunebench.pruners.protocol import DependsOnModel, Pruner
 from prunebench.sparsity import Sparsity
 from prunebench.spec import WithinBlock
 

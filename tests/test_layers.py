@@ -1,4 +1,4 @@
-"""Imports point down only (DESIGN section 3), no circle anywhere, and the rim stays light."""
+"""Imports point down only, no circle anywhere, and the rim stays light."""
 
 import ast
 import subprocess
@@ -19,7 +19,7 @@ LEVELS = [
     {"models"},
     {"evaluate", "pruners", "sparse24"},
     {"allocators", "run_options"},
-    {"checkpoints", "testing"},
+    {"checkpoints", "plugin", "testing"},
     {"bench", "run"},
     {"sweep"},
     {"cli"},

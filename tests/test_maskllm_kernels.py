@@ -18,7 +18,7 @@ if not torch.cuda.is_available():
 from prunebench.models.linears import find_linears
 from prunebench.pruners.maskllm import dispatch, noise, triton_ops
 from prunebench.pruners.maskllm.candidates import candidates
-from prunebench.pruners.maskllm.learn import _Gradients
+from prunebench.pruners.maskllm.gradients import GradientSums
 from prunebench.pruners.maskllm.moments import PackedMoments
 from prunebench.pruners.maskllm.optimise import Optimizer, sum_squares
 from prunebench.pruners.maskllm.relaxation import LayerLogits, Relaxation, WeightGradient
@@ -261,9 +261,9 @@ def test_products_of_bfloat16_are_summed_in_float32(device):
         torch.randn(512, n, generator=generator).to(BF16)
         for n in (linear.out_features, linear.in_features)
     )
-    sums = _Gradients(Shards(), FLOAT)
+    sums = GradientSums(Shards(), FLOAT)
     sums.fetch([linear])
     sums.add_product(linear, outer.to(device), inputs.to(device))
     sums.release()
     expected = outer.double().T @ inputs.double()
-    assert torch.allclose(sums.own[linear].gradient.cpu().double(), expected, atol=1e-3)
+    assert torch.allclose(sums.owned[linear].gradient.cpu().double(), expected, atol=1e-3)

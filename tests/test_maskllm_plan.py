@@ -1,6 +1,6 @@
 """What --dry-run promises, beside what a training really allocates."""
 
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import pytest
 import torch
@@ -38,12 +38,12 @@ def peak_bytes(action):
 def test_the_plan_names_the_bytes_that_are_allocated(options, monkeypatch):
     monkeypatch.setattr(relaxation, "_CHUNK_LOGITS", 1500)
     model, windows = tiny_model("llama"), tiny_tokens(samples=16, seqlen=64)
-    pruner = pruner_of(train_seqlen=64, batch=16, noise=0.0, **options).filled()
-    load = MemoryPlan(model, pruner, HALF, torch.float32, torch.device("cpu"))
+    config = pruner_of(train_seqlen=64, batch=16, noise=0.0, **options).filled()
+    load = MemoryPlan(model, config, HALF, torch.float32, torch.device("cpu"))
     plan = load.memory()
     assert plan["model"] == sum(p.nbytes for p in model.parameters())
     walker = BlockWalker(model)
-    learner = pruner._learner(walker, None, candidates(2, 4), Shards())
+    learner = config.learner(walker, None, candidates(2, 4), Shards())
     layers = learner.layers.values()
     assert plan["logits"] == sum(layer.logits.nbytes for layer in layers)
     assert plan["moments"] == sum(
@@ -75,7 +75,7 @@ def test_shares_of_the_plan_add_up_and_several_draws_are_counted():
 
 
 def test_the_published_budget_of_a_7b_model():
-    """SPARSE24, section 6.2: float32 logits 38.9 GB, bf16 moments 38.9, G 13, workspace 0.4."""
+    """Float32 logits 38.9 GB, bf16 moments 38.9, G 13, workspace 0.4."""
     from transformers import AutoConfig
 
     from prunebench.models.load import skeleton
@@ -100,3 +100,9 @@ def test_the_time_is_that_of_the_steps():
     few = load.seconds()
     many = replace(load, options=replace(load.options, steps=4000)).seconds()
     assert 0 < few < many
+
+
+@pytest.mark.parametrize("preset", ["laptop", "lite", "paper"])
+def test_a_preset_gives_every_option_of_a_training_a_value(preset):
+    config = asdict(pruner_of(preset=preset).filled())
+    assert [name for name, value in config.items() if value is None] == ["train_data"]

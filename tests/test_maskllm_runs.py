@@ -92,7 +92,7 @@ def test_a_run_keeps_its_state_until_the_result_is_filed(cli, tiny_run, tmp_path
         cli(*tiny_run, *small(), code=5)
     assert len(list(states.glob("*/state"))) == 1
     told = cli(*tiny_run, *small()).output
-    assert "goes on after step 2" in told
+    assert "resumed after step 2" in told
     assert "step 2: loss" in told
     assert list(states.iterdir()) == []
 
@@ -226,8 +226,8 @@ def test_a_run_that_was_killed_goes_on_with_the_same_command(then, tiny_run, tmp
         ),
         **alone,
     )
-    assert "goes on after step" in done.stderr
+    assert "resumed after step" in done.stderr
     assert list(states.iterdir()) == []  # the result is filed: nothing is left behind
     done = finished(command(tiny_run, "--save-masks", "a.npz", **longer), **alone)
-    assert "goes on after step" not in done.stderr
+    assert "resumed after step" not in done.stderr
     assert same_masks(tmp_path / "a.npz", tmp_path / "b.npz")

@@ -58,7 +58,7 @@ def test_a_training_that_was_stopped_ends_as_one_that_was_not(options, tmp_path)
     folder, notes = tmp_path / "run", []
     interrupted(folder, 4, save_every=2, **options)  # before step 4 is saved: that of 2 is there
     model, resumed = train(folder, notes=notes, save_every=2, **options)
-    assert "goes on after step 2" in notes[0]
+    assert "resumed after step 2" in notes[0]
     assert hash_weights(model) == hash_weights(whole)
     assert same_but_for_time(report, resumed)
     assert resumed.learned.best_step == report.learned.best_step
@@ -112,7 +112,7 @@ def test_a_damaged_state_is_never_trusted(damage, tmp_path, kept_state):
     DAMAGES[damage](folder / "state")
     notes = []
     model, report = train(folder, notes=notes)
-    assert "is damaged: the training begins anew" in notes[0]
+    assert "is damaged: training restarts from step 0" in notes[0]
     assert report.events == ()
     assert hash_weights(model) == whole
 
@@ -132,7 +132,7 @@ def test_a_kill_between_two_renames_leaves_the_old_state(tmp_path, kept_state):
     shutil.copytree(folder / "old", folder / "part")
     notes = []
     model, _ = train(folder, notes=notes)
-    assert "goes on after step 2" in notes[0]
+    assert "resumed after step 2" in notes[0]
     assert hash_weights(model) == kept_state[1]
 
 
@@ -147,7 +147,7 @@ def test_a_disk_that_takes_no_state_does_not_end_the_training(tmp_path):
     (tmp_path / "file").write_text("in the way")
     notes = []
     model, report = train(tmp_path / "file" / "run", notes=notes, save_every=2)
-    assert [note for note in notes if "could not be kept" in note] == notes
+    assert [note for note in notes if "could not be saved" in note] == notes
     assert len(notes) == 2
     assert hash_weights(model) == hash_weights(train()[0])
 
@@ -211,7 +211,7 @@ def test_two_processes_learn_what_one_learns_and_go_on_for_each_other(tmp_path):
                 assert torch.equal(torch.from_numpy(got["masks"][name]), keep), (state, name)
     notes = []
     alone, last = train(tmp_path / "from-two", notes=notes, save_every=2, **TOGETHER)
-    assert "goes on after step 2" in notes[0]
+    assert "resumed after step 2" in notes[0]
     assert last.learned.processes == 1
     assert hash_weights(alone) == hash_weights(model)
 

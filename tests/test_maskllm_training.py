@@ -365,7 +365,7 @@ def test_a_loss_that_is_not_finite_stops_with_the_state_of_the_step_before(
         if len(calls) == 3 and culprit == "loss":
             return math.nan
         if len(calls) == 3:
-            next(iter(self.sums.own.values())).gradient[0, 0] = math.inf
+            next(iter(self.sums.owned.values())).gradient[0, 0] = math.inf
             self.sums.total += math.inf
         return loss
 
@@ -378,7 +378,7 @@ def test_a_loss_that_is_not_finite_stops_with_the_state_of_the_step_before(
     monkeypatch.setattr(Backward, "add", plain)
     notes = []
     model, report = train(folder, notes=notes)
-    assert "goes on after step 2" in notes[0]
+    assert "resumed after step 2" in notes[0]
     assert hash_weights(model) == hash_weights(train()[0])
     assert report.events[0].value == 2
 

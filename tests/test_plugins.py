@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Literal
 import torch
 from prunebench.pruners.keep import keep_rows
-from prunebench.pruners.layer import LayerPruner
+from prunebench.plugin import LayerPruner
 
 @dataclass(frozen=True)
 class Largest(LayerPruner):

@@ -3,7 +3,7 @@
 Any rule goes with any method: `run --method wanda --allocation owl`. The mean over all prunable
 weights is exactly the target, and so are the zeros that come out, to 0.01% at any width
 (`allocation.whole_counts`): two allocations are compared at the same size. An allocation
-can be saved and passed back (`--save-allocation FILE`, `--allocation file:FILE`).
+can be saved and reused (`--save-allocation FILE`, `--allocation file:FILE`).
 """
 
 from __future__ import annotations

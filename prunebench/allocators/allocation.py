@@ -1,4 +1,4 @@
-"""The contract of an allocator, its result, and the file in which a result is passed on."""
+"""The contract of an allocator, its result, and the allocation file."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from prunebench.errors import CheckFailed, IncompatibleData, UsageError
 from prunebench.files import write_text
 from prunebench.models.linears import Linear
 from prunebench.models.walker import BlockWalker
-from prunebench.pruners.layer import Needs
+from prunebench.pruners.protocol import Needs
 from prunebench.sparsity import Sparsity
 
 _FORMAT = "prunebench-allocation"
@@ -27,8 +27,8 @@ class Allocation:
 
     Attributes:
         ratios: Share of zeros of each linear, by name; in [0, 1).
-        estimates: What the allocator expects each layer to lose, if it has such a figure.
-        facts: What a reader should know of the choice, such as a range that was found.
+        estimates: The allocator's figure of each layer (e.g. estimated error), if it has one.
+        facts: Further figures for the result, e.g. a range that was chosen automatically.
     """
 
     ratios: Mapping[str, float]
@@ -48,20 +48,20 @@ class Allocator(Protocol):
     def allocate(self, walker: BlockWalker, target: float) -> Allocation:
         """Return a ratio for every linear of `walker`, with mean `target` over all weights.
 
-        The weights must be as they were when it returns.
+        It must leave the weights unchanged.
         """
 
 
 def mean_ratio(ratios: Mapping[str, float], linears: Sequence[Linear]) -> float:
     """Return the mean over all weights."""
-    total = sum(one.size for one in linears)
-    return math.fsum(ratios[one.name] * one.size for one in linears) / total
+    total = sum(linear.size for linear in linears)
+    return math.fsum(ratios[linear.name] * linear.size for linear in linears) / total
 
 
 def require_sound(allocation: Allocation, linears: Sequence[Linear], target: float) -> None:
     """Raise `CheckFailed` unless every layer has a ratio and their mean is the target."""
     ratios = allocation.ratios
-    missing = [one.name for one in linears if one.name not in ratios]
+    missing = [linear.name for linear in linears if linear.name not in ratios]
     outside = [name for name, ratio in ratios.items() if not 0 <= ratio < 1]
     wrong = missing or outside
     mean = target if wrong else mean_ratio(ratios, linears)
@@ -77,39 +77,39 @@ def require_sound(allocation: Allocation, linears: Sequence[Linear], target: flo
 def layer_sparsities(
     sparsity: Sparsity, allocation: Allocation, linears: Sequence[Linear]
 ) -> dict[str, Sparsity]:
-    """Return what each layer is pruned to; all together make `sparsity`, to 0.01% at any width."""
+    """Return the sparsity of each layer; the total is `sparsity`, to 0.01% at any width."""
     if sparsity.is_pattern:
-        return {one.name: sparsity for one in linears}
+        return {linear.name: sparsity for linear in linears}
     ratios = whole_counts(allocation.ratios, linears, sparsity.ratio)
-    return {one.name: sparsity.with_ratio(ratios[one.name]) for one in linears}
+    return {linear.name: sparsity.with_ratio(ratios[linear.name]) for linear in linears}
 
 
 def whole_counts(
     ratios: Mapping[str, float], linears: Sequence[Linear], target: float
 ) -> dict[str, float]:
-    """Return the ratios, some raised by less than a weight, so that whole counts meet the target.
+    """Return the ratios, some raised by less than a weight, so that integer counts meet the target.
 
-    A layer loses floor(size * ratio) weights. In layers of ordinary size the fractions of a weight
-    do not matter, and the ratios stay as they are. Where they add up to more than a
-    hundred-thousandth of all weights (tiny layers), they are handed out: one weight each to the
-    layers with the largest fraction, of equal ones the earlier layer. No layer loses all.
+    A layer loses floor(size * ratio) weights. If the fractions of a weight that are rounded away
+    add up to at most 1e-5 of all weights (layers of ordinary size), the ratios are returned
+    unchanged. Otherwise (tiny layers) the layers with the largest fractions lose one weight more,
+    of equal ones the earlier layer, until the total is exact. No layer loses all of its weights.
     """
-    sizes = {one.name: one.size for one in linears}
+    sizes = {linear.name: linear.size for linear in linears}
     total = sum(sizes.values())
     counts = {name: Sparsity(ratios[name]).count(size) for name, size in sizes.items()}
     missing = Sparsity(target).count(total) - sum(counts.values())
     if missing <= total * _ROUNDING:
         return dict(ratios)
-    rest = {name: ratios[name] * size - counts[name] for name, size in sizes.items()}
+    fraction = {name: ratios[name] * size - counts[name] for name, size in sizes.items()}
     spare = [name for name, size in sizes.items() if counts[name] + 1 < size]
-    order = sorted(spare, key=lambda name: -rest[name])  # stable
+    order = sorted(spare, key=lambda name: -fraction[name])  # stable
     raised = {name: _ratio_of(counts[name] + 1, sizes[name]) for name in order[:missing]}
     return {**ratios, **raised}
 
 
 def _ratio_of(count: int, size: int) -> float:
-    """Return the least ratio of which `Sparsity.count` is `count`."""
-    ratio = count / size
+    """Return the smallest ratio for which `Sparsity.count` is `count`."""
+    ratio = count / size  # rounding may put it just below
     while Sparsity(ratio).count(size) < count:
         ratio = math.nextafter(ratio, 1)
     return ratio
@@ -136,7 +136,7 @@ def shifted(
 
 
 def bisect(rising: Callable[[float], float], target: float, low: float, high: float) -> float:
-    """Return where a continuous rising function is `target`, to the last bit that matters."""
+    """Return where a continuous rising function is `target`, to the last bit."""
     for _ in range(100):
         middle = (low + high) / 2
         low, high = (middle, high) if rising(middle) < target else (low, middle)
@@ -163,8 +163,12 @@ def require_range(low: float, high: float, target: float) -> None:
 def save_allocation(path: Path, ratios: Mapping[str, float], linears: Sequence[Linear]) -> None:
     """Write an allocation as JSON: name, shape and ratio of every layer."""
     rows = [
-        {"name": one.name, "shape": [one.out_features, one.in_features], "ratio": ratios[one.name]}
-        for one in linears
+        {
+            "name": linear.name,
+            "shape": [linear.out_features, linear.in_features],
+            "ratio": ratios[linear.name],
+        }
+        for linear in linears
     ]
     lines = ",\n  ".join(json.dumps(row) for row in rows)
     head = json.dumps({"format": _FORMAT, "version": 1, "mean": mean_ratio(ratios, linears)})
@@ -175,7 +179,7 @@ def load_allocation(path: Path, linears: Sequence[Linear]) -> dict[str, float]:
     """Read an allocation and check it against the layers of a model.
 
     Raises:
-        UsageError: The file cannot be read or is no allocation.
+        UsageError: The file cannot be read or is not an allocation.
         IncompatibleData: It belongs to another model: a name or a shape differs.
     """
     try:
@@ -193,20 +197,21 @@ def load_allocation(path: Path, linears: Sequence[Linear]) -> dict[str, float]:
             where=f"{type(error).__name__}: {error}",
             fix="use a file that --save-allocation wrote",
         ) from None
-    for one in linears:
-        shape = (one.out_features, one.in_features)
-        if one.name not in rows or rows[one.name][0] != shape:
-            found = f"it says {rows[one.name][0]}" if one.name in rows else "it has no such layer"
+    for linear in linears:
+        shape = (linear.out_features, linear.in_features)
+        if linear.name not in rows or rows[linear.name][0] != shape:
+            row = rows.get(linear.name)
+            problem = f"it says {row[0]}" if row else "it has no such layer"
             raise IncompatibleData(
                 f"{path} is an allocation for another model",
-                where=f"{one.name} is {shape} here, and {found}",
+                where=f"{linear.name} is {shape} here, and {problem}",
                 fix="use an allocation that was saved for this model",
             )
-    extra = sorted(rows.keys() - {one.name for one in linears})
+    extra = sorted(rows.keys() - {linear.name for linear in linears})
     if extra:
         raise IncompatibleData(
             f"{path} is an allocation for another model",
-            where=f"it has {extra[0]}, which this model has not",
+            where=f"it has {extra[0]}, which this model does not have",
             fix="use an allocation that was saved for this model",
         )
     return {name: ratio for name, (_, ratio) in rows.items()}

@@ -1,9 +1,9 @@
-"""OWL and DLP: one ratio a block, from the block's Wanda scores A = |W_ij| ||X_j||.
+"""OWL and DLP: one ratio per block, from the block's Wanda scores A = |W_ij| ||X_j||.
 
 Papers: Yin et al., "Outlier Weighed Layerwise Sparsity (OWL)", https://arxiv.org/abs/2310.05175;
 Chen et al., "DLP: Dynamic Layerwise Pruning in Large Language Models",
-https://arxiv.org/abs/2505.23807. Both take the scores of the dense model from one pass and spread
-the blocks' ratios linearly over a width of twice `strength`.
+https://arxiv.org/abs/2505.23807. Both take the scores of the dense model from one pass and
+spread the blocks' ratios linearly over a range of 2 * `strength`.
 
 - OWL: importance = share of scores above `outlier` times the block's mean score.
 - DLP: importance = 1 - (the block's median score) / (the sum over blocks). The paper says median,
@@ -26,13 +26,13 @@ from torch import Tensor
 
 from prunebench.allocators.allocation import Allocation, require_range, shifted
 from prunebench.models.walker import BlockWalker
-from prunebench.pruners.layer import Needs
+from prunebench.pruners.protocol import Needs
 
 _HIGHEST = 0.99
 
 
 class _Blockwise(ABC):
-    """Scores every block of the dense model and spreads the ratios over them."""
+    """Computes a figure per block of the dense model and spreads the ratios accordingly."""
 
     needs: ClassVar[Needs] = Needs(calibration=True)
     strength: float
@@ -43,20 +43,20 @@ class _Blockwise(ABC):
 
     @abstractmethod
     def importance(self, scores: list[Tensor]) -> float:
-        """Return a figure for one block from the Wanda scores of its linears."""
+        """Return the figure of a block from the Wanda scores of its linears, flat tensors."""
 
     def spread(self, figures: Mapping[int, float]) -> dict[int, float]:
-        """Return how much less than the mean each block is pruned, in [0, 2 * strength]."""
+        """Return what is subtracted from each block's ratio, in [0, 2 * strength]."""
         low, high = min(figures.values()), max(figures.values())
         width = (high - low) or 1.0
         return {b: 2 * self.strength * (f - low) / width for b, f in figures.items()}
 
     def check(self, target: float) -> None:
-        """Accept any ratio: what lies outside [0, 0.99] is clipped and made up for elsewhere."""
+        """Accept any ratio: outside [0, 0.99] it is clipped, and compensated in other blocks."""
         require_range(0.0, max(_HIGHEST, target), target)
 
     def allocate(self, walker: BlockWalker, target: float) -> Allocation:
-        """Return one ratio a block."""
+        """Return one ratio per block."""
         figures: dict[int, float] = {}
         scores: list[Tensor] = []
         last: int | None = None
@@ -67,13 +67,15 @@ class _Blockwise(ABC):
                 figures[last] = self.importance(scores)
                 scores = []
             last = index
-            scores += [(one.read().abs() * group.stats.norms()).flatten() for one in group.linears]
+            norms = group.stats.norms()  # [in]
+            scores += [(linear.read().abs() * norms).flatten() for linear in group.linears]
         assert last is not None
         figures[last] = self.importance(scores)
-        kept = self.spread(figures)
-        sizes = {one.name: one.size for one in walker.linears}
-        ratios = {one.name: target - kept[one.block_index] for one in walker.linears}
-        estimates = {one.name: figures[one.block_index] for one in walker.linears}
+        offsets = self.spread(figures)
+        sizes = {linear.name: linear.size for linear in walker.linears}
+        ratios = {linear.name: target - offsets[linear.block_index] for linear in walker.linears}
+        estimates = {linear.name: figures[linear.block_index] for linear in walker.linears}
+        # all offsets are >= 0: the shift restores the mean
         exact = shifted(ratios, sizes, target=target, low=0.0, high=max(_HIGHEST, target))
         return Allocation(exact, estimates)
 
@@ -83,8 +85,8 @@ class Owl(_Blockwise):
     """Prunes blocks with many outliers less.
 
     Attributes:
-        strength: Half of the width of the ratios (lambda; 0.08 in the paper).
-        outlier: How many times the mean score an outlier is (M; 5 in the paper).
+        strength: Half of the range of the ratios (lambda; 0.08 in the paper).
+        outlier: Threshold of an outlier in units of the block's mean score (M; 5 in the paper).
     """
 
     strength: float = 0.08
@@ -92,9 +94,9 @@ class Owl(_Blockwise):
 
     def importance(self, scores: list[Tensor]) -> float:
         """Return the percentage of outliers."""
-        count = sum(one.numel() for one in scores)
-        mean = sum(float(one.sum(dtype=torch.float64)) for one in scores) / count
-        return 100 * sum(int((one > self.outlier * mean).sum()) for one in scores) / count
+        count = sum(score.numel() for score in scores)
+        mean = sum(float(score.sum(dtype=torch.float64)) for score in scores) / count
+        return 100 * sum(int((score > self.outlier * mean).sum()) for score in scores) / count
 
 
 @dataclass(frozen=True)
@@ -102,8 +104,8 @@ class Dlp(_Blockwise):
     """Prunes blocks with low typical scores less.
 
     Attributes:
-        strength: Half of the width of the ratios (alpha; 0.15 at 70%, 0.1 at 60% in the paper).
-        statistic: What stands for a block's scores.
+        strength: Half of the range of the ratios (alpha; 0.15 at 70%, 0.1 at 60% in the paper).
+        statistic: Statistic of a block's scores.
     """
 
     strength: float = 0.15
@@ -111,8 +113,8 @@ class Dlp(_Blockwise):
 
     def importance(self, scores: list[Tensor]) -> float:
         """Return the median or mean score."""
-        both = torch.cat(scores)
-        return float(both.median() if self.statistic == "median" else both.mean())
+        flat = torch.cat(scores)
+        return float(flat.median() if self.statistic == "median" else flat.mean())
 
     def spread(self, figures: Mapping[int, float]) -> dict[int, float]:
         """Return the spread of the importance 1 - figure / sum."""

@@ -1,8 +1,8 @@
 """The layer-wise sparsity scheduler: ratios from estimated reconstruction errors, in clusters.
 
 Paper: "Aggressive Post-Training Compression on Extremely Large Language Models",
-https://arxiv.org/abs/2409.20094. Its body is not public to us; this is a **reconstruction**. What
-the abstract and the introduction say: the pruning loss of every layer is estimated from its inverse
+https://arxiv.org/abs/2409.20094. Only its abstract and introduction were available; this is a
+**reconstruction**. What they say: the pruning loss of every layer is estimated from its inverse
 Hessian, the estimates are clustered on a logarithmic scale, and the clusters get ratios within
 [0.6, 0.8]. What is mathematics: SparseGPT's loss is 1/2 sum w~^2 / U_jj^2 over the pruned weights,
 w~ the weight when its column is reached and U the factor of the inverse Hessian, so with the dense
@@ -10,12 +10,12 @@ weight in its place
 
     estimate(s) = 1/2 * sum of the s smallest w_rj^2 / U_jj^2 in each block of 128 columns.
 
-What is inferred, and an option each: the unit (`granularity`), the normalisation (`normalize`), the
+What is inferred, and an option each: the unit (`granularity`), the normalization (`normalize`), the
 width of a cluster (`decades`), the rule from cluster to ratio (a power of the cluster's rank, found
 so that the mean is exact).
 
-`low` and `high` are the paper's range. Where it suits a model badly (the paper says so of OPT-6.7B,
-whose scores have a short tail), `range=auto` chooses it from the scores, see `automatic_range`.
+`low` and `high` are the paper's range. Where it does not suit a model (in the paper OPT-6.7B, whose
+scores have a short tail), `range=auto` chooses it from the scores, see `automatic_range`.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from prunebench.allocators.allocation import Allocation, bisect, require_range, 
 from prunebench.calibration.hessian import factorise
 from prunebench.models.linears import Linear
 from prunebench.models.walker import BlockWalker
-from prunebench.pruners.layer import Needs
+from prunebench.pruners.protocol import Needs
 
 _COLUMNS = 128  # SparseGPT's block
 _HALF_WIDTH = 0.1  # of the paper's range
@@ -84,8 +84,8 @@ class Hessian:
         errors: dict[str, LayerError] = {}
         for group in walker.survey(hessian=True):
             assert group.stats is not None
-            if group.stats.tokens == 0:  # experts that nothing reaches: lowest cluster
-                errors |= {one.name: LayerError(0.0, 0.0, 0.0) for one in group.linears}
+            if group.stats.tokens == 0:  # experts that no token reached: lowest cluster
+                errors |= {linear.name: LayerError(0.0, 0.0, 0.0) for linear in group.linears}
                 continue
             factor = factorise(group.stats, damping=self.damping, name=group.linears[0].name)
             for linear in group.linears:
@@ -96,7 +96,7 @@ class Hessian:
         low, high = self.low, self.high
         if self.range == "auto":
             low, high = automatic_range(scores, target)
-        sizes = {one.name: one.size for one in walker.linears}
+        sizes = {linear.name: linear.size for linear in walker.linears}
         ratios = spread(clusters, sizes, target=target, low=low, high=high)
         estimates = {name: self._estimate(error) for name, error in errors.items()}
         facts = {"low": low, "high": high, "clusters": float(max(clusters.values()) + 1)}
@@ -110,17 +110,17 @@ class Hessian:
         }[self.estimator]
 
     def _scores(self, errors: Mapping[str, LayerError], linears: list[Linear]) -> dict[str, float]:
-        """Return the figure of each layer that is clustered."""
+        """Return the figure of each layer by which it is clustered."""
         unit = {
-            one.name: one.name if self.granularity == "module" else str(one.block_index)
-            for one in linears
+            linear.name: linear.name if self.granularity == "module" else str(linear.block_index)
+            for linear in linears
         }
         total: dict[str, float] = {}
         weight: dict[str, float] = {}
-        for one in linears:
-            error, key = errors[one.name], unit[one.name]
+        for linear in linears:
+            error, key = errors[linear.name], unit[linear.name]
             total[key] = total.get(key, 0.0) + self._estimate(error)
-            by = {"per_parameter": float(one.size), "sum": 0.0, "relative": error.prune_all}
+            by = {"per_parameter": float(linear.size), "sum": 0.0, "relative": error.prune_all}
             weight[key] = weight.get(key, 0.0) + by[self.normalize]
         return {name: total[key] / (weight[key] or 1.0) for name, key in unit.items()}
 
@@ -137,17 +137,17 @@ class LayerError:
 def layer_error(
     weight: Float[Tensor, "out in"], upper: Float[Tensor, "in in"], ratio: float
 ) -> LayerError:
-    """Estimate what pruning a layer to `ratio` costs, without pruning it.
+    """Estimate the reconstruction error of pruning a layer to `ratio`, without pruning it.
 
     Args:
         weight: The dense weight.
         upper: U, the factor of the inverse Hessian; H = inv(U) inv(U)^T.
         ratio: Share of weights to prune.
     """
-    losses = (weight / upper.diagonal()).square()
+    losses = (weight / upper.diagonal()).square()  # [out, in]
     least = 0.0
     for start in range(0, weight.shape[1], _COLUMNS):
-        block = losses[:, start : start + _COLUMNS].flatten()
+        block = losses[:, start : start + _COLUMNS].flatten()  # [out * columns]
         count = math.floor(ratio * block.numel())
         ordered = block.sort().values if count else block
         least += float(ordered[:count].sum(dtype=torch.float64))
@@ -162,7 +162,7 @@ def layer_error(
 def log_clusters(scores: Mapping[str, float], *, decades: float) -> dict[str, int]:
     """Return the cluster of each score: 0 for the least, one more for every `decades` above it.
 
-    A score of 0 (a layer that nothing reaches) belongs to the lowest cluster.
+    A score of 0 (a layer that no token reached) belongs to the lowest cluster.
     """
     positive = [score for score in scores.values() if score > 0]
     least = math.log10(min(positive)) if positive else 0.0
@@ -173,15 +173,14 @@ def log_clusters(scores: Mapping[str, float], *, decades: float) -> dict[str, in
 
 
 def automatic_range(scores: Mapping[str, float], target: float) -> tuple[float, float]:
-    """Return a range around the target, as wide as the scores are spread.
+    """Return a range around the target whose width depends on the spread of the scores.
 
-    The paper's 0.1 on either side is for scores that differ by powers of ten. Half of the layers
-    lie between the quartiles of log10(score): where that is a decade or more the range is the
-    paper's, where it is half a decade or less the range is the target alone, and between the two
-    it opens evenly. A layer's own error does not know what the layers behind it make of it, and a
-    factor of three is less than that may change; scores with so short a tail are a reason for no
-    difference, not for a small one. Quartiles and not extremes: a few layers that hardly lose
-    anything (the first block's, often) say nothing of how the others should differ.
+    The paper's 0.1 on either side is for scores that differ by powers of ten. The width grows
+    linearly with the distance of the quartiles of log10(score): 0 up to half a decade, the paper's
+    from a decade on. Why 0 and not a small width: a layer's error ignores the effect of the later
+    layers, which may change it by more than a factor of three (half a decade). Why quartiles and
+    not extremes: a few layers with hardly any error (often those of the first block) do not say how
+    the others should differ.
     """
     logs = sorted(math.log10(score) for score in scores.values() if score > 0)
     if len(logs) < 2:

@@ -1,19 +1,19 @@
-"""Ratios from what pruning each group of layers alone does to the output of the whole model.
+"""Ratios from the divergence of the model's output when each group of linears is pruned alone.
 
-A layer's own reconstruction error does not know what the layers behind it make of it. Here each
-group of linears with one input (q, k and v; o; gate and up; down) is pruned alone by SparseGPT at
-the target, in the dense model, and the divergence of the next-token distribution is measured on a
-few calibration windows:
+A layer's reconstruction error ignores the effect of the later layers. Here each group of linears
+with one input (q, k and v; o; gate and up; down) is pruned alone by SparseGPT at the target, in the
+dense model, and the divergence of the next-token distribution is measured on a few calibration
+windows:
 
     D_g = mean over tokens of KL(dense || pruned).
 
 To second order D_g is quadratic in the change of the weights, so at another ratio it is taken to
 grow as the group's estimated reconstruction error E_g does (`allocators.hessian`): D_g(s) =
-D_g * E_g(s) / E_g(target). The ratios minimise the sum of all D_g(s_g) at the given mean: every
-group is pruned until its next weight costs what the others' next weight costs.
+D_g * E_g(s) / E_g(target). The ratios minimize the sum of all D_g(s_g) at the given mean: at the
+optimum the marginal cost of one more weight is the same in every group.
 
-No paper: the criterion is the usual sensitivity analysis of quantisation work, with the curve
-between two ratios taken from the inverse Hessian.
+No paper: the criterion is the usual sensitivity analysis of quantization, with the curve between
+two ratios taken from the inverse Hessian.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from prunebench.allocators.allocation import Allocation, bisect, shifted
 from prunebench.calibration.hessian import factorise
 from prunebench.models.replay import TrueRun, resume, run_model
 from prunebench.models.walker import BlockWalker, LinearGroup
-from prunebench.pruners.layer import Needs
+from prunebench.pruners.protocol import Needs
 from prunebench.pruners.sparsegpt import SparseGPT
 from prunebench.sparsity import Sparsity
 
@@ -44,11 +44,11 @@ _HIGHEST = 0.99
 
 @dataclass(frozen=True)
 class Sensitivity:
-    """Prunes groups that the output depends on less.
+    """Prunes groups with little effect on the output more.
 
     Attributes:
         windows: Calibration windows on which the divergence is measured.
-        width: How far a ratio may be from the target.
+        width: Maximum distance of a ratio from the target.
         damping: As in SparseGPT.
     """
 
@@ -74,20 +74,20 @@ class Sensitivity:
         with closing(groups):
             for group in groups:
                 assert group.stats is not None
-                weights = [one.read() for one in group.linears]
+                weights = [linear.read() for linear in group.linears]
                 if group.stats.tokens:
                     name = group.linears[0].name
                     upper = factorise(group.stats, damping=self.damping, name=name).upper
-                else:  # experts that nothing reaches are pruned by magnitude, and cost nothing
+                else:  # experts that no token reached: by magnitude, with divergence 0
                     upper = torch.eye(weights[0].shape[1], device=weights[0].device)
                 slopes = loss_slopes(weights, upper, low, high, target)
                 divergence = self._divergence(pruner, group, target, output)
-                names = tuple(one.name for one in group.linears)
-                size = sum(one.size for one in group.linears)
+                names = tuple(linear.name for linear in group.linears)
+                size = sum(linear.size for linear in group.linears)
                 curves.append(_Curve(names, size, divergence, slopes))
                 del group, weights, upper
         ratios = balanced(curves, target, low, high)
-        sizes = {one.name: one.size for one in walker.linears}
+        sizes = {linear.name: linear.size for linear in walker.linears}
         estimates = {name: curve.divergence for curve in curves for name in curve.names}
         exact = shifted(ratios, sizes, target=target, low=low, high=high)
         return Allocation(exact, estimates)
@@ -95,7 +95,7 @@ class Sensitivity:
     def _divergence(
         self, pruner: SparseGPT, group: LinearGroup, target: float, output: _Output
     ) -> float:
-        """Return D_g; the group's weights are put back."""
+        """Return D_g; the group's weights are restored."""
         dense = [linear.stored.clone() for linear in group.linears]
         sparsity = {linear.name: Sparsity(target) for linear in group.linears}
         try:
@@ -109,7 +109,14 @@ class Sensitivity:
 
 @dataclass(frozen=True)
 class _Curve:
-    """A group: its divergence at the target, and how fast its error grows around it."""
+    """A group of linears.
+
+    Attributes:
+        names: Of its linears.
+        size: Number of weights.
+        divergence: D_g at the target.
+        slopes: E'(s) / E(target) on the grid of ratios, see `loss_slopes`.
+    """
 
     names: tuple[str, ...]
     size: int
@@ -152,14 +159,14 @@ class _Output:
 def loss_slopes(
     weights: Sequence[Tensor], upper: Tensor, low: float, high: float, target: float
 ) -> np.ndarray:
-    """Return how fast the estimated error grows with the ratio, relative to it at the target.
+    """Return the derivative of the estimated error by the ratio, over the error at the target.
 
     The estimate is that of `allocators.hessian`, over all weights of the group at once.
 
     Returns:
         E'(s) / E(target) at `_STEPS` ratios from `low` to `high`; rising.
     """
-    losses = torch.cat([(one / upper.diagonal()).square().flatten() for one in weights])
+    losses = torch.cat([(weight / upper.diagonal()).square().flatten() for weight in weights])
     ordered = losses.cpu().sort().values.to(torch.float64)
     count = len(ordered)
     at_target = float(ordered[: max(1, math.floor(target * count))].sum())
@@ -171,9 +178,10 @@ def loss_slopes(
 def balanced(
     curves: Sequence[_Curve], target: float, low: float, high: float
 ) -> Mapping[str, float]:
-    """Return the ratios in [low, high] that minimise sum_g D_g(s_g), with mean `target`.
+    """Return the ratios in [low, high] that minimize sum_g D_g(s_g), with mean `target`.
 
-    At the minimum all groups within the bounds have one price: D_g(s_g)' / size_g.
+    At the minimum D_g'(s_g) / size_g (the price of a weight) is the same for all groups within the
+    bounds; the price is found by bisection, in logarithms.
     """
     grid = np.linspace(low, high, _STEPS)
     prices = [
@@ -182,7 +190,7 @@ def balanced(
     total = sum(curve.size for curve in curves)
 
     def at(price: float) -> list[float]:
-        return [float(np.interp(price, mine, grid)) for mine in prices]
+        return [float(np.interp(price, curve_prices, grid)) for curve_prices in prices]
 
     def mean(price: float) -> float:
         return math.fsum(s * c.size for s, c in zip(at(price), curves, strict=True)) / total

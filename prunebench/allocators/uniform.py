@@ -1,4 +1,4 @@
-"""The same ratio for every layer: what every paper of a pruning method starts from."""
+"""The same ratio for every layer: the default of the papers."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from typing import ClassVar
 
 from prunebench.allocators.allocation import Allocation
 from prunebench.models.walker import BlockWalker
-from prunebench.pruners.layer import Needs
+from prunebench.pruners.protocol import Needs
 
 
 @dataclass(frozen=True)
 class Uniform:
-    """Gives every layer the target."""
+    """Gives every layer the target ratio."""
 
     needs: ClassVar[Needs] = Needs()
 
@@ -21,4 +21,4 @@ class Uniform:
 
     def allocate(self, walker: BlockWalker, target: float) -> Allocation:
         """Return the target for every layer."""
-        return Allocation({one.name: target for one in walker.linears})
+        return Allocation({linear.name: target for linear in walker.linears})

@@ -1,7 +1,7 @@
-"""What a checkpoint buys: its quality from its result, bytes computed, speed measured on a GPU.
+"""Benchmark a checkpoint: quality from its result, bytes computed, speed measured on a GPU.
 
-Speed is measured where there is a CUDA device: first every distinct layer (which also decides and
-remembers the backends), then the whole model, masked dense against packed, in turns.
+Speed is measured on CUDA only: first every distinct layer (which also updates the policy's choice
+of backends), then the whole model, masked dense against packed, interleaved.
 """
 
 from __future__ import annotations
@@ -49,16 +49,17 @@ from prunebench.sparse24.policy import Policy
 
 @dataclass(frozen=True)
 class BenchSetup:
-    """What is benched, and how.
+    """The arguments of a benchmark.
 
     Attributes:
         folder: The checkpoint.
-        result: Of its run, if it is known.
-        device: Where.
-        backend: A backend that is forced, or None.
-        speed: Whether layers may keep a second form for many tokens.
-        grid: Whether the layers of the papers' large models are measured too.
-        command: The command line, for the record.
+        result: The result of its run, if known.
+        device: Where to measure.
+        backend: A forced backend, or None.
+        speed: Whether layers may store a second copy of the weight for many tokens.
+        grid: Whether to measure the layer shapes of the papers' large models too.
+        command: The command line, stored in the benchmark.
+        progress: Shows the stages.
     """
 
     folder: Path
@@ -82,8 +83,13 @@ class _Speed:
 def find_checkpoint(name: str, store: ResultStore) -> tuple[Path, Result | None]:
     """Return the folder of a checkpoint or of a run's saved model, and its result.
 
+    Args:
+        name: A folder, or the id of a run.
+        store: Where to look up the id.
+
     Raises:
-        MissingResource: There is neither such a folder nor the weights of such a run.
+        MissingResource: There is no such folder, or the run's weights were not saved here.
+        IncompatibleData: The run's result is damaged.
     """
     path = Path(name).expanduser()
     if path.is_dir():
@@ -93,20 +99,21 @@ def find_checkpoint(name: str, store: ResultStore) -> tuple[Path, Result | None]
         raise MissingResource(
             f"there is no folder {name}", fix="name one that prunebench run --save-model wrote"
         )
-    found = read_result(store.find(name))
-    if isinstance(found, Damaged):
-        raise IncompatibleData(f"{name} is no result", where=found.reason)
-    saved = _saved_model(found)
+    result = read_result(store.find(name))
+    if isinstance(result, Damaged):
+        raise IncompatibleData(f"{name} is not a result", where=result.reason)
+    saved = _saved_model(result)
     if saved is None or not saved.is_dir():
         raise MissingResource(
-            f"the weights of {found.id} are not here",
+            f"the weights of {result.id} are not here",
             where="only the folder that run --save-model wrote can be benched",
-            fix=f"make them: {found.command}" + ("" if saved else " --save-model DIR"),
+            fix=f"make them: {result.command}" + ("" if saved else " --save-model DIR"),
         )
-    return saved, found
+    return saved, result
 
 
 def _saved_model(result: Result) -> Path | None:
+    """Return the value of --save-model in the result's command line, if it was given."""
     words = [part for word in shlex.split(result.command) for part in word.split("=", 1)]
     pairs = zip(words, words[1:], strict=False)
     return next((Path(value) for name, value in pairs if name == "--save-model"), None)
@@ -133,25 +140,25 @@ def bench(setup: BenchSetup) -> Bench:
         vs="dense",
         quality=[
             QualityBlock(
-                metric=one.metric, protocol=one.protocol, value=one.value,
-                dense_value=one.dense_value,
+                metric=score.metric, protocol=score.protocol, value=score.value,
+                dense_value=score.dense_value,
             )
-            for one in (result.scores if result else [])
+            for score in (result.scores if result else [])
         ],
         storage=storage,
         speed=speed.reason,
         decode=_ratio_of(speed.cases, "decode", batch=1, context=128),
         prefill=_ratio_of(speed.cases, "prefill", batch=1, context=2048),
         resident_bytes=speed.resident_bytes,
-        layers=[one.to_dict() for one in speed.layers],
-        cases=[dataclasses.asdict(one) for one in speed.cases],
+        layers=[layer.to_dict() for layer in speed.layers],
+        cases=[dataclasses.asdict(case) for case in speed.cases],
         environment=environment(setup.device)
         | {"clocks_before": before, "clocks_after": clocks(setup.device)},
     )  # fmt: skip
 
 
 def explain_checkpoint(setup: BenchSetup) -> list[Explained]:
-    """Return which backend would run every layer, why, and why not the others.
+    """Return the backend of every layer by number of tokens, with the reasons.
 
     Raises:
         IncompatibleData: No layer is 2:4.
@@ -163,41 +170,41 @@ def explain_checkpoint(setup: BenchSetup) -> list[Explained]:
 def _ratio_of(
     cases: Sequence[ModelResult], case: str, *, batch: int, context: int
 ) -> RatioBlock | None:
-    for one in cases:
-        if (one.case, one.batch, one.context) == (case, batch, context) and one.ratio:
-            return RatioBlock(**dataclasses.asdict(one.ratio))
+    for result in cases:
+        if (result.case, result.batch, result.context) == (case, batch, context) and result.ratio:
+            return RatioBlock(**dataclasses.asdict(result.ratio))
     return None
 
 
 def _measure(setup: BenchSetup) -> _Speed:
     """Measure layers, then the model."""
     policy = Policy.load(setup.device, forced=setup.backend, speed=setup.speed)
-    found = _Speed(reason="measured")
-    found.layers = measure_layers(_shapes(setup), policy, setup.progress)
+    speed = _Speed(reason="measured")
+    speed.layers = measure_layers(_shapes(setup), policy, setup.progress)
     policy.save()
     packed, conversion = _packed_model(setup, policy)
-    found.resident_bytes = weight_bytes(packed, conversion)
+    speed.resident_bytes = weight_bytes(packed, conversion)
     models = {"dense": _load(setup), "packed": packed}
-    found.cases = _measure_model(models, setup)
-    return found
+    speed.cases = _measure_model(models, setup)
+    return speed
 
 
 def measure_layers(
     shapes: Sequence[LayerShape], policy: Policy, progress: Progress
 ) -> list[LayerResult]:
-    """Measure layers for few and many tokens, and let the policy remember the fastest."""
+    """Measure layers for few and many tokens; the policy stores the fastest backend of each."""
     rows = []
     clock = clock_for(policy.device)
     total = len(shapes) * len(TOKENS)
-    with progress.stage("layers", total=total, detail="dense and packed", unit="cells") as told:
+    with progress.stage("layers", total=total, detail="dense and packed", unit="cells") as advance:
         for shape in shapes:
-            one = LayerBench(
+            layer = LayerBench(
                 shape, policy.device, torch.bfloat16, policy, clock, compile_dense=autotuned_dense
             )
             for tokens in TOKENS:
-                row = one.measure(tokens)
+                row = layer.measure(tokens)
                 rows.append(row)
-                told(1)
+                advance(1)
                 if row.ratio and row.backend and row.dense:
                     best = {"dense": row.seconds[row.dense], row.backend: row.seconds[row.backend]}
                     size = (shape.rows, shape.width)
@@ -206,10 +213,11 @@ def measure_layers(
 
 
 def _shapes(setup: BenchSetup) -> list[LayerShape]:
+    """Return the distinct shapes of the model, with the first linear of each as the name."""
     sizes: dict[tuple[int, int], LayerShape] = {}
-    for one in find_linears(skeleton(load_config(setup.folder))):
-        size = (one.out_features, one.in_features)
-        name = one.name.rpartition(".")[2]
+    for linear in find_linears(skeleton(load_config(setup.folder))):
+        size = (linear.out_features, linear.in_features)
+        name = linear.name.rpartition(".")[2]
         sizes.setdefault(size, LayerShape("this model", name, *size))
     return [*sizes.values(), *(SHAPES if setup.grid else ())]
 
@@ -226,17 +234,19 @@ def _measure_model(models: dict[str, nn.Module], setup: BenchSetup) -> list[Mode
         for batch in DECODE_BATCHES
         for context in CONTEXTS
     ]
-    with setup.progress.stage("model", total=len(cases), detail="in turns", unit="cases") as told:
+    with setup.progress.stage(
+        "model", total=len(cases), detail="in turns", unit="cases"
+    ) as advance:
         for case, batch, context, measure in cases:
             rows.append(_guarded(case, batch, context, partial(measure, clock=clock)))
-            told(1)
+            advance(1)
     return rows
 
 
 def _guarded(
     case: str, batch: int, context: int, measure: Callable[[], ModelResult]
 ) -> ModelResult:
-    """Measure a case; one that fails (no memory, a context too long) says why."""
+    """Measure a case; if it fails (out of memory, context too long) record the reason."""
     try:
         return measure()
     except PrunebenchError:
@@ -264,6 +274,6 @@ def _packed_model(setup: BenchSetup, policy: Policy) -> tuple[nn.Module, Convers
 
 
 def weight_bytes(model: Any, conversion: Conversion) -> int:
-    """Return what the weights of a converted model take, by storage."""
-    rest = sum(one.nbytes for one in model.parameters())
+    """Return the bytes of all weights of a converted model."""
+    rest = sum(parameter.nbytes for parameter in model.parameters())
     return int(rest + conversion.stored_bytes)

@@ -1,4 +1,4 @@
-"""What a speed depends on besides the code: chip, driver, libraries, clocks, power."""
+"""The environment of a speed measurement: GPU, driver, libraries, clocks, power."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ _QUERY = "name,driver_version,clocks.sm,clocks.mem,power.limit,temperature.gpu"
 
 
 def environment(device: torch.device) -> dict[str, Any]:
-    """Return versions and the chip; null for what is not there."""
-    found: dict[str, Any] = {
+    """Return library versions and the GPU; None for what is missing."""
+    facts: dict[str, Any] = {
         "device": device.type,
         "python": platform.python_version(),
         "torch": str(torch.__version__),
@@ -31,28 +31,28 @@ def environment(device: torch.device) -> dict[str, Any]:
         "warnings": [],
     }
     if device.type == "cuda":
-        one = torch.cuda.get_device_properties(device)
-        found |= {
-            "gpu": one.name,
-            "capability": f"sm_{one.major}{one.minor}",
-            "l2_bytes": getattr(one, "L2_cache_size", None),
-            "memory_bytes": one.total_memory,
+        gpu = torch.cuda.get_device_properties(device)
+        facts |= {
+            "gpu": gpu.name,
+            "capability": f"sm_{gpu.major}{gpu.minor}",
+            "l2_bytes": getattr(gpu, "L2_cache_size", None),
+            "memory_bytes": gpu.total_memory,
         }
-        if found["cusparselt"] == 800 and (one.major, one.minor) == (9, 0):
-            found["warnings"].append(
+        if facts["cusparselt"] == 800 and (gpu.major, gpu.minor) == (9, 0):
+            facts["warnings"].append(
                 "cuSPARSELt 0.8.0 is known to be slow on H100 (fixed in 0.8.1)"
             )
-    return found
+    return facts
 
 
 def clocks(device: torch.device) -> dict[str, str] | None:
-    """Return what nvidia-smi says of clocks and power now; None without it."""
+    """Return the current clocks and power limit from nvidia-smi; None without it."""
     if device.type != "cuda" or shutil.which("nvidia-smi") is None:
         return None
     command = ["nvidia-smi", f"--query-gpu={_QUERY}", "--format=csv,noheader"]
     command += ["-i", str(device.index or 0)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    values = [value.strip() for value in done.stdout.strip().split(",")]
+    process = subprocess.run(command, capture_output=True, text=True, check=False)
+    values = [value.strip() for value in process.stdout.strip().split(",")]
     names = _QUERY.split(",")
     return dict(zip(names, values, strict=True)) if len(values) == len(names) else None
 

@@ -1,4 +1,4 @@
-"""One layer, dense against packed: numbers checked first, then times, in one run."""
+"""Benchmark one layer, dense against packed: check the numerics, then measure times, in one run."""
 
 from __future__ import annotations
 
@@ -27,26 +27,26 @@ from prunebench.sparse24.packed import Packed24, canonicalize, pack24, unpack24
 from prunebench.sparse24.policy import Policy
 
 NOT_MEASURED = "not measured (no CUDA device)"
-_MOST_COPIES = 32
+_MOST_COPIES = 32  # of a layer's weights; small layers do not fill `COLD_BYTES`
 
 
 @dataclass(frozen=True)
 class LayerResult:
-    """One cell of the grid.
+    """One layer shape with one number of tokens.
 
     Attributes:
-        backend: The fastest packed one.
-        chosen: How it was started: algorithm and split, or the kernel's launch.
-        ratio: Best dense time over its time; null where speed was not measured.
-        ratios: The median of every packed backend, and the dense product in other ways.
-        dense: Which dense product was the best.
-        seconds: Medians by name.
-        bytes_per_second: Stored bytes over time, of the fastest packed one.
-        cache_suspected: Whether that is more than memory gives.
+        backend: The fastest packed backend.
+        chosen: Its launch parameters, or cuSPARSELt's algorithm.
+        ratio: Best dense time over its time; None if speed was not measured.
+        ratios: Median speedup over the best dense product, by name of the rival.
+        dense: The best dense product (cuBLAS or autotuned).
+        seconds: Median times by name.
+        bytes_per_second: Stored bytes over time, of the fastest packed backend.
+        cache_suspected: Whether that exceeds the memory bandwidth.
         errors: Relative error against a float32 product, by name.
-        numerics_hold: Whether every packed one errs at most twice as much as the dense product.
+        numerics_hold: Whether every packed backend has at most twice the dense product's error.
         refused: Backends that were not measured, with the reason.
-        copies: Distinct weights in a turn.
+        copies: Number of distinct weights that a turn cycles through.
     """
 
     model: str
@@ -71,7 +71,7 @@ class LayerResult:
     copies: int
 
     def to_dict(self) -> dict[str, Any]:
-        """Return it for JSON."""
+        """Return a dict for JSON."""
         return asdict(self)
 
 
@@ -82,8 +82,8 @@ def random_packed(
     rows, width = shape
     generator = torch.Generator(device=device).manual_seed(seed)
     scores = torch.rand(rows, width // 4, 4, generator=generator, device=device)
-    keep = scores >= scores.topk(2, dim=-1).values[..., 1:]
-    keep &= keep.cumsum(-1) <= 2  # equal scores
+    keep = scores >= scores.topk(2, dim=-1).values[..., 1:]  # the second largest: [rows, groups, 1]
+    keep &= keep.cumsum(-1) <= 2  # ties
     del scores
     weight = torch.randn(rows, width, generator=generator, device=device, dtype=dtype)
     return pack24(canonicalize(weight / width**0.5, keep.view(rows, width)))
@@ -91,18 +91,18 @@ def random_packed(
 
 @dataclass
 class LayerBench:
-    """The copies of one layer, and what is made of them.
+    """Benchmark of one layer shape on random weights.
 
     Attributes:
         shape: Of the layer.
-        device: Where it is measured.
+        device: Where to measure.
         dtype: Of weights and inputs.
-        policy: Says which backends are to be tried.
-        clock: Times them.
-        compile_dense: Makes another dense product that competes for the best; None for cuBLAS only.
-        launches: Other starts of the `triton` kernel to try, for the tuning sweep.
-        tiling: The order of its weights.
-        cold_bytes: Distinct weights in a turn.
+        policy: Decides which backends are measured.
+        clock: Measures times.
+        compile_dense: Returns a second dense product as a rival; None for cuBLAS only.
+        launches: Further launch parameters of the `triton` kernel to try, for tuning.
+        tiling: Of the `triton` kernel.
+        cold_bytes: Bytes of distinct weights in a turn.
     """
 
     shape: LayerShape
@@ -116,21 +116,21 @@ class LayerBench:
     cold_bytes: int = COLD_BYTES
 
     def measure(self, tokens: int, *, blocks: int = BLOCKS) -> LayerResult:
-        """Check and time one number of tokens."""
+        """Check the numerics and measure times for one number of tokens."""
         shape = (self.shape.rows, self.shape.width)
         verdicts = self.policy.verdicts(shape, self.dtype, tokens)
-        refused = {name: one.reason for name, one in verdicts.items() if not one.ok}
-        names = [name for name, one in verdicts.items() if one.ok and name != "reference"]
+        refused = {name: verdict.reason for name, verdict in verdicts.items() if not verdict.ok}
+        names = [name for name in verdicts if name not in refused and name != "reference"]
         names = names or ["reference"]
         matrices = [self._random(seed) for seed in range(self._copies())]
         x = torch.randn(tokens, shape[1], device=self.device, dtype=self.dtype)
-        dense = [unpack24(one) for one in matrices]
+        dense = [unpack24(matrix) for matrix in matrices]
         products, forms = self._products(names, matrices, tokens, refused)
         errors = {"dense": relative_error(functional.linear(x, dense[0]), x, dense[0])}
-        for name, made in products.items():
-            errors[name] = relative_error(made[0].run(x, None), x, dense[0])
+        for name, copies in products.items():
+            errors[name] = relative_error(copies[0].run(x, None), x, dense[0])
         limit = 2 * errors["dense"] + 1e-6
-        right = {name: made for name, made in products.items() if errors[name] <= limit}
+        right = {name: copies for name, copies in products.items() if errors[name] <= limit}
         seconds: dict[str, float] = {}
         ratio = best = fastest = None
         ratios: dict[str, float] = {}
@@ -143,7 +143,7 @@ class LayerBench:
             if right:
                 fastest = timings.fastest(list(right))
                 ratio = timings.ratio(best, fastest)
-        else:  # the same path, and no figure from it
+        else:  # no GPU: run the same code path, without a result
             interleaved(self._rivals(right, dense, x)[0], self.clock, blocks=1)
             fastest = next(iter(right), None)
         stored = forms.stored_bytes
@@ -167,54 +167,54 @@ class LayerBench:
     def _products(
         self, names: list[str], matrices: list[Packed24], tokens: int, refused: dict[str, str]
     ) -> tuple[dict[str, list[Product]], WeightLayout]:
-        """Build every packed rival for every copy; what fails says why in `refused`."""
+        """Build every packed product for every copy; failures are recorded in `refused`."""
         kinds = {**backends(), TritonBackend.name: TritonBackend(self.tiling)}
         shape = (self.shape.rows, self.shape.width)
         first = kinds[self.policy.choose(shape, self.dtype, 1).backend]
         forms = [first.layout(packed) or FileLayout(packed) for packed in matrices]
-        found: dict[str, list[Product]] = {}
+        products: dict[str, list[Product]] = {}
         for name in names:
             try:
-                found[name] = [kinds[name].build(form) for form in forms]
-                _share_algorithm(found[name], tokens)
-            except Exception as error:  # a library may fail in any way: the others go on
+                products[name] = [kinds[name].build(form) for form in forms]
+                _share_algorithm(products[name], tokens)
+            except Exception as error:  # a library can fail in any way; measure the others
                 refused[name] = f"{type(error).__name__}: {error}".splitlines()[0][:200]
-                found.pop(name, None)
-        for number, launch in enumerate(self.launches if TritonBackend.name in found else ()):
+                products.pop(name, None)
+        for number, launch in enumerate(self.launches if TritonBackend.name in products else ()):
             tuned = [
                 TritonProduct(form, {tokens: launch})
                 for form in forms
                 if isinstance(form, TiledLayout)
             ]
-            found[f"{TritonBackend.name}#{number}"] = list(tuned)
-        return found, forms[0]
+            products[f"{TritonBackend.name}#{number}"] = list(tuned)
+        return products, forms[0]
 
     def _rivals(
         self, products: dict[str, list[Product]], dense: list[Tensor], x: Tensor
     ) -> tuple[dict[str, list[Call]], list[str]]:
-        """Return the calls of every rival, and which of them are dense."""
-        rivals: dict[str, list[Call]] = {"dense": [_dense_call(x, one) for one in dense]}
+        """Return the calls of every rival, one per copy, and the names of the dense ones."""
+        rivals: dict[str, list[Call]] = {"dense": [_dense_call(x, weight) for weight in dense]}
         if self.compile_dense is not None:
             multiply = self.compile_dense()
-            rivals["dense, max-autotune"] = [_call(multiply, x, one) for one in dense]
+            rivals["dense, max-autotune"] = [_call(multiply, x, weight) for weight in dense]
         kinds = list(rivals)
-        for name, made in products.items():
-            rivals[name] = [_product_call(one, x) for one in made]
+        for name, copies in products.items():
+            rivals[name] = [_product_call(product, x) for product in copies]
         return rivals, kinds
 
     def _chosen(self, products: dict[str, list[Product]], name: str | None, tokens: int) -> str:
         return products[name][0].settings(tokens) if name else ""
 
 
-def relative_error(found: Tensor, x: Tensor, dense: Tensor) -> float:
-    """Return the norm of the error over that of the float32 product; infinite if it is NaN."""
+def relative_error(out: Tensor, x: Tensor, dense: Tensor) -> float:
+    """Return the relative error of `out` against the float32 product x @ dense.T; NaN gives inf."""
     exact = x.float() @ dense.float().t()
-    error = float((found.float() - exact).norm() / exact.norm())
+    error = float((out.float() - exact).norm() / exact.norm())
     return error if error == error else float("inf")
 
 
 def _share_algorithm(products: list[Product], tokens: int) -> None:
-    """Search cuSPARSELt's algorithm for the first copy; the others have the same shape."""
+    """Search cuSPARSELt's algorithm for the first copy only; the others have the same shape."""
     compressed = [product for product in products if isinstance(product, CuSparseLtProduct)]
     for product in compressed:
         product.algorithms.update(compressed[0].algorithms)
@@ -234,6 +234,6 @@ def _product_call(product: Product, x: Tensor) -> Call:
 
 
 def autotuned_dense() -> Callable[[Tensor, Tensor], Tensor]:
-    """Return the dense product as `torch.compile` tunes it; cuBLAS is among what it tries."""
+    """Return the dense product autotuned by `torch.compile`, which tries cuBLAS, too."""
     torch.compiler.reset()  # a function is compiled anew a limited number of times
     return torch.compile(functional.linear, mode="max-autotune-no-cudagraphs", dynamic=False)

@@ -1,7 +1,7 @@
 """A whole model, masked dense against packed: prefill, decode, memory, and the same tokens.
 
 Decode is our own greedy loop with a static cache: one step is captured in a CUDA graph, and the
-token is written back on the device. Both models are resident, and take turns.
+token is written back on the device. Both models are in memory and are measured interleaved.
 """
 
 from __future__ import annotations
@@ -24,13 +24,15 @@ _STEPS = 8  # decode steps in a turn
 
 @dataclass(frozen=True)
 class ModelResult:
-    """One case, of both models in one run.
+    """One case, both models measured in one run.
 
     Attributes:
         case: `prefill` or `decode`.
-        dense_seconds: Of a forward pass, or of a step of the whole batch.
+        dense_seconds: Per forward pass, or per decode step of the whole batch.
+        packed_seconds: The same, of the packed model.
         tokens_per_second: Decoded by the packed model, over the batch.
-        peak_bytes: Allocated at most while the case ran, by model; null where not measured.
+        peak_bytes: Peak of allocated memory, by model; None if not measured.
+        skipped: Why the case could not be measured.
     """
 
     case: str
@@ -45,7 +47,7 @@ class ModelResult:
 
 
 class Decoder:
-    """Greedy decoding with a static cache; `step` can be captured."""
+    """Greedy decoding with a static cache; `step` can be captured in a CUDA graph."""
 
     def __init__(self, model: nn.Module, prompt: Tensor, *, room: int) -> None:
         from transformers import StaticCache
@@ -70,22 +72,22 @@ class Decoder:
             use_cache=True,
             logits_to_keep=1,
         ).logits
-        chosen: Tensor = logits[:, -1].argmax(-1, keepdim=True)
-        return chosen
+        token: Tensor = logits[:, -1].argmax(-1, keepdim=True)  # [batch, 1]
+        return token
 
     def tokens(self, count: int) -> Tensor:
-        """Return so many tokens, (batch, count), by eager steps."""
-        found = [self.first]
+        """Return the first `count` tokens, [batch, count], by eager steps."""
+        tokens = [self.first]
         for _ in range(count - 1):
             self.step()
-            found.append(self.token.clone())
-        return torch.cat(found, dim=1)
+            tokens.append(self.token.clone())
+        return torch.cat(tokens, dim=1)
 
 
 def measure_prefill(
     models: dict[str, nn.Module], *, batch: int, prompt: int, clock: Clock, blocks: int = BLOCKS
 ) -> ModelResult:
-    """Time the forward pass over a prompt; the logits of its last token are made."""
+    """Measure the forward pass over a random prompt, with the logits of its last token."""
     device = next(models["dense"].parameters()).device
     ids = _random_ids(models["dense"], batch, prompt, device)
 
@@ -97,17 +99,17 @@ def measure_prefill(
         return forward
 
     calls = {name: call(model) for name, model in models.items()}
-    peaks = {name: _peak(one, device) for name, one in calls.items()}
-    timings = interleaved({name: [one] for name, one in calls.items()}, clock, blocks=blocks)
+    peaks = {name: _peak(forward, device) for name, forward in calls.items()}
+    timings = interleaved({name: [fn] for name, fn in calls.items()}, clock, blocks=blocks)
     return _result("prefill", batch, prompt, timings, clock, peaks, tokens=None)
 
 
 def measure_decode(
     models: dict[str, nn.Module], *, batch: int, context: int, clock: Clock, blocks: int = BLOCKS
 ) -> ModelResult:
-    """Time decode steps behind a context of random tokens.
+    """Measure decode steps after a context of random tokens.
 
-    A replayed graph goes on writing at growing positions; there is room for all of them.
+    Every turn starts at the same position, so that a replayed graph never overruns the cache.
     """
     device = next(models["dense"].parameters()).device
     ids = _random_ids(models["dense"], batch, context, device)
@@ -117,7 +119,7 @@ def measure_decode(
     def turn(decoder: Decoder) -> Callable[[], object]:
         start = decoder.position.clone()
 
-        def steps() -> None:  # from the same place every time: the cache never runs full
+        def steps() -> None:
             decoder.position.copy_(start)
             _rewind(decoder.cache, start)
             for _ in range(_STEPS):
@@ -126,8 +128,8 @@ def measure_decode(
         return steps
 
     turns = {name: turn(decoder) for name, decoder in decoders.items()}
-    peaks = {name: _peak(one, device) for name, one in turns.items()}
-    timings = interleaved({name: [one] for name, one in turns.items()}, clock, blocks=blocks)
+    peaks = {name: _peak(steps, device) for name, steps in turns.items()}
+    timings = interleaved({name: [fn] for name, fn in turns.items()}, clock, blocks=blocks)
     return _result("decode", batch, context, timings, clock, peaks, tokens=batch * _STEPS)
 
 
@@ -135,12 +137,12 @@ def same_tokens(models: dict[str, nn.Module], *, prompt: int = 32, count: int = 
     """Return the share of greedy tokens that both models agree on, from one random prompt."""
     device = next(models["dense"].parameters()).device
     ids = _random_ids(models["dense"], 1, prompt, device)
-    found = [Decoder(model, ids, room=count).tokens(count) for model in models.values()]
-    return float((found[0] == found[1]).float().mean())
+    first, second = (Decoder(model, ids, room=count).tokens(count) for model in models.values())
+    return float((first == second).float().mean())
 
 
 def _rewind(cache: Any, position: Tensor) -> None:
-    """Set the length that static layers count on the device, where they do (transformers 5.2x)."""
+    """Reset the length that static layers count on the device (in transformers 5.2x)."""
     for layer in cache.layers:
         length = getattr(layer, "cumulative_length", None)
         if isinstance(length, Tensor):
@@ -179,5 +181,5 @@ def _result(
         packed / each,
         timings.ratio("dense", "packed"),
         None if tokens is None else tokens / packed,
-        {name: one for name, one in peaks.items() if one is not None},
+        {name: peak for name, peak in peaks.items() if peak is not None},
     )

@@ -1,4 +1,4 @@
-"""The layer shapes that are measured, and the figures to hold ourselves to (H200, bfloat16)."""
+"""The layer shapes of the benchmark, and the target speedups (H200, bfloat16)."""
 
 from __future__ import annotations
 
@@ -7,7 +7,12 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class LayerShape:
-    """A linear layer of a model; `fused` are several that share their input."""
+    """A linear layer of a model; `fused` in the name: several that share their input.
+
+    Attributes:
+        rows: Outputs.
+        width: Inputs.
+    """
 
     model: str
     name: str
@@ -16,7 +21,7 @@ class LayerShape:
 
     @property
     def dense_bytes(self) -> int:
-        """In 16-bit numbers."""
+        """Bytes of the dense weight in a 16-bit dtype."""
         return 2 * self.rows * self.width
 
 
@@ -35,14 +40,13 @@ SHAPES = (
 )
 TOKENS = (1, 8, 64, 2048)
 CROSSOVER_TOKENS = (512, 8192)
-LARGE_BYTES = 90_000_000
 MOST_BYTES_A_SECOND = 4.5e12
-"""More than an H200's memory gives: above it, the cache was measured."""
+"""Above this the cache was measured: an H200's memory bandwidth is lower."""
 
 
 @dataclass(frozen=True)
 class Promise:
-    """What a case should reach on an H200, and what is too little; ratios to the best dense."""
+    """Target and minimum of a speedup over the best dense product on an H200."""
 
     target: float
     floor: float
@@ -63,13 +67,13 @@ MENDED_LIBRARY = 801
 
 
 def promise(rows: int, width: int, tokens: int, library: int | None) -> Promise | None:
-    """Return what a layer should reach for a number of tokens; None where nothing is promised.
+    """Return the target speedup of a layer for a number of tokens; None if there is none.
 
     Args:
         rows: Outputs.
         width: Inputs.
-        tokens: Of the product.
-        library: The version of cuSPARSELt, 801 for 0.8.1.
+        tokens: Number of tokens.
+        library: The version of cuSPARSELt, 801 for 0.8.1; None without it.
     """
     decode = _DECODE.get((rows, width), _LARGE if rows * width >= 12288 * 12288 else None)
     if tokens <= 2:

@@ -1,10 +1,10 @@
-"""Timing that can be believed: interleaved, cold, in CUDA graphs, ratios inside one run.
+"""Reliable timing: interleaved, with cold caches, in CUDA graphs, ratios within one run.
 
-1. Rivals take turns, block after block, in one process: a change of clocks hits all of them.
-2. Every call in a block uses other weights than the one before; together they are larger than
-   the cache of any chip, so that weights come from memory.
-3. Calls are captured in a CUDA graph and replayed: the host's time is not in the numbers.
-4. What is reported is the median of the blocks' ratios, with the smallest and the largest.
+1. Rivals take turns, block by block, in one process: a change of clocks affects all of them.
+2. Consecutive calls in a block use different weights, together larger than the L2 cache of any GPU,
+   so that weights are read from memory.
+3. Calls are captured in a CUDA graph and replayed: launch overhead is not included.
+4. The reported ratio is the median over the blocks, with the smallest and the largest.
 """
 
 from __future__ import annotations
@@ -25,19 +25,19 @@ Call = Callable[[], object]
 
 
 class Clock(Protocol):
-    """Times calls that are made one after the other."""
+    """Measures the time of consecutive calls."""
 
     measures_speed: bool
 
     def prepare(self, calls: Sequence[Call]) -> Call:
-        """Return something that makes all calls once; it may capture them."""
+        """Return a turn: a function that makes all calls once, possibly a captured graph."""
 
     def seconds(self, turn: Call, repeats: int) -> float:
-        """Return the seconds of so many turns."""
+        """Return the seconds of `repeats` turns."""
 
 
 class GraphClock:
-    """Captures calls in a CUDA graph, and times replays with events of the device."""
+    """Captures calls in a CUDA graph and measures replays with CUDA events."""
 
     measures_speed = True
 
@@ -57,22 +57,22 @@ class GraphClock:
         return graph.replay
 
     def seconds(self, turn: Call, repeats: int) -> float:
-        """Time replays between two events."""
-        begun = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
-        ended = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
-        begun.record()
+        """Measure the replays between two events."""
+        start = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+        end = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+        start.record()
         for _ in range(repeats):
             turn()
-        ended.record()
+        end.record()
         torch.cuda.synchronize()
-        return float(begun.elapsed_time(ended)) / 1000
+        return float(start.elapsed_time(end)) / 1000  # from milliseconds
 
 
 class EagerClock(GraphClock):
-    """Times calls as Python makes them: bound by launches where kernels are short."""
+    """Measures calls from Python: dominated by launch overhead if kernels are short."""
 
     def prepare(self, calls: Sequence[Call]) -> Call:
-        """Make the calls as they are."""
+        """Return a function that makes the calls eagerly."""
 
         def turn() -> None:
             for call in calls:
@@ -82,19 +82,19 @@ class EagerClock(GraphClock):
 
 
 class DryClock:
-    """Makes the calls on a CPU and gives no speed: a CPU says nothing of 2:4 on a GPU."""
+    """Makes the calls on a CPU without measuring speed: it would say nothing about a GPU."""
 
     measures_speed = False
 
     def prepare(self, calls: Sequence[Call]) -> Call:
-        """Make the calls as they are."""
+        """Return a function that makes the calls eagerly."""
         return EagerClock().prepare(calls)
 
     def seconds(self, turn: Call, repeats: int) -> float:
         """Return the host's seconds; only their order of magnitude is used."""
-        begun = time.perf_counter()
+        start_time = time.perf_counter()
         turn()
-        return time.perf_counter() - begun
+        return time.perf_counter() - start_time
 
 
 def clock_for(device: torch.device) -> Clock:
@@ -104,7 +104,7 @@ def clock_for(device: torch.device) -> Clock:
 
 @dataclass(frozen=True)
 class Timings:
-    """Seconds a call of each rival, a value a block, all of one run."""
+    """Seconds per call of each rival, one value per block, all of one run."""
 
     seconds: dict[str, list[float]]
 
@@ -113,11 +113,11 @@ class Timings:
         return statistics.median(self.seconds[name])
 
     def fastest(self, names: Sequence[str]) -> str:
-        """Return which of the rivals has the smallest median."""
+        """Return the rival with the smallest median."""
         return min(names, key=self.median)
 
     def ratio(self, baseline: str, name: str) -> Ratio:
-        """Return how many times faster than the baseline a rival was, block by block."""
+        """Return the speedup of a rival over the baseline, computed block by block."""
         pairs = zip(self.seconds[baseline], self.seconds[name], strict=True)
         each = [slow / fast for slow, fast in pairs]
         return Ratio(statistics.median(each), min(each), max(each), len(each))
@@ -125,7 +125,7 @@ class Timings:
 
 @dataclass(frozen=True)
 class Ratio:
-    """Baseline time over time: above 1 is faster. Median, smallest and largest of the blocks."""
+    """Speedup, above 1 is faster: median, smallest and largest over the blocks."""
 
     median: float
     low: float
@@ -140,13 +140,13 @@ def interleaved(
     blocks: int = BLOCKS,
     block_seconds: float = 0.01,
 ) -> Timings:
-    """Time rivals in turns.
+    """Measure rivals in turns.
 
     Args:
-        rivals: For each its calls, one a copy of the weights.
-        clock: Prepares and times them.
-        blocks: Turns of every rival that count; one more is thrown away.
-        block_seconds: About how long a turn should take; a turn makes every call at least once.
+        rivals: The calls of each rival, one per copy of the weights.
+        clock: Prepares and measures them.
+        blocks: Measured blocks; one more is run first as a warm-up.
+        block_seconds: Approximate duration of a block; every call is made at least once.
     """
     turns = {name: clock.prepare(calls) for name, calls in rivals.items()}
     repeats = {

@@ -94,7 +94,7 @@ def _print_forecast(plan: Any) -> Any:
 def _print_training(plan: Any) -> None:
     """Print what a training will need."""
     from prunebench.models.load import load_config, skeleton
-    from prunebench.pruners.layer import Forecasts
+    from prunebench.pruners.training import Forecasts
 
     if not isinstance(plan.pruner, Forecasts):
         return

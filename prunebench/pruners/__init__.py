@@ -15,11 +15,11 @@ class Method(Row):
     """One method.
 
     Attributes:
-        prunes: False for the baseline, which leaves every weight as it is.
-        updates: Whether it changes the weights that it keeps.
-        patterns: The sparsities it takes.
-        sparsity: The sparsity of a run that names none.
-        allocation: The allocator of a run that names none.
+        prunes: False for the baseline, which changes no weight.
+        updates: Whether it changes the kept weights.
+        patterns: The sparsities it supports.
+        sparsity: Default sparsity of a run.
+        allocation: Default allocator of a run.
     """
 
     prunes: bool = True

@@ -5,7 +5,7 @@ Language Models", https://arxiv.org/abs/2406.07831. ADMM-Grad: Boza, "Fast and E
 Update for Pruned Large Language Models", https://arxiv.org/abs/2401.02938. Their code was read for
 what the papers leave open (schedules, tolerances).
 
-Both minimise tr((B - B0) A (B - B0)^T) over sparse B, in a space where the Hessian has a unit
+Both minimize tr((B - B0) A (B - B0)^T) over sparse B, in a space where the Hessian has a unit
 diagonal: A = H / (d d^T) with d = sqrt(diag H), B0 = W * d, and W = B / d at the end. ADMM splits B
 from a sparse copy D, with V the dual variable and P the projection that keeps the largest entries:
 
@@ -36,24 +36,31 @@ from prunebench.calibration.stats import InputStats
 from prunebench.models.measure import count_sparser_groups
 from prunebench.models.walker import LinearGroup
 from prunebench.pruners.keep import keep_matrix, keep_rows
-from prunebench.pruners.layer import GroupPruner, LayerEvent, Needs, Pruned
+from prunebench.pruners.layer import GroupPruner
 from prunebench.pruners.magnitude import smallest_dropped
+from prunebench.pruners.protocol import LayerEvent, Needs, Pruned
 from prunebench.sparsity import Sparsity
 
-_CHECK_EVERY = 3
+# The penalty schedule of ALPS, as in the authors' code. `changed` is the number of positions that
+# entered or left the support since the last check, k the number of kept weights.
+_CHECK_EVERY = 3  # steps
 _LARGEST_RHO = 1e6
+_MANY_CHANGES, _SOME_CHANGES = 0.1, 0.005  # shares of k
+_MANY_GROWTH, _SOME_GROWTH, _FEW_GROWTH = 1.3, 1.2, 1.1  # of rho
+_BACK_OFF = 5  # divides rho while the support has not yet moved
+_STEADY_STEPS, _STEADY_CHANGES = 30, 3e-4  # stop from this step on below this share of k
 
 
 class _Reconstruction(GroupPruner):
-    """Sets up the scaled problem of every linear of a group."""
+    """Sets up the scaled reconstruction problem and solves it for every linear of a group."""
 
     needs: ClassVar[Needs] = Needs(calibration=True, hessian=True)
 
     def prune_group(self, group: LinearGroup, sparsity: Mapping[str, Sparsity]) -> Iterator[Pruned]:
-        """Solve one linear after the other on the Hessian of their input."""
+        """Solve the linears one by one; they share the Hessian and eigenvectors of their input."""
         stats = group.stats
         assert stats is not None
-        if stats.tokens == 0:
+        if stats.tokens == 0:  # an expert that no calibration token reached: magnitude
             for linear in group.linears:
                 yield Pruned(smallest_dropped(linear.read(), sparsity[linear.name]))
             return
@@ -66,26 +73,32 @@ class _Reconstruction(GroupPruner):
             if target.ratio == 0:
                 yield Pruned(weight, 0.0, tuple(events))
                 continue
-            dense = weight * problem.scale
-            pruned = self.solve(problem, dense, target)
-            loss = problem.loss(pruned, dense)
-            new = pruned / problem.scale
-            sparser = count_sparser_groups(new, target)
+            dense = weight * problem.scale  # B0 = W * d
+            sparse = self.solve(problem, dense, target)
+            loss = problem.loss(sparse, dense)
+            pruned = sparse / problem.scale  # W = B / d
+            sparser = count_sparser_groups(pruned, target)
             if sparser:
                 events.append(
                     LayerEvent(linear.name, "groups with fewer non-zeros than N", float(sparser))
                 )
-            yield Pruned(new, loss, tuple(events))
+            yield Pruned(pruned, loss, tuple(events))
 
     @abstractmethod
     def problem(self, stats: InputStats) -> tuple[Problem, int]:
-        """Return the scaled and damped problem of one input, and how many inputs are dead."""
+        """Return the scaled and damped problem of one input, and the number of dead inputs."""
 
     @abstractmethod
     def solve(
         self, problem: Problem, dense: Float[Tensor, "out in"], sparsity: Sparsity
     ) -> Float[Tensor, "out in"]:
-        """Return the sparse weight in the scaled space."""
+        """Return the sparse weight in the scaled space.
+
+        Args:
+            problem: The scaled Hessian.
+            dense: B0, the scaled dense weight.
+            sparsity: The target.
+        """
 
 
 @dataclass(frozen=True)
@@ -110,6 +123,7 @@ class Problem:
         scale = hessian.diagonal().sqrt()
         matrix = hessian / torch.outer(scale, scale)
         matrix.diagonal().add_(shift)
+        # float64: ADMM divides by small eigenvalues + rho, and rho starts at 0.1
         values, vectors = torch.linalg.eigh(matrix.to(torch.float64))
         return cls(matrix, scale, values.to(torch.float32), vectors.to(torch.float32))
 
@@ -131,12 +145,12 @@ def largest(values: Float[Tensor, "out in"], sparsity: Sparsity) -> Bool[Tensor,
 
 @dataclass(frozen=True)
 class Alps(_Reconstruction):
-    """Prunes by ADMM with a rising penalty, then solves for the kept weights.
+    """Prunes by ADMM with a rising penalty, then solves for the weights on the support.
 
     Attributes:
         damping: Share of the Hessian's mean diagonal that is added to its diagonal.
-        rho: First penalty.
-        steps: Most steps of ADMM.
+        rho: Initial penalty.
+        steps: Maximum number of ADMM steps.
         solver_steps: Steps of the conjugate gradients on the final support.
     """
 
@@ -157,40 +171,40 @@ class Alps(_Reconstruction):
     def solve(
         self, problem: Problem, dense: Float[Tensor, "out in"], sparsity: Sparsity
     ) -> Float[Tensor, "out in"]:
-        """Find a support by ADMM and the best weights on it."""
+        """Find a support by ADMM, then the best weights on it by conjugate gradients."""
         start = self._split(problem, dense, sparsity)
         return refine(problem, dense, start, largest(start, sparsity), steps=self.solver_steps)
 
     def _split(self, problem: Problem, dense: Tensor, sparsity: Sparsity) -> Tensor:
         """Return B after the last step of ADMM."""
         keep = largest(dense, sparsity)
-        kept = int(keep.sum())
+        count = int(keep.sum())  # k
         image = dense @ problem.matrix  # B0 A
         sparse = torch.where(keep, dense, 0)
         dual = torch.zeros_like(dense)
-        rho, settled, last = self.rho, False, keep
+        rho, moved, last = self.rho, False, keep
         inverse = problem.inverse(rho)
         for step in range(1, self.steps + 1):
-            free = torch.sub(image, dual).add_(sparse, alpha=rho) @ inverse
+            free = torch.sub(image, dual).add_(sparse, alpha=rho) @ inverse  # B
             total = free + dual / rho
             keep = largest(total, sparsity)
-            sparse = torch.where(keep, total, 0)
+            sparse = torch.where(keep, total, 0)  # D = P(B + V / rho)
             dual.add_(free, alpha=rho).sub_(sparse, alpha=rho)
             if step % _CHECK_EVERY:
                 continue
             changed = int((keep != last).sum())
             last = keep
-            if changed == 0 and settled:
+            if changed == 0 and moved:
                 break
-            if step >= 30 and changed < 3e-4 * kept:
+            if step >= _STEADY_STEPS and changed < _STEADY_CHANGES * count:
                 break
-            if changed > 0.005 * kept:
-                rho *= 1.3 if changed > 0.1 * kept else 1.2
-                settled = True
-            elif settled:
-                rho *= 1.1
-            else:  # too stiff from the start: nothing moves, so begin again with less penalty
-                rho /= 5
+            if changed > _SOME_CHANGES * count:
+                rho *= _MANY_GROWTH if changed > _MANY_CHANGES * count else _SOME_GROWTH
+                moved = True
+            elif moved:
+                rho *= _FEW_GROWTH
+            else:  # the penalty pins the first support: restart with a smaller one
+                rho /= _BACK_OFF
                 if changed:
                     keep = largest(dense, sparsity)
                     sparse = torch.where(keep, dense, 0)
@@ -209,7 +223,7 @@ class Admm(_Reconstruction):
         damping: Added to the unit diagonal of the scaled Hessian.
         rho: Penalty.
         steps: Steps of ADMM.
-        mask_steps: Steps after which the support stays.
+        mask_steps: Steps after which the support is fixed.
     """
 
     damping: float = 0.1
@@ -230,7 +244,7 @@ class Admm(_Reconstruction):
         self, problem: Problem, dense: Float[Tensor, "out in"], sparsity: Sparsity
     ) -> Float[Tensor, "out in"]:
         """Return the sparse copy after the last step."""
-        image = dense @ problem.matrix
+        image = dense @ problem.matrix  # B0 A
         inverse = problem.inverse(self.rho)
         free, dual = dense, torch.zeros_like(dense)  # W and U of the paper
         for step in range(self.steps):
@@ -252,30 +266,31 @@ def refine(
     steps: int,
     tolerance: float = 1e-4,
 ) -> Float[Tensor, "out in"]:
-    """Minimise the reconstruction error over the weights on a support, by conjugate gradients.
+    """Minimize the reconstruction error over the weights on a support, by conjugate gradients.
 
     Args:
         problem: The scaled Hessian.
         dense: The dense weight, scaled.
-        start: Where to begin; only its values on the support count.
+        start: Initial weights; only those on the support are used.
         keep: The support.
-        steps: Most steps; every output row has step lengths of its own.
-        tolerance: Stop when the residual has fallen to this share.
+        steps: Maximum number of steps; every output row has its own step length, as in the
+            authors' code (the paper has one for the matrix).
+        tolerance: Relative residual at which to stop.
     """
     image = dense @ problem.matrix
     sparse = torch.where(keep, start, 0)
     residual = torch.where(keep, image - sparse @ problem.matrix, 0)
     direction = residual.clone()
-    power = residual.square().sum(1, keepdim=True)  # (out, 1)
+    power = residual.square().sum(1, keepdim=True)  # [out, 1]
     goal = tolerance**2 * float(power.sum())
     for _ in range(steps):
         pushed = torch.where(keep, direction @ problem.matrix, 0)
-        length = power / (direction * pushed).sum(1, keepdim=True).clamp(min=1e-30)
+        length = power / (direction * pushed).sum(1, keepdim=True).clamp(min=1e-30)  # [out, 1]
         sparse += length * direction
         residual -= length * pushed
-        new = residual.square().sum(1, keepdim=True)
-        if float(new.sum()) <= goal:
+        new_power = residual.square().sum(1, keepdim=True)
+        if float(new_power.sum()) <= goal:
             break
-        direction.mul_(new / power.clamp(min=1e-30)).add_(residual)
-        power = new
+        direction.mul_(new_power / power.clamp(min=1e-30)).add_(residual)
+        power = new_power
     return sparse

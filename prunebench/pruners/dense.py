@@ -1,4 +1,4 @@
-"""No pruning: the row that every other one is compared with."""
+"""No pruning: the baseline that every method is compared with."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from prunebench.models.walker import BlockWalker
-from prunebench.pruners.layer import Needs, PruneReport
+from prunebench.pruners.protocol import Needs, PruneReport
 from prunebench.sparsity import Sparsity
 
 
@@ -18,5 +18,5 @@ class Dense:
     needs: ClassVar[Needs] = Needs()
 
     def prune(self, walker: BlockWalker, sparsity: Mapping[str, Sparsity]) -> PruneReport:
-        """Do nothing."""
+        """Return an empty report; no weight is changed."""
         return PruneReport()

@@ -26,7 +26,8 @@ from prunebench.calibration.stats import InputStats
 from prunebench.models.gradients import Norm
 from prunebench.models.walker import LinearGroup
 from prunebench.pruners.keep import keep_rows
-from prunebench.pruners.layer import GroupPruner, Needs, Pruned
+from prunebench.pruners.layer import GroupPruner
+from prunebench.pruners.protocol import Needs, Pruned
 from prunebench.sparsity import Sparsity
 
 
@@ -46,7 +47,7 @@ class Gradient(GroupPruner):
         return Needs(gradients=self.norm)
 
     def prune_group(self, group: LinearGroup, sparsity: Mapping[str, Sparsity]) -> Iterator[Pruned]:
-        """Prune every linear by its own gradient."""
+        """Prune every linear of the group by its gradient norm."""
         assert group.gradients is not None
         for linear in group.linears:
             weight = linear.read()
@@ -58,7 +59,13 @@ class Gradient(GroupPruner):
     def scale(
         self, gradient: Float[Tensor, "out in"], stats: InputStats | None, samples: int
     ) -> Float[Tensor, "out in"]:
-        """Return what |W| is multiplied with; an expert that no token reached has only |W|."""
+        """Return the factor of |W| in the score; 1 for an expert that no token reached.
+
+        Args:
+            gradient: Gradient norm of every weight over the calibration windows.
+            stats: Statistics of the inputs, if the method needs them.
+            samples: Number of calibration windows.
+        """
         return gradient if gradient.any() else torch.ones_like(gradient)
 
 

@@ -13,23 +13,23 @@ from torch import Tensor
 
 from prunebench.sparsity import Sparsity
 
-_CHUNK = 1 << 18  # elements; what a chunk needs stays in the second-level cache
-_WIDEST_PAIRWISE = 8
+_CHUNK = 1 << 18  # elements; a chunk and its buffers stay in the L2 cache
+_WIDEST_PAIRWISE = 8  # M up to which all pairs are compared; above, selection is faster
 
 
 def keep_rows(score: Float[Tensor, "out in"], sparsity: Sparsity) -> Bool[Tensor, "out in"]:
     """Compare the weights of each output row, or of each N:M group along the input.
 
-    A ratio prunes floor(in * ratio) weights of every row. What these leave of the matrix's own
-    count floor(out * in * ratio) is handed out: one more weight each of the rows whose next weight
-    scores least, of equal ones the earlier row. N:M prunes exactly M - N of every M consecutive
-    inputs; M must divide the width.
+    A ratio prunes floor(in * ratio) weights of every row. Rounding down leaves fewer than
+    floor(out * in * ratio) zeros in the matrix, so rows lose one weight more until the count is
+    exact: those whose next weight scores least, of equal ones the earlier row. N:M prunes exactly
+    M - N of every M consecutive inputs; M must divide the width.
     """
     if sparsity.group is None or sparsity.kept is None:
         return _keep_ratio(score, sparsity)
     if sparsity.group <= _WIDEST_PAIRWISE:
         return _keep_pairwise(score, kept=sparsity.kept, group=sparsity.group)
-    groups = score.reshape(-1, sparsity.group)
+    groups = score.reshape(-1, sparsity.group)  # [out * in / M, M]
     return keep_largest(groups, prune=sparsity.group - sparsity.kept).view(score.shape)
 
 
@@ -39,7 +39,7 @@ def _keep_ratio(score: Tensor, sparsity: Sparsity) -> Tensor:
     keep = keep_largest(score, prune=prune)
     extra = sparsity.count(rows * width) - rows * prune  # below the number of rows
     if extra:
-        following = _kth_smallest(score, prune + 1)  # (rows, 1)
+        following = _kth_smallest(score, prune + 1)  # [rows, 1]
         lose_more = ~keep_largest(following.T, prune=extra)[0]
         keep[lose_more] = keep_largest(score[lose_more], prune=prune + 1)
     return keep
@@ -52,7 +52,7 @@ def keep_matrix(score: Float[Tensor, "out in"], sparsity: Sparsity) -> Bool[Tens
     """
     if sparsity.is_pattern:
         return keep_rows(score, sparsity)
-    flat = score.reshape(1, -1)
+    flat = score.reshape(1, -1)  # [1, out * in]
     return keep_largest(flat, prune=sparsity.count(flat.shape[1])).view(score.shape)
 
 
@@ -60,11 +60,11 @@ def keep_largest(score: Float[Tensor, "rows n"], *, prune: int) -> Bool[Tensor, 
     """Keep all but the `prune` smallest scores of each row; of equal ones the earlier ones go."""
     if prune == 0:
         return torch.ones_like(score, dtype=torch.bool)
-    threshold = _kth_smallest(score, prune)  # (rows, 1)
+    threshold = _kth_smallest(score, prune)  # [rows, 1]
     keep = score > threshold
-    spare = prune - (score < threshold).sum(-1, keepdim=True)  # ties to prune, at least 1
+    spare = prune - (score < threshold).sum(-1, keepdim=True)  # ties to prune, >= 1, [rows, 1]
     tied = score == threshold
-    crowded = (tied.sum(-1, keepdim=True) > spare).squeeze(-1)
+    crowded = (tied.sum(-1, keepdim=True) > spare).squeeze(-1)  # more ties than that, [rows]
     if crowded.any():
         rank = tied[crowded].cumsum(-1)  # 1 for the first tie of a row
         keep[crowded] |= tied[crowded] & (rank > spare[crowded])
@@ -74,15 +74,14 @@ def keep_largest(score: Float[Tensor, "rows n"], *, prune: int) -> Bool[Tensor, 
 def keep_group(score: Float[Tensor, "m out"], *, kept: int) -> Bool[Tensor, "m out"]:
     """Keep the `kept` largest of every column; of equal ones the earlier ones go.
 
-    It is `keep_rows` for one N:M group of every output, an input a row.
+    The transposed `keep_rows` for one N:M group of every output: inputs are rows here.
     """
     group = len(score)
     if group > _WIDEST_PAIRWISE:
         return keep_largest(score.T.contiguous(), prune=group - kept).T
     position = torch.arange(group, dtype=torch.uint8, device=score.device)
-    wins = position[:, None].repeat(
-        1, score.shape[1]
-    )  # over all earlier ones until shown otherwise
+    # A weight wins against all earlier ones until a comparison says otherwise.
+    wins = position[:, None].repeat(1, score.shape[1])  # [M, out]
     for d in range(1, group):
         first = (score[:-d] > score[d:]).view(torch.uint8)
         wins[:-d] += first
@@ -91,36 +90,37 @@ def keep_group(score: Float[Tensor, "m out"], *, kept: int) -> Bool[Tensor, "m o
 
 
 def _kth_smallest(score: Tensor, k: int) -> Tensor:
-    """Return the k-th smallest value (k >= 1) of each row, (rows, 1)."""
-    if score.device.type == "cpu":  # numpy's quickselect is vectorised, 10 times faster than torch
+    """Return the k-th smallest value (k >= 1) of each row, [rows, 1]."""
+    if score.device.type == "cpu":  # numpy's quickselect is vectorized, 10 times faster than torch
         part = np.partition(score.numpy(), k - 1, axis=-1)
         return torch.from_numpy(part[:, k - 1 : k].copy())
     return score.kthvalue(k, dim=-1, keepdim=True).values
 
 
 def _keep_pairwise(score: Tensor, *, kept: int, group: int) -> Tensor:
-    """Keep the `kept` largest of every `group` neighbours by counting won comparisons.
+    """Keep the `kept` largest of every `group` neighbors by counting won comparisons.
 
     A weight is compared with each other one of its group; it stays if it wins at least
     `group - kept` times. Equal scores count as a win of the later one. All operations run on
-    contiguous memory: the comparison of all weights with their d-th neighbour is one shifted
-    compare, of which the pairs that straddle two groups are masked out.
+    contiguous memory: the comparison of all weights with their d-th neighbor is one shifted
+    compare, with the pairs that straddle two groups masked out.
     """
-    flat = score.reshape(-1)
+    flat = score.reshape(-1)  # [out * in], group after group
     keep = torch.empty(flat.shape, dtype=torch.uint8, device=flat.device)
     chunk = _CHUNK - _CHUNK % group
     position = torch.arange(min(chunk, len(flat)), device=flat.device) % group
-    # A weight beats all earlier ones until shown otherwise. Counts begin where group - kept wins
-    # make 128, so that the highest bit says "keep".
+    # A weight wins against all earlier ones until a comparison says otherwise. Counts are offset so
+    # that group - kept wins make 128: the highest bit then says "keep".
     earlier = (position + (128 - (group - kept))).to(torch.uint8)
+    # inside[d - 1]: whether a weight and its d-th neighbor are in one group
     inside = [(position + d < group).to(torch.uint8) for d in range(1, group)]
-    wins, won = torch.empty_like(earlier), torch.empty_like(earlier)
+    wins, buffer = torch.empty_like(earlier), torch.empty_like(earlier)
     for start in range(0, len(flat), chunk):
         part = flat[start : start + chunk]
         n = len(part)
         wins[:n] = earlier[:n]
         for d in range(1, group):
-            first = won[: n - d]
+            first = buffer[: n - d]  # 1 where the earlier of a pair wins
             torch.gt(part[: n - d], part[d:], out=first.view(torch.bool))
             first &= inside[d - 1][: n - d]
             wins[: n - d] += first

@@ -24,7 +24,10 @@ from prunebench.sparsity import Sparsity
 def smallest_dropped(
     weight: Float[Tensor, "out in"], sparsity: Sparsity
 ) -> Float[Tensor, "out in"]:
-    """Return `weight` with its smallest entries zero, over the matrix or in each N:M group."""
+    """Return `weight` with its smallest entries zero, over the matrix or in each N:M group.
+
+    The fallback of methods that need calibration, for experts that no token reached.
+    """
     return torch.where(keep_matrix(weight.abs(), sparsity), weight, 0)
 
 

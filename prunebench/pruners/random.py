@@ -15,13 +15,17 @@ import torch
 
 from prunebench.models.walker import BlockWalker
 from prunebench.pruners.keep import keep_rows
-from prunebench.pruners.layer import Needs, PruneReport
+from prunebench.pruners.protocol import Needs, PruneReport
 from prunebench.sparsity import Sparsity
 
 
 @dataclass(frozen=True)
 class Random:
-    """Prunes at random; `seed` determines the mask."""
+    """Prunes at random.
+
+    Attributes:
+        seed: Determines the mask, together with the order of the linears.
+    """
 
     needs: ClassVar[Needs] = Needs()
     seed: int = 0
@@ -33,7 +37,7 @@ class Random:
             for group in groups:
                 for linear in group.linears:
                     weight = linear.read()
-                    score = torch.rand(weight.shape, generator=generator)
+                    score = torch.rand(weight.shape, generator=generator)  # on the CPU, see above
                     keep = keep_rows(score, sparsity[linear.name]).to(weight.device)
                     linear.write(torch.where(keep, weight, 0))
         return PruneReport()

@@ -6,7 +6,7 @@ Models", ICLR 2024, https://openreview.net/forum?id=Tr0lPx9woF:
     S_ij = (|W_ij| / sum_i |W_ij| + |W_ij| / sum_j |W_ij|) * ||X_j||_2 ^ power
 
 with power 0.5, compared over each output row. Their channel permutation for N:M is not included:
-the order of the columns is left as it is.
+the order of the columns does not change.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ from torch import Tensor
 
 from prunebench.calibration.stats import InputStats
 from prunebench.pruners.keep import keep_rows
-from prunebench.pruners.layer import LayerPruner, Needs
+from prunebench.pruners.layer import LayerPruner
+from prunebench.pruners.protocol import Needs
 from prunebench.sparsity import Sparsity
 
 
@@ -41,8 +42,8 @@ class Ria(LayerPruner):
         """Return `weight` with the lowest scores of each row zero."""
         size = weight.abs()
         tiny = torch.finfo(size.dtype).tiny
-        of_column = size / size.sum(0, keepdim=True).clamp(min=tiny)
-        of_row = size / size.sum(1, keepdim=True).clamp(min=tiny)
+        of_column = size / size.sum(0, keepdim=True).clamp(min=tiny)  # sums [1, in]
+        of_row = size / size.sum(1, keepdim=True).clamp(min=tiny)  # sums [out, 1]
         score = of_column + of_row
         if stats is not None and stats.tokens:
             score = score * stats.norms() ** self.power

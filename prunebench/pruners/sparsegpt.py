@@ -1,7 +1,7 @@
-"""SparseGPT: prune column by column, and let the columns behind make up for the error.
+"""SparseGPT: prune column by column, and compensate the error in the later columns.
 
 Paper: Frantar and Alistarh, "SparseGPT: Massive Language Models Can Be Accurately Pruned in
-One-Shot", https://arxiv.org/abs/2301.00774: algorithm 1, N:M as in section 4, joint quantisation
+One-Shot", https://arxiv.org/abs/2301.00774: algorithm 1, N:M as in section 4, joint quantization
 as in equation 7. Original code: https://github.com/IST-DASLab/sparsegpt, read for its conventions.
 
 With U the factor of the inverse Hessian (`calibration.hessian`), the score of a weight is
@@ -11,7 +11,7 @@ change by -e U_j. The layer's reconstruction error is then exactly 1/2 of the su
 What differs from the original: linears with one input share one Hessian, one factor and one pass;
 the factor comes from one Cholesky decomposition; masks have exact counts (their threshold takes one
 weight more, and all ties); a singular Hessian is tried again with more damping, and the result says
-so; of a dead input (zero for every token) no more is pruned than the count of its block asks for;
+so; of a dead input (zero for every token) no more is pruned than its block's share;
 an input that no calibration token reached (an expert never chosen) falls back to magnitude.
 
 The method `scheduler` (https://arxiv.org/abs/2409.20094) is this pruner with ratios that
@@ -34,8 +34,9 @@ from prunebench.calibration.stats import InputStats
 from prunebench.models.measure import count_sparser_groups
 from prunebench.models.walker import LinearGroup
 from prunebench.pruners.keep import keep_group, keep_largest
-from prunebench.pruners.layer import BEYOND_TARGET, GroupPruner, LayerEvent, Needs, Pruned
+from prunebench.pruners.layer import GroupPruner
 from prunebench.pruners.magnitude import smallest_dropped
+from prunebench.pruners.protocol import BEYOND_TARGET, LayerEvent, Needs, Pruned
 from prunebench.sparsity import Sparsity
 
 _INNER = 32  # columns between two updates of the rest of a block; changes rounding only
@@ -47,9 +48,9 @@ class SparseGPT(GroupPruner):
 
     Attributes:
         damping: Share of the Hessian's mean diagonal that is added to its diagonal.
-        block_size: Columns that are compared with each other (a multiple of M is taken for N:M).
-        quantize_bits: If given, kept weights are rounded to an asymmetric grid a row with so many
-            bits, and the columns behind make up for that error too.
+        block_size: Columns that are compared with each other (rounded to a multiple of M for N:M).
+        quantize_bits: If given, round kept weights to an asymmetric grid per row with this many
+            bits; later columns compensate that error too.
     """
 
     needs: ClassVar[Needs] = Needs(calibration=True, hessian=True)
@@ -66,7 +67,7 @@ class SparseGPT(GroupPruner):
             raise ValueError("quantize_bits must be in 2..16")
 
     def prune_group(self, group: LinearGroup, sparsity: Mapping[str, Sparsity]) -> Iterator[Pruned]:
-        """Solve the linears of one input together: one factor, one pass over the columns."""
+        """Prune the linears of one input together: one factor, one pass over the columns."""
         assert group.stats is not None
         names = [linear.name for linear in group.linears]
         weights = [linear.read() for linear in group.linears]
@@ -82,14 +83,14 @@ class SparseGPT(GroupPruner):
         """Prune matrices that read one input, each to its sparsity.
 
         Raises:
-            IncompatibleData: The Hessian is singular and stays so.
+            IncompatibleData: The Hessian stays singular with more damping.
         """
         if stats.tokens == 0:
             pairs = zip(weights, sparsities, strict=True)
             return [Pruned(smallest_dropped(weight, sparsity)) for weight, sparsity in pairs]
         factor = factorise(stats, damping=self.damping, name=names[0])
-        # A column of the weight is a row here: the loop below reads and writes whole rows.
-        columns = torch.cat([weight.T for weight in weights], dim=1)  # (in, all outputs)
+        # Transposed, so that a column of the weight is one contiguous row here.
+        columns = torch.cat([weight.T for weight in weights], dim=1)  # [in, all outputs]
         parts = _parts(weights, sparsities)
         grid = Grid.of(columns, self.quantize_bits) if self.quantize_bits else None
         for part in parts:
@@ -97,51 +98,52 @@ class SparseGPT(GroupPruner):
                 columns[:, part.outputs].masked_fill_(factor.dead[:, None], 0)
         losses = self._eliminate(columns, factor, parts, grid)
         dead = int(factor.dead.sum())
-        found = []
+        results = []
         for name, part in zip(names, parts, strict=True):
-            new = columns[:, part.outputs].T
+            pruned = columns[:, part.outputs].T  # [out, in]
             events = []
             if factor.retries:
                 events.append(LayerEvent(name, "Hessian damped more", factor.damping))
             if dead:
                 events.append(LayerEvent(name, "dead inputs", float(dead)))
-            sparser = count_sparser_groups(new, part.sparsity)
+            sparser = count_sparser_groups(pruned, part.sparsity)
             if sparser:
                 events.append(
                     LayerEvent(name, "groups with fewer non-zeros than N", float(sparser))
                 )
-            beyond = int((new == 0).sum()) - part.sparsity.count(new.numel())
-            if beyond > 0 and grid and not part.sparsity.is_pattern:  # small ones round to 0
+            beyond = int((pruned == 0).sum()) - part.sparsity.count(pruned.numel())
+            if beyond > 0 and grid and not part.sparsity.is_pattern:  # the grid rounds to 0, too
                 events.append(LayerEvent(name, BEYOND_TARGET, float(beyond)))
-            found.append(Pruned(new, float(losses[part.outputs].sum()) / 2, tuple(events)))
-        return found
+            results.append(Pruned(pruned, float(losses[part.outputs].sum()) / 2, tuple(events)))
+        return results
 
     def _eliminate(
         self, columns: Tensor, factor: InverseFactor, parts: list[_Part], grid: Grid | None
     ) -> Float[Tensor, " outputs"]:
-        """Prune `columns` (in, outputs) in place; return the sum of e^2 of each output, float64."""
+        """Prune `columns` [in, outputs] in place; return the sum of e^2 of each output, float64."""
         group = math.lcm(*(part.sparsity.group or 1 for part in parts))
         inner = group * max(1, _INNER // group)
         size = inner * max(1, self.block_size // inner) if group > 1 else self.block_size
         losses = torch.zeros(columns.shape[1], dtype=torch.float64, device=columns.device)
         for start in range(0, len(columns), size):
-            block = columns[start : start + size]  # (size, outputs), a view
+            block = columns[start : start + size]  # [size, outputs], a view
             stop = start + len(block)
-            upper = factor.upper[start:stop]
-            scale = 1 / upper[:, start:stop].diagonal()
+            upper = factor.upper[start:stop]  # [size, in]
+            scale = 1 / upper[:, start:stop].diagonal()  # 1 / U_jj, [size]
             dead = factor.dead[start:stop, None]
             keep = torch.ones_like(block, dtype=torch.bool)
             for part in parts:
                 if not part.sparsity.is_pattern:
-                    own = block[:, part.outputs]
-                    score = (own.abs() * scale[:, None]).masked_fill_(dead, 0)
-                    chosen = _keep_block(score, part.sparsity, start, stop)
-                    own.masked_fill_(dead & ~chosen, 0)  # no error: nothing comes through
-                    keep[:, part.outputs] = chosen
+                    weight = block[:, part.outputs]  # [size, out], a view
+                    score = (weight.abs() * scale[:, None]).masked_fill_(dead, 0)
+                    part_keep = _keep_block(score, part.sparsity, start, stop)
+                    # before the loop: zeroing a dead input's weight causes no error
+                    weight.masked_fill_(dead & ~part_keep, 0)
+                    keep[:, part.outputs] = part_keep
             errors = _prune_block(
                 block, keep, upper[:, start:stop], parts=parts, inner=inner, grid=grid
             )
-            columns[stop:].addmm_(upper[:, stop:].T, errors, alpha=-1)
+            columns[stop:].addmm_(upper[:, stop:].T, errors, alpha=-1)  # the columns after it
             losses += errors.square_().sum(0)
         return losses
 
@@ -155,10 +157,10 @@ class _Part:
 
 
 def _parts(weights: Sequence[Tensor], sparsities: Sequence[Sparsity]) -> list[_Part]:
-    parts, begin = [], 0
+    parts, start = [], 0
     for weight, sparsity in zip(weights, sparsities, strict=True):
-        parts.append(_Part(slice(begin, begin + len(weight)), sparsity))
-        begin += len(weight)
+        parts.append(_Part(slice(start, start + len(weight)), sparsity))
+        start += len(weight)
     return parts
 
 
@@ -168,7 +170,8 @@ def _keep_block(
     """Compare all weights of a block; the counts of the blocks add up to the matrix's."""
     outputs = score.shape[1]
     prune = sparsity.count(stop * outputs) - sparsity.count(start * outputs)
-    return keep_largest(score.reshape(1, -1), prune=prune).view(score.shape)
+    flat = score.reshape(1, -1)  # [1, size * out]: one comparison of the whole block
+    return keep_largest(flat, prune=prune).view(score.shape)
 
 
 def _prune_block(
@@ -180,7 +183,7 @@ def _prune_block(
     inner: int,
     grid: Grid | None,
 ) -> Float[Tensor, "size outputs"]:
-    """Prune one block of columns in place, in their order; return their errors e."""
+    """Prune one block of columns in place, in order; return their errors e."""
     errors = torch.empty_like(block)
     scales = (1 / upper.diagonal()).tolist()
     patterns = [part for part in parts if part.sparsity.group is not None]
@@ -189,31 +192,32 @@ def _prune_block(
         for j in range(first, last):
             for part in patterns:
                 _keep_groups(block, keep, scales, j, part)
-            kept = torch.where(keep[j], block[j], 0)
+            column = torch.where(keep[j], block[j], 0)  # [outputs]
             if grid is not None:
-                kept = grid.round(kept)
-            torch.sub(block[j], kept, out=errors[j]).mul_(scales[j])
+                column = grid.round(column)
+            torch.sub(block[j], column, out=errors[j]).mul_(scales[j])
             block[j + 1 : last].addr_(upper[j, j + 1 : last], errors[j], alpha=-1)
-            block[j] = kept
+            block[j] = column
+        # lazy batch update: the rest of the block once every `inner` columns
         block[last:].addmm_(upper[first:last, last:].T, errors[first:last], alpha=-1)
     return errors
 
 
 def _keep_groups(block: Tensor, keep: Tensor, scales: list[float], j: int, part: _Part) -> None:
-    """Where a group of N:M begins at column j, choose what it keeps, from its weights of now."""
+    """If an N:M group begins at column j, choose its kept weights from their updated values."""
     group, kept = part.sparsity.group, part.sparsity.kept
     if group is None or kept is None or j % group:
         return
     scale = torch.tensor(scales[j : j + group], device=block.device)
-    score = block[j : j + group, part.outputs].abs().mul_(scale[:, None])  # (M, out)
+    score = block[j : j + group, part.outputs].abs().mul_(scale[:, None])  # [M, out]
     keep[j : j + group, part.outputs] = keep_group(score, kept=kept)
 
 
 @dataclass(frozen=True)
 class Grid:
-    """An asymmetric grid of 2^bits values a row that holds 0, from the smallest to the largest.
+    """An asymmetric quantization grid: 2^bits values per output, 0 among them, over the full range.
 
-    The grid is made from the dense weights; a pruned weight stays exactly 0.
+    The grid is computed from the dense weights; a pruned weight stays exactly 0.
     """
 
     step: Float[Tensor, " out"]
@@ -222,14 +226,14 @@ class Grid:
 
     @classmethod
     def of(cls, columns: Float[Tensor, "in out"], bits: int) -> Grid:
-        """Build the grid of every output from its weights."""
+        """Compute the grid of every output from its weights."""
         largest = 2**bits - 1
         low, high = columns.amin(0).clamp(max=0), columns.amax(0).clamp(min=0)
         step = (high - low) / largest
-        step[step == 0] = 1
+        step[step == 0] = 1  # an all-zero output
         return cls(step, (-low / step).round(), largest)
 
     def round(self, values: Float[Tensor, " out"]) -> Float[Tensor, " out"]:
-        """Return the nearest values of the grid."""
+        """Round to the nearest value of the grid."""
         steps = (values / self.step).round_().add_(self.zero).clamp_(0, self.largest)
         return steps.sub_(self.zero).mul_(self.step)

@@ -26,7 +26,8 @@ from torch import Tensor
 
 from prunebench.calibration.stats import InputStats
 from prunebench.pruners.keep import keep_matrix, keep_rows
-from prunebench.pruners.layer import LayerPruner, Needs
+from prunebench.pruners.layer import LayerPruner
+from prunebench.pruners.protocol import Needs
 from prunebench.sparsity import Sparsity
 
 
@@ -46,7 +47,7 @@ class Wanda(LayerPruner):
         return torch.where(self.keep(score, sparsity), weight, 0)
 
     def keep(self, score: Float[Tensor, "out in"], sparsity: Sparsity) -> Bool[Tensor, "out in"]:
-        """Compare the scores of each output row."""
+        """Return the keep mask: the scores are compared within each output row or N:M group."""
         return keep_rows(score, sparsity)
 
 
@@ -58,10 +59,13 @@ class WandaVariant(Wanda):
     """
 
     def keep(self, score: Float[Tensor, "out in"], sparsity: Sparsity) -> Bool[Tensor, "out in"]:
-        """Compare, over the matrix, the share of its row that a weight and all smaller make up."""
+        """Return the keep mask: compare, over the matrix, cumulative shares of the row's score."""
         if sparsity.is_pattern:
             return keep_rows(score, sparsity)
-        ordered, places = score.to(torch.float64).sort(dim=1, stable=True)
-        shares = ordered.cumsum(1)
+        ordered, places = score.to(torch.float64).sort(dim=1, stable=True)  # [out, in]
+        shares = ordered.cumsum(1)  # of the row's score: a weight and all smaller ones
         shares /= shares[:, -1:].clamp(min=1e-300)
-        return keep_matrix(torch.empty_like(shares).scatter_(1, places, shares), sparsity)
+        shares = torch.empty_like(shares).scatter_(
+            1, places, shares
+        )  # back in the order of the inputs
+        return keep_matrix(shares, sparsity)

@@ -41,7 +41,8 @@ from prunebench.models.walker import BlockWalker
 from prunebench.models.weights import weights_of
 from prunebench.progress import Advance, quiet_libraries
 from prunebench.pruners import METHODS
-from prunebench.pruners.layer import CurvePoint, PruneReport
+from prunebench.pruners.protocol import PruneReport
+from prunebench.pruners.training import CurvePoint
 from prunebench.results.samples import write_samples
 from prunebench.results.schema import Result
 from prunebench.run.packed import packed_weights

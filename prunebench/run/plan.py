@@ -29,7 +29,7 @@ from prunebench.models.load import load_config, load_tokenizer, require_context,
 from prunebench.models.masks import Masks, open_masks
 from prunebench.models.safetensors_files import stored_tensors, weight_files
 from prunebench.models.stored_config import asked_attention
-from prunebench.pruners.layer import Needs
+from prunebench.pruners.protocol import Needs
 from prunebench.results.schema import CalibrationBlock
 from prunebench.run.dtype import StoredDtype
 from prunebench.run.memory import choose_weights, model_sizes

@@ -35,7 +35,7 @@ from prunebench.models.source import CatalogEntry, LocalModel, fetch_model, find
 from prunebench.options import options_of
 from prunebench.progress import StageTimer
 from prunebench.pruners import METHODS
-from prunebench.pruners.layer import DependsOnModel, Pruner
+from prunebench.pruners.protocol import DependsOnModel, Pruner
 from prunebench.results.store import ResultStore
 from prunebench.run.dtype import DtypeChoice, StoredDtype, choose_dtype
 from prunebench.sparse24.backends.table import require_backend

@@ -21,7 +21,7 @@ from prunebench.allocators.allocation import Allocation
 from prunebench.evaluate.outcome import Outcome
 from prunebench.models.measure import Measured
 from prunebench.pruners import METHODS
-from prunebench.pruners.layer import PruneReport
+from prunebench.pruners.protocol import PruneReport
 from prunebench.results.samples import Sample
 from prunebench.results.schema import (
     AllocationBlock,

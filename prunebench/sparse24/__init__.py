@@ -1,1 +1,1 @@
-"""2:4 for real: a packed format, layers that run it, and what that buys, measured."""
+"""2:4 sparsity in storage and compute: packed weights, layers, kernels, choice of backend."""

@@ -1,22 +1,22 @@
-"""Buckets of token counts: within one, the same kernel is the best."""
+"""Buckets of token counts: one choice of backend and algorithm per bucket."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-_LAST = (2, 8, 16, 64, 256, 512, 1024, 2048, 4096, 8192)
+_LAST = (2, 8, 16, 64, 256, 512, 1024, 2048, 4096, 8192)  # tokens, inclusive
 
 
 @dataclass(frozen=True)
 class Bucket:
-    """Token counts from `first` to `last`; the largest bucket has no end."""
+    """Token counts from `first` to `last`, both inclusive."""
 
     first: int
     last: int
 
     @property
     def name(self) -> str:
-        """Such as `17-64`."""
+        """The name in cache keys, e.g. `17-64`."""
         return f"{self.first}-{self.last}"
 
 
@@ -24,5 +24,5 @@ BUCKETS = tuple(Bucket(1 if i == 0 else _LAST[i - 1] + 1, last) for i, last in e
 
 
 def bucket_of(tokens: int) -> Bucket:
-    """Return the bucket of a token count; beyond the last one, the last one."""
-    return next((one for one in BUCKETS if tokens <= one.last), BUCKETS[-1])
+    """Return the bucket of a token count; the last bucket also covers all larger counts."""
+    return next((bucket for bucket in BUCKETS if tokens <= bucket.last), BUCKETS[-1])

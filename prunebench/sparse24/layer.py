@@ -29,12 +29,12 @@ from prunebench.sparse24.policy import Choice, Policy
 class Sparse24Linear(nn.Module):
     """A linear layer whose 2:4 weight stays packed; it computes what the dense one would.
 
-    It has no parameters and no gradients for the weight. Its state holds `values24` and `codes24`
-    in the canonical format, whatever form is resident.
+    The weight is no parameter and gets no gradient. The state dict has `values24` and `codes24` in
+    the file layout, whatever layout is in memory.
 
     Args:
         packed: The weight.
-        bias: Of the weight's dtype, or None.
+        bias: [out] in the weight's dtype, or None.
         policy: Chooses the backend for a number of tokens.
 
     Raises:
@@ -53,17 +53,17 @@ class Sparse24Linear(nn.Module):
 
     def _take(self, packed: Packed24) -> None:
         """Store a weight in the layout that its backends read."""
-        self.form: WeightLayout = FileLayout(packed)  # the choice of a backend asks for its dtype
-        wanted = dict.fromkeys(self._choose(bucket.last).backend for bucket in BUCKETS)
-        layouts = (backends()[name].layout(packed) for name in wanted)
+        self.form: WeightLayout = FileLayout(packed)  # `_choose` reads its dtype
+        chosen = dict.fromkeys(self._choose(bucket.last).backend for bucket in BUCKETS)
+        layouts = (backends()[name].layout(packed) for name in chosen)
         self.form = next((layout for layout in layouts if layout is not None), self.form)
         self.products: dict[str, Product] = {}
         self._routes: dict[int, Product] = {}
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return x @ W.T + bias; x is (..., in), of the weight's dtype."""
-        flat = x.reshape(-1, self.in_features).contiguous()
-        if flat.requires_grad and torch.is_grad_enabled():
+        """Return x @ W.T + bias, [..., out]; x is [..., in] in the weight's dtype."""
+        flat = x.reshape(-1, self.in_features).contiguous()  # [tokens, in]
+        if flat.requires_grad and torch.is_grad_enabled():  # the kernels have no backward pass
             dense = torch.nn.functional.linear(flat, unpack24(self.form.packed()), self.bias)
             return dense.view(*x.shape[:-1], self.out_features)
         tokens = flat.shape[0]
@@ -77,7 +77,7 @@ class Sparse24Linear(nn.Module):
         return self.product_of(self._choose(max(1, tokens)).backend)
 
     def product_of(self, name: str) -> Product:
-        """Return the product of a backend, built when it is first needed."""
+        """Return the product of a backend, built on first use."""
         if name not in self.products:
             self.products[name] = backends()[name].build(self.form)
         return self.products[name]
@@ -87,25 +87,25 @@ class Sparse24Linear(nn.Module):
 
     @property
     def shape(self) -> tuple[int, int]:
-        """Outputs and inputs."""
+        """(out, in) of the dense matrix."""
         return self.out_features, self.in_features
 
     @property
     def stored_bytes(self) -> int:
-        """What the weight takes, in all the forms that are resident."""
-        return self.form.stored_bytes + sum(one.stored_bytes for one in self.products.values())
+        """Bytes of the weight, with the copies that products store."""
+        return self.form.stored_bytes + sum(p.stored_bytes for p in self.products.values())
 
     @property
     def dense_bytes(self) -> int:
-        """What the dense weight takes."""
+        """Bytes of the dense weight."""
         return self.out_features * self.in_features * self.form.dtype.itemsize
 
     def packed(self) -> Packed24:
-        """Return the weight in the canonical format."""
+        """Return the weight in the file layout."""
         return self.form.packed()
 
     def extra_repr(self) -> str:
-        """Show the shape, the form, and the backend for one token."""
+        """Return the shape, the layout, and the backend for one token."""
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, "
             f"form={self.form.name}, backend={self._choose(1).backend}"
@@ -131,17 +131,17 @@ class Sparse24Linear(nn.Module):
         error_msgs: list[str],
     ) -> None:
         names = ["values24", "codes24", *(["bias"] if self.bias is not None else [])]
-        found = {name: state_dict[prefix + name] for name in names if prefix + name in state_dict}
-        missing_keys += [prefix + name for name in names if name not in found]
-        known = {prefix + name for name in names}
+        tensors = {name: state_dict[prefix + name] for name in names if prefix + name in state_dict}
+        missing_keys += [prefix + name for name in names if name not in tensors]
+        expected = {prefix + name for name in names}
         if strict:
             unexpected_keys += [
-                key for key in state_dict if key.startswith(prefix) and key not in known
+                key for key in state_dict if key.startswith(prefix) and key not in expected
             ]
-        if len(found) < len(names):
+        if len(tensors) < len(names):
             return
         device = self.form.device
-        packed = Packed24(*(found[n].to(device, copy=True) for n in ("values24", "codes24")))
+        packed = Packed24(*(tensors[n].to(device, copy=True) for n in ("values24", "codes24")))
         try:
             require_sound(packed, name=prefix.removesuffix(".") or "the state")
         except IncompatibleData as error:
@@ -154,10 +154,10 @@ class Sparse24Linear(nn.Module):
             )
             return
         if self.bias is not None:
-            if found["bias"].shape != self.bias.shape:
-                error_msgs.append(f"{prefix}bias has {found['bias'].numel()} elements")
+            if tensors["bias"].shape != self.bias.shape:
+                error_msgs.append(f"{prefix}bias has {tensors['bias'].numel()} elements")
                 return
-            self.bias.copy_(found["bias"])
+            self.bias.copy_(tensors["bias"])
         self._take(packed)
 
 
@@ -167,7 +167,7 @@ class Conversion:
 
     Attributes:
         layers: The new layers by name.
-        dense: Linears that stayed as they were, with the reason.
+        dense: Linears that were not replaced, with the reason.
     """
 
     layers: dict[str, Sparse24Linear] = field(default_factory=dict)
@@ -176,26 +176,26 @@ class Conversion:
 
     @property
     def stored_bytes(self) -> int:
-        """Of the weights of the new layers, by storage."""
+        """Bytes of the weights of the new layers."""
         return sum(layer.stored_bytes for layer in self.layers.values())
 
     @property
     def dense_bytes(self) -> int:
-        """Of the same weights when they are dense."""
+        """Bytes of the same weights when dense."""
         return sum(layer.dense_bytes for layer in self.layers.values())
 
     def restore(self) -> None:
-        """Put the dense layers back, one at a time; their weights are bit for bit the old ones."""
+        """Restore the dense layers one by one; the weights are bit for bit the original ones."""
         while self._undo:
             parent, child, linear, layer = self._undo.pop()
-            weight = unpack24(layer.packed())
+            weight = unpack24(layer.packed())  # [out, in]
             weight = weight.T.contiguous() if linear.transposed else weight
             setattr(linear.module, linear.attribute, nn.Parameter(weight, requires_grad=False))
             setattr(parent, child, linear.module)
             del self.layers[linear.name]
 
     def count(self, tokens: int) -> dict[str, int]:
-        """Return how many layers each backend serves for a number of tokens."""
+        """Return the number of layers per backend for a number of tokens."""
         counts: dict[str, int] = {}
         for layer in self.layers.values():
             name = layer.policy.choose(layer.shape, layer.form.dtype, tokens).backend
@@ -206,7 +206,7 @@ class Conversion:
 def convert(
     model: nn.Module, linears: Iterable[Linear], *, policy: Policy, strict: bool = False
 ) -> Conversion:
-    """Replace the 2:4 linears of a model, one after the other: no layer is there twice.
+    """Replace the 2:4 linears of a model one by one, so that no more than one is in memory twice.
 
     Args:
         model: On its device, in bfloat16 or float16.
@@ -215,13 +215,14 @@ def convert(
         strict: Whether a linear that is not 2:4 is an error.
 
     Raises:
-        IncompatibleData: `strict`, and a linear is not 2:4: layer and group are named. Or none is.
+        IncompatibleData: No linear can be replaced; or `strict` and a linear is not 2:4 (the
+            message names layer and group).
     """
-    done = Conversion()
+    conversion = Conversion()
     for linear in linears:
         reason = _why_dense(linear, policy, strict=strict)
         if reason:
-            done.dense[linear.name] = reason
+            conversion.dense[linear.name] = reason
             continue
         path, _, child = linear.name.rpartition(".")
         parent = model.get_submodule(path)
@@ -231,22 +232,22 @@ def convert(
             getattr(linear.module, "bias", None),
             policy=policy,
         )
-        setattr(linear.module, linear.attribute, None)  # the dense weight goes before the next
+        setattr(linear.module, linear.attribute, None)  # frees the dense weight
         setattr(parent, child, layer)
-        done.layers[linear.name] = layer
-        done._undo.append((parent, child, linear, layer))
-    if not done.layers:
-        name, reason = next(iter(done.dense.items()), ("the model", "it has no linears"))
+        conversion.layers[linear.name] = layer
+        conversion._undo.append((parent, child, linear, layer))
+    if not conversion.layers:
+        name, reason = next(iter(conversion.dense.items()), ("the model", "it has no linears"))
         raise IncompatibleData(
             f"no layer can be run as 2:4: {name}: {reason}",
-            where=f"{len(done.dense)} linears were looked at",
+            where=f"{len(conversion.dense)} linears were checked",
             fix="prune with --sparsity 2:4 in bfloat16",
         )
-    return done
+    return conversion
 
 
 def _why_dense(linear: Linear, policy: Policy, *, strict: bool) -> str:
-    """Say why a linear cannot be replaced; empty if it can."""
+    """Return why a linear cannot be replaced; empty if it can."""
     if linear.expert is not None:
         return "the experts of a mixture are one parameter, not layers"
     dtype = linear.stored.dtype
@@ -265,7 +266,13 @@ def _why_dense(linear: Linear, policy: Policy, *, strict: bool) -> str:
 
 @dataclass(frozen=True)
 class Explained:
-    """Why a layer runs as it does for some number of tokens."""
+    """The backend of a layer for a number of tokens, with reasons.
+
+    Attributes:
+        shape: (out, in); (0, 0) for a layer that stayed dense.
+        why: Why this backend.
+        why_not: Why not, for every other backend.
+    """
 
     layer: str
     shape: tuple[int, int]
@@ -286,9 +293,9 @@ def explain(conversion: Conversion, tokens: Sequence[int]) -> list[Explained]:
             choice = layer.policy.choose(layer.shape, layer.form.dtype, count)
             others = layer.policy.verdicts(layer.shape, layer.form.dtype, count)
             why_not = {
-                one: verdict.reason if not verdict.ok else _slower(choice)
-                for one, verdict in others.items()
-                if one != choice.backend
+                other: verdict.reason if not verdict.ok else _slower(choice)
+                for other, verdict in others.items()
+                if other != choice.backend
             }
             rows.append(Explained(name, layer.shape, count, choice.backend, choice.why, why_not))
     for name, reason in conversion.dense.items():
@@ -297,4 +304,4 @@ def explain(conversion: Conversion, tokens: Sequence[int]) -> list[Explained]:
 
 
 def _slower(choice: Choice) -> str:
-    return "slower here" if choice.ratio is not None else "it could; another comes first"
+    return "slower here" if choice.ratio is not None else "usable; another one comes first"

@@ -1,6 +1,7 @@
-"""How a layer keeps its 2:4 weight in memory: as in files, or in the order that a kernel reads.
+"""In-memory layouts of a 2:4 weight: the file layout, and the protocol of those of kernels.
 
-A form is made from `Packed24` and gives it back. Only one form of a layer is resident.
+A layout is built from `Packed24` and converts back without loss. A layer stores its weight in one
+layout only.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from prunebench.sparse24.packed import Packed24, unpack24
 
 
 class WeightLayout(Protocol):
-    """A 2:4 matrix [N, K] in memory; `stored_bytes` is what it takes, by storage."""
+    """A 2:4 matrix [N, K] in memory; `stored_bytes` counts all of its tensors, with padding."""
 
     @property
     def name(self) -> str: ...  # noqa: D102
@@ -34,61 +35,61 @@ class WeightLayout(Protocol):
 
 @dataclass(frozen=True, eq=False)
 class FileLayout:
-    """The matrix as files hold it."""
+    """The layout of checkpoint files."""
 
     matrix: Packed24
     name: str = "canonical"
 
     @property
     def shape(self) -> tuple[int, int]:
-        """Outputs and inputs."""
+        """(out, in) of the dense matrix."""
         return self.matrix.shape
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the values."""
+        """The dtype of the values."""
         return self.matrix.dtype
 
     @property
     def device(self) -> torch.device:
-        """Where it is."""
+        """The device of the tensors."""
         return self.matrix.device
 
     @property
     def stored_bytes(self) -> int:
-        """By storage."""
+        """Bytes of values and codes."""
         return self.matrix.bytes
 
     def packed(self) -> Packed24:
-        """Return the matrix as it is."""
+        """Return the matrix itself."""
         return self.matrix
 
     def write_dense(self, out: Float[Tensor, "out in"]) -> None:
-        """Unpack into `out`."""
+        """Unpack into `out`, [out, in]."""
         unpack24(self.matrix, out=out)
 
 
 class Workspace:
-    """One dense matrix a device and dtype, as large as the largest that was asked for.
+    """One dense buffer per device and dtype, as large as the largest matrix so far.
 
-    Layers run one after the other, so that all of them share it.
+    All layers share it: they run one after the other.
     """
 
     def __init__(self) -> None:
         self._buffers: dict[tuple[torch.device, torch.dtype], Tensor] = {}
 
     def matrix(self, form: WeightLayout) -> Float[Tensor, "out in"]:
-        """Return room for the dense matrix of a form; what was in it before is gone."""
+        """Return an uninitialized [out, in] view for the dense matrix of a layout."""
         rows, width = form.shape
         key = (form.device, form.dtype)
         buffer = self._buffers.get(key)
         if buffer is None or buffer.numel() < rows * width:
-            self._buffers.pop(key, None)  # let go of the old one before the new one is made
+            self._buffers.pop(key, None)  # free the old buffer before allocating the new one
             buffer = torch.empty(rows * width, dtype=form.dtype, device=form.device)
             self._buffers[key] = buffer
         return buffer[: rows * width].view(rows, width)
 
     @property
     def bytes(self) -> int:
-        """What it takes now."""
+        """Current size of all buffers."""
         return sum(buffer.nbytes for buffer in self._buffers.values())

@@ -1,9 +1,9 @@
-"""`Packed24`: a 2:4 matrix as its kept values and the places they came from.
+"""`Packed24`: a 2:4 matrix as its kept values and their positions.
 
 Of every four consecutive inputs two values are stored, and a 4-bit code `i0 | i1 << 2` with their
-places `i0 < i1`. A group with fewer than two non-zeros stores +0.0 at a free place. In 16-bit
-numbers that is 4.5 bytes for 8: 0.5625 of the dense matrix. The format is the same on every device
-and in files; what a chip's library wants is made from it and never stored.
+positions `i0 < i1`. A group with fewer than two non-zeros stores +0.0 at a free position. In 16-bit
+numbers that is 4.5 bytes instead of 8: 0.5625 of the dense matrix. The format is the same on every
+device and in files; the formats of GPU libraries are computed from it and never saved.
 
 Packing works on whole groups: four 16-bit numbers are one 64-bit word, a kept pair two shifts.
 """
@@ -21,14 +21,16 @@ from prunebench.errors import IncompatibleData
 
 DTYPES = (torch.bfloat16, torch.float16)
 RATIO_16_BIT = 0.5625
-_CHUNK_GROUPS = {"cpu": 1 << 17, "cuda": 1 << 26}  # a chunk of the CPU stays in its cache
-_CODE_OF_BITS = [  # which of the four are not zero (bit j: place j): the code of the stored pair
+_CHUNK_GROUPS = {"cpu": 1 << 17, "cuda": 1 << 26}  # on a CPU, a chunk fits the cache
+# Index: bit j is set if element j is not zero. Value: code of the stored pair, 0 if over-full.
+_CODE_OF_BITS = [
     0b0100, 0b0100, 0b1001, 0b0100, 0b1110, 0b1000, 0b1001, 0,
     0b1110, 0b1100, 0b1101, 0, 0b1110, 0, 0, 0,
 ]  # fmt: skip
 VALID_CODES = tuple(c for c in range(16) if c & 3 < c >> 2)
 _OVER = [bits for bits in range(16) if bits.bit_count() > 2]
 _UNDER = [bits for bits in range(16) if bits.bit_count() < 2]
+# Times four bytes of 0 or 1 in an int32: moves the byte at bit 8 j to bit 24 + j, see `_bits`.
 _GATHER_BITS = (1 << 24) + (1 << 17) + (1 << 10) + (1 << 3)
 
 
@@ -51,32 +53,32 @@ class Packed24:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the values."""
+        """The dtype of the values."""
         return self.values.dtype
 
     @property
     def device(self) -> torch.device:
-        """Where it is."""
+        """The device of the tensors."""
         return self.values.device
 
     @property
     def bytes(self) -> int:
-        """What it takes, by storage."""
+        """Bytes of values and codes."""
         return self.values.nbytes + self.codes.nbytes
 
     @property
     def dense_bytes(self) -> int:
-        """What the dense matrix takes."""
+        """Bytes of the dense matrix."""
         return 2 * self.values.nbytes
 
     def to(self, device: torch.device) -> Packed24:
-        """Return it on a device."""
+        """Return the matrix on a device."""
         return Packed24(self.values.to(device), self.codes.to(device))
 
 
 @dataclass(frozen=True)
 class Report24:
-    """What stands in the way of packing a matrix.
+    """The result of checking whether a matrix is 2:4.
 
     Attributes:
         groups: Number of groups of four.
@@ -105,17 +107,17 @@ def check_24(weight: Float[Tensor, "out in"], *, name: str = "the matrix") -> Re
         IncompatibleData: The width is not a multiple of four.
     """
     _require_width(weight, name)
-    flat = weight.detach().contiguous().view(-1)
+    flat = weight.detach().contiguous().view(-1)  # [out * in]: group g is 4 g to 4 g + 3
     groups = flat.numel() // 4
     patterns = torch.zeros(16, dtype=torch.int64, device=weight.device)
     negative, first = 0, None
     for start, stop in _chunks(groups, weight.device):
         four = flat[4 * start : 4 * stop]
         bits = _bits(four)
-        found = torch.bincount(bits, minlength=16)
-        patterns += found
+        counts = torch.bincount(bits, minlength=16)
+        patterns += counts
         negative += int((torch.signbit(four) & (four == 0)).sum())
-        if first is None and found[_OVER].any():
+        if first is None and counts[_OVER].any():
             full = torch.isin(bits, torch.tensor(_OVER, dtype=bits.dtype, device=bits.device))
             row, group = divmod(start + int(full.to(torch.uint8).argmax()), weight.shape[1] // 4)
             first = (row, 4 * group)
@@ -144,9 +146,9 @@ def require_24(report: Report24, weight: Float[Tensor, "out in"], *, name: str) 
 def canonicalize(
     weight: Float[Tensor, "out in"], keep: Bool[Tensor, "out in"]
 ) -> Float[Tensor, "out in"]:
-    """Return the weight with +0.0 where it is not kept, and for -0.0.
+    """Return the weight with +0.0 where it is not kept, and instead of -0.0.
 
-    `weight * keep` would leave -0.0 at masked negative weights, which packers take for a value.
+    `weight * keep` would give -0.0 at masked negative weights, which packers treat as a value.
     """
     return torch.where(keep, weight, 0) + 0.0
 
@@ -171,21 +173,21 @@ def pack24(weight: Float[Tensor, "out in"], *, name: str = "the matrix") -> Pack
         )
     rows, width = weight.shape
     groups = rows * width // 4
-    flat = weight.detach().contiguous().view(-1)
+    flat = weight.detach().contiguous().view(-1)  # [out * in]
     pairs = torch.empty(groups, dtype=torch.int32, device=weight.device)
     codes = torch.empty(groups, dtype=torch.uint8, device=weight.device)
     table = torch.tensor(_CODE_OF_BITS, dtype=torch.uint8, device=weight.device)
     for start, stop in _chunks(groups, weight.device):
         four = flat[4 * start : 4 * stop] + 0.0  # -0.0 + 0.0 = +0.0
         code = table[_bits(four)]
-        if not code.all():  # the entry of an over-full group
+        if not code.all():  # 0 is no valid code: an over-full group
             require_24(check_24(weight, name=name), weight, name=name)
-        word, place = four.view(torch.int64), code.to(torch.int64)
-        low = word >> ((place & 3) << 4) & 0xFFFF
-        high = word >> (place >> 2 << 4) << 16  # upper half of the 32 bits that are kept
+        word, position = four.view(torch.int64), code.to(torch.int64)  # [groups]
+        low = word >> ((position & 3) << 4) & 0xFFFF  # element i0, 16 bits
+        high = word >> (position >> 2 << 4) << 16  # element i1; the cast drops what is above it
         pairs[start:stop] = (high | low).to(torch.int32)
         codes[start:stop] = code
-    values = pairs.view(weight.dtype).view(rows, width // 2)
+    values = pairs.view(weight.dtype).view(rows, width // 2)  # [groups] of 32 bits -> [out, in / 2]
     return Packed24(values, join_codes(codes.view(rows, width // 4)))
 
 
@@ -200,9 +202,9 @@ def unpack24(packed: Packed24, *, out: Tensor | None = None) -> Float[Tensor, "o
     groups = rows * width // 4
     if out is None:
         out = torch.empty(rows, width, dtype=packed.dtype, device=packed.device)
-    words = out.view(-1).view(torch.int64)
-    pairs = packed.values.contiguous().view(-1).view(torch.int32)
-    codes = split_codes(packed).view(-1)
+    words = out.view(-1).view(torch.int64)  # [groups], four elements each
+    pairs = packed.values.contiguous().view(-1).view(torch.int32)  # [groups], two elements each
+    codes = split_codes(packed).view(-1)  # [groups]
     for start, stop in _chunks(groups, packed.device):
         pair, code = pairs[start:stop].to(torch.int64), codes[start:stop].to(torch.int64)
         low = (pair & 0xFFFF) << ((code & 3) << 4)
@@ -212,16 +214,17 @@ def unpack24(packed: Packed24, *, out: Tensor | None = None) -> Float[Tensor, "o
 
 
 def split_codes(packed: Packed24) -> UInt8[Tensor, "out groups"]:
-    """Return one code a byte, [N, K/4]."""
+    """Return one code per byte, [N, K/4]."""
+    # [N, ceil(K/8), 2] -> [N, 2 ceil(K/8)], of which the last may be padding
     both = torch.stack((packed.codes & 15, packed.codes >> 4), dim=-1).flatten(1)
     return both[:, : packed.shape[1] // 4].contiguous()
 
 
 def join_codes(codes: UInt8[Tensor, "out groups"]) -> UInt8[Tensor, "out bytes"]:
-    """Return two codes a byte, [N, ceil(K/8)]: the inverse of `split_codes`."""
+    """Return two codes per byte, [N, ceil(K/8)]: the inverse of `split_codes`."""
     if codes.shape[1] % 2:
         codes = torch.nn.functional.pad(codes, (0, 1), value=_CODE_OF_BITS[0])
-    pairs = codes.view(codes.shape[0], -1, 2)
+    pairs = codes.view(codes.shape[0], -1, 2)  # [N, ceil(K/8), 2]
     return pairs[..., 0] | pairs[..., 1] << 4
 
 
@@ -235,11 +238,12 @@ def require_sound(packed: Packed24, *, name: str) -> None:
     valid = torch.zeros(16, dtype=torch.bool, device=packed.device)
     valid[list(VALID_CODES)] = True
     if not valid[split_codes(packed).to(torch.int32)].all():
-        raise _unsound(name, "a code names one place twice, or the second place first")
+        raise _unsound(name, "a code has equal positions, or positions in descending order")
 
 
 def _bits(four: Float[Tensor, "numbers"]) -> Int[Tensor, "groups"]:
-    """Return, for every group of four, a number whose bit j says that element j is not zero."""
+    """Return for every group of four a number whose bit j is set if element j is not zero."""
+    # [4 groups] of bool -> [groups] of int32; the product gathers the four bytes in the top byte
     return ((four != 0).view(torch.int32) * _GATHER_BITS >> 24) & 15
 
 

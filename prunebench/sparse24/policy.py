@@ -1,10 +1,11 @@
-"""Which backend multiplies a layer by so many tokens, and why.
+"""Choose the backend of a layer for a number of tokens, with the reason.
 
-Measured on this very device if `measure` was run (kept in the cache, by GPU, library versions,
-dtype, shape and bucket of tokens); else the first kind that takes the shape. Forced by `--backend`.
+The fastest one if `prunebench bench` has measured it on this device (cached by GPU, library
+versions, dtype, shape and token bucket); else the first one that supports the shape. `--backend`
+overrides the choice.
 
-The cache's imports are inside the methods that need them: `benchmarks/gpu.py` chooses backends on
-machines that have torch and little else.
+The cache's modules are imported inside the methods that use them: `benchmarks/gpu.py` chooses
+backends on machines that have torch and little else.
 """
 
 from __future__ import annotations
@@ -22,12 +23,18 @@ from prunebench.sparse24.backends.table import backends
 from prunebench.sparse24.buckets import Bucket, bucket_of
 
 MIN_RATIO = 1.02
-"""A layer that nothing makes faster than this stays dense, where that was measured."""
+"""A layer whose best measured speedup is below this stays dense."""
 
 
 @dataclass(frozen=True)
 class Choice:
-    """What was chosen, and why; `ratio` is dense time over its time, if it was measured."""
+    """The chosen backend and the reason.
+
+    Attributes:
+        backend: Name of the backend.
+        why: The reason, one line.
+        ratio: Speedup over dense; None if not measured.
+    """
 
     backend: str
     why: str
@@ -40,10 +47,10 @@ class Policy:
 
     Attributes:
         device: Where layers run.
-        forced: A backend that is taken wherever it can be.
-        speed: Whether layers may keep a second form for many tokens (cuSPARSELt's own), which
-            makes 2 x 0.5625 of the dense bytes.
-        table: What was measured: key to choice.
+        forced: A backend that is used wherever it can be.
+        speed: Whether layers may store the weight twice (once more in cuSPARSELt's format, for many
+            tokens): 2 x 0.5625 of the dense bytes.
+        table: Measured choices by `table_key`.
     """
 
     device: torch.device
@@ -55,7 +62,7 @@ class Policy:
     def load(
         cls, device: torch.device, *, forced: str | None = None, speed: bool = False
     ) -> Policy:
-        """Return a policy with what was measured on this device before."""
+        """Return a policy with the cached measurements of this device."""
         policy = cls(device, forced, speed)
         try:
             rows = json.loads(policy.path.read_text("utf-8"))
@@ -66,14 +73,14 @@ class Policy:
 
     @property
     def path(self) -> Path:
-        """The file of this device and these libraries."""
+        """The cache file of this device and these library versions."""
         from prunebench.files import cache_dir
         from prunebench.spec import slug
 
         return cache_dir() / "sparse24" / f"policy-{slug(device_key(self.device))}.json"
 
     def save(self) -> None:
-        """Keep what was measured.
+        """Write the measurements to the cache.
 
         Raises:
             SaveError: The cache cannot be written.
@@ -86,18 +93,18 @@ class Policy:
     def verdicts(
         self, shape: tuple[int, int], dtype: torch.dtype, tokens: int
     ) -> dict[str, Support]:
-        """Say for every backend whether it can be used, and why not."""
-        found = {}
+        """Return for every backend whether it can be used, with the reason."""
+        verdicts = {}
         for name, backend in backends().items():
             verdict = backend.available(self.device)
             if verdict.ok:
-                noted, verdict = verdict.reason, backend.takes(shape, dtype, tokens)
+                note, verdict = verdict.reason, backend.takes(shape, dtype, tokens)
                 if verdict.ok:
-                    verdict = Support(True, verdict.reason or noted)
+                    verdict = Support(True, verdict.reason or note)
             if verdict.ok and backend.keeps_second_copy and not (self.speed or self.forced == name):
-                verdict = Support(False, "it keeps a second form: use --storage speed")
-            found[name] = verdict
-        return found
+                verdict = Support(False, "it stores a second copy: use --storage speed")
+            verdicts[name] = verdict
+        return verdicts
 
     def choose(self, shape: tuple[int, int], dtype: torch.dtype, tokens: int) -> Choice:
         """Return the backend for a matrix (out, in) and a number of tokens."""
@@ -112,39 +119,46 @@ class Policy:
         note = f"; {verdicts[first].reason}" if verdicts[first].reason else ""
         if self.forced:
             return Choice(first, f"--backend {self.forced} cannot: {verdicts[self.forced].reason}")
-        return Choice(first, f"the first that can, not measured on this device{note}")
+        return Choice(first, f"the first usable one, not measured on this device{note}")
 
     def gains_nothing(self, shape: tuple[int, int], dtype: torch.dtype) -> str:
-        """Say that a layer should stay dense, if all that was measured says so; else nothing."""
+        """Return why a layer should stay dense; "" if a backend is faster or none was measured."""
         if self.forced is not None:
             return ""
         start = table_key(shape, dtype, None)
         ratios = [c.ratio for key, c in self.table.items() if key.startswith(start) and c.ratio]
         if not ratios or max(ratios) >= MIN_RATIO:
             return ""
-        return f"no gain was measured: at best {max(ratios):.2f} of the dense speed"
+        return f"no speedup measured: at best {max(ratios):.2f}x the dense speed"
 
     def remember(
         self, shape: tuple[int, int], dtype: torch.dtype, bucket: Bucket,
         seconds: Mapping[str, float],
     ) -> Choice:  # fmt: skip
-        """Take the fastest of what was measured in one run; `seconds` holds `dense` too."""
-        rivals = {name: one for name, one in seconds.items() if name != "dense"}
+        """Store the fastest backend of one measurement, and return it.
+
+        Args:
+            shape: Of the matrix, (out, in).
+            dtype: Of the weight.
+            bucket: Of the token count.
+            seconds: Times by backend, with `dense` among them.
+        """
+        rivals = {name: time for name, time in seconds.items() if name != "dense"}
         best = min(rivals, key=rivals.__getitem__)
         ratio = seconds["dense"] / rivals[best]
-        choice = Choice(best, f"measured: {ratio:.2f} times the dense speed", ratio)
+        choice = Choice(best, f"measured: {ratio:.2f}x the dense speed", ratio)
         self.table[table_key(shape, dtype, bucket)] = choice
         return choice
 
 
 def table_key(shape: tuple[int, int], dtype: torch.dtype, bucket: Bucket | None) -> str:
-    """Return the key of a measurement; without a bucket, what all of a shape begin with."""
+    """Return the key of a measurement; without a bucket, the common prefix of a shape's keys."""
     start = f"{shape[0]}x{shape[1]} {str(dtype).removeprefix('torch.')} "
     return start + (bucket.name if bucket else "")
 
 
 def device_key(device: torch.device) -> str:
-    """Name a device with the versions that a choice of kernel depends on."""
+    """Return the device's name with the library versions that affect the choice of a kernel."""
     if device.type != "cuda":
         return f"{device.type} torch {torch.__version__}"
     try:

@@ -1,4 +1,4 @@
-"""The masks that a group of M weights can have, and how to get from masks to choices."""
+"""The candidate masks of a group of M weights, and conversion between masks and choices."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from prunebench.errors import UsageError
 from prunebench.sparsity import Sparsity
 
 MOST = 70
-"""Candidates a group that can be learned: those of 4:8. A logit each is kept for every group."""
+"""Most candidates per group: those of 4:8. Every group has one logit per candidate."""
 
 
 def require_learnable(sparsity: Sparsity) -> None:
-    """Refuse what has no candidates, or too many.
+    """Refuse a sparsity that has no candidates, or too many.
 
     Raises:
         UsageError: It is a ratio, or a pattern with more than `MOST` candidates.
@@ -39,9 +39,9 @@ def require_learnable(sparsity: Sparsity) -> None:
 
 @functools.cache
 def candidates(kept: int, group: int) -> Float[Tensor, "choices group"]:
-    """Return all masks of `group` weights that keep `kept`, as 0 and 1: (choices, group).
+    """Return all masks of `group` weights that keep `kept` as a 0/1 matrix, [choices, M].
 
-    The first keeps the first `kept` weights, the last the last ones.
+    In lexicographic order: the first row keeps the first `kept` weights, the last row the last.
     """
     rows = torch.zeros(math.comb(group, kept), group)
     for row, places in zip(rows, itertools.combinations(range(group), kept), strict=True):
@@ -54,9 +54,10 @@ def choose(
 ) -> Integer[Tensor, " groups"]:
     """Return the candidate of every group of a keep mask, uint8.
 
-    A group that keeps fewer than it may gets the first candidate that keeps them all.
+    A group that keeps fewer than N weights gets the first candidate that keeps all of them.
     """
-    groups = keep.reshape(-1, table.shape[1]).to(table.dtype)
+    groups = keep.reshape(-1, table.shape[1]).to(table.dtype)  # [groups, M]
+    # the largest overlap; argmax takes the first of equal ones
     return (groups @ table.T).argmax(-1).to(torch.uint8)
 
 
@@ -64,4 +65,4 @@ def mask_of(
     choice: Integer[Tensor, " groups"], table: Float[Tensor, "choices group"], shape: torch.Size
 ) -> Bool[Tensor, "out in"]:
     """Return the keep mask of choices."""
-    return (table > 0)[choice.long()].view(shape)
+    return (table > 0)[choice.long()].view(shape)  # [groups, M] -> [out, in]

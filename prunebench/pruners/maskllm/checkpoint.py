@@ -1,9 +1,9 @@
-"""The state of a training on disk, for any number of processes, and back.
+"""Save and restore the state of a training, with any number of processes.
 
-`torch.distributed.checkpoint` writes what each process owns of a layer; a training that goes on
-with another number of processes reads the rows that are then its own. A state is written beside the
-last one, and takes its place when it is whole; the hashes of its files are in it, and one that does
-not match them is never used.
+`torch.distributed.checkpoint` writes the rows that each process owns; a training that resumes with
+another number of processes reads the rows that it owns then. A state is written beside the last one
+and replaces it when it is complete. It contains the hashes of its files; a state that does not
+match them is never loaded.
 """
 
 from __future__ import annotations
@@ -27,19 +27,19 @@ from torch.distributed.checkpoint.state_dict_saver import save
 
 from prunebench.errors import IncompatibleData, SaveError
 from prunebench.files import explain_os_error, sha256_file
-from prunebench.pruners.layer import CurvePoint
 from prunebench.pruners.maskllm.learn import Learner
 from prunebench.pruners.maskllm.shards import Shards
+from prunebench.pruners.training import CurvePoint
 
 _FACTS = "progress.json"
 
 
 @dataclasses.dataclass(frozen=True)
 class CheckpointStore:
-    """Saves a training into a folder and finds it again.
+    """Saves the state of a training to a folder and restores it.
 
     Attributes:
-        folder: Of this very run: what lies there was made by the same specification.
+        folder: Of this run alone; its name identifies the specification.
         shards: This process among others.
     """
 
@@ -47,7 +47,7 @@ class CheckpointStore:
     shards: Shards
 
     def save(self, learner: Learner) -> None:
-        """Write the state; the one before it stays until this one is whole.
+        """Write the state; the previous one stays until this one is complete.
 
         Raises:
             SaveError: The folder cannot be written; every process raises it.
@@ -61,12 +61,12 @@ class CheckpointStore:
         def end() -> None:
             _write_facts(part / _FACTS, self._facts(learner, hashes))
             shutil.rmtree(old, ignore_errors=True)
-            if state.exists():  # moved aside, not removed: one is whole at any time
+            if state.exists():  # moved, not removed: a complete state exists at any time
                 state.rename(old)
             part.rename(state)
             shutil.rmtree(old, ignore_errors=True)
 
-        self._first(begin)
+        self._in_first_process(begin)
         try:
             with _in_one_process_if_alone():
                 save(self._tensors(learner), checkpoint_id=part, no_dist=self.shards.world == 1)
@@ -77,17 +77,16 @@ class CheckpointStore:
                 fix="free space there, or use --set save_every=0",
             ) from error
         hashes = self._hashes(part)
-        self._first(end)
+        self._in_first_process(end)
 
     def restore(self, learner: Learner) -> str:
-        """Take up the state, if there is a whole one.
+        """Load the state, if there is a complete one.
 
         Returns:
-            What is wrong with the state that is there, if it cannot be used.
+            Why the state on disk cannot be used; empty if it was loaded or there is none.
 
         Raises:
-            IncompatibleData: It was made by another specification, or by a torch that wrote it in
-                another way.
+            IncompatibleData: It belongs to another run, or was written by an incompatible torch.
         """
         state = self.folder / ("state" if (self.folder / "state").exists() else "old")
         if not state.exists():
@@ -95,11 +94,11 @@ class CheckpointStore:
         facts = _read_facts(state / _FACTS)
         sound = facts is not None and facts["files"] == self._hashes(state)
         if facts is None or self.shards.sum(float(not sound))[0]:
-            return f"the kept state in {self.folder} is damaged"
+            return f"the saved state in {self.folder} is damaged"
         if facts["run"] != self.folder.name:
             raise IncompatibleData(
-                f"the kept state in {self.folder} is not of this run",
-                where=f"it was made by the specification {facts['run']}",
+                f"the saved state in {self.folder} is not of this run",
+                where=f"it was saved by the run {facts['run']}",
                 fix="move that folder back to where it was",
             )
         learner.progress.best = {
@@ -110,9 +109,9 @@ class CheckpointStore:
                 load(self._tensors(learner), checkpoint_id=state, no_dist=self.shards.world == 1)
         except (CheckpointException, OSError, ValueError, KeyError) as error:
             raise IncompatibleData(
-                f"the kept state in {self.folder} cannot be read",
+                f"the saved state in {self.folder} cannot be read",
                 where=_first_line(error),
-                fix="remove that folder: the training then begins anew",
+                fix="remove that folder: training then restarts from step 0",
             ) from error
         learner.done, learner.progress.best_step = facts["done"], facts["best_step"]
         learner.progress.curve = [CurvePoint(**point) for point in facts["curve"]]
@@ -127,8 +126,8 @@ class CheckpointStore:
             "files": hashes,
         }
 
-    def _first(self, action: Callable[[], None]) -> None:
-        """Let the first process do something; if it cannot, all raise the error."""
+    def _in_first_process(self, action: Callable[[], None]) -> None:
+        """Run `action` in the first process; if it fails, every process raises the error."""
         failed: OSError | None = None
         if self.shards.rank == 0:
             try:
@@ -139,35 +138,37 @@ class CheckpointStore:
             raise explain_os_error(failed or OSError("the first process failed"), self.folder)
 
     def _hashes(self, state: Path) -> dict[str, str]:
-        """Return the hash of every file; each process reads its share of them."""
+        """Return the hash of every file; the files are divided among the processes."""
         names = sorted(path.name for path in state.iterdir() if path.name != _FACTS)
-        mine = {
+        hashes = {
             name: sha256_file(state / name) for name in names[self.shards.rank :: self.shards.world]
         }
         if self.shards.world == 1:
-            return mine
+            return hashes
         shares: list[Any] = [None] * self.shards.world
-        dist.all_gather_object(shares, mine)
+        dist.all_gather_object(shares, hashes)
         return {name: digest for share in shares for name, digest in share.items()}
 
     def _tensors(self, learner: Learner) -> dict[str, Any]:
-        """Return every tensor of the state, described so that any process finds its rows."""
-        found: dict[str, Any] = {}
+        """Return every tensor of the state by name, sharded by rows of its layer."""
+        tensors: dict[str, Any] = {}
         for linear, layer in learner.layers.items():
-            named = {"logits": layer.logits, "best": learner.progress.best[linear.name][None]}
+            best = learner.progress.best[linear.name][None]  # [1, groups]
+            named = {"logits": layer.logits, "best": best}  # logits: [choices, groups]
             named |= {name: packed.values for name, packed in layer.state.items()}
             for name, tensor in named.items():
-                rows = tensor.view(len(tensor), layer.rows, layer.width)
-                found[f"{linear.name}.{name}"] = self._described(rows, linear.out_features)
+                rows = tensor.view(len(tensor), layer.rows, layer.width)  # [choices, rows, width]
+                tensors[f"{linear.name}.{name}"] = self._sharded(rows, linear.out_features)
             for name, packed in layer.state.items():
                 if packed.scales.shape[1]:
-                    rows = packed.scales[..., None]  # (choices, rows, 1)
-                    found[f"{linear.name}.{name}.scales"] = self._described(
+                    rows = packed.scales[..., None]  # [choices, rows, 1]
+                    tensors[f"{linear.name}.{name}.scales"] = self._sharded(
                         rows, linear.out_features
                     )
-        return found
+        return tensors
 
-    def _described(self, rows: Tensor, total: int) -> Any:
+    def _sharded(self, rows: Tensor, total: int) -> Any:
+        """Return the owned rows [choices, rows, width] as a DTensor of all `total` rows."""
         if self.shards.world == 1:
             return rows
         from torch.distributed.device_mesh import init_device_mesh
@@ -183,7 +184,7 @@ class CheckpointStore:
 
 @contextlib.contextmanager
 def _in_one_process_if_alone() -> Iterator[None]:
-    """Keep torch from warning that a training in one process is one."""
+    """Silence the warning that torch.distributed is not initialized in a single process."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
         yield
@@ -200,7 +201,7 @@ def _write_facts(path: Path, facts: dict[str, Any]) -> None:
 
 
 def _read_facts(path: Path) -> dict[str, Any] | None:
-    """Return the facts, or None if the file is not as it was written."""
+    """Return the facts, or None if the file is missing or damaged."""
     try:
         stored = json.loads(path.read_text("utf-8"))
         text = str(stored["facts"])

@@ -1,4 +1,4 @@
-"""Where logits begin: near a mask that another method or an earlier run has found.
+"""Initial logits: random, biased towards a prior mask from another method or an earlier run.
 
 With M0 the prior mask, S_i the candidates and N of M kept, a logit is
 
@@ -18,18 +18,18 @@ from torch import Tensor
 
 from prunebench.pruners.maskllm.noise import uniforms
 
-_STEP = (1 << 32) - 1  # no step of a training has this number
-_CHUNK = 1 << 16
+_STEP = (1 << 32) - 1  # of the noise key; no training step has this number
+_CHUNK = 1 << 16  # groups at a time
 
 
 @dataclass(frozen=True)
 class LogitInit:
-    """How logits are spread around the prior.
+    """The distribution of the initial logits.
 
     Attributes:
-        unit: Standard deviation of the logits in the paper.
-        noise: Standard deviation here, in units.
-        strength: Pull of the prior, in units.
+        unit: Scale of noise and prior (`logit_std`).
+        noise: Standard deviation, in units; 1 in the paper.
+        strength: Bias towards the prior, in units; 3 in the paper.
     """
 
     unit: float
@@ -47,25 +47,27 @@ class LogitInit:
         dtype: torch.dtype,
         device: torch.device,
     ) -> Float[Tensor, "choices groups"]:
-        """Return the logits of some groups of a layer.
+        """Return the initial logits of some groups of a layer.
 
         Args:
-            prior: The choices of those groups, or None to begin without.
+            prior: The choices of those groups; None for no prior.
             table: The candidates.
-            groups: Which groups of the layer.
-            seed: Of the run; the spread is the same for any number of processes.
+            groups: Range of groups of the layer.
+            seed: Of the run; the noise is the same for any number of processes.
             layer: Index of the layer in the model.
             dtype: Of the logits.
-            device: Where they are kept.
+            device: Of the logits.
         """
-        made = torch.empty(len(table), groups.stop - groups.start, dtype=dtype, device=device)
+        logits = torch.empty(len(table), groups.stop - groups.start, dtype=dtype, device=device)
+        # <S_i, S_j> minus its mean N^2 / M, [choices, choices]; row sums of the table are all N
         overlap = (table @ table.T - table.sum(1).mean() ** 2 / table.shape[1]).to(device)
-        for begin in range(0, made.shape[1], _CHUNK):
-            part = slice(begin, min(begin + _CHUNK, made.shape[1]))
+        for begin in range(0, logits.shape[1], _CHUNK):
+            part = slice(begin, min(begin + _CHUNK, logits.shape[1]))
             index = torch.arange(part.start, part.stop, device=device) + groups.start
-            drawn = uniforms(index, len(table), seed=seed, step=_STEP, layer=layer)
-            values = torch.erfinv(drawn.mul_(2).sub_(1)).mul_(2**0.5 * self.noise)
+            uniform = uniforms(index, len(table), seed=seed, step=_STEP, layer=layer)
+            # inverse of the normal distribution: sqrt(2) erfinv(2 u - 1), [choices, part]
+            values = torch.erfinv(uniform.mul_(2).sub_(1)).mul_(2**0.5 * self.noise)
             if prior is not None:
                 values += self.strength * overlap[:, prior[part].long()]
-            made[:, part] = values.mul_(self.unit)
-        return made
+            logits[:, part] = values.mul_(self.unit)
+        return logits

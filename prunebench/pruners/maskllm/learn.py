@@ -1,8 +1,8 @@
-"""The training loop: soft masks forward, gradients of the logits backward, the best mask kept.
+"""The training loop: soft masks in the forward pass, gradients of the logits in the backward pass.
 
-A step opens every block twice (forward, backward) and then passes over the logits. Which hard mask
-is kept is decided on text that is not trained on; the prior itself, which the noise of the first
-logits does not touch, is the first candidate, so what is kept is never worse there.
+A step opens every block twice (forward, backward) and then passes over the logits. The result is
+the hard mask with the best perplexity on held-out text. The first candidate is the prior itself,
+without the noise of the initial logits, so the result is never worse than the prior there.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -21,26 +21,28 @@ from prunebench.errors import IncompatibleData
 from prunebench.models.backward import Backward
 from prunebench.models.linears import Linear, find_blocks
 from prunebench.models.replay import plain_inference
-from prunebench.pruners.layer import CurvePoint
 from prunebench.pruners.maskllm import dispatch
 from prunebench.pruners.maskllm.candidates import mask_of
+from prunebench.pruners.maskllm.gradients import GradientSums
 from prunebench.pruners.maskllm.masked_weights import MaskedWeights
 from prunebench.pruners.maskllm.optimise import Directions, Optimizer, sum_squares
-from prunebench.pruners.maskllm.relaxation import LayerLogits, Relaxation, WeightGradient
+from prunebench.pruners.maskllm.relaxation import LayerLogits, Relaxation
 from prunebench.pruners.maskllm.schedule import Schedule
 from prunebench.pruners.maskllm.shards import Shards
+from prunebench.pruners.training import CurvePoint
 
-_CHECK_TOKENS = 128
-_CPU_BATCH_TOKENS = 1024
+_CHECK_TOKENS = 128  # of the window on which `Backward` checks itself
+_CPU_BATCH_TOKENS = 1024  # activations of a larger batch leave the cache
 
 
 @dataclass
 class Progress:
-    """Where the training stands.
+    """The state of the training.
 
     Attributes:
-        best: The choices with the lowest held-out perplexity so far, by linear, of the own rows.
-        curve: One point a step.
+        best: The choices with the lowest held-out perplexity so far, by linear, of the rows that
+            this process owns.
+        curve: One point per step.
         best_step: The step that `best` is from; 0 is the prior.
     """
 
@@ -50,24 +52,24 @@ class Progress:
 
     @property
     def held_out(self) -> list[CurvePoint]:
-        """The points with a held-out score."""
+        """The points at which the held-out perplexity was measured."""
         return [point for point in self.curve if point.held_out_ppl is not None]
 
 
 class Learner:
-    """Learns the masks of a model whose weights stay as they are.
+    """Learns the masks of a model; its weights are frozen.
 
     Args:
-        model: In evaluation mode; all its parameters are frozen.
-        layers: The logits of every linear, as they begin.
-        prior: The choices that the logits began from, of the own rows.
-        optimizer: How logits follow their gradients.
-        schedule: What changes from step to step.
+        model: In evaluation mode, all parameters frozen.
+        layers: The initial logits of every linear.
+        prior: The choices around which the logits were initialized, of the owned rows.
+        optimizer: Updates the logits.
+        schedule: Temperature, scale, reward and learning rate by step.
         seed: Of noise and of the order of the windows.
-        noise_samples: Draws of the noise in a step; each gets its share of the step's windows.
-        micro_tokens: Tokens whose activations exist at a time.
+        noise_samples: Noise draws per step; each gets an equal share of the step's windows.
+        micro_tokens: Tokens of a micro-batch: their activations are in memory at the same time.
         shards: This process among others.
-        gradient_dtype: How dL/dW~ is kept until the end of a step.
+        gradient_dtype: Storage dtype of dL/dW~ until the end of a step.
     """
 
     def __init__(
@@ -95,10 +97,10 @@ class Learner:
         self.shards = shards or Shards()
         self.done = 0
         self.progress = Progress(best=dict(prior))
-        self._groups = sum(one.size // self._group(one) for one in self.layers)
-        self._sums = _Gradients(self.shards, gradient_dtype)
-        self._drawn: dict[Linear, Tensor] = {}
-        self._how: Relaxation | None = None
+        self._groups = sum(linear.size // self._group(linear) for linear in self.layers)
+        self._sums = GradientSums(self.shards, gradient_dtype)
+        self._direction_sums: dict[Linear, Tensor] = {}  # over the draws of a step
+        self._relaxation: Relaxation | None = None  # of the current draw
         linears = list(self.layers)
         self._store = MaskedWeights(find_blocks(model)[1], linears, self._soft)
         self._backward = Backward(model, linears, self._sums, self._store)
@@ -112,30 +114,30 @@ class Learner:
         eval_every: int,
         after_step: Callable[[CurvePoint], None] = lambda point: None,
     ) -> Progress:
-        """Take the steps that are left.
+        """Run the remaining steps.
 
         Args:
-            train: Windows to learn from, in an order of their own every epoch.
-            held_out: Windows that decide which hard mask is kept.
-            eval_every: Steps between two measurements on them.
-            after_step: Hears every point as it is made.
+            train: Windows to train on; reshuffled every epoch.
+            held_out: Windows that select the best hard mask.
+            eval_every: Steps between two evaluations on them.
+            after_step: Called with every point of the curve.
 
         Raises:
-            IncompatibleData: The loss is not finite; the step is named.
+            IncompatibleData: The loss or a gradient is not finite; the message names the step.
         """
-        begun = time.perf_counter()
-        if self.progress.curve:
-            begun -= self.progress.curve[-1].seconds
+        start_time = time.perf_counter()
+        if self.progress.curve:  # resumed: count the seconds before the interruption, too
+            start_time -= self.progress.curve[-1].seconds
         with plain_inference(self.model):
             self._backward.prepare(train[:1, :_CHECK_TOKENS].to(self._device))
             if not self.progress.curve:
-                self._record(0, None, self._measure(held_out), train, begun, after_step)
+                self._record(0, None, self._measure(held_out), train, start_time, after_step)
             for step in range(self.done, self.schedule.steps):
                 loss = self._step(step, train)
                 self.done = step + 1
                 last = self.done == self.schedule.steps
                 ppl = self._measure(held_out) if last or self.done % eval_every == 0 else None
-                self._record(self.done, loss, ppl, train, begun, after_step)
+                self._record(self.done, loss, ppl, train, start_time, after_step)
         return self.progress
 
     # ------------------------------------------------------------ one step
@@ -146,44 +148,50 @@ class Learner:
         parts = torch.chunk(windows, self.noise_samples)
         loss = 0.0
         for sample, part in enumerate(parts):
-            self._how = self.schedule.relaxation(
+            self._relaxation = self.schedule.relaxation(
                 step, seed=self.seed, draw=step * self.noise_samples + sample
             )
-            for few in torch.split(part, max(1, self.micro_tokens // part.shape[1])):
-                share = len(few) / len(windows)
+            for batch in torch.split(part, max(1, self.micro_tokens // part.shape[1])):
+                share = len(batch) / len(windows)
                 scale = share / self.shards.world
-                loss += share * self._backward.add(few, batch=self._batch(few), scale=scale)
+                loss += share * self._backward.add(batch, batch=self._batch(batch), scale=scale)
             if self.noise_samples > 1:
-                self._keep_directions()
+                self._add_directions()
         loss, total = self.shards.sum(loss / self.shards.world, float(self._sums.total))
         if not math.isfinite(loss + total):
             culprit = "gradient" if math.isfinite(loss) else "loss"
             raise IncompatibleData(
                 f"the {culprit} is not finite at step {step + 1}",
-                where=f"the masks are those of step {step}, and nothing of this step was applied",
+                where=f"the masks are those of step {step}: this step was not applied",
                 fix="use --dtype float32 or bfloat16, a lower --set rate, or check the weights",
             )
         self._update(step)
         self._sums.clear()
-        for drawn in self._drawn.values():
-            drawn.zero_()
+        for total_direction in self._direction_sums.values():
+            total_direction.zero_()
         return loss
 
     def _update(self, step: int) -> None:
-        relaxation = self._how
+        """Apply the step's gradients to all logits.
+
+        The optimizer divides every gradient by `unit`. AdamW normalizes each logit by its second
+        moment, so `unit` only clips: norm / clip over all layers if above 1, the same for each
+        layer. `momentum` and `mirror` have no second moment; for them `unit` is the layer's root
+        mean square gradient, which makes the learning rate independent of the scale of the layer.
+        """
+        relaxation = self._relaxation
         assert relaxation is not None
         optimizer, rate = self.optimizer, self.schedule.rate(step)
-        norm = 1.0
+        excess = 1.0
         if optimizer.kind == "adamw" and optimizer.clip:
             squares = math.fsum(
-                sum_squares(self._directions(one, relaxation)) for one in self.layers
+                sum_squares(self._directions(linear, relaxation)) for linear in self.layers
             )
-            norm = max(1.0, math.sqrt(self.shards.sum(squares)[0]) / optimizer.clip)
+            excess = max(1.0, math.sqrt(self.shards.sum(squares)[0]) / optimizer.clip)
         for linear, layer in self.layers.items():
-            unit = norm
+            unit = excess
             if optimizer.kind != "adamw":
-                own = sum_squares(self._directions(linear, relaxation))
-                squares = self.shards.sum(own)[0]
+                squares = self.shards.sum(sum_squares(self._directions(linear, relaxation)))[0]
                 count = linear.size // self._group(linear) * len(layer.table)
                 unit = max(math.sqrt(squares / count), 1e-30)
             optimizer.step(
@@ -196,44 +204,46 @@ class Learner:
             )
 
     def _directions(self, linear: Linear, relaxation: Relaxation) -> Directions:
-        """Return the direction of a layer's logits, from dL/dW~ or from what the draws left."""
-        layer, drawn = self.layers[linear], self._drawn.get(linear)
-        if drawn is None:
-            weight, slope = self._own_rows(linear), self._sums.own[linear]
+        """Return the direction of a layer's logits, from dL/dW~ or summed over the draws."""
+        layer, total = self.layers[linear], self._direction_sums.get(linear)
+        if total is None:
+            weight, slope = self._own_rows(linear), self._sums.owned[linear]
             return self.optimizer.directions(layer, weight, slope, relaxation)
-        return ((part, drawn[:, part].clone()) for part in layer.chunks())
+        return ((part, total[:, part].clone()) for part in layer.chunks())  # overwritten later
 
-    def _keep_directions(self) -> None:
-        """Add this draw's directions to those of the step: needs memory like the logits.
+    def _add_directions(self) -> None:
+        """Add this draw's directions to those of the step; as much memory as the logits.
 
-        A draw sees its share of the step's windows. The reward, which no window scales, is shared
-        out alike; the factored curvature shrinks with the square of the share.
+        dL/dW~ belongs to one draw's mask, so it cannot be summed over draws; dL/dz can. A draw sees
+        1/n of the step's windows, so its gradients are already scaled by 1/n. The reward, which
+        does not depend on windows, is divided by n here. The factored curvature is a product of two
+        sums over tokens, so it is scaled by 1/n^2 and multiplied by n.
         """
-        assert self._how is not None
+        assert self._relaxation is not None
         relaxation = replace(
-            self._how,
-            reward=self._how.reward / self.noise_samples,
-            curvature=self._how.curvature * self.noise_samples,
+            self._relaxation,
+            reward=self._relaxation.reward / self.noise_samples,
+            curvature=self._relaxation.curvature * self.noise_samples,
         )
         for linear, layer in self.layers.items():
-            if linear not in self._drawn:
-                self._drawn[linear] = torch.zeros_like(layer.logits, dtype=torch.float32)
-            weight, slope = self._own_rows(linear), self._sums.own[linear]
+            if linear not in self._direction_sums:
+                self._direction_sums[linear] = torch.zeros_like(layer.logits, dtype=torch.float32)
+            weight, slope = self._own_rows(linear), self._sums.owned[linear]
             for part, direction in self.optimizer.directions(layer, weight, slope, relaxation):
-                self._drawn[linear][:, part] += direction
+                self._direction_sums[linear][:, part] += direction
         self._sums.forget()
 
     def _windows(self, step: int, train: Tensor) -> Tensor:
-        """Return this process's windows of a step: all are used once before any is used again."""
+        """Return this process's windows of a step; an epoch uses every window once."""
         first, count = step * self.schedule.batch, len(train)
         places = torch.arange(first, first + self.schedule.batch)
-        epochs = places // count
+        epochs = places // count  # a step may cross into the next epoch
         rows = [
             _order(count, self.seed, epoch)[places[epochs == epoch] % count]
             for epoch in sorted(set(epochs.tolist()))
         ]
-        mine = torch.cat(rows)[self.shards.rank :: self.shards.world]
-        return train[mine].to(self._device)
+        indices = torch.cat(rows)[self.shards.rank :: self.shards.world]
+        return train[indices].to(self._device)
 
     # ------------------------------------------------------------ masks and measurements
 
@@ -241,29 +251,32 @@ class Learner:
         return self.layers[linear].table.shape[1]
 
     def _own_rows(self, linear: Linear) -> Tensor:
-        """Return the dense weight of the rows that this process owns."""
+        """Return the dense weight of the rows that this process owns, [rows, in]."""
         weight = linear.stored.T if linear.transposed else linear.stored
         return weight[self.shards.rows(linear.out_features)]
 
     def _soft(self, linear: Linear, out: Tensor) -> None:
-        assert self._how is not None
-        relaxation, layer, weight = self._how, self.layers[linear], self._own_rows(linear)
-        mine = out if self.shards.world == 1 else out.new_empty(weight.shape)
-        dispatch.soften(layer, weight, relaxation, mine)
-        self.shards.gather(mine, out)
+        """Write W~ of the current draw into `out`, [out, in], all rows."""
+        assert self._relaxation is not None
+        layer, weight = self.layers[linear], self._own_rows(linear)
+        shard = out if self.shards.world == 1 else out.new_empty(weight.shape)
+        dispatch.soften(layer, weight, self._relaxation, shard)
+        self.shards.gather(shard, out)
 
     def _choices(self, linear: Linear) -> Tensor:
-        """Return the hard choices of the own rows: before the first step, the prior's."""
+        """Return the hard choices of the owned rows; before the first step, the prior's."""
         return self.layers[linear].choices() if self.done else self.prior[linear.name]
 
     def _hard(self, linear: Linear, out: Tensor) -> None:
+        """Write the weight under the hard mask into `out`, [out, in], all rows."""
         weight, layer = self._own_rows(linear), self.layers[linear]
         keep = mask_of(self._choices(linear), layer.table, weight.shape)
         self.shards.gather(torch.where(keep, weight, 0), out)
 
     def _measure(self, held_out: Tensor) -> float:
-        """Return the perplexity of the hard mask; remember the mask if it is the best."""
+        """Return the held-out perplexity of the hard mask; store the mask if it is the best."""
         share = list(range(len(held_out)))[self.shards.rank :: self.shards.world]
+        # a process without windows runs one all the same: the gathers are collective
         windows = held_out[share or [0]].to(self._device)
         self._store.fill = self._hard
         try:
@@ -271,10 +284,10 @@ class Learner:
         finally:
             self._store.fill = self._soft
         loss = self.shards.sum(total if share else 0.0)[0] / held_out[:, 1:].numel()
-        ppl = math.exp(min(loss, 700.0)) if math.isfinite(loss) else math.inf
+        ppl = math.exp(min(loss, 700.0)) if math.isfinite(loss) else math.inf  # exp(710) overflows
         scores = [point.held_out_ppl for point in self.progress.held_out]
         if all(ppl < score for score in scores if score is not None):
-            self.progress.best = {one.name: self._choices(one) for one in self.layers}
+            self.progress.best = {linear.name: self._choices(linear) for linear in self.layers}
             self.progress.best_step = self.done
         return ppl
 
@@ -284,14 +297,14 @@ class Learner:
         loss: float | None,
         ppl: float | None,
         train: Tensor,
-        begun: float,
+        start_time: float,
         after_step: Callable[[CurvePoint], None],
     ) -> None:
         relaxation = self.schedule.relaxation(max(step - 1, 0), seed=self.seed, draw=0)
         certain = math.fsum(dispatch.certainty(layer, relaxation) for layer in self.layers.values())
         changed = math.fsum(
-            float((layer.choices() != self.prior[one.name]).sum())
-            for one, layer in self.layers.items()
+            float((layer.choices() != self.prior[linear.name]).sum())
+            for linear, layer in self.layers.items()
         )
         certain, changed = self.shards.sum(certain, changed)
         point = CurvePoint(
@@ -303,7 +316,7 @@ class Learner:
             certainty=certain / self._groups,
             changed=changed / self._groups,
             held_out_ppl=ppl,
-            seconds=time.perf_counter() - begun,
+            seconds=time.perf_counter() - start_time,
         )
         self.progress.curve.append(point)
         after_step(point)
@@ -313,78 +326,10 @@ class Learner:
 
 
 def batch_windows(windows: int, seqlen: int, device: str) -> int:
-    """Return how many windows run together: on a CPU what stays in cache."""
+    """Return the windows of a batch: all, or on a CPU as many as stay in its cache."""
     if device != "cpu":
         return windows
     return max(1, min(windows, _CPU_BATCH_TOKENS // seqlen))
-
-
-class _Gradients:
-    """How the loss changes with W~: of one block whole, and of the own rows of all blocks.
-
-    Attributes:
-        own: The sums so far, by linear.
-        total: Of all that was added in this step: not finite if any of it is not.
-    """
-
-    def __init__(self, shards: Shards, dtype: torch.dtype) -> None:
-        self.own: dict[Linear, WeightGradient] = {}
-        self.total = torch.zeros(())
-        self._shards = shards
-        self._dtype = dtype
-        self._whole: dict[Linear, WeightGradient] = {}
-
-    def fetch(self, linears: Sequence[Linear]) -> None:
-        """Make room for a block."""
-        for one in linears:
-            zeros = functools.partial(torch.zeros, device=one.stored.device)
-            self._whole[one] = WeightGradient(
-                zeros(one.out_features, one.in_features),
-                zeros(one.out_features),
-                zeros(one.in_features),
-            )
-
-    def add_product(self, linear: Linear, outer: Tensor, inputs: Tensor) -> None:
-        """Add outer^T inputs; outer is (tokens, out) and inputs (tokens, in)."""
-        whole = self._whole[linear]
-        if outer.is_cuda and outer.dtype != torch.float32:  # tensor cores sum in float32 as well
-            whole.gradient.add_(torch.mm(outer.T, inputs, out_dtype=torch.float32))
-            outer, inputs = outer.to(torch.float32), inputs.to(torch.float32)
-        else:
-            outer, inputs = outer.to(torch.float32), inputs.to(torch.float32)
-            whole.gradient.addmm_(outer.T, inputs)
-        whole.rows.add_(outer.square().sum(0))
-        whole.columns.add_(inputs.square().sum(0))
-
-    def add_gradient(self, linear: Linear, gradient: Tensor) -> None:
-        """Add a gradient that exists already; nothing is known of its curvature."""
-        self._whole[linear].gradient.add_(gradient.T if linear.transposed else gradient)
-
-    def release(self) -> None:
-        """Sum the block over all processes and keep the own rows."""
-        for linear, whole in self._whole.items():
-            mine = self._shards.sum_rows(whole.gradient).to(self._dtype)
-            rows = self._shards.sum_rows(whole.rows[:, None])[:, 0]
-            columns = self._shards.sum_all(whole.columns)
-            sums = whole.gradient.sum() + rows.sum() + columns.sum()
-            self.total = self.total.to(sums.device) + sums
-            if linear in self.own:
-                known = self.own[linear]
-                known.gradient.add_(mine)
-                known.rows.add_(rows)
-                known.columns.add_(columns)
-            else:
-                self.own[linear] = WeightGradient(mine, rows, columns)
-        self._whole = {}
-
-    def forget(self) -> None:
-        """Forget what has been added so far in this step."""
-        self.own = {}
-
-    def clear(self) -> None:
-        """Forget the step."""
-        self.forget()
-        self.total = torch.zeros(())
 
 
 @functools.lru_cache(maxsize=2)  # a step asks for every window, and may cross into a new epoch

@@ -1,6 +1,6 @@
-"""The weights of one block at a time, masked into one workspace that all blocks use in turn.
+"""Masked weights of one block at a time, in a workspace that all blocks share.
 
-The dense weights stay where they are and are never written while masks are learned.
+The dense weights are never written while masks are learned.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ Fill = Callable[[Linear, Float[Tensor, "out in"]], None]
 
 
 class MaskedWeights:
-    """A weight store whose blocks hold whatever `fill` writes.
+    """A weight store whose blocks contain the weights that `fill` writes.
 
     Attributes:
         fill: Called for every linear when its block is opened.
@@ -30,24 +30,25 @@ class MaskedWeights:
         self._blocks = blocks
         self._parameters: list[list[tuple[nn.Parameter, list[Linear]]]] = []
         for index in range(len(blocks)):
-            found: dict[int, tuple[nn.Parameter, list[Linear]]] = {}
-            for one in linears:
-                if one.block_index == index:
-                    parameter: nn.Parameter = getattr(one.module, one.attribute)
-                    found.setdefault(id(parameter), (parameter, []))[1].append(one)
-            self._parameters.append(list(found.values()))
+            # by identity: all experts of a fused mixture are slices of one parameter
+            members: dict[int, tuple[nn.Parameter, list[Linear]]] = {}
+            for linear in linears:
+                if linear.block_index == index:
+                    parameter: nn.Parameter = getattr(linear.module, linear.attribute)
+                    members.setdefault(id(parameter), (parameter, []))[1].append(linear)
+            self._parameters.append(list(members.values()))
         largest = max(sum(p.numel() for p, _ in block) for block in self._parameters)
         first = self._parameters[0][0][0]
         self._workspace = torch.empty(largest, dtype=first.dtype, device=first.device)
 
     @contextlib.contextmanager
     def open_block(self, index: int) -> Iterator[nn.Module]:
-        """Put the masked weights in the place of the dense ones, and put those back afterwards."""
+        """Replace the dense weights of a block by masked ones, and restore them at the end."""
         views: list[Tensor] = []
-        begin = 0
+        start = 0
         for parameter, members in self._parameters[index]:
-            views.append(self._workspace[begin : begin + parameter.numel()].view(parameter.shape))
-            begin += parameter.numel()
+            views.append(self._workspace[start : start + parameter.numel()].view(parameter.shape))
+            start += parameter.numel()
             for linear in members:
                 self._fill(linear, views[-1])
         dense = [parameter.data for parameter, _ in self._parameters[index]]
@@ -61,8 +62,8 @@ class MaskedWeights:
 
     def _fill(self, linear: Linear, view: Tensor) -> None:
         if linear.transposed:
-            straight = view.new_empty(linear.out_features, linear.in_features)
-            self.fill(linear, straight)
-            view.copy_(straight.T)
+            weight = view.new_empty(linear.out_features, linear.in_features)
+            self.fill(linear, weight)
+            view.copy_(weight.T)  # stored as [in, out]
         else:
             self.fill(linear, view if linear.expert is None else view[linear.expert])

@@ -4,7 +4,7 @@ Paper: Fang et al., "MaskLLM: Learnable Semi-Structured Sparsity for Large Langu
 https://arxiv.org/abs/2409.17481: Gumbel softmax over the candidates of every group (section 3.2), a
 prior mask (3.3), sparse weight regularisation (3.4). Its code is licensed for research only and was
 not used; what its text leaves open was read there: soft masks in training, a reward for large
-weights that falls to zero, momenta (0.9, 0.95).
+weights that falls to zero, betas (0.9, 0.95).
 
 What differs: noise comes from counters and is made again in the backward pass, the masked weight
 lives in one workspace, and gradients of the logits are formed and applied in one pass, so that
@@ -34,27 +34,16 @@ from prunebench.models.linears import Linear
 from prunebench.models.masks import Masks
 from prunebench.models.source import CatalogEntry
 from prunebench.models.walker import BlockWalker
-from prunebench.pruners.layer import (
-    CurvePoint,
-    Forecast,
-    LayerEvent,
-    Needs,
-    Pruner,
-    PruneReport,
-    TrainingNeeds,
-    TrainingReport,
-)
 from prunebench.pruners.maskllm.candidates import candidates, choose, mask_of, require_learnable
 from prunebench.pruners.maskllm.checkpoint import CheckpointStore
-from prunebench.pruners.maskllm.initial_logits import LogitInit
+from prunebench.pruners.maskllm.config import TrainingConfig
 from prunebench.pruners.maskllm.learn import Learner
 from prunebench.pruners.maskllm.memory_plan import MemoryPlan
-from prunebench.pruners.maskllm.optimise import Optimizer
 from prunebench.pruners.maskllm.options import PRIORS, Options, require_prior
 from prunebench.pruners.maskllm.presets import PRESETS
-from prunebench.pruners.maskllm.relaxation import LayerLogits
-from prunebench.pruners.maskllm.schedule import Schedule
 from prunebench.pruners.maskllm.shards import Shards
+from prunebench.pruners.protocol import LayerEvent, Needs, Pruner, PruneReport
+from prunebench.pruners.training import CurvePoint, Forecast, TrainingNeeds, TrainingReport
 from prunebench.sparsity import Sparsity
 from prunebench.spec import OptionValue
 
@@ -65,52 +54,52 @@ class MaskLLM(Options):
 
     @property
     def needs(self) -> Needs:
-        """What this run reads: masks alone, or windows to learn from and what the prior reads."""
+        """Masks only, or training windows and whatever the prior's method needs."""
         if self.masks:
             return Needs(masks=self.masks)
-        one = self.filled()
-        assert one.batch and one.steps and one.train_seqlen and one.held_out
+        config = self.filled()
         training = TrainingNeeds(
-            text=one.train_data or "",
-            samples=one.batch * one.steps,
-            seqlen=one.train_seqlen,
-            held_out=one.held_out,
-            least=one.batch,
-            steps=one.steps,
+            text=config.train_data or "",
+            samples=config.batch * config.steps,
+            seqlen=config.train_seqlen,
+            held_out=config.held_out,
+            least=config.batch,
+            steps=config.steps,
         )
-        if one.prior in PRIORS:
-            other = _prior_method(one.prior).needs if one.prior != "scratch" else Needs()
-            return dataclasses.replace(other, training=training)
-        return Needs(training=training, masks=one.prior)
+        if config.prior == "scratch":
+            return Needs(training=training)
+        if config.prior in PRIORS:
+            return dataclasses.replace(_prior_method(config.prior).needs, training=training)
+        return Needs(training=training, masks=config.prior)
 
-    def filled(self) -> MaskLLM:
-        """Return the same with every option that was left out taken from the preset."""
-        preset = {k: v for k, v in PRESETS[self.preset].items() if getattr(self, k) is None}
-        return dataclasses.replace(self, **preset)  # type: ignore[arg-type]
+    def filled(self) -> TrainingConfig:
+        """Return the training's configuration: options that are None come from the preset."""
+        return TrainingConfig.of(self, PRESETS[self.preset])
 
     def for_model(self, entry: CatalogEntry | None, calibration: str | None) -> MaskLLM:
-        """Fill in what depends on the model: its published masks, unless something is learned.
+        """Fill in model-dependent options: the model's published masks, unless `train` is set.
 
         Args:
-            entry: The catalogue's row of the model, if it has one.
-            calibration: The calibration text of the run, which is learned from by default.
+            entry: The catalog's row of the model, if it has one.
+            calibration: The calibration text of the run, the default text to train on.
         """
         masks = self.masks or (entry.masks if entry is not None and not self.train else None)
         if masks:
             self.require_no_training(masks)
             return dataclasses.replace(self, masks=masks)
-        require_prior(self.filled().prior or "scratch")
-        return dataclasses.replace(self.filled(), train_data=self.train_data or calibration)
+        config = dataclasses.asdict(self.filled())
+        require_prior(config["prior"])
+        return dataclasses.replace(self, **config | {"train_data": self.train_data or calibration})
 
     def options(self) -> dict[str, OptionValue]:
-        """Return the options that matter: with masks, those alone."""
+        """Return the options that matter: `masks` alone if it is set, else all."""
         return {"masks": self.masks} if self.masks else dataclasses.asdict(self)
 
     def check(self, sparsity: Sparsity) -> None:
-        """Refuse a sparsity without candidates or with too many, and steps of unequal shares."""
+        """Refuse sparsities without candidates or with too many, and batches of unequal shares."""
         require_learnable(sparsity)
         if not self.masks:
-            self.filled()._require_shares(world_size())
+            self.filled().require_shares(world_size())
 
     def forecast(
         self,
@@ -121,7 +110,7 @@ class MaskLLM(Options):
         device: torch.device,
         processes: int,
     ) -> Forecast | None:
-        """Return what a training will need; masks that are applied need nothing."""
+        """Return what a training will need; None if masks are applied."""
         if self.masks:
             return None
         return MemoryPlan(model, self.filled(), sparsity, dtype, device, processes).forecast()
@@ -131,7 +120,7 @@ class MaskLLM(Options):
 
         Raises:
             IncompatibleData: Masks do not keep N of every M, or the loss is not finite.
-            UsageError: The sparsity cannot be learned, or there is nothing to learn from.
+            UsageError: The sparsity cannot be learned, or there is no training text.
         """
         target = next(iter(sparsity.values()))
         if not target.ratio:
@@ -140,164 +129,97 @@ class MaskLLM(Options):
             if walker.inputs.masks is None:
                 raise UsageError("masks are named, and none were opened")
             with closing(walker.groups(stats=False)) as groups:
-                for linear in (one for group in groups for one in group.linears):
+                for linear in (member for group in groups for member in group.linears):
                     keep = _checked(walker.inputs.masks, linear, target)
                     linear.write(torch.where(keep.to(linear.stored.device), linear.read(), 0))
             return PruneReport()
         require_learnable(target)
-        return self.filled()._learn(walker, target)
+        return _learn(self.filled(), walker, target)
 
-    # ------------------------------------------------------------ learning
 
-    def _learn(self, walker: BlockWalker, target: Sparsity) -> PruneReport:
-        data = walker.inputs.training
-        if data is None:
-            raise UsageError("maskllm needs text to learn from", fix="give --set train_data=NAME")
-        shards = Shards.of_group()
-        self._require_shares(shards.world)
-        assert target.kept is not None and target.group is not None
-        table = candidates(target.kept, target.group)
-        prior = self._prior(walker, target, table)
-        learner = self._learner(walker, prior, table, shards)
-        assert self.eval_every is not None
+def _learn(config: TrainingConfig, walker: BlockWalker, target: Sparsity) -> PruneReport:
+    """Train masks, write the best one into the weights, and report the curve."""
+    data = walker.inputs.training
+    if data is None:
+        raise UsageError("maskllm needs text to learn from", fix="give --set train_data=NAME")
+    shards = Shards.of_group()
+    config.require_shares(shards.world)
+    assert target.kept is not None and target.group is not None
+    table = candidates(target.kept, target.group)
+    prior = _prior(config.prior, walker, target, table)
+    learner = config.learner(walker, prior, table, shards)
 
-        def after_step(point: CurvePoint) -> None:
-            data.hear(point)
-            last = point.step == learner.schedule.steps
-            if keeper is None or not (self.save_every and point.step):
-                return
-            if last or point.step % self.save_every == 0:
-                _keep(keeper, learner, data)
+    def after_step(point: CurvePoint) -> None:
+        data.hear(point)
+        last = point.step == learner.schedule.steps
+        if store is None or not (config.save_every and point.step):
+            return
+        if last or point.step % config.save_every == 0:
+            _save(store, learner, data)
 
-        scores = _prior_scores(walker, learner, table, data) if prior else ()
-        keeper = CheckpointStore(data.folder, shards) if data.folder is not None else None
-        events = _resume(keeper, learner, data) if keeper is not None else ()
-        try:
-            learner.learn(
-                data.train, data.held_out, eval_every=self.eval_every, after_step=after_step
-            )
-        except IncompatibleData as error:
-            if keeper is not None and self.save_every:
-                _keep(keeper, learner, data)
-                error.where += f", kept in {keeper.folder}"
-            raise
-        progress = learner.progress
-        _write(walker, progress.best, table, shards)
-        learned = TrainingReport(progress.best_step, shards.world, tuple(progress.curve), scores)
-        return PruneReport(events, learned=learned)
-
-    def _require_shares(self, world: int) -> None:
-        assert self.batch is not None
-        if self.batch % (world * self.noise_samples):
-            raise UsageError(
-                f"{self.batch} windows a step cannot be shared out equally",
-                where=f"{world} processes, {self.noise_samples} draws of the noise",
-                fix=f"use --set batch={world * self.noise_samples} or a multiple",
-            )
-
-    def _prior(
-        self, walker: BlockWalker, target: Sparsity, table: Tensor
-    ) -> dict[str, Tensor] | None:
-        """Return the choices of the prior's mask, whole layers; the weights are as before."""
-        assert self.prior is not None
-        if self.prior == "scratch":
-            return None
-        if walker.inputs.masks is not None:
-            masks = walker.inputs.masks
-            return {one.name: choose(_checked(masks, one, target), table) for one in walker.linears}
-        chosen = {}
-        with _weights_put_back(walker):
-            _prior_method(self.prior).prune(walker, {one.name: target for one in walker.linears})
-            for one in walker.linears:
-                keep = one.stored.T != 0 if one.transposed else one.stored != 0
-                chosen[one.name] = choose(keep.cpu(), table)
-        return chosen
-
-    def _learner(
-        self,
-        walker: BlockWalker,
-        prior: dict[str, Tensor] | None,
-        table: Tensor,
-        shards: Shards,
-    ) -> Learner:
-        optimizer = self._optimizer()
-        assert self.logit_std is not None and self.prior_noise is not None
-        assert self.prior_strength is not None
-        start = LogitInit(self.logit_std, self.prior_noise, self.prior_strength)
-        layers: dict[Linear, LayerLogits] = {}
-        first: dict[str, Tensor] = {}
-        for index, linear in enumerate(walker.linears):
-            device = linear.stored.device
-            rows = shards.rows(linear.out_features)
-            width = linear.in_features // table.shape[1]
-            groups = slice(rows.start * width, rows.stop * width)
-            own = prior[linear.name][groups].to(device) if prior else None
-            logits = start.logits(
-                own, table.to(device), groups=groups, seed=self.seed, layer=index,
-                dtype=getattr(torch, self.logit_dtype), device=device,
-            )  # fmt: skip
-            layer = LayerLogits(index, logits, table.to(device), width, first=groups.start)
-            optimizer.prepare(layer)
-            layers[linear] = layer
-            first[linear.name] = layer.choices() if own is None else own
-        return Learner(
-            walker.model,
-            layers,
-            first,
-            optimizer=optimizer,
-            schedule=self._schedule(),
-            seed=self.seed,
-            noise_samples=self.noise_samples,
-            micro_tokens=self.micro_tokens,
-            shards=shards,
-            gradient_dtype=torch.float32 if self.state_dtype == "float32" else torch.bfloat16,
+    scores = _prior_scores(walker, learner, table, data) if prior else ()
+    store = CheckpointStore(data.folder, shards) if data.folder is not None else None
+    events = _resume(store, learner, data) if store is not None else ()
+    try:
+        learner.learn(
+            data.train, data.held_out, eval_every=config.eval_every, after_step=after_step
         )
+    except IncompatibleData as error:
+        if store is not None and config.save_every:
+            _save(store, learner, data)
+            error.where += f", saved in {store.folder}"
+        raise
+    progress = learner.progress
+    _write(walker, progress.best, table, shards)
+    learned = TrainingReport(progress.best_step, shards.world, tuple(progress.curve), scores)
+    return PruneReport(events, learned=learned)
 
-    def _optimizer(self) -> Optimizer:
-        assert self.optimizer is not None and self.beta1 is not None
-        assert self.weight_decay is not None and self.clip is not None
-        assert self.outlier is not None
-        return Optimizer(
-            self.optimizer,
-            betas=(self.beta1, self.beta2),
-            weight_decay=self.weight_decay,
-            clip=self.clip,
-            outlier=self.outlier,
-            state_dtype=self.state_dtype,
-        )
 
-    def _schedule(self) -> Schedule:
-        values = {
-            f: getattr(self, f)
-            for f in ("steps", "batch", "noise", "reward", "curvature", "last_rate")
+def _prior(
+    name: str, walker: BlockWalker, target: Sparsity, table: Tensor
+) -> dict[str, Tensor] | None:
+    """Return the choices of the prior's mask by linear, whole layers; the weights stay dense.
+
+    Args:
+        name: A method, `scratch` for no prior, or the name of masks that the walker has opened.
+        walker: The model.
+        target: N:M.
+        table: The candidates, [choices, M].
+    """
+    if name == "scratch":
+        return None
+    masks = walker.inputs.masks
+    if masks is not None:
+        return {
+            linear.name: choose(_checked(masks, linear, target), table) for linear in walker.linears
         }
-        assert self.temperature and self.last_temperature and self.scale and self.last_scale
-        return Schedule(
-            **values,
-            temperature=(self.temperature, self.last_temperature),
-            scale=(self.scale, self.last_scale),
-            peak_rate=self.rate or 0.0,
-        )
+    choices = {}
+    with _weights_put_back(walker):
+        _prior_method(name).prune(walker, {linear.name: target for linear in walker.linears})
+        for linear in walker.linears:
+            keep = linear.stored.T != 0 if linear.transposed else linear.stored != 0  # [out, in]
+            choices[linear.name] = choose(keep.cpu(), table)
+    return choices
 
 
 def _write(
     walker: BlockWalker, choices: Mapping[str, Tensor], table: Tensor, shards: Shards
 ) -> None:
-    """Apply masks, of which each process has the choices of its own rows."""
+    """Write masked weights; each process has the choices of the rows that it owns."""
     for linear in walker.linears:
-        width = linear.in_features // table.shape[1]
-        own = choices[linear.name].view(-1, width)
-        choice = own.new_empty(linear.out_features, width)
-        shards.gather(own, choice)
+        width = linear.in_features // table.shape[1]  # groups in a row
+        shard = choices[linear.name].view(-1, width)  # [owned rows, width]
+        whole = shard.new_empty(linear.out_features, width)
+        shards.gather(shard, whole)
         shape = torch.Size((linear.out_features, linear.in_features))
-        keep = mask_of(choice.flatten(), table.to(choice.device), shape)
+        keep = mask_of(whole.flatten(), table.to(whole.device), shape)
         linear.write(torch.where(keep, linear.read(), 0))
 
 
 def _prior_scores(
     walker: BlockWalker, learner: Learner, table: Tensor, data: Training
 ) -> tuple[Any, ...]:
-    """Return what the model gets with the prior's mask; the weights are as before."""
+    """Return the scores of the model with the prior's mask; the weights stay dense."""
     with _weights_put_back(walker):
         _write(walker, learner.prior, table, learner.shards)
         return data.score_prior()
@@ -305,53 +227,53 @@ def _prior_scores(
 
 @contextmanager
 def _weights_put_back(walker: BlockWalker) -> Iterator[None]:
-    """Keep the weights of all linears on the host, and put them back at the end."""
-    dense = {one.name: one.stored.cpu().clone() for one in walker.linears}
+    """Copy the weights of all linears to the CPU and restore them at the end."""
+    dense = {linear.name: linear.stored.cpu().clone() for linear in walker.linears}
     try:
         yield
     finally:
-        for one in walker.linears:
-            one.stored.copy_(dense.pop(one.name))
+        for linear in walker.linears:
+            linear.stored.copy_(dense.pop(linear.name))
 
 
-def _resume(keeper: CheckpointStore, learner: Learner, data: Training) -> tuple[LayerEvent, ...]:
-    """Take up the kept state of this very run; the result says from where the training went on."""
-    damage = keeper.restore(learner)
+def _resume(store: CheckpointStore, learner: Learner, data: Training) -> tuple[LayerEvent, ...]:
+    """Load the saved state of this run, if any; the result records the step resumed from."""
+    damage = store.restore(learner)
     if damage:
-        data.note(f"  {damage}: the training begins anew")
+        data.note(f"  {damage}: training restarts from step 0")
     if not learner.done:
         return ()
-    data.note(f"  the training goes on after step {learner.done}, kept in {keeper.folder}")
+    data.note(f"  training resumed after step {learner.done}, saved in {store.folder}")
     for point in learner.progress.curve:
         data.hear(point)
     return (LayerEvent("all", "training resumed after step", float(learner.done)),)
 
 
-def _keep(keeper: CheckpointStore, learner: Learner, data: Training) -> None:
-    """Save the state; a full disk does not end a training."""
+def _save(store: CheckpointStore, learner: Learner, data: Training) -> None:
+    """Save the state; a full disk does not stop the training."""
     try:
-        keeper.save(learner)
+        store.save(learner)
     except SaveError as error:
-        data.note(f"  step {learner.done} could not be kept: {error.what} ({error.where})")
+        data.note(f"  step {learner.done} could not be saved: {error.what} ({error.where})")
 
 
 def _prior_method(name: str) -> Pruner:
-    """Return the pruner whose mask is begun with."""
+    """Return the pruner whose mask is the prior."""
     from prunebench.pruners import METHODS
 
-    made: Pruner = METHODS.make(name, METHODS.resolve_options(name, {}, seed=0))
-    return made
+    pruner: Pruner = METHODS.make(name, METHODS.resolve_options(name, {}, seed=0))
+    return pruner
 
 
 def _checked(masks: Masks, linear: Linear, target: Sparsity) -> Tensor:
-    """Return a mask that keeps at most N of every M.
+    """Return the mask of a linear, [out, in], after checking that it keeps at most N of every M.
 
     Raises:
         IncompatibleData: It keeps more somewhere; the first place is named.
     """
     assert target.kept is not None and target.group is not None
     keep = masks.read(linear)
-    counts = keep.view(-1, target.group).sum(1)
+    counts = keep.view(-1, target.group).sum(1)  # [groups]
     over = (counts > target.kept).nonzero()
     if len(over):
         at = int(over[0])

@@ -1,10 +1,10 @@
-"""Tensors of the size of the logits in fewer bytes: bfloat16, rounded at random, or 8 bits.
+"""Optimizer moments and logits in fewer bytes: bfloat16 with stochastic rounding, or 8 bits.
 
-A value that changes by less than half a unit in the last place would never change in bfloat16.
-Rounded up with the probability of the remainder, it does so on average; the random bits come from
-the same counters as the noise, so a run can be repeated. The 8-bit form (as in Dettmers et al.,
-arXiv 2110.02861, but linear) has one scale for the groups of a row, and keeps square roots of what
-cannot be negative.
+Updates below half a unit in the last place are lost when rounding to nearest in bfloat16. Rounded
+up with the probability of the remainder, they survive on average; the random bits come from the
+same counters as the noise, so a run is reproducible. The 8-bit form (as in Dettmers et al.,
+arXiv 2110.02861, but linear) has one scale per row of the layer, and stores
+square roots of non-negative values.
 """
 
 from __future__ import annotations
@@ -20,17 +20,17 @@ from prunebench.pruners.maskllm.noise import philox
 
 StateDtype = Literal["float32", "bfloat16", "int8"]
 
-_ROUNDING = 1 << 20  # the block of the counter from which rounding takes its bits
+_ROUNDING = 1 << 20  # first counter block of the rounding bits, beyond all blocks of the noise
 
 
 @dataclass
 class PackedMoments:
-    """A (choices, groups) tensor in a smaller type.
+    """A [choices, groups] tensor in a smaller dtype.
 
     Attributes:
         values: The stored numbers: float32, bfloat16, int8, or uint8 if never negative.
-        scales: (choices, rows) for 8 bits, else (choices, 0).
-        width: Groups in a row of the layer; whole rows are read and written.
+        scales: [choices, rows] for 8 bits, else [choices, 0].
+        width: Groups in a row of the layer; reads and writes are of whole rows.
     """
 
     values: Tensor
@@ -56,6 +56,7 @@ class PackedMoments:
         values = self.values[:, part].to(torch.float32, copy=True)
         if not self.scales.numel():
             return values
+        # [choices, rows] -> [choices, rows * width]
         scales = self.scales[:, self._rows(part)].repeat_interleave(self.width, dim=1)
         values *= scales
         return values.square_() if self.values.dtype == torch.uint8 else values
@@ -68,7 +69,7 @@ class PackedMoments:
         positive = self.values.dtype == torch.uint8
         largest = 255 if positive else 127
         rows = (new.sqrt() if positive else new).view(len(new), -1, self.width)
-        scales = rows.abs().amax(-1) / largest
+        scales = rows.abs().amax(-1) / largest  # rows: [choices, rows, width]
         self.scales[:, self._rows(part)] = scales
         steps = (rows / scales.clamp(min=1e-38)[..., None]).round_().clamp_(-largest, largest)
         self.values[:, part] = steps.view(new.shape).to(self.values.dtype)
@@ -85,7 +86,7 @@ def round_at_random(
     step: int,
     layer: int,
 ) -> Tensor:
-    """Round float32 to one of the two neighbours in bfloat16; the mean is the value itself.
+    """Round float32 to bfloat16 stochastically: up or down, with the value as the mean.
 
     Args:
         values: Finite numbers.
@@ -97,10 +98,12 @@ def round_at_random(
     bits: list[Tensor] = []
     low, high = groups & 0xFFFFFFFF, groups >> 32
     layers = torch.full_like(low, layer)
-    for block in range(-(-len(values) // 8)):
+    for block in range(-(-len(values) // 8)):  # a block of 128 bits serves eight choices
         counter = (low, high, layers, torch.full_like(low, _ROUNDING + block))
         for word in philox(counter, (seed, step)):
             bits += [word & 0xFFFF, word >> 16]
-    drawn = torch.stack(bits[: len(values)]).to(torch.int32)
+    drawn = torch.stack(bits[: len(values)]).to(torch.int32)  # [choices, part], 16 bits each
+    # Adding 16 random bits below those that are cut off rounds up with the right probability; a
+    # carry into the exponent is right, too.
     raw = values.contiguous().view(torch.int32) + drawn
     return (raw & -0x10000).view(torch.float32).to(torch.bfloat16)

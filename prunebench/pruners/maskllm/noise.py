@@ -1,10 +1,11 @@
-"""Gumbel noise from a counter: the same for any machine, tiling and number of processes.
+"""Counter-based Gumbel noise: the same on any device, for any tiling and number of processes.
 
 Philox4x32-10 (Salmon et al., SC 2011, "Parallel random numbers: as easy as 1, 2, 3"): key = (seed,
 step), counter = (group index low, group index high, layer, block). A block of 128 bits gives six
-uniforms of 21 bits. Nothing is kept: the backward pass makes the same noise again.
+uniforms of 21 bits. Nothing is stored: the backward pass computes the same noise again.
 
-torch has no unsigned 32-bit product with its high half; int64 holds it, wrapped, bit for bit.
+torch has no unsigned 32-bit multiplication with a high half; the wrapped int64 product holds the
+same bits.
 """
 
 from __future__ import annotations
@@ -55,9 +56,9 @@ def gumbel(
 
     Args:
         groups: Indices of the groups in their layer, int64, not negative.
-        choices: Noise values a group.
+        choices: Noise values per group.
         seed: Of the run.
-        step: Of the training; every step has other noise.
+        step: Training step, or draw; each has noise of its own.
         layer: Index of the layer in the model.
     """
     noise = uniforms(groups, choices, seed=seed, step=step, layer=layer)
@@ -67,19 +68,20 @@ def gumbel(
 def uniforms(
     groups: Int[Tensor, " groups"], choices: int, *, seed: int, step: int, layer: int
 ) -> Float[Tensor, "choices groups"]:
-    """Return the uniforms in (0, 1) that `gumbel` is made of; exact on every device."""
+    """Return the uniforms in (0, 1) behind `gumbel`, [choices, groups]; exact on every device."""
     low, high = groups & _MASK, groups >> 32
     layers = torch.full_like(low, layer)
     fields: list[Tensor] = []
     for block in range(-(-choices // UNIFORMS)):
         words = philox((low, high, layers, torch.full_like(low, block)), (seed, step))
         fields += _fields(*words)
-    drawn = torch.stack(fields[:choices]).to(torch.float32)
+    drawn = torch.stack(fields[:choices]).to(torch.float32)  # [choices, groups]
     return drawn.add_(0.5).mul_(2.0**-_BITS)
 
 
 def _fields(w0: Tensor, w1: Tensor, w2: Tensor, w3: Tensor) -> list[Tensor]:
-    """Cut 128 bits into six times 21 bits."""
+    """Split 128 bits into six fields of 21 bits; the top bit of each half is not used."""
+    # shifts of a negative int64 fill with ones: the mask removes them
     first, second = (w0 << 32).bitwise_or_(w1), (w2 << 32).bitwise_or_(w3)
     mask = (1 << _BITS) - 1
     return [(word >> shift) & mask for word in (first, second) for shift in (0, _BITS, 2 * _BITS)]

@@ -1,10 +1,10 @@
-"""From the gradient of some logits to their new values, in one pass and in place.
+"""In-place optimizer updates for mask logits: AdamW, momentum, mirror descent.
 
 `adamw` is the paper's (decoupled weight decay, gradients clipped by their norm over all layers).
-`momentum` descends along gradients in units of their root mean square over the layer, clipped: a
-few dozen steps do not give Adam an estimate for every single logit. `mirror` does the same, but
-along s - mean(s) without the softmax's factor y: mirror descent on the simplex, in which a
-candidate that has become improbable still hears how good it would be.
+`momentum` divides gradients by their root mean square over the layer and clips them: in a few dozen
+steps Adam gets no estimate of the second moment of every single logit. `mirror` does the same with
+s - mean(s), without the softmax's factor y: mirror descent on the simplex, where the gradient of an
+improbable candidate does not vanish.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ Directions = Iterable[tuple[slice, Tensor]]
 
 @dataclass(frozen=True)
 class _Ascent:
-    """The directions of a layer, made from its gradient wherever they are used."""
+    """The gradient of a layer's logits, computed lazily, piece by piece or inside a kernel."""
 
     layer: LayerLogits
     weight: Tensor
@@ -43,16 +43,19 @@ class _Ascent:
 
     @property
     def kernels(self) -> ModuleType | None:
-        """What makes them in one pass, if it can."""
+        """The module of fused kernels; None if they cannot run on this layer."""
         return kernels_for(self.layer.logits, self.layer.table)
 
     def __iter__(self) -> Iterator[tuple[slice, Tensor]]:
-        given = (self.layer, self.weight, self.slope, self.relaxation)
+        inputs = (self.weight, self.slope, self.relaxation)
         if self.kernels is not None:
             for part in self.layer.chunks():
-                yield part, self.kernels.directions(*given, mirror=self.mirror, part=part)
+                direction = self.kernels.directions(
+                    self.layer, *inputs, mirror=self.mirror, part=part
+                )
+                yield part, direction
             return
-        for part, chosen, scores in self.layer.scores(*given[1:]):
+        for part, chosen, scores in self.layer.scores(*inputs):
             if self.mirror:
                 yield part, scores.sub_(scores.mean(0))
             else:
@@ -61,16 +64,16 @@ class _Ascent:
 
 @dataclass(frozen=True)
 class Optimizer:
-    """How logits follow their gradient.
+    """Updates logits from their gradients.
 
     Attributes:
-        kind: See the module.
-        betas: Decay of the first and second moment; `momentum` and `mirror` have the first alone.
+        kind: `adamw`, `momentum` or `mirror`, see the module.
+        betas: Decay of the first and second moment; `momentum` and `mirror` only use the first.
         eps: Added to the root of the second moment.
-        weight_decay: Share of a logit that is lost a step, times the rate.
-        clip: Largest norm of the gradient over all layers (`adamw`); 0 for none.
-        outlier: Largest gradient in units of the layer's root mean square (the others).
-        state_dtype: How moments are kept.
+        weight_decay: Decoupled weight decay of the logits (`adamw`).
+        clip: Maximum norm of the gradient over all layers (`adamw`); 0 for none.
+        outlier: Maximum gradient in units of the layer's root mean square (`momentum`, `mirror`).
+        state_dtype: Storage of the moments.
     """
 
     kind: Kind = "adamw"
@@ -82,7 +85,7 @@ class Optimizer:
     state_dtype: StateDtype = "float32"
 
     def prepare(self, layer: LayerLogits) -> None:
-        """Make the moments of a layer."""
+        """Allocate the moments of a layer."""
         make = functools.partial(
             PackedMoments.zeros, layer.logits, self.state_dtype, width=layer.width
         )
@@ -93,14 +96,14 @@ class Optimizer:
     def directions(
         self, layer: LayerLogits, weight: Tensor, slope: WeightGradient, relaxation: Relaxation
     ) -> Directions:
-        """Return the direction of ascent of some groups after others, (choices, part).
+        """Return an iterable of slices of groups and the gradient of their logits, [choices, part].
 
-        It is made while one iterates, or in a kernel by whoever uses it.
+        It is lazy: `step` and `sum_squares` replace the iteration by a fused kernel.
 
         Args:
             layer: The logits.
-            weight: W, the rows that the layer has.
-            slope: How the loss changes with W~.
+            weight: W, the rows of this layer that the process owns.
+            slope: dL/dW~ of the same rows.
             relaxation: That of the forward pass.
         """
         return _Ascent(layer, weight, slope, relaxation, mirror=self.kind == "mirror")
@@ -115,17 +118,17 @@ class Optimizer:
         unit: float,
         count: int | None = None,
     ) -> None:
-        """Change a layer's logits in place.
+        """Update a layer's logits in place.
 
         Args:
             layer: The logits and their moments.
             directions: The gradient, piece by piece; overwritten.
-            relaxation: That of the forward pass; random rounding has its seed and step.
+            relaxation: That of the forward pass; its seed and step are those of the rounding.
             rate: Learning rate.
-            unit: What gradients are divided by: by what `clip` leaves (`adamw`), or the layer's
-                root mean square.
-            count: Steps so far, with this one; the step of `relaxation` counts draws, of which
-                there may be many in a step of the optimizer.
+            unit: Divisor of the gradients: norm / clip if above 1 (`adamw`), or the layer's root
+                mean square gradient (`momentum`, `mirror`).
+            count: Number of this step, from 1; the step of `relaxation` counts noise draws, of
+                which one optimizer step may have several.
         """
         if isinstance(directions, _Ascent) and self.state_dtype != "int8":
             kernels = directions.kernels
@@ -136,6 +139,7 @@ class Optimizer:
                     weight_decay=self.weight_decay,
                 )  # fmt: skip
                 return
+        # plain PyTorch: without kernels, with 8-bit moments, or with several draws per step
         count = relaxation.step + 1 if count is None else count
         for part, gradient in directions:
             gradient.div_(unit)
@@ -168,7 +172,7 @@ class Optimizer:
         )
         layer.state["first"].write(part, first)
         layer.state["second"].write(part, second)
-        scale = (second / (1 - b2**count)).sqrt_().add_(self.eps)
+        scale = (second / (1 - b2**count)).sqrt_().add_(self.eps)  # with bias correction
         old.mul_(1 - rate * self.weight_decay)
         return old.addcdiv_(first, scale, value=-rate / (1 - b1**count))
 
@@ -182,11 +186,9 @@ class Optimizer:
 
 
 def sum_squares(directions: Directions) -> float:
-    """Return the sum of squares of a direction."""
+    """Return the sum of squares of a layer's gradient; the pieces are overwritten."""
     kernels = directions.kernels if isinstance(directions, _Ascent) else None
     if isinstance(directions, _Ascent) and kernels is not None:
-        one = directions
-        return float(
-            kernels.sum_squares(one.layer, one.weight, one.slope, one.relaxation, mirror=one.mirror)
-        )
+        inputs = (directions.layer, directions.weight, directions.slope, directions.relaxation)
+        return float(kernels.sum_squares(*inputs, mirror=directions.mirror))
     return float(sum(float(part.square_().sum(dtype=torch.float64)) for _, part in directions))

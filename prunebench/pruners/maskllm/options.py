@@ -1,4 +1,4 @@
-"""What can be chosen about a training of masks, and what is refused."""
+"""The options of `maskllm` and their validation."""
 
 from __future__ import annotations
 
@@ -33,6 +33,15 @@ _LEAST = {
     "reward": 0,
     "curvature": 0,
 }
+_POSITIVE = (
+    "temperature",
+    "last_temperature",
+    "scale",
+    "last_scale",
+    "logit_std",
+    "rate",
+    "outlier",
+)
 
 
 @dataclass(frozen=True)
@@ -44,35 +53,36 @@ class Options:
     Attributes:
         preset: `laptop`, `lite` or `paper`, see `presets`.
         masks: Masks to apply instead of learning: FILE.npz, a checkpoint's folder, or hub:REPO.
-        train: Whether to learn although masks of the model have been published.
-        train_data: Text to learn from, a name as --calibration takes it; None is that of the run.
+        train: Whether to train even if masks of the model have been published.
+        train_data: Training text, a name as --calibration takes it; None is that of the run.
         steps: Optimizer steps.
-        batch: Windows in a step, over all processes.
+        batch: Windows per step, over all processes.
         train_seqlen: Tokens in a window.
-        held_out: Windows that decide which mask is kept.
-        eval_every: Steps between two scores of the hard mask.
-        prior: A method whose mask is begun with (its weights are not), masks by name, or
-            `scratch`.
-        prior_strength: How far the prior's choice is ahead, in units of `logit_std`.
-        prior_noise: Spread of the first logits, in the same units (1 in the paper).
-        logit_std: Unit of the first logits.
+        held_out: Held-out windows that select the best mask.
+        eval_every: Steps between two held-out evaluations of the hard mask.
+        prior: A method whose mask (not its weights) initializes the logits, masks by name, or
+            `scratch` for no prior.
+        prior_strength: Bias of the initial logits towards the prior, in units of `logit_std`.
+        prior_noise: Standard deviation of the initial logits, in the same units (1 in the paper).
+        logit_std: Unit of the initial logits.
         noise: Factor of the Gumbel noise.
-        noise_samples: Draws of the noise a step; more than one needs memory like the logits.
+        noise_samples: Noise draws per step; more than one takes as much memory as the logits.
         temperature, last_temperature: tau at the first and last step.
         scale, last_scale: kappa at the first and last step.
         optimizer: `adamw`, `momentum` or `mirror`.
         rate: Learning rate at the first step.
-        last_rate: Share of it that is left at the last step.
+        last_rate: Final learning rate as a share of `rate`.
         beta1, beta2: Decay of the moments.
         weight_decay: Of the logits (`adamw`).
-        clip: Largest norm of the gradient (`adamw`), 0 for none.
-        outlier: Largest gradient in units of the layer's root mean square (`momentum`, `mirror`).
-        reward: Of large kept weights.
-        curvature: What the change of a whole weight costs beyond the slope, see `relax`; 0 in the
+        clip: Maximum norm of the gradient (`adamw`), 0 for none.
+        outlier: Maximum gradient in units of the layer's root mean square (`momentum`, `mirror`).
+        reward: Factor of the reward for large kept weights (the paper's sparse weight
+            regularization).
+        curvature: Factor of the second-order term of the gradient, see `relaxation`; 0 in the
             paper.
-        logit_dtype: float32, or bfloat16 with random rounding.
+        logit_dtype: float32, or bfloat16 with stochastic rounding.
         state_dtype: Of the optimizer's moments: float32, bfloat16 or int8.
-        micro_tokens: Tokens whose activations exist at a time, in each process.
+        micro_tokens: Tokens of a micro-batch, in each process.
         save_every: Steps between two saved states, for resuming; 0 for never.
         seed: Of noise and order.
     """
@@ -121,15 +131,7 @@ class Options:
             value = getattr(self, name)
             if value is not None and not least <= value < math.inf:
                 raise ValueError(f"{name} must be a number of at least {least}")
-        for name in (
-            "temperature",
-            "last_temperature",
-            "scale",
-            "last_scale",
-            "logit_std",
-            "rate",
-            "outlier",
-        ):
+        for name in _POSITIVE:
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
                 raise ValueError(f"{name} must be a number above 0")
@@ -139,27 +141,27 @@ class Options:
                 raise ValueError(f"{name} must be in [0, 1)")
 
     def require_no_training(self, masks: str) -> None:
-        """Refuse options that would not be read, as `masks` are applied.
+        """Refuse options of a training if `masks` are applied instead.
 
         Raises:
-            UsageError: One is set.
+            UsageError: An option of a training is set.
         """
-        apart = ("masks", "train", "seed")
-        for one in dataclasses.fields(self):
-            if one.name not in apart and getattr(self, one.name) != one.default:
-                fix = f"leave --set {one.name} out"
+        allowed = ("masks", "train", "seed")
+        for option in dataclasses.fields(self):
+            if option.name not in allowed and getattr(self, option.name) != option.default:
+                fix = f"leave --set {option.name} out"
                 raise UsageError(
-                    f"{one.name} is an option of a training, and nothing is trained",
+                    f"{option.name} is an option of a training, and nothing is trained",
                     where=f"the masks of {masks} are applied",
                     fix=fix if self.masks else f"{fix}, or add --set train=true",
                 )
 
 
 def require_prior(name: str) -> None:
-    """Refuse a name that looks like a method's and is none that gives a prior.
+    """Refuse a prior that is neither a method with a mask nor looks like masks.
 
     Raises:
-        UsageError: The nearest names are named.
+        UsageError: There is no such prior; the message names the nearest.
     """
     looks_like_masks = name.startswith("hub:") or "." in name or Path(name).expanduser().exists()
     if name not in PRIORS and not looks_like_masks:

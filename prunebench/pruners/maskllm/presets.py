@@ -1,8 +1,8 @@
 """The options of `maskllm` that a preset sets: the paper's recipe, and what fits smaller machines.
 
 `paper` is arXiv 2409.17481 (section 4, table 7 and appendix) with what its code does where the text
-is silent. `lite` is the same recipe in 13 million tokens. `laptop` is another optimizer: in a few
-dozen small steps AdamW learns little but noise.
+is silent. `lite` is the same recipe with 13 million tokens. `laptop` uses mirror descent without
+noise: in a few dozen small steps AdamW mostly learns noise.
 """
 
 from __future__ import annotations

@@ -1,23 +1,23 @@
-"""The relaxed mask of one layer and the gradient of its logits, in pieces that stay in cache.
+"""The relaxed mask of one layer and the gradient of its logits, in chunks that fit the cache.
 
 With logits z (choices, groups), candidates S (choices, M), Gumbel noise g, temperature tau and
 scale kappa (arXiv 2409.17481, section 3):
 
-    y = softmax((kappa z + noise g) / tau)         the choice, relaxed
+    y = softmax((kappa z + noise g) / tau)         the relaxed choice
     m = S^T y                                      the mask, in [0, 1]
-    W~ = W * m                                     what the model runs with
+    W~ = W * m                                     the weight in the forward pass
 
-and with G = dL/dW~ and the reward lambda sum |W~|^2 for weights that stay large:
+and with G = dL/dW~ and the reward lambda sum |W~|^2 for large kept weights:
 
     h = G * W - 2 lambda W^2 * m + c/2 C * W^2 * (1 - 2 m)
     s = S h,   dL/dz = kappa / tau * y * (s - <y, s>)
 
-The last term of h is ours, and 0 in the paper: a weight enters or leaves as a whole, and what that
-costs beyond the slope is c/2 C W^2 (p - m)^2 for the new mask p, C the curvature of the loss along
-that weight. As p is 0 or 1, it is linear in p.
+The last term of h is ours, and 0 in the paper: the hard mask p adds or removes whole weights.
+Beyond the first order that costs c/2 C W^2 (p - m)^2, C the curvature of the loss along that
+weight. As p is 0 or 1, this is linear in p.
 
-No tensor of the size of the logits is made beside the logits and what the optimizer keeps. Logits
-lie choice by choice, so that a softmax over six values is six long vector operations.
+No tensor of the size of the logits is allocated beside the logits and the moments. The choices are
+the first dimension, so that a softmax over six values is six long vector operations.
 """
 
 from __future__ import annotations
@@ -34,21 +34,21 @@ from torch import Tensor
 from prunebench.pruners.maskllm.moments import PackedMoments
 from prunebench.pruners.maskllm.noise import gumbel
 
-_CHUNK_LOGITS = 3 << 17  # logits at a time: what is made from them stays in cache
-_DEVICE_LOGITS = 3 << 22  # on a device, where every piece costs dozens of launches
+_CHUNK_LOGITS = 3 << 17  # logits at a time: they and their temporaries stay in cache
+_DEVICE_LOGITS = 3 << 22  # on a GPU, where every chunk costs dozens of kernel launches
 
 
 @dataclass(frozen=True)
 class Relaxation:
-    """How soft a choice is at one step.
+    """The parameters of the relaxation in one draw of one step.
 
     Attributes:
         seed, step: Key of the noise.
         temperature: tau.
         scale: kappa.
         noise: Factor of the Gumbel noise; 0 is the mean field, which needs no samples.
-        reward: lambda, for weights that stay large.
-        curvature: c, for what a weight's change costs beyond the slope.
+        reward: lambda.
+        curvature: c.
     """
 
     seed: int
@@ -62,7 +62,7 @@ class Relaxation:
 
 @dataclass(frozen=True)
 class WeightGradient:
-    """How the loss changes with the masked weight of some rows of a layer.
+    """The gradient, and the factors of the curvature, of the masked weight of some rows.
 
     Attributes:
         gradient: G = dL/dW~.
@@ -78,15 +78,16 @@ class WeightGradient:
 
 @dataclass
 class LayerLogits:
-    """The logits of one layer, or of some of its rows, and the optimizer's memory of them.
+    """The logits of one layer, or of some of its rows, and their optimizer state.
 
     Attributes:
-        index: Of the layer in the model, for the noise.
-        logits: (choices, groups); the groups go along the input, row by row.
-        table: The candidates.
-        width: Groups in a row; pieces are whole rows.
-        first: Index of the first group in the whole layer: noise does not depend on who holds it.
-        state: Tensors of the optimizer, along the groups like the logits.
+        index: Index of the layer in the model, a key of the noise.
+        logits: [choices, groups]; groups are consecutive inputs, row by row.
+        table: The candidates S, [choices, M].
+        width: Groups in a row; chunks are whole rows.
+        first: Index of the first group in the whole layer, so that the noise of a group does not
+            depend on the process that owns it.
+        state: Moments of the optimizer, [choices, groups].
     """
 
     index: int
@@ -98,17 +99,17 @@ class LayerLogits:
 
     @property
     def rows(self) -> int:
-        """Rows of the layer that these logits are of."""
+        """The number of rows of the layer that these logits cover."""
         return self.logits.shape[1] // self.width
 
     @functools.cached_property
     def pattern(self) -> int:
-        """The candidates as one number: bit k * M + j says that candidate k keeps weight j."""
+        """The candidates as one integer: bit k * M + j is set if candidate k keeps weight j."""
         bits = (self.table > 0).flatten().tolist()
-        return sum(1 << place for place, kept in enumerate(bits) if kept)
+        return sum(1 << place for place, bit in enumerate(bits) if bit)
 
     def chunks(self) -> Iterator[slice]:
-        """Cut the groups into pieces."""
+        """Return slices of groups, each of whole rows."""
         choices, total = self.logits.shape
         most = _CHUNK_LOGITS if self.logits.device.type == "cpu" else _DEVICE_LOGITS
         size = max(1, most // choices // self.width) * self.width
@@ -121,7 +122,7 @@ class LayerLogits:
             groups = torch.arange(
                 self.first + part.start, self.first + part.stop, device=scaled.device
             )
-            drawn = gumbel(
+            drawn = gumbel(  # [choices, part]
                 groups, len(scaled), seed=relaxation.seed, step=relaxation.step, layer=self.index
             )
             scaled.add_(drawn, alpha=relaxation.noise)
@@ -136,41 +137,41 @@ class LayerLogits:
         In plain PyTorch; `dispatch.soften` uses a kernel where there is one.
         """
         group = self.table.shape[1]
-        flat, target = weight.reshape(-1, group), out.view(-1, group)
+        flat, target = weight.reshape(-1, group), out.view(-1, group)  # [groups, M]
         for part in self.chunks():
-            mask = self.table.T @ self.probabilities(part, relaxation)  # (group, part)
+            mask = self.table.T @ self.probabilities(part, relaxation)  # [M, part]
             torch.mul(flat[part], mask.T.to(flat.dtype), out=target[part])
 
     def scores(
         self, weight: Float[Tensor, "out in"], slope: WeightGradient, relaxation: Relaxation
     ) -> Iterator[tuple[slice, Tensor, Tensor]]:
-        """Yield y and s, both (choices, part), piece by piece.
+        """Yield for each chunk its slice, y and s, both [choices, part].
 
         Args:
             weight: W.
-            slope: How the loss changes with W~.
+            slope: dL/dW~.
             relaxation: That of the forward pass.
         """
         group = self.table.shape[1]
-        flat, slopes = weight.reshape(-1, group), slope.gradient.view(-1, group)
+        flat, slopes = weight.reshape(-1, group), slope.gradient.view(-1, group)  # [groups, M]
         for part in self.chunks():
             chosen = self.probabilities(part, relaxation)
-            w = flat[part].T.to(torch.float32)
-            h = slopes[part].T * w  # (group, part)
+            w = flat[part].T.to(torch.float32)  # [M, part]
+            h = slopes[part].T * w  # [M, part]
             if relaxation.reward or relaxation.curvature:
                 mask, squares = self.table.T @ chosen, w.square()
                 h -= (2 * relaxation.reward) * squares * mask
                 rows = slice(part.start // self.width, part.stop // self.width)
-                curved = slope.rows[rows, None] * slope.columns  # (rows, in)
-                curved = curved.view(-1, group).T * squares
+                curved = slope.rows[rows, None] * slope.columns  # C: [rows, in]
+                curved = curved.view(-1, group).T * squares  # C * W^2: [M, part]
                 h += curved.mul_(mask.mul_(-2).add_(1)).mul_(relaxation.curvature / 2)
-            yield part, chosen, self.table @ h
+            yield part, chosen, self.table @ h  # s: [choices, part]
 
     def certainty(self, relaxation: Relaxation) -> float:
         """Return the sum over the groups of the largest probability, without noise."""
-        calm = replace(relaxation, noise=0.0)
+        noiseless = replace(relaxation, noise=0.0)
         return math.fsum(
-            float(self.probabilities(part, calm).amax(0).sum()) for part in self.chunks()
+            float(self.probabilities(part, noiseless).amax(0).sum()) for part in self.chunks()
         )
 
     def choices(self) -> Integer[Tensor, " groups"]:

@@ -1,4 +1,4 @@
-"""What changes from step to step: temperature, scale, reward and rate."""
+"""Temperature, scale, reward and learning rate by step."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ class Schedule:
 
     Attributes:
         steps: Optimizer steps.
-        batch: Windows in a step, over all processes.
+        batch: Windows per step, over all processes.
         temperature: tau at the first and at the last step; linear between.
         scale: kappa, likewise.
         noise: Factor of the Gumbel noise.
         reward: lambda at the first step; falls linearly to 0.
-        curvature: c, see `relax`.
+        curvature: c, see `relaxation`; constant.
         peak_rate: Learning rate at the first step; falls along a cosine to `last_rate` of it.
     """
 
@@ -34,8 +34,14 @@ class Schedule:
     last_rate: float
 
     def relaxation(self, step: int, *, seed: int, draw: int) -> Relaxation:
-        """Return how soft choices are at a step, with the noise of one draw."""
-        done = step / max(self.steps - 1, 1)
+        """Return the relaxation at a step, with the noise of one draw.
+
+        Args:
+            step: From 0.
+            seed: Of the run.
+            draw: Number of the noise draw, counted over all steps.
+        """
+        done = step / max(self.steps - 1, 1)  # 0 at the first step, 1 at the last
         return Relaxation(
             seed=seed,
             step=draw,

@@ -1,8 +1,8 @@
-"""Who holds which rows: logits and moments are shared out over processes, weights are not.
+"""Sharding of logits and moments over processes by rows; weights are replicated.
 
-Every process owns the same share of the rows of each matrix (cut as `torch.chunk` does), makes W~
-for them and gives it to all; the gradients dL/dW~ of all processes are summed, and each gets its
-rows. So what is sent is twice the size of a weight, and nothing of the size of the logits.
+Every process owns an equal share of the rows of each matrix (split as `torch.chunk` does). It
+computes W~ of its rows, which are all-gathered; the gradients dL/dW~ are reduce-scattered back to
+the owners. The traffic per matrix is twice the size of the weight, and never the logits.
 """
 
 from __future__ import annotations
@@ -14,40 +14,40 @@ import torch.distributed as dist
 from jaxtyping import Float, Shaped
 from torch import Tensor
 
-# torch 2.13 has new names for these two
+# renamed in torch 2.13
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 
 @dataclass(frozen=True)
 class Shards:
-    """This process among those that learn together."""
+    """The rank of this process and the number of processes."""
 
     rank: int = 0
     world: int = 1
 
     @classmethod
     def of_group(cls) -> Shards:
-        """Return the place in the process group, or that of a process alone."""
+        """Return the rank in the process group; rank 0 of 1 without one."""
         if dist.is_available() and dist.is_initialized():
             return cls(dist.get_rank(), dist.get_world_size())
         return cls()
 
     def rows(self, count: int) -> slice:
-        """Return which of `count` rows this process owns; maybe none."""
+        """Return which of `count` rows this process owns; may be empty."""
         size = -(-count // self.world)
         return slice(min(self.rank * size, count), min((self.rank + 1) * size, count))
 
-    def gather(self, mine: Shaped[Tensor, "rows in"], out: Shaped[Tensor, "out in"]) -> None:
+    def gather(self, shard: Shaped[Tensor, "rows in"], out: Shaped[Tensor, "out in"]) -> None:
         """Fill `out` with the rows of all processes."""
         if self.world == 1:
-            if mine.data_ptr() != out.data_ptr():
-                out.copy_(mine)
+            if shard.data_ptr() != out.data_ptr():
+                out.copy_(shard)
             return
-        size = -(-len(out) // self.world)
-        sent = mine.new_zeros(size, mine.shape[1])
-        sent[: len(mine)] = mine
-        received = mine.new_empty(size * self.world, mine.shape[1])
+        size = -(-len(out) // self.world)  # all-gather needs equal sizes: the last are padded
+        sent = shard.new_zeros(size, shard.shape[1])
+        sent[: len(shard)] = shard
+        received = shard.new_empty(size * self.world, shard.shape[1])
         _all_gather(received, sent)
         out.copy_(received[: len(out)])
 
@@ -64,7 +64,7 @@ class Shards:
         return received[: rows.stop - rows.start]
 
     def sum_all(self, whole: Tensor) -> Tensor:
-        """Return the sum over all processes."""
+        """Return the sum over all processes; in place."""
         if self.world > 1:
             dist.all_reduce(whole)
         return whole

@@ -1,12 +1,12 @@
-"""Triton kernels for what `relax`, `optimise` and `noise` do in plain torch: one pass each.
+"""Fused Triton kernels for `relaxation`, `optimise` and `noise`: one pass over the logits each.
 
-One program takes a block of groups; everything of a group lives in the registers of one thread, and
-loops over choices are unrolled. Noise is made again wherever it is used, by the same counters as in
-`noise`, bit for bit, so that results do not depend on device, tiling or number of processes.
-Products and sums are not fused into one rounding, as plain torch does not fuse them.
+A program processes a block of groups; all values of a group are in the registers of one thread, and
+loops over choices are unrolled. Noise is recomputed wherever it is used, from the same counters as
+in `noise`, bit for bit, so that results do not depend on device, tiling or number of processes.
+Multiply-adds are not fused (`enable_fp_fusion=False`), as in plain PyTorch.
 
-`launch` calls them; `fused` decides whether. TRITON_INTERPRET=1, set before
-Triton is imported, runs it on a CPU: slow, for tests.
+`triton_ops` launches them, `dispatch` selects them. With TRITON_INTERPRET=1, set before Triton is
+imported, they run on a CPU: slow, for tests.
 """
 
 from typing import no_type_check
@@ -14,7 +14,7 @@ from typing import no_type_check
 import triton
 import triton.language as tl
 
-BLOCK = 128  # groups of a program: one a thread, so that no value moves between threads
+BLOCK = 128  # groups per program: one per thread, so that no value moves between threads
 NUMBERS = [
     "total",
     "width",
@@ -24,7 +24,7 @@ NUMBERS = [
     "layer",
     "begin",
     "end",
-]  # any is compiled once
+]  # not specialized by value: each kernel is compiled once
 
 # ---------------------------------------------------------------- noise
 
@@ -52,7 +52,7 @@ def _philox(group, layer, block: tl.constexpr, seed, step):
 @triton.jit
 @no_type_check
 def _uniform(words, field: tl.constexpr):
-    """Cut one of six uniforms of 21 bits out of 128 bits."""
+    """Return field 0 to 5 of 21 bits of a 128-bit block as a uniform in (0, 1)."""
     high, low = words[2 * (field // 3)], words[2 * (field // 3) + 1]
     both = (high.to(tl.uint64) << 32) | low.to(tl.uint64)
     bits = ((both >> (21 * (field % 3))) & 0x1FFFFF).to(tl.int32)
@@ -78,13 +78,13 @@ def uniforms_kernel(out, total, base, seed, step, layer, C: tl.constexpr, B: tl.
 @triton.jit
 @no_type_check
 def _cut2(tile, B: tl.constexpr):
-    return tl.split(tile)
+    return tl.split(tile)  # [B, 2] -> two of [B]
 
 
 @triton.jit
 @no_type_check
 def _cut4(tile, B: tl.constexpr):
-    even, odd = tl.split(tl.reshape(tile, (B, 2, 2)))
+    even, odd = tl.split(tl.reshape(tile, (B, 2, 2)))  # [B, 4] -> columns 0, 2 and 1, 3: [B, 2]
     a, c = tl.split(even)
     b, d = tl.split(odd)
     return a, b, c, d
@@ -93,7 +93,7 @@ def _cut4(tile, B: tl.constexpr):
 @triton.jit
 @no_type_check
 def _columns(place, g, inside, M: tl.constexpr, B: tl.constexpr):
-    """Load a tile of whole groups, and return its M columns in float32."""
+    """Load a tile of whole groups [B, M], and return its M columns [B] in float32."""
     at = place + g[:, None] * M + tl.arange(0, M)[None, :]
     tile = tl.load(at, mask=inside[:, None], other=0.0).to(tl.float32)
     if M == 2:
@@ -101,7 +101,7 @@ def _columns(place, g, inside, M: tl.constexpr, B: tl.constexpr):
     elif M == 4:
         return _cut4(tile, B)
     else:
-        even, odd = tl.split(tl.reshape(tile, (B, 4, 2)))
+        even, odd = tl.split(tl.reshape(tile, (B, 4, 2)))  # columns 0, 2, 4, 6 and 1, 3, 5, 7
         a, c, e, g_ = _cut4(even, B)
         b, d, f, h = _cut4(odd, B)
         return a, b, c, d, e, f, g_, h
@@ -110,7 +110,7 @@ def _columns(place, g, inside, M: tl.constexpr, B: tl.constexpr):
 @triton.jit
 @no_type_check
 def _tile(columns, M: tl.constexpr, B: tl.constexpr):
-    """Put M columns together again."""
+    """Join M columns [B] to a tile [B, M]: the inverse of `_columns`."""
     if M == 2:
         return tl.join(columns[0], columns[1])
     elif M == 4:
@@ -126,10 +126,11 @@ def _tile(columns, M: tl.constexpr, B: tl.constexpr):
 @triton.jit
 @no_type_check
 def _rounded(value, dtype: tl.constexpr):
-    """Round float32 to the nearest, ties to even: the interpreter would cut bits off."""
+    """Round float32 to nearest, ties to even; by hand, because the interpreter truncates."""
     if dtype == tl.bfloat16:
         raw = value.to(tl.uint32, bitcast=True)
         near = (raw + 0x7FFF + ((raw >> 16) & 1)) >> 16
+        # a NaN could be rounded to infinity
         return tl.where(value != value, 0x7FC0, near).to(tl.uint16).to(dtype, bitcast=True)
     else:
         return value.to(dtype)
@@ -144,7 +145,7 @@ def _chosen(
     logits, g, inside, total, base, seed, step, layer, tau, kappa, noise,
     NOISY: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
-    """Return y of every choice."""
+    """Return y: a tuple of C values [B]."""
     values = ()
     for block in tl.static_range((C + 5) // 6):
         if NOISY:
@@ -159,21 +160,21 @@ def _chosen(
     largest = values[0]
     for k in tl.static_range(1, C):
         largest = tl.maximum(largest, values[k])
-    grown = ()
-    whole = tl.zeros_like(largest)
+    exps = ()
+    total_exp = tl.zeros_like(largest)
     for k in tl.static_range(C):
-        grown = grown + (tl.exp((values[k] - largest) / tau),)
-        whole += grown[k]
-    shares = ()
+        exps = exps + (tl.exp((values[k] - largest) / tau),)
+        total_exp += exps[k]
+    probabilities = ()
     for k in tl.static_range(C):
-        shares = shares + (grown[k] / whole,)
-    return shares
+        probabilities = probabilities + (exps[k] / total_exp,)
+    return probabilities
 
 
 @triton.jit
 @no_type_check
 def _mask(chosen, TABLE: tl.constexpr, C: tl.constexpr, M: tl.constexpr):
-    """Return m = S^T y, column by column."""
+    """Return m = S^T y: a tuple of M columns [B]."""
     mask = ()
     for j in tl.static_range(M):
         total = tl.zeros_like(chosen[0])
@@ -190,7 +191,7 @@ def soften_kernel(
     logits, weight, out, total, base, seed, step, layer, tau, kappa, noise,
     NOISY: tl.constexpr, TABLE: tl.constexpr, C: tl.constexpr, M: tl.constexpr, B: tl.constexpr,
 ):  # fmt: skip
-    """Write W~ = W * m, the mask rounded to the weight's type as plain torch does."""
+    """Write W~ = W * m; the mask is rounded to the weight's dtype first, as in plain PyTorch."""
     g = tl.program_id(0).to(tl.int64) * B + tl.arange(0, B)
     inside = g < total
     chosen = _chosen(
@@ -233,7 +234,7 @@ def _ascent(
     NOISY: tl.constexpr, REWARDED: tl.constexpr, CURVED: tl.constexpr, MIRROR: tl.constexpr,
     TABLE: tl.constexpr, C: tl.constexpr, M: tl.constexpr, B: tl.constexpr,
 ):  # fmt: skip
-    """Return the direction of every choice: dL/dz, or s - mean(s).
+    """Return the gradient of every logit: dL/dz, or s - mean(s) for mirror descent.
 
     `factor` is kappa / tau, `reward` 2 lambda, and `curvature` c / 2.
     """
@@ -245,17 +246,17 @@ def _ascent(
     if REWARDED or CURVED:
         mask = _mask(chosen, TABLE, C, M)
     if CURVED:
-        row, place = g // width, g % width
+        row, place = g // width, g % width  # of the matrix, and of the group in its row
         outer = tl.load(rows + row, mask=inside, other=0.0)
         inner = _columns(columns, place, inside, M, B)
     h = ()
     for j in tl.static_range(M):
-        one = slope[j] * w[j]
+        h_j = slope[j] * w[j]
         if REWARDED:
-            one -= reward * (w[j] * w[j]) * mask[j]
+            h_j -= reward * (w[j] * w[j]) * mask[j]
         if CURVED:
-            one += outer * inner[j] * (w[j] * w[j]) * (mask[j] * -2 + 1) * curvature
-        h = h + (one,)
+            h_j += outer * inner[j] * (w[j] * w[j]) * (mask[j] * -2 + 1) * curvature
+        h = h + (h_j,)
     scores = ()
     mean = tl.zeros_like(chosen[0])
     for k in tl.static_range(C):
@@ -280,7 +281,7 @@ def directions_kernel(
     NOISY: tl.constexpr, REWARDED: tl.constexpr, CURVED: tl.constexpr, MIRROR: tl.constexpr,
     SUM: tl.constexpr, TABLE: tl.constexpr, C: tl.constexpr, M: tl.constexpr, B: tl.constexpr,
 ):  # fmt: skip
-    """Write the direction of the groups from `begin` to `end`, or a block's sum of squares."""
+    """Write the gradient of the logits from `begin` to `end`, or its sum of squares by block."""
     at = tl.program_id(0).to(tl.int64) * B + tl.arange(0, B)
     g = at + begin
     inside = g < end
@@ -308,7 +309,7 @@ def update_kernel(
     NOISY: tl.constexpr, REWARDED: tl.constexpr, CURVED: tl.constexpr, MIRROR: tl.constexpr,
     ADAMW: tl.constexpr, TABLE: tl.constexpr, C: tl.constexpr, M: tl.constexpr, B: tl.constexpr,
 ):  # fmt: skip
-    """Change logits and moments in place. `new1` is 1 - b1 and `grown2` is 1 - b2^t."""
+    """Update logits and moments in place. `new1` is 1 - b1 and `grown2` is 1 - b2^t."""
     g = tl.program_id(0).to(tl.int64) * B + tl.arange(0, B)
     inside = g < total
     direction = _ascent(
@@ -316,10 +317,11 @@ def update_kernel(
         tau, kappa, noise, factor, reward, curvature,
         NOISY, REWARDED, CURVED, MIRROR, TABLE, C, M, B,
     )  # fmt: skip
-    kept: tl.constexpr = logits.dtype.element_ty
+    stored: tl.constexpr = logits.dtype.element_ty
     moments: tl.constexpr = first.dtype.element_ty
     for block in tl.static_range((C + 7) // 8):
-        if kept == tl.bfloat16:
+        if stored == tl.bfloat16:
+            # 1 << 20: the counter block of the rounding bits, see `moments.round_at_random`
             words = _philox(g + base, layer, 1048576 + block, seed, step)
         for i in tl.static_range(8):
             if block * 8 + i < C:
@@ -338,9 +340,9 @@ def update_kernel(
                     mean = mean * b1 + slope
                     new -= rate * mean
                 tl.store(first + at, _rounded(mean, moments), mask=inside)
-                if kept == tl.bfloat16:
+                if stored == tl.bfloat16:
                     drawn = (words[i // 2] >> (16 * (i % 2))) & 0xFFFF
                     raw = (new.to(tl.uint32, bitcast=True) + drawn) >> 16
-                    tl.store(logits + at, raw.to(tl.uint16).to(kept, bitcast=True), mask=inside)
+                    tl.store(logits + at, raw.to(tl.uint16).to(stored, bitcast=True), mask=inside)
                 else:
                     tl.store(logits + at, new, mask=inside)

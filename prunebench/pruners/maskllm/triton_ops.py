@@ -1,6 +1,6 @@
-"""Calls of the Triton kernels: `relaxation` and `optimise` a layer at a time on CUDA.
+"""Launches of the Triton kernels: `relaxation` and `optimise`, one layer at a time.
 
-Imported only where Triton is there, and used where `dispatch` says so.
+Imported only if Triton is installed; `dispatch` decides whether it is used.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ from prunebench.pruners.maskllm import triton_kernels
 from prunebench.pruners.maskllm.relaxation import LayerLogits, Relaxation, WeightGradient
 
 MOST = 16
-"""Candidates that are unrolled. The 70 of 4:8 would take minutes to compile: plain torch."""
+"""Most candidates: loops over them are unrolled, and the 70 of 4:8 would compile for minutes."""
 
 Kind = Literal["adamw", "momentum", "mirror"]
 
 
 def takes(table: Tensor) -> bool:
-    """Return whether there are kernels for candidates like these."""
+    """Return whether the kernels support these candidates, [choices, M]."""
     choices, group = table.shape
     return group in (2, 4, 8) and choices <= MOST
 
@@ -28,7 +28,7 @@ def takes(table: Tensor) -> bool:
 def uniforms(
     first: int, count: int, choices: int, *, seed: int, step: int, layer: int, device: torch.device
 ) -> Tensor:
-    """Return the uniforms of the groups from `first` on, (choices, count): those of `noise`."""
+    """Return the uniforms of the groups from `first` on, [choices, count]; as `noise.uniforms`."""
     out = torch.empty(choices, count, device=device)
     key = (seed & 0xFFFFFFFF, step & 0xFFFFFFFF)
     _launch(
@@ -74,7 +74,7 @@ def directions(
     mirror: bool,
     part: slice,
 ) -> Tensor:
-    """Return the direction of ascent of some groups, (choices, part), float32."""
+    """Return the gradient of the logits of some groups, [choices, part], float32."""
     size = part.stop - part.start
     out = layer.logits.new_empty(len(layer.table), size, dtype=torch.float32)
     arguments = (*_slope(layer, weight, slope, relaxation), out, part.start, part.stop)
@@ -91,7 +91,7 @@ def sum_squares(
     *,
     mirror: bool,
 ) -> float:
-    """Return the sum of squares of a layer's direction."""
+    """Return the sum of squares of the gradient of a layer's logits."""
     count = layer.logits.shape[1]
     parts = layer.logits.new_zeros(_programs(count), dtype=torch.float32)
     arguments = (*_slope(layer, weight, slope, relaxation), parts, 0, count)
@@ -114,10 +114,10 @@ def update(
     weight_decay: float,
     outlier: float,
 ) -> None:
-    """Change a layer's logits and moments in place; see `optimise.Optimizer.step`."""
+    """Update a layer's logits and moments in place; see `optimise.Optimizer.step`."""
     adamw, (b1, b2), count = kind == "adamw", betas, relaxation.step + 1
     first = layer.state["first"].values
-    second = layer.state["second"].values if adamw else first
+    second = layer.state["second"].values if adamw else first  # not read by the others
     scaled = rate / (1 - b1**count) if adamw else rate
     decay, grown = 1 - rate * weight_decay, 1 - b2**count
     numbers = (unit, scaled, decay, b1, 1 - b1, b2, 1 - b2, grown, eps, outlier)
@@ -133,7 +133,7 @@ def update(
 def _launch(
     kernel: Any, out: Tensor, groups: int, arguments: tuple[Any, ...], options: dict[str, Any]
 ) -> None:
-    """Run a kernel over some groups, on the device of `out`."""
+    """Launch a kernel over `groups` groups, on the device of `out`."""
     if not groups:
         return
     grid = (_programs(groups),)
@@ -168,7 +168,7 @@ def _options(layer: LayerLogits, relaxation: Relaxation) -> dict[str, Any]:
 def _slope(
     layer: LayerLogits, weight: Tensor, slope: WeightGradient, relaxation: Relaxation
 ) -> tuple[Tensor | int | float, ...]:
-    """Return the arguments that every kernel for gradients begins with."""
+    """Return the leading arguments of all kernels that compute gradients."""
     tensors = (layer.logits, weight.contiguous(), slope.gradient, slope.rows, slope.columns)
     softness = (
         relaxation.temperature,

@@ -1,1 +1,1 @@
-"""The kernels that multiply by a packed 2:4 matrix: `protocol` defines, `table` lists them."""
+"""Kernels that multiply by a packed 2:4 matrix: `protocol` is their contract, `table` the list."""

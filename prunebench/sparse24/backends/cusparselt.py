@@ -1,10 +1,10 @@
 """`cslt`: torch's cuSPARSELt operators, called directly, for many tokens.
 
-Why directly, and not `to_sparse_semi_structured`: that class holds one algorithm a tensor, and the
-best one depends on the number of tokens. What is guarded against (SPARSE24, section 1.5): a library
-that is missing or known to be slow, shapes it does not take, fewer than 64 tokens, float16 that
-kills the CUDA context on some chips (tried in a process of its own), algorithms that give wrong
-results (each is run three times against a float32 product before it is used).
+Not through `to_sparse_semi_structured`: that class has one algorithm per tensor, and the best one
+depends on the number of tokens. Guards: a library that is missing or known to be slow, unsupported
+shapes, fewer than 64 tokens (no speedup), float16 that destroys the CUDA context on some chips
+(tried in a subprocess), and algorithms with wrong results (each is run three times against a
+float32 product before it is used).
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ from prunebench.sparse24.packed import Packed24
 
 CAPABILITIES = ((8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (10, 3), (12, 0), (12, 1))
 _SLOW_ON_HOPPER = 800  # 0.8.0: "performance regressions on H100 and L4", fixed in 0.8.1
-_REPEATS = 3
-_PAD_TOKENS = 8
+_REPEATS = 3  # of an algorithm before it is trusted
+_PAD_TOKENS = 8  # the library takes multiples of 8 tokens in 16 bits
 _ROWS_MULTIPLE = 16
 
 
 @dataclass(frozen=True)
 class Algorithm:
-    """One of the library's ways to run a product; ids mean something in one version only."""
+    """One of the library's algorithms for a product; ids are specific to a library version."""
 
     id: int = 0
     split_k: int = 1
@@ -43,7 +43,7 @@ class Algorithm:
 
 
 class Operators(Protocol):
-    """What is called; torch's own, or another in tests."""
+    """The operators of the library; replaced by a fake in tests."""
 
     has_split_k: bool
 
@@ -55,34 +55,34 @@ class Operators(Protocol):
 
 
 class TorchOperators:
-    """`torch._cslt_*`. The product comes out as (tokens, out), contiguous."""
+    """`torch._cslt_*`; products are [tokens, out], contiguous."""
 
     def __init__(self) -> None:
         schemas = torch._C._jit_get_schemas_for_operator("aten::_cslt_sparse_mm")
-        self.has_split_k = any(a.name == "split_k" for one in schemas for a in one.arguments)
+        self.has_split_k = any(a.name == "split_k" for s in schemas for a in s.arguments)
 
     def compress(self, weight: Tensor) -> Tensor:
-        """Return the library's own form of a 2:4 matrix."""
+        """Return a 2:4 matrix [out, in] in the library's format."""
         return torch._cslt_compress(weight)
 
     def mm(self, blob: Tensor, x: Tensor, bias: Tensor | None, algorithm: Algorithm) -> Tensor:
-        """Return x @ W.T + bias."""
+        """Return x @ W.T + bias, [tokens, out]; `x` is [tokens, in]."""
         options: dict[str, Any] = {"alg_id": algorithm.id}
         if self.has_split_k:
             options |= {"split_k": algorithm.split_k, "split_k_mode": algorithm.split_k_mode}
         return torch._cslt_sparse_mm(blob, x.t(), bias=bias, transpose_result=True, **options)
 
     def search(self, blob: Tensor, x: Tensor, bias: Tensor | None) -> list[Algorithm]:
-        """Return what the library found fastest, then its default."""
-        found: list[Algorithm] = []
+        """Return the algorithm that the library measured as fastest, then its default."""
+        algorithms: list[Algorithm] = []
         search = getattr(getattr(torch._C, "_cusparselt", None), "mm_search", None)
         if search is not None and self.has_split_k:
             best, split_k, mode, _ = search(blob, x.t(), bias, None, None, True)
-            found.append(Algorithm(best, split_k, mode))
+            algorithms.append(Algorithm(best, split_k, mode))
         elif hasattr(torch, "_cslt_sparse_mm_search"):
             best = torch._cslt_sparse_mm_search(blob, x.t(), bias=bias, transpose_result=True)
-            found.append(Algorithm(int(best)))
-        return [*found, Algorithm()]
+            algorithms.append(Algorithm(int(best)))
+        return [*algorithms, Algorithm()]
 
 
 def library_version() -> int | None:
@@ -94,31 +94,31 @@ def library_version() -> int | None:
 
 
 class CuSparseLtBackend:
-    """The backend; its compressed matrix lies beside the layer's own layout."""
+    """The backend; stores its compressed matrix in addition to the layer's layout."""
 
     name = "cslt"
     keeps_second_copy = True
 
     def available(self, device: torch.device) -> Support:
-        """Supported on GPUs that cuSPARSELt supports."""
+        """Return support: the GPUs of cuSPARSELt, with a torch that was built with it."""
         if device.type != "cuda":
             return Support(False, f"the device is {device.type}, not cuda")
         if not torch.cuda.is_available():
             return Support(False, "no CUDA device")
         major, minor = torch.cuda.get_device_capability(device)
         if (major, minor) not in CAPABILITIES:
-            return Support(False, f"cuSPARSELt does not know sm_{major}{minor}")
+            return Support(False, f"cuSPARSELt does not support sm_{major}{minor}")
         if not (hasattr(torch, "_cslt_compress") and hasattr(torch, "_cslt_sparse_mm")):
             return Support(False, f"torch {torch.__version__} has no cuSPARSELt operators")
         version = library_version()
         if version is None:
             return Support(False, f"torch {torch.__version__} was built without cuSPARSELt")
         if version == _SLOW_ON_HOPPER and (major, minor) == (9, 0):
-            return Support(True, "cuSPARSELt 0.8.0 is known to be slow on H100: 0.8.1 mends it")
+            return Support(True, "cuSPARSELt 0.8.0 is known to be slow on H100: fixed in 0.8.1")
         return Support(True, f"cuSPARSELt {version}")
 
     def takes(self, shape: tuple[int, int], dtype: torch.dtype, tokens: int) -> Support:
-        """Many tokens, sizes that 16 divides, bfloat16; float16 where it survives a trial."""
+        """Return support: many tokens, sizes divisible by 16, bfloat16; float16 after a trial."""
         if tokens < DECODE_TOKENS:
             return Support(False, f"{tokens} tokens: cuSPARSELt has no gain below {DECODE_TOKENS}")
         if shape[0] % _ROWS_MULTIPLE or shape[1] % _ROWS_MULTIPLE:
@@ -128,17 +128,17 @@ class CuSparseLtBackend:
         return takes_dtype(dtype)
 
     def layout(self, packed: Packed24) -> WeightLayout | None:
-        """Any layout will do: the matrix is compressed from a dense copy."""
+        """Return None: the matrix is compressed from a dense copy, which any layout can give."""
         return None
 
     def build(self, form: WeightLayout) -> Product:
-        """Compress a dense copy, which is freed at once."""
+        """Compress a dense copy, which is freed afterwards."""
         return CuSparseLtProduct.of(form, TorchOperators())
 
 
 @dataclass(frozen=True)
 class CuSparseLtProduct:
-    """A compressed matrix, with the algorithm of each bucket of tokens as it is needed."""
+    """A compressed matrix, with one algorithm per token bucket, searched on first use."""
 
     blob: Tensor
     form: WeightLayout
@@ -147,32 +147,28 @@ class CuSparseLtProduct:
 
     @classmethod
     def of(cls, form: WeightLayout, operators: Operators) -> CuSparseLtProduct:
-        """Compress the matrix of a form."""
+        """Compress the matrix of a layout."""
         return cls(operators.compress(_dense(form)), form, operators)
 
     @property
     def stored_bytes(self) -> int:
-        """The blob, beside the form."""
+        """Bytes of the compressed matrix."""
         return self.blob.nbytes
 
     def run(self, x: Float[Tensor, "tokens in"], bias: Tensor | None) -> Tensor:
-        """Multiply; tokens are padded to a multiple of 8."""
+        """Return `x @ W.T + bias`, [tokens, out]; tokens are padded to a multiple of 8."""
         tokens = x.shape[0]
         algorithm = self.algorithm_for(tokens)
         padded = _padded(x)
         out = self.operators.mm(self.blob, padded, bias, algorithm)
         return out if len(padded) == tokens else out[:tokens].contiguous()
 
-    def workspace_bytes(self, tokens: int) -> int:
-        """The padded input."""
-        return 0 if tokens % _PAD_TOKENS == 0 else (tokens + 7) * self.form.shape[1] * 2
-
     def settings(self, tokens: int) -> str:
-        """The algorithm."""
+        """Return the algorithm."""
         return str(self.algorithm_for(tokens))
 
     def algorithm_for(self, tokens: int) -> Algorithm:
-        """Return the algorithm of a bucket, searched and verified when it is first needed.
+        """Return the algorithm of a token bucket, searched and verified on first use.
 
         Raises:
             IncompatibleData: Every algorithm gives wrong results here.
@@ -204,21 +200,21 @@ class CuSparseLtProduct:
 
 
 def is_right(algorithm: Algorithm, product: CuSparseLtProduct, x: Tensor, dense: Tensor) -> bool:
-    """Whether an algorithm repeats itself, and errs at most twice as much as the dense product.
+    """Return whether an algorithm is deterministic with at most twice the dense product's error.
 
-    Both are compared with the product in float32; some algorithms of some versions are wrong, and
+    Both are compared with the product in float32. Some algorithms of some versions are wrong, and
     differ from run to run (pytorch#155333).
     """
     exact = x.float() @ dense.float().t()
     scale = exact.norm() + 1e-30
     allowed = 2 * ((x @ dense.t()).float() - exact).norm() / scale + 1e-6
     first: Tensor | None = None
-    for found in _repeats(algorithm, product, x):
-        if not (found.float() - exact).norm() / scale <= allowed:
+    for out in _repeats(algorithm, product, x):
+        if not (out.float() - exact).norm() / scale <= allowed:  # "not <=": NaN fails, too
             return False
-        if first is not None and not torch.equal(found, first):
+        if first is not None and not torch.equal(out, first):
             return False
-        first = found
+        first = out
     return True
 
 
@@ -252,8 +248,8 @@ assert torch.allclose(out, x @ weight.t(), atol=0.5, rtol=0.05)
 
 @functools.cache
 def _float16_survives() -> Support:
-    """Try float16 in a process of its own: where it fails it takes the CUDA context with it."""
-    done = subprocess.run([sys.executable, "-c", _TRIAL], capture_output=True, check=False)
-    if done.returncode == 0:
+    """Try float16 in a subprocess: a failure destroys the CUDA context."""
+    trial = subprocess.run([sys.executable, "-c", _TRIAL], capture_output=True, check=False)
+    if trial.returncode == 0:
         return Support(True, "float16 works here")
     return Support(False, "float16 fails in cuSPARSELt on this machine: use bfloat16")

@@ -1,7 +1,7 @@
-"""What a backend is: a kind of kernel that multiplies by a packed 2:4 matrix.
+"""The contract of a backend: a kind of kernel that multiplies by a packed 2:4 matrix.
 
-A backend is one file with one class, and one entry in `table.py`. Nothing falls back in silence: a
-backend that is not used gives its reason in one line.
+A backend is one class in one file, and one entry in `table.py`. There is no silent fallback: a
+backend that cannot be used returns the reason in one line.
 """
 
 from __future__ import annotations
@@ -17,44 +17,41 @@ from prunebench.sparse24.layouts import WeightLayout
 from prunebench.sparse24.packed import DTYPES, Packed24
 
 DECODE_TOKENS = 64
-"""Most tokens for which a product is bound by memory, and not by arithmetic."""
+"""Most tokens for which a product is bound by memory bandwidth, not by arithmetic."""
 
 MIN_CAPABILITY = (8, 0)
-"""2:4 in hardware, and bfloat16, begin with sm_80."""
+"""Sparse tensor cores and bfloat16 need sm_80."""
 
 
 @dataclass(frozen=True)
 class Support:
-    """Whether a backend can be used; `reason` says why not, or what to know."""
+    """Whether a backend can be used; `reason` is why not, or a remark."""
 
     ok: bool
     reason: str = ""
 
 
 class Product(Protocol):
-    """A layer's matrix, ready to be multiplied by."""
+    """Multiplies by the matrix of one layer."""
 
     @property
     def stored_bytes(self) -> int:
-        """Bytes that this backend stores beside the layer's own layout."""
+        """Bytes that the product stores in addition to the layer's layout."""
 
     def run(self, x: Float[Tensor, "tokens in"], bias: Tensor | None) -> Tensor:
-        """Return `x @ W.T + bias`, (tokens, out)."""
-
-    def workspace_bytes(self, tokens: int) -> int:
-        """Bytes that a call allocates and frees."""
+        """Return `x @ W.T + bias`, [tokens, out]."""
 
     def settings(self, tokens: int) -> str:
-        """How the kernel is started (algorithm, tiles, split); empty if there is no choice."""
+        """Return the launch parameters (algorithm, tiles, split); empty if there are none."""
 
 
 class Backend(Protocol):
     """A kind of kernel.
 
     Attributes:
-        name: As `--backend` takes it.
-        keeps_second_copy: Whether its product stores the weight once more, in a form of its own;
-            such a backend is used only where memory is traded for speed.
+        name: The value of `--backend`.
+        keeps_second_copy: Whether its product stores the weight once more, in a format of its own;
+            such a backend is used only with `--storage speed`, or if forced.
     """
 
     name: str
@@ -64,24 +61,24 @@ class Backend(Protocol):
         """Return whether it runs on this device at all."""
 
     def takes(self, shape: tuple[int, int], dtype: torch.dtype, tokens: int) -> Support:
-        """Return whether it takes a matrix (out, in) and that many tokens."""
+        """Return whether it supports a matrix (out, in) and a number of tokens."""
 
     def layout(self, packed: Packed24) -> WeightLayout | None:
-        """Return the weight in the layout that the kernel reads; None if it reads any."""
+        """Return the weight in the layout that the kernel reads; None if it accepts any."""
 
     def build(self, form: WeightLayout) -> Product:
-        """Return the product by a matrix."""
+        """Return a product by the matrix."""
 
 
 def takes_dtype(dtype: torch.dtype) -> Support:
-    """Say whether weights of a dtype can be packed."""
+    """Return whether weights of a dtype can be packed."""
     if dtype in DTYPES:
         return Support(True)
     return Support(False, f"weights are {str(dtype).removeprefix('torch.')}, not 16 bits")
 
 
 def has_tensor_cores(device: torch.device) -> Support:
-    """Say whether a device is a CUDA device of sm_80 or newer."""
+    """Return whether a device is a CUDA device of sm_80 or newer."""
     if device.type != "cuda":
         return Support(False, f"the device is {device.type}, not cuda")
     if not torch.cuda.is_available():

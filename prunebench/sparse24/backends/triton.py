@@ -1,9 +1,9 @@
-"""`triton`: our own kernel for 1 to 64 tokens, and the order of the weights that it reads.
+"""`triton`: our own kernel for 1 to 64 tokens, and the tiled layout that it reads.
 
-A product by few tokens is bound by the bytes of the weights: 4.5 instead of 8 a group of four
-allow 1.78 times the speed. The kernel loads the packed form and makes dense columns in registers.
-Tiles are contiguous in memory, and hold no more bytes than the canonical form: the inputs are
-padded to a multiple of 256 and the outputs to whole tiles, which is counted.
+A product by few tokens is bound by the bytes of the weights: 4.5 instead of 8 per group of four
+allow a speedup of up to 1.78. The kernel loads packed tiles and builds dense columns in registers.
+Tiles are contiguous in memory and take as many bytes as the file layout, but for the padding: of
+the inputs to a multiple of 256 and of the outputs to whole tiles. `stored_bytes` includes it.
 """
 
 from __future__ import annotations
@@ -28,17 +28,17 @@ from prunebench.sparse24.backends.protocol import (
 from prunebench.sparse24.layouts import WeightLayout
 from prunebench.sparse24.packed import Packed24, join_codes, split_codes, unpack24
 
-SUPER = 256
-_META = {2: torch.uint8, 4: torch.int16, 8: torch.int32}  # STEPS codes of 4 bits
-_FILL = 0b0100
-_PROGRAMS = 396  # three a multiprocessor of an H100 or H200
+SUPER = 256  # inputs whose codes are loaded together
+_META = {2: torch.uint8, 4: torch.int16, 8: torch.int32}  # by STEPS: so many codes of 4 bits
+_FILL = 0b0100  # code of padding: positions 0 and 1, of values that are 0
+_PROGRAMS = 396  # three per multiprocessor of an H100 or H200
 
 
 @dataclass(frozen=True)
 class Tiling:
     """Rows and inputs of a tile; with 64 or 128 inputs a strided dot has 16 or 32 terms.
 
-    32 x 64 are 16 bytes of words for each thread of four warps: the widest load there is.
+    32 x 64 are 16 bytes of words per thread of four warps: the widest load.
     """
 
     rows: int = 32
@@ -57,7 +57,7 @@ class Tiling:
 
 @dataclass(frozen=True)
 class Launch:
-    """How the kernel is started: shares of the inputs, warps, stages of its pipeline."""
+    """Launch parameters: splits of the input dimension (split-K), warps, pipeline stages."""
 
     split: int = 1
     warps: int = 4
@@ -66,12 +66,13 @@ class Launch:
 
 @dataclass(frozen=True, eq=False)
 class TiledLayout:
-    """A 2:4 matrix in the order that the kernel reads.
+    """A 2:4 matrix [N, K] in the layout that the kernel reads.
 
     Attributes:
-        words: int32 [N/rows, K/256, steps, rows, lanes], two kept values a word.
-        meta: Codes, [N/rows, K/256, rows, lanes], of as many bytes as `steps` codes take.
-        shape: Outputs and inputs, without padding.
+        words: int32 [N/rows, K/256, steps, rows, lanes], the two kept values of a group each.
+        meta: [N/rows, K/256, rows, lanes], the codes of the same lane in all `steps` tiles of 256
+            inputs, 4 bits each.
+        shape: (out, in) without padding.
     """
 
     words: Tensor
@@ -82,19 +83,29 @@ class TiledLayout:
 
     @classmethod
     def of(cls, packed: Packed24, tiling: Tiling) -> TiledLayout:
-        """Put a packed matrix in order."""
+        """Pad and reorder a packed matrix into tiles.
+
+        The group index of a row is (super, step, lane): a super has 256 inputs, a tile of it
+        `tiling.columns`. Rows move inside, so that a tile is contiguous: a program of the kernel
+        owns `tiling.rows` rows and walks over supers and steps. The codes of the steps of a super
+        share one element of `meta`, which therefore has the shape of a tile of words, and is loaded
+        once for all steps.
+        """
         rows, width = packed.shape
+        # groups up to a whole super (on the right), rows up to a whole tile (at the bottom)
         more = (0, -width // 4 % (SUPER // 4), 0, -rows % tiling.rows)
         pad = torch.nn.functional.pad
-        words = pad(packed.values.contiguous().view(torch.int32), more)
-        codes = pad(split_codes(packed), more, value=_FILL)
+        words = pad(packed.values.contiguous().view(torch.int32), more)  # [N, K/4], padded
+        codes = pad(split_codes(packed), more, value=_FILL)  # [N, K/4], padded
         tiles, supers = words.shape[0] // tiling.rows, words.shape[1] * 4 // SUPER
         split = (tiles, tiling.rows, supers, tiling.steps, tiling.lanes)
         meta = torch.zeros(tiles, supers, tiling.rows, tiling.lanes, dtype=torch.int32)
         meta = meta.to(packed.device)
+        # [steps, tiles, supers, rows, lanes]
         for step, part in enumerate(codes.view(split).permute(3, 0, 2, 1, 4)):
             meta |= part.to(torch.int32) << 4 * step
         return cls(
+            # [tiles, supers, steps, rows, lanes]
             words.view(split).permute(0, 2, 3, 1, 4).contiguous(),
             meta.to(_META[tiling.steps]),
             packed.shape,
@@ -103,28 +114,30 @@ class TiledLayout:
 
     @property
     def device(self) -> torch.device:
-        """Where it is."""
+        """The device of the tensors."""
         return self.words.device
 
     @property
     def stored_bytes(self) -> int:
-        """By storage, padding included."""
+        """Bytes of words and codes, padding included."""
         return self.words.nbytes + self.meta.nbytes
 
     def packed(self) -> Packed24:
-        """Return the canonical form."""
+        """Return the matrix in the file layout."""
         tiles, supers, steps, rows, lanes = self.words.shape
         height, width = tiles * rows, supers * steps * lanes
+        # [tiles, rows, supers, steps, lanes] -> [N, K/4], padded
         words = self.words.permute(0, 3, 1, 2, 4).reshape(height, width)
         shifts = 4 * torch.arange(steps, dtype=torch.int32, device=self.device)
-        codes = self.meta.to(torch.int32)[..., None] >> shifts & 15
+        codes = self.meta.to(torch.int32)[..., None] >> shifts & 15  # [..., rows, lanes, steps]
+        # [tiles, rows, supers, steps, lanes] -> [N, K/4]
         codes = codes.permute(0, 2, 1, 4, 3).reshape(height, width).to(torch.uint8)
         outputs, groups = self.shape[0], self.shape[1] // 4
         values = words[:outputs, :groups].contiguous().view(self.dtype)
         return Packed24(values, join_codes(codes[:outputs, :groups].contiguous()))
 
     def write_dense(self, out: Float[Tensor, "out in"]) -> None:
-        """Unpack into `out`: one pass of a kernel where there is one."""
+        """Unpack into `out`, [out, in]: by a kernel on CUDA."""
         if self.device.type == "cuda":
             _kernels().unpack(self.words, self.meta, out)
         else:
@@ -135,7 +148,7 @@ class TritonBackend:
     """The backend.
 
     Args:
-        tiling: The order of the weights in its layout.
+        tiling: Of its layout.
     """
 
     name = "triton"
@@ -145,7 +158,7 @@ class TritonBackend:
         self.tiling = tiling or Tiling()
 
     def available(self, device: torch.device) -> Support:
-        """Supported on CUDA with Triton; on a CPU in Triton's interpreter, for tests."""
+        """Return support: CUDA with Triton, or a CPU in Triton's interpreter, for tests."""
         if importlib.util.find_spec("triton") is None:
             return Support(False, "triton is not installed")
         if device.type == "cpu" and interpreted():
@@ -153,7 +166,7 @@ class TritonBackend:
         return has_tensor_cores(device)
 
     def takes(self, shape: tuple[int, int], dtype: torch.dtype, tokens: int) -> Support:
-        """1 to 64 tokens; inputs that are padded by less than a tenth."""
+        """Return support: 1 to 64 tokens, and inputs that need at most 10% padding."""
         if tokens > DECODE_TOKENS:
             return Support(False, f"{tokens} tokens: the kernel is for 1 to {DECODE_TOKENS}")
         padded = -shape[1] % SUPER
@@ -162,7 +175,7 @@ class TritonBackend:
         return takes_dtype(dtype)
 
     def layout(self, packed: Packed24) -> WeightLayout | None:
-        """Return the tiles that the kernel reads."""
+        """Return the tiled layout."""
         return TiledLayout.of(packed, self.tiling)
 
     def build(self, form: WeightLayout) -> Product:
@@ -174,24 +187,24 @@ class TritonBackend:
 
 
 def interpreted() -> bool:
-    """Whether Triton's kernels run in its interpreter."""
+    """Return whether Triton's kernels run in its interpreter."""
     return os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 
 @dataclass(frozen=True)
 class TritonProduct:
-    """A matrix in order, with how the kernel is started for each count of tokens."""
+    """A tiled matrix, with the launch parameters by number of tokens."""
 
     form: TiledLayout
     launches: dict[int, Launch] = field(default_factory=dict)
 
     @property
     def stored_bytes(self) -> int:
-        """Nothing beside the form."""
+        """0: nothing beside the layer's layout."""
         return 0
 
     def run(self, x: Float[Tensor, "tokens in"], bias: Tensor | None) -> Tensor:
-        """Multiply 1 to 64 tokens."""
+        """Return `x @ W.T + bias`, [tokens, out], for 1 to 64 tokens."""
         launch, form = self.launch_for(x.shape[0]), self.form
         product: Tensor = _operator()(
             form.words, form.meta, x.contiguous(), bias, form.shape[0],
@@ -200,23 +213,18 @@ class TritonProduct:
         return product
 
     def launch_for(self, tokens: int) -> Launch:
-        """Return how the kernel is started."""
+        """Return the launch parameters for a number of tokens."""
         return self.launches.get(tokens) or default_launch(self.form)
 
     def settings(self, tokens: int) -> str:
-        """The tiles and how the kernel is started."""
-        # words: [N/rows, K/256, steps, rows, lanes], four inputs a lane
+        """Return tile sizes and launch parameters."""
+        # words: [N/rows, K/256, steps, rows, lanes], four inputs per lane
         rows, lanes = self.form.words.shape[3:]
         return f"{Tiling(rows, 4 * lanes)}, {self.launch_for(tokens)}"
 
-    def workspace_bytes(self, tokens: int) -> int:
-        """The sums of the shares, in float32."""
-        split = self.launch_for(tokens).split
-        return 4 * split * tokens * self.form.shape[0] if split > 1 else 0
-
 
 def default_launch(form: TiledLayout) -> Launch:
-    """Return a start with enough programs to fill the chip."""
+    """Return launch parameters with enough programs to fill the GPU."""
     tiles, supers = form.words.shape[:2]
     split = 1
     while tiles * split < _PROGRAMS and split * 2 <= min(supers, 8):
@@ -225,7 +233,7 @@ def default_launch(form: TiledLayout) -> Launch:
 
 
 def _kernels() -> Any:
-    """Import what needs Triton."""
+    """Import the kernels, which needs Triton."""
     from prunebench.sparse24.backends import triton_kernels as kernels
 
     return kernels
@@ -233,7 +241,7 @@ def _kernels() -> Any:
 
 @functools.cache
 def _operator() -> Any:
-    """Register the product as an operator of torch: `torch.compile` takes it as it is."""
+    """Register the product as a torch operator, opaque to `torch.compile`."""
 
     def decode(
         words: Tensor, meta: Tensor, x: Tensor, bias: Tensor | None, rows: int,

@@ -1,12 +1,12 @@
 """Triton kernels over tiles of a packed 2:4 matrix: decode, its reduction, and unpacking.
 
-Tiles (`TiledLayout`): `words` [N/BN, K/256, STEPS, BN, LANES], a 32-bit word for a group of four
+Tiles (`TiledLayout`): `words` [N/BN, K/256, STEPS, BN, LANES], a 32-bit word per group of four
 inputs: its two kept values. `meta` [N/BN, K/256, BN, LANES]: the codes of the same lane in the
 STEPS tiles of 256 inputs, 4 bits each, so that a tile of codes has the shape of a tile of words and
-is loaded once for all of them. A product is four strided dots: the columns j of all groups are
-made in registers from the two values and their places, and multiplied by x[:, j::4].
+is loaded once for all of them. A product is four strided dots: column j of all groups is built in
+registers from the two values and their positions, and multiplied by x[:, j::4].
 
-This module is imported only where Triton is there. `TRITON_INTERPRET=1` runs it on a CPU.
+Imported only if Triton is installed. `TRITON_INTERPRET=1` runs it on a CPU.
 """
 
 import os
@@ -20,7 +20,7 @@ WIDE = os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 @triton.jit
 def _column(word, code, j, dtype: tl.constexpr):
-    """Return column j of every group: the value kept there, or zero."""
+    """Return element j of every group, [BN, LANES]: the value kept there, or zero."""
     high = tl.where((code >> 2) == j, word >> 16, 0)
     bits = tl.where((code & 3) == j, word, high)
     return bits.to(tl.int16).to(dtype, bitcast=True)
@@ -32,7 +32,7 @@ def _dot_kernel(
     BN: tl.constexpr, LANES: tl.constexpr, STEPS: tl.constexpr, BT: tl.constexpr,
     SPLIT: tl.constexpr, HAS_BIAS: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    """Multiply a tile of rows by up to BT tokens with tensor cores, over a share of the inputs."""
+    """Multiply a tile of rows by up to BT tokens with tensor cores, over a split of the inputs."""
     tile, part = tl.program_id(0), tl.program_id(1)
     rows, lanes, toks = tl.arange(0, BN), tl.arange(0, LANES), tl.arange(0, BT)
     inside = rows[:, None] * LANES + lanes[None, :]
@@ -51,10 +51,10 @@ def _dot_kernel(
                 taken = (column < k)[:, None] & (toks < tokens)[None, :]
                 place = x + toks[None, :].to(tl.int64) * k + column[:, None]
                 weight = _column(word, code, j, dtype)
-                given = tl.load(place, mask=taken, other=0.0)
-                if WIDE:  # the interpreter takes bfloat16 in a dot for integers
-                    weight, given = weight.to(tl.float32), given.to(tl.float32)
-                total = tl.dot(weight, given, total)
+                inputs = tl.load(place, mask=taken, other=0.0)  # x[:, j::4].T: [LANES, BT]
+                if WIDE:  # the interpreter treats bfloat16 in a dot as integers
+                    weight, inputs = weight.to(tl.float32), inputs.to(tl.float32)
+                total = tl.dot(weight, inputs, total)  # [BN, BT]
     row = tile * BN + rows
     inner = (row < n)[:, None] & (toks < tokens)[None, :]
     if HAS_BIAS:
@@ -75,8 +75,8 @@ def _fma_kernel(
     inside = rows[:, None] * LANES + lanes[None, :]
     dtype = x.dtype.element_ty
     share = tl.cdiv(supers, SPLIT)
-    one = tl.zeros((BN, LANES), dtype=tl.float32)
-    two = tl.zeros((BN, LANES), dtype=tl.float32)
+    sum0 = tl.zeros((BN, LANES), dtype=tl.float32)  # token 0
+    sum1 = tl.zeros((BN, LANES), dtype=tl.float32)  # token 1
     for s in range(part * share, min(supers, (part + 1) * share)):
         base = tile.to(tl.int64) * supers + s
         codes = tl.load(meta + base * BN * LANES + inside).to(tl.int32)
@@ -87,26 +87,26 @@ def _fma_kernel(
             for j in tl.static_range(4):
                 column = first + j
                 weight = _column(word, code, j, dtype).to(tl.float32)
-                one += weight * tl.load(x + column, mask=column < k, other=0.0).to(tl.float32)
+                sum0 += weight * tl.load(x + column, mask=column < k, other=0.0).to(tl.float32)
                 if BT == 2:
                     second = tl.load(x + k + column, mask=column < k, other=0.0)
-                    two += weight * second.to(tl.float32)
+                    sum1 += weight * second.to(tl.float32)
     row = tile * BN + rows
     added = tl.zeros((BN,), dtype=tl.float32)
     if HAS_BIAS:
         added += tl.load(bias + row, mask=row < n, other=0.0).to(tl.float32)
     place = out + part.to(tl.int64) * tokens * n + row
     kind = out.dtype.element_ty
-    tl.store(place, (tl.sum(one, axis=1) + added).to(kind), mask=row < n)
+    tl.store(place, (tl.sum(sum0, axis=1) + added).to(kind), mask=row < n)
     if BT == 2:
-        tl.store(place + n, (tl.sum(two, axis=1) + added).to(kind), mask=row < n)
+        tl.store(place + n, (tl.sum(sum1, axis=1) + added).to(kind), mask=row < n)
 
 
 @triton.jit
 def _reduce_kernel(
     parts, bias, out, n, size, SPLIT: tl.constexpr, HAS_BIAS: tl.constexpr, BLOCK: tl.constexpr
 ):
-    """Add up the shares of the inputs, in order: the sum does not change from run to run."""
+    """Sum the splits in a fixed order: the result does not change from run to run."""
     place = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inner = place < size
     total = tl.zeros((BLOCK,), dtype=tl.float32)
@@ -142,21 +142,21 @@ def _unpack_kernel(
 
 
 def multiply(words, meta, x, bias, *, rows, split, warps, stages):
-    """Return x @ W.T + bias, (tokens, rows), for 1 to 64 contiguous tokens."""
+    """Return x @ W.T + bias, [tokens, rows], for 1 to 64 contiguous tokens."""
     tokens, width = x.shape
     tiles, supers, steps, block, lanes = words.shape
     out = torch.empty(tokens, rows, dtype=x.dtype, device=x.device)
     target = out
     if split > 1:
         target = torch.empty(split, tokens, rows, dtype=torch.float32, device=x.device)
-    few = tokens <= 2
-    kernel = _fma_kernel if few else _dot_kernel
-    here = bias is not None and split == 1
+    without_dot = tokens <= 2
+    kernel = _fma_kernel if without_dot else _dot_kernel
+    add_bias = bias is not None and split == 1  # else the reduction adds it
     kernel[(tiles, split)](
-        words, meta, x, bias if here else x, target, rows, width, tokens, supers,
+        words, meta, x, bias if add_bias else x, target, rows, width, tokens, supers,
         BN=block, LANES=lanes, STEPS=steps,
-        BT=tokens if few else max(16, triton.next_power_of_2(tokens)),
-        SPLIT=split, HAS_BIAS=here, WIDE=WIDE, num_warps=warps, num_stages=stages,
+        BT=tokens if without_dot else max(16, triton.next_power_of_2(tokens)),
+        SPLIT=split, HAS_BIAS=add_bias, WIDE=WIDE, num_warps=warps, num_stages=stages,
     )  # fmt: skip
     if split > 1:
         size, step = tokens * rows, 1024

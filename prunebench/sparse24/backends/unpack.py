@@ -15,21 +15,21 @@ from prunebench.sparse24.packed import Packed24
 
 
 class Reference:
-    """Unpack into new memory, then multiply: what the other backends are compared with."""
+    """Unpack into new memory, then multiply: the reference of the other backends, on any device."""
 
     name = "reference"
     keeps_second_copy = False
 
     def available(self, device: torch.device) -> Support:
-        """Supported on every device."""
+        """Return support: every device."""
         return Support(True)
 
     def takes(self, shape: tuple[int, int], dtype: torch.dtype, tokens: int) -> Support:
-        """Every shape, dtype and number of tokens."""
+        """Return support: every shape, dtype and number of tokens."""
         return Support(True)
 
     def layout(self, packed: Packed24) -> WeightLayout | None:
-        """Any layout will do."""
+        """Return None: any layout is accepted."""
         return None
 
     def build(self, form: WeightLayout) -> Product:
@@ -40,7 +40,7 @@ class Reference:
 class Decompress:
     """Unpack a layer into a workspace that all layers share, then multiply dense.
 
-    Keeps the gain in memory on any GPU, for any number of tokens.
+    Saves memory on any GPU, for any number of tokens; no speedup.
     """
 
     name = "decompress"
@@ -50,17 +50,17 @@ class Decompress:
         self.workspace = Workspace()
 
     def available(self, device: torch.device) -> Support:
-        """Supported on CUDA; on a CPU it would be `reference` with a workspace of its own."""
+        """Return support on CUDA; on a CPU it has no advantage over `reference`."""
         if device.type != "cuda":
             return Support(False, f"the device is {device.type}, not cuda")
         return Support(True)
 
     def takes(self, shape: tuple[int, int], dtype: torch.dtype, tokens: int) -> Support:
-        """All 16-bit matrices."""
+        """Return support: all 16-bit matrices."""
         return takes_dtype(dtype)
 
     def layout(self, packed: Packed24) -> WeightLayout | None:
-        """Any layout will do."""
+        """Return None: any layout is accepted."""
         return None
 
     def build(self, form: WeightLayout) -> Product:
@@ -77,7 +77,7 @@ class UnpackedProduct:
 
     @property
     def stored_bytes(self) -> int:
-        """Nothing beside the layer's own layout."""
+        """0: nothing beside the layer's layout."""
         return 0
 
     def run(self, x: Float[Tensor, "tokens in"], bias: Tensor | None) -> Tensor:
@@ -89,11 +89,6 @@ class UnpackedProduct:
         self.form.write_dense(dense)
         return functional.linear(x, dense, bias)
 
-    def workspace_bytes(self, tokens: int) -> int:
-        """The dense matrix."""
-        rows, width = self.form.shape
-        return rows * width * self.form.dtype.itemsize
-
     def settings(self, tokens: int) -> str:
-        """There is no choice."""
+        """Return "": there are no launch parameters."""
         return ""

@@ -1,0 +1,31 @@
+"""What a plug-in needs, in one import.
+
+    from prunebench.plugin import LayerPruner, Needs, keep_rows
+
+Subclass `LayerPruner` (one matrix at a time) or `GroupPruner` (the linears that read one input), or
+implement `Pruner`. `prunebench check NAME` runs the contract tests on the result.
+"""
+
+from __future__ import annotations
+
+from prunebench.calibration.stats import InputStats
+from prunebench.pruners.keep import keep_group, keep_largest, keep_matrix, keep_rows
+from prunebench.pruners.layer import GroupPruner, LayerPruner
+from prunebench.pruners.protocol import LayerEvent, Needs, Pruned, Pruner, PruneReport
+from prunebench.sparsity import Sparsity
+
+__all__ = [
+    "GroupPruner",
+    "InputStats",
+    "LayerEvent",
+    "LayerPruner",
+    "Needs",
+    "PruneReport",
+    "Pruned",
+    "Pruner",
+    "Sparsity",
+    "keep_group",
+    "keep_largest",
+    "keep_matrix",
+    "keep_rows",
+]
