@@ -12,7 +12,6 @@ import pytest
 
 from benchmarks.generated import generate_result
 from prunebench.errors import MissingResource
-from prunebench.results.compare import Selection
 from prunebench.results.published import PublishedValue
 from prunebench.results.report.curve_chart import curves_of, learning_curves
 from prunebench.results.report.data import build_report, pareto_front
@@ -29,6 +28,7 @@ from prunebench.results.report.heat import heat_map
 from prunebench.results.report.heat_chart import HeatScale, loss_scale, ratio_scale
 from prunebench.results.report.page import drawings_of, render_page
 from prunebench.results.schema import LayerSparsity, TrainingBlock, TrainingPoint
+from prunebench.results.selection import Selection
 from prunebench.results.store import ResultStore
 from prunebench.spec import RunSpec
 from tests.test_results import make_result

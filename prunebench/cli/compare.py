@@ -17,7 +17,8 @@ from prunebench.cli.stored import require_results
 from prunebench.errors import UsageError, nearest
 from prunebench.results import render
 from prunebench.results.bench_schema import read_benches
-from prunebench.results.compare import Selection, Table, compare
+from prunebench.results.compare import Table, compare
+from prunebench.results.selection import Selection
 from prunebench.results.store import ResultStore
 
 if TYPE_CHECKING:

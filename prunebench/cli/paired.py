@@ -12,10 +12,10 @@ import typer
 from prunebench.cli.console import wide_console
 from prunebench.cli.exit_codes import say
 from prunebench.errors import IncompatibleData, UsageError, nearest
-from prunebench.results.compare import Selection
 from prunebench.results.paired import LEVEL, RESAMPLES, Comparison, Pairing, pair, read_sides
 from prunebench.results.render import MISSING, column_title, number
 from prunebench.results.schema import Result
+from prunebench.results.selection import Selection
 from prunebench.results.store import Damaged, ResultStore, read_result
 
 _KEYS = ("metric", "protocol")

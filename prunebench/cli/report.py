@@ -11,7 +11,7 @@ from prunebench.cli.exit_codes import say
 from prunebench.cli.stored import require_results
 from prunebench.errors import SaveError
 from prunebench.files import require_writable, write_text
-from prunebench.results.compare import Selection
+from prunebench.results.selection import Selection
 from prunebench.results.store import ResultStore
 
 _DEFAULT = Path("report.html")

@@ -10,7 +10,8 @@ import math
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from prunebench.results.compare import Cell, CellScore, Table
+from prunebench.results.cell_score import CellScore
+from prunebench.results.compare import Cell, Table
 
 MISSING = "-"
 _METRIC_NAMES = {"token_ppl": "ppl"}

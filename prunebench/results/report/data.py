@@ -8,11 +8,12 @@ from dataclasses import dataclass
 
 from prunebench.errors import UsageError
 from prunebench.results.cell_score import CellScore
-from prunebench.results.compare import Cell, Selection, Table, compare
+from prunebench.results.compare import Cell, Table, compare
 from prunebench.results.published import PublishedValue
 from prunebench.results.render import column_title, setting_text
 from prunebench.results.report.heat import HeatMap, heat_map
 from prunebench.results.schema import Result
+from prunebench.results.selection import Selection
 from prunebench.sparsity import Sparsity
 
 MAX_ROWS = 30  # more than these in one figure cannot be told apart
