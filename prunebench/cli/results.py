@@ -22,7 +22,9 @@ Rebuilt from the result files beside it by `prunebench results table`; do not ed
 
 """
 
-app = typer.Typer(help="Check and tabulate result files.", no_args_is_help=True)
+app = typer.Typer(
+    help="Check and tabulate result files.", no_args_is_help=True, add_completion=False
+)
 
 _Folder = Annotated[
     Path, typer.Option(envvar="PRUNEBENCH_RESULTS_DIR", help="Folder of the shared table.")

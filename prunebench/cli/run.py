@@ -4,21 +4,18 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from prunebench.cli.config import collect, print_config, settle_dtype
-from prunebench.cli.dry_run import print_dry_run, print_resume_info
 from prunebench.cli.exit_codes import command_line
 from prunebench.cli.options import KEEP, PLACE, RUN, takes_options
-from prunebench.cli.progress import choose_progress
-from prunebench.cli.summary import print_summary
-from prunebench.distributed import device_of, rank
 from prunebench.errors import UsageError
-from prunebench.results.schema import Result
 from prunebench.run_options import RUN_OPTIONS, spec_of
 from prunebench.spec import Setup
+
+if TYPE_CHECKING:
+    from prunebench.results.schema import Result
 
 
 @takes_options(RUN_OPTIONS.values())
@@ -79,6 +76,12 @@ def run_command(
 
     Every option but --set and --save-* may also be given as PRUNEBENCH_<OPTION> in the environment.
     """
+    from prunebench.cli.config import collect, print_config, settle_dtype
+    from prunebench.cli.dry_run import print_dry_run, print_resume_info
+    from prunebench.cli.progress import choose_progress
+    from prunebench.cli.summary import print_summary
+    from prunebench.distributed import device_of, rank
+
     values, sources = collect(ctx, recipe)
     spec = spec_of(values)
     if show_config:
