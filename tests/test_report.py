@@ -130,7 +130,7 @@ def test_what_cannot_be_told_from_the_best_is_marked_and_said():
     rows += [make_result(method="magnitude", seed=s, value=40.2 + s) for s in (0, 1)]
     page = page_of(rows)
     assert '<span aria-hidden="true">~</span>' in page
-    assert "not to be told from the best: </span>40.70 ± 0.71" in page
+    assert "within noise of the best: </span>40.70 ± 0.71" in page
 
 
 def test_accuracies_have_bars_with_error_bars_beside_dense():

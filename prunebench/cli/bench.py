@@ -130,7 +130,7 @@ def _print_summary(found: Bench, result: Any, filed: Path | None) -> None:
     for warning in found.environment["warnings"]:
         say(f"warning: {warning}")
     if filed:
-        typer.echo(f"  filed as {filed}")
+        typer.echo(f"  saved to {filed}")
 
 
 def _storage_lines(found: Bench) -> list[str]:

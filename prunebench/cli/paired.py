@@ -112,10 +112,10 @@ def _values(row: Comparison) -> tuple[str, str, str, str]:
         error = "" if row.stderr is None else f" ± {100 * row.stderr:.1f}"
         points = f"{100 * row.difference:+.1f}{error} points"
         return f"{row.a:.1%}", f"{row.b:.1%}", points, f"{row.a_alone} / {row.b_alone}"
-    times = f"{_ratio(row.ratio)} times"
+    ratio = f"{_ratio(row.ratio)}x"
     if row.ratio_low is not None and row.ratio_high is not None:
-        times += f" [{_ratio(row.ratio_low)}, {_ratio(row.ratio_high)}]"
-    return number(row.a), number(row.b), times, MISSING
+        ratio += f" [{_ratio(row.ratio_low)}, {_ratio(row.ratio_high)}]"
+    return number(row.a), number(row.b), ratio, MISSING
 
 
 def _ratio(value: float) -> str:

@@ -32,8 +32,8 @@ def print_summary(result: Result, path: Path, setup: Any, *, masks: str | None =
     for score in result.scores:
         line = f"  {column_title(f'{score.metric} {score.protocol}')}  {number(score.value)}"
         if name != "dense" and score.dense_value:
-            times = score.value / score.dense_value
-            line += f"  (dense {number(score.dense_value)}, {number(times)} times"
+            ratio = score.value / score.dense_value
+            line += f"  (dense {number(score.dense_value)}, {number(ratio)}x"
             before = [
                 number(one.value)
                 for one in (result.training.prior_scores if result.training else [])
@@ -71,8 +71,8 @@ def print_summary(result: Result, path: Path, setup: Any, *, masks: str | None =
         ("allocation", setup.save_allocation),
     ):
         if place:
-            typer.echo(f"  {kind} saved as {place}")
-    typer.echo(f"  filed as {path}")
+            typer.echo(f"  {kind} saved to {place}")
+    typer.echo(f"  saved to {path}")
 
 
 def _print_masks(result: Result, masks: str) -> None:

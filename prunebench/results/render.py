@@ -27,7 +27,7 @@ _SETTING_NAMES = {
 }
 LEGEND = (
     "mean ± std over seeds, (difference to dense); best of its sparsity in bold; "
-    "~ not to be told from the best one (2 standard errors)"
+    "~ within noise of the best (2 standard errors)"
 )
 _LEGEND_BENCH = (
     "bytes: of the dense model's, computed; decode, prefill: times the speed of dense, both in one "
