@@ -20,7 +20,7 @@ from prunebench.results.report.drawing import (
     Line,
     Mark,
     fit,
-    heat_colour,
+    heat_color,
     text_width,
     to_svg,
 )
@@ -350,7 +350,7 @@ def test_uniform_runs_without_loss_have_no_heat_map():
     assert heat_map([("run", with_layers(plain, allocation="owl"))]).runs[0].losses == ()
 
 
-def test_equal_ratios_are_one_colour_in_the_middle():
+def test_equal_ratios_are_one_color_in_the_middle():
     heat = heat_map([("run", with_layers([layer("l.0.q", 10, loss=0.0), layer("l.1.q", 10)]))])
     scale = ratio_scale(heat.runs[0])
     assert scale.share(0.5) == pytest.approx(0.5)
@@ -366,8 +366,8 @@ def test_the_newest_run_of_a_cell_is_shown():
     assert run.result_id == rows[0].id
 
 
-def test_colours_go_from_dark_to_bright():
-    assert (heat_colour(0.0), heat_colour(0.5), heat_colour(2.0)) == (
+def test_colors_go_from_dark_to_bright():
+    assert (heat_color(0.0), heat_color(0.5), heat_color(2.0)) == (
         "#440154",
         "#21918c",
         "#fde725",

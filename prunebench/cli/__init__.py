@@ -18,7 +18,7 @@ from prunebench.cli.lazy import LazyGroup
 
 class _Commands(LazyGroup):
     commands_by_name = {
-        "run": ("run:run_command", "Prune a model, measure what it cost, and file the result."),
+        "run": ("run:run_command", "Prune a model, measure what it cost, and save the result."),
         "sweep": (
             "sweep:sweep_command",
             "Run the cells of a recipe that are not finished yet, each in a process of its own.",
@@ -38,7 +38,7 @@ class _Commands(LazyGroup):
         "list": ("listing:list_command", "List methods, allocators, models or texts."),
         "bench": (
             "bench:bench_command",
-            "Say what a pruned checkpoint costs and buys: quality, bytes and measured speed.",
+            "Measure a pruned checkpoint against the dense model: quality, bytes and speed.",
         ),
         "inspect": (
             "inspect:inspect_command",
@@ -51,7 +51,7 @@ class _Commands(LazyGroup):
         ),
         "clean": (
             "clean:clean_command",
-            "Remove what interrupted runs have kept to go on from; runs that are at work stay.",
+            "Remove what interrupted runs have saved to resume from, except of running processes.",
         ),
         "check": (
             "check:check_command",

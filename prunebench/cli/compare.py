@@ -75,8 +75,8 @@ def compare_command(
         return
     selection = Selection.parse(selectors or [])
     results, damaged = ResultStore(results_dir).read(layers=False)
-    for one in damaged:
-        say(f"warning: {one.path} is skipped: {one.reason}")
+    for file in damaged:
+        say(f"warning: {file.path} is skipped: {file.reason}")
     benches, broken = read_benches(results_dir)
     for path, reason in broken:
         say(f"warning: {path} is skipped: {reason}")

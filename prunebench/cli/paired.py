@@ -23,7 +23,7 @@ _USE = "as in prunebench compare --paired 4981b998 ccb34dfc metric=acc"
 
 
 def compare_paired(words: Sequence[str], *, results_dir: Path, as_json: bool) -> None:
-    """Compare two results, or one with its dense model, and print what can be told.
+    """Compare two results, or one with its dense model, and print which differences are noise.
 
     Raises:
         UsageError: Not one or two results are named, or a name is unknown or ambiguous.
@@ -150,7 +150,7 @@ def _notes(pairing: Pairing) -> list[str]:
     for protocol, (a, b) in pairing.unmatched.items():
         lines.append(f"{protocol}: no item matches ({a:,} in A, {b:,} in B)")
     lines += [
-        f"{one}: not compared: neither 0 or 1 nor a loss, or not finite"
-        for one in pairing.uncompared
+        f"{column}: not compared: neither 0 or 1 nor a loss, or not finite"
+        for column in pairing.uncompared
     ]
     return list(dict.fromkeys(lines))

@@ -49,13 +49,13 @@ def report_command(
     if page:
         _require_free(page, force=force)
     results, damaged = ResultStore(results_dir).read()
-    for one in damaged:
-        say(f"warning: {one.path} is skipped: {one.reason}")
+    for file in damaged:
+        say(f"warning: {file.path} is skipped: {file.reason}")
     from prunebench.results.published import published_values
     from prunebench.results.report.data import build_report
     from prunebench.results.report.page import render_page
 
-    skipped = [(one.path.relative_to(results_dir).as_posix(), one.reason) for one in damaged]
+    skipped = [(file.path.relative_to(results_dir).as_posix(), file.reason) for file in damaged]
     report = build_report(results, selection, published=published_values(), skipped=skipped)
     if figures:
         from prunebench.results.report.figures import require_figures, write_figures

@@ -1,4 +1,4 @@
-"""What `prunebench run` says at its end."""
+"""The summary that `prunebench run` prints at its end."""
 
 from __future__ import annotations
 
@@ -35,9 +35,9 @@ def print_summary(result: Result, path: Path, setup: Any, *, masks: str | None =
             ratio = score.value / score.dense_value
             line += f"  (dense {number(score.dense_value)}, {number(ratio)}x"
             before = [
-                number(one.value)
-                for one in (result.training.prior_scores if result.training else [])
-                if (one.metric, one.protocol) == (score.metric, score.protocol)
+                number(prior.value)
+                for prior in (result.training.prior_scores if result.training else [])
+                if (prior.metric, prior.protocol) == (score.metric, score.protocol)
             ]
             line += "".join(f"; the prior {value}" for value in before) + ")"
         typer.echo(line)
@@ -49,13 +49,15 @@ def print_summary(result: Result, path: Path, setup: Any, *, masks: str | None =
     if masks:
         _print_masks(result, masks)
     if result.execution:
-        one = result.execution
-        served = ", ".join(f"{count} by {name}" for name, count in sorted(one.backends.items()))
+        execution = result.execution
+        served = ", ".join(
+            f"{count} by {name}" for name, count in sorted(execution.backends.items())
+        )
         typer.echo(
             f"  scored with packed 2:4 weights: {served}; "
-            f"{one.stored_bytes / one.dense_bytes:.4f} of their dense bytes"
+            f"{execution.stored_bytes / execution.dense_bytes:.4f} of their dense bytes"
         )
-        for name, reason in list(one.dense_layers.items())[:3]:
+        for name, reason in list(execution.dense_layers.items())[:3]:
             typer.echo(f"  stayed dense: {name}: {reason}")
     if result.method and result.method.events:
         kinds = sorted({event.kind for event in result.method.events})
@@ -76,7 +78,7 @@ def print_summary(result: Result, path: Path, setup: Any, *, masks: str | None =
 
 
 def _print_masks(result: Result, masks: str) -> None:
-    """Say whose masks were read: repository and commit, or file and hash."""
+    """Print where the masks came from: repository and commit, or file and hash."""
     for option, title in _MASKS.items():
         origin = str(result.spec.method_options.get(option))
         if origin.startswith("hub:"):

@@ -114,7 +114,7 @@ class Table:
 
     @property
     def has_bench(self) -> bool:
-        """Whether a row says what it takes and how fast it is."""
+        """Whether any row has bytes and speed."""
         return any(cell.bench for cell in self.cells)
 
 
@@ -140,8 +140,8 @@ def compare(
         raise nothing_selected([r for r in results if r.status == "ok"], selection)
     tables = []
     for model in sorted({r.spec.model for r in chosen}):
-        mine = [r for r in chosen if r.spec.model == model]
-        cells = _with_dense([_fold(group, selection, benches or {}) for group in _cells(mine)])
+        of_model = [r for r in chosen if r.spec.model == model]
+        cells = _with_dense([_fold(group, selection, benches or {}) for group in _cells(of_model)])
         tables.append(_table(model, cells))
     return tables
 
@@ -167,7 +167,7 @@ def _fold(results: list[Result], selection: Selection, benches: Mapping[str, Ben
     settings = {name: getattr(first, name) for name in _SETTINGS} | {"method_options": options}
     if first.calibration is None and results[0].training is None:
         settings["calibration_bos"] = None  # it reads no windows
-    found = next((benches[r.id] for r in reversed(results) if r.id in benches), None)
+    bench = next((benches[r.id] for r in reversed(results) if r.id in benches), None)
     ratios = [r.sparsity.realised_ratio for r in results if r.sparsity]
     return Cell(
         model=first.model,
@@ -179,7 +179,7 @@ def _fold(results: list[Result], selection: Selection, benches: Mapping[str, Ben
         prune_seconds=statistics.median(seconds) if seconds else None,
         devices=tuple(sorted({r.hardware.device for r in results})),
         result_ids=tuple(sorted(r.id for r in results)),
-        bench=CellBench.of(found) if found else None,
+        bench=CellBench.of(bench) if bench else None,
     )
 
 
@@ -188,14 +188,14 @@ def _with_dense(cells: list[Cell]) -> list[Cell]:
     rows: dict[tuple[Any, ...], Cell] = {}
     for cell in cells:
         key = (cell.settings["dtype"], cell.settings["model_revision"])
-        known = rows.get(key)
-        scores = dict(known.scores) if known else {}
+        row = rows.get(key)
+        scores = dict(row.scores) if row else {}
         for column, score in cell.scores.items():
             dense = score.of_dense()
             if dense and (column not in scores or cell.method == "dense"):
                 scores[column] = dense
         settings = dict.fromkeys(_SETTINGS) | {"dtype": key[0], "model_revision": key[1]}
-        ids = cell.result_ids if cell.method == "dense" else (known.result_ids if known else ())
+        ids = cell.result_ids if cell.method == "dense" else (row.result_ids if row else ())
         rows[key] = Cell(cell.model, "dense", "0", settings, scores, 0.0, None, (), ids)
     return [*rows.values(), *(cell for cell in cells if cell.method != "dense")]
 
@@ -252,18 +252,20 @@ def _with_shown(cells: list[Cell]) -> tuple[list[Cell], dict[str, dict[str, Any]
     usual: dict[str, dict[str, Any]] = {}
     shown = [dict(cell.settings) for cell in cells]
     for name, owner in _OWNERS.items():
-        rivals: dict[str | None, list[int]] = {}
+        groups: dict[str | None, list[int]] = {}
         for place, cell in enumerate(cells):
-            rivals.setdefault(_owner(cell, owner), []).append(place)
-        for who, places in rivals.items():
+            groups.setdefault(_owner(cell, owner), []).append(place)
+        for who, places in groups.items():
             options: list[dict[str, Any]] = [cells[place].settings[name] or {} for place in places]
             varying, most = _varying(options)
             if most:
                 usual[str(who)] = most
-            for place, own in zip(places, options, strict=True):
-                mine = {k: v for k, v in own.items() if k in varying and (k, v) not in most.items()}
-                shown[place][name] = mine or None
-    return [replace(c, shown=one) for c, one in zip(cells, shown, strict=True)], usual
+            for place, values in zip(places, options, strict=True):
+                varied = {
+                    k: v for k, v in values.items() if k in varying and (k, v) not in most.items()
+                }
+                shown[place][name] = varied or None
+    return [replace(c, shown=settings) for c, settings in zip(cells, shown, strict=True)], usual
 
 
 def _owner(cell: Cell, owner: str) -> str | None:
@@ -287,18 +289,18 @@ def _varying(rows: Sequence[Mapping[str, Any]]) -> tuple[set[str], dict[str, Any
 def _mark_best(cells: list[Cell], column: str) -> list[Cell]:
     """Mark the best value among the pruned rows of each sparsity, and what equals it in effect."""
     best: dict[str, CellScore] = {}
-    rivals: dict[str, int] = {}
+    row_counts: dict[str, int] = {}
     for cell in cells:
         score = cell.scores.get(column)
         if score is None or cell.method == "dense":
             continue
-        rivals[cell.sparsity] = rivals.get(cell.sparsity, 0) + 1
+        row_counts[cell.sparsity] = row_counts.get(cell.sparsity, 0) + 1
         if cell.sparsity not in best or score.loss < best[cell.sparsity].loss:
             best[cell.sparsity] = score
     marked = []
     for cell in cells:
         score = cell.scores.get(column)
-        if score is not None and cell.method != "dense" and rivals[cell.sparsity] > 1:
+        if score is not None and cell.method != "dense" and row_counts[cell.sparsity] > 1:
             top = best[cell.sparsity]
             score = replace(
                 score, best=score is top, within_noise=score is not top and score.in_noise_of(top)

@@ -58,11 +58,11 @@ class Selection:
         Raises:
             UsageError: A word is no selector, or its key is unknown.
         """
-        known = (*_SELECTORS, *_SCORE_KEYS)
+        keys = (*_SELECTORS, *_SCORE_KEYS)
         filters = read_selectors(words)
         for key in filters:
-            if key not in known and not key.startswith(OPTION):
-                raise UsageError(f"unknown selector {key!r}", fix=nearest(key, known))
+            if key not in keys and not key.startswith(OPTION):
+                raise UsageError(f"unknown selector {key!r}", fix=nearest(key, keys))
         return cls(filters)
 
     def takes(self, result: Result) -> bool:
@@ -92,8 +92,10 @@ def _value(key: str, result: Result) -> object:
 def _options_of(result: Result) -> dict[str, object]:
     """Return the options of method and allocator, named as in `--set`."""
     spec = result.spec
-    own: dict[str, object] = {k: v for k, v in spec.method_options.items() if k != "seed"}
-    return own | {f"allocation.{name}": value for name, value in spec.allocation_options.items()}
+    options: dict[str, object] = {k: v for k, v in spec.method_options.items() if k != "seed"}
+    return options | {
+        f"allocation.{name}": value for name, value in spec.allocation_options.items()
+    }
 
 
 def _matches(value: object, patterns: Iterable[str]) -> bool:
@@ -123,11 +125,13 @@ def nothing_selected(finished: Sequence[Result], selection: Selection) -> Missin
                 return MissingResource(
                     f"no result has an option {key}", where=where, fix=nearest(key, names)
                 )
-        known = _values(key, finished)
+        values_by_word = _values(key, finished)
         for pattern in patterns:
-            if not any(_matches(value, [pattern]) for value in known.values()):
+            if not any(_matches(value, [pattern]) for value in values_by_word.values()):
                 return MissingResource(
-                    f"no result has {key}={pattern}", where=where, fix=nearest(pattern, known)
+                    f"no result has {key}={pattern}",
+                    where=where,
+                    fix=nearest(pattern, values_by_word),
                 )
     return MissingResource(
         "no result is selected",
