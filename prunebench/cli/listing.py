@@ -48,6 +48,7 @@ def _methods() -> list[_Row]:
     except UsageError as error:  # two packages with one name: say so, and list what is certain
         outside = {error.what: Method("", error.where, distribution="conflict")}
     rows: list[_Row] = []
+    # a plug-in is imported to see that it works; a name conflict has no target
     for name, row in {**BUILTIN, **outside}.items():
         about = row.about
         if name in outside and row.target:

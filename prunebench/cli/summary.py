@@ -8,7 +8,7 @@ from typing import Any
 import typer
 
 from prunebench.results.render import column_title, number
-from prunebench.results.schema import Result
+from prunebench.results.schema import ExecutionBlock, Result
 
 _MASKS = {"masks": "masks applied", "prior": "the training began with masks"}
 
@@ -49,16 +49,7 @@ def print_summary(result: Result, path: Path, setup: Any, *, masks: str | None =
     if masks:
         _print_masks(result, masks)
     if result.execution:
-        execution = result.execution
-        served = ", ".join(
-            f"{count} by {name}" for name, count in sorted(execution.backends.items())
-        )
-        typer.echo(
-            f"  scored with packed 2:4 weights: {served}; "
-            f"{execution.stored_bytes / execution.dense_bytes:.4f} of their dense bytes"
-        )
-        for name, reason in list(execution.dense_layers.items())[:3]:
-            typer.echo(f"  stayed dense: {name}: {reason}")
+        _print_execution(result.execution)
     if result.method and result.method.events:
         kinds = sorted({event.kind for event in result.method.events})
         count = len(result.method.events)
@@ -85,3 +76,14 @@ def _print_masks(result: Result, masks: str) -> None:
             typer.echo(f"  {title}: {origin}")
         elif origin.startswith("sha256:"):
             typer.echo(f"  {title}: {masks} ({origin})")
+
+
+def _print_execution(execution: ExecutionBlock) -> None:
+    """Print which backends ran the packed layers, their bytes, and why layers stayed dense."""
+    served = ", ".join(f"{count} by {name}" for name, count in sorted(execution.backends.items()))
+    typer.echo(
+        f"  scored with packed 2:4 weights: {served}; "
+        f"{execution.stored_bytes / execution.dense_bytes:.4f} of their dense bytes"
+    )
+    for name, reason in list(execution.dense_layers.items())[:3]:
+        typer.echo(f"  stayed dense: {name}: {reason}")

@@ -185,6 +185,7 @@ def _fold(results: list[Result], selection: Selection, benches: Mapping[str, Ben
 
 def _with_dense(cells: list[Cell]) -> list[Cell]:
     """Add a dense row for every dtype and revision that has none, from what its rows measured."""
+    # every run scores its dense model too, so a dense row needs no run of its own
     rows: dict[tuple[Any, ...], Cell] = {}
     for cell in cells:
         key = (cell.settings["dtype"], cell.settings["model_revision"])
@@ -206,7 +207,7 @@ def _table(model: str, cells: list[Cell]) -> Table:
         for column in cell.scores:
             used[column] = used.get(column, 0) + 1
     perplexities = [column for column in used if column.partition(" ")[0].endswith("_ppl")]
-    leading = perplexities or list(used)
+    leading = perplexities or list(used)  # rows can be ranked by one column only
     if len(leading) > 1:
         leading = [column for column in leading if used[column] == len(cells)]
     ranked_by = leading[0] if len(leading) == 1 else None
@@ -251,6 +252,7 @@ def _with_shown(cells: list[Cell]) -> tuple[list[Cell], dict[str, dict[str, Any]
     """Reduce the options that are shown to what tells rows of one method apart."""
     usual: dict[str, dict[str, Any]] = {}
     shown = [dict(cell.settings) for cell in cells]
+    # options are compared among rows of one method only: another method has other options
     for name, owner in _OWNERS.items():
         groups: dict[str | None, list[int]] = {}
         for place, cell in enumerate(cells):
