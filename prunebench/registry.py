@@ -17,11 +17,13 @@ from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from prunebench import __version__
 from prunebench.errors import PrunebenchError, UsageError, nearest
-from prunebench.spec import OptionValue
+
+if TYPE_CHECKING:
+    from prunebench.spec import OptionValue
 
 
 @dataclass(frozen=True)

@@ -5,9 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from prunebench.calibration.texts import text_presets
 from prunebench.errors import UsageError
-from prunebench.models.source import find_model
 from prunebench.options import options_of
 from prunebench.pruners import METHODS
 from prunebench.sparsity import Sparsity
@@ -32,6 +30,8 @@ def with_defaults(given: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         UsageError: No method is named, or a name is unknown.
     """
+    from prunebench.models.source import find_model
+
     if "method" not in given:
         raise UsageError(
             "no method is named", fix="give --method, for example --method wanda; see list methods"
@@ -76,6 +76,8 @@ def _names(value: Any) -> tuple[str, ...]:
 
 def _expand_text_preset(values: dict[str, Any], given: Mapping[str, Any]) -> None:
     """Replace a paper's protocol (`--ppl wanda-4096`) by its texts and its window length."""
+    from prunebench.calibration.texts import text_presets
+
     presets = [name for name in values["ppl"] if name in text_presets()]
     if not presets:
         return

@@ -22,7 +22,7 @@ def results_of(tmp_path):
 def commands():
     found = {}
     for name, command in get_command(app).commands.items():
-        for sub, inner in getattr(command, "commands", {"": command}).items():
+        for sub, inner in getattr(command.command, "commands", {"": command.command}).items():
             found[f"{name} {sub}".strip()] = inner
     return found
 

@@ -174,7 +174,9 @@ def test_a_ray_sweep_is_interrupted(ray_cluster, work, sweep, monkeypatch):
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=PATIENCE)
     assert process.returncode == 130
-    assert "go on with: prunebench sweep grid.toml --executor ray" in err and "Traceback" not in err
+    assert (
+        "resume with: prunebench sweep grid.toml --executor ray" in err and "Traceback" not in err
+    )
     wait_for(lambda: not cell.is_running())
     assert not list((work / "results").rglob("*.json"))
 

@@ -8,7 +8,8 @@ import pytest
 
 from prunebench.errors import MissingResource, UsageError
 from prunebench.results import render
-from prunebench.results.compare import Selection, compare
+from prunebench.results.compare import compare
+from prunebench.results.selection import Selection
 from tests.test_results import make_result
 
 OTHER = "c4/test/512/v1"

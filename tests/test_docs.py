@@ -23,6 +23,7 @@ def command_of(words):
     command = get_command(app)
     while words and words[0] in getattr(command, "commands", {}):
         command = command.commands[words.pop(0)]
+        command = getattr(command, "command", command)  # imported here
     return command
 
 
@@ -38,7 +39,7 @@ def test_commands_in_the_readme_exist_with_their_options(line):
 
 def test_every_command_and_method_is_in_the_readme():
     for name, command in get_command(app).commands.items():
-        for sub in getattr(command, "commands", {"": command}):
+        for sub in getattr(command.command, "commands", [""]):
             assert f"`{f'{name} {sub}'.strip()}`" in README, f"{name} {sub}"
     for name in BUILTIN:
         assert f"| `{name}` |" in README, name

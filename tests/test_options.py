@@ -11,7 +11,7 @@ from pydantic import BaseModel, Field
 
 from prunebench.errors import UsageError
 from prunebench.options import REQUIRED, Option, options_of
-from prunebench.results.compare import Selection
+from prunebench.results.selection import Selection
 from prunebench.run_options import RUN_KEYS, RUN_OPTIONS
 from prunebench.spec import RunSpec, Setup
 

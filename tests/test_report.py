@@ -12,7 +12,6 @@ import pytest
 
 from benchmarks.generated import generate_result
 from prunebench.errors import MissingResource
-from prunebench.results.compare import Selection
 from prunebench.results.published import PublishedValue
 from prunebench.results.report.curve_chart import curves_of, learning_curves
 from prunebench.results.report.data import build_report, pareto_front
@@ -21,7 +20,7 @@ from prunebench.results.report.drawing import (
     Line,
     Mark,
     fit,
-    heat_colour,
+    heat_color,
     text_width,
     to_svg,
 )
@@ -29,6 +28,7 @@ from prunebench.results.report.heat import heat_map
 from prunebench.results.report.heat_chart import HeatScale, loss_scale, ratio_scale
 from prunebench.results.report.page import drawings_of, render_page
 from prunebench.results.schema import LayerSparsity, TrainingBlock, TrainingPoint
+from prunebench.results.selection import Selection
 from prunebench.results.store import ResultStore
 from prunebench.spec import RunSpec
 from tests.test_results import make_result
@@ -130,7 +130,7 @@ def test_what_cannot_be_told_from_the_best_is_marked_and_said():
     rows += [make_result(method="magnitude", seed=s, value=40.2 + s) for s in (0, 1)]
     page = page_of(rows)
     assert '<span aria-hidden="true">~</span>' in page
-    assert "not to be told from the best: </span>40.70 ± 0.71" in page
+    assert "within noise of the best: </span>40.70 ± 0.71" in page
 
 
 def test_accuracies_have_bars_with_error_bars_beside_dense():
@@ -350,7 +350,7 @@ def test_uniform_runs_without_loss_have_no_heat_map():
     assert heat_map([("run", with_layers(plain, allocation="owl"))]).runs[0].losses == ()
 
 
-def test_equal_ratios_are_one_colour_in_the_middle():
+def test_equal_ratios_are_one_color_in_the_middle():
     heat = heat_map([("run", with_layers([layer("l.0.q", 10, loss=0.0), layer("l.1.q", 10)]))])
     scale = ratio_scale(heat.runs[0])
     assert scale.share(0.5) == pytest.approx(0.5)
@@ -366,8 +366,8 @@ def test_the_newest_run_of_a_cell_is_shown():
     assert run.result_id == rows[0].id
 
 
-def test_colours_go_from_dark_to_bright():
-    assert (heat_colour(0.0), heat_colour(0.5), heat_colour(2.0)) == (
+def test_colors_go_from_dark_to_bright():
+    assert (heat_color(0.0), heat_color(0.5), heat_color(2.0)) == (
         "#440154",
         "#21918c",
         "#fde725",

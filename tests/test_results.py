@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 
 from prunebench.errors import MissingResource, SaveError
-from prunebench.results.compare import Selection, compare
+from prunebench.results.compare import compare
 from prunebench.results.schema import LayerSparsity, Result, json_schema
+from prunebench.results.selection import Selection
 from prunebench.results.store import Damaged, ResultStore, new_run_id, read_result
 from prunebench.spec import RunSpec
 

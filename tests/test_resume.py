@@ -180,7 +180,7 @@ def test_the_same_command_goes_on_and_says_what_it_kept(cli, tiny_run, tmp_path,
     assert again.cost.starts == 2
     cli(*tiny_run, "-m", "wanda", "--divergence", "--results-dir", "fresh")
     assert numbers(again) == numbers(the_result(Path("fresh")))
-    assert cli("clean").output == "nothing is kept\n"
+    assert cli("clean").output == "nothing is saved\n"
 
 
 def test_clean_removes_what_is_kept(cli, folder, tmp_path):

@@ -112,7 +112,7 @@ def test_ctrl_c_ends_a_sweep_and_says_how_to_go_on(grid, tmp_path):
     os.killpg(process.pid, signal.SIGINT)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 130, err
-    assert "go on with: prunebench sweep" in err and "Traceback" not in err
+    assert "resume with: prunebench sweep" in err and "Traceback" not in err
 
 
 @pytest.mark.parametrize(

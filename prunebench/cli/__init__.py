@@ -1,7 +1,7 @@
 """The command line: the only code that prints or exits.
 
-Commands are one file each. Nothing heavy is imported here: `--help`, `list` and `compare` answer
-without torch.
+Commands are one file each, imported when the command is called: `--help`, `list` and `compare`
+answer without torch.
 """
 
 from __future__ import annotations
@@ -13,44 +13,67 @@ from typing import Annotated
 import typer
 
 from prunebench import __version__
-from prunebench.cli import (
-    bench,
-    check,
-    clean,
-    compare,
-    doctor,
-    export,
-    inspect,
-    listing,
-    models,
-    report,
-    results,
-    run,
-    sweep,
-)
-from prunebench.cli.exit_codes import guarded
+from prunebench.cli.lazy import LazyGroup
+
+
+class _Commands(LazyGroup):
+    commands_by_name = {
+        "run": ("run:run_command", "Prune a model, measure what it cost, and save the result."),
+        "sweep": (
+            "sweep:sweep_command",
+            "Run the cells of a recipe that are not finished yet, each in a process of its own.",
+        ),
+        "validate": (
+            "sweep:validate_command",
+            "Check recipes: keys, names, options and expectations, without a model or a network.",
+        ),
+        "compare": (
+            "compare:compare_command",
+            "Show results side by side: dense first, mean and deviation over seeds, best in bold.",
+        ),
+        "report": (
+            "report:report_command",
+            "Write one page with tables, figures and provenance; it needs no network.",
+        ),
+        "list": ("listing:list_command", "List methods, allocators, models or texts."),
+        "bench": (
+            "bench:bench_command",
+            "Measure a pruned checkpoint against the dense model: quality, bytes and speed.",
+        ),
+        "inspect": (
+            "inspect:inspect_command",
+            "Show the sparsity of a checkpoint, matrix by matrix, and whether its N:M pattern "
+            "holds.",
+        ),
+        "export": (
+            "export:export_command",
+            "Write a Hugging Face folder: weights, model card with scores, keep masks, recipe.",
+        ),
+        "clean": (
+            "clean:clean_command",
+            "Remove what interrupted runs have saved to resume from, except of running processes.",
+        ),
+        "check": (
+            "check:check_command",
+            "Run the public contract of a pruner on tiny random models.",
+        ),
+        "doctor": (
+            "doctor:doctor_command",
+            "Look at packages, devices, folders and the network, and say what is missing.",
+        ),
+        "models": ("models:app", "List, fetch and find models."),
+        "results": ("results:app", "Check and tabulate result files."),
+    }
+
 
 app = typer.Typer(
+    cls=_Commands,
     name="prunebench",
     help="Prune language models with any published method, and find out what it cost.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-app.command("run")(guarded(run.run_command))
-app.command("sweep")(guarded(sweep.sweep_command))
-app.command("validate")(guarded(sweep.validate_command))
-app.command("compare")(guarded(compare.compare_command))
-app.command("report")(guarded(report.report_command))
-app.command("list")(guarded(listing.list_command))
-app.command("bench")(guarded(bench.bench_command))
-app.command("inspect")(guarded(inspect.inspect_command))
-app.command("export")(guarded(export.export_command))
-app.command("clean")(guarded(clean.clean_command))
-app.command("check")(guarded(check.check_command))
-app.command("doctor")(guarded(doctor.doctor_command))
-app.add_typer(models.app, name="models")
-app.add_typer(results.app, name="results")
 
 
 def _version(value: bool) -> bool:

@@ -54,7 +54,7 @@ def bench_command(
         bool,
         typer.Option(
             "--explain",
-            help="Only say for every layer which backend runs it, why, and why not the others.",
+            help="Only print which backend runs each layer, why, and why not the others.",
         ),
     ] = False,
     output: Annotated[
@@ -66,10 +66,10 @@ def bench_command(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress on stderr.")] = False,
 ) -> None:
-    """Say what a pruned checkpoint costs and buys: quality, bytes and measured speed.
+    """Measure a pruned checkpoint against the dense model: quality, bytes and speed.
 
     Without a CUDA device bytes are computed and speed is not measured. The bench of a checkpoint
-    that has a result in the results folder is filed beside it, and compare shows both in one line.
+    that has a result in the results folder is saved beside it; compare shows both in one row.
     """
     if vs != "dense":
         raise UsageError(f"--vs {vs!r} is not known", fix="use --vs dense")
@@ -96,45 +96,45 @@ def bench_command(
     if explain:
         _print_explained(explain_checkpoint(setup), as_json=as_json)
         return
-    found = bench(setup)
-    filed = None
+    report = bench(setup)
+    saved_path = None
     if result is not None and (path := store.path_of(result)).is_file():
-        filed = write_bench(path, found)
+        saved_path = write_bench(path, report)
     if output is not None:
         from prunebench.files import write_text
 
-        write_text(output, found.model_dump_json(indent=1) + "\n")
+        write_text(output, report.model_dump_json(indent=1) + "\n")
     if as_json:
-        typer.echo(found.model_dump_json(indent=1))
+        typer.echo(report.model_dump_json(indent=1))
     else:
-        _print_summary(found, result, filed)
+        _print_summary(report, result, saved_path)
 
 
-def _print_summary(found: Bench, result: Any, filed: Path | None) -> None:
-    title = found.checkpoint
+def _print_summary(report: Bench, result: Any, saved_path: Path | None) -> None:
+    title = report.checkpoint
     if result is not None:
         title = f"{result.spec.method} {result.spec.sparsity} on {result.spec.model}, {title}"
     typer.echo(title)
-    if not found.quality:
+    if not report.quality:
         typer.echo("  quality: unknown, the folder holds no result")
-    for one in found.quality:
-        line = f"  {column_title(f'{one.metric} {one.protocol}')}  {number(one.value)}"
-        typer.echo(line + (f"  (dense {number(one.dense_value)})" if one.dense_value else ""))
-    for line in _storage_lines(found):
+    for score in report.quality:
+        line = f"  {column_title(f'{score.metric} {score.protocol}')}  {number(score.value)}"
+        typer.echo(line + (f"  (dense {number(score.dense_value)})" if score.dense_value else ""))
+    for line in _storage_lines(report):
         typer.echo(line)
-    if found.speed == "measured":
-        _print_layers(found)
-        _print_cases(found)
+    if report.speed == "measured":
+        _print_layers(report)
+        _print_cases(report)
     else:
-        typer.echo(f"  speed: {found.speed}")
-    for warning in found.environment["warnings"]:
+        typer.echo(f"  speed: {report.speed}")
+    for warning in report.environment["warnings"]:
         say(f"warning: {warning}")
-    if filed:
-        typer.echo(f"  filed as {filed}")
+    if saved_path:
+        typer.echo(f"  saved to {saved_path}")
 
 
-def _storage_lines(found: Bench) -> list[str]:
-    store = found.storage
+def _storage_lines(report: Bench) -> list[str]:
+    store = report.storage
     lines = [f"  bytes, dense       {store.dense_bytes:>15,}  1.0000  computed"]
     forms = [("2:4 packed", store.packed24_bytes), ("bitmap", store.bitmap_bytes)]
     for name, size in forms:
@@ -145,59 +145,59 @@ def _storage_lines(found: Bench) -> list[str]:
                 f"  bytes, {name:<11} {size:>15,}  {size / store.dense_bytes:.4f}  computed; "
                 f"pruned matrices alone {alone:.4f}"
             )
-    if found.resident_bytes is not None:
-        share = found.resident_bytes / store.dense_bytes
-        lines.append(f"  bytes, in memory   {found.resident_bytes:>15,}  {share:.4f}  measured")
+    if report.resident_bytes is not None:
+        share = report.resident_bytes / store.dense_bytes
+        lines.append(f"  bytes, in memory   {report.resident_bytes:>15,}  {share:.4f}  measured")
     return lines
 
 
-def _print_layers(found: Bench) -> None:
+def _print_layers(report: Bench) -> None:
     import rich.box
     from rich.table import Table
 
     table = Table(box=rich.box.SIMPLE_HEAD, pad_edge=False)
     for title in ("layer", "shape", "tokens", "backend", "times dense", "spread", "TB/s", "dense"):
         table.add_column(title, justify="left" if title in ("layer", "backend") else "right")
-    for one in found.layers:
-        ratio, rate = one["ratio"], one["bytes_per_second"]
-        cache = " (cache!)" if one["cache_suspected"] else ""
+    for layer in report.layers:
+        ratio, rate = layer["ratio"], layer["bytes_per_second"]
+        cache = " (cache!)" if layer["cache_suspected"] else ""
         table.add_row(
-            f"{one['model']} {one['layer']}", f"{one['rows']} x {one['width']}",
-            f"{one['tokens']:,}", one["backend"] or "-",
+            f"{layer['model']} {layer['layer']}", f"{layer['rows']} x {layer['width']}",
+            f"{layer['tokens']:,}", layer["backend"] or "-",
             f"{ratio['median']:.2f}" if ratio else "-",
             f"{ratio['low']:.2f}-{ratio['high']:.2f}" if ratio else "-",
-            f"{rate / 1e12:.2f}{cache}" if rate else "-", one["dense"] or "-",
+            f"{rate / 1e12:.2f}{cache}" if rate else "-", layer["dense"] or "-",
         )  # fmt: skip
     wide_console().print(table)
 
 
-def _print_cases(found: Bench) -> None:
-    for one in found.cases:
-        where = f"  {one['case']}, batch {one['batch']}, {one['context']:,} tokens"
-        ratio = one["ratio"]
+def _print_cases(report: Bench) -> None:
+    for case in report.cases:
+        where = f"  {case['case']}, batch {case['batch']}, {case['context']:,} tokens"
+        ratio = case["ratio"]
         if ratio is None:
-            typer.echo(f"{where}: not measured: {one['skipped']}")
+            typer.echo(f"{where}: not measured: {case['skipped']}")
             continue
-        rate = one["tokens_per_second"]
+        rate = case["tokens_per_second"]
         typer.echo(
             f"{where}: {ratio['median']:.2f} times dense ({ratio['low']:.2f}-{ratio['high']:.2f})"
-            + (f", {rate:,.0f} tokens/s" if rate else f", {one['packed_seconds'] * 1e3:.1f} ms")
+            + (f", {rate:,.0f} tokens/s" if rate else f", {case['packed_seconds'] * 1e3:.1f} ms")
         )
 
 
 def _print_explained(rows: list[Explained], *, as_json: bool) -> None:
     if as_json:
-        typer.echo(json.dumps([dataclasses.asdict(one) for one in rows], indent=1))
+        typer.echo(json.dumps([dataclasses.asdict(row) for row in rows], indent=1))
         return
     last = ""
-    for one in rows:
-        if one.layer != last:
-            shape = f"  {one.shape[0]} x {one.shape[1]}" if one.tokens else ""
-            typer.echo(f"{one.layer}{shape}")
-        last = one.layer
-        if not one.tokens:
-            typer.echo(f"  dense: {one.why}")
+    for row in rows:
+        if row.layer != last:
+            shape = f"  {row.shape[0]} x {row.shape[1]}" if row.tokens else ""
+            typer.echo(f"{row.layer}{shape}")
+        last = row.layer
+        if not row.tokens:
+            typer.echo(f"  dense: {row.why}")
             continue
-        typer.echo(f"  {one.tokens:>5,} tokens: {one.backend}, {one.why}")
-        for name, reason in one.why_not.items():
+        typer.echo(f"  {row.tokens:>5,} tokens: {row.backend}, {row.why}")
+        for name, reason in row.why_not.items():
             typer.echo(f"        not {name}: {reason}")

@@ -1,4 +1,4 @@
-"""`prunebench clean`: what interrupted runs have kept, and how to be rid of it."""
+"""`prunebench clean`: list and remove the checkpoints of interrupted runs."""
 
 from __future__ import annotations
 
@@ -14,41 +14,41 @@ if TYPE_CHECKING:
 
 def clean_command(
     show: Annotated[
-        bool, typer.Option("--list", "-l", help="Only say what is kept, remove nothing.")
+        bool, typer.Option("--list", "-l", help="Only list what is saved, remove nothing.")
     ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print what is kept as JSON.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print what is saved as JSON.")] = False,
     debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,
 ) -> None:
-    """Remove what interrupted runs have kept to go on from; runs that are at work stay."""
+    """Remove what interrupted runs have saved to resume from, except of running processes."""
     from prunebench.models.journal import RunJournal
     from prunebench.run.resume import unfinished_runs
 
     infos = unfinished_runs()
     if not show:
         for info in infos:
-            kept = RunJournal(info.folder)
-            if kept.lock():  # not while a process is at it
-                kept.remove()
+            journal = RunJournal(info.folder)
+            if journal.lock():  # not while a process holds it
+                journal.remove()
     if as_json:
-        typer.echo(json.dumps([asdict(one) | {"folder": str(one.folder)} for one in infos]))
+        typer.echo(json.dumps([asdict(info) | {"folder": str(info.folder)} for info in infos]))
         return
     if not infos:
-        typer.echo("nothing is kept")
+        typer.echo("nothing is saved")
     for info in infos:
         print_kept(info, removed=not show and not info.running)
 
 
 def print_kept(info: JournalInfo, *, removed: bool = False) -> None:
-    """Print what is kept of one run."""
+    """Print what one run has saved."""
     typer.echo(f"{info.title}{': removed' if removed else ''}")
-    now = ", a process is at it" if info.running else ""
+    now = ", a process is running" if info.running else ""
     typer.echo(
         f"  {info.done} of {info.blocks} blocks, {info.size / 1e6:,.1f} MB, "
         f"{_age(info.age_seconds)} ago{now}"
     )
     typer.echo(f"  {info.folder}")
     if info.command and not removed:
-        typer.echo(f"  goes on with: {info.command}")
+        typer.echo(f"  resume with: {info.command}")
 
 
 def _age(seconds: float) -> str:

@@ -17,7 +17,8 @@ from prunebench.cli.stored import require_results
 from prunebench.errors import UsageError, nearest
 from prunebench.results import render
 from prunebench.results.bench_schema import read_benches
-from prunebench.results.compare import Selection, Table, compare
+from prunebench.results.compare import Table, compare
+from prunebench.results.selection import Selection
 from prunebench.results.store import ResultStore
 
 if TYPE_CHECKING:
@@ -74,8 +75,8 @@ def compare_command(
         return
     selection = Selection.parse(selectors or [])
     results, damaged = ResultStore(results_dir).read(layers=False)
-    for one in damaged:
-        say(f"warning: {one.path} is skipped: {one.reason}")
+    for file in damaged:
+        say(f"warning: {file.path} is skipped: {file.reason}")
     benches, broken = read_benches(results_dir)
     for path, reason in broken:
         say(f"warning: {path} is skipped: {reason}")

@@ -17,7 +17,7 @@ from prunebench.sweep.recipe import read_recipe
 
 def collect(ctx: typer.Context, recipe: Path | None) -> tuple[dict[str, Any], dict[str, str]]:
     """Merge flags, environment, recipe and defaults; return the values and their sources."""
-    given: dict[str, Any] = {}
+    explicit: dict[str, Any] = {}
     sources: dict[str, str] = {}
     read = read_recipe(recipe).single() if recipe else {}
     for key in RUN_KEYS:
@@ -25,12 +25,12 @@ def collect(ctx: typer.Context, recipe: Path | None) -> tuple[dict[str, Any], di
         source = ctx.get_parameter_source(parameter)
         origin = source.name if source else "DEFAULT"
         if origin in ("COMMANDLINE", "ENVIRONMENT"):
-            given[key] = ctx.params[parameter]
+            explicit[key] = ctx.params[parameter]
             sources[key] = "flag" if origin == "COMMANDLINE" else "environment"
         elif key in read:
-            given[key] = read[key]
+            explicit[key] = read[key]
             sources[key] = f"recipe {recipe}"
-    values = with_defaults(given)
+    values = with_defaults(explicit)
     order = [key for key in RUN_KEYS if key != "set"]
     sources = {key: sources.get(key, "default") for key in order} | {
         "method_options": sources.get("set", "default"),

@@ -35,11 +35,11 @@ def doctor_command(
     """Look at packages, devices, folders and the network, and say what is missing."""
     findings = [*_packages(), *_devices(), *_folders(results_dir), *_sources()]
     if as_json:
-        typer.echo(json.dumps([asdict(one) for one in findings], indent=1))
+        typer.echo(json.dumps([asdict(finding) for finding in findings], indent=1))
     else:
-        for one in findings:
-            typer.echo(f"{one.state:<8} {one.name:<16} {one.found}")
-    problems = sum(one.state == "problem" for one in findings)
+        for finding in findings:
+            typer.echo(f"{finding.state:<8} {finding.name:<16} {finding.found}")
+    problems = sum(finding.state == "problem" for finding in findings)
     if problems:
         raise CheckFailed(f"{problems} problems have to be solved before a run can work")
 
@@ -71,9 +71,9 @@ def _devices() -> list[Finding]:
         findings.append(Finding("bfloat16 on cpu", "note" if emulated else "ok", text))
     if torch.cuda.is_available():
         for index in range(torch.cuda.device_count()):
-            one = torch.cuda.get_device_properties(index)
-            size = f"{one.total_memory / 1e9:.0f} GB, sm_{one.major}{one.minor}"
-            findings.append(Finding(f"cuda:{index}", "ok", f"{one.name}, {size}"))
+            gpu = torch.cuda.get_device_properties(index)
+            size = f"{gpu.total_memory / 1e9:.0f} GB, sm_{gpu.major}{gpu.minor}"
+            findings.append(Finding(f"cuda:{index}", "ok", f"{gpu.name}, {size}"))
     else:
         findings.append(Finding("cuda", "note", "no CUDA device: quality only, no 2:4 speed"))
     return findings
@@ -104,5 +104,5 @@ def _sources() -> list[Finding]:
     findings = [Finding("hugging face hub", "note" if problem else "ok", text)]
     name = str(RunSpec.model_fields["model"].default)
     path = local_path(find_model(name))
-    found = str(path) if path else f"not here yet: prunebench models fetch {name}"
-    return [*findings, Finding("default model", "ok" if path else "note", found)]
+    place = str(path) if path else f"not here yet: prunebench models fetch {name}"
+    return [*findings, Finding("default model", "ok" if path else "note", place)]

@@ -1,4 +1,4 @@
-"""What `prunebench run` says instead of running: `--dry-run` and `--resume-info`."""
+"""`prunebench run --dry-run` and `--resume-info`: print a forecast, or what is saved."""
 
 from __future__ import annotations
 
@@ -39,23 +39,25 @@ def print_dry_run(spec: RunSpec, setup: Any, *, as_json: bool) -> None:
         typer.echo(f"  spread over the layers by {plan.spec.allocation}")
     typer.echo(f"  {len(plan.linears)} linears with {weights:,} weights would be pruned")
     if plan.calibration:
-        one = plan.calibration
-        begun = ", BOS in each window" if one.bos == "window" else ""
-        typer.echo(f"  calibration {one.samples} x {one.seqlen} tokens of {one.text}{begun}")
-        typer.echo(f"              from {one.origin}")
+        windows = plan.calibration
+        bos = ", BOS in each window" if windows.bos == "window" else ""
+        typer.echo(
+            f"  calibration {windows.samples} x {windows.seqlen} tokens of {windows.text}{bos}"
+        )
+        typer.echo(f"              from {windows.origin}")
     for text in plan.texts:
         typer.echo(f"  perplexity  {text.protocol}, {text.targets:,} targets")
         typer.echo(f"              from {text.origin}")
     for task in plan.tasks:
         typer.echo(f"  accuracy    {task.name}, {task.units:,} documents")
-    found = None
+    estimate = None
     if plan.training is not None:
         _print_training(plan)
     else:
-        found = _print_forecast(plan)
+        estimate = _print_forecast(plan)
     typer.echo(f"  spec {plan.spec.spec_id}; nothing was loaded, nothing was written")
-    if found:
-        require_fits(plan, found)
+    if estimate:
+        require_fits(plan, estimate)
 
 
 def _print_forecast(plan: Any) -> Any:
@@ -66,14 +68,14 @@ def _print_forecast(plan: Any) -> Any:
     place = "in memory" if plan.weights == "resident" else "on disk, a block at a time"
     typer.echo(f"  weights     {place}")
     try:
-        found = forecast(plan)
+        result = forecast(plan)
     except NotImplementedError:
         typer.echo("  memory      not counted: what experts take depends on the text")
         return None
-    need = found.need
+    need = result.need
     for name, parts, total, free in (
-        ("memory" if not need.host else "GPU", need.device, need.device_total, found.device_free),
-        ("memory", need.host, need.host_total, found.host_free),
+        ("memory" if not need.host else "GPU", need.device, need.device_total, result.device_free),
+        ("memory", need.host, need.host_total, result.host_free),
     ):
         if parts:
             typer.echo(f"  {name:<11} {gigabytes(total)} at the peak, {gigabytes(free)} free")
@@ -81,14 +83,14 @@ def _print_forecast(plan: Any) -> Any:
                 typer.echo(f"              {gigabytes(size):>10}  {what}")
     if need.disk:
         typer.echo(
-            f"  disk        {gigabytes(need.disk)} in the cache, {gigabytes(found.disk_free)} free"
+            f"  disk        {gigabytes(need.disk)} in the cache, {gigabytes(result.disk_free)} free"
         )
-    if found.seconds:
-        stages = ", ".join(f"{name} {duration(s)}" for name, s in found.seconds.items())
+    if result.seconds:
+        stages = ", ".join(f"{name} {duration(s)}" for name, s in result.seconds.items())
         typer.echo(f"  time        {stages} (estimated from a probe)")
     else:
         typer.echo("  time        not estimated: this method cannot be probed")
-    return found
+    return result
 
 
 def _print_training(plan: Any) -> None:
@@ -100,29 +102,29 @@ def _print_training(plan: Any) -> None:
         return
     import torch
 
-    found = plan.pruner.forecast(
+    result = plan.pruner.forecast(
         skeleton(load_config(plan.model.path)),
         plan.sparsity,
         dtype=getattr(torch, plan.spec.dtype),
         device=plan.device,
         processes=world_size(),
     )
-    if found is None:
+    if result is None:
         return
     data, text = plan.training, plan.training_text
-    typer.echo(f"  training    {found.tokens:,} tokens of {text.name}")
+    typer.echo(f"  training    {result.tokens:,} tokens of {text.name}")
     typer.echo(
         f"              {len(data.train):,} windows of {data.train.shape[1]}, "
         f"{len(data.held_out)} more are held out"
     )
     typer.echo(f"              from {text.origin}")
-    for name, size in found.memory.items():
+    for name, size in result.memory.items():
         typer.echo(f"  memory      {size / 1e9:8.2f} GB  {name}")
-    total = sum(found.memory.values())
+    total = sum(result.memory.values())
     typer.echo(f"              {total / 1e9:8.2f} GB  in all, in each process")
-    if found.seconds is not None:
+    if result.seconds is not None:
         typer.echo(
-            f"  time        about {_duration(found.seconds)} for the steps, by a probe of this "
+            f"  time        about {_duration(result.seconds)} for the steps, by a probe of this "
             "machine's products and mask passes;"
         )
         typer.echo("              loading, the prior and the scores come on top")
@@ -133,7 +135,7 @@ def _duration(seconds: float) -> str:
 
 
 def print_resume_info(spec: RunSpec, setup: Any, *, as_json: bool) -> None:
-    """Print what an interrupted run of this very command has saved."""
+    """Print what an interrupted run of this command has saved."""
     from prunebench.models.journal import journal_info
     from prunebench.run.resolve import resolve
     from prunebench.run.resume import journal_folder

@@ -1,4 +1,4 @@
-"""The engine that `prunebench sweep --executor` names, and what a sweep says on the way."""
+"""The engine of `prunebench sweep --executor`, and the progress lines of a sweep."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class Voice:
     Args:
         cells: The cells of this sweep, in order.
         side_by_side: Whether lines of several cells come mixed, so that each needs its number.
-        quiet: Whether to say nothing.
+        quiet: Print nothing.
     """
 
     def __init__(
@@ -28,32 +28,32 @@ class Voice:
         self._side_by_side, self._quiet = side_by_side, quiet
 
     def tell(self, cell: RecipeCell, text: str) -> None:
-        """Say what became of a cell, or that it starts."""
+        """Print the outcome of a cell, or that it starts."""
         if not self._quiet:
             say(f"{self._place[cell.number]} {cell.name}" + (f": {text}" if text else ""))
 
     def show(self, number: int, line: str) -> None:
-        """Pass on a line of a cell's own process."""
+        """Print a line of a cell's process."""
         if not self._quiet:
             say(f"{self._place[number]} {line}" if self._side_by_side else line)
 
     def note(self, text: str) -> None:
-        """Say what is about no cell."""
+        """Print a line that belongs to no cell."""
         if not self._quiet:
             say(text)
 
 
 def check_engine(executor: str, words: Sequence[str]) -> dict[str, Any]:
-    """Read `--resource`, and refuse what does not go with the executor.
+    """Read `--resource` and check it against the executor.
 
     Raises:
-        UsageError: An unknown executor or key, or a resource that the executor knows not of.
+        UsageError: An unknown executor or key, or a resource that the executor does not have.
     """
     if executor not in EXECUTORS:
         raise UsageError(f"unknown executor {executor!r}", fix=nearest(executor, EXECUTORS))
     asked = read_resources(words)
-    deaf = {"local": tuple(asked), "ray": SLURM_ONLY, "slurm": ()}[executor]
-    wrong = [key for key in asked if key in deaf]
+    ignored = {"local": tuple(asked), "ray": SLURM_ONLY, "slurm": ()}[executor]
+    wrong = [key for key in asked if key in ignored]
     if wrong:
         raise UsageError(
             f"--resource {wrong[0]} does not go with --executor {executor}",
@@ -66,7 +66,7 @@ def open_engine(
     executor: str, asked: dict[str, Any], recipe: Recipe, cells: Sequence[RecipeCell], *,
     jobs: int | None, device: str, voice: Voice,
 ) -> Engine:  # fmt: skip
-    """Open the engine: what `--resource` asks goes before the recipe's [resources].
+    """Open the engine; `--resource` overrides the recipe's [resources].
 
     Raises:
         PrunebenchError: What is missing for it.

@@ -1,7 +1,7 @@
-"""Every way out of a command: an exit code that means something, and three lines that help.
+"""Turn exceptions into exit codes and a message of up to three lines.
 
 0 ok, 1 bug, 2 usage, 3 missing resource, 4 incompatible data, 5 could not save, 6 check failed,
-7 out of memory, 8 some cells failed, 130 interrupted (DESIGN section 7).
+7 out of memory, 8 some cells failed, 130 interrupted.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from prunebench.progress import quiet_libraries
 
 
 def guarded(command: Callable[..., None]) -> Callable[..., None]:
-    """Wrap a command so that whatever it raises becomes a message and an exit code."""
+    """Wrap a command so that every exception becomes a message and an exit code."""
 
     @functools.wraps(command)
     def wrapper(*args: Any, **kwargs: Any) -> None:
@@ -33,7 +33,7 @@ def guarded(command: Callable[..., None]) -> Callable[..., None]:
             _fail(error, debug=debug)
         except KeyboardInterrupt:
             say("")
-            say("interrupted: nothing was filed, nothing is half written")
+            say("interrupted: no result was saved, and no file is half written")
             say(f"run it again with: {command_line()}")
             raise typer.Exit(130) from None
         except BrokenPipeError:  # the reader of our output has gone: prunebench compare | head

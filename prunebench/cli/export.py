@@ -60,7 +60,7 @@ def export_command(
     that can be. --push asks before it sends anything. With --to, any folder of a model is taken,
     also one in the format sparse-24-bitmask.
     """
-    wanted = _format(to)
+    target = _format(to)
     if push is None and (public or yes):
         raise UsageError("--public and --yes go with --push", fix="add --push org/name")
     if push is not None and not yes and not _at_a_terminal():
@@ -72,7 +72,7 @@ def export_command(
     progress = choose_progress(quiet=quiet)
     with progress.stage("start", detail="loading torch and transformers"):
         from prunebench.checkpoints.export import export
-    done = export(source, output, replace=force, progress=progress, to=wanted)
+    done = export(source, output, replace=force, progress=progress, to=target)
     if not as_json:
         _print_summary(done)
     pushed = None
@@ -100,10 +100,10 @@ def export_command(
 
 
 def _format(name: str | None) -> To | None:
-    known: dict[str, To] = {"packed24": "packed24", "dense": "dense"}
-    if name is None or name in known:
-        return known[name] if name else None
-    raise UsageError(f"--to {name!r} is not known", fix=nearest(name, known))
+    formats: dict[str, To] = {"packed24": "packed24", "dense": "dense"}
+    if name is None or name in formats:
+        return formats[name] if name else None
+    raise UsageError(f"--to {name!r} is not known", fix=nearest(name, formats))
 
 
 def _find(name: str, results_dir: Path) -> Path:
@@ -115,14 +115,14 @@ def _find(name: str, results_dir: Path) -> Path:
         raise MissingResource(
             f"there is no folder {name}", fix="name one that prunebench run --save-model wrote"
         )
-    found = read_result(ResultStore(results_dir).find(name))
-    if isinstance(found, Damaged):
+    result = read_result(ResultStore(results_dir).find(name))
+    if isinstance(result, Damaged):
         raise IncompatibleData(
-            f"{name} is neither a checkpoint's folder nor a result", where=found.reason
+            f"{name} is neither a checkpoint's folder nor a result", where=result.reason
         )
     from prunebench.checkpoints.export import no_weights
 
-    raise no_weights(found)
+    raise no_weights(result)
 
 
 def _find_repository(name: str | None, *, public: bool) -> Repository | None:
@@ -139,7 +139,7 @@ def _find_repository(name: str | None, *, public: bool) -> Repository | None:
 
 
 def _agreed(repository: Repository, sizes: dict[str, int], *, public: bool, yes: bool) -> bool:
-    """Say what will be sent, and ask."""
+    """Print what will be sent, and ask for confirmation."""
     new = "private, new" if not public else "public, new"
     old = "private, exists already" if repository.private else "public, exists already"
     say(

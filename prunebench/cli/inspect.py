@@ -46,8 +46,8 @@ def inspect_command(
     more than 10% of it is zero. Every tensor that holds NaN or infinity is shown, whatever it is,
     and ends with exit code 6.
     """
-    wanted = Sparsity.parse(pattern or "2:4")
-    if not wanted.is_pattern:
+    sparsity = Sparsity.parse(pattern or "2:4")
+    if not sparsity.is_pattern:
         raise UsageError(f"--pattern {pattern} is not N:M", fix="as in --pattern 2:4")
     path = _find(checkpoint)
     from prunebench.checkpoints.inspect import (
@@ -60,18 +60,18 @@ def inspect_command(
 
     kind = kind_of(path)
     tensors = (checkpoint_tensors if kind == "dense" else dense_tensors)(path).values()
-    rows, unread = inspect_tensors(tensors, wanted), unreadable(tensors)
+    rows, unread = inspect_tensors(tensors, sparsity), unreadable(tensors)
     matrices = [row for row in rows if len(row.shape) >= 2]
     shown = [row for row in matrices if every or row.is_pruned]
     bad = [row for row in rows if row.non_finite]
     totals = Totals.of(shown)
     if as_json:
-        document = {"pattern": str(wanted), "stored": kind, **_document(rows), "unread": unread}
+        document = {"pattern": str(sparsity), "stored": kind, **_document(rows), "unread": unread}
         typer.echo(json.dumps(document, indent=1))
     else:
-        _print_rows([row for row in rows if row in shown or row in bad], wanted)
+        _print_rows([row for row in rows if row in shown or row in bad], sparsity)
         left_out = [row.name for row in matrices if row not in shown and row not in bad]
-        for line in _summary(totals, wanted, left_out):
+        for line in _summary(totals, sparsity, left_out):
             typer.echo(line)
         if kind != "dense":
             typer.echo(f"stored as {kind}; shown as the dense weights that it holds")
@@ -79,7 +79,7 @@ def inspect_command(
             typer.echo(f"not looked into: {name}, torch has no {dtype}")
     _require_finite(bad)
     if pattern is not None:
-        _require_pattern(shown, wanted)
+        _require_pattern(shown, sparsity)
 
 
 def _document(rows: Sequence[TensorFacts]) -> dict[str, object]:
@@ -103,18 +103,18 @@ def _find(name: str) -> Path:
     from prunebench.models.source import find_model, local_path
 
     try:
-        found = local_path(find_model(name))
+        local = local_path(find_model(name))
     except PrunebenchError:
         raise MissingResource(
             f"there is no folder or file {name}",
             where="it is no model of prunebench list models either",
             fix="check the path",
         ) from None
-    if found is None:
+    if local is None:
         raise MissingResource(
             f"{name} is not on this machine", fix=f"run prunebench models fetch {name}"
         )
-    return found
+    return local
 
 
 def _print_rows(rows: Sequence[TensorFacts], pattern: Sparsity) -> None:
@@ -143,7 +143,7 @@ def _verdict(row: TensorFacts) -> str:
 
 
 def _place(row: TensorFacts) -> str:
-    """Say where the first broken group lies: `row 3, column 8`, for experts `[1, 3, 8]`."""
+    """Return the place of the first broken group: `row 3, column 8`, for experts `[1, 3, 8]`."""
     index = row.first_violation or ()
     if len(index) == 2:
         return f"at row {index[0]}, column {index[1]}"

@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import json
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from prunebench.allocators import ALLOCATORS
-from prunebench.allocators import BUILTIN as BUILTIN_ALLOCATORS
-from prunebench.calibration.texts import texts
-from prunebench.cli.console import wide_console
+from prunebench.cli.console import print_columns
 from prunebench.errors import PrunebenchError, UsageError, nearest
-from prunebench.models.source import catalog
-from prunebench.pruners import BUILTIN, METHODS, Method
-from prunebench.registry import Registry
+
+if TYPE_CHECKING:
+    from prunebench.registry import Registry
 
 _Row = dict[str, object]
 _KINDS = ("methods", "allocators", "models", "texts")
@@ -33,15 +30,8 @@ def list_command(
     if as_json:
         typer.echo(json.dumps(rows, indent=1))
         return
-    console = wide_console()
-    from rich.table import Table
-
-    grid = Table(box=None, pad_edge=False, header_style="bold")
-    for title in rows[0]:
-        grid.add_column(title, overflow="fold", no_wrap=title in ("name", "paper", "source"))
-    for row in rows:
-        grid.add_row(*(_text(value) for value in row.values()))
-    console.print(grid)
+    texts = [[_text(value) for value in row.values()] for row in rows]
+    print_columns(list(rows[0]), texts, unbroken=("name", "paper", "source"))
 
 
 def _text(value: object) -> str:
@@ -51,11 +41,14 @@ def _text(value: object) -> str:
 
 
 def _methods() -> list[_Row]:
+    from prunebench.pruners import BUILTIN, METHODS, Method
+
     try:
         outside = METHODS.plugins()
     except UsageError as error:  # two packages with one name: say so, and list what is certain
         outside = {error.what: Method("", error.where, distribution="conflict")}
     rows: list[_Row] = []
+    # a plug-in is imported to see that it works; a name conflict has no target
     for name, row in {**BUILTIN, **outside}.items():
         about = row.about
         if name in outside and row.target:
@@ -75,6 +68,8 @@ def _methods() -> list[_Row]:
 
 
 def _allocators() -> list[_Row]:
+    from prunebench.allocators import ALLOCATORS, BUILTIN
+
     outside = ALLOCATORS.plugins()
     return [
         {
@@ -84,7 +79,7 @@ def _allocators() -> list[_Row]:
             "data": row.data,
             "from": row.distribution,
         }
-        for name, row in {**BUILTIN_ALLOCATORS, **outside}.items()
+        for name, row in {**BUILTIN, **outside}.items()
     ]
 
 
@@ -98,6 +93,8 @@ def _about_plugin(name: str, registry: Registry[Any]) -> str:
 
 
 def _models() -> list[_Row]:
+    from prunebench.models.source import catalog
+
     return [
         {
             "name": name,
@@ -112,6 +109,8 @@ def _models() -> list[_Row]:
 
 
 def _texts() -> list[_Row]:
+    from prunebench.calibration.texts import texts
+
     return [
         {
             "name": name,

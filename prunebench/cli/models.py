@@ -12,7 +12,7 @@ from prunebench.cli.progress import choose_progress
 from prunebench.errors import MissingResource
 from prunebench.models.source import fetch_model, find_model, local_path
 
-app = typer.Typer(help="List, fetch and find models.", no_args_is_help=True)
+app = typer.Typer(help="List, fetch and find models.", no_args_is_help=True, add_completion=False)
 
 
 def models_list(

@@ -24,11 +24,16 @@ def takes_options(options: Iterable[FieldOption]) -> Callable[[Command], Command
 
     def decorate(command: Command) -> Command:
         signature = inspect.signature(command, eval_str=True)
-        context, *own = signature.parameters.values()
-        own = [one for one in own if one.kind is not inspect.Parameter.VAR_KEYWORD]
+        context, *declared = signature.parameters.values()
+        declared = [
+            parameter
+            for parameter in declared
+            if parameter.kind is not inspect.Parameter.VAR_KEYWORD
+        ]
         derived = [parameter_of(option) for option in options]
         parameters = [
-            parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY) for parameter in (*derived, *own)
+            parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY)
+            for parameter in (*derived, *declared)
         ]
         command.__signature__ = signature.replace(  # type: ignore[attr-defined]
             parameters=[context, *parameters]
@@ -53,7 +58,7 @@ def parameter_of(option: FieldOption) -> inspect.Parameter:
         min=option.least,
         rich_help_panel=_PANELS[option.about.role],
     )
-    # what a recipe may hold is told from a default by its source; a path is taken as it is
+    # None where a recipe may set it: its source (flag, recipe, default) decides in `collect`
     default = option.value if option.kind is Path else None
     if option.kind is bool and not option.about.recipe:
         default = option.value

@@ -12,10 +12,10 @@ import typer
 from prunebench.cli.console import wide_console
 from prunebench.cli.exit_codes import say
 from prunebench.errors import IncompatibleData, UsageError, nearest
-from prunebench.results.compare import Selection
 from prunebench.results.paired import LEVEL, RESAMPLES, Comparison, Pairing, pair, read_sides
 from prunebench.results.render import MISSING, column_title, number
 from prunebench.results.schema import Result
+from prunebench.results.selection import Selection
 from prunebench.results.store import Damaged, ResultStore, read_result
 
 _KEYS = ("metric", "protocol")
@@ -23,7 +23,7 @@ _USE = "as in prunebench compare --paired 4981b998 ccb34dfc metric=acc"
 
 
 def compare_paired(words: Sequence[str], *, results_dir: Path, as_json: bool) -> None:
-    """Compare two results, or one with its dense model, and print what can be told.
+    """Compare two results, or one with its dense model, and print which differences are noise.
 
     Raises:
         UsageError: Not one or two results are named, or a name is unknown or ambiguous.
@@ -112,10 +112,10 @@ def _values(row: Comparison) -> tuple[str, str, str, str]:
         error = "" if row.stderr is None else f" ± {100 * row.stderr:.1f}"
         points = f"{100 * row.difference:+.1f}{error} points"
         return f"{row.a:.1%}", f"{row.b:.1%}", points, f"{row.a_alone} / {row.b_alone}"
-    times = f"{_ratio(row.ratio)} times"
+    ratio = f"{_ratio(row.ratio)}x"
     if row.ratio_low is not None and row.ratio_high is not None:
-        times += f" [{_ratio(row.ratio_low)}, {_ratio(row.ratio_high)}]"
-    return number(row.a), number(row.b), times, MISSING
+        ratio += f" [{_ratio(row.ratio_low)}, {_ratio(row.ratio_high)}]"
+    return number(row.a), number(row.b), ratio, MISSING
 
 
 def _ratio(value: float) -> str:
@@ -150,7 +150,7 @@ def _notes(pairing: Pairing) -> list[str]:
     for protocol, (a, b) in pairing.unmatched.items():
         lines.append(f"{protocol}: no item matches ({a:,} in A, {b:,} in B)")
     lines += [
-        f"{one}: not compared: neither 0 or 1 nor a loss, or not finite"
-        for one in pairing.uncompared
+        f"{column}: not compared: neither 0 or 1 nor a loss, or not finite"
+        for column in pairing.uncompared
     ]
     return list(dict.fromkeys(lines))

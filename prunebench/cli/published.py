@@ -55,7 +55,7 @@ def print_twins(twins: Sequence[Twin], *, legend: str, title: str = "published")
     from rich.text import Text
 
     console = wide_console()
-    colours = {"agrees": "green", "better": "cyan", "worse": "red"}
+    colors = {"agrees": "green", "better": "cyan", "worse": "red"}
     for model in dict.fromkeys(twin.published.model for twin in twins):
         grid = rich.table.Table(
             title=f"{model}, {title}",
@@ -77,7 +77,7 @@ def print_twins(twins: Sequence[Twin], *, legend: str, title: str = "published")
                 _with_error(value.metric, twin.mean, twin.error),
                 _with_error(value.metric, value.value, value.std),
                 difference_text(twin),
-                Text(twin.verdict, colours[twin.verdict]),
+                Text(twin.verdict, colors[twin.verdict]),
                 value.source + (f" ({value.note})" if value.note else ""),
                 _calibration(twin),
             )
@@ -111,17 +111,17 @@ def _calibration(twin: Twin) -> str:
 
 def _none(tables: Sequence[Table]) -> MissingResource:
     models = [table.model for table in tables]
-    known = {value.model for value in published_values()}
-    mine = [model for model in models if model in known]
-    if not mine:
+    published = {value.model for value in published_values()}
+    covered = [model for model in models if model in published]
+    if not covered:
         return MissingResource(
             f"no paper has a value for {', '.join(models)}",
-            where=f"papers have values for {', '.join(sorted(known))}",
+            where=f"papers have values for {', '.join(sorted(published))}",
             fix="run one of these, for example prunebench sweep recipes/wanda.toml model=opt-125m",
         )
-    protocols = sorted({v.protocol for v in published_values() if v.model in mine})
+    protocols = sorted({v.protocol for v in published_values() if v.model in covered})
     return MissingResource(
-        f"no result of {', '.join(mine)} has the protocol of a paper, its method and sparsity",
+        f"no result of {', '.join(covered)} has the protocol of a paper, its method and sparsity",
         where=f"papers use {', '.join(protocols)}",
         fix="score with --ppl wikitext2 --ppl-seqlen 2048, or --tasks wanda7 without --limit",
     )

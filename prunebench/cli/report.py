@@ -11,7 +11,7 @@ from prunebench.cli.exit_codes import say
 from prunebench.cli.stored import require_results
 from prunebench.errors import SaveError
 from prunebench.files import require_writable, write_text
-from prunebench.results.compare import Selection
+from prunebench.results.selection import Selection
 from prunebench.results.store import ResultStore
 
 _DEFAULT = Path("report.html")
@@ -49,13 +49,13 @@ def report_command(
     if page:
         _require_free(page, force=force)
     results, damaged = ResultStore(results_dir).read()
-    for one in damaged:
-        say(f"warning: {one.path} is skipped: {one.reason}")
+    for file in damaged:
+        say(f"warning: {file.path} is skipped: {file.reason}")
     from prunebench.results.published import published_values
     from prunebench.results.report.data import build_report
     from prunebench.results.report.page import render_page
 
-    skipped = [(one.path.relative_to(results_dir).as_posix(), one.reason) for one in damaged]
+    skipped = [(file.path.relative_to(results_dir).as_posix(), file.reason) for file in damaged]
     report = build_report(results, selection, published=published_values(), skipped=skipped)
     if figures:
         from prunebench.results.report.figures import require_figures, write_figures

@@ -22,7 +22,9 @@ Rebuilt from the result files beside it by `prunebench results table`; do not ed
 
 """
 
-app = typer.Typer(help="Check and tabulate result files.", no_args_is_help=True)
+app = typer.Typer(
+    help="Check and tabulate result files.", no_args_is_help=True, add_completion=False
+)
 
 _Folder = Annotated[
     Path, typer.Option(envvar="PRUNEBENCH_RESULTS_DIR", help="Folder of the shared table.")
@@ -45,8 +47,8 @@ def results_table(results_dir: _Folder = Path("results")) -> None:
 def results_check(results_dir: _Folder = Path("results")) -> None:
     """Check every result file: schema, name and spec hash."""
     results, damaged = ResultStore(results_dir).read()
-    for one in damaged:
-        say(f"{one.path}: {one.reason}")
+    for file in damaged:
+        say(f"{file.path}: {file.reason}")
     if damaged:
         raise CheckFailed(f"{len(damaged)} of {len(results) + len(damaged)} files are damaged")
     failed = sum(result.status == "failed" for result in results)

@@ -4,21 +4,18 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from prunebench.cli.config import collect, print_config, settle_dtype
-from prunebench.cli.dry_run import print_dry_run, print_resume_info
 from prunebench.cli.exit_codes import command_line
 from prunebench.cli.options import KEEP, PLACE, RUN, takes_options
-from prunebench.cli.progress import choose_progress
-from prunebench.cli.summary import print_summary
-from prunebench.distributed import device_of, rank
 from prunebench.errors import UsageError
-from prunebench.results.schema import Result
 from prunebench.run_options import RUN_OPTIONS, spec_of
 from prunebench.spec import Setup
+
+if TYPE_CHECKING:
+    from prunebench.results.schema import Result
 
 
 @takes_options(RUN_OPTIONS.values())
@@ -43,7 +40,7 @@ def run_command(
         bool,
         typer.Option(
             "--once", envvar="PRUNEBENCH_ONCE", show_envvar=False, rich_help_panel=KEEP,
-            help="Where a result of the same specification is filed, show that and run nothing.",
+            help="If a result of the same specification is saved already, show it and run nothing.",
         ),
     ] = False,
     dry_run: Annotated[
@@ -54,7 +51,7 @@ def run_command(
         bool,
         typer.Option(
             "--resume-info", rich_help_panel=PLACE,
-            help="Say what an interrupted run of this very command has saved, and stop.",
+            help="Print what an interrupted run of this command has saved, and stop.",
         ),
     ] = False,
     show_config: Annotated[
@@ -75,10 +72,16 @@ def run_command(
     ] = False,
     **given: Any,
 ) -> None:  # fmt: skip
-    """Prune a model, measure what it cost, and file the result.
+    """Prune a model, measure what it cost, and save the result.
 
     Every option but --set and --save-* may also be given as PRUNEBENCH_<OPTION> in the environment.
     """
+    from prunebench.cli.config import collect, print_config, settle_dtype
+    from prunebench.cli.dry_run import print_dry_run, print_resume_info
+    from prunebench.cli.progress import choose_progress
+    from prunebench.cli.summary import print_summary
+    from prunebench.distributed import device_of, rank
+
     values, sources = collect(ctx, recipe)
     spec = spec_of(values)
     if show_config:
@@ -100,11 +103,11 @@ def run_command(
         from prunebench.run.plan import load_inputs
         from prunebench.run.resolve import resolve
     resolved = resolve(spec, setup)
-    filed = _filed(resolved) if once else None
-    if filed:
-        progress.note(f"{filed.id} is of the same specification: nothing is run")
-    result = filed or execute_plan(load_inputs(resolved))
-    if result is None:  # a process that helped the first one
+    saved = _saved_result(resolved) if once else None
+    if saved:
+        progress.note(f"{saved.id} has the same specification: nothing is run")
+    result = saved or execute_plan(load_inputs(resolved))
+    if result is None:  # not rank 0
         return
     if as_json:
         sys.stdout.write(result.to_json())
@@ -113,13 +116,13 @@ def run_command(
         print_summary(result, path, setup, masks=resolved.pruner.needs.masks)
 
 
-def _filed(resolved: Any) -> Result | None:
+def _saved_result(resolved: Any) -> Result | None:
     """Return a finished result of the same specification for `--once`."""
     setup = resolved.setup
     if any((setup.save_model, setup.save_masks, setup.save_calibration, setup.save_allocation)):
         raise UsageError(
             "--once does not go with --save-*",
-            where="a result that is filed already has no weights to save",
+            where="a saved result has no weights to save again",
             fix="leave --once out",
         )
     result: Result | None = resolved.store.newest(resolved.spec, layers=True)

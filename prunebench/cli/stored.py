@@ -1,4 +1,4 @@
-"""What a command says where there is no result to show."""
+"""The message of a command that has no result to show."""
 
 from __future__ import annotations
 

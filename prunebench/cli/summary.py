@@ -1,4 +1,4 @@
-"""What `prunebench run` says at its end."""
+"""The summary that `prunebench run` prints at its end."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 import typer
 
 from prunebench.results.render import column_title, number
-from prunebench.results.schema import Result
+from prunebench.results.schema import ExecutionBlock, Result
 
 _MASKS = {"masks": "masks applied", "prior": "the training began with masks"}
 
@@ -32,12 +32,12 @@ def print_summary(result: Result, path: Path, setup: Any, *, masks: str | None =
     for score in result.scores:
         line = f"  {column_title(f'{score.metric} {score.protocol}')}  {number(score.value)}"
         if name != "dense" and score.dense_value:
-            times = score.value / score.dense_value
-            line += f"  (dense {number(score.dense_value)}, {number(times)} times"
+            ratio = score.value / score.dense_value
+            line += f"  (dense {number(score.dense_value)}, {number(ratio)}x"
             before = [
-                number(one.value)
-                for one in (result.training.prior_scores if result.training else [])
-                if (one.metric, one.protocol) == (score.metric, score.protocol)
+                number(prior.value)
+                for prior in (result.training.prior_scores if result.training else [])
+                if (prior.metric, prior.protocol) == (score.metric, score.protocol)
             ]
             line += "".join(f"; the prior {value}" for value in before) + ")"
         typer.echo(line)
@@ -49,14 +49,7 @@ def print_summary(result: Result, path: Path, setup: Any, *, masks: str | None =
     if masks:
         _print_masks(result, masks)
     if result.execution:
-        one = result.execution
-        served = ", ".join(f"{count} by {name}" for name, count in sorted(one.backends.items()))
-        typer.echo(
-            f"  scored with packed 2:4 weights: {served}; "
-            f"{one.stored_bytes / one.dense_bytes:.4f} of their dense bytes"
-        )
-        for name, reason in list(one.dense_layers.items())[:3]:
-            typer.echo(f"  stayed dense: {name}: {reason}")
+        _print_execution(result.execution)
     if result.method and result.method.events:
         kinds = sorted({event.kind for event in result.method.events})
         count = len(result.method.events)
@@ -71,15 +64,26 @@ def print_summary(result: Result, path: Path, setup: Any, *, masks: str | None =
         ("allocation", setup.save_allocation),
     ):
         if place:
-            typer.echo(f"  {kind} saved as {place}")
-    typer.echo(f"  filed as {path}")
+            typer.echo(f"  {kind} saved to {place}")
+    typer.echo(f"  saved to {path}")
 
 
 def _print_masks(result: Result, masks: str) -> None:
-    """Say whose masks were read: repository and commit, or file and hash."""
+    """Print where the masks came from: repository and commit, or file and hash."""
     for option, title in _MASKS.items():
         origin = str(result.spec.method_options.get(option))
         if origin.startswith("hub:"):
             typer.echo(f"  {title}: {origin}")
         elif origin.startswith("sha256:"):
             typer.echo(f"  {title}: {masks} ({origin})")
+
+
+def _print_execution(execution: ExecutionBlock) -> None:
+    """Print which backends ran the packed layers, their bytes, and why layers stayed dense."""
+    served = ", ".join(f"{count} by {name}" for name, count in sorted(execution.backends.items()))
+    typer.echo(
+        f"  scored with packed 2:4 weights: {served}; "
+        f"{execution.stored_bytes / execution.dense_bytes:.4f} of their dense bytes"
+    )
+    for name, reason in list(execution.dense_layers.items())[:3]:
+        typer.echo(f"  stayed dense: {name}: {reason}")

@@ -108,7 +108,7 @@ def sweep_command(
         ),
     ] = None,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Say what would be run, and run nothing.")
+        bool, typer.Option("--dry-run", help="Print what would be run, and run nothing.")
     ] = False,
     log_samples: Annotated[
         bool, typer.Option("--log-samples", help="As in prunebench run.")
@@ -133,7 +133,7 @@ def sweep_command(
 ) -> None:  # fmt: skip
     """Run the cells of a recipe that are not finished yet, each in a process of its own.
 
-    Stopped or failed, the same command goes on where it was. A cell that fails is tried once more.
+    After an interruption the same command resumes. A cell that fails is tried once more.
     It ends with exit code 8 if cells failed, and with 6 if a value that the recipe expects is
     missed.
     """
@@ -174,16 +174,16 @@ def _run(sweep: Sweep, cells: Sequence[RecipeCell], voice: Voice) -> list[CellOu
     try:
         with (  # Ray writes to stdout, and stdout is for data
             contextlib.redirect_stdout(sys.stderr),
-            contextlib.closing(sweep.run(cells)) as known,
+            contextlib.closing(sweep.run(cells)) as stream,
         ):
-            for outcome in known:
+            for outcome in stream:
                 outcomes.append(outcome)
                 voice.tell(outcome.cell, _told(outcome))
     except KeyboardInterrupt:
         say("")
-        say(f"interrupted with {len(outcomes)} of {_count(len(cells), 'cell')} done with: what "
-            "was finished is filed, what ran was ended")  # fmt: skip
-        say(f"go on with: {command_line()}")
+        say(f"interrupted with {len(outcomes)} of {_count(len(cells), 'cell')} done: finished "
+            "results are saved, running cells were stopped")  # fmt: skip
+        say(f"resume with: {command_line()}")
         raise typer.Exit(130) from None
     return sorted(outcomes, key=lambda outcome: outcome.cell.number)
 
@@ -196,8 +196,8 @@ def _dry(sweep: Sweep, cells: Sequence[RecipeCell]) -> list[CellOutcome]:
     for cell in cells:
         here = local_path(find_model(cell.values["model"])) is not None
         cell = sweep.with_dtype(cell) if here else cell
-        known = sweep.finished(cell) if here else None
-        outcomes.append(CellOutcome(cell, "finished" if known else "to run", known))
+        result = sweep.finished(cell) if here else None
+        outcomes.append(CellOutcome(cell, "finished" if result else "to run", result))
     return outcomes
 
 
@@ -222,27 +222,29 @@ def _twins(recipe: Recipe, outcomes: Sequence[CellOutcome]) -> tuple[list[Twin],
     without: list[Expectation] = []
     for expectation in recipe.expectations:
         value = expectation.value
-        results = [one.result for one in outcomes if one.result and one.cell.scores(value)]
+        results = [
+            outcome.result for outcome in outcomes if outcome.result and outcome.cell.scores(value)
+        ]
         if not results:
             continue
         named = replace(value, model=results[0].spec.model)
-        found = find_twins(compare(results), [named], tolerance=expectation.tolerance)
-        twins += found
-        without += [] if found else [expectation]
+        matches = find_twins(compare(results), [named], tolerance=expectation.tolerance)
+        twins += matches
+        without += [] if matches else [expectation]
     return twins, without
 
 
 def _print_json(sweep: Sweep, outcomes: Sequence[CellOutcome], twins: Sequence[Twin]) -> None:
     cells = [
         {
-            "number": one.cell.number,
-            "command": shlex.join(sweep.command(one.cell)),
-            "state": one.state,
-            "result_id": one.result.id if one.result else None,
-            "reason": one.reason or None,
-            "tries": one.tries,
+            "number": outcome.cell.number,
+            "command": shlex.join(sweep.command(outcome.cell)),
+            "state": outcome.state,
+            "result_id": outcome.result.id if outcome.result else None,
+            "reason": outcome.reason or None,
+            "tries": outcome.tries,
         }
-        for one in outcomes
+        for outcome in outcomes
     ]
     document = {"cells": cells, "expectations": [twin_record(twin) for twin in twins]}
     typer.echo(json.dumps(document, indent=1))

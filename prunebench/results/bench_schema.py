@@ -1,4 +1,4 @@
-"""What a pruned checkpoint buys: bytes and speed, filed beside the result that says its quality.
+"""Bytes and speed of a pruned checkpoint, saved beside the result that holds its quality.
 
     results/<model>/<method>-<sparsity>/<run_id>.<time>.bench
 
@@ -117,19 +117,19 @@ def read_benches(root: Path) -> tuple[dict[str, Bench], list[tuple[Path, str]]]:
 
     One with speed is preferred to a newer one without: a laptop does not hide what a GPU measured.
     """
-    found: list[Bench] = []
+    benches: list[Bench] = []
     damaged: list[tuple[Path, str]] = []
     for path in sorted(root.rglob(f"*{SUFFIX}")):
         try:
-            found.append(Bench.model_validate_json(path.read_text("utf-8")))
+            benches.append(Bench.model_validate_json(path.read_text("utf-8")))
         except (OSError, ValidationError, ValueError) as error:
             damaged.append((path, str(error).splitlines()[0]))
-    return _newest(found), damaged
+    return _newest(benches), damaged
 
 
 def _newest(benches: Iterable[Bench]) -> dict[str, Bench]:
     newest: dict[str, Bench] = {}
-    for one in sorted(benches, key=lambda one: (one.speed == "measured", one.created_at)):
-        if one.result_id is not None:
-            newest[one.result_id] = one
+    for bench in sorted(benches, key=lambda bench: (bench.speed == "measured", bench.created_at)):
+        if bench.result_id is not None:
+            newest[bench.result_id] = bench
     return newest

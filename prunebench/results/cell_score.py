@@ -1,4 +1,4 @@
-"""What one cell of the table says under one protocol, and what may be read out of differences."""
+"""A score folded over seeds, and the test whether two scores differ by more than noise."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class CellScore:
         dense_stderr: The same of `dense`.
         higher_is_better: Whether the best value is the highest.
         best: True for the best of its sparsity in its column, where there is more than one.
-        within_noise: True if it cannot be told from the best one.
+        within_noise: True if its difference from the best is within noise.
     """
 
     metric: str
@@ -114,5 +114,5 @@ def _deviation(values: Sequence[float]) -> float:
 
 
 def _mean(values: Iterable[float | None]) -> float | None:
-    known = [value for value in values if value is not None]
-    return statistics.fmean(known) if known else None
+    present = [value for value in values if value is not None]
+    return statistics.fmean(present) if present else None

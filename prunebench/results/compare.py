@@ -10,39 +10,24 @@ seeds, or, with a single seed, that of the documents.
 
 from __future__ import annotations
 
-import fnmatch
-import functools
 import json
 import statistics
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from prunebench.errors import MissingResource, UsageError, nearest
 from prunebench.options import options_of
 from prunebench.results.bench_schema import Bench
-from prunebench.results.cell_score import CellScore as CellScore
+from prunebench.results.cell_score import CellScore
 from prunebench.results.schema import Result, Score
+from prunebench.results.selection import Selection, nothing_selected
 from prunebench.sparsity import Sparsity
 from prunebench.spec import RunSpec
 
 _OPTIONS = options_of(RunSpec)
 _SETTINGS = tuple(name for name, option in _OPTIONS.items() if option.about.shown)
 _NOT_OF_A_CELL = {name for name, option in _OPTIONS.items() if not option.about.cell}
-_SCORE_KEYS = ("protocol", "dataset", "metric")
-
-
-def _spec_value(name: str, result: Result) -> object:
-    return getattr(result.spec, name)
-
-
-_SELECTORS: dict[str, Callable[[Result], object]] = {
-    name: functools.partial(_spec_value, name)
-    for name, option in _OPTIONS.items()
-    if option.about.given and (option.about.cell or option.about.role != "evaluation")
-} | {"device": lambda result: result.hardware.device}
-OPTION = "set."  # and a name, as in set.steps or set.allocation.low
 
 
 @dataclass(frozen=True)
@@ -129,93 +114,8 @@ class Table:
 
     @property
     def has_bench(self) -> bool:
-        """Whether a row says what it takes and how fast it is."""
+        """Whether any row has bytes and speed."""
         return any(cell.bench for cell in self.cells)
-
-
-def read_selectors(words: Sequence[str]) -> dict[str, tuple[str, ...]]:
-    """Return the values of `key=value,value` words by key.
-
-    Raises:
-        UsageError: A word has another form.
-    """
-    filters: dict[str, tuple[str, ...]] = {}
-    for word in words:
-        key, equals, values = word.partition("=")
-        if not equals or not values:
-            raise UsageError(
-                f"{word!r} is not a selector", fix="use key=value[,value], as in method=wanda"
-            )
-        filters[key.replace("-", "_")] = tuple(values.split(","))
-    return filters
-
-
-@dataclass(frozen=True)
-class Selection:
-    """`key=value,value` filters; a value may hold `*` and `?`, and a key be `set.OPTION`."""
-
-    filters: dict[str, tuple[str, ...]] = field(default_factory=dict)
-
-    @classmethod
-    def parse(cls, words: Sequence[str]) -> Selection:
-        """Read selectors such as `model=llama2-7b` and `method=wanda,magnitude`.
-
-        Raises:
-            UsageError: A word is no selector, or its key is unknown.
-        """
-        known = (*_SELECTORS, *_SCORE_KEYS)
-        filters = read_selectors(words)
-        for key in filters:
-            if key not in known and not key.startswith(OPTION):
-                raise UsageError(f"unknown selector {key!r}", fix=nearest(key, known))
-        return cls(filters)
-
-    def takes(self, result: Result) -> bool:
-        """Whether a result is selected."""
-        return all(
-            _matches(_value(key, result), patterns)
-            for key, patterns in self.filters.items()
-            if key not in _SCORE_KEYS
-        )
-
-    def takes_score(self, score: Score) -> bool:
-        """Whether a score is selected."""
-        return all(
-            _matches(getattr(score, key), self.filters[key])
-            for key in _SCORE_KEYS
-            if key in self.filters
-        )
-
-
-def _value(key: str, result: Result) -> object:
-    """Return what a result has under a selector's key; an option that it has not is `-`."""
-    if key in _SELECTORS:
-        return _SELECTORS[key](result)
-    return _options_of(result).get(key.removeprefix(OPTION), "-")
-
-
-def _options_of(result: Result) -> dict[str, object]:
-    """Return the options of method and allocator, named as in `--set`."""
-    spec = result.spec
-    own: dict[str, object] = {k: v for k, v in spec.method_options.items() if k != "seed"}
-    return own | {f"allocation.{name}": value for name, value in spec.allocation_options.items()}
-
-
-def _matches(value: object, patterns: Iterable[str]) -> bool:
-    return any(matches_word(value, pattern) for pattern in patterns)
-
-
-def matches_word(value: object, pattern: str) -> bool:
-    """Whether a selector's value, which may hold `*` and `?`, means this; 1e-5 is 0.00001."""
-    word = str(value).lower() if isinstance(value, bool) else str(value)
-    if fnmatch.fnmatchcase(word, pattern):
-        return True
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return False
-    try:
-        return float(pattern) == value
-    except ValueError:
-        return False
 
 
 def compare(
@@ -237,45 +137,13 @@ def compare(
     chosen = [r for r in results if r.status == "ok" and selection.takes(r)]
     chosen = [r for r in chosen if any(map(selection.takes_score, r.scores))]
     if not chosen:
-        raise _nothing_selected([r for r in results if r.status == "ok"], selection)
+        raise nothing_selected([r for r in results if r.status == "ok"], selection)
     tables = []
     for model in sorted({r.spec.model for r in chosen}):
-        mine = [r for r in chosen if r.spec.model == model]
-        cells = _with_dense([_fold(group, selection, benches or {}) for group in _cells(mine)])
+        of_model = [r for r in chosen if r.spec.model == model]
+        cells = _with_dense([_fold(group, selection, benches or {}) for group in _cells(of_model)])
         tables.append(_table(model, cells))
     return tables
-
-
-def _nothing_selected(finished: Sequence[Result], selection: Selection) -> MissingResource:
-    """Return the error: it names the first value that no result has, and the nearest one."""
-    where = f"{len(finished)} finished results are there, none matches"
-    for key, patterns in selection.filters.items() if finished else ():
-        if key.startswith(OPTION):
-            names = {OPTION + name for result in finished for name in _options_of(result)}
-            if key not in names:
-                return MissingResource(
-                    f"no result has an option {key}", where=where, fix=nearest(key, names)
-                )
-        known = _values(key, finished)
-        for pattern in patterns:
-            if not any(_matches(value, [pattern]) for value in known.values()):
-                return MissingResource(
-                    f"no result has {key}={pattern}", where=where, fix=nearest(pattern, known)
-                )
-    return MissingResource(
-        "no result is selected",
-        where=where,
-        fix="leave a selector out, or run prunebench compare without any",
-    )
-
-
-def _values(key: str, results: Sequence[Result]) -> dict[str, object]:
-    """Return all values that a selector's key has in some results, by what they are called."""
-    if key in _SCORE_KEYS:
-        values = [getattr(score, key) for result in results for score in result.scores]
-    else:
-        values = [_value(key, result) for result in results]
-    return {str(value): value for value in values}
 
 
 def _cells(results: Sequence[Result]) -> list[list[Result]]:
@@ -299,7 +167,7 @@ def _fold(results: list[Result], selection: Selection, benches: Mapping[str, Ben
     settings = {name: getattr(first, name) for name in _SETTINGS} | {"method_options": options}
     if first.calibration is None and results[0].training is None:
         settings["calibration_bos"] = None  # it reads no windows
-    found = next((benches[r.id] for r in reversed(results) if r.id in benches), None)
+    bench = next((benches[r.id] for r in reversed(results) if r.id in benches), None)
     ratios = [r.sparsity.realised_ratio for r in results if r.sparsity]
     return Cell(
         model=first.model,
@@ -311,23 +179,24 @@ def _fold(results: list[Result], selection: Selection, benches: Mapping[str, Ben
         prune_seconds=statistics.median(seconds) if seconds else None,
         devices=tuple(sorted({r.hardware.device for r in results})),
         result_ids=tuple(sorted(r.id for r in results)),
-        bench=CellBench.of(found) if found else None,
+        bench=CellBench.of(bench) if bench else None,
     )
 
 
 def _with_dense(cells: list[Cell]) -> list[Cell]:
     """Add a dense row for every dtype and revision that has none, from what its rows measured."""
+    # every run scores its dense model too, so a dense row needs no run of its own
     rows: dict[tuple[Any, ...], Cell] = {}
     for cell in cells:
         key = (cell.settings["dtype"], cell.settings["model_revision"])
-        known = rows.get(key)
-        scores = dict(known.scores) if known else {}
+        row = rows.get(key)
+        scores = dict(row.scores) if row else {}
         for column, score in cell.scores.items():
             dense = score.of_dense()
             if dense and (column not in scores or cell.method == "dense"):
                 scores[column] = dense
         settings = dict.fromkeys(_SETTINGS) | {"dtype": key[0], "model_revision": key[1]}
-        ids = cell.result_ids if cell.method == "dense" else (known.result_ids if known else ())
+        ids = cell.result_ids if cell.method == "dense" else (row.result_ids if row else ())
         rows[key] = Cell(cell.model, "dense", "0", settings, scores, 0.0, None, (), ids)
     return [*rows.values(), *(cell for cell in cells if cell.method != "dense")]
 
@@ -338,7 +207,7 @@ def _table(model: str, cells: list[Cell]) -> Table:
         for column in cell.scores:
             used[column] = used.get(column, 0) + 1
     perplexities = [column for column in used if column.partition(" ")[0].endswith("_ppl")]
-    leading = perplexities or list(used)
+    leading = perplexities or list(used)  # rows can be ranked by one column only
     if len(leading) > 1:
         leading = [column for column in leading if used[column] == len(cells)]
     ranked_by = leading[0] if len(leading) == 1 else None
@@ -383,19 +252,22 @@ def _with_shown(cells: list[Cell]) -> tuple[list[Cell], dict[str, dict[str, Any]
     """Reduce the options that are shown to what tells rows of one method apart."""
     usual: dict[str, dict[str, Any]] = {}
     shown = [dict(cell.settings) for cell in cells]
+    # options are compared among rows of one method only: another method has other options
     for name, owner in _OWNERS.items():
-        rivals: dict[str | None, list[int]] = {}
+        groups: dict[str | None, list[int]] = {}
         for place, cell in enumerate(cells):
-            rivals.setdefault(_owner(cell, owner), []).append(place)
-        for who, places in rivals.items():
+            groups.setdefault(_owner(cell, owner), []).append(place)
+        for who, places in groups.items():
             options: list[dict[str, Any]] = [cells[place].settings[name] or {} for place in places]
             varying, most = _varying(options)
             if most:
                 usual[str(who)] = most
-            for place, own in zip(places, options, strict=True):
-                mine = {k: v for k, v in own.items() if k in varying and (k, v) not in most.items()}
-                shown[place][name] = mine or None
-    return [replace(c, shown=one) for c, one in zip(cells, shown, strict=True)], usual
+            for place, values in zip(places, options, strict=True):
+                varied = {
+                    k: v for k, v in values.items() if k in varying and (k, v) not in most.items()
+                }
+                shown[place][name] = varied or None
+    return [replace(c, shown=settings) for c, settings in zip(cells, shown, strict=True)], usual
 
 
 def _owner(cell: Cell, owner: str) -> str | None:
@@ -419,18 +291,18 @@ def _varying(rows: Sequence[Mapping[str, Any]]) -> tuple[set[str], dict[str, Any
 def _mark_best(cells: list[Cell], column: str) -> list[Cell]:
     """Mark the best value among the pruned rows of each sparsity, and what equals it in effect."""
     best: dict[str, CellScore] = {}
-    rivals: dict[str, int] = {}
+    row_counts: dict[str, int] = {}
     for cell in cells:
         score = cell.scores.get(column)
         if score is None or cell.method == "dense":
             continue
-        rivals[cell.sparsity] = rivals.get(cell.sparsity, 0) + 1
+        row_counts[cell.sparsity] = row_counts.get(cell.sparsity, 0) + 1
         if cell.sparsity not in best or score.loss < best[cell.sparsity].loss:
             best[cell.sparsity] = score
     marked = []
     for cell in cells:
         score = cell.scores.get(column)
-        if score is not None and cell.method != "dense" and rivals[cell.sparsity] > 1:
+        if score is not None and cell.method != "dense" and row_counts[cell.sparsity] > 1:
             top = best[cell.sparsity]
             score = replace(
                 score, best=score is top, within_noise=score is not top and score.in_noise_of(top)

@@ -1,7 +1,7 @@
 """Is one model better than another, or is it noise? Two runs compared item by item.
 
 Only items that both answered count: same protocol, same number, same hash (`results/samples.py`).
-The items of a run are the noise here, so two runs of one seed can be told apart, or not; how much a
+The items of a run are the noise here, so two runs of one seed can be compared; how much a
 method varies with its seed is another question, which repeated runs answer (`results/compare.py`).
 
 - Metrics whose values are all 0 or 1 (`acc`, `acc_norm`, `exact_match`): McNemar's test in its
@@ -174,7 +174,7 @@ def pair(
             there.append(f"{name} {protocol}")
             if not (_matches(name, metrics) and _matches(protocol, protocols)):
                 continue
-            values = {value for one in pairs for value in one}
+            values = {value for pair_values in pairs for value in pair_values}
             if metric == _LOSS and all(map(math.isfinite, values)):
                 row = _bootstrapped(protocol, pairs)
             elif values <= {0.0, 1.0}:

@@ -114,8 +114,8 @@ class PublishedValue:
     @property
     def limit(self) -> int | None:
         """How many documents of a task (or tokens of a text) were asked; None for all."""
-        found = re.search(r"/first-(\d+)$", self.protocol)
-        return int(found[1]) if found else None
+        match = re.search(r"/first-(\d+)$", self.protocol)
+        return int(match[1]) if match else None
 
     @property
     def tasks(self) -> tuple[str, ...]:
@@ -167,7 +167,7 @@ class Twin:
 def published_values() -> tuple[PublishedValue, ...]:
     """Return the values that a run of ours can stand beside, in the order of the file."""
     text = resources.files("prunebench.results").joinpath("published.tsv").read_text("utf-8")
-    found = []
+    values = []
     for row in csv.DictReader(text.splitlines(), delimiter="\t"):
         sparsity = _sparsity(row)
         paper = _ARXIV.match(row["arxiv"])
@@ -179,7 +179,7 @@ def published_values() -> tuple[PublishedValue, ...]:
             and _is_comparable(row)
         ):
             scale = 0.01 if row["metric"] == "acc" else 1.0
-            found.append(
+            values.append(
                 PublishedValue(
                     method=row["method"],
                     model=_MODELS[row["model"]],
@@ -194,7 +194,7 @@ def published_values() -> tuple[PublishedValue, ...]:
                     table=row["table"],
                 )
             )
-    return tuple(found)
+    return tuple(values)
 
 
 def _sparsity(row: dict[str, str]) -> str | None:
@@ -253,8 +253,8 @@ def find_twins(
 
 def _ours(cell: Cell, value: PublishedValue) -> tuple[float, float | None] | None:
     """Return our mean and its deviation over seeds, or None where there is no such score."""
-    mine = (cell.method, cell.sparsity, cell.settings["allocation"] or "uniform")
-    if mine != (value.method, value.sparsity, value.allocation):
+    cell_key = (cell.method, cell.sparsity, cell.settings["allocation"] or "uniform")
+    if cell_key != (value.method, value.sparsity, value.allocation):
         return None
     if value.tasks == (value.dataset,):
         score = _score(cell, value)

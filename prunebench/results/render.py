@@ -10,7 +10,8 @@ import math
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from prunebench.results.compare import Cell, CellScore, Table
+from prunebench.results.cell_score import CellScore
+from prunebench.results.compare import Cell, Table
 
 MISSING = "-"
 _METRIC_NAMES = {"token_ppl": "ppl"}
@@ -26,12 +27,13 @@ _SETTING_NAMES = {
 }
 LEGEND = (
     "mean ± std over seeds, (difference to dense); best of its sparsity in bold; "
-    "~ not to be told from the best one (2 standard errors)"
+    "~ within noise of the best (2 standard errors)"
 )
 _LEGEND_BENCH = (
     "bytes: of the dense model's, computed; decode, prefill: times the speed of dense, both in one "
     "run (prunebench bench)"
 )
+_BENCH_FIELDS = ("form", "bytes_ratio", "decode", "prefill", "speed", "gpu")
 _LEGEND_STDERR = "± of a single seed: standard error over documents"
 
 
@@ -95,11 +97,11 @@ def row(table: Table, cell: Cell, *, bold: tuple[str, str]) -> list[str]:
 
 def _bench_texts(cell: Cell) -> list[str]:
     """Return bytes and speed: `0.60 (2:4)`, `1.41x`; `not measured` where no GPU was there."""
-    one = cell.bench
-    if one is None:
+    bench = cell.bench
+    if bench is None:
         return [MISSING] * 3
-    speeds = ["not measured" if s is None else f"{s:.2f}x" for s in (one.decode, one.prefill)]
-    return [f"{one.bytes_ratio:.3f} ({one.form})", *speeds]
+    speeds = ["not measured" if s is None else f"{s:.2f}x" for s in (bench.decode, bench.prefill)]
+    return [f"{bench.bytes_ratio:.3f} ({bench.form})", *speeds]
 
 
 def score_text(score: CellScore | None, *, bold: tuple[str, str]) -> str:
@@ -219,12 +221,7 @@ def to_csv(tables: Sequence[Table]) -> str:
     )
     for table in tables:
         for cell in table.cells:
-            found = cell.bench
-            bench = (
-                [found.form, found.bytes_ratio, found.decode, found.prefill, found.speed, found.gpu]
-                if found
-                else [None] * 6
-            )
+            bench_fields = [getattr(cell.bench, name, None) for name in _BENCH_FIELDS]
             for column, score in cell.scores.items():
                 metric, _, protocol = column.partition(" ")
                 settings = [setting_text(cell.settings[name], missing="") for name in names]
@@ -233,7 +230,7 @@ def to_csv(tables: Sequence[Table]) -> str:
                     + [score.mean, score.std, score.seeds, score.dense]
                     + [score.best, score.within_noise, cell.realised_ratio, cell.prune_seconds]
                     + [score.stderr, score.dense_stderr, score.higher_is_better]
-                    + bench
+                    + bench_fields
                 )
     return out.getvalue()
 
@@ -249,7 +246,7 @@ def setting_text(value: Any, *, missing: str = MISSING) -> str:
         return missing
     if isinstance(value, dict):
         return " ".join(
-            f"{key}={setting_text(one, missing='None')}" for key, one in sorted(value.items())
+            f"{key}={setting_text(option, missing='None')}" for key, option in sorted(value.items())
         )
     text = str(value)
     return text[:19] if text.startswith("sha256:") else text

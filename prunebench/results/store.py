@@ -101,15 +101,15 @@ class ResultStore:
 
     def newest(self, spec: RunSpec, *, layers: bool = False) -> Result | None:
         """Return the newest finished result of a spec that has been resolved."""
-        same = [one for one in self.of(spec, layers=layers) if one.status == "ok"]
-        return max(same, key=lambda one: one.created_at, default=None)
+        same = [result for result in self.of(spec, layers=layers) if result.status == "ok"]
+        return max(same, key=lambda result: result.created_at, default=None)
 
     def of(self, spec: RunSpec, *, layers: bool = False) -> list[Result]:
         """Return all results of a spec that has been resolved, failed ones too."""
         folder = self.root / spec.model_slug / spec.cell
         paths = sorted(folder.glob(f"{spec.spec_id[:8]}-*.json"))
         results, _ = self.read(paths, layers=layers) if paths else ([], [])
-        return [one for one in results if one.spec_id == spec.spec_id]
+        return [result for result in results if result.spec_id == spec.spec_id]
 
     def find(self, name: str) -> Path:
         """Return the file of a result named by its id, the beginning of one, or its path.
@@ -126,13 +126,13 @@ class ResultStore:
                 fix="name one with --results-dir, or the path of a result",
             )
         paths = {path.stem: path for path in sorted(self.root.rglob("*.json"))}
-        found = [one for one in paths if one.startswith(name)]
-        if len(found) == 1 or name in found:
-            return paths[name if name in found else found[0]]
-        if found:
+        names = [path for path in paths if path.startswith(name)]
+        if len(names) == 1 or name in names:
+            return paths[name if name in names else names[0]]
+        if names:
             raise UsageError(
-                f"{name!r} is the beginning of {len(found)} results",
-                where=", ".join(found[:4]) + (", ..." if len(found) > 4 else ""),
+                f"{name!r} is the beginning of {len(names)} results",
+                where=", ".join(names[:4]) + (", ..." if len(names) > 4 else ""),
                 fix="give more of the id",
             )
         near = difflib.get_close_matches(name, paths, n=1, cutoff=0.3)
@@ -206,7 +206,7 @@ def read_copy(path: Path, *, layers: bool = True) -> Result | Damaged:
 
 
 def _why_not_read(text: str) -> str:
-    """Say what is wrong with the document as a whole; empty if it is one of its fields."""
+    """Return what is wrong with the document as a whole; empty if one of its fields is wrong."""
     try:
         document = json.loads(text)
     except ValueError as error:

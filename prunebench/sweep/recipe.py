@@ -44,8 +44,8 @@ from typing import Any
 
 from prunebench.errors import PrunebenchError, UsageError, nearest
 from prunebench.evaluate.records import task_table
-from prunebench.results.compare import OPTION, matches_word, read_selectors
 from prunebench.results.published import PublishedValue, published_values
+from prunebench.results.selection import OPTION, matches_word, read_selectors
 from prunebench.run_options import RUN_KEYS, spec_of, with_defaults
 from prunebench.spec import RunSpec
 from prunebench.sweep.engines.job import RESOURCE_KEYS, Resources

@@ -10,7 +10,7 @@ from prunebench.results.cell_score import CellScore
 from prunebench.results.render import score_text, value_text
 from prunebench.results.report.data import Cost, Machine, Row, ScoreFigure, sparsity_ratio
 from prunebench.results.report.drawing import Box, Drawing, Label, Line, Mark, fit, text_width
-from prunebench.results.report.scale import OFF_SCALE, WIDTH, Scale, colour_of, tick_text
+from prunebench.results.report.scale import OFF_SCALE, WIDTH, Scale, color_of, tick_text
 from prunebench.spec import slug
 
 _PLAIN = ("", "")  # nothing around the best
@@ -28,7 +28,7 @@ class Bar:
 
     group: str
     label: str
-    colour: str
+    color: str
     value: float | None
     error: float | None
     text: str
@@ -50,9 +50,9 @@ def one_line_a_row(figure: ScoreFigure, methods: Sequence[str]) -> Drawing:
             used.add((point.method, point.sparsity))
             hollow = _published(figure, (point.method, point.sparsity))
             text = f"{value_text(point.metric, point.value)} published"
-            colour = colour_of(point.method, methods)
+            color = color_of(point.method, methods)
             bars.append(
-                Bar(point.sparsity, point.method, colour, None, None, text, text, "", hollow)
+                Bar(point.sparsity, point.method, color, None, None, text, text, "", hollow)
             )
     logarithmic = figure.metric.endswith("_ppl")
     kind, better = (
@@ -98,7 +98,7 @@ def _score_bar(
     return Bar(
         group=row.cell.sparsity,
         label=label,
-        colour=colour_of(row.cell.method, methods),
+        color=color_of(row.cell.method, methods),
         value=score.mean,
         error=score.error,
         text=value_text(score.metric, score.mean),
@@ -112,8 +112,8 @@ def cost_bars(machine: Machine, methods: Sequence[str], *, number: int) -> list[
     """Draw prune time and peak memory on one machine."""
     drawings = []
     for quantity, unit, value_of, error_of in _QUANTITIES:
-        known = [cost for cost in machine.costs if value_of(cost) is not None]
-        if not known:
+        measured = [cost for cost in machine.costs if value_of(cost) is not None]
+        if not measured:
             continue
         title = f"{quantity}, {machine.name}"
         drawing = Drawing(
@@ -123,10 +123,10 @@ def cost_bars(machine: Machine, methods: Sequence[str], *, number: int) -> list[
             width=WIDTH,
             height=0.0,
         )
-        label = _labels([cost.row for cost in known], by_method=machine.by_method)
+        label = _labels([cost.row for cost in measured], by_method=machine.by_method)
         bars = [
             _cost_bar(cost, methods, unit, (value_of(cost), error_of(cost)), label(cost.row))
-            for cost in known
+            for cost in measured
         ]
         _bars(drawing, bars, "cost", dense=None, note=f"{unit}; lower is better")
         drawings.append(drawing)
@@ -154,7 +154,7 @@ def _cost_bar(
     return Bar(
         group=row.cell.sparsity,
         label=label,
-        colour=colour_of(row.cell.method, methods),
+        color=color_of(row.cell.method, methods),
         value=value[0],
         error=value[1],
         text=text,
@@ -181,7 +181,7 @@ def _bars(
         x = Scale(low / 1.1, high * 1.1, left, right - 10, logarithmic=True)
     else:
         x = Scale(0.0, max(tops, default=1.0) * 1.02 or 1.0, left, right)
-    y, begun = (42.0, 34.0) if dense else (26.0, 22.0)
+    y, plot_top = (42.0, 34.0) if dense else (26.0, 22.0)
     places: list[tuple[float, Bar | str]] = []
     last = None
     for bar in sorted(bars, key=lambda bar: (sparsity_ratio(bar.group) or 0.0, ":" in bar.group)):
@@ -191,27 +191,29 @@ def _bars(
         last = bar.group
         places.append((y, bar))
         y += _ROW_HEIGHT
-    ended = y + 4
+    plot_bottom = y + 4
     for tick in x.ticks(5):
-        drawing.add(Line(((x(tick), begun), (x(tick), ended)), "grid"))
-        drawing.add(Label(x(tick), ended + 15, tick_text(metric, tick), anchor="middle"))
+        drawing.add(Line(((x(tick), plot_top), (x(tick), plot_bottom)), "grid"))
+        drawing.add(Label(x(tick), plot_bottom + 15, tick_text(metric, tick), anchor="middle"))
     drawing.add(Label(4, 14, note))
     if dense:
-        _dense_line(drawing, dense, x, begun, ended)
+        _dense_line(drawing, dense, x, plot_top, plot_bottom)
     for top, place in places:
         if isinstance(place, str):
             drawing.add(Label(4, top, place, "ink", bold=True))
         else:
             _bar(drawing, place, x, top)
-    drawing.height = ended + 24
+    drawing.height = plot_bottom + 24
 
 
-def _dense_line(drawing: Drawing, dense: CellScore, x: Scale, begun: float, ended: float) -> None:
+def _dense_line(
+    drawing: Drawing, dense: CellScore, x: Scale, plot_top: float, plot_bottom: float
+) -> None:
     place = x(dense.mean)
     if dense.stderr:
         low, high = x(dense.mean - dense.stderr), x(dense.mean + dense.stderr)
-        drawing.add(Box(low, begun, high - low, ended - begun, "front", opacity=0.7))
-    drawing.add(Line(((place, begun), (place, ended)), "ink", 1.4, (5, 3)))
+        drawing.add(Box(low, plot_top, high - low, plot_bottom - plot_top, "front", opacity=0.7))
+    drawing.add(Line(((place, plot_top), (place, plot_bottom)), "ink", 1.4, (5, 3)))
     text = f"dense {value_text(dense.metric, dense.mean)}"
     drawing.add(Label(min(place, WIDTH - text_width(text) / 2 - 4), 29, text, "ink", "middle"))
 
@@ -224,7 +226,7 @@ def _bar(drawing: Drawing, bar: Bar, x: Scale, top: float) -> None:
         height = _ROW_HEIGHT - 6
         if not x.logarithmic:  # a log scale has no zero that a bar could begin at
             drawing.add(
-                Box(x.start, top + 3, x(bar.value) - x.start, height, bar.colour, 0.85, bar.title)
+                Box(x.start, top + 3, x(bar.value) - x.start, height, bar.color, 0.85, bar.title)
             )
         if bar.error and bar.value <= x.high:
             low, high = x(bar.value - bar.error), x(bar.value + bar.error)
@@ -235,8 +237,8 @@ def _bar(drawing: Drawing, bar: Bar, x: Scale, top: float) -> None:
             at, title = x(bar.value), bar.title
             if not bar.value <= x.high:  # so is NaN
                 title = f"{title}, beyond the scale"
-                drawing.add(Line(((at, middle), (at + 12, middle)), bar.colour, 1.5))
-            drawing.add(Mark(at, middle, "circle", bar.colour, title=title, link=bar.link))
+                drawing.add(Line(((at, middle), (at + 12, middle)), bar.color, 1.5))
+            drawing.add(Mark(at, middle, "circle", bar.color, title=title, link=bar.link))
     for value, title in bar.hollow:
         drawing.add(Mark(x(value), middle, "diamond", "ink", hollow=True, title=title))
     drawing.add(Label(WIDTH - 8, middle + 4, bar.text, "ink", "end"))

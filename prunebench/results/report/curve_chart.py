@@ -13,7 +13,7 @@ from prunebench.results.schema import TrainingPoint
 
 _LEFT, _RIGHT, _TOP = 58.0, 24.0, 26.0
 _PLOT_HEIGHT = 240.0
-_COLOURS = 8
+_COLORS = 8
 
 
 @dataclass(frozen=True)
@@ -27,15 +27,15 @@ class Curve:
 
 def curves_of(rows: Sequence[Row]) -> list[Curve]:
     """Return the trainings of all rows, one a seed, the newest where one was repeated."""
-    found = []
+    curves = []
     for row in rows:
         for result in sorted(row.results, key=lambda r: r.spec.seed):
             if result.training is None or result.id not in row.counted:
                 continue
             points = tuple(p for p in result.training.curve if _score(p) is not None)
             if len(points) > 1:
-                found.append(Curve(row, f"{row.name}, seed {result.spec.seed}", points))
-    return found
+                curves.append(Curve(row, f"{row.name}, seed {result.spec.seed}", points))
+    return curves
 
 
 def learning_curves(curves: Sequence[Curve]) -> Drawing:
@@ -55,16 +55,16 @@ def learning_curves(curves: Sequence[Curve]) -> Drawing:
     _axes(drawing, x, y)
     shapes = list(SHAPES)
     for number, curve in enumerate(curves):
-        colour, shape = f"s{number % _COLOURS}", shapes[number % len(shapes)]
+        color, shape = f"s{number % _COLORS}", shapes[number % len(shapes)]
         places = tuple((x(float(p.tokens)), y(_score(p) or high)) for p in curve.points)
-        drawing.add(Line(places, colour, 1.6))
+        drawing.add(Line(places, color, 1.6))
         for point, (across, down) in zip(curve.points, places, strict=True):
             title = f"{curve.name}: {_score(point):.4g} after {point.tokens:,} tokens"
-            drawing.add(Mark(across, down, shape, colour, title=title, link=curve.row.anchor))
+            drawing.add(Mark(across, down, shape, color, title=title, link=curve.row.anchor))
     for number, curve in enumerate(curves):
         line = drawing.height + 10
         drawing.add(
-            Mark(14, line - 4, shapes[number % len(shapes)], f"s{number % _COLOURS}"),
+            Mark(14, line - 4, shapes[number % len(shapes)], f"s{number % _COLORS}"),
             Label(28, line, fit(curve.name, WIDTH - 50), "ink"),
         )
         drawing.height = line + 8

@@ -8,14 +8,15 @@ from dataclasses import dataclass
 
 from prunebench.errors import UsageError
 from prunebench.results.cell_score import CellScore
-from prunebench.results.compare import Cell, Selection, Table, compare
+from prunebench.results.compare import Cell, Table, compare
 from prunebench.results.published import PublishedValue
 from prunebench.results.render import column_title, setting_text
 from prunebench.results.report.heat import HeatMap, heat_map
 from prunebench.results.schema import Result
+from prunebench.results.selection import Selection
 from prunebench.sparsity import Sparsity
 
-MAX_ROWS = 30  # more than these in one figure cannot be told apart
+MAX_ROWS = 30  # more rows than these cannot be distinguished in one figure
 
 
 @dataclass(frozen=True)
@@ -83,7 +84,7 @@ class ScoreFigure:
     def at_one_sparsity(self) -> bool:
         """Whether several rows, and all that is published beside them, have one sparsity."""
         drawn = [row.cell.sparsity for row, _ in self.rows]
-        return len(drawn) > 1 and len({*drawn, *(one.sparsity for one in self.published)}) == 1
+        return len(drawn) > 1 and len({*drawn, *(point.sparsity for point in self.published)}) == 1
 
 
 @dataclass(frozen=True)
@@ -109,7 +110,7 @@ class Machine:
 
 @dataclass(frozen=True)
 class ModelPart:
-    """All that a report says of one model.
+    """Tables and figures of one model.
 
     Attributes:
         drawn_of: The number of pruned rows, where the figures show only some of them; else None.
@@ -132,7 +133,7 @@ class Report:
 
     Attributes:
         skipped: Files that are no results: name and reason.
-        methods: All methods, in the order of their colours.
+        methods: All methods, in the order of their colors.
     """
 
     models: tuple[ModelPart, ...]
@@ -172,20 +173,20 @@ def _model_part(
 ) -> ModelPart:
     anchor = f"m{number}"
     rows = tuple(
-        _row(f"{anchor}r{i}", table, cell, [by_id[one] for one in cell.result_ids])
+        _row(f"{anchor}r{i}", table, cell, [by_id[id_] for id_ in cell.result_ids])
         for i, cell in enumerate(table.cells)
     )
     pruned = [row for row in rows if row.cell.method != "dense"]
     by_method = len(pruned) > MAX_ROWS
     columns = sorted(table.columns, key=lambda column: "_ppl " not in column)  # perplexity first
     drawn = _representatives(pruned, columns) if by_method else pruned
-    mine = [point for point in published if point.model == table.model]
+    of_model = [point for point in published if point.model == table.model]
     return ModelPart(
         table=table,
         anchor=anchor,
         rows=rows,
         figures=tuple(
-            _score_figure(column, rows, drawn, published=mine, by_method=by_method)
+            _score_figure(column, rows, drawn, published=of_model, by_method=by_method)
             for column in table.columns
         ),
         drawn_of=len(pruned) if by_method else None,
@@ -268,15 +269,17 @@ def pareto_front(points: Iterable[tuple[str, float, float]]) -> frozenset[str]:
 
 
 def _machines(rows: Sequence[Row], *, by_method: bool) -> tuple[Machine, ...]:
-    found: dict[str, list[Cost]] = {}
+    costs_by_machine: dict[str, list[Cost]] = {}
     for row in rows:
         by_machine: dict[str, list[Result]] = {}
         for result in row.results:
             if result.cost and result.id in row.counted:
                 by_machine.setdefault(machine_name(result), []).append(result)
         for name, results in by_machine.items():
-            found.setdefault(name, []).append(_cost(row, results))
-    return tuple(Machine(name, tuple(costs), by_method) for name, costs in sorted(found.items()))
+            costs_by_machine.setdefault(name, []).append(_cost(row, results))
+    return tuple(
+        Machine(name, tuple(costs), by_method) for name, costs in sorted(costs_by_machine.items())
+    )
 
 
 def machine_name(result: Result) -> str:

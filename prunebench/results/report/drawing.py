@@ -1,4 +1,4 @@
-"""A figure is a list of shapes at places in pixels, in colours that have names.
+"""A figure is a list of shapes at places in pixels, in colors that have names.
 
 Whoever writes it decides what the names mean: the page follows the reader's light or dark theme,
 a paper has the light one.
@@ -24,8 +24,8 @@ DARK = {
     "s0": "#7db3ff", "s1": "#ff9d66", "s2": "#56d3ab", "s3": "#e79bd8", "s4": "#e0c14e",
     "s5": "#aebccb", "s6": "#ff8f98", "s7": "#74d0ef",
 }  # fmt: skip
-SERIES_COLOURS = 8
-HEAT_COLOURS = ("#440154", "#3b528b", "#21918c", "#5ec962", "#fde725")  # viridis, five of its 256
+SERIES_COLORS = 8
+HEAT_COLORS = ("#440154", "#3b528b", "#21918c", "#5ec962", "#fde725")  # viridis, five of its 256
 
 
 def _regular(corners: int, turn: float, radius: float) -> tuple[tuple[float, float], ...]:
@@ -54,7 +54,7 @@ class Line:
     """A line through points."""
 
     points: tuple[tuple[Pixels, Pixels], ...]
-    colour: str = "ink"
+    color: str = "ink"
     width: Pixels = 1.0
     dash: tuple[Pixels, ...] = ()
 
@@ -67,7 +67,7 @@ class Box:
     y: Pixels
     width: Pixels
     height: Pixels
-    colour: str
+    color: str
     opacity: float = 1.0
     title: str = ""
     key: int | None = None
@@ -80,7 +80,7 @@ class Mark:
     x: Pixels
     y: Pixels
     shape: str
-    colour: str
+    color: str
     size: Pixels = 4.5
     hollow: bool = False
     outlined: bool = False
@@ -100,7 +100,7 @@ class Label:
     x: Pixels
     y: Pixels
     text: str
-    colour: str = "muted"
+    color: str = "muted"
     anchor: str = "start"
     size: Pixels = TEXT_SIZE
     bold: bool = False
@@ -148,11 +148,11 @@ def fit(text: str, width: Pixels, size: Pixels = TEXT_SIZE) -> str:
     return text + "…"
 
 
-def heat_colour(share: float) -> str:
-    """Return the colour of a value between 0 and 1."""
-    place = min(max(share, 0.0), 1.0) * (len(HEAT_COLOURS) - 1)
-    low = min(int(place), len(HEAT_COLOURS) - 2)
-    ends = [[int(HEAT_COLOURS[i][j : j + 2], 16) for j in (1, 3, 5)] for i in (low, low + 1)]
+def heat_color(share: float) -> str:
+    """Return the color of a value between 0 and 1."""
+    place = min(max(share, 0.0), 1.0) * (len(HEAT_COLORS) - 1)
+    low = min(int(place), len(HEAT_COLORS) - 2)
+    ends = [[int(HEAT_COLORS[i][j : j + 2], 16) for j in (1, 3, 5)] for i in (low, low + 1)]
     mixed = [round(a + (b - a) * (place - low)) for a, b in zip(*ends, strict=True)]
     return "#" + "".join(f"{channel:02x}" for channel in mixed)
 
@@ -163,9 +163,9 @@ def escape(text: str) -> str:
 
 
 def to_svg(drawing: Drawing, *, themed: bool) -> str:
-    """Return a drawing as an SVG element; `themed` for a page that defines the colours in CSS."""
+    """Return a drawing as an SVG element; `themed` for a page that defines the colors in CSS."""
 
-    def colour(name: str) -> str:
+    def color(name: str) -> str:
         if name.startswith("#"):
             return name
         return f"var(--{name})" if themed else LIGHT[name]
@@ -174,7 +174,7 @@ def to_svg(drawing: Drawing, *, themed: bool) -> str:
     if not themed:
         size = f'xmlns="http://www.w3.org/2000/svg" {size}'
         size += f' width="{drawing.width:g}" height="{drawing.height:g}"'
-    body = "".join(_element(shape, colour) for shape in drawing.shapes)
+    body = "".join(_element(shape, color) for shape in drawing.shapes)
     return (
         f'<svg {size} role="img" '
         f'aria-label="{escape(drawing.title)}. {escape(drawing.summary)}" '
@@ -182,22 +182,22 @@ def to_svg(drawing: Drawing, *, themed: bool) -> str:
     )
 
 
-def _element(shape: Shape, colour: Callable[[str], str]) -> str:
+def _element(shape: Shape, color: Callable[[str], str]) -> str:
     if isinstance(shape, Line):
         dash = f' stroke-dasharray="{" ".join(f"{d:g}" for d in shape.dash)}"' if shape.dash else ""
         return (
             f'<polyline points="{_places(shape.points)}" fill="none" stroke-linejoin="round" '
-            f'stroke="{colour(shape.colour)}" stroke-width="{shape.width:g}"{dash}/>'
+            f'stroke="{color(shape.color)}" stroke-width="{shape.width:g}"{dash}/>'
         )
     if isinstance(shape, Box):
         key = f' data-key="{shape.key}"' if shape.key is not None else ""
         opacity = f' fill-opacity="{shape.opacity:g}"' if shape.opacity < 1 else ""
         place = f'x="{shape.x:.1f}" y="{shape.y:.1f}" width="{shape.width:.1f}"'
-        fill = f'height="{shape.height:.1f}" fill="{colour(shape.colour)}"{opacity}{key}'
+        fill = f'height="{shape.height:.1f}" fill="{color(shape.color)}"{opacity}{key}'
         return f"<rect {place} {fill}>{_title(shape.title)}</rect>"
     if isinstance(shape, Mark):
-        fill = colour("back" if shape.hollow else shape.colour)
-        stroke = colour(shape.colour if shape.hollow else "ink" if shape.outlined else "back")
+        fill = color("back" if shape.hollow else shape.color)
+        stroke = color(shape.color if shape.hollow else "ink" if shape.outlined else "back")
         width = 1.6 if shape.hollow or shape.outlined else 0.8
         mark = (
             f'<polygon points="{_places(shape.corners)}" fill="{fill}" stroke="{stroke}" '
@@ -208,7 +208,7 @@ def _element(shape: Shape, colour: Callable[[str], str]) -> str:
     key = f' data-key="{escape(shape.key)}"' if shape.key else ""
     return (
         f'<text x="{shape.x:.1f}" y="{shape.y:.1f}" font-size="{shape.size:g}" '
-        f'text-anchor="{shape.anchor}" fill="{colour(shape.colour)}"{weight}{key}>'
+        f'text-anchor="{shape.anchor}" fill="{color(shape.color)}"{weight}{key}>'
         f"{escape(shape.text)}</text>"
     )
 

@@ -64,7 +64,7 @@ def write_figures(folder: Path, drawings: Sequence[tuple[str, Drawing]]) -> list
 
 
 def _paths(folder: Path, name: str) -> Iterator[Path]:
-    return (folder / f"{name}.{one}" for one in FORMATS)
+    return (folder / f"{name}.{suffix}" for suffix in FORMATS)
 
 
 def _write(path: Path, drawing: Drawing) -> None:
@@ -87,7 +87,7 @@ def _write(path: Path, drawing: Drawing) -> None:
             figure.savefig(part, format=kind, dpi=300, metadata=metadata)
 
 
-def _colour(name: str) -> str:
+def _color(name: str) -> str:
     return name if name.startswith("#") else LIGHT[name]
 
 
@@ -99,29 +99,29 @@ def _draw(axes: Any, shape: Shape, order: int) -> None:
         dash: Any = (0, tuple(d / shape.width for d in shape.dash)) if shape.dash else "solid"
         axes.add_line(
             Line2D(
-                *zip(*shape.points, strict=True), color=_colour(shape.colour), linestyle=dash,
+                *zip(*shape.points, strict=True), color=_color(shape.color), linestyle=dash,
                 linewidth=shape.width * _POINTS, zorder=order,
             )
         )  # fmt: skip
     elif isinstance(shape, Box):
         axes.add_patch(
             Rectangle(
-                (shape.x, shape.y), shape.width, shape.height, color=_colour(shape.colour),
+                (shape.x, shape.y), shape.width, shape.height, color=_color(shape.color),
                 alpha=shape.opacity, linewidth=0, zorder=order,
             )
         )  # fmt: skip
     elif isinstance(shape, Mark):
-        stroke = shape.colour if shape.hollow else "ink" if shape.outlined else "back"
+        stroke = shape.color if shape.hollow else "ink" if shape.outlined else "back"
         axes.add_patch(
             Polygon(
-                shape.corners, facecolor=_colour("back" if shape.hollow else shape.colour),
-                edgecolor=_colour(stroke), zorder=order,
+                shape.corners, facecolor=_color("back" if shape.hollow else shape.color),
+                edgecolor=_color(stroke), zorder=order,
                 linewidth=(1.6 if shape.hollow or shape.outlined else 0.8) * _POINTS,
             )
         )  # fmt: skip
     else:
         axes.text(
-            shape.x, shape.y, shape.text, color=_colour(shape.colour), zorder=order,
+            shape.x, shape.y, shape.text, color=_color(shape.color), zorder=order,
             fontsize=shape.size * _POINTS, fontweight="bold" if shape.bold else "normal",
             ha={"start": "left", "middle": "center", "end": "right"}[shape.anchor], va="baseline",
         )  # fmt: skip

@@ -51,7 +51,9 @@ def heat_map(runs: Sequence[tuple[str, Result]]) -> HeatMap | None:
     return HeatMap(
         modules=modules,
         blocks=blocks,
-        runs=tuple(_run(name, one, layers, grid) for one, (name, layers) in folded.items()),
+        runs=tuple(
+            _run(name, result_id, layers, grid) for result_id, (name, layers) in folded.items()
+        ),
     )
 
 
@@ -87,11 +89,13 @@ def _run(
     layers: dict[tuple[str, int], _Place],
     grid: Sequence[tuple[str, int]],
 ) -> HeatRun:
-    found = [layers.get(place) for place in grid]
-    losses = tuple(place.loss if place else None for place in found)
+    layer_places = [layers.get(place) for place in grid]
+    losses = tuple(place.loss if place else None for place in layer_places)
     return HeatRun(
         name=name,
         result_id=result_id,
-        ratios=tuple(place.zeros / place.size if place and place.size else None for place in found),
+        ratios=tuple(
+            place.zeros / place.size if place and place.size else None for place in layer_places
+        ),
         losses=losses if any(loss is not None for loss in losses) else (),
     )

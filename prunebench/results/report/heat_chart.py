@@ -6,17 +6,17 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from prunebench.results.report.drawing import Box, Drawing, Label, fit, heat_colour, text_width
+from prunebench.results.report.drawing import Box, Drawing, Label, fit, heat_color, text_width
 from prunebench.results.report.heat import HeatMap, HeatRun
 from prunebench.results.report.scale import WIDTH
 
 _ROW_HEIGHT = 20.0
-_MIN_RANGE = 0.01  # realised ratios that differ by less than this are all of one colour
+_MIN_RANGE = 0.01  # realised ratios that differ by less than this are all of one color
 
 
 @dataclass(frozen=True)
 class HeatScale:
-    """The range of the colours of one run; `low` is dark, `high` is bright."""
+    """The range of the colors of one run; `low` is dark, `high` is bright."""
 
     low: float
     high: float
@@ -39,7 +39,7 @@ class HeatScale:
         return f"{float(f'{value:.3g}'):,.0f}" if value >= 1000 else f"{value:.3g}"
 
     def middle(self) -> float:
-        """Return the value of the middle colour."""
+        """Return the value of the middle color."""
         if self.logarithmic:
             return math.sqrt(self.low * self.high)
         return (self.low + self.high) / 2
@@ -47,18 +47,18 @@ class HeatScale:
 
 def ratio_scale(run: HeatRun) -> HeatScale:
     """Return the scale of realised sparsity: as narrow as the run's own range."""
-    known = [value for value in run.ratios if value is not None]
-    low, high = min(known), max(known)
+    finite = [value for value in run.ratios if value is not None]
+    low, high = min(finite), max(finite)
     room = max(0.0, _MIN_RANGE - (high - low)) / 2
     return HeatScale(low - room, high + room, logarithmic=False)
 
 
 def loss_scale(run: HeatRun) -> HeatScale | None:
     """Return the logarithmic scale of layer loss; None where no loss is above zero."""
-    known = [value for value in run.losses if value is not None and 0 < value < math.inf]
-    if not known:
+    finite = [value for value in run.losses if value is not None and 0 < value < math.inf]
+    if not finite:
         return None
-    low, high = min(known), max(known)
+    low, high = min(finite), max(finite)
     return HeatScale(low, high if high > low else low * 10, logarithmic=True)
 
 
@@ -84,10 +84,10 @@ def heat_chart(
             key = i * len(heat.blocks) + j
             value = values[key]
             text = "-" if value is None else scale.text(value)
-            colour = "grid" if value is None else heat_colour(scale.share(value))
+            color = "grid" if value is None else heat_color(scale.share(value))
             at = f"{module}, block {block}: {text}"
             drawing.add(
-                Box(left + j * width, y, width - gap, _ROW_HEIGHT - gap, colour, 1.0, at, key)
+                Box(left + j * width, y, width - gap, _ROW_HEIGHT - gap, color, 1.0, at, key)
             )
     bottom = 4 + len(heat.modules) * _ROW_HEIGHT
     every = max(1, math.ceil(24 / width))
@@ -96,15 +96,15 @@ def heat_chart(
             x = left + (j + 0.5) * width
             drawing.add(Label(x, bottom + 15, str(block), anchor="middle"))
     drawing.add(Label(left - 8, bottom + 15, "block", anchor="end"))
-    _colour_bar(drawing, scale, left, bottom + 28)
+    _color_bar(drawing, scale, left, bottom + 28)
     return drawing
 
 
-def _colour_bar(drawing: Drawing, scale: HeatScale, left: float, top: float) -> None:
+def _color_bar(drawing: Drawing, scale: HeatScale, left: float, top: float) -> None:
     steps, width = 64, WIDTH - left - 6
     for i in range(steps):
         x = left + i * width / steps
-        drawing.add(Box(x, top, width / steps + 0.5, 10, heat_colour(i / (steps - 1))))
+        drawing.add(Box(x, top, width / steps + 0.5, 10, heat_color(i / (steps - 1))))
     places = (("low", left, "start", scale.low), ("high", left + width, "end", scale.high))
     for key, x, anchor, value in (*places, ("middle", left + width / 2, "middle", scale.middle())):
         drawing.add(Label(x, top + 24, scale.text(value), "ink", anchor, key=key))

@@ -17,7 +17,7 @@ function sortBy(button) {
   said.textContent = `Sorted by ${button.textContent}, ${ascending ? "ascending" : "descending"}`;
 }
 
-// Heat maps: the shapes stay, another run brings colours and texts.
+// Heat maps: the shapes stay, another run brings colors and texts.
 function showRun(section, data, number) {
   const run = data.runs[number];
   for (const figure of section.querySelectorAll("figure[data-kind]")) {
@@ -25,9 +25,9 @@ function showRun(section, data, number) {
     figure.hidden = !values;
     if (!values) continue;
     for (const box of figure.querySelectorAll("rect[data-key]")) {
-      const key = Number(box.dataset.key), colour = values.colours[key];
+      const key = Number(box.dataset.key), color = values.colors[key];
       const module = data.modules[Math.floor(key / data.blocks.length)];
-      box.setAttribute("fill", colour === null ? "var(--grid)" : data.palette[colour]);
+      box.setAttribute("fill", color === null ? "var(--grid)" : data.palette[color]);
       box.querySelector("title").textContent =
         `${module}, block ${data.blocks[key % data.blocks.length]}: ${values.texts[key]}`;
     }

@@ -32,7 +32,7 @@ from prunebench.results.report.data import (
     ScoreFigure,
     machine_name,
 )
-from prunebench.results.report.drawing import DARK, LIGHT, Drawing, heat_colour, to_svg
+from prunebench.results.report.drawing import DARK, LIGHT, Drawing, heat_color, to_svg
 from prunebench.results.report.heat import HeatMap, HeatRun
 from prunebench.results.report.heat_chart import HeatScale, heat_chart, loss_scale, ratio_scale
 from prunebench.results.report.scatter_chart import against_sparsity
@@ -40,7 +40,7 @@ from prunebench.results.schema import Result
 from prunebench.spec import slug
 
 NOT_MEASURED = "not measured"
-MAX_CURVES = 8  # more lines than these in one figure cannot be told apart
+MAX_CURVES = 8  # more lines than these cannot be distinguished in one figure
 _HEAT_STEPS = 64
 _MAX_HEAT_FILES = 12
 
@@ -73,7 +73,7 @@ def render_page(report: Report) -> str:
         script=script,
         script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
         themes=themes,
-        palette=[heat_colour(i / (_HEAT_STEPS - 1)) for i in range(_HEAT_STEPS)],
+        palette=[heat_color(i / (_HEAT_STEPS - 1)) for i in range(_HEAT_STEPS)],
         protocols=sorted({column for part in report.models for column in part.table.columns}),
         not_measured=NOT_MEASURED,
     )
@@ -110,11 +110,11 @@ def _model(part: ModelPart, methods: Sequence[str]) -> dict[str, Any]:
         "part": part,
         "head": header(part.table),
         "words": text_columns(part.table),
-        "rows": [(one, _table_row(part.table, one.cell)) for one in part.rows],
+        "rows": [(row, _table_row(part.table, row.cell)) for row in part.rows],
         "figures": [*_score_figures(part, methods), *_curve_figures(part)],
         "heat": _heat(part.heat) if part.heat else None,
         "costs": _cost_figures(part, methods),
-        "provenance": [(one, [_provenance(r) for r in one.results]) for one in part.rows],
+        "provenance": [(row, [_provenance(r) for r in row.results]) for row in part.rows],
     }
 
 
@@ -186,9 +186,9 @@ def _score_figure(figure: ScoreFigure, part: ModelPart, methods: Sequence[str]) 
         )
     if figure.published:
         caption += " Hollow marks are published values, not ours."
-    rows = [_score_data(figure, one) for one, _ in figure.rows]
-    dense = [one for one in part.rows if one.cell.method == "dense" and figure.dense]
-    rows = [*(_score_data(figure, one) for one in dense[:1]), *rows]
+    rows = [_score_data(figure, row) for row, _ in figure.rows]
+    dense = [row for row in part.rows if row.cell.method == "dense" and figure.dense]
+    rows = [*(_score_data(figure, row) for row in dense[:1]), *rows]
     rows += [_published_data(point) for point in figure.published]
     head = ("row", "zeros", "value", "seeds", "on the front" if not figure.higher_is_better else "")
     return Figure(
@@ -203,8 +203,8 @@ def _score_figure(figure: ScoreFigure, part: ModelPart, methods: Sequence[str]) 
 
 
 def _curve_figures(part: ModelPart) -> list[Figure]:
-    found = curves_of(part.rows)
-    curves = found[:MAX_CURVES]
+    all_curves = curves_of(part.rows)
+    curves = all_curves[:MAX_CURVES]
     if not curves:
         return []
     drawing = learning_curves(curves)
@@ -214,18 +214,20 @@ def _curve_figures(part: ModelPart) -> list[Figure]:
         for p in curve.points
     )
     caption = "Windows of the training text that were not learned from; step 0 is the prior."
-    if len(found) > len(curves):
-        caption += f" The first {len(curves)} of {len(found)} trainings, in the order of the table."
+    if len(all_curves) > len(curves):
+        caption += (
+            f" The first {len(curves)} of {len(all_curves)} trainings, in the order of the table."
+        )
     head = ("training", "step", "tokens", "held-out perplexity")
     return [Figure(drawing, to_svg(drawing, themed=True), caption, head, rows)]
 
 
-def _score_data(figure: ScoreFigure, one: Row) -> tuple[str, tuple[str, ...]]:
-    score = one.cell.scores[figure.column]
-    on_front = "yes" if one.name in figure.front else "no"
-    ratio = f"{one.cell.realised_ratio:.1%}"
+def _score_data(figure: ScoreFigure, row: Row) -> tuple[str, tuple[str, ...]]:
+    score = row.cell.scores[figure.column]
+    on_front = "yes" if row.name in figure.front else "no"
+    ratio = f"{row.cell.realised_ratio:.1%}"
     value = score_text(score, bold=("", ""))
-    return one.anchor, (one.name, ratio, value, str(score.seeds), on_front)
+    return row.anchor, (row.name, ratio, value, str(score.seeds), on_front)
 
 
 def _published_data(point: PublishedValue) -> tuple[str, tuple[str, ...]]:
@@ -286,8 +288,8 @@ def _heat(heat: HeatMap) -> dict[str, Any]:
         "heat": heat,
         "chosen": chosen,
         "charts": [
-            (kind, one, to_svg(one, themed=True), _grid(heat, data[chosen][kind]["texts"]))
-            for kind, one in zip(("ratio", "loss"), drawings, strict=False)
+            (kind, drawing, to_svg(drawing, themed=True), _grid(heat, data[chosen][kind]["texts"]))
+            for kind, drawing in zip(("ratio", "loss"), drawings, strict=False)
         ],
         "data": data,
     }
@@ -323,7 +325,7 @@ def _quantity(values: Sequence[float | None], scale: HeatScale | None) -> dict[s
     if scale is None:
         return None
     return {
-        "colours": [
+        "colors": [
             None if value is None else round(scale.share(value) * (_HEAT_STEPS - 1))
             for value in values
         ],

@@ -1,4 +1,4 @@
-"""What the charts share: scales and the colours of methods."""
+"""What the charts share: scales and the colors of methods."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from prunebench.results.render import value_text
-from prunebench.results.report.drawing import SERIES_COLOURS
+from prunebench.results.report.drawing import SERIES_COLORS
 
 WIDTH = 480.0
 OFF_SCALE = 100.0  # a perplexity of more than so many times dense is drawn at the edge
@@ -20,9 +20,9 @@ _LOG_TICKS = (
 )
 
 
-def colour_of(method: str, methods: Sequence[str]) -> str:
-    """Return the colour of a method, the same in all figures of a report."""
-    return f"s{methods.index(method) % SERIES_COLOURS}" if method in methods else "muted"
+def color_of(method: str, methods: Sequence[str]) -> str:
+    """Return the color of a method, the same in all figures of a report."""
+    return f"s{methods.index(method) % SERIES_COLORS}" if method in methods else "muted"
 
 
 @dataclass(frozen=True)
@@ -60,13 +60,13 @@ class Scale:
 
     def _log_ticks(self, about: int) -> list[float]:
         decades = range(math.floor(math.log10(self.low)), math.ceil(math.log10(self.high)) + 1)
-        found: list[float] = []
+        best: list[float] = []
         for steps in _LOG_TICKS:
             ticks = [k * 10.0**d for d in decades for k in steps]
             inside = [tick for tick in ticks if self.low <= tick <= self.high]
             if len(inside) <= about + 2:
-                found = inside if len(inside) > len(found) else found
-        return found
+                best = inside if len(inside) > len(best) else best
+        return best
 
 
 def tick_text(metric: str, value: float) -> str:

@@ -11,7 +11,7 @@ from prunebench.results.cell_score import CellScore
 from prunebench.results.render import score_text, value_text
 from prunebench.results.report.data import Row, ScoreFigure, sparsity_ratio
 from prunebench.results.report.drawing import SHAPES, Drawing, Label, Line, Mark, fit, text_width
-from prunebench.results.report.scale import OFF_SCALE, WIDTH, Scale, colour_of, tick_text
+from prunebench.results.report.scale import OFF_SCALE, WIDTH, Scale, color_of, tick_text
 from prunebench.spec import slug
 
 _PLAIN = ("", "")  # nothing around the best
@@ -69,12 +69,12 @@ def against_sparsity(figure: ScoreFigure, methods: Sequence[str]) -> Drawing:
 
 
 def _places(figure: ScoreFigure) -> list[_Place]:
-    found = []
+    places = []
     dense_row = [] if figure.dense is None else [(None, figure.dense)]
     for row, score in [*dense_row, *figure.rows]:
         label = (row.cell.method if figure.by_method else row.label) if row else "dense"
         name = row.name if row else "dense"
-        found.append(
+        places.append(
             _Place(
                 row=row, score=score, series=label, method=row.cell.method if row else "dense",
                 ratio=row.cell.realised_ratio if row else 0.0, value=score.mean,
@@ -86,18 +86,18 @@ def _places(figure: ScoreFigure) -> list[_Place]:
         ratio = sparsity_ratio(point.sparsity)
         if ratio is not None:
             text = f"{point.method} {point.sparsity}: {value_text(point.metric, point.value)}"
-            found.append(
+            places.append(
                 _Place(
                     row=None, score=None, series=f"{point.method}, published", method=point.method,
                     ratio=ratio, value=point.value, pattern=":" in point.sparsity,
                     title=f"{text}, published in {point.source}", hollow=True,
                 )
             )  # fmt: skip
-    return found
+    return places
 
 
 def _looks(places: Sequence[_Place], methods: Sequence[str]) -> dict[str, tuple[str, str]]:
-    """Give every series a colour (its method's) and a shape; a published one looks like ours."""
+    """Give every series a color (its method's) and a shape; a published one looks like ours."""
     shapes = itertools.cycle(shape for shape in SHAPES if shape != "diamond")  # that is dense
     looks: dict[str, tuple[str, str]] = {}
     of_method: dict[str, str] = {}
@@ -108,7 +108,7 @@ def _looks(places: Sequence[_Place], methods: Sequence[str]) -> dict[str, tuple[
             shape = of_method.get(place.method) if place.hollow else None
             shape = shape or next(shapes)
             of_method.setdefault(place.method, shape)
-            looks[place.series] = (colour_of(place.method, methods), shape)
+            looks[place.series] = (color_of(place.method, methods), shape)
     return looks
 
 
@@ -170,19 +170,19 @@ def _join(
 
 
 def _point(drawing: Drawing, place: _Place, centre: float, y: Scale, look: tuple[str, str]) -> None:
-    colour, shape = look
+    color, shape = look
     height, title = y(place.value), place.title
     error = place.score.error if place.score else None
     beyond = not place.value <= y.high  # so is NaN
     if beyond:
         height, title = _TOP + 8, f"{title}, beyond the scale"
-        drawing.add(Line(((centre, height), (centre, height - 12)), colour, 1.5))
+        drawing.add(Line(((centre, height), (centre, height - 12)), color, 1.5))
     elif error:
         low = max(place.value - error, y.low)
         drawing.add(Line(((centre, y(low)), (centre, y(place.value + error))), "muted", 1.4))
     drawing.add(
         Mark(
-            centre, height, shape, colour, hollow=place.hollow, outlined=place.pattern,
+            centre, height, shape, color, hollow=place.hollow, outlined=place.pattern,
             title=title, link=place.row.anchor if place.row else "",
         )
     )  # fmt: skip
@@ -195,14 +195,14 @@ def _legend_entries(
     places: Sequence[_Place], looks: dict[str, tuple[str, str]], *, front: bool
 ) -> list[_Entry]:
     def mark(
-        colour: str, shape: str, *, hollow: bool = False, outlined: bool = False
+        color: str, shape: str, *, hollow: bool = False, outlined: bool = False
     ) -> Callable[[float, float], list[Mark | Line]]:
-        return lambda x, y: [Mark(x, y, shape, colour, hollow=hollow, outlined=outlined)]
+        return lambda x, y: [Mark(x, y, shape, color, hollow=hollow, outlined=outlined)]
 
     hollow = {place.series for place in places if place.hollow}
     entries: list[_Entry] = [
-        (series, mark(colour, shape, hollow=series in hollow))
-        for series, (colour, shape) in looks.items()
+        (series, mark(color, shape, hollow=series in hollow))
+        for series, (color, shape) in looks.items()
     ]
     if any(place.pattern for place in places):
         entries.append(("N:M: outlined", mark("back", "circle", outlined=True)))
