@@ -1,0 +1,518 @@
+"""The report: what it holds, that it holds together without a network, and what it survives."""
+
+import importlib.util
+import itertools
+import json
+import math
+import random
+import re
+from html.parser import HTMLParser
+
+import pytest
+
+from benchmarks.generated import generate_result
+from prunebench.errors import MissingResource
+from prunebench.results.compare import Selection
+from prunebench.results.published import PublishedValue
+from prunebench.results.report.curve_chart import curves_of, learning_curves
+from prunebench.results.report.data import build_report, pareto_front
+from prunebench.results.report.drawing import (
+    Label,
+    Line,
+    Mark,
+    fit,
+    heat_colour,
+    text_width,
+    to_svg,
+)
+from prunebench.results.report.heat import heat_map
+from prunebench.results.report.heat_chart import HeatScale, loss_scale, ratio_scale
+from prunebench.results.report.page import drawings_of, render_page
+from prunebench.results.schema import LayerSparsity, TrainingBlock, TrainingPoint
+from prunebench.results.store import ResultStore
+from prunebench.spec import RunSpec
+from tests.results.test_results import make_result
+
+EVIL = "<img src=x onerror=alert(1)>"
+
+
+def generated(model="m", method="wanda", **spec):
+    run = RunSpec(model=model, method=method, model_revision="sha256:" + "0" * 64, **spec)
+    return generate_result(run, blocks=3)
+
+
+def mixed(model="m"):
+    """Seeds, sparsities, N:M, an allocation, perplexities and accuracies, layers."""
+    rows = [
+        generated(model, method, sparsity=sparsity, seed=seed)
+        for method, sparsity, seed in itertools.product(
+            ("wanda", "sparsegpt"), ("0.4", "0.6", "2:4"), range(2)
+        )
+    ]
+    return [*rows, generated(model, "sparsegpt", sparsity="0.6", allocation="owl")]
+
+
+def with_training(seed, held_out):
+    """A learned mask, with the held-out perplexity at every step."""
+    curve = [
+        TrainingPoint(
+            step=step, tokens=64 * step, loss=None, temperature=1.0, scale=1.0, certainty=0.9,
+            changed=0.0, held_out_ppl=ppl, seconds=1.0,
+        )
+        for step, ppl in enumerate(held_out)
+    ]  # fmt: skip
+    training = TrainingBlock(
+        text="c4-sample/rest", origin="wheel:x", windows=9, held_out_windows=2, seqlen=64,
+        tokens_sha256="0" * 64, best_step=2, processes=1, curve=curve,
+    )  # fmt: skip
+    made = make_result(method="maskllm", sparsity="2:4", value=50.0, seed=seed)
+    return made.model_copy(update={"training": training})
+
+
+def page_of(results, **how):
+    return render_page(build_report(results, **how))
+
+
+class Page(HTMLParser):
+    """What a browser would make of the page, as far as the tests ask."""
+
+    def __init__(self, html):
+        super().__init__()
+        self.tags, self.texts, self.links, self.ids, self._open = [], [], [], [], []
+        self.feed(html)
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+        self._open.append(tag)
+        for name, value in attrs:
+            if name in ("src", "href", "action", "srcset", "data", "xlink:href", "poster"):
+                self.links.append(value)
+            if name == "id":
+                self.ids.append(value)
+
+    def handle_data(self, data):
+        self.texts.append(data)
+
+    @property
+    def text(self):
+        return " ".join(self.texts)
+
+
+# ---------------------------------------------------------------- the page
+
+
+def test_every_point_tells_where_it_comes_from():
+    results = mixed()
+    page = page_of(results)
+    for result in results:
+        for fact in (
+            result.id, result.spec_id, result.command, result.created_at, result.model.revision,
+            result.model.evaluated_sha256, result.model.dense_sha256,
+            result.calibration.tokens_sha256, "NVIDIA H100", "torch 2.13.0", "lm-eval 0.4.13",
+        ):  # fmt: skip
+            assert fact in page
+    links = Page(page)
+    assert {link[1:] for link in links.links if link.startswith("#")} <= set(links.ids)
+    assert len(links.ids) == len(set(links.ids))
+
+
+def test_the_table_has_the_cells_of_compare():
+    rows = [make_result(seed=s, value=v) for s, v in enumerate((40.0, 42.0, 44.0))]
+    rows.append(make_result(method="magnitude", value=90.0))
+    page = page_of(rows)
+    assert "<strong>42.00 ± 2.00</strong>" in page
+    assert "(+22.00)" in page
+    assert "90.00 (+70.00)" in page
+
+
+def test_what_cannot_be_told_from_the_best_is_marked_and_said():
+    rows = [make_result(seed=s, value=40.0 + s) for s in (0, 1)]
+    rows += [make_result(method="magnitude", seed=s, value=40.2 + s) for s in (0, 1)]
+    page = page_of(rows)
+    assert '<span aria-hidden="true">~</span>' in page
+    assert "not to be told from the best: </span>40.70 ± 0.71" in page
+
+
+def test_accuracies_have_bars_with_error_bars_beside_dense():
+    part = build_report(mixed()).models[0]
+    (figure, *_) = [one for one in part.figures if one.metric == "acc"]
+    assert figure.dense.dense_stderr > 0
+    assert all(score.error > 0 for _, score in figure.rows)
+    page = page_of(mixed())
+    assert "acc lm-eval/piqa/0-shot/v1.0" in page
+    assert "dense 68.0%" in page
+    assert re.search(r"\d\d\.\d% ± \d\.\d \(\d\d\.\d% of dense\)", page)
+
+
+def test_rows_of_one_sparsity_have_a_dot_each_by_the_option_that_tells_them_apart():
+    base = {"steps": 12, "noise": 0.0, "rate": 1.0}
+    rows = [
+        make_result(method="maskllm", method_options=base, value=80.0),
+        make_result(method="maskllm", method_options=base | {"noise": 1.0}, value=90.0),
+        make_result(method="maskllm", method_options=base | {"steps": 24}, value=70.0),
+        make_result(method="maskllm", method_options=base | {"rate": 9.0}, value=1e9),
+    ]
+    ((_, drawing), *_) = drawings_of(build_report(rows))[0]
+    labels = [one.text for one in drawing.shapes if isinstance(one, Label)]
+    assert [one for one in labels if "=" in one] == ["steps=24", "noise=1.0", "rate=9.0"]
+    assert "maskllm" in labels and "against" not in drawing.title
+    dots = [one for one in drawing.shapes if isinstance(one, Mark)]
+    assert [one.y for one in dots] == sorted(one.y for one in dots)
+    best, base, worse, beyond = (one.x for one in dots)
+    assert base - best == pytest.approx((worse - base) * math.log(8 / 7) / math.log(9 / 8))
+    assert worse < beyond < drawing.width and "beyond the scale" in dots[-1].title
+
+
+def test_the_curves_that_are_left_out_are_counted():
+    trained = [with_training(seed, [250.0, 125.0]) for seed in range(9)]
+    assert "The first 8 of 9 trainings" in page_of(trained)
+    assert "trainings, in the order" not in page_of(trained[:8])
+
+
+def test_nothing_is_loaded_from_anywhere():
+    page = page_of(mixed())
+    links = Page(page).links
+    assert "data:," in links
+    assert all(link.startswith(("#", "data:")) for link in links)
+    assert not re.search(r"https?://|@import|url\(|//cdn", page)
+    assert "default-src 'none'" in page
+
+
+def test_the_same_results_give_the_same_bytes_in_any_order_and_at_any_time():
+    results = [*mixed("a"), *mixed("b")]
+    first = page_of(results)
+    random.Random(0).shuffle(results)
+    assert page_of(results) == first
+    moments = set(re.findall(r"\d{4}-\d\d-\d\dT[\d:]+", first))
+    assert moments == {r.created_at[:19] for r in results}
+
+
+def test_a_name_with_html_is_text():
+    rows = [generated(EVIL), generated(EVIL, "sparsegpt", calibration=EVIL)]
+    rows[0] = rows[0].model_copy(update={"command": f"prunebench run -M '{EVIL}' </script>"})
+    page = Page(page_of(rows, skipped=[(f"{EVIL}.json", f"because of {EVIL}")]))
+    assert [tag for tag, _ in page.tags if tag == "img"] == []
+    assert not [name for _, found in page.tags for name in found if name.startswith("on")]
+    assert page.text.count(EVIL) > 5
+
+
+def test_a_layer_name_cannot_leave_its_script():
+    result = generated("m", "sparsegpt")
+    layers = [
+        layer.model_copy(update={"name": f"layers.{i}.</script><img src=x>"})
+        for i, layer in enumerate(result.sparsity.layers)
+    ]
+    sparsity = result.sparsity.model_copy(update={"layers": layers})
+    page = page_of([result.model_copy(update={"sparsity": sparsity})])
+    assert [tag for tag, _ in Page(page).tags if tag == "img"] == []
+    data = json.loads(re.search(r'class="runs">(.*?)</script>', page, re.DOTALL)[1])
+    assert data["modules"] == ["</script><img src=x>"]
+
+
+def test_two_protocols_are_two_figures():
+    rows = [make_result(value=40.0), make_result(method="b", value=30.0, protocol="c4/x/512/v1")]
+    (part,) = build_report(rows).models
+    assert [len(figure.rows) for figure in part.figures] == [1, 1]
+    page = page_of(rows)
+    assert "2 protocols, each in a column of its own" in page
+    assert page.count("against sparsity</strong>") == 2
+
+
+def test_published_values_are_hollow_and_only_there_if_given():
+    results = mixed()
+    perplexity, accuracy = (
+        ("token_ppl", "wikitext2-raw/test/2048/v1"),
+        ("acc", "lm-eval/piqa/0-shot"),
+    )
+    points = [
+        PublishedValue("wanda", "m", "0.6", *perplexity, 33.3, "T 2"),
+        PublishedValue("wanda", "m", "2:4", *accuracy, 0.61, "Table 9"),
+        PublishedValue("other", "m", "0.6", *accuracy, 0.62, "Table 8"),
+        PublishedValue("wanda", "m", "0.6", "token_ppl", "of another protocol", 1.0, "nowhere"),
+        PublishedValue("wanda", "other model", "0.6", *perplexity, 1.0, "nowhere"),
+    ]
+    assert "published" not in page_of(results)
+    report = build_report(results, published=points)
+    page = render_page(report)
+    assert "wanda 0.6, published in T 2" in page
+    assert "33.30" in page
+    assert "nowhere" not in page
+    hollow = [
+        (drawing.name, shape.title)
+        for _, drawing in drawings_of(report)[0]
+        for shape in drawing.shapes
+        if isinstance(shape, Mark) and shape.hollow and shape.title
+    ]
+    assert sorted(title for _, title in hollow) == [
+        "other 0.6: 62.0%, in Table 8", "wanda 0.6: 33.30, published in T 2",
+        "wanda 2:4: 61.0%, in Table 9",
+    ]  # fmt: skip
+    best = [s.best for t in (report.models[0].table,) for c in t.cells for s in c.scores.values()]
+    ours = build_report(results).models[0].table
+    assert best == [s.best for c in ours.cells for s in c.scores.values()]
+
+
+def test_the_pareto_front_by_hand():
+    points = [
+        ("dense", 0.0, 20.0), ("a", 0.5, 40.0), ("b", 0.5, 41.0), ("c", 0.4, 45.0),
+        ("d", 0.6, 60.0), ("e", 0.3, 40.0), ("f", 0.2, 30.0),
+    ]  # fmt: skip
+    assert pareto_front(points) == {"dense", "f", "a", "d"}
+
+
+def test_costs_of_two_machines_are_apart():
+    one, other = generated(), generated("m", "sparsegpt")
+    hardware = other.hardware.model_copy(update={"device": "cpu", "cpu": "Slow"})
+    report = build_report([one, other.model_copy(update={"hardware": hardware})])
+    assert [(machine.name, len(machine.costs)) for machine in report.models[0].machines] == [
+        ("cpu: Slow, 16 threads", 1), ("cuda: NVIDIA H100 (AMD EPYC, 16 threads)", 1),
+    ]  # fmt: skip
+    page = render_page(report)
+    assert "Speed of the pruned models: not measured" in page
+    assert f"{one.cost.prune_seconds:.1f}" in page
+    assert f"{one.cost.peak_gpu_bytes / 1e9:.2f}" in page
+
+
+def test_a_repeated_run_is_named_but_not_counted():
+    old = make_result(value=50.0, created="2026-01-01")
+    new = make_result(value=40.0, created="2026-01-02")
+    (part,) = build_report([new, old]).models
+    (row,) = [row for row in part.rows if row.cell.method == "wanda"]
+    assert row.counted == {new.id}
+    assert "repeated later: not counted" in page_of([old, new])
+
+
+def test_many_rows_are_drawn_as_the_best_of_each_method_and_sparsity():
+    rows = [
+        make_result(method=m, calibration_samples=n, value=40.0 + n + (m == "b"))
+        for m in "ab" for n in range(1, 20)
+    ]  # fmt: skip
+    (part,) = build_report(rows).models
+    assert part.drawn_of == 38
+    (figure,) = part.figures
+    assert [(row.cell.method, score.mean) for row, score in figure.rows] == [
+        ("a", 41.0), ("b", 42.0),
+    ]  # fmt: skip
+    assert len(part.rows) == 39
+    assert "Of 38 rows, for each method and sparsity the one that is best in" in page_of(rows)
+
+
+def test_failed_and_damaged_are_not_hidden():
+    page = page_of([make_result(), make_result(status="failed")], skipped=[("x.json", "torn")])
+    assert "1 failed run is not shown" in page
+    assert "<code>x.json</code>: torn" in page
+
+
+def test_values_that_are_no_numbers_do_not_break_the_page():
+    rows = [make_result(method="a", value=float("inf")), make_result(method="b", value=30.0)]
+    page = page_of(rows)
+    assert 'data-key="Infinity"' in page
+    assert "beyond the scale" in page
+    assert "nan" not in re.findall(r'(?:x|y|points)="([^"]*)"', page)
+
+
+# ---------------------------------------------------------------- layers
+
+
+def with_layers(layers, **spec):
+    result = generated("m", "sparsegpt", **spec)
+    sparsity = result.sparsity.model_copy(update={"layers": layers})
+    return result.model_copy(update={"sparsity": sparsity})
+
+
+def layer(name, zeros, *, size=(4, 5), loss=None):
+    return LayerSparsity(
+        name=name, out_features=size[0], in_features=size[1], requested="0.5", zeros=zeros,
+        loss=loss,
+    )  # fmt: skip
+
+
+def test_the_heat_map_by_hand():
+    layers = [
+        layer("model.layers.0.attn.q", 5, loss=1.0), layer("model.layers.1.attn.q", 10, loss=100.0),
+        layer("model.layers.1.mlp.experts.up.0", 4, loss=2.0),
+        layer("model.layers.1.mlp.experts.up.1", 12, size=(2, 10), loss=3.0),
+    ]  # fmt: skip
+    heat = heat_map([("run", with_layers(layers))])
+    assert heat.modules == ("attn.q", "mlp.experts.up.*")
+    assert heat.blocks == (0, 1)
+    (run,) = heat.runs
+    assert run.ratios == (0.25, 0.5, None, 0.4)  # (4 + 12) / (20 + 20)
+    assert run.losses == (1.0, 100.0, None, 5.0)
+    scale = loss_scale(run)
+    assert [scale.share(v) for v in (1.0, 10.0, 100.0)] == pytest.approx([0, 0.5, 1])
+    assert (ratio_scale(run).low, ratio_scale(run).high) == (0.25, 0.5)
+
+
+def test_uniform_runs_without_loss_have_no_heat_map():
+    plain = [layer("model.layers.0.q", 10)]
+    assert heat_map([("run", with_layers(plain))]) is None
+    assert heat_map([("run", with_layers(plain, allocation="owl"))]).runs[0].losses == ()
+
+
+def test_equal_ratios_are_one_colour_in_the_middle():
+    heat = heat_map([("run", with_layers([layer("l.0.q", 10, loss=0.0), layer("l.1.q", 10)]))])
+    scale = ratio_scale(heat.runs[0])
+    assert scale.share(0.5) == pytest.approx(0.5)
+    assert loss_scale(heat.runs[0]) is None  # zero has no logarithm
+
+
+def test_the_newest_run_of_a_cell_is_shown():
+    rows = [
+        generated("m", "sparsegpt", seed=seed).model_copy(update={"created_at": f"2026-01-0{day}"})
+        for seed, day in ((0, 3), (1, 2))
+    ]
+    (run,) = build_report(rows).models[0].heat.runs
+    assert run.result_id == rows[0].id
+
+
+def test_colours_go_from_dark_to_bright():
+    assert (heat_colour(0.0), heat_colour(0.5), heat_colour(2.0)) == (
+        "#440154",
+        "#21918c",
+        "#fde725",
+    )
+    assert HeatScale(1.0, 100.0, logarithmic=True).middle() == 10
+
+
+def test_a_long_label_is_cut_to_its_width():
+    cut = fit("a very long label", 60)
+    assert cut.endswith("…")
+    assert text_width(cut) <= 60 < text_width("a very long label")
+
+
+# ---------------------------------------------------------------- the command
+
+
+@pytest.fixture
+def results_dir(tmp_path):
+    store = ResultStore(tmp_path / "results")
+    for result in [*mixed(), generated("other")]:
+        store.publish(result)
+    return tmp_path / "results"
+
+
+def test_the_command_writes_the_page(cli, results_dir, tmp_path):
+    outcome = cli("report", "--results-dir", results_dir)
+    assert outcome.stdout == "report.html\n"
+    page = (tmp_path / "work" / "report.html").read_text("utf-8")
+    assert page.startswith("<!DOCTYPE html>")
+    assert ">other</h2>" in page
+    cli("report", "model=m", "-o", "deep/er/one.html", "--results-dir", results_dir)
+    assert ">other</h2>" not in (tmp_path / "work" / "deep" / "er" / "one.html").read_text("utf-8")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "says"),
+    [
+        (["-o", "there.html"], 5, "there.html exists already"),
+        (["-o", "folder"], 5, "folder is a folder"),
+        (["-o", "there.html/x.html"], 5, "a file stands where a folder should be"),
+        (["method=gblm"], 3, "no result has method=gblm"),
+        (["methd=gblm"], 2, "did you mean 'method'?"),
+        (["--figures", "there.html"], 5, "cannot write there.html"),
+    ],
+)
+def test_wrong_input(cli, results_dir, tmp_path, arguments, code, says):
+    (tmp_path / "work" / "there.html").write_text("mine")
+    (tmp_path / "work" / "folder").mkdir()
+    outcome = cli("report", *arguments, "--results-dir", results_dir, code=code)
+    assert says in outcome.output
+    assert (tmp_path / "work" / "there.html").read_text() == "mine"
+
+
+def test_force_replaces(cli, results_dir, tmp_path):
+    (tmp_path / "work" / "report.html").write_text("old")
+    cli("report", "--force", "--results-dir", results_dir)
+    assert (tmp_path / "work" / "report.html").read_text("utf-8") != "old"
+
+
+def test_a_damaged_file_and_a_newer_one_are_named_and_the_page_is_written(
+    cli, results_dir, tmp_path
+):
+    (results_dir / "torn.json").write_text("{")
+    (results_dir / "newer.json").write_text('{"schema_version": 2}')
+    outcome = cli("report", "--results-dir", results_dir, code=4)
+    assert "torn.json is skipped: not a JSON object" in outcome.stderr
+    assert "newer.json is skipped: schema version 2" in outcome.stderr
+    page = (tmp_path / "work" / "report.html").read_text("utf-8")
+    assert "<code>torn.json</code>" in page
+    assert str(tmp_path) not in page
+
+
+def test_compare_prints_latex(cli, results_dir):
+    out = cli("compare", "-f", "latex", "--results-dir", results_dir).stdout
+    assert out.count(r"\begin{table}") == 2
+    assert r"of dense)" in out
+
+
+# ---------------------------------------------------------------- figures for a paper
+
+
+@pytest.mark.slow
+def test_figures_are_written_in_three_formats_with_the_same_bytes(cli, results_dir, tmp_path):
+    arguments = ["report", "model=m", "sparsity=0.6", "--results-dir", results_dir]
+    outcome = cli(*arguments, "protocol=wiki*", "--figures", "one")
+    folder = tmp_path / "work" / "one"
+    names = {path.name for path in folder.iterdir()}
+    assert f"{len(names) // 3} figures in {len(names)} files" in outcome.stdout
+    stems = {path.stem for path in folder.iterdir()}
+    assert names == {f"{stem}.{kind}" for stem in stems for kind in ("pdf", "svg", "png")}
+    assert "m-token_ppl-wikitext2-raw-test-2048-v1" in stems
+    assert "m-sparsegpt-0.6-owl-layer-loss" in stems
+    assert not (tmp_path / "work" / "report.html").exists()
+    for path in folder.glob("*.pdf"):
+        assert path.read_bytes().startswith(b"%PDF")
+    for path in folder.glob("*.png"):
+        assert path.read_bytes().startswith(b"\x89PNG")
+    cli(*arguments, "protocol=wiki*", "--figures", "two")
+    again = tmp_path / "work" / "two"
+    assert all((again / name).read_bytes() == (folder / name).read_bytes() for name in names)
+    cli(*arguments, "--figures", "one", code=5)
+
+
+def test_without_matplotlib_the_extra_is_named(cli, results_dir, monkeypatch):
+    find = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *a: None if name == "matplotlib" else find(name)
+    )
+    outcome = cli("report", "--figures", "x", "--results-dir", results_dir, code=3)
+    assert "prunebench[report]" in outcome.stderr
+    cli("report", "--results-dir", results_dir)  # the page needs none
+
+
+def test_an_svg_for_a_paper_stands_alone():
+    _, drawing = drawings_of(build_report([generated(f"{EVIL}$x_1$\0")]))[0][0]
+    import xml.etree.ElementTree as ElementTree
+
+    svg = to_svg(drawing, themed=False)
+    assert "var(--" not in svg
+    assert ElementTree.fromstring(svg).tag.endswith("svg")
+
+
+def test_figures_of_models_with_one_slug_do_not_meet():
+    named, _ = drawings_of(build_report([generated("a/b"), generated("a-b")]))
+    names = [name for name, _ in named]
+    assert len(names) == len(set(names))
+    assert any(name.endswith("-2") for name in names)
+
+
+def test_an_empty_selection_is_an_error():
+    with pytest.raises(MissingResource):
+        build_report(mixed(), Selection.parse(["method=none"]))
+
+
+def test_learning_curves_have_a_line_a_seed_and_a_row_a_measured_step():
+    curve = [250.0, None, 125.0, float("inf")]
+    results = [with_training(0, curve), with_training(1, curve[:3]), make_result(value=60.0)]
+    report = build_report(results)
+    found = curves_of(report.models[0].rows)
+    assert [len(one.points) for one in found] == [2, 2]
+    drawing = learning_curves(found)
+    lines = [one for one in drawing.shapes if isinstance(one, Line) and one.width == 1.6]
+    assert len(lines) == 2
+    (_, before), (_, after) = lines[0].points
+    assert after > before  # half the perplexity lies lower on the page
+    page = render_page(report)
+    assert "seed 1" in page and drawing.title in page
+    assert drawing.title not in render_page(build_report(results[2:]))
