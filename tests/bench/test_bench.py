@@ -28,7 +28,7 @@ from prunebench.sparse24.layer import convert
 from prunebench.sparse24.packed import check_24, unpack24
 from prunebench.sparse24.policy import Policy
 from prunebench.testing import tiny_model, tiny_tokens
-from tests.sparse24.test_packed_layers import pruned
+from tests.factories import pruned
 
 CPU = torch.device("cpu")
 

@@ -15,7 +15,7 @@ from prunebench.checkpoints.export import recipe_text
 from prunebench.checkpoints.model_card import front_matter, model_card
 from prunebench.models.masks import mask_file
 from prunebench.results.store import ResultStore
-from tests.results.test_results import make_result
+from tests.factories import make_result
 
 
 @pytest.fixture

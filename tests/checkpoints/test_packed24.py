@@ -19,17 +19,9 @@ from prunebench.sparse24.packed import (
     split_codes,
     unpack24,
 )
+from tests.factories import random_24
 
 DTYPES = (torch.bfloat16, torch.float16)
-
-
-def random_24(rows, groups, *, seed=0, dtype=torch.bfloat16, kept=2):
-    """A matrix that keeps `kept` of every four, at random places."""
-    generator = torch.Generator().manual_seed(seed)
-    places = torch.rand(rows, groups, 4, generator=generator).argsort(-1)[..., :kept]
-    keep = torch.zeros(rows, groups, 4, dtype=torch.bool).scatter_(-1, places, True)
-    weight = torch.randn(rows, groups * 4, generator=generator).to(dtype)
-    return canonicalize(weight, keep.view(rows, -1))
 
 
 def bits(tensor):

@@ -13,7 +13,7 @@ from prunebench.checkpoints.packed24 import dense_tensors
 from prunebench.results.store import ResultStore
 from prunebench.sparse24.packed import unpack24
 from prunebench.testing import tiny_model
-from tests.checkpoints.test_packed24 import random_24
+from tests.factories import random_24
 
 
 @pytest.fixture(scope="module")

@@ -9,8 +9,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from prunebench.models.load import hash_weights
 from prunebench.results.store import ResultStore
 from prunebench.testing import tiny_model
-from tests.checkpoints.test_saving import line_of_run, with_blocks_ahead
+from tests.factories import line_of_run
 from tests.gguf_files import write_gguf
+from tests.model_folders import with_blocks_ahead
 from tests.ways_in import to_fp8
 
 

@@ -12,7 +12,7 @@ from prunebench.pruners.maskllm.candidates import candidates
 from prunebench.pruners.maskllm.memory_plan import MemoryPlan
 from prunebench.pruners.maskllm.shards import Shards
 from prunebench.testing import tiny_model, tiny_tokens
-from tests.maskllm.test_training import HALF, pruner_of
+from tests.mask_training import HALF, pruner_of
 
 
 def peak_bytes(action):

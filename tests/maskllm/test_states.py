@@ -12,7 +12,7 @@ from prunebench.models.load import hash_weights
 from prunebench.pruners.maskllm.noise import gumbel
 from prunebench.pruners.maskllm.shards import Shards
 from prunebench.testing import tiny_tokens
-from tests.maskllm.test_training import learner_of, masks_of, one_block, train
+from tests.mask_training import learner_of, masks_of, one_block, train
 
 # ------------------------------------------------------------ states on disk
 

@@ -9,51 +9,19 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from prunebench.calibration.training import Training
 from prunebench.errors import IncompatibleData, UsageError
 from prunebench.models.backward import Backward
 from prunebench.models.linears import find_linears
 from prunebench.models.load import hash_weights
-from prunebench.models.pruner_inputs import PrunerInputs
 from prunebench.models.replay import plain_inference
 from prunebench.models.walker import BlockWalker
 from prunebench.pruners import METHODS
 from prunebench.pruners.maskllm import relaxation
-from prunebench.pruners.maskllm.candidates import candidates
-from prunebench.pruners.maskllm.learn import Learner
 from prunebench.pruners.maskllm.noise import gumbel
 from prunebench.pruners.maskllm.optimise import Optimizer
-from prunebench.pruners.maskllm.relaxation import LayerLogits
-from prunebench.pruners.maskllm.schedule import Schedule
 from prunebench.pruners.maskllm.shards import Shards
-from prunebench.sparsity import Sparsity
 from prunebench.testing import tiny_model, tiny_tokens
-
-QUICK = {"steps": 4, "batch": 2, "eval_every": 2, "prior": "magnitude", "train_seqlen": 24}
-HALF = Sparsity.parse("2:4")
-
-
-def pruner_of(**options):
-    return METHODS.make("maskllm", METHODS.resolve_options("maskllm", {**QUICK, **options}, seed=0))
-
-
-def one_block():
-    """Return a tiny Llama of one block: for what does not depend on how many there are."""
-    model = tiny_model("llama")
-    model.model.layers = model.model.layers[:1]
-    model.config.num_hidden_layers = 1
-    return model
-
-
-def train(folder=None, *, model=None, notes=None, hear=lambda point: None, **options):
-    """Learn masks of a tiny model; returns it and the report."""
-    model = model or one_block()
-    note = notes.append if notes is not None else lambda text: None
-    data = Training(tiny_tokens(samples=8), tiny_tokens(samples=3, seed=1), folder, hear, note)
-    walker = BlockWalker(model, token_ids=tiny_tokens(), inputs=PrunerInputs(training=data))
-    report = pruner_of(**options).prune(walker, {one.name: HALF for one in walker.linears})
-    return model, report
-
+from tests.mask_training import HALF, learner_of, masks_of, one_block, train
 
 # ------------------------------------------------------------ gradients
 
@@ -126,25 +94,6 @@ class Descent(Optimizer):
     def step(self, layer, directions, how, *, rate, unit, count=None):
         for part, gradient in directions:
             layer.logits[:, part] -= rate / unit * gradient
-
-
-def learner_of(model, *, optimizer=None, noise=1.0, reward=0.0, curvature=0.0, batch=4, steps=4,
-               logits_seed=3, dtype=torch.float32, **options):  # fmt: skip
-    table = candidates(2, 4)
-    optimizer = optimizer or Optimizer("adamw")
-    layers, prior = {}, {}
-    for index, one in enumerate(find_linears(model)):
-        generator = torch.Generator().manual_seed(logits_seed + index)
-        groups = one.out_features * one.in_features // 4
-        logits = torch.randn(6, groups, generator=generator).to(dtype)
-        layers[one] = LayerLogits(index, logits, table, one.in_features // 4)
-        prior[one.name] = logits.argmax(0).to(torch.uint8)
-        optimizer.prepare(layers[one])
-    schedule = Schedule(
-        steps=steps, batch=batch, temperature=(2.0, 0.5), scale=(1.0, 2.0), noise=noise,
-        reward=reward, curvature=curvature, peak_rate=30.0, last_rate=1.0,
-    )  # fmt: skip
-    return Learner(model, layers, prior, optimizer=optimizer, schedule=schedule, seed=5, **options)
 
 
 def masked(model, learner, logits, how):
@@ -264,13 +213,6 @@ def test_the_dense_weights_are_never_written_while_masks_are_learned():
     )
     assert hash_weights(model) == before
     assert learner.done == 4
-
-
-# ------------------------------------------------------------ what is kept
-
-
-def masks_of(model):
-    return {one.name: one.read() != 0 for one in find_linears(model)}
 
 
 def magnitude_masks():

@@ -1,6 +1,6 @@
 """Which blocks and which linears: those that the forward pass runs, every use of them, or none.
 
-What is right is said by `tests.oracle` and autograd, see `tests.models.test_oracle`.
+What is right is said by `tests.oracle` and autograd, see `tests.oracle_checks`.
 """
 
 import contextlib
@@ -21,7 +21,7 @@ from prunebench.pruners.magnitude import Magnitude
 from prunebench.pruners.wanda import Wanda
 from prunebench.sparsity import Sparsity
 from prunebench.testing import tiny_model, tiny_tokens
-from tests.models.test_oracle import require_equal_gradients, require_equal_statistics
+from tests.oracle_checks import require_equal_gradients, require_equal_statistics
 from tests.tiny_architectures import tiny_architecture
 
 HALF = Sparsity.parse("0.5")

@@ -10,7 +10,7 @@ from prunebench.pruners import METHODS
 from prunebench.pruners.alps import Admm, Alps, Problem, largest, refine
 from prunebench.pruners.sparsegpt import SparseGPT
 from prunebench.sparsity import Sparsity
-from tests.pruners.test_sparsegpt import inputs, stats_of, weights
+from tests.factories import inputs, stats_of, weights
 
 
 def solved(pruner, weight, stats, sparsity):

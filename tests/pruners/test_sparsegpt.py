@@ -7,32 +7,14 @@ import pytest
 import torch
 
 from prunebench.calibration.hessian import damped_hessian, factorise
-from prunebench.calibration.stats import InputStats, StatsAccumulator
+from prunebench.calibration.stats import InputStats
 from prunebench.errors import IncompatibleData
 from prunebench.models.measure import count_violations
 from prunebench.pruners import METHODS
 from prunebench.pruners.keep import keep_matrix, keep_rows
 from prunebench.pruners.sparsegpt import Grid, SparseGPT
 from prunebench.sparsity import Sparsity
-
-
-def inputs(tokens=400, width=96, *, seed=0):
-    """Correlated inputs with heavy-tailed scales, as activations have them."""
-    generator = torch.Generator().manual_seed(seed)
-    mix = torch.randn(width, width, generator=generator) / width**0.5
-    scales = torch.randn(width, generator=generator).exp()
-    return torch.randn(tokens, width, generator=generator) @ mix * scales
-
-
-def stats_of(x, *, samples=4):
-    accumulator = StatsAccumulator(hessian=True)
-    for batch in x.chunk(3):
-        accumulator.add(batch)
-    return accumulator.result(samples=samples, width=x.shape[1], device=x.device)
-
-
-def weights(rows=24, width=96, *, seed=1):
-    return torch.randn(rows, width, generator=torch.Generator().manual_seed(seed))
+from tests.factories import inputs, stats_of, weights
 
 
 def solve(pruner, weight, stats, sparsity):

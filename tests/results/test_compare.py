@@ -9,7 +9,7 @@ import pytest
 from prunebench.errors import MissingResource, UsageError
 from prunebench.results import render
 from prunebench.results.compare import Selection, compare
-from tests.results.test_results import make_result
+from tests.factories import make_result
 
 OTHER = "c4/test/512/v1"
 

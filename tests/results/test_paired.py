@@ -20,7 +20,7 @@ from prunebench.results.paired import (
 )
 from prunebench.results.samples import Sample, read_samples, samples_path, write_samples
 from prunebench.results.store import ResultStore
-from tests.results.test_results import make_result
+from tests.factories import make_result
 
 PIQA = "lm-eval/piqa/0-shot/v1.0"
 WIKI = "wiki/test/512/v1"

@@ -9,7 +9,7 @@ from prunebench.models.source import find_model
 from prunebench.results.compare import compare
 from prunebench.results.published import PublishedValue, find_twins, published_values
 from prunebench.results.store import ResultStore
-from tests.results.test_results import make_result
+from tests.factories import make_result
 
 WIKI = "wikitext2-raw/test/4096/v1"
 

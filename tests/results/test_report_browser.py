@@ -9,7 +9,7 @@ import pytest
 from prunebench.results.report.data import build_report
 from prunebench.results.report.page import render_page
 from prunebench.results.store import ResultStore
-from tests.results.test_report import EVIL, generated, mixed
+from tests.report_pages import EVIL, generated, mixed
 
 pytestmark = pytest.mark.browser
 

@@ -11,37 +11,10 @@ import pytest
 from prunebench.errors import MissingResource, SaveError
 from prunebench.results.compare import Selection, compare
 from prunebench.results.schema import LayerSparsity, Result, json_schema
-from prunebench.results.store import Damaged, ResultStore, new_run_id, read_result
-from prunebench.spec import RunSpec
+from prunebench.results.store import Damaged, ResultStore, read_result
+from tests.factories import make_result
 
 REPOSITORY = Path(__file__).parents[2]
-HARDWARE = {"device": "cpu", "device_name": "c", "cpu": "c", "cpu_threads": 2, "memory_bytes": 1}
-SOFTWARE = {"prunebench": "0", "python": "3", "torch": "2", "transformers": "5"}
-
-
-def make_result(
-    *, method="wanda", sparsity="0.5", value=40.0, dense=20.0, seed=0, model="m",
-    created="2026-01-01", protocol="wiki/test/512/v1", status="ok", realised=0.5, **spec,
-) -> Result:  # fmt: skip
-    run = RunSpec(method=method, sparsity=sparsity, seed=seed, model=model, **spec)
-    score = {
-        "metric": "token_ppl", "dataset": protocol.split("/")[0], "origin": "o",
-        "protocol": protocol, "value": value, "dense_value": dense, "higher_is_better": False,
-        "targets": 10,
-        "limited": False, "tokens_sha256": "t",
-    }  # fmt: skip
-    return Result(
-        id=new_run_id(run), status=status, created_at=created, command="prunebench run",
-        spec_id=run.spec_id, spec=run, scores=[score], hardware=HARDWARE, software=SOFTWARE,
-        sparsity={
-            "requested": sparsity, "realised_ratio": realised, "negative_zeros": 0,
-            "pattern_violations": 0, "layers": [],
-        },
-        cost={
-            "stage_seconds": {"prune": 3.0}, "prune_seconds": 3.0, "total_seconds": 9.0,
-            "peak_rss_bytes": 10, "peak_gpu_bytes": None,
-        },
-    )  # fmt: skip
 
 
 def test_round_trip_and_place(tmp_path):

@@ -29,7 +29,7 @@ from prunebench.sparse24.layouts import FileLayout, Workspace
 from prunebench.sparse24.packed import pack24, unpack24
 from prunebench.sparse24.policy import Choice, Policy, table_key
 from prunebench.testing import tiny_model, tiny_tokens
-from tests.checkpoints.test_packed24 import random_24
+from tests.factories import pruned, random_24
 
 CPU = torch.device("cpu")
 CUDA = torch.device("cuda")
@@ -43,15 +43,6 @@ def _compiled(monkeypatch):
 
 def policy(**options):
     return Policy(CPU, **options)
-
-
-def pruned(architecture="llama"):
-    """A tiny model in bfloat16 whose linears are 2:4."""
-    model = tiny_model(architecture).to(torch.bfloat16)
-    for seed, linear in enumerate(find_linears(model)):
-        weight = random_24(linear.out_features, linear.in_features // 4, seed=seed) * 0.2
-        linear.stored.copy_(weight.T if linear.transposed else weight)
-    return model
 
 
 # ---------------------------------------------------------------- the layer

@@ -22,7 +22,7 @@ from prunebench.sparse24.backends.triton import (
     default_launch,
 )
 from prunebench.sparse24.packed import pack24
-from tests.checkpoints.test_packed24 import random_24
+from tests.factories import random_24
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 TILINGS = (Tiling(16, 64), Tiling(32, 128))

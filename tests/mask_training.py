@@ -1,0 +1,67 @@
+"""Short trainings of MaskLLM on tiny models."""
+
+import torch
+
+from prunebench.calibration.training import Training
+from prunebench.models.linears import find_linears
+from prunebench.models.pruner_inputs import PrunerInputs
+from prunebench.models.walker import BlockWalker
+from prunebench.pruners import METHODS
+from prunebench.pruners.maskllm.candidates import candidates
+from prunebench.pruners.maskllm.learn import Learner
+from prunebench.pruners.maskllm.optimise import Optimizer
+from prunebench.pruners.maskllm.relaxation import LayerLogits
+from prunebench.pruners.maskllm.schedule import Schedule
+from prunebench.sparsity import Sparsity
+from prunebench.testing import tiny_model, tiny_tokens
+
+QUICK = {"steps": 4, "batch": 2, "eval_every": 2, "prior": "magnitude", "train_seqlen": 24}
+HALF = Sparsity.parse("2:4")
+
+
+def pruner_of(**options):
+    return METHODS.make("maskllm", METHODS.resolve_options("maskllm", {**QUICK, **options}, seed=0))
+
+
+def one_block():
+    """Return a tiny Llama of one block: for what does not depend on how many there are."""
+    model = tiny_model("llama")
+    model.model.layers = model.model.layers[:1]
+    model.config.num_hidden_layers = 1
+    return model
+
+
+def train(folder=None, *, model=None, notes=None, hear=lambda point: None, **options):
+    """Learn masks of a tiny model; returns it and the report."""
+    model = model or one_block()
+    note = notes.append if notes is not None else lambda text: None
+    data = Training(tiny_tokens(samples=8), tiny_tokens(samples=3, seed=1), folder, hear, note)
+    walker = BlockWalker(model, token_ids=tiny_tokens(), inputs=PrunerInputs(training=data))
+    report = pruner_of(**options).prune(walker, {one.name: HALF for one in walker.linears})
+    return model, report
+
+
+def learner_of(model, *, optimizer=None, noise=1.0, reward=0.0, curvature=0.0, batch=4, steps=4,
+               logits_seed=3, dtype=torch.float32, **options):  # fmt: skip
+    table = candidates(2, 4)
+    optimizer = optimizer or Optimizer("adamw")
+    layers, prior = {}, {}
+    for index, one in enumerate(find_linears(model)):
+        generator = torch.Generator().manual_seed(logits_seed + index)
+        groups = one.out_features * one.in_features // 4
+        logits = torch.randn(6, groups, generator=generator).to(dtype)
+        layers[one] = LayerLogits(index, logits, table, one.in_features // 4)
+        prior[one.name] = logits.argmax(0).to(torch.uint8)
+        optimizer.prepare(layers[one])
+    schedule = Schedule(
+        steps=steps, batch=batch, temperature=(2.0, 0.5), scale=(1.0, 2.0), noise=noise,
+        reward=reward, curvature=curvature, peak_rate=30.0, last_rate=1.0,
+    )  # fmt: skip
+    return Learner(model, layers, prior, optimizer=optimizer, schedule=schedule, seed=5, **options)
+
+
+# ------------------------------------------------------------ what is kept
+
+
+def masks_of(model):
+    return {one.name: one.read() != 0 for one in find_linears(model)}
