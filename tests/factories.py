@@ -1,13 +1,18 @@
 """Results, matrices and command lines that tests of several packages make."""
 
+from pathlib import Path
+
 import torch
 
 from prunebench.calibration.stats import StatsAccumulator
 from prunebench.models.linears import find_linears
+from prunebench.results.compare import Selection, compare
 from prunebench.results.schema import Result
 from prunebench.results.store import new_run_id
 from prunebench.sparse24.packed import canonicalize
+from prunebench.sparse24.policy import Policy
 from prunebench.spec import RunSpec
+from prunebench.sweep.engines.job import Job
 from prunebench.testing import tiny_model
 
 HARDWARE = {"device": "cpu", "device_name": "c", "cpu": "c", "cpu_threads": 2, "memory_bytes": 1}
@@ -84,3 +89,26 @@ def line_of_run(model, target, text, *more):
         "run", "-M", model, *RUN, "--ppl", f"file:{text}", "--ppl-seqlen", "64", "--ppl-tokens",
         "128", "--save-model", target, *more,
     ]  # fmt: skip
+
+
+# ---------------------------------------------------------------- every way out
+
+
+WAYS = ("resident", "disk", "export", "packed24", "dense", "packed24 of strangers",
+        "dense of strangers")  # fmt: skip
+
+
+def job(*words, **settings):
+    return Job(number=1, words=words, folder=str(Path.cwd()), settings=settings)
+
+
+def only_table(results, *selectors):
+    (table,) = compare(results, Selection.parse(selectors))
+    return table
+
+
+CPU = torch.device("cpu")
+
+
+def policy(**options):
+    return Policy(CPU, **options)

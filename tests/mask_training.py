@@ -10,7 +10,11 @@ from prunebench.pruners import METHODS
 from prunebench.pruners.maskllm.candidates import candidates
 from prunebench.pruners.maskllm.learn import Learner
 from prunebench.pruners.maskllm.optimise import Optimizer
-from prunebench.pruners.maskllm.relaxation import LayerLogits
+from prunebench.pruners.maskllm.relaxation import (
+    LayerLogits,
+    Relaxation,
+    WeightGradient,
+)
 from prunebench.pruners.maskllm.schedule import Schedule
 from prunebench.sparsity import Sparsity
 from prunebench.testing import tiny_model, tiny_tokens
@@ -65,3 +69,29 @@ def learner_of(model, *, optimizer=None, noise=1.0, reward=0.0, curvature=0.0, b
 
 def masks_of(model):
     return {one.name: one.read() != 0 for one in find_linears(model)}
+
+
+def generator(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+# ------------------------------------------------------------ the relaxed mask
+
+
+def layer_of(*, rows=8, columns=32, kept=2, group=4, dtype=torch.float32, first=0, seed=0):
+    table = candidates(kept, group)
+    groups = rows * columns // group
+    logits = torch.randn(len(table), groups, generator=generator(seed))
+    return LayerLogits(3, logits.to(dtype), table, columns // group, first=first)
+
+
+HOW = Relaxation(seed=5, step=9, temperature=0.7, scale=1.3, noise=0.8)
+
+
+def slope_for(gradient, seed=2):
+    rows, columns = gradient.shape
+    return WeightGradient(
+        gradient,
+        torch.rand(rows, generator=generator(seed)),
+        torch.rand(columns, generator=generator(seed + 1)),
+    )

@@ -1,10 +1,13 @@
 """Folders of models with everything a checkpoint can have, and files beside the weights."""
 
 import json
+from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
 
+from prunebench.models.safetensors_files import weight_files
+from prunebench.results.store import ResultStore
 from prunebench.testing import tiny_model
 
 # ---------------------------------------------------------------- models that have everything
@@ -100,3 +103,22 @@ def add_extras(folder):
     path = folder / "tokenizer_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"model_max_length": 2048}))
     return folder
+
+
+def all_tensors(folder):
+    tensors = {}
+    for path in weight_files(Path(folder)):
+        tensors |= load_file(path)
+    return tensors
+
+
+def bits(tensor):
+    return (
+        tensor.dtype,
+        tuple(tensor.shape),
+        tensor.contiguous().view(-1).view(torch.uint8).numpy().tobytes(),
+    )
+
+
+def scored(root):
+    return ResultStore(root / "results").read()[0][-1].model.evaluated_sha256

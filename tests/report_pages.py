@@ -80,3 +80,12 @@ def layer(name, zeros, *, size=(4, 5), loss=None):
         name=name, out_features=size[0], in_features=size[1], requested="0.5", zeros=zeros,
         loss=loss,
     )  # fmt: skip
+
+
+# ---------------------------------------------------------------- layers
+
+
+def with_layers(layers, **spec):
+    result = generated("m", "sparsegpt", **spec)
+    sparsity = result.sparsity.model_copy(update={"layers": layers})
+    return result.model_copy(update={"sparsity": sparsity})

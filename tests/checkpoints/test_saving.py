@@ -1,6 +1,5 @@
 """What is saved is what was scored: read again after every save, else nothing is left."""
 
-import functools
 import json
 import shutil
 from pathlib import Path
@@ -9,91 +8,16 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-import prunebench.checkpoints.packed24 as packed_folder
 import prunebench.checkpoints.save as save_module
 import prunebench.models.verify as verify
 from prunebench.errors import SaveError
-from prunebench.models.carried import clean_tokenizer_config, write_config, write_index
+from prunebench.models.carried import clean_tokenizer_config, write_config
 from prunebench.models.load import hash_weights, load_model
-from prunebench.models.safetensors_files import check_weight_files, weight_files
 from prunebench.progress import Silent
-from prunebench.results.store import ResultStore
-from tests.factories import line_of_run
-from tests.model_folders import EXTRAS, MODELS, add_extras
+from tests.factories import WAYS, line_of_run
+from tests.model_folders import EXTRAS, all_tensors, bits, scored
 
 NAME = "model.layers.1.mlp.down_proj.weight"
-
-
-@pytest.fixture(scope="module")
-def built(tmp_path_factory, byte_tokenizer, eval_file):
-    """Every model once: `model`, pruned as `ck`, packed as `packed`, its result in `results`."""
-    from typer.testing import CliRunner
-
-    from prunebench.cli import app
-
-    @functools.cache
-    def build(name):
-        root = tmp_path_factory.mktemp(name)
-        add_extras(MODELS[name](root / "model", byte_tokenizer))
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setenv("PRUNEBENCH_CACHE", str(root / "cache"))
-            run = line_of_run(root / "model", root / "ck", eval_file)
-            for line in (
-                [*run, "--results-dir", root / "results"],
-                ["export", root / "ck", "-o", root / "packed", "--to", "packed24"],
-            ):
-                outcome = CliRunner().invoke(app, [str(word) for word in line])
-                assert outcome.exit_code == 0, outcome.output
-        return root
-
-    return build
-
-
-def all_tensors(folder):
-    tensors = {}
-    for path in weight_files(Path(folder)):
-        tensors |= load_file(path)
-    return tensors
-
-
-def bits(tensor):
-    return (
-        tensor.dtype,
-        tuple(tensor.shape),
-        tensor.contiguous().view(-1).view(torch.uint8).numpy().tobytes(),
-    )
-
-
-def scored(root):
-    return ResultStore(root / "results").read()[0][-1].model.evaluated_sha256
-
-
-# ---------------------------------------------------------------- every way out
-
-
-WAYS = ("resident", "disk", "export", "packed24", "dense", "packed24 of strangers",
-        "dense of strangers")  # fmt: skip
-
-
-@pytest.fixture
-def save(cli, built, eval_file):
-    """Write `out` in one of the ways in which a folder is written."""
-
-    def invoke(way, name, code=0):
-        root = built(name)
-        if way in ("resident", "disk"):
-            line = line_of_run(root / "model", "out", eval_file, "--weights", way, "--force")
-            return cli(*line, code=code)
-        kind, _, strange = way.partition(" of ")
-        source = root / ("packed" if kind == "dense" else "ck")
-        if strange:  # nothing says how it was made
-            shutil.copytree(source, "stranger")
-            source = Path("stranger")
-            (source / "prunebench.json").unlink()
-        to = () if kind == "export" else ("--to", kind)
-        return cli("export", source, *to, "-o", "out", "--force", code=code)
-
-    return invoke
 
 
 PAIRS = [
@@ -139,183 +63,6 @@ def test_a_checkpoint_of_images_and_text_still_loads_as_one(save, built, weights
     assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys"))
     changed = [k for k, v in saved.state_dict().items() if bits(v) != bits(whole[k])]
     assert changed and all("language_model.layers" in key for key in changed)
-
-
-# ---------------------------------------------------------------- faults of a writer
-
-
-def change(folder, edit):
-    """Rewrite the first weight file of a folder that has what `edit` looks for."""
-    for path in sorted(folder.glob("*.safetensors")):
-        tensors = load_file(path)
-        before = dict(tensors)
-        edit(tensors)
-        if tensors.keys() != before.keys() or any(tensors[k] is not before[k] for k in tensors):
-            path.unlink()  # it may be a hard link: its source must stay as it is
-            save_file(tensors, path, {"format": "pt"})
-            return
-    raise AssertionError("nothing was changed")
-
-
-def first(tensors, word):
-    return next((key for key in sorted(tensors) if word in key), None)
-
-
-def flip_a_bit(word):
-    def edit(tensors):
-        name = first(tensors, word)
-        if name:
-            tensors[name] = tensors[name].clone()
-            flat = tensors[name].view(-1).view(torch.uint8)
-            flat[0] ^= 1
-
-    return lambda folder: change(folder, edit)
-
-
-def drop_a_tensor(word):
-    def edit(tensors):
-        tensors.pop(first(tensors, word), None)
-
-    def damage(folder):
-        change(folder, edit)
-        if (folder / "model.safetensors.index.json").exists():
-            write_index(folder, [path.name for path in weight_files(folder)])
-
-    return damage
-
-
-def cast(word):
-    def edit(tensors):
-        name = first(tensors, word)
-        if name:
-            tensors[name] = tensors[name].to(torch.float32)
-
-    return lambda folder: change(folder, edit)
-
-
-def lose_the_tie(folder):
-    edit_config(folder, tie_word_embeddings=False)
-
-
-def part_the_tied(folder):
-    def edit(tensors):
-        name = first(tensors, "embed_tokens")
-        if name:
-            tensors["lm_head.weight"] = tensors[name] + 1
-
-    change(folder, edit)
-    if (folder / "model.safetensors.index.json").exists():
-        write_index(folder, [path.name for path in weight_files(folder)])
-    index = folder / "packed24.json"
-    if index.exists():
-        document = json.loads(index.read_text())
-        rows = document["tensors"]
-        rows["lm_head.weight"] = rows[first(rows, "embed_tokens")]
-        index.write_text(json.dumps(document))
-
-
-def edit_config(folder, **values):
-    path = folder / "config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | values))
-
-
-def add_a_file(folder):
-    save_file({"x": torch.zeros(2)}, folder / "stray.safetensors", {"format": "pt"})
-
-
-FAULTS = {
-    "a bit of a matrix": flip_a_bit("down_proj"),
-    "a bit of a norm": flip_a_bit("norm"),
-    "a tensor is dropped": drop_a_tensor("norm"),
-    "a tensor is cast": cast("norm"),
-    "the tie is lost": lose_the_tie,
-    "tied tensors differ": part_the_tied,
-}
-CONFIG_FAULTS = {
-    "the config says another dtype": lambda folder: edit_config(folder, dtype="float32"),
-    "the config says fp8": lambda folder: edit_config(
-        folder, quantization_config={"quant_method": "fp8", "weight_block_size": [32, 32]}
-    ),
-    "the config has a block more": lambda folder: edit_config(folder, num_hidden_layers=4),
-    "a file is beside them": add_a_file,
-}
-
-
-@pytest.fixture
-def faulty(monkeypatch):
-    """Let every writer make a fault: the folder is damaged after it was written."""
-
-    def arm(damage):
-        def check(folder):
-            if folder.name.endswith(".part"):
-                damage(folder)
-            check_weight_files(folder)
-
-        for module in (verify, packed_folder):
-            monkeypatch.setattr(module, "check_weight_files", check)
-
-    return arm
-
-
-QUICK = {"a bit of a matrix", "a tensor is dropped", "tied tensors differ"}
-FAULTY_PAIRS = [
-    pytest.param(
-        way, fault, marks=[] if "strangers" not in way or fault in QUICK else pytest.mark.slow
-    )
-    for way in WAYS
-    for fault in {**FAULTS, **CONFIG_FAULTS}
-]
-
-
-@pytest.mark.parametrize(("way", "fault"), FAULTY_PAIRS)
-def test_every_fault_of_every_writer_is_refused_and_nothing_is_left(
-    save, faulty, built, way, fault
-):
-    built("tied")
-    Path("out").mkdir()
-    Path("out/old").write_text("old")
-    faulty({**FAULTS, **CONFIG_FAULTS}[fault])
-    assert "out was not saved: " in save(way, "tied", code=5).output
-    assert [path.name for path in Path("out").iterdir()] == ["old"]  # not even with --force
-    assert not list(Path().glob(".*"))
-
-
-@pytest.mark.parametrize("way", ["resident", "disk", "export", "packed24", "dense"])
-@pytest.mark.parametrize("name", ["mtp", pytest.param("tower", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("damage", [flip_a_bit, drop_a_tensor])
-def test_a_fault_in_what_is_carried_over_is_refused(save, faulty, built, way, name, damage):
-    built(name)
-    faulty(damage({"tower": "visual", "mtp": "mtp"}[name]))
-    output = save(way, name, code=5).output
-    assert "which the text model does not use, " in output or "misses 1 tensors" in output
-    assert not Path("out").exists()
-    assert not list(Path().glob(".*"))
-
-
-def test_a_buffer_that_changes_is_refused(save, built, faulty):
-    """What is no parameter is not in the hash, and is compared for itself."""
-    built("buffer")
-    faulty(flip_a_bit("e_score_correction_bias"))
-    assert "e_score_correction_bias is another one" in save("resident", "buffer", code=5).output
-
-
-def test_names_that_would_not_fit_what_is_carried_over_are_refused_before_the_work(
-    save, built, monkeypatch
-):
-    """Should transformers one day save other names than it reads; --weights disk keeps them."""
-    import transformers.core_model_loading as loading
-
-    built("mtp")
-    plain = loading.revert_weight_conversion
-    monkeypatch.setattr(
-        loading,
-        "revert_weight_conversion",
-        lambda *given: {f"other.{name}": one for name, one in plain(*given).items()},
-    )
-    output = save("resident", "mtp", code=4).output
-    assert "cannot be saved with the 2 tensors that the text model does not use" in output
-    assert "baseline" not in output
-    save("disk", "mtp")
 
 
 # ---------------------------------------------------------------- tokenizer, config

@@ -30,7 +30,7 @@ from prunebench.run.resolve import _place_texts
 from prunebench.spec import RunSpec
 from prunebench.testing import tiny_model
 from tests.conftest import prose
-from tests.hub import files_of
+from tests.hub_repos import files_of
 
 LLAMA = catalog()["llama2-7b"]
 MASKS = LLAMA.masks.removeprefix("hub:")

@@ -19,7 +19,8 @@ from prunebench.errors import IncompatibleData, MissingResource, SaveError
 from prunebench.models.masks import open_masks
 from prunebench.models.source import catalog, fetch_model, find_model
 from prunebench.progress import Silent
-from tests.hub import TOKEN, Hub, files_of, use
+from tests.hub import Hub, use
+from tests.hub_repos import TOKEN, files_of
 
 C4 = "1588ec454efa1a09f29cd18ddd04fe05fc8653a2"
 WIKI = "b08601e04326c79dfdd32d625aee71d232d685c3"

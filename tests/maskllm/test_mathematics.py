@@ -1,117 +1,23 @@
 """The mathematics of MaskLLM, each against a second formula: noise, relaxation, optimizers."""
 
-import itertools
 import math
 
 import pytest
 import torch
-from torch.optim.adamw import adamw
 
 from prunebench.errors import UsageError
 from prunebench.pruners.maskllm import relaxation
 from prunebench.pruners.maskllm.candidates import candidates, choose, mask_of, require_learnable
 from prunebench.pruners.maskllm.initial_logits import LogitInit
-from prunebench.pruners.maskllm.moments import PackedMoments, round_at_random
-from prunebench.pruners.maskllm.noise import gumbel, philox, uniforms
-from prunebench.pruners.maskllm.optimise import Optimizer
+from prunebench.pruners.maskllm.noise import gumbel
 from prunebench.pruners.maskllm.relaxation import (
-    LayerLogits,
     Relaxation,
-    WeightGradient,
     slope_of_logits,
 )
 from prunebench.pruners.maskllm.schedule import Schedule
 from prunebench.pruners.maskllm.shards import Shards
 from prunebench.sparsity import Sparsity
-
-
-def generator(seed=0):
-    return torch.Generator().manual_seed(seed)
-
-
-# ------------------------------------------------------------ noise
-
-# Random123, tests/kat_vectors: philox4x32 10 rounds; counter, key, expected.
-KNOWN = [
-    ("00000000 00000000 00000000 00000000", "00000000 00000000",
-     "6627e8d5 e169c58d bc57ac4c 9b00dbd8"),
-    ("ffffffff ffffffff ffffffff ffffffff", "ffffffff ffffffff",
-     "408f276d 41c83b0e a20bc7c6 6d5451fd"),
-    ("243f6a88 85a308d3 13198a2e 03707344", "a4093822 299f31d0",
-     "d16cfe09 94fdcceb 5001e420 24126ea1"),
-]  # fmt: skip
-
-
-def words(text):
-    return [int(word, 16) for word in text.split()]
-
-
-@pytest.mark.parametrize(("counter", "key", "expected"), KNOWN)
-def test_philox_gives_the_published_answers(counter, key, expected):
-    got = philox(tuple(torch.tensor([word]) for word in words(counter)), tuple(words(key)))
-    assert [int(word) for word in got] == words(expected)
-
-
-def test_the_counters_of_many_groups_do_not_disturb_each_other():
-    counter = [torch.tensor([words(row[0])[place] for row in KNOWN[:1] * 3]) for place in range(4)]
-    counter[0] = torch.tensor([5, 0, 7])
-    got = philox(tuple(counter), (0, 0))
-    assert [int(word[1]) for word in got] == words(KNOWN[0][2])
-
-
-@pytest.mark.parametrize("choices", [4, 6, 70])
-def test_uniforms_lie_between_0_and_1_and_have_the_moments_of_uniforms(choices):
-    drawn = uniforms(torch.arange(20_000), choices, seed=3, step=5, layer=2).double()
-    assert drawn.shape == (choices, 20_000)
-    assert 0 < drawn.min() < 1e-3
-    assert 1 - 1e-3 < drawn.max() < 1
-    error = 5 / math.sqrt(20_000)  # five standard errors of a unit
-    assert ((drawn.mean(1) - 0.5).abs() < error * math.sqrt(1 / 12)).all()
-    assert ((drawn.var(1) - 1 / 12).abs() < error * math.sqrt(1 / 180)).all()
-    if choices > 1:
-        together = torch.corrcoef(drawn[:6]) - torch.eye(len(drawn[:6]))
-        assert together.abs().max() < error
-
-
-def test_the_extreme_bits_stay_inside_and_give_finite_noise():
-    ends = torch.tensor([0.0, 2.0**21 - 1]).add_(0.5).mul_(2.0**-21)  # as `uniforms` makes them
-    assert (ends > 0).all() and (ends < 1).all()
-    assert torch.isfinite(-(-ends.log()).log()).all()
-
-
-def test_gumbel_noise_has_the_moments_of_gumbel_noise():
-    drawn = gumbel(torch.arange(30_000), 6, seed=0, step=0, layer=0).double()
-    assert torch.isfinite(drawn).all()
-    assert abs(float(drawn.mean()) - 0.5772156649) < 0.015  # Euler's constant
-    assert abs(float(drawn.var()) - math.pi**2 / 6) < 0.05
-    # the largest of six and a constant is what softmax at temperature 0 chooses: exp(z) / sum
-    z = torch.tensor([0.0, 0.5, 1.0, -1.0, 0.2, 2.0])
-    share = torch.bincount((drawn + z[:, None]).argmax(0), minlength=6) / 30_000
-    assert torch.allclose(share.double(), z.double().softmax(0), atol=0.015)
-
-
-@pytest.mark.parametrize("choices", [6, 70])
-def test_noise_is_the_same_for_any_tiling(choices):
-    key = {"seed": 7, "step": 11, "layer": 3}
-    whole = gumbel(torch.arange(1000), choices, **key)
-    tiles = [gumbel(torch.arange(a, b), choices, **key) for a, b in [(0, 1), (1, 400), (400, 1000)]]
-    assert torch.equal(whole, torch.cat(tiles, dim=1))
-    backwards = gumbel(torch.arange(1000).flip(0), choices, **key)
-    assert torch.equal(whole, backwards.flip(1))
-
-
-def test_noise_differs_between_seeds_steps_layers_and_far_groups():
-    groups = torch.arange(500)
-    first = gumbel(groups, 6, seed=1, step=1, layer=1)
-    others = [
-        gumbel(groups, 6, seed=2, step=1, layer=1),
-        gumbel(groups, 6, seed=1, step=2, layer=1),
-        gumbel(groups, 6, seed=1, step=1, layer=2),
-        gumbel(groups + (1 << 32), 6, seed=1, step=1, layer=1),  # the high word counts
-    ]
-    for one, other in itertools.combinations([first, *others], 2):
-        assert (one == other).float().mean() < 0.001
-
+from tests.mask_training import HOW, generator, layer_of, slope_for
 
 # ------------------------------------------------------------ candidates and prior
 
@@ -181,16 +87,6 @@ def test_a_strong_prior_is_the_first_choice_of_every_group():
     assert 0.02 < mild.float().mean() < 0.12
 
 
-# ------------------------------------------------------------ the relaxed mask
-
-
-def layer_of(*, rows=8, columns=32, kept=2, group=4, dtype=torch.float32, first=0, seed=0):
-    table = candidates(kept, group)
-    groups = rows * columns // group
-    logits = torch.randn(len(table), groups, generator=generator(seed))
-    return LayerLogits(3, logits.to(dtype), table, columns // group, first=first)
-
-
 def plain_mask(logits, layer, how, *, noise=True):
     """Return m, (groups, M), by torch's own softmax."""
     drawn = gumbel(
@@ -199,9 +95,6 @@ def plain_mask(logits, layer, how, *, noise=True):
     )  # fmt: skip
     y = ((how.scale * logits + (how.noise if noise else 0) * drawn) / how.temperature).softmax(0)
     return y.T @ layer.table.to(logits.dtype)
-
-
-HOW = Relaxation(seed=5, step=9, temperature=0.7, scale=1.3, noise=0.8)
 
 
 @pytest.mark.parametrize(("kept", "group"), [(2, 4), (1, 4), (4, 8)])
@@ -244,15 +137,6 @@ def gradient_of(layer, weight, slope, how):
     for part, chosen, scores in layer.scores(weight, slope, how):
         made[:, part] = slope_of_logits(chosen, scores, how)
     return made
-
-
-def slope_for(gradient, seed=2):
-    rows, columns = gradient.shape
-    return WeightGradient(
-        gradient,
-        torch.rand(rows, generator=generator(seed)),
-        torch.rand(columns, generator=generator(seed + 1)),
-    )
 
 
 @pytest.mark.parametrize(("kept", "group"), [(2, 4), (1, 4), (4, 8)])
@@ -299,135 +183,6 @@ def test_certainty_is_the_mean_largest_probability_without_noise():
     layer = layer_of()
     y = (HOW.scale * layer.logits / HOW.temperature).softmax(0)
     assert math.isclose(layer.certainty(HOW), float(y.amax(0).sum()), rel_tol=1e-5)
-
-
-# ------------------------------------------------------------ optimizers
-
-
-def feed(layer, gradient, size=7):
-    """Yield a gradient in pieces of whole rows, as a copy: optimizers overwrite it."""
-    step = size * layer.width
-    for begin in range(0, gradient.shape[1], step):
-        part = slice(begin, min(begin + step, gradient.shape[1]))
-        yield part, gradient[:, part].clone()
-
-
-@pytest.mark.parametrize("clip", [0.0, 0.5])
-def test_adamw_is_that_of_torch(clip):
-    layer = layer_of()
-    theirs, state = layer.logits.clone(), [torch.zeros_like(layer.logits) for _ in range(2)]
-    taken = torch.zeros(())
-    ours = Optimizer("adamw", betas=(0.9, 0.95), eps=1e-5, weight_decay=0.1, clip=clip)
-    ours.prepare(layer)
-    for step in range(12):
-        gradient = torch.randn(layer.logits.shape, generator=generator(step)) * 0.1
-        norm = float(gradient.norm())
-        clipped = gradient * min(1.0, clip / norm) if clip else gradient
-        adamw(
-            [theirs], [clipped.clone()], state[:1], state[1:], [], [taken], foreach=False,
-            amsgrad=False, beta1=0.9, beta2=0.95, lr=0.01, weight_decay=0.1, eps=1e-5,
-            maximize=False,
-        )  # fmt: skip
-        unit = max(1.0, norm / clip) if clip else 1.0
-        how = Relaxation(0, 99, temperature=1.0, scale=1.0)
-        ours.step(layer, feed(layer, gradient), how, count=step + 1, rate=0.01, unit=unit)
-    assert torch.allclose(layer.logits, theirs, atol=2e-6)
-
-
-def test_momentum_adds_up_and_clips_outliers():
-    layer = layer_of()
-    before = layer.logits.clone()
-    rule = Optimizer("momentum", betas=(0.5, 0.0), outlier=2.0)
-    rule.prepare(layer)
-    gradient = torch.full_like(before, 1.0)
-    gradient[0, 0] = 1000.0
-    how = Relaxation(0, 0, temperature=1.0, scale=1.0)
-    for count in (1, 2):
-        rule.step(layer, feed(layer, gradient), how, count=count, rate=0.1, unit=1.0)
-    change = before - layer.logits
-    assert torch.allclose(change[1:], torch.tensor(0.1 * (1 + 1.5)), atol=1e-6)
-    assert math.isclose(float(change[0, 0]), 0.1 * (2 + 3), rel_tol=1e-5)
-
-
-def test_mirror_goes_along_the_scores_without_their_mean():
-    layer = layer_of()
-    weight = torch.randn(8, 32, generator=generator(1))
-    slope = slope_for(torch.randn(8, 32, generator=generator(2)))
-    made = list(Optimizer("mirror").directions(layer, weight, slope, HOW))
-    got = torch.cat([piece for _, piece in made], dim=1)
-    scores = layer.table @ (weight * slope.gradient).view(-1, 4).T
-    assert torch.allclose(got, scores - scores.mean(0), atol=1e-5)
-
-
-@pytest.mark.parametrize(
-    ("dtype", "bytes_each", "tolerance"), [("bfloat16", 2, 0.01), ("int8", 1, 0.03)]
-)
-def test_small_moments_stay_close_and_take_the_bytes_that_they_promise(
-    dtype, bytes_each, tolerance
-):
-    plain, small = layer_of(rows=16, columns=256), layer_of(rows=16, columns=256)
-    begun = plain.logits.clone()
-    exact, lean = Optimizer("adamw"), Optimizer("adamw", state_dtype=dtype)
-    exact.prepare(plain)
-    lean.prepare(small)
-    for name in ("first", "second"):
-        packed = small.state[name]
-        assert packed.values.nbytes == bytes_each * plain.logits.numel()
-        assert packed.scales.nbytes == (4 * 6 * 16 if dtype == "int8" else 0)  # one a row
-    how = Relaxation(0, 0, temperature=1.0, scale=1.0)
-    for step in range(20):
-        gradient = torch.randn(plain.logits.shape, generator=generator(step)) + 0.5
-        for layer, rule in ((plain, exact), (small, lean)):
-            rule.step(layer, feed(layer, gradient), how, count=step + 1, rate=0.01, unit=1.0)
-    moved = (plain.logits - begun).norm()
-    assert (small.logits - plain.logits).norm() < tolerance * moved
-
-
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])
-def test_packed_tensors_read_back_what_was_written(dtype):
-    like = torch.empty(6, 64)
-    for positive in (False, True):
-        packed = PackedMoments.zeros(like, dtype, width=8, positive=positive)
-        assert packed.read(slice(0, 64)).abs().max() == 0
-        values = torch.randn(6, 16, generator=generator())
-        values = values.square() if positive else values
-        packed.write(slice(8, 24), values)
-        got = packed.read(slice(8, 24))
-        assert got.dtype == torch.float32
-        scale = values.abs().max()
-        assert (got - values).abs().max() <= scale * {"float32": 0, "bfloat16": 0.004}.get(
-            dtype, 0.006
-        )
-        assert packed.read(slice(0, 8)).abs().max() == 0
-        assert packed.read(slice(24, 64)).abs().max() == 0
-
-
-def test_random_rounding_is_a_neighbour_and_right_on_average():
-    values = torch.tensor([1.001, -0.3, 1e-8, 123.4, 0.0, -1.0]).repeat(2)[:, None]
-    groups = torch.arange(20_000)
-    drawn = round_at_random(values.expand(12, 20_000).contiguous(), groups, seed=1, step=2, layer=3)
-    assert drawn.dtype == torch.bfloat16
-    exact = values.double()
-    spread = (drawn.double() - exact).abs().amax(1)
-    assert (spread <= exact[:, 0].abs() * 2**-7).all()  # one unit in the last place
-    for row in drawn:
-        assert len(row.unique()) <= 2
-    bias = (drawn.double().mean(1) - exact[:, 0]).abs()
-    assert (bias <= 5 * exact[:, 0].abs() * 2**-8 / math.sqrt(20_000)).all()
-    assert torch.equal(drawn[4], torch.zeros(20_000, dtype=torch.bfloat16))
-    assert torch.equal(drawn[5], torch.full((20_000,), -1.0, dtype=torch.bfloat16))
-
-
-def test_bfloat16_logits_follow_changes_below_half_a_unit():
-    layer = layer_of(rows=32, columns=128)
-    layer.logits = torch.ones_like(layer.logits).bfloat16()
-    rule = Optimizer("momentum", betas=(0.0, 0.0))
-    rule.prepare(layer)
-    for step in range(40):  # each far below 2^-9: rounding to the nearest would not move at all
-        how = Relaxation(3, step, temperature=1.0, scale=1.0)
-        gradient = torch.ones(layer.logits.shape)
-        rule.step(layer, feed(layer, gradient), how, count=step + 1, rate=1e-4, unit=1.0)
-    assert abs(float(layer.logits.double().mean()) - (1 - 40e-4)) < 2e-4
 
 
 # ------------------------------------------------------------ schedule and shares
