@@ -81,7 +81,7 @@ def memory_in_this_process() -> None:
     """Prune the default model from disk; print what was planned and what was measured."""
     import torch
 
-    from benchmarks.large_model import PeakAnonymous
+    from benchmarks.scripts.large_model import PeakAnonymous
     from prunebench.models.footprint import count_footprint
     from prunebench.models.linears import find_linears
     from prunebench.models.load import load_config, skeleton
@@ -125,7 +125,7 @@ def large_model() -> list[Figure]:
     words = "--blocks 128 --hidden 1024 --ffn 2816 --vocabulary 8192 --allowance-gb 1.1"
     words += " --samples 2 --seqlen 64"
     done = subprocess.run(
-        [sys.executable, "-m", "benchmarks.large_model", *words.split()], check=False
+        [sys.executable, "-m", "benchmarks.scripts.large_model", *words.split()], check=False
     )
     return [at_most("large-model-missed", 0, "methods above their allowance", [done.returncode])]
 

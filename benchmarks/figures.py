@@ -406,7 +406,7 @@ def report_2000() -> list[Figure]:
 
 
 def _with_2000_results(name: str, limit: float, arguments: list[str]) -> Figure:
-    from benchmarks.generated import publish_results
+    from benchmarks.fixtures.generated import publish_results
 
     with tempfile.TemporaryDirectory() as folder:
         publish_results(Path(folder) / "results", 2000)

@@ -3,7 +3,7 @@
 import itertools
 from html.parser import HTMLParser
 
-from benchmarks.generated import generate_result
+from benchmarks.fixtures.generated import generate_result
 from prunebench.results.report.data import build_report
 from prunebench.results.report.page import render_page
 from prunebench.results.schema import LayerSparsity, TrainingBlock, TrainingPoint

@@ -3,8 +3,8 @@
 Measured on this very device if `measure` was run (kept in the cache, by GPU, library versions,
 dtype, shape and bucket of tokens); else the first kind that takes the shape. Forced by `--backend`.
 
-The cache's imports are inside the methods that need them: `benchmarks/gpu.py` chooses backends on
-machines that have torch and little else.
+The cache's imports are inside the methods that need them: `benchmarks/scripts/gpu.py` chooses
+backends on machines that have torch and little else.
 """
 
 from __future__ import annotations

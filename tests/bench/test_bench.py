@@ -14,8 +14,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from benchmarks import gpu, gpu_report
-from benchmarks.shaped import TINY, Decoder, Weights
+from benchmarks.fixtures.shaped import TINY, Decoder, Weights
+from benchmarks.scripts import gpu, gpu_report
 from prunebench.bench.layers import LayerBench, random_packed
 from prunebench.bench.model import Decoder as ModelDecoder
 from prunebench.bench.model import measure_decode, measure_prefill, same_tokens
@@ -225,7 +225,7 @@ def test_make_bench_gpu_needs_torch_and_little_else():
     """The machines with GPUs have no lm-eval, datasets, pydantic or platformdirs."""
     missing = ("lm_eval", "datasets", "pydantic", "platformdirs", "accelerate")
     code = f"import sys\nsys.modules.update(dict.fromkeys({missing}))\n"
-    code += "import benchmarks.gpu, benchmarks.gpu_report\n"
+    code += "import benchmarks.scripts.gpu, benchmarks.scripts.gpu_report\n"
     root = Path(__file__).parents[2]
     subprocess.run([sys.executable, "-c", code], check=True, cwd=root)
 

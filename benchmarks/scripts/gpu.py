@@ -1,8 +1,8 @@
 """`make bench-gpu`: every promised figure of 2:4 on one GPU, in one process of under ten minutes.
 
-    python -m benchmarks.gpu -o gpu.json           on a GPU; random weights of the right shapes
-    python -m benchmarks.gpu --dry -o gpu.json     on a CPU: the same path, tiny, no speed
-    python -m benchmarks.gpu_report gpu.json       the table (make bench-gpu-report)
+    python -m benchmarks.scripts.gpu -o gpu.json          on a GPU; random weights, the right shapes
+    python -m benchmarks.scripts.gpu --dry -o gpu.json    on a CPU: the same path, tiny, no speed
+    python -m benchmarks.scripts.gpu_report gpu.json      the table (make bench-gpu-report)
 
 It needs torch and what prunebench's packed layers import; no lm-eval, no datasets, no network.
 Numbers are checked in the same run. The JSON is written after every part, so that a run that is cut
@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.shaped import (
+from benchmarks.fixtures.shaped import (
     LLAMA2_7B,
     TINY,
     Decoder,
@@ -81,7 +81,7 @@ class Report:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure; returns 1 if a number is wrong, 3 without a GPU."""
-    parser = argparse.ArgumentParser(prog="benchmarks.gpu", description=__doc__)
+    parser = argparse.ArgumentParser(prog="benchmarks.scripts.gpu", description=__doc__)
     parser.add_argument("-o", "--output", type=Path, default=Path("benchmarks/gpu.json"))
     parser.add_argument("--dry", action="store_true", help="the same path on a CPU, tiny, no speed")
     options = parser.parse_args(arguments)

@@ -1,7 +1,8 @@
 """A model several times larger than the memory it is allowed, pruned and scored from disk.
 
-    python -m benchmarks.large_model                                     7B-shaped, within 6 GB
-    python -m benchmarks.large_model --blocks 128 --hidden 1024 --ffn 2816 --allowance-gb 1.1
+    python -m benchmarks.scripts.large_model               7B-shaped, within 6 GB
+    python -m benchmarks.scripts.large_model --blocks 128 --hidden 1024 --ffn 2816 \\
+        --allowance-gb 1.1
 
 A LLaMA of random weights is written in shards, one a block. Every method runs in a process of its
 own, whose peak resident memory is the judge. Prints one line a method: time, split into waiting
@@ -118,7 +119,7 @@ def copy_rate(folder: Path) -> float:
 
 def child(method: str, folder: Path, options: Any) -> dict[str, float]:
     """Run one method in a process of its own."""
-    words = [sys.executable, "-m", "benchmarks.large_model", "--child", method]
+    words = [sys.executable, "-m", "benchmarks.scripts.large_model", "--child", method]
     for name in ("samples", "seqlen", "vocabulary"):
         words += [f"--{name}", str(getattr(options, name))]
     done = subprocess.run(

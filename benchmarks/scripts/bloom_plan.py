@@ -1,6 +1,6 @@
 """What BLOOM-176B takes on one 80 GB GPU with 64 GB of host memory.
 
-    python -m benchmarks.bloom_plan
+    python -m benchmarks.scripts.bloom_plan
 
 Computed from the config and counted on the meta device; no weight and no GPU is needed. Nothing of
 it has been measured on such a machine.

@@ -1,7 +1,7 @@
 """`make bench-maskllm-gpu`: a training step of MaskLLM at the size of LLaMA-2-7B, random weights.
 
-    python -m benchmarks.maskllm_gpu                          table on stdout, maskllm-gpu.json
-    python -m benchmarks.maskllm_gpu --shape tiny --device cpu   only to see that it runs
+    python -m benchmarks.scripts.maskllm_gpu                       table on stdout, maskllm-gpu.json
+    python -m benchmarks.scripts.maskllm_gpu --shape tiny --device cpu   only to see that it runs
 
 Says the time of a step beside a dense one of the same tokens (forward and backward with weight
 gradients, no optimizer), memory by item, and the bandwidth of the passes over the logits. Without
@@ -24,7 +24,7 @@ from typing import Any
 from benchmarks.__main__ import line
 from benchmarks.figures import Figure, at_most, noted
 
-LATEST = Path(__file__).parent / "maskllm-gpu.json"
+LATEST = Path(__file__).parents[1] / "maskllm-gpu.json"
 TOKENS, ROUNDS = 4096, 3
 SHAPES: dict[str, dict[str, int]] = {
     "llama2-7b": {
@@ -49,7 +49,7 @@ def main() -> int:
     """Measure; returns 1 if a promise is missed."""
     import torch
 
-    parser = argparse.ArgumentParser(prog="benchmarks.maskllm_gpu", description=__doc__)
+    parser = argparse.ArgumentParser(prog="benchmarks.scripts.maskllm_gpu", description=__doc__)
     parser.add_argument("--shape", default="llama2-7b", choices=list(SHAPES))
     parser.add_argument("--layers", type=int, help="fewer blocks than the shape has")
     parser.add_argument("--device", default="cuda")

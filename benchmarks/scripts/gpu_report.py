@@ -1,4 +1,4 @@
-"""`make bench-gpu-report`: the JSON of `benchmarks.gpu` as a table, against what is promised."""
+"""`make bench-gpu-report`: the JSON of `make bench-gpu` as a table, against what is promised."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.shaped import LLAMA2_7B
+from benchmarks.fixtures.shaped import LLAMA2_7B
 from prunebench.bench.shapes import (
     END_TO_END,
     MENDED_LIBRARY,
