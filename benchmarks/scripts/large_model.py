@@ -1,8 +1,7 @@
 """A model several times larger than the memory it is allowed, pruned and scored from disk.
 
     python -m benchmarks.scripts.large_model               7B-shaped, within 6 GB
-    python -m benchmarks.scripts.large_model --blocks 128 --hidden 1024 --ffn 2816 \\
-        --allowance-gb 1.1
+    python -m benchmarks.scripts.large_model --blocks 128 --hidden 1024 --ffn 2816 --allowance 1.1
 
 A LLaMA of random weights is written in shards, one a block. Every method runs in a process of its
 own, whose peak resident memory is the judge. Prints one line a method: time, split into waiting
