@@ -108,11 +108,11 @@ def plain_seconds(model: Any, tokens: Any) -> float:
     """A plain forward pass of the blocks (no lm_head), two sequences at a time."""
     import torch
 
-    begun = time.perf_counter()
+    start_time = time.perf_counter()
     with torch.no_grad():
         for batch in torch.split(tokens, 2):
             model.model(batch, use_cache=False)
-    return time.perf_counter() - begun
+    return time.perf_counter() - start_time
 
 
 def prune_seconds(
@@ -124,12 +124,12 @@ def prune_seconds(
     from prunebench.pruners import METHODS
     from prunebench.sparsity import Sparsity
 
-    begun = time.perf_counter()
+    start_time = time.perf_counter()
     inputs = PrunerInputs(gradients=gradients)
     walker = BlockWalker(model, token_ids=tokens, within_block=within_block, inputs=inputs)
     target = Sparsity.parse(sparsity)
-    METHODS.make(method, {}).prune(walker, {one.name: target for one in walker.linears})
-    return time.perf_counter() - begun
+    METHODS.make(method, {}).prune(walker, {linear.name: target for linear in walker.linears})
+    return time.perf_counter() - start_time
 
 
 # ---------------------------------------------------------------- whole commands
@@ -139,8 +139,8 @@ def run_cli(arguments: list[str], *, folder: Path, threads: int = THREADS) -> tu
     """Run a command of prunebench in a process and folder; return its seconds and its output."""
     command = [sys.executable, "-m", "prunebench", *arguments]
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
-    begun = time.perf_counter()
+    start_time = time.perf_counter()
     done = subprocess.run(
         command, cwd=folder, capture_output=True, text=True, check=True, env=environment
     )
-    return time.perf_counter() - begun, done.stdout
+    return time.perf_counter() - start_time, done.stdout

@@ -68,12 +68,12 @@ def gblm() -> list[Figure]:
         model = default_model()
         with tempfile.TemporaryDirectory() as folder:
             os.environ["PRUNEBENCH_CACHE"] = folder
-            begun = time.perf_counter()
+            start_time = time.perf_counter()
             gradient_norms(model, tokens, norm="l1")
-            fresh = time.perf_counter() - begun
-            begun = time.perf_counter()
+            fresh = time.perf_counter() - start_time
+            start_time = time.perf_counter()
             gradients = gradient_norms(model, tokens, norm="l1")
-            again = time.perf_counter() - begun
+            again = time.perf_counter() - start_time
             del os.environ["PRUNEBENCH_CACHE"]
             pruned = prune_seconds(
                 "gblm", model, tokens, sparsity="2:4", within_block="joint", gradients=gradients
@@ -111,10 +111,10 @@ def alps_losses() -> list[Figure]:
 
     ratios = []
     for group in BlockWalker(default_model(), token_ids=default_tokens()).survey(hessian=True):
-        wanted = {one.name: Sparsity.parse("2:4") for one in group.linears}
-        mine = [one.loss for one in Alps().prune_group(group, wanted)]
-        other = [one.loss for one in SparseGPT().prune_group(group, wanted)]
-        ratios += [a / b for a, b in zip(mine, other, strict=True) if a is not None and b]
+        targets = {linear.name: Sparsity.parse("2:4") for linear in group.linears}
+        alps = [pruned.loss for pruned in Alps().prune_group(group, targets)]
+        sparsegpt = [pruned.loss for pruned in SparseGPT().prune_group(group, targets)]
+        ratios += [a / b for a, b in zip(alps, sparsegpt, strict=True) if a is not None and b]
         del group
     share = sum(ratio <= 1 for ratio in ratios) / len(ratios)
     return [
@@ -126,13 +126,15 @@ def alps_losses() -> list[Figure]:
 # ---------------------------------------------------------------- masks
 
 
-def _reference_mask(score: Any, *, kept: int, group: int) -> Any:
+def _reference_mask(score: Any, *, keep_count: int, group: int) -> Any:
     """Top-k group after group, as the papers' scripts do it."""
     import torch
 
     prune = torch.zeros_like(score, dtype=torch.bool)
     for start in range(0, score.shape[1], group):
-        lowest = score[:, start : start + group].topk(group - kept, dim=1, largest=False).indices
+        lowest = (
+            score[:, start : start + group].topk(group - keep_count, dim=1, largest=False).indices
+        )
         prune.scatter_(1, start + lowest, True)
     return ~prune
 
@@ -149,20 +151,20 @@ def nm_mask() -> list[Figure]:
     order = torch.randperm(4096 * 4096, generator=torch.Generator().manual_seed(0))
     score = order.float().view(4096, 4096)  # all different: top-k takes any of two equal scores
     figures = []
-    for kept, group in ((2, 4), (4, 8), (16, 32)):
-        sparsity = Sparsity.of_pattern(kept, group)
+    for keep_count, group in ((2, 4), (4, 8), (16, 32)):
+        sparsity = Sparsity.of_pattern(keep_count, group)
         runs = []
         for attempt in range(6):
-            begun = time.perf_counter()
-            loop = _reference_mask(score, kept=kept, group=group)
+            start_time = time.perf_counter()
+            loop = _reference_mask(score, keep_count=keep_count, group=group)
             middle = time.perf_counter()
             ours = keep_rows(score, sparsity)
             ended = time.perf_counter()
             if not torch.equal(loop, ours):
                 raise AssertionError("the masks differ")
             if attempt:
-                runs.append((middle - begun) / (ended - middle))
-        name = f"nm-mask-{kept}of{group}"
+                runs.append((middle - start_time) / (ended - middle))
+        name = f"nm-mask-{keep_count}of{group}"
         unit = "times faster than the loop"
         figures.append(at_least(name, 10, unit, runs) if group == 4 else noted(name, unit, runs))
     return figures

@@ -29,14 +29,14 @@ def ppl_throughput() -> list[Figure]:
     model, tokens = default_model(), default_tokens()[:8]
     runs = []
     for attempt in range(5):
-        begun = time.perf_counter()
+        start_time = time.perf_counter()
         with torch.no_grad():
             for window in torch.split(tokens, 1):
                 model(input_ids=window, use_cache=False)
         middle = time.perf_counter()
         token_ppl(model, tokens)
         if attempt:
-            runs.append((middle - begun) / (time.perf_counter() - middle))
+            runs.append((middle - start_time) / (time.perf_counter() - middle))
     return [at_least("ppl-throughput", 0.9, "of a plain forward pass", runs)]
 
 
@@ -52,9 +52,9 @@ def bf16() -> list[Figure]:
         for dtype in ("float32", "bfloat16"):
             model = default_model(dtype)
             plain_seconds(model, tokens[:2])
-            begun = time.perf_counter()
+            start_time = time.perf_counter()
             token_ppl(model, tokens)
-            seconds[dtype, "score"] = time.perf_counter() - begun
+            seconds[dtype, "score"] = time.perf_counter() - start_time
             seconds[dtype, "prune"] = prune_seconds(
                 "wanda", model, tokens, sparsity="2:4", within_block="joint"
             )

@@ -129,14 +129,16 @@ def _bench(
 
 def _capture(device: torch.device, policy: Policy) -> dict[str, str]:
     """Say for every backend whether it can be captured in a CUDA graph, and what it answers."""
-    found = {}
+    states = {}
     shape = LayerShape("probe", "square", 1024, 1024) if device.type == "cuda" else _DRY_SHAPES[0]
     for tokens in (1, 2048) if device.type == "cuda" else (1, 80):
         row = _bench(shape, device, policy, clock_for(device)).measure(tokens, blocks=1)
         for name in ("triton", "cslt", "decompress", "reference"):
             done = name in row.errors
-            found[f"{name}, {tokens} tokens"] = "works" if done else row.refused.get(name, "unused")
-    return found
+            states[f"{name}, {tokens} tokens"] = (
+                "works" if done else row.refused.get(name, "unused")
+            )
+    return states
 
 
 def _sweep(
@@ -149,7 +151,7 @@ def _sweep(
         return rows
     for shape in shapes:
         for tiling in dict.fromkeys(tiling for tiling, _ in _SWEEP):
-            launches = [launch for one, launch in _SWEEP if one == tiling]
+            launches = [launch for candidate, launch in _SWEEP if candidate == tiling]
             bench = _bench(shape, device, policy, clock, tiling=tiling, launches=launches)
             row = bench.measure(1, blocks=3)
             for number, launch in enumerate(launches):
@@ -203,10 +205,10 @@ def _layers(
         if not isinstance(measured, LayerResult):
             rows.append(cell | {"skipped": measured["error"]})
             continue
-        found = measured.to_dict()
+        measured_row = measured.to_dict()
         if device.type == "cuda" and tokens <= 8 and report.within(_AUTOTUNE_SHARE):
-            found["eager_ratio"] = _eager(shape, device, policy, tokens)
-        rows.append(found | {"dense_kinds": ["cublas"] + (["max-autotune"] if tune else [])})
+            measured_row["eager_ratio"] = _eager(shape, device, policy, tokens)
+        rows.append(measured_row | {"dense_kinds": ["cublas"] + (["max-autotune"] if tune else [])})
         report.add("layers", rows)
     report.add("layers", rows)
     return rows
@@ -225,26 +227,26 @@ def _model(shape: Shape, device: torch.device, clock: Clock, policy: Policy) -> 
         "dense": weights.dense_blocks(),
         "packed": weights.packed_blocks(Policy(device)),  # one form a layer: 0.5625
     }
-    found: dict[str, Any] = {
+    document: dict[str, Any] = {
         "shape": asdict(shape),
         "dense_bytes": dense_bytes(weights),
         "stored_bytes": stored_bytes(weights, sides["packed"]),
         "cases": [],
     }
-    found["resident_ratio"] = found["stored_bytes"] / found["dense_bytes"]
-    found |= _same(weights, sides)
+    document["resident_ratio"] = document["stored_bytes"] / document["dense_bytes"]
+    document |= _same(weights, sides)
     dry = not clock.measures_speed
     for batch, context in ((1, 16), (2, 16)) if dry else ((1, 128), (1, 2048), (8, 128), (64, 128)):
-        found["cases"].append(_decode(weights, sides, clock, batch=batch, context=context))
+        document["cases"].append(_decode(weights, sides, clock, batch=batch, context=context))
     for batch, prompt in ((1, 16),) if dry else ((1, 512), (1, 2048), (8, 2048)):
-        found["cases"].append(_prefill(weights, sides, clock, batch=batch, prompt=prompt))
+        document["cases"].append(_prefill(weights, sides, clock, batch=batch, prompt=prompt))
     if not dry:
         del sides["packed"]
         fast = {"dense": sides["dense"], "packed": weights.packed_blocks(policy)}
         case = _prefill(weights, fast, clock, batch=1, prompt=2048)
-        found["cases"].append(case | {"storage": "speed"})
-        found["stored_bytes_speed"] = stored_bytes(weights, fast["packed"])
-    return found
+        document["cases"].append(case | {"storage": "speed"})
+        document["stored_bytes_speed"] = stored_bytes(weights, fast["packed"])
+    return document
 
 
 def _ids(weights: Weights, batch: int, length: int) -> torch.Tensor:
@@ -303,16 +305,16 @@ def _prefill(
 def _case(
     case: str, batch: int, context: int, calls: dict[str, Any], clock: Clock, *, tokens: int | None
 ) -> dict[str, Any]:
-    found: dict[str, Any] = {"case": case, "batch": batch, "context": context}
+    row: dict[str, Any] = {"case": case, "batch": batch, "context": context}
     if clock.measures_speed:
         torch.cuda.reset_peak_memory_stats()
     try:
         timings = interleaved(calls, clock, blocks=5 if clock.measures_speed else 1)
     except RuntimeError as error:
-        return found | {"skipped": f"{type(error).__name__}: {error}"[:300]}
+        return row | {"skipped": f"{type(error).__name__}: {error}"[:300]}
     if not clock.measures_speed:
-        return found | {"ratio": None}
-    return found | _figures(timings, tokens) | {"peak_bytes": torch.cuda.max_memory_allocated()}
+        return row | {"ratio": None}
+    return row | _figures(timings, tokens) | {"peak_bytes": torch.cuda.max_memory_allocated()}
 
 
 def _figures(timings: Timings, tokens: int | None) -> dict[str, Any]:

@@ -36,18 +36,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def lines(document: dict[str, Any]) -> list[str]:
     """Return the report, line by line; what was not measured says so."""
     place = document["environment"]
-    found = [
+    text = [
         f"{place['gpu'] or place['device']}, torch {place['torch']}, CUDA {place['cuda']}, "
         f"cuSPARSELt {place['cusparselt']}, triton {place['triton']}",
         f"speed: {document.get('speed', NOT_MEASURED)}; {document.get('seconds', 0):.0f} s in all",
-        *(f"warning: {one}" for one in place.get("warnings", [])),
+        *(f"warning: {warning}" for warning in place.get("warnings", [])),
         "",
     ]
-    found += [f"{name}: {state}" for name, state in dict(document.get("capture") or {}).items()]
-    found += ["", _HEAD]
+    text += [f"{name}: {state}" for name, state in dict(document.get("capture") or {}).items()]
+    text += ["", _HEAD]
     library = place["cusparselt"]
-    found += [_layer(row, library) for row in document.get("layers", [])]
-    return [*found, "", *_model(document.get("model") or {}, library)]
+    text += [_layer(row, library) for row in document.get("layers", [])]
+    return [*text, "", *_model(document.get("model") or {}, library)]
 
 
 _HEAD = f"{'layer':<28}{'shape':>15}{'tokens':>8}  {'times dense':<34}{'TB/s':>6}  how"
@@ -60,31 +60,31 @@ def _layer(row: dict[str, Any], library: int | None) -> str:
         return f"{start}{NOT_MEASURED}: {row['skipped']}"
     if not row["numerics_hold"]:
         return f"{start}WRONG NUMBERS: {row['errors']}"
-    wanted = promise(row["rows"], row["width"], row["tokens"], library)
+    promised = promise(row["rows"], row["width"], row["tokens"], library)
     rate = row["bytes_per_second"]
     speed = f"{rate / 1e12:.2f}" if rate else "-"
     how = f"{row['backend']} {row['chosen']} against {row['dense']}".rstrip()
     if row["cache_suspected"]:
         how += "; the cache was measured"
-    return f"{start}{_ratio(row['ratio'], wanted):<34}{speed:>6}  {how if row['ratio'] else ''}"
+    return f"{start}{_ratio(row['ratio'], promised):<34}{speed:>6}  {how if row['ratio'] else ''}"
 
 
-def _ratio(ratio: dict[str, Any] | None, wanted: Promise | None) -> str:
+def _ratio(ratio: dict[str, Any] | None, promised: Promise | None) -> str:
     """Return `1.47 (1.45-1.49) target 1.45 held`."""
     if ratio is None:
         return NOT_MEASURED
     text = f"{ratio['median']:.2f} ({ratio['low']:.2f}-{ratio['high']:.2f})"
-    return f"{text} {_verdict(ratio['median'], wanted)}".rstrip()
+    return f"{text} {_verdict(ratio['median'], promised)}".rstrip()
 
 
-def _verdict(value: float, wanted: Promise | None) -> str:
-    if wanted is None:
+def _verdict(value: float, promised: Promise | None) -> str:
+    if promised is None:
         return ""
-    if value >= wanted.target:
-        return f"target {wanted.target:.2f} held"
-    if value >= wanted.floor:
-        return f"under target {wanted.target:.2f}"
-    return f"UNDER FLOOR {wanted.floor:.2f}"
+    if value >= promised.target:
+        return f"target {promised.target:.2f} held"
+    if value >= promised.floor:
+        return f"under target {promised.target:.2f}"
+    return f"UNDER FLOOR {promised.floor:.2f}"
 
 
 def _model(model: dict[str, Any], library: int | None) -> list[str]:
@@ -94,7 +94,7 @@ def _model(model: dict[str, Any], library: int | None) -> list[str]:
     held = ""
     if model["shape"]["width"] == LLAMA2_7B.width:
         held = ", held" if ratio <= RESIDENT.target else f", over {RESIDENT.target}"
-    found = [
+    rows = [
         f"model of {model['shape']['layers']} layers, width {model['shape']['width']}",
         f"weights: {model['stored_bytes']:,} of {model['dense_bytes']:,} bytes ({ratio:.4f}{held})",
         f"logits differ by {model['logits_error']:.2e}, "
@@ -104,13 +104,13 @@ def _model(model: dict[str, Any], library: int | None) -> list[str]:
         start = f"{case['case']}, batch {case['batch']}, {case['context']} tokens"
         start += ", storage speed" if case.get("storage") == "speed" else ""
         if "skipped" in case:
-            found.append(f"{start}: {NOT_MEASURED}: {case['skipped']}")
+            rows.append(f"{start}: {NOT_MEASURED}: {case['skipped']}")
             continue
         promised = _promised(case, library)
         rate = case.get("tokens_per_second")
         tail = f", {rate:,.0f} tokens/s" if rate else ""
-        found.append(f"{start}: {_ratio(case['ratio'], promised)}{tail}")
-    return found
+        rows.append(f"{start}: {_ratio(case['ratio'], promised)}{tail}")
+    return rows
 
 
 def _promised(case: dict[str, Any], library: int | None) -> Promise | None:

@@ -77,7 +77,9 @@ def make_model(folder: Path, options: Any) -> int:
     )  # fmt: skip
     config.architectures = ["LlamaForCausalLM"]
     config.save_pretrained(folder)
-    shapes = {name: tuple(one.shape) for name, one in skeleton(config).named_parameters()}
+    shapes = {
+        name: tuple(parameter.shape) for name, parameter in skeleton(config).named_parameters()
+    }
     generator = torch.Generator().manual_seed(0)
 
     def draw(shape: tuple[int, ...]) -> Any:
@@ -93,8 +95,8 @@ def make_model(folder: Path, options: Any) -> int:
         if index < options.blocks:
             key = f"model.layers.{index}."
             tensors = {
-                name.replace("model.layers.0.", key): one.roll(index, -1)
-                for name, one in first.items()
+                name.replace("model.layers.0.", key): tensor.roll(index, -1)
+                for name, tensor in first.items()
             }
         file = f"model-{index:05d}.safetensors"
         write_tensors(folder / file, tensors)
@@ -109,9 +111,9 @@ def copy_rate(folder: Path) -> float:
     source, target = folder / "model-00000.safetensors", folder / "copy"
     seconds = []
     for _ in range(2):
-        begun = time.perf_counter()
+        start_time = time.perf_counter()
         shutil.copyfile(source, target)
-        seconds.append(time.perf_counter() - begun)
+        seconds.append(time.perf_counter() - start_time)
     target.unlink()
     return source.stat().st_size / min(seconds)
 
@@ -140,8 +142,8 @@ class PeakAnonymous(threading.Thread):
         """Watch until `stop` is set."""
         while not self.stop.wait(0.05):
             rows = Path("/proc/self/status").read_text("utf-8").splitlines()
-            mine = next(int(row.split()[1]) for row in rows if row.startswith("RssAnon"))
-            self.peak = max(self.peak, mine * 1024)
+            anonymous_kb = next(int(row.split()[1]) for row in rows if row.startswith("RssAnon"))
+            self.peak = max(self.peak, anonymous_kb * 1024)
 
 
 def prune_and_score(folder: Path, method: str, options: Any) -> dict[str, float]:
@@ -165,37 +167,41 @@ def prune_and_score(folder: Path, method: str, options: Any) -> dict[str, float]
     shape = (options.samples, options.seqlen)
     tokens = torch.randint(options.vocabulary, shape, generator=generator)
     with tempfile.TemporaryDirectory(dir=folder) as name:
-        kept = RunJournal(Path(name))
+        journal = RunJournal(Path(name))
         model = load_on_disk(
-            folder, load_config(folder), dtype=torch.bfloat16, device=torch.device("cpu"), kept=kept
+            folder,
+            load_config(folder),
+            dtype=torch.bfloat16,
+            device=torch.device("cpu"),
+            kept=journal,
         )
         store = weights_of(model)
         assert isinstance(store, DiskWeights)
-        begun = time.perf_counter()
+        start_time = time.perf_counter()
         walker = BlockWalker(model, token_ids=tokens)
         row = METHODS.find(method)
         target = Sparsity.parse("0.7" if row.sparsity == "0.7" else "2:4")
-        requested = {one.name: target for one in walker.linears}
+        requested = {linear.name: target for linear in walker.linears}
         if row.allocation != "uniform":
             allocator = ALLOCATORS.make(row.allocation, {"range": "auto"})
             ratios = allocator.allocate(walker, target.ratio).ratios
             requested = {name: target.with_ratio(ratio) for name, ratio in ratios.items()}
         METHODS.make(method, {}).prune(walker, requested)
         pruned = time.perf_counter()
-        found = {"wait": store.wait_seconds, "write": kept.write_seconds}
+        times = {"wait": store.wait_seconds, "write": journal.write_seconds}
         if not math.isfinite(token_ppl(model, tokens[:2])):
             raise AssertionError("the perplexity is not finite")
         scored = time.perf_counter()
         store.close()
     watch.stop.set()
-    return found | {
-        "prune": pruned - begun,
+    return times | {
+        "prune": pruned - start_time,
         "score": scored - pruned,
         "peak": peak_rss_bytes(),
         "anonymous": watch.peak,
         "read_bytes": store.read_bytes,
         "read_rate": store.read_bytes / store.read_seconds,
-        "write_rate": kept.written_bytes / max(kept.write_seconds, 1e-9),
+        "write_rate": journal.written_bytes / max(journal.write_seconds, 1e-9),
         "pid": os.getpid(),
     }
 

@@ -69,7 +69,7 @@ def main() -> int:
     whole = options.shape == "llama2-7b" and not options.layers
     figures = bench.run(limits=whole)
     document |= {"shape": shape, "tokens": options.tokens, "machine": bench.machine()}
-    document |= {"figures": [asdict(one) for one in figures], "memory_gb": bench.memory}
+    document |= {"figures": [asdict(figure) for figure in figures], "memory_gb": bench.memory}
     document["not_measured"] = bench.not_measured
     _save(document, options.out)
     print("\n".join(map(line, figures)))
@@ -77,7 +77,7 @@ def main() -> int:
         print(f"memory of {variant}: " + ", ".join(f"{k} {v:.3g} GB" for k, v in items.items()))
     for variant, why in bench.not_measured.items():
         print(f"{variant}: not measured ({why})")
-    return 0 if all(one.holds is not False for one in figures) else 1
+    return 0 if all(figure.holds is not False for figure in figures) else 1
 
 
 class Bench:
@@ -112,8 +112,8 @@ class Bench:
             if have is not None and need > have:
                 self.not_measured[name] = f"needs about {need:.0f} GB, {have:.0f} GB are free"
                 continue
-            found = self._variant(name, options, statistics.median(dense), limits=limits)
-            figures += found
+            variant = self._variant(name, options, statistics.median(dense), limits=limits)
+            figures += variant
             peak = self.memory[name].get("peak")
             if peak is not None:
                 unit = "GB at the peak of a step"
@@ -141,13 +141,13 @@ class Bench:
         from prunebench.models.linears import find_linears
 
         linears = find_linears(self.model)
-        for one in linears:
-            one.module.weight.requires_grad_(True)
+        for linear in linears:
+            linear.module.weight.requires_grad_(True)
         window = self.window
         self.model(input_ids=window, labels=window, use_cache=False).loss.backward()
-        for one in linears:
-            one.module.weight.requires_grad_(False)
-            one.module.weight.grad = None
+        for linear in linears:
+            linear.module.weight.requires_grad_(False)
+            linear.module.weight.grad = None
 
     def _variant(
         self, name: str, options: dict[str, Any], dense: float, *, limits: bool
@@ -193,30 +193,31 @@ class Bench:
         optimizer, layers = learner.optimizer, learner.layers
         kind = learner._sums._dtype
 
-        def slopes(one: Any) -> Any:
+        def slopes(linear: Any) -> Any:
             zeros = [
-                torch.zeros(n, device=self.device) for n in (one.out_features, one.in_features)
+                torch.zeros(n, device=self.device)
+                for n in (linear.out_features, linear.in_features)
             ]
-            gradient = torch.zeros(one.stored.shape, dtype=kind, device=self.device)
+            gradient = torch.zeros(linear.stored.shape, dtype=kind, device=self.device)
             return WeightGradient(gradient, *zeros)
 
         def soften() -> None:
-            for one, layer in layers.items():
-                dispatch.soften(layer, one.stored, how, torch.empty_like(one.stored))
+            for linear, layer in layers.items():
+                dispatch.soften(layer, linear.stored, how, torch.empty_like(linear.stored))
 
         def squares() -> None:
-            for one, layer in layers.items():
-                sum_squares(optimizer.directions(layer, one.stored, slopes(one), how))
+            for linear, layer in layers.items():
+                sum_squares(optimizer.directions(layer, linear.stored, slopes(linear), how))
 
         def update() -> None:
-            for one, layer in layers.items():
-                ascent = optimizer.directions(layer, one.stored, slopes(one), how)
+            for linear, layer in layers.items():
+                ascent = optimizer.directions(layer, linear.stored, slopes(linear), how)
                 optimizer.step(layer, ascent, how, rate=0.0, unit=1.0)
 
         logits = sum(layer.logits.nbytes for layer in layers.values())
         moments = sum(_moments(layer) for layer in layers.values())
-        weights = sum(one.stored.nbytes for one in layers)
-        slope = sum(one.size for one in layers) * kind.itemsize
+        weights = sum(linear.stored.nbytes for linear in layers)
+        slope = sum(linear.size for linear in layers) * kind.itemsize
         passes: list[tuple[str, Callable[[], None], int]] = [
             ("mask-pass", soften, logits + 2 * weights),
             ("squares-pass", squares, logits + weights + 2 * slope),  # the slope is also made
@@ -242,7 +243,7 @@ class Bench:
             "logits": sum(layer.logits.nbytes for layer in layers.values()),
             "moments": sum(_moments(layer) for layer in layers.values()),
             "workspace": learner._store._workspace.nbytes,
-            "gradients": sum(one.size for one in layers) * learner._sums._dtype.itemsize,
+            "gradients": sum(linear.size for linear in layers) * learner._sums._dtype.itemsize,
         }
         if self.device.type == "cuda":
             peak = torch.cuda.max_memory_allocated()
@@ -255,7 +256,7 @@ class Bench:
         from prunebench.models.linears import find_linears
 
         sizes = {"float32": 4, "bfloat16": 2, "int8": 1}
-        size = sum(one.size for one in find_linears(self.model)) / 1e9
+        size = sum(linear.size for linear in find_linears(self.model)) / 1e9
         a_logit = sizes[options["logit_dtype"]] + 2 * sizes[options["state_dtype"]]
         return 1.5 * size * a_logit + size * sizes["bfloat16"] + 8
 
@@ -277,15 +278,15 @@ class Bench:
         cuda = self.device.type == "cuda"
         if cuda:
             torch.cuda.synchronize()
-        begun = time.perf_counter()
+        start_time = time.perf_counter()
         work(*arguments)
         if cuda:
             torch.cuda.synchronize()
-        return time.perf_counter() - begun
+        return time.perf_counter() - start_time
 
 
 def _moments(layer: Any) -> int:
-    return sum(one.values.nbytes + one.scales.nbytes for one in layer.state.values())
+    return sum(moment.values.nbytes + moment.scales.nbytes for moment in layer.state.values())
 
 
 def _save(document: dict[str, Any], path: Path) -> None:
