@@ -116,8 +116,8 @@ def split_gguf(path: Path, *, parts: int = 2) -> list[Path]:
         writer.add_uint16("split.no", number)
         writer.add_uint16("split.count", parts)
         writer.add_int32("split.tensors.count", len(reader.tensors))
-        for one in reader.tensors[number * step : (number + 1) * step]:
-            writer.add_tensor(one.name, one.data, raw_dtype=one.tensor_type)
+        for tensor in reader.tensors[number * step : (number + 1) * step]:
+            writer.add_tensor(tensor.name, tensor.data, raw_dtype=tensor.tensor_type)
         _finish(writer)
         files.append(file)
     return files

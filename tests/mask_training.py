@@ -41,7 +41,7 @@ def train(folder=None, *, model=None, notes=None, hear=lambda point: None, **opt
     note = notes.append if notes is not None else lambda text: None
     data = Training(tiny_tokens(samples=8), tiny_tokens(samples=3, seed=1), folder, hear, note)
     walker = BlockWalker(model, token_ids=tiny_tokens(), inputs=PrunerInputs(training=data))
-    report = pruner_of(**options).prune(walker, {one.name: HALF for one in walker.linears})
+    report = pruner_of(**options).prune(walker, {linear.name: HALF for linear in walker.linears})
     return model, report
 
 
@@ -50,13 +50,13 @@ def learner_of(model, *, optimizer=None, noise=1.0, reward=0.0, curvature=0.0, b
     table = candidates(2, 4)
     optimizer = optimizer or Optimizer("adamw")
     layers, prior = {}, {}
-    for index, one in enumerate(find_linears(model)):
+    for index, linear in enumerate(find_linears(model)):
         generator = torch.Generator().manual_seed(logits_seed + index)
-        groups = one.out_features * one.in_features // 4
+        groups = linear.out_features * linear.in_features // 4
         logits = torch.randn(6, groups, generator=generator).to(dtype)
-        layers[one] = LayerLogits(index, logits, table, one.in_features // 4)
-        prior[one.name] = logits.argmax(0).to(torch.uint8)
-        optimizer.prepare(layers[one])
+        layers[linear] = LayerLogits(index, logits, table, linear.in_features // 4)
+        prior[linear.name] = logits.argmax(0).to(torch.uint8)
+        optimizer.prepare(layers[linear])
     schedule = Schedule(
         steps=steps, batch=batch, temperature=(2.0, 0.5), scale=(1.0, 2.0), noise=noise,
         reward=reward, curvature=curvature, peak_rate=30.0, last_rate=1.0,
@@ -68,7 +68,7 @@ def learner_of(model, *, optimizer=None, noise=1.0, reward=0.0, curvature=0.0, b
 
 
 def masks_of(model):
-    return {one.name: one.read() != 0 for one in find_linears(model)}
+    return {linear.name: linear.read() != 0 for linear in find_linears(model)}
 
 
 def generator(seed=0):

@@ -31,7 +31,7 @@ def require_equal_statistics(model, *, samples=5, **how):
     groups = list(BlockWalker(model, token_ids=tokens, **how).groups(stats=True, write=False))
     linears = [linear for group in groups for linear in group.linears]
     assert len(set(linears)) == len(linears), "a linear is pruned twice"
-    assert {one.name for one in linears} == {one.name for one in find_linears(model)}
+    assert {linear.name for linear in linears} == {linear.name for linear in find_linears(model)}
     idle = 0
     for group in groups:
         for linear in group.linears:
@@ -54,7 +54,9 @@ def require_equal_gradients(model):
     """Compare sums of |gradient| over windows with autograd's, for every linear."""
     tokens, linears = tiny_tokens(samples=2, seqlen=16), find_linears(model)
     norms = gradient_norms(model, tokens, norm="l1")
-    parameters = {one.parameter_name: getattr(one.module, one.attribute) for one in linears}
+    parameters = {
+        linear.parameter_name: getattr(linear.module, linear.attribute) for linear in linears
+    }
     expected = defaultdict(float)
     for parameter in parameters.values():
         parameter.requires_grad_(True)

@@ -138,14 +138,14 @@ def test_hessian_keeps_range_and_order_and_follows_its_options():
     found = allocator.allocate(walker, 0.7)
     assert min(found.ratios.values()) >= 0.55
     assert max(found.ratios.values()) <= 0.85
-    sizes = {one.name: one.size for one in walker.linears}
+    sizes = {linear.name: linear.size for linear in walker.linears}
     per_weight = sorted(found.estimates, key=lambda name: found.estimates[name] / sizes[name])
     ratios = [found.ratios[name] for name in per_weight]
     assert ratios == sorted(ratios, reverse=True)
     blocks = make("hessian", granularity="block", decades=0.1).allocate(walker, 0.7)
     by_block = {}
-    for one in walker.linears:
-        by_block.setdefault(one.block_index, set()).add(blocks.ratios[one.name])
+    for linear in walker.linears:
+        by_block.setdefault(linear.block_index, set()).add(blocks.ratios[linear.name])
     assert all(len(ratios) == 1 for ratios in by_block.values())
     pinned = make("hessian", low=0.7, high=0.7).allocate(walker, 0.7)
     assert set(pinned.ratios.values()) == {0.7}
@@ -282,7 +282,7 @@ def test_a_file_gives_back_what_was_saved(tmp_path):
 def test_a_wrong_file_is_refused(tmp_path, break_it, kind, says):
     walker = walker_of()
     path = tmp_path / "a.json"
-    save_allocation(path, {one.name: 0.5 for one in walker.linears}, walker.linears)
+    save_allocation(path, {linear.name: 0.5 for linear in walker.linears}, walker.linears)
     document = json.loads(path.read_text())
     break_it(document)
     path.write_text(json.dumps(document))
@@ -292,7 +292,7 @@ def test_a_wrong_file_is_refused(tmp_path, break_it, kind, says):
 
 def test_unsound_allocations_are_errors():
     walker = walker_of()
-    names = [one.name for one in walker.linears]
+    names = [linear.name for linear in walker.linears]
     for ratios in (dict.fromkeys(names, 0.6), dict.fromkeys(names, 1.0), {names[0]: 0.7}):
         with pytest.raises(CheckFailed, match="the allocation is not sound|its mean is"):
             require_sound(Allocation(ratios), walker.linears, 0.7)
@@ -315,7 +315,7 @@ def test_bad_options_are_refused(options):
 def test_layers_of_ordinary_size_keep_their_ratios():
     """A fraction of a weight is handed out only where it matters."""
     linears = [Shape(f"l{i}", 1000, 1001) for i in range(3)]
-    ratios = {one.name: 0.7 for one in linears}
+    ratios = {linear.name: 0.7 for linear in linears}
     assert whole_counts(ratios, linears, 0.7) == ratios
     small = [Shape(f"l{i}", 3, 3) for i in range(5)]
     handed = whole_counts({one.name: 0.5 for one in small}, small, 0.5)
@@ -330,8 +330,8 @@ def test_layers_of_ordinary_size_keep_their_ratios():
 )
 def test_whole_counts_add_up(sizes, ratio):
     linears = [Shape(str(i), 1, size) for i, size in enumerate(sizes)]
-    handed = whole_counts({one.name: ratio for one in linears}, linears, ratio)
-    counts = [Sparsity(handed[one.name]).count(one.size) for one in linears]
+    handed = whole_counts({linear.name: ratio for linear in linears}, linears, ratio)
+    counts = [Sparsity(handed[linear.name]).count(linear.size) for linear in linears]
     assert sum(counts) == Sparsity(ratio).count(sum(sizes))
     floors = [Sparsity(ratio).count(size) for size in sizes]
     assert all(0 <= c - f <= 1 for c, f in zip(counts, floors, strict=True))
@@ -342,8 +342,8 @@ def test_roundings_that_add_up_are_an_error():
 
     linear = find_linears(tiny_model("llama"))[0]
     linears = [replace(linear, name=str(i), out_features=10, in_features=1000) for i in range(10)]
-    found = [Measured(one, 4998, 0, 0) for one in linears]
-    zeros = {one.name: 0 for one in linears}
+    found = [Measured(linear, 4998, 0, 0) for linear in linears]
+    zeros = {linear.name: 0 for linear in linears}
     with pytest.raises(CheckFailed, match="the model was to be pruned to 0.5") as error:
         require_total(found, zeros, Sparsity(0.5))
     assert "49,980 of 100,000 weights are zero (49.980%), not 50,000" in error.value.where

@@ -257,7 +257,7 @@ def test_bench_without_a_gpu(cli, tiny_run, tmp_path, monkeypatch):
     assert found.decode is None and found.prefill is None and found.layers == []
     assert found.quality[0].value == result.scores[0].value
     cli("export", "ck", "-o", "packed", "--to", "packed24")
-    size = sum(one.nbytes for one in load_file("packed/packed24.safetensors").values())
+    size = sum(tensor.nbytes for tensor in load_file("packed/packed24.safetensors").values())
     assert found.storage.packed24_bytes == size
     again = json.loads(cli("bench", "packed", *results, "--json").stdout)
     assert again["storage"] == found.storage.model_dump()
@@ -265,7 +265,7 @@ def test_bench_without_a_gpu(cli, tiny_run, tmp_path, monkeypatch):
     assert f"{size / found.storage.dense_bytes:.3f} (2:4)" in text
     assert "not measured" in text and "bytes" in text and "decode" in text
     lines = io.StringIO(cli("compare", *results, "--format", "csv").stdout)
-    (row,) = (one for one in csv.DictReader(lines) if one["method"] == "magnitude")
+    (row,) = (row for row in csv.DictReader(lines) if row["method"] == "magnitude")
     assert (row["storage"], row["speed"]) == ("2:4", "not measured (no CUDA device)")
     assert float(row["bytes_ratio"]) == size / found.storage.dense_bytes
     assert row["decode_speedup"] == row["prefill_speedup"] == ""

@@ -86,7 +86,9 @@ def test_every_calibration_window_begins_with_bos_sampled_or_packed(bos_tokenize
     assert got.token_ids.shape == (5, 32)
     assert set(got.token_ids[:, 0].tolist()) == {BOS} and not (got.token_ids[:, 1:] == BOS).any()
     for row in got.token_ids[:, 1:]:
-        assert got.packed or any(bos_tokenizer.decode(row) in one for one in text.documents)
+        assert got.packed or any(
+            bos_tokenizer.decode(row) in document for document in text.documents
+        )
     plain = sample_windows(text, bos_tokenizer, samples=5, seqlen=32, seed=1)
     assert plain.sha256 == sample_windows(
         text, bos_tokenizer, samples=5, seqlen=32, seed=1, bos="text"

@@ -144,7 +144,7 @@ def test_a_gpt2_checkpoint_holds_along_its_input(cli, tmp_path):
     from prunebench.pruners.magnitude import Magnitude
 
     model = tiny_model("gpt2")
-    Magnitude().prune(BlockWalker(model), {one.name: PATTERN for one in find_linears(model)})
+    Magnitude().prune(BlockWalker(model), {linear.name: PATTERN for linear in find_linears(model)})
     model.save_pretrained(tmp_path / "work" / "gpt2")
     assert "yes, stored as [in, out]" in cli("inspect", "gpt2", "--pattern", "2:4").stdout
 

@@ -53,7 +53,7 @@ def packed(checkpoint, built):
 
 
 def weights(folder):
-    return {name: read_tensor(one) for name, one in dense_tensors(Path(folder)).items()}
+    return {name: read_tensor(tensor) for name, tensor in dense_tensors(Path(folder)).items()}
 
 
 def same(one, other):
@@ -260,7 +260,7 @@ def test_damaged_checkpoints_of_compressed_tensors(cli, checkpoint):
     config = json.loads(Path("bitmask/config.json").read_text())
     tensors = load_file("bitmask/model.safetensors")
     module = NAME.removesuffix(".weight")
-    lacking = {name: one for name, one in tensors.items() if name != f"{module}.bitmask"}
+    lacking = {name: tensor for name, tensor in tensors.items() if name != f"{module}.bitmask"}
     save_file(lacking, "bitmask/model.safetensors")
     output = cli("inspect", "bitmask", code=4).output
     assert f"{NAME} cannot be read: {module}.bitmask is missing" in output

@@ -146,7 +146,7 @@ def small_model(kind):
             setattr(text, name, small[name])
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config)
-        if sum(one.numel() for one in model.parameters()) > 20e6:
+        if sum(parameter.numel() for parameter in model.parameters()) > 20e6:
             return None
         return AutoModelForCausalLM.from_config(config)
     except Exception:

@@ -52,7 +52,7 @@ def owners_hub(loopback, tiny_folder, tmp_path):
 
     model = tiny_model("llama")
     walker = BlockWalker(model)
-    half = {one.name: Sparsity.parse("2:4") for one in walker.linears}
+    half = {linear.name: Sparsity.parse("2:4") for linear in walker.linears}
     METHODS.make("magnitude", {}).prune(walker, half)
     save_masks(find_linears(model), tmp_path / "mask_compressed.npz")
     tokenizer = {n: data for n, data in files_of(tiny_folder).items() if n.startswith("token")}

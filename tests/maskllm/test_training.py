@@ -33,8 +33,10 @@ class Collected:
         self.gradients, self.blocks = {}, 0
 
     def fetch(self, linears):
-        for one in linears:
-            self.gradients.setdefault(one.name, torch.zeros(one.out_features, one.in_features))
+        for linear in linears:
+            self.gradients.setdefault(
+                linear.name, torch.zeros(linear.out_features, linear.in_features)
+            )
 
     def add_product(self, linear, outer, inputs):
         self.gradients[linear.name] += outer.T @ inputs
@@ -58,10 +60,10 @@ def gradients_by_autograd(model, windows):
     loss = mean_loss(model, windows)
     loss.backward()
     found = {}
-    for one in find_linears(model):
-        gradient = getattr(one.module, one.attribute).grad
-        gradient = gradient if one.expert is None else gradient[one.expert]
-        found[one.name] = gradient.T if one.transposed else gradient
+    for linear in find_linears(model):
+        gradient = getattr(linear.module, linear.attribute).grad
+        gradient = gradient if linear.expert is None else gradient[linear.expert]
+        found[linear.name] = gradient.T if linear.transposed else gradient
     return float(loss.detach()), found
 
 
@@ -99,17 +101,17 @@ class Descent(Optimizer):
 def masked(model, learner, logits, how):
     """Return the masked parameters that the model runs with, by name, with a graph."""
     made = {}
-    for one, layer in learner.layers.items():
+    for linear, layer in learner.layers.items():
         drawn = gumbel(torch.arange(layer.logits.shape[1]), 6, seed=how.seed, step=how.step,
                        layer=layer.index)  # fmt: skip
-        y = ((how.scale * logits[one.name] + how.noise * drawn) / how.temperature).softmax(0)
-        soft = one.read() * (y.T @ layer.table).view(one.out_features, one.in_features)
-        stored = getattr(one.module, one.attribute)
-        whole = made.setdefault(one.parameter_name, torch.zeros_like(stored))
-        if one.expert is None:
-            made[one.parameter_name] = soft.T if one.transposed else soft
+        y = ((how.scale * logits[linear.name] + how.noise * drawn) / how.temperature).softmax(0)
+        soft = linear.read() * (y.T @ layer.table).view(linear.out_features, linear.in_features)
+        stored = getattr(linear.module, linear.attribute)
+        whole = made.setdefault(linear.parameter_name, torch.zeros_like(stored))
+        if linear.expert is None:
+            made[linear.parameter_name] = soft.T if linear.transposed else soft
         else:
-            whole[one.expert] = soft.T if one.transposed else soft
+            whole[linear.expert] = soft.T if linear.transposed else soft
     return made
 
 
@@ -124,7 +126,7 @@ def test_steps_descend_along_the_gradient_that_autograd_finds(
     learner = learner_of(
         model, optimizer=Descent(), reward=1e-3, noise_samples=samples, micro_tokens=24
     )
-    logits = {one.name: layer.logits.clone() for one, layer in learner.layers.items()}
+    logits = {linear.name: layer.logits.clone() for linear, layer in learner.layers.items()}
     with plain_inference(model):
         learner._backward.prepare(windows[:1])
         for step in range(steps):
@@ -136,17 +138,17 @@ def test_steps_descend_along_the_gradient_that_autograd_finds(
                 with torch.enable_grad():
                     weights = masked(model, learner, leaves, how)
                     losses.append(mean_loss(model, part, weights))
-                    squares = sum(one.square().sum() for one in weights.values())
+                    squares = sum(weight.square().sum() for weight in weights.values())
                     objective = objective + (losses[-1] - how.reward * squares) / samples
             objective.backward()
             assert math.isclose(
-                got, sum(map(float, [one.detach() for one in losses])) / samples, rel_tol=1e-5
+                got, sum(map(float, [loss.detach() for loss in losses])) / samples, rel_tol=1e-5
             )
             logits = {name: (leaf - 30.0 * leaf.grad).detach() for name, leaf in leaves.items()}
     moved = False
-    for one, layer in learner.layers.items():
-        assert torch.allclose(layer.logits, logits[one.name], atol=2e-4, rtol=1e-3), one.name
-        moved |= bool((layer.logits - leaves[one.name]).abs().max() > 0.01)
+    for linear, layer in learner.layers.items():
+        assert torch.allclose(layer.logits, logits[linear.name], atol=2e-4, rtol=1e-3), linear.name
+        moved |= bool((layer.logits - leaves[linear.name]).abs().max() > 0.01)
     assert moved
 
 
@@ -218,7 +220,7 @@ def test_the_dense_weights_are_never_written_while_masks_are_learned():
 def magnitude_masks():
     model = one_block()
     walker = BlockWalker(model)
-    METHODS.make("magnitude", {}).prune(walker, {one.name: HALF for one in walker.linears})
+    METHODS.make("magnitude", {}).prune(walker, {linear.name: HALF for linear in walker.linears})
     return masks_of(model)
 
 

@@ -28,12 +28,12 @@ def plain_sums(model, tokens, norm):
     for window in tokens.split(1):
         model.zero_grad()
         model(input_ids=window, labels=window, use_cache=False).loss.backward()
-        for one in linears:
-            gradient = getattr(one.module, one.attribute).grad
-            gradient = gradient if one.expert is None else gradient[one.expert]
-            gradient = gradient.T if one.transposed else gradient
+        for linear in linears:
+            gradient = getattr(linear.module, linear.attribute).grad
+            gradient = gradient if linear.expert is None else gradient[linear.expert]
+            gradient = gradient.T if linear.transposed else gradient
             part = gradient.abs() if norm == "l1" else gradient**2
-            sums[one.name] = sums.get(one.name, 0) + part
+            sums[linear.name] = sums.get(linear.name, 0) + part
     return sums if norm == "l1" else {name: total.sqrt() for name, total in sums.items()}
 
 
@@ -45,9 +45,9 @@ def test_they_are_those_of_autograd_on_every_architecture(architecture, norm):
     tokens = tiny_tokens(samples=3)
     found = gradient_norms(model, tokens, norm=norm)
     expected = plain_sums(model, tokens, norm)
-    for one in find_linears(model):
-        ours = found.read(one.name)
-        assert torch.allclose(ours, expected[one.name], rtol=1e-3, atol=1e-6), one.name
+    for linear in find_linears(model):
+        ours = found.read(linear.name)
+        assert torch.allclose(ours, expected[linear.name], rtol=1e-3, atol=1e-6), linear.name
     assert hash_weights(model) == before
     for name, module in model.named_modules():
         assert "forward" not in vars(module), name
@@ -98,7 +98,7 @@ def pruned(method, sparsity, **options):
     if pruner.needs.gradients:
         gradients = gradient_norms(model, tokens, norm=pruner.norm)
     walker = BlockWalker(model, token_ids=tokens, inputs=PrunerInputs(gradients=gradients))
-    pruner.prune(walker, {one.name: Sparsity.parse(sparsity) for one in walker.linears})
+    pruner.prune(walker, {linear.name: Sparsity.parse(sparsity) for linear in walker.linears})
     return model
 
 
@@ -114,9 +114,9 @@ def test_gradient_alone_is_the_formula(norm):
     dense = tiny_model("llama")
     sums = plain_sums(dense, tiny_tokens(), norm)
     after = pruned("gradient", "0.5", norm=norm)
-    for one, new in zip(find_linears(dense), find_linears(after), strict=True):
-        keep = keep_rows(one.read().abs() * sums[one.name], Sparsity(0.5))
-        assert torch.equal(new.read(), torch.where(keep, one.read(), 0)), one.name
+    for linear, new in zip(find_linears(dense), find_linears(after), strict=True):
+        keep = keep_rows(linear.read().abs() * sums[linear.name], Sparsity(0.5))
+        assert torch.equal(new.read(), torch.where(keep, linear.read(), 0)), linear.name
 
 
 @pytest.mark.parametrize(

@@ -27,7 +27,9 @@ HALF = Sparsity.parse("2:4")
 def pruned(architecture="llama", sparsity=HALF):
     model = tiny_model(architecture)
     walker = BlockWalker(model)
-    METHODS.make("magnitude", {}).prune(walker, {one.name: sparsity for one in walker.linears})
+    METHODS.make("magnitude", {}).prune(
+        walker, {linear.name: sparsity for linear in walker.linears}
+    )
     return model
 
 
@@ -56,18 +58,18 @@ def test_a_mask_file_gives_back_the_masks(architecture, tmp_path):
     save_masks(find_linears(ours), tmp_path / "m.npz")
     masks = opened(tmp_path / "m.npz", tiny_model(architecture))
     assert masks.origin.startswith("sha256:")
-    for one in find_linears(ours):
-        keep = masks.read(one)
+    for linear in find_linears(ours):
+        keep = masks.read(linear)
         assert keep.dtype == torch.bool
-        assert torch.equal(keep, one.read() != 0), one.name
+        assert torch.equal(keep, linear.read() != 0), linear.name
 
 
 def test_a_checkpoint_keeps_what_is_not_zero(model, tmp_path):
     model.save_pretrained(tmp_path / "checkpoint", max_shard_size="40KB")
     masks = opened(tmp_path / "checkpoint", tiny_model("llama"))
     assert len(list((tmp_path / "checkpoint").glob("*.safetensors"))) > 1
-    for one in find_linears(model):
-        assert torch.equal(masks.read(one), one.read() != 0), one.name
+    for linear in find_linears(model):
+        assert torch.equal(masks.read(linear), linear.read() != 0), linear.name
 
 
 @pytest.mark.parametrize("kind", ["file", "checkpoint"])
@@ -77,7 +79,7 @@ def test_masks_are_applied_and_kept_weights_stay_as_they_are(kind, model, file, 
     name = file if kind == "file" else tmp_path / "checkpoint"
     dense = tiny_model("llama")
     walker = BlockWalker(dense, inputs=PrunerInputs(masks=opened(name, dense)))
-    MaskLLM(masks=str(name)).prune(walker, {one.name: HALF for one in walker.linears})
+    MaskLLM(masks=str(name)).prune(walker, {linear.name: HALF for linear in walker.linears})
     for ours, theirs in zip(find_linears(dense), find_linears(model), strict=True):
         assert torch.equal(ours.read(), theirs.read())
 
@@ -93,8 +95,8 @@ def test_masks_of_another_model_name_the_first_parameter_that_is_missing(file):
 
 def test_a_mask_of_another_shape_is_refused(model, tmp_path):
     stored = {
-        f"{one.parameter_name}.mask": np.packbits(np.ones(one.size, bool))
-        for one in find_linears(model)
+        f"{linear.parameter_name}.mask": np.packbits(np.ones(linear.size, bool))
+        for linear in find_linears(model)
     }
     last = find_linears(model)[-1]
     stored[f"{last.parameter_name}.mask"] = np.zeros(last.size // 8 + 1, np.uint8)
@@ -120,7 +122,7 @@ def test_masks_that_are_not_n_of_m_name_the_place(tmp_path):
     dense = tiny_model("llama")
     walker = BlockWalker(dense, inputs=PrunerInputs(masks=opened(tmp_path / "m.npz", dense)))
     with pytest.raises(IncompatibleData, match="not 2:4") as caught:
-        MaskLLM(masks="m.npz").prune(walker, {one.name: HALF for one in walker.linears})
+        MaskLLM(masks="m.npz").prune(walker, {linear.name: HALF for linear in walker.linears})
     assert second.name in caught.value.where
     assert "row 3, columns 8 to 11 keep 3" in caught.value.where
     assert "1 groups" in caught.value.where
@@ -133,7 +135,8 @@ def test_pickled_objects_are_never_loaded(model, tmp_path):
             return (open, (str(tmp_path / "exploded"), "w"))
 
     stored = {
-        f"{one.parameter_name}.mask": np.array([Bomb()], object) for one in find_linears(model)
+        f"{linear.parameter_name}.mask": np.array([Bomb()], object)
+        for linear in find_linears(model)
     }
     np.savez(tmp_path / "m.npz", **stored)
     (tmp_path / "exploded").unlink(missing_ok=True)
@@ -153,7 +156,7 @@ def test_a_file_that_was_cut_off_is_refused(share, model, file):
 def test_a_file_with_wrong_bits_is_refused_or_its_masks_are_the_same(model, file):
     """Every flip in the data breaks a checksum; in what describes it, it may not matter."""
     data = file.read_bytes()
-    expected = {one.name: one.read() != 0 for one in find_linears(model)}
+    expected = {linear.name: linear.read() != 0 for linear in find_linears(model)}
     refused = 0
     for at in range(40, len(data), len(data) // 60):
         spoiled = bytearray(data)
@@ -164,8 +167,8 @@ def test_a_file_with_wrong_bits_is_refused_or_its_masks_are_the_same(model, file
         except IncompatibleData:
             refused += 1
             continue
-        for one in find_linears(model):
-            assert torch.equal(masks.read(one), expected[one.name])
+        for linear in find_linears(model):
+            assert torch.equal(masks.read(linear), expected[linear.name])
     assert refused > 30
 
 
@@ -196,7 +199,7 @@ def test_a_dense_checkpoint_has_no_masks_of_a_pattern(tmp_path):
     dense.save_pretrained(tmp_path / "dense")
     walker = BlockWalker(dense, inputs=PrunerInputs(masks=opened(tmp_path / "dense", dense)))
     with pytest.raises(IncompatibleData, match="not 2:4"):
-        MaskLLM(masks="dense").prune(walker, {one.name: HALF for one in walker.linears})
+        MaskLLM(masks="dense").prune(walker, {linear.name: HALF for linear in walker.linears})
 
 
 def test_names_that_are_no_masks(model, tmp_path):

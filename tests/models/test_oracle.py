@@ -81,9 +81,11 @@ def listing(outcomes):
         order = sorted(named.items(), key=lambda item: (-len(item[1]), item[1]))
         return [wrapped(f"- {', '.join(names)}: {reason}") for reason, names in order]
 
-    exact = sorted(name for name, one in outcomes.items() if not one.refused)
-    refused = {name: one.refused for name, one in outcomes.items() if one.refused}
-    gradients = {name: one.no_gradients for name, one in outcomes.items() if one.no_gradients}
+    exact = sorted(name for name, outcome in outcomes.items() if not outcome.refused)
+    refused = {name: outcome.refused for name, outcome in outcomes.items() if outcome.refused}
+    gradients = {
+        name: outcome.no_gradients for name, outcome in outcomes.items() if outcome.no_gradients
+    }
     return "\n".join(
         [
             BEGIN,

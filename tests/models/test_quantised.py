@@ -101,7 +101,7 @@ def test_an_fp8_run_saves_plain_floating_point(tiny_folder, tmp_path, cli, tiny_
             "--save-model", weights)  # fmt: skip
         config = json.loads(Path(weights, "config.json").read_text())
         assert "quantization_config" not in config
-        dtypes = {one.dtype for one in dense_tensors(Path(weights)).values()}
+        dtypes = {tensor.dtype for tensor in dense_tensors(Path(weights)).values()}
         assert dtypes == {"float32"}
     rows = [json.loads(path.read_text()) for path in (tmp_path / "results").rglob("*.json")]
     assert len({row["model"]["evaluated_sha256"] for row in rows}) == 1

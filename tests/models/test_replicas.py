@@ -104,8 +104,8 @@ class OneDevice(TorchDispatchMode):
     """Any operation but a copy that takes tensors of two devices is an error."""
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        tensors = [one for one in tree_leaves((args, kwargs)) if isinstance(one, torch.Tensor)]
-        devices = {one.device for one in tensors if one.ndim}
+        tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
+        devices = {tensor.device for tensor in tensors if tensor.ndim}
         copies = func in (torch.ops.aten.copy_.default, torch.ops.aten._to_copy.default)
         assert copies or len(devices) < 2, f"{func} of tensors of two devices"
         return func(*args, **(kwargs or {}))
@@ -160,8 +160,10 @@ def test_tensors_of_two_devices_do_not_mix(meta_as_a_device):
 def test_a_copy_of_a_block_shares_nothing_with_it():
     block = find_blocks(tiny_model("gpt2"))[1][0]
     copied = copy_to(block, CPU)
-    mine = {one.data_ptr() for one in (*block.parameters(), *block.buffers())}
-    assert not mine & {one.data_ptr() for one in (*copied.parameters(), *copied.buffers())}
+    mine = {parameter.data_ptr() for parameter in (*block.parameters(), *block.buffers())}
+    assert not mine & {
+        parameter.data_ptr() for parameter in (*copied.parameters(), *copied.buffers())
+    }
     state = copied.state_dict()
     assert all(torch.equal(one, state[name]) for name, one in block.state_dict().items())
 

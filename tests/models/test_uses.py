@@ -110,7 +110,9 @@ def test_a_shared_block_counts_once_with_the_sum_of_its_uses():
         layers_block_type=["linear_attention", "hybrid"] * 3,
     )  # fmt: skip
     require_equal_statistics(model)
-    shared = [one for one in find_linears(model) if "shared_transformer.self_attn" in one.name]
+    shared = [
+        linear for linear in find_linears(model) if "shared_transformer.self_attn" in linear.name
+    ]
     assert {one.block_index for one in shared} == {1, 3}  # 5 has the weights of 1
     tokens = {
         group.linears[0].block_index: group.stats.tokens
@@ -144,7 +146,7 @@ def test_where_shared_weights_do_not_fit_they_are_named(tmp_path):
 def test_a_linear_that_runs_twice_is_pruned_once_in_one_order_and_refused_in_the_other():
     model = tiny_architecture("gemma3n_text")
     router = "model.layers.0.altup.modality_router"
-    groups = [group for group in walk(model) if router in [one.name for one in group.linears]]
+    groups = [group for group in walk(model) if router in [linear.name for linear in group.linears]]
     assert [len(group.linears) for group in groups] == [1]
     assert groups[0].stats.tokens == 2 * tiny_tokens().numel()
     with pytest.raises(IncompatibleData, match="sequential does not fit"):
@@ -257,7 +259,9 @@ def test_an_expert_without_tokens_is_an_expert_only_beside_others_that_ran():
     model = tiny_model("llama")
     model.model.layers[1].mlp = Routed().requires_grad_(False)
     idle = [group for group in walk(model) if group.stats.tokens == 0]
-    assert [one.name for group in idle for one in group.linears] == ["model.layers.1.mlp.experts.1"]
+    assert [linear.name for group in idle for linear in group.linears] == [
+        "model.layers.1.mlp.experts.1"
+    ]
     model.model.layers[1].mlp.forward = lambda x: x
     with pytest.raises(IncompatibleData, match=r"model\.layers\.1\.mlp\.experts\.0"):
         walk(model)

@@ -82,9 +82,9 @@ def test_every_layer_loses_its_exact_count_at_odd_widths(method, ratio):
     if pruner.needs.gradients:
         gradients = gradient_norms(model, tiny_tokens(), norm=pruner.norm)
     walker = BlockWalker(model, token_ids=tiny_tokens(), inputs=PrunerInputs(gradients=gradients))
-    report = pruner.prune(walker, {one.name: target for one in walker.linears})
-    found = {one.name: int((one.stored == 0).sum()) for one in walker.linears}
-    assert found == {one.name: target.count(one.size) for one in walker.linears}
+    report = pruner.prune(walker, {linear.name: target for linear in walker.linears})
+    found = {linear.name: int((linear.stored == 0).sum()) for linear in walker.linears}
+    assert found == {linear.name: target.count(linear.size) for linear in walker.linears}
     assert report.zeros_beyond == {}
 
 

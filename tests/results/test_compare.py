@@ -320,10 +320,10 @@ def test_many_options_show_only_where_rows_of_a_method_differ():
 def test_what_most_rows_have_is_said_once():
     base = {"steps": 12, "noise": 0.0, "beta": 1}
     changes = ({}, {"noise": 1.0}, {"steps": 24})
-    rows = [make_result(method_options=base | one, value=40.0) for one in changes]
+    rows = [make_result(method_options=base | change, value=40.0) for change in changes]
     table = only_table(rows)
     shown = [c.shown["method_options"] for c in table.cells[1:]]
-    assert sorted(map(str, shown)) == sorted(map(str, [one or None for one in changes]))
+    assert sorted(map(str, shown)) == sorted(map(str, [change or None for change in changes]))
     assert table.usual == {"wanda": {"noise": 0.0, "steps": 12}}
     assert "wanda where it says nothing else: noise=0.0 steps=12" in render.to_markdown([table])
     assert only_table(rows[:2]).usual == {}  # of two, none is the usual one

@@ -76,7 +76,7 @@ def test_the_bootstrap_is_that_of_a_direct_simulation():
     low, high, p = bootstrap(differences)
     assert low == pytest.approx(draws[100], abs=0.002)
     assert high == pytest.approx(draws[3900], abs=0.002)
-    below = sum(one <= 0 for one in draws) / len(draws)
+    below = sum(draw <= 0 for draw in draws) / len(draws)
     assert 0 < below < 0.05
     assert p == pytest.approx(2 * below, abs=0.008)
 
@@ -148,8 +148,8 @@ def test_several_are_corrected_by_holm():
 
     (row,) = pair(side([1, 1, 0]), side([0, 0, 0])).comparisons
     rows = correct([replace(row, p=p, verdict="A better") for p in (0.04, 0.01, 0.03)])
-    assert [one.p_holm for one in rows] == pytest.approx([0.06, 0.03, 0.06])
-    assert [one.verdict for one in rows] == ["within noise", "A better", "within noise"]
+    assert [row.p_holm for row in rows] == pytest.approx([0.06, 0.03, 0.06])
+    assert [row.verdict for row in rows] == ["within noise", "A better", "within noise"]
 
 
 def test_a_metric_of_which_less_is_better():

@@ -54,7 +54,7 @@ def test_what_cannot_be_told_from_the_best_is_marked_and_said():
 
 def test_accuracies_have_bars_with_error_bars_beside_dense():
     part = build_report(mixed()).models[0]
-    (figure, *_) = [one for one in part.figures if one.metric == "acc"]
+    (figure, *_) = [figure for figure in part.figures if figure.metric == "acc"]
     assert figure.dense.dense_stderr > 0
     assert all(score.error > 0 for _, score in figure.rows)
     page = page_of(mixed())
@@ -72,10 +72,10 @@ def test_rows_of_one_sparsity_have_a_dot_each_by_the_option_that_tells_them_apar
         make_result(method="maskllm", method_options=base | {"rate": 9.0}, value=1e9),
     ]
     ((_, drawing), *_) = drawings_of(build_report(rows))[0]
-    labels = [one.text for one in drawing.shapes if isinstance(one, Label)]
-    assert [one for one in labels if "=" in one] == ["steps=24", "noise=1.0", "rate=9.0"]
+    labels = [shape.text for shape in drawing.shapes if isinstance(shape, Label)]
+    assert [label for label in labels if "=" in label] == ["steps=24", "noise=1.0", "rate=9.0"]
     assert "maskllm" in labels and "against" not in drawing.title
-    dots = [one for one in drawing.shapes if isinstance(one, Mark)]
+    dots = [shape for shape in drawing.shapes if isinstance(shape, Mark)]
     assert [one.y for one in dots] == sorted(one.y for one in dots)
     best, base, worse, beyond = (one.x for one in dots)
     assert base - best == pytest.approx((worse - base) * math.log(8 / 7) / math.log(9 / 8))

@@ -76,9 +76,11 @@ def show(driver, *, width=1280, scheme="light"):
 
 def table_of(driver, model):
     (table,) = [
-        one
-        for one in driver.find_elements("css selector", "table.sortable")
-        if one.find_element("css selector", "caption").get_property("textContent").endswith(model)
+        element
+        for element in driver.find_elements("css selector", "table.sortable")
+        if element.find_element("css selector", "caption")
+        .get_property("textContent")
+        .endswith(model)
     ]
     return table
 
@@ -227,7 +229,7 @@ def test_a_name_with_html_is_shown_and_not_run(browser, page, tmp_path, policy):
         browser.get((tmp_path / "bare.html").as_uri())
     with pytest.raises(NoAlertPresentException):
         _ = browser.switch_to.alert
-    assert EVIL in [one.text for one in browser.find_elements("css selector", "h2")]
+    assert EVIL in [element.text for element in browser.find_elements("css selector", "h2")]
     assert browser.find_elements("css selector", "img") == []
 
 

@@ -150,7 +150,7 @@ def test_learning_curves_have_a_line_a_seed_and_a_row_a_measured_step():
     found = curves_of(report.models[0].rows)
     assert [len(one.points) for one in found] == [2, 2]
     drawing = learning_curves(found)
-    lines = [one for one in drawing.shapes if isinstance(one, Line) and one.width == 1.6]
+    lines = [shape for shape in drawing.shapes if isinstance(shape, Line) and shape.width == 1.6]
     assert len(lines) == 2
     (_, before), (_, after) = lines[0].points
     assert after > before  # half the perplexity lies lower on the page

@@ -226,7 +226,7 @@ def committed_layers(method, sparsity):
     results, _ = ResultStore(REPOSITORY / "results").read(committed_results())
     wanted = (method, sparsity, "c4-sample/rest")
     rows = [r for r in results if (r.spec.method, r.spec.sparsity, r.spec.calibration) == wanted]
-    return {r.spec.seed: {one.name: one for one in r.sparsity.layers} for r in rows}
+    return {r.spec.seed: {layer.name: layer for layer in r.sparsity.layers} for r in rows}
 
 
 @pytest.mark.parametrize("sparsity", ["0.5", "2:4"])

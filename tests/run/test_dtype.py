@@ -94,7 +94,7 @@ def test_where_it_is_emulated_float32_is_read_and_one_line_says_what_a_saved_mod
     run = run_on(tiny_run, folders / "bfloat16")
     outcome = cli(*run, "-m", "magnitude", "--save-model", "out")
     assert only_result(tmp_path).spec.dtype == "float32"
-    (line,) = [one for one in outcome.stderr.splitlines() if "float32" in one and says in one]
+    (line,) = [line for line in outcome.stderr.splitlines() if "float32" in line and says in line]
     found = re.search(
         r": reading as float32; a saved model will have ([\d.]+) MB instead of ([\d.]+) MB", line
     )
@@ -133,9 +133,9 @@ def test_where_dtypes_are_mixed_the_matrices_of_the_blocks_decide(tmp_path):
     }
     found = stored(tmp_path / "m", tensors, dtype="float32")
     assert (found.dtype, found.in_files) == ("float16", "float16")
-    numbers = sum(one.numel() for one in tensors.values())
+    numbers = sum(tensor.numel() for tensor in tensors.values())
     assert found.saved_bytes("float32") == 4 * numbers
-    assert found.all_bytes == sum(one.nbytes for one in tensors.values())
+    assert found.all_bytes == sum(tensor.nbytes for tensor in tensors.values())
 
 
 @pytest.mark.parametrize(

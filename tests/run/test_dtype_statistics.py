@@ -34,8 +34,8 @@ class _Half(TorchDispatchMode):
         name = func._overloadpacket.__name__
         results = out if isinstance(out, (tuple, list)) else [out]
         if name not in self._MOVES and any(
-            isinstance(one, torch.Tensor) and one.dtype in (torch.bfloat16, torch.float16)
-            for one in results
+            isinstance(result, torch.Tensor) and result.dtype in (torch.bfloat16, torch.float16)
+            for result in results
         ):
             self.seen.append(name)
         return out
@@ -89,7 +89,7 @@ def test_statistics_and_solver_of_a_bfloat16_model_are_float32(method, monkeypat
     walker = BlockWalker(
         model, token_ids=tokens, inputs=PrunerInputs(gradients=gradients), batch_tokens=48
     )
-    sparsity = {one.name: Sparsity.parse("0.5") for one in find_linears(model)}
+    sparsity = {linear.name: Sparsity.parse("0.5") for linear in find_linears(model)}
     pruner.prune(walker, sparsity)
     assert seen == []
     assert calls.count("solver") == len(sparsity)

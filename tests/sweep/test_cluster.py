@@ -224,7 +224,9 @@ def test_submitit_loses_a_job_in_the_middle_and_no_cell(work, monkeypatch):
     wait_for(lambda: not victim.is_running())
     (work / "signs" / "go").touch()
     thread.join(timeout=PATIENCE)
-    assert sorted((one.state, one.tries) for one in states) == [("done", n) for n in (1, 1, 2)]
+    assert sorted((state.state, state.tries) for state in states) == [
+        ("done", n) for n in (1, 1, 2)
+    ]
     assert any("was lost" in line and "log" in line for line in told)
     filed_once(work)
 
@@ -295,7 +297,7 @@ def test_a_slurm_sweep_is_interrupted_and_its_jobs_cancelled(slurm, work, sweep)
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=PATIENCE)
     assert process.returncode == 130 and "Traceback" not in err
-    wait_for(lambda: not any(one.is_running() for one in running))
+    wait_for(lambda: not any(job.is_running() for job in running))
     assert not list((work / "results").rglob("*.json"))
 
 

@@ -304,9 +304,9 @@ def test_eight_runs_in_one_results_and_one_cache_folder(
     results, damaged = ResultStore(tmp_path / "results").read()
     assert not damaged and len(results) == 8
     values = {}
-    for one in results:
-        values.setdefault((one.spec.method, one.spec.seed), []).append(one.scores[0].value)
+    for result in results:
+        values.setdefault((result.spec.method, result.spec.seed), []).append(result.scores[0].value)
     assert sorted(map(len, values.values())) == [2, 2, 2, 2]
     assert all(len(set(same)) == 1 for same in values.values())
-    assert len({one.scores[0].dense_value for one in results}) == 1
+    assert len({result.scores[0].dense_value for result in results}) == 1
     assert not list(tmp_path.rglob("*.part"))

@@ -60,7 +60,7 @@ def sweep_on(recipe, tmp_path):
 def test_a_lost_cell_is_tried_once_more(sweep_on):
     engine = Scripted(LOST)
     outcomes, told, store = sweep_on(engine)
-    assert {(one.cell.number, one.state, one.tries) for one in outcomes} == {
+    assert {(outcome.cell.number, outcome.state, outcome.tries) for outcome in outcomes} == {
         (1, "done", 2), (2, "done", 1), (3, "done", 1),
     }  # fmt: skip
     assert "1 failed: its node is gone: it is tried once more" in told
@@ -126,7 +126,7 @@ def test_a_full_engine_is_given_the_rest_later(sweep_on):
             return super().submit(job)
 
     outcomes, _, _ = sweep_on(Full())
-    assert [one.state for one in outcomes] == ["done"] * 3
+    assert [outcome.state for outcome in outcomes] == ["done"] * 3
 
 
 def test_so_many_at_a_time(sweep_on):
