@@ -140,9 +140,9 @@ def llama3_factors(config: Any, *, factor: float, context: int = 8192) -> np.nda
     return np.array(divisors, dtype=np.float32)
 
 
-def same_weights(one: Any, other: Any) -> bool:
+def same_weights(first: Any, second: Any) -> bool:
     """Whether two models hold the same parameters, bit for bit."""
-    ours, theirs = dict(one.named_parameters()), dict(other.named_parameters())
+    ours, theirs = dict(first.named_parameters()), dict(second.named_parameters())
     return ours.keys() == theirs.keys() and all(torch.equal(ours[n], theirs[n]) for n in ours)
 
 

@@ -63,8 +63,8 @@ class Oracle(TorchDispatchMode):
     def _add(self, matrix: Tensor, inputs: Tensor) -> int:
         """Add inputs (..., in) of a matrix (out, in), or of a batch of views of one or several."""
         if matrix.ndim == 3 and matrix.stride(0) != 0 and matrix.shape[0] > 1:
-            for one, rows in zip(matrix, inputs, strict=True):
-                self._add(one, rows)
+            for row, rows in zip(matrix, inputs, strict=True):
+                self._add(row, rows)
             return _storage(matrix)
         matrix = matrix[0] if matrix.ndim == 3 else matrix
         squares = inputs.to(torch.float64).square().flatten(0, -2).sum(0)

@@ -135,12 +135,14 @@ def test_dlp_is_the_formula_of_the_paper(statistic):
 def test_hessian_keeps_range_and_order_and_follows_its_options():
     walker = walker_of()
     allocator = make("hessian", decades=0.1)
-    found = allocator.allocate(walker, 0.7)
-    assert min(found.ratios.values()) >= 0.55
-    assert max(found.ratios.values()) <= 0.85
+    allocation = allocator.allocate(walker, 0.7)
+    assert min(allocation.ratios.values()) >= 0.55
+    assert max(allocation.ratios.values()) <= 0.85
     sizes = {linear.name: linear.size for linear in walker.linears}
-    per_weight = sorted(found.estimates, key=lambda name: found.estimates[name] / sizes[name])
-    ratios = [found.ratios[name] for name in per_weight]
+    per_weight = sorted(
+        allocation.estimates, key=lambda name: allocation.estimates[name] / sizes[name]
+    )
+    ratios = [allocation.ratios[name] for name in per_weight]
     assert ratios == sorted(ratios, reverse=True)
     blocks = make("hessian", granularity="block", decades=0.1).allocate(walker, 0.7)
     by_block = {}
@@ -219,9 +221,11 @@ def test_the_automatic_range_opens_with_the_tail_of_the_scores(decades, half):
 
 
 def test_the_automatic_range_is_used_and_reported():
-    found = make("hessian", range="auto", low=0.0, high=0.0, decades=0.1).allocate(walker_of(), 0.5)
-    assert min(found.ratios.values()) >= found.facts["low"] >= 0.4
-    assert max(found.ratios.values()) <= found.facts["high"] <= 0.6
+    allocation = make("hessian", range="auto", low=0.0, high=0.0, decades=0.1).allocate(
+        walker_of(), 0.5
+    )
+    assert min(allocation.ratios.values()) >= allocation.facts["low"] >= 0.4
+    assert max(allocation.ratios.values()) <= allocation.facts["high"] <= 0.6
 
 
 @pytest.mark.parametrize(
@@ -318,8 +322,8 @@ def test_layers_of_ordinary_size_keep_their_ratios():
     ratios = {linear.name: 0.7 for linear in linears}
     assert whole_counts(ratios, linears, 0.7) == ratios
     small = [Shape(f"l{i}", 3, 3) for i in range(5)]
-    handed = whole_counts({one.name: 0.5 for one in small}, small, 0.5)
-    counts = [Sparsity(handed[one.name]).count(9) for one in small]
+    handed = whole_counts({shape.name: 0.5 for shape in small}, small, 0.5)
+    counts = [Sparsity(handed[shape.name]).count(9) for shape in small]
     assert counts == [5, 5, 4, 4, 4]  # 22 of 45, and 4 each would be 20
 
 
@@ -342,9 +346,9 @@ def test_roundings_that_add_up_are_an_error():
 
     linear = find_linears(tiny_model("llama"))[0]
     linears = [replace(linear, name=str(i), out_features=10, in_features=1000) for i in range(10)]
-    found = [Measured(linear, 4998, 0, 0) for linear in linears]
+    measured = [Measured(linear, 4998, 0, 0) for linear in linears]
     zeros = {linear.name: 0 for linear in linears}
     with pytest.raises(CheckFailed, match="the model was to be pruned to 0.5") as error:
-        require_total(found, zeros, Sparsity(0.5))
+        require_total(measured, zeros, Sparsity(0.5))
     assert "49,980 of 100,000 weights are zero (49.980%), not 50,000" in error.value.where
-    require_total(found, zeros, Sparsity(0.4998))
+    require_total(measured, zeros, Sparsity(0.4998))

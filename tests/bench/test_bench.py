@@ -83,7 +83,7 @@ def test_promises_follow_the_shape_the_tokens_and_the_library():
         0.82,
     )
     assert promise(4096, 4096, 512, 801) is None
-    assert len({(one.rows, one.width) for one in SHAPES}) == 11
+    assert len({(shape.rows, shape.width) for shape in SHAPES}) == 11
 
 
 # ---------------------------------------------------------------- layers and models
@@ -159,12 +159,12 @@ def test_random_matrices_are_2_4():
 def test_decoding_with_a_static_cache_is_plain_greedy_decoding():
     model = tiny_model("llama")
     prompt = tiny_tokens(samples=2, seqlen=9)
-    found = ModelDecoder(model, prompt, room=8).tokens(6)
+    tokens = ModelDecoder(model, prompt, room=8).tokens(6)
     ids = prompt
     with torch.no_grad():
         for _ in range(6):
             ids = torch.cat((ids, model(ids).logits[:, -1:].argmax(-1)), dim=1)
-    assert torch.equal(found, ids[:, 9:])
+    assert torch.equal(tokens, ids[:, 9:])
 
 
 @pytest.mark.real
@@ -253,21 +253,21 @@ def test_bench_without_a_gpu(cli, tiny_run, tmp_path, monkeypatch):
     benches, damaged = read_benches(tmp_path / "results")
     (result,) = ResultStore(tmp_path / "results").read()[0]
     assert list(benches) == [result.id] and not damaged
-    found = benches[result.id]
-    assert found.decode is None and found.prefill is None and found.layers == []
-    assert found.quality[0].value == result.scores[0].value
+    bench = benches[result.id]
+    assert bench.decode is None and bench.prefill is None and bench.layers == []
+    assert bench.quality[0].value == result.scores[0].value
     cli("export", "ck", "-o", "packed", "--to", "packed24")
     size = sum(tensor.nbytes for tensor in load_file("packed/packed24.safetensors").values())
-    assert found.storage.packed24_bytes == size
+    assert bench.storage.packed24_bytes == size
     again = json.loads(cli("bench", "packed", *results, "--json").stdout)
-    assert again["storage"] == found.storage.model_dump()
+    assert again["storage"] == bench.storage.model_dump()
     text = cli("compare", *results).stdout
-    assert f"{size / found.storage.dense_bytes:.3f} (2:4)" in text
+    assert f"{size / bench.storage.dense_bytes:.3f} (2:4)" in text
     assert "not measured" in text and "bytes" in text and "decode" in text
     lines = io.StringIO(cli("compare", *results, "--format", "csv").stdout)
     (row,) = (row for row in csv.DictReader(lines) if row["method"] == "magnitude")
     assert (row["storage"], row["speed"]) == ("2:4", "not measured (no CUDA device)")
-    assert float(row["bytes_ratio"]) == size / found.storage.dense_bytes
+    assert float(row["bytes_ratio"]) == size / bench.storage.dense_bytes
     assert row["decode_speedup"] == row["prefill_speedup"] == ""
     shutil.copytree("ck", "bare")
     Path("bare/prunebench.json").unlink()
@@ -290,9 +290,9 @@ def test_unstructured_weights_are_computed_as_a_bitmap(cli, tiny_run, tmp_path):
     storage = json.loads(outcome.stdout)["storage"]
     weights = load_file("ck/model.safetensors")
     linears = [w for n, w in weights.items() if "proj" in n]
-    kept = sum(int((w != 0).sum()) * 2 + math.ceil(w.numel() / 8) for w in linears)
+    expected = sum(int((w != 0).sum()) * 2 + math.ceil(w.numel() / 8) for w in linears)
     rest = sum(w.nbytes for n, w in weights.items() if "proj" not in n)
-    assert storage["bitmap_bytes"] == kept + rest and storage["packed24_bytes"] is None
+    assert storage["bitmap_bytes"] == expected + rest and storage["packed24_bytes"] is None
     assert storage["label"] == "computed"
 
 

@@ -51,8 +51,8 @@ def test_every_perplexity_window_is_bos_and_the_next_piece_of_the_text(bos_token
     assert pieces == plain[: len(pieces)] and len(plain) - len(pieces) < 63
     assert task.targets == len(pieces)
     assert task.protocol == f"{task.dataset}/all/64/bos-window/v1"
-    few = windows_of(f"file:{eval_file}", bos_tokenizer, limit=150)
-    assert few.protocol == f"{task.dataset}/all/64/bos-window/v1/first-128"
+    limited = windows_of(f"file:{eval_file}", bos_tokenizer, limit=150)
+    assert limited.protocol == f"{task.dataset}/all/64/bos-window/v1/first-128"
 
 
 def test_perplexity_with_bos_in_each_window_by_its_definition(bos_tokenizer, eval_file):
@@ -137,8 +137,8 @@ def test_a_token_file_has_bos_in_each_window_or_is_refused(bos_tokenizer, tmp_pa
     assert windows_of(f"tokens:{path}", bos_tokenizer, bos="text").protocol.endswith("/all/32/v1")
     rows[:, 0] = BOS
     save_file({"token_ids": rows}, path)
-    begun = windows_of(f"tokens:{path}", bos_tokenizer)
-    assert torch.equal(begun.windows, rows) and "/32/bos-window/v1" in begun.protocol
+    with_bos = windows_of(f"tokens:{path}", bos_tokenizer)
+    assert torch.equal(with_bos.windows, rows) and "/32/bos-window/v1" in with_bos.protocol
 
 
 def test_a_run_files_where_bos_was(cli, gemma_run, tmp_path):
@@ -146,9 +146,11 @@ def test_a_run_files_where_bos_was(cli, gemma_run, tmp_path):
     cli(*gemma_run, "-m", "wanda")
     results, damaged = ResultStore(tmp_path / "results").read()
     assert damaged == []
-    begun, plain = sorted(results, key=lambda r: r.spec.ppl_bos, reverse=True)
-    assert (begun.spec.ppl_bos, begun.spec.calibration_bos) == ("window", "window")
-    assert begun.calibration.bos == "window" and "/64/bos-window/v1" in begun.scores[0].protocol
+    with_bos, plain = sorted(results, key=lambda r: r.spec.ppl_bos, reverse=True)
+    assert (with_bos.spec.ppl_bos, with_bos.spec.calibration_bos) == ("window", "window")
+    assert (
+        with_bos.calibration.bos == "window" and "/64/bos-window/v1" in with_bos.scores[0].protocol
+    )
     assert set(load_file("c.safetensors")["token_ids"][:, 0].tolist()) == {BOS}
     assert (plain.spec.ppl_bos, plain.calibration.bos) == ("text", "text")
     assert "bos" not in json.loads(plain.to_json())["calibration"]

@@ -73,7 +73,7 @@ def test_a_text_of_one_token_gives_no_impossible_advice(cli, tiny_run, tmp_path)
     path = tmp_path / "x.txt"
     path.write_text("a")
     for option in ("--ppl", "--calibration"):
-        told = cli(*tiny_run, "-m", "wanda", option, f"file:{path}", code=4).stderr
-        assert "is too short: 1 tokens" in told
-        assert "another text" in told or "use a longer text" in told
-        assert "--ppl-seqlen 1" not in told and "samples 0" not in told
+        output = cli(*tiny_run, "-m", "wanda", option, f"file:{path}", code=4).stderr
+        assert "is too short: 1 tokens" in output
+        assert "another text" in output or "use a longer text" in output
+        assert "--ppl-seqlen 1" not in output and "samples 0" not in output

@@ -119,12 +119,12 @@ def test_a_larger_tokenizer_is_fine_where_its_tokens_are_not_used(
     tokenizer.add_special_tokens({"pad_token": "<pad>"})
     tokenizer.save_pretrained(folder)
     assert largest_id(tokenizer) == 256
-    found = []
+    ids = []
     for model in (tiny_folder, folder):
         run = words(model, files, tmp_path, tasks="choose", limit=1)
         run += ["--include-path", files, "--num-fewshot", "1", "--log-samples", "--json"]
-        found.append(json.loads(cli(*run).stdout)["scores"])
-    assert found[0] == found[1]
+        ids.append(json.loads(cli(*run).stdout)["scores"])
+    assert ids[0] == ids[1]
 
 
 def test_a_token_that_only_lm_eval_adds_is_refused_before_the_model_sees_it(

@@ -54,8 +54,8 @@ def test_plain_transformers_loads_it(cli, checkpoint):
     from transformers import AutoModelForCausalLM
 
     cli("export", "ck", "-o", "out")
-    one, other = (AutoModelForCausalLM.from_pretrained(name) for name in ("ck", "out"))
-    assert all(map(torch.equal, one.parameters(), other.parameters()))
+    first, second = (AutoModelForCausalLM.from_pretrained(name) for name in ("ck", "out"))
+    assert all(map(torch.equal, first.parameters(), second.parameters()))
 
 
 def test_the_card_is_read_by_the_hub_s_own_classes(cli, checkpoint, tmp_path):
@@ -80,10 +80,10 @@ def test_the_card_is_read_by_the_hub_s_own_classes(cli, checkpoint, tmp_path):
 
 def test_the_masks_are_those_that_a_run_saves(cli, checkpoint):
     cli("export", "ck", "-o", "out")
-    with np.load("m.npz") as wanted, np.load("out/masks.npz") as found:
-        assert found.files == wanted.files
-        assert all((wanted[name] == found[name]).all() for name in wanted.files)
-        assert len(wanted.files) == 21
+    with np.load("m.npz") as expected, np.load("out/masks.npz") as actual:
+        assert actual.files == expected.files
+        assert all((expected[name] == actual[name]).all() for name in expected.files)
+        assert len(expected.files) == 21
     from safetensors.torch import load_file
 
     weights = load_file("out/model.safetensors")
@@ -97,8 +97,8 @@ def test_small_pieces_give_the_same_masks_and_hash(cli, checkpoint, monkeypatch)
 
     monkeypatch.setattr(module, "_PIECE_BYTES", 1000)
     cli("export", "ck", "-o", "out")
-    with np.load("m.npz") as wanted, np.load("out/masks.npz") as found:
-        assert all((wanted[name] == found[name]).all() for name in wanted.files)
+    with np.load("m.npz") as expected, np.load("out/masks.npz") as actual:
+        assert all((expected[name] == actual[name]).all() for name in expected.files)
 
 
 def test_the_recipe_repeats_the_run(cli, tiny_folder, text_file, eval_file, checkpoint, tmp_path):
@@ -140,10 +140,10 @@ def test_a_recipe_with_allocation_and_options(cli, tiny_run, tiny_folder, text_f
 
 def test_an_allocation_of_a_file_goes_along(cli, tiny_run, tiny_folder, text_file, eval_file,
                                             tmp_path):  # fmt: skip
-    few = [*tiny_run, "-m", "wanda", "--sparsity", "0.5"]
-    cli(*few, "--allocation", "owl", "--save-allocation", "a.json")
+    command = [*tiny_run, "-m", "wanda", "--sparsity", "0.5"]
+    cli(*command, "--allocation", "owl", "--save-allocation", "a.json")
     shutil.rmtree(tmp_path / "results")
-    cli(*few, "--allocation", "file:a.json", "--save-model", "ck")
+    cli(*command, "--allocation", "file:a.json", "--save-model", "ck")
     cli("export", "ck", "-o", "out")
     assert json.loads(Path("out/allocation.json").read_text()) == json.loads(
         Path("a.json").read_text()
@@ -163,8 +163,8 @@ def test_fused_experts_are_hashed_without_being_loaded(cli, tmp_path, tiny_run, 
     arguments[arguments.index("--model") + 1] = str(folder)
     cli(*arguments, "--save-masks", "m.npz")
     assert "load" not in cli("export", "ck", "-o", "out").stderr.replace("loading torch", "")
-    with np.load("m.npz") as wanted, np.load("out/masks.npz") as found:
-        assert all((wanted[name] == found[name]).all() for name in wanted.files)
+    with np.load("m.npz") as expected, np.load("out/masks.npz") as actual:
+        assert all((expected[name] == actual[name]).all() for name in expected.files)
 
 
 def test_a_dense_checkpoint_has_no_masks(cli, tiny_run):
@@ -271,8 +271,8 @@ def test_the_base_model_and_its_licence():
     assert (opt.base_model, opt.license) == ("facebook/opt-125m", "other")
     assert opt.license_name == "opt-175b-non-commercial"
     assert opt.license_link == "https://huggingface.co/facebook/opt-125m"
-    mine = read(source="folder", model="llama3.1-8b")  # only called so
-    assert (mine.base_model, mine.license) == (None, None)
+    card = read(source="folder", model="llama3.1-8b")  # only called so
+    assert (card.base_model, card.license) == (None, None)
     wheel = read(source="wheel", model="smollm2-135m-q4")
     assert (wheel.base_model, wheel.license) == (None, "apache-2.0")
     other = read(source="hub", model="org/x", revision="f" * 40)
@@ -298,8 +298,8 @@ def test_names_that_mean_something_to_markdown_or_yaml():
 
 
 def test_two_protocols_of_one_data_set_stay_two_entries():
-    one, other = make_result(protocol="wiki/t/512/v1"), make_result(protocol="wiki/t/2048/v1")
-    both = one.model_copy(update={"scores": [*one.scores, *other.scores]})
+    first, second = make_result(protocol="wiki/t/512/v1"), make_result(protocol="wiki/t/2048/v1")
+    both = first.model_copy(update={"scores": [*first.scores, *second.scores]})
     entries = ModelCard(model_card(with_model(both))).data.eval_results
     assert {entry.dataset_name for entry in entries} == {"wiki/t/512/v1", "wiki/t/2048/v1"}
 

@@ -80,8 +80,8 @@ def test_shards_of_an_index(tmp_path):
     model.save_pretrained(tmp_path / "one")
     model.save_pretrained(tmp_path / "many", max_shard_size="40KB")
     assert len(weight_files(tmp_path / "many")) > 2
-    one, many = (inspect_checkpoint(tmp_path / name, PATTERN) for name in ("one", "many"))
-    assert sorted(one, key=lambda r: r.name) == sorted(many, key=lambda r: r.name)
+    single, sharded = (inspect_checkpoint(tmp_path / name, PATTERN) for name in ("one", "many"))
+    assert sorted(single, key=lambda r: r.name) == sorted(sharded, key=lambda r: r.name)
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gpt2", "falcon", "gemma3"])

@@ -47,8 +47,8 @@ def matrices(draw):
 def test_round_trip(weight):
     """Bit for bit, but that -0.0 comes back as +0.0."""
     packed = pack24(weight)
-    wanted = torch.where(bits(weight) == -0x8000, 0, bits(weight))
-    assert torch.equal(bits(unpack24(packed)), wanted)
+    expected = torch.where(bits(weight) == -0x8000, 0, bits(weight))
+    assert torch.equal(bits(unpack24(packed)), expected)
     assert not (bits(packed.values) == -0x8000).any()
     assert set(split_codes(packed).unique().tolist()) <= set(VALID_CODES)
     require_sound(packed, name="w")
@@ -62,9 +62,9 @@ def test_round_trip(weight):
 def test_the_report_counts_what_a_plain_loop_counts(weight):
     report = check_24(weight)
     groups = weight.view(-1, 4).tolist()
-    kept = [sum(value != 0 for value in four) for four in groups]
+    nonzeros = [sum(value != 0 for value in four) for four in groups]
     assert (report.groups, report.over) == (len(groups), 0)
-    assert report.under == sum(count < 2 for count in kept)
+    assert report.under == sum(count < 2 for count in nonzeros)
     assert report.negative_zeros == int((bits(weight) == -0x8000).sum())
 
 

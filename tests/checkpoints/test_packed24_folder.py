@@ -56,8 +56,8 @@ def weights(folder):
     return {name: read_tensor(tensor) for name, tensor in dense_tensors(Path(folder)).items()}
 
 
-def same(one, other):
-    return one.keys() == other.keys() and all(torch.equal(one[k], other[k]) for k in one)
+def same(first, second):
+    return first.keys() == second.keys() and all(torch.equal(first[k], second[k]) for k in first)
 
 
 def test_a_packed_folder_and_back(cli, checkpoint, tmp_path):

@@ -164,7 +164,7 @@ def test_names_that_would_not_fit_what_is_carried_over_are_refused_before_the_wo
     monkeypatch.setattr(
         loading,
         "revert_weight_conversion",
-        lambda *given: {f"other.{name}": one for name, one in plain(*given).items()},
+        lambda *given: {f"other.{name}": tensor for name, tensor in plain(*given).items()},
     )
     output = save("resident", "mtp", code=4).output
     assert "cannot be saved with the 2 tensors that the text model does not use" in output

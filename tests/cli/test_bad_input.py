@@ -202,9 +202,9 @@ def test_a_result_that_cannot_be_filed_after_the_work_is_kept(cli, tiny_run, tmp
 
     monkeypatch.setattr(module, "publish_text", full)
     output = cli(*tiny_run, "-m", "wanda", code=5).output
-    (kept,) = (tmp_path / "cache" / "unfiled").iterdir()
-    assert str(kept) in output
-    assert json.loads(kept.read_text())["status"] == "ok"
+    (unfiled,) = (tmp_path / "cache" / "unfiled").iterdir()
+    assert str(unfiled) in output
+    assert json.loads(unfiled.read_text())["status"] == "ok"
 
 
 def test_a_checkpoint_that_cannot_be_saved_does_not_cost_the_row(
@@ -259,9 +259,9 @@ def test_ctrl_c(tiny_run, tmp_path):
 @pytest.mark.slow
 def test_kill_9_at_any_moment_leaves_no_half_result(tiny_run, tmp_path):
     process = start(tiny_run, tmp_path)
-    begun = time.monotonic()
+    start_time = time.monotonic()
     assert process.wait(timeout=120) == 0
-    whole = time.monotonic() - begun
+    whole = time.monotonic() - start_time
     rng = random.Random(0)
     for attempt in range(2):
         (tmp_path / "work" / "out").rename(tmp_path / f"old-{attempt}") if (

@@ -20,11 +20,11 @@ def results_of(tmp_path):
 
 
 def commands():
-    found = {}
+    commands = {}
     for name, command in get_command(app).commands.items():
         for sub, inner in getattr(command, "commands", {"": command}).items():
-            found[f"{name} {sub}".strip()] = inner
-    return found
+            commands[f"{name} {sub}".strip()] = inner
+    return commands
 
 
 @pytest.mark.parametrize("name", list(commands()))
@@ -118,10 +118,10 @@ def test_a_cached_dense_score_is_never_the_pruned_model_s(cli, tiny_run, tmp_pat
 def test_data_free_methods_do_not_split_by_calibration(cli, tiny_run, tmp_path):
     cli(*tiny_run, "-m", "magnitude", "--seed", "1")
     cli(*tiny_run, "-m", "magnitude", "--seed", "2", "--calibration-samples", "3")
-    one, other = results_of(tmp_path)
-    assert one.spec_id == other.spec_id
-    assert one.calibration is None
-    assert one.spec.within_block is None
+    first, second = results_of(tmp_path)
+    assert first.spec_id == second.spec_id
+    assert first.calibration is None
+    assert first.spec.within_block is None
 
 
 def test_sequential_is_another_cell(cli, tiny_run, tmp_path):
@@ -174,10 +174,10 @@ def test_saved_calibration_gives_the_same_mask(cli, tiny_run, tmp_path):
         for a in tiny_run
     ]
     cli(*again, "-m", "wanda")
-    one, other = results_of(tmp_path)
-    assert one.model.evaluated_sha256 == other.model.evaluated_sha256
-    assert one.calibration.tokens_sha256 == other.calibration.tokens_sha256
-    assert {one.calibration.text, other.calibration.text} >= {"tokens"}
+    first, second = results_of(tmp_path)
+    assert first.model.evaluated_sha256 == second.model.evaluated_sha256
+    assert first.calibration.tokens_sha256 == second.calibration.tokens_sha256
+    assert {first.calibration.text, second.calibration.text} >= {"tokens"}
 
 
 def test_token_files_for_perplexity(cli, tiny_run, tmp_path):
@@ -202,10 +202,10 @@ def test_json_is_the_result_and_nothing_else(cli, tiny_run, tmp_path):
 def test_repeating_a_run_adds_a_file(cli, tiny_run, tmp_path):
     cli(*tiny_run, "-m", "wanda")
     cli(*tiny_run, "-m", "wanda")
-    one, other = results_of(tmp_path)
-    assert one.spec_id == other.spec_id
-    assert one.model.evaluated_sha256 == other.model.evaluated_sha256
-    assert one.scores == other.scores
+    first, second = results_of(tmp_path)
+    assert first.spec_id == second.spec_id
+    assert first.model.evaluated_sha256 == second.model.evaluated_sha256
+    assert first.scores == second.scores
 
 
 def test_dry_run_loads_and_writes_nothing(cli, tiny_run, tmp_path):

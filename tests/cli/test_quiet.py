@@ -146,7 +146,7 @@ def test_warnings_of_others_are_hidden_only_in_quiet_and_ours_never():
             with quiet_libraries(**options):
                 warnings.warn_explicit("theirs", UserWarning, "x.py", 1, module="torch.nn")
                 warnings.warn_explicit("ours", UserWarning, "y.py", 2, module="prunebench.spec")
-        return [str(one.message) for one in caught]
+        return [str(warning.message) for warning in caught]
 
     assert heard() == ["theirs", "ours"]
     assert heard(warn=False) == ["ours"]

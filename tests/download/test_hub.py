@@ -220,14 +220,14 @@ def test_a_cache_that_another_program_filled_by_half_is_completed(cli, owners_hu
 
 
 def test_damage_that_cannot_be_mended_is_no_row(cli, owners_hub, monkeypatch):
-    begun = time.monotonic()
+    start_time = time.monotonic()
     cli(*OWNERS, *SMALL, "--results-dir", "before")
     flip(in_cache("model-00001-of-00004.safetensors"))
     gone(owners_hub, monkeypatch, "stopped")
     output = cli(*OWNERS, *SMALL, code=3).output
     assert "model-00001-of-00004.safetensors" in output and "cannot be downloaded" in output
     assert not list(Path("results").rglob("*.json"))
-    assert time.monotonic() - begun < 20
+    assert time.monotonic() - start_time < 20
 
 
 def test_a_file_that_arrives_damaged_is_refused_and_not_kept(cli, owners_hub):

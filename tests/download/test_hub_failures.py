@@ -171,11 +171,11 @@ def test_each_failure_says_what_it_was_whatever_was_fetched(
 ):
     breaks, says = FAILURES[kind]
     breaks(full, monkeypatch)
-    begun = time.monotonic()
+    start_time = time.monotonic()
     with pytest.raises(MissingResource) as caught:
         FETCH[thing]()
     error = caught.value
-    assert time.monotonic() - begun < 10
+    assert time.monotonic() - start_time < 10
     if thing.startswith("model"):
         says = OF_A_MODEL.get(kind, says)
     assert says in str(error), str(error)
@@ -330,9 +330,9 @@ def test_a_hub_that_takes_four_seconds_is_used(full):
 def test_a_hub_that_never_answers_is_given_up(full, monkeypatch):
     monkeypatch.setattr(module, "CONNECT_SECONDS", 0.2)
     full.fail("HEAD /", silent=True)
-    begun = time.monotonic()
+    start_time = time.monotonic()
     assert "did not answer" in hub_problem()
-    assert time.monotonic() - begun < 3
+    assert time.monotonic() - start_time < 3
 
 
 def test_every_request_has_a_time_limit(full, monkeypatch):

@@ -108,9 +108,9 @@ def test_the_cache_follows_weights_and_tokens(byte_tokenizer, eval_file):
     task = prepare(f"file:{eval_file}", byte_tokenizer)
     other = prepare(f"file:{eval_file}", byte_tokenizer, limit=128)
     assert cached_outcomes("w1", task) is None
-    found = task.score(tiny_model("llama"), advance=lambda done: None)
-    remember_outcomes("w1", task, found)
-    assert cached_outcomes("w1", task) == found
+    outcome = task.score(tiny_model("llama"), advance=lambda done: None)
+    remember_outcomes("w1", task, outcome)
+    assert cached_outcomes("w1", task) == outcome
     assert cached_outcomes("w2", task) is None
     assert cached_outcomes("w1", other) is None
 

@@ -50,13 +50,13 @@ metadata: {{version: 3.0}}
 
 def answer(model, tokenizer, question):
     """Log-likelihoods of both choices, by their definition."""
-    found = []
+    scores = []
     for choice in (question["a"], question["b"]):
         context = tokenizer(question["q"])["input_ids"]
         ids = context + tokenizer(f" {choice}")["input_ids"]
         logits = model(input_ids=torch.tensor([ids])).logits[0].double().log_softmax(-1)
-        found.append(sum(logits[t - 1, ids[t]].item() for t in range(len(context), len(ids))))
-    return found
+        scores.append(sum(logits[t - 1, ids[t]].item() for t in range(len(context), len(ids))))
+    return scores
 
 
 @torch.no_grad()
@@ -65,12 +65,12 @@ def accuracies(folder):
 
     model = AutoModelForCausalLM.from_pretrained(folder)
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    found = [answer(model, tokenizer, question) for question in QUESTIONS]
+    answers = [answer(model, tokenizer, question) for question in QUESTIONS]
     rows = []
-    for question, (one, other) in zip(QUESTIONS, found, strict=True):
+    for question, (first, second) in zip(QUESTIONS, answers, strict=True):
         lengths = len(question["a"]), len(question["b"])
-        plain, norm = int(other > one), int(other / lengths[1] > one / lengths[0])
-        rows.append((plain == question["label"], norm == question["label"], one, other))
+        plain, norm = int(second > first), int(second / lengths[1] > first / lengths[0])
+        rows.append((plain == question["label"], norm == question["label"], first, second))
     return rows
 
 
@@ -95,10 +95,10 @@ def test_the_pruned_weights_answer_and_not_the_dense_ones(
         assert score.higher_is_better and not score.limited and score.targets == 8
         assert score.protocol == "lm-eval/pangram/0-shot/v3.0"
     samples = read_samples(ResultStore(tmp_path / "results").path_of(result))
-    mine = [sample for sample in samples if sample.protocol == "lm-eval/pangram/0-shot/v3.0"]
-    assert [one.values["acc"] for one in mine] == [float(row[0]) for row in pruned]
-    assert [one.dense_values["acc"] for one in mine] == [float(row[0]) for row in dense]
-    assert len({one.sha256 for one in mine}) == 8
+    answers = [sample for sample in samples if sample.protocol == "lm-eval/pangram/0-shot/v3.0"]
+    assert [one.values["acc"] for one in answers] == [float(row[0]) for row in pruned]
+    assert [one.dense_values["acc"] for one in answers] == [float(row[0]) for row in dense]
+    assert len({one.sha256 for one in answers}) == 8
     assert result.software.lm_eval
     assert result.model.evaluated_sha256 != result.model.dense_sha256
 
@@ -130,11 +130,11 @@ def test_a_tokenizer_with_bos_is_asked_as_lm_eval_itself_asks(gemma_folder, task
     (ours,) = task.score(hear(model, "ours"), advance=lambda done: None)
     theirs = HFLM(pretrained=str(gemma_folder), dtype="float32", device="cpu", batch_size=1)
     hear(theirs.model, "theirs")
-    found = evaluate(lm=theirs, task_dict=task.built, log_samples=True)
+    output = evaluate(lm=theirs, task_dict=task.built, log_samples=True)
     assert asked["ours"] == asked["theirs"]
     assert all(row[0] == BOS for batch in asked["ours"] for row in batch)
     assert len(asked["ours"]) == 2 * len(QUESTIONS)
-    assert ours.measures["acc"].value == found["results"]["pangram"]["acc,none"]
+    assert ours.measures["acc"].value == output["results"]["pangram"]["acc,none"]
 
 
 def test_a_limit_is_a_protocol_of_its_own(cli, tiny_run, task_folder):

@@ -50,10 +50,10 @@ def moved(thing, device=DEVICE):
     if isinstance(thing, torch.Tensor):
         return thing.clone().to(device)
     if isinstance(thing, dict):
-        return {name: moved(one) for name, one in thing.items()}
+        return {name: moved(value) for name, value in thing.items()}
     if isinstance(thing, LayerLogits | WeightGradient | PackedMoments):
         fields = {f.name: getattr(thing, f.name) for f in dataclasses.fields(thing)}
-        return type(thing)(**{name: moved(one) for name, one in fields.items()})
+        return type(thing)(**{name: moved(value) for name, value in fields.items()})
     return thing
 
 
@@ -61,8 +61,8 @@ def moved(thing, device=DEVICE):
 def test_the_noise_is_the_same_bit_for_bit(first, choices):
     key = {"seed": 4_000_000_000, "step": 12, "layer": 3}
     index = torch.arange(first, first + 100)
-    found = triton_ops.uniforms(first, 100, choices, **key, device=DEVICE)
-    assert torch.equal(found.cpu(), noise.uniforms(index, choices, **key))
+    actual = triton_ops.uniforms(first, 100, choices, **key, device=DEVICE)
+    assert torch.equal(actual.cpu(), noise.uniforms(index, choices, **key))
 
 
 @pytest.mark.parametrize(
@@ -80,11 +80,11 @@ def test_soft_masks(pattern, logits, weights, out, noisy):
     how = dataclasses.replace(HOW, noise=float(noisy))
     expected = torch.empty(weight.shape, dtype=out)
     layer.soften(weight, how, expected)
-    found = torch.empty(weight.shape, dtype=out, device=DEVICE)
-    triton_ops.soften(moved(layer), moved(weight), how, found)
+    actual = torch.empty(weight.shape, dtype=out, device=DEVICE)
+    triton_ops.soften(moved(layer), moved(weight), how, actual)
     exact = weights == out == FLOAT
     allowed = (1e-6 if exact else torch.finfo(BF16).eps) * weight.float().abs()
-    error = (found.cpu().float() - expected.float()).abs()
+    error = (actual.cpu().float() - expected.float()).abs()
     assert (error <= allowed).all()
     assert exact or (error == 0).float().mean() > 0.99
 
@@ -94,12 +94,12 @@ def test_soft_masks_at_the_end_of_the_paper():
     layer, weight, _ = case((2, 4), rows=3)
     layer.logits.mul_(0.03)
     how = dataclasses.replace(HOW, temperature=0.05, scale=500.0)
-    expected, found = torch.empty_like(weight), torch.empty_like(weight, device=DEVICE)
+    expected, actual = torch.empty_like(weight), torch.empty_like(weight, device=DEVICE)
     layer.soften(weight, how, expected)
-    triton_ops.soften(moved(layer), moved(weight), how, found)
+    triton_ops.soften(moved(layer), moved(weight), how, actual)
     largest = (layer.logits.abs().max() * how.scale + 15) / how.temperature
     allowed = 4 * torch.finfo(FLOAT).eps * largest * weight.abs()
-    assert ((found.cpu() - expected).abs() <= allowed).all()
+    assert ((actual.cpu() - expected).abs() <= allowed).all()
 
 
 def test_certainty():
@@ -115,10 +115,10 @@ UPDATES = [
 ]
 
 
-def close(found, expected):
+def close(actual, expected):
     """Within 1e-5, or a unit in the last place of bfloat16 in one of a hundred."""
-    found, expected = found.cpu(), expected
-    error = (found.float() - expected.float()).abs()
+    actual, expected = actual.cpu(), expected
+    error = (actual.float() - expected.float()).abs()
     if expected.dtype == FLOAT:
         return bool((error <= 1e-5 * expected.abs().clamp(min=1)).all())
     units = torch.finfo(BF16).eps * expected.float().abs().clamp(min=1e-3)
@@ -135,29 +135,29 @@ def test_updates(kind, pattern, terms, dtype, moments):
     optimizer.prepare(layer)
     for moment in layer.state.values():
         moment.values.copy_(torch.rand(moment.values.shape).mul_(0.1))
-    mine, given = moved(layer), (moved(weight), moved(slope), how)
-    squares = triton_ops.sum_squares(mine, *given, mirror=kind == "mirror")
+    on_device, given = moved(layer), (moved(weight), moved(slope), how)
+    squares = triton_ops.sum_squares(on_device, *given, mirror=kind == "mirror")
     assert squares == pytest.approx(
         sum_squares(optimizer.directions(layer, weight, slope, how)), rel=1e-6
     )
     optimizer.step(layer, optimizer.directions(layer, weight, slope, how), how, rate=0.02, unit=0.7)
     triton_ops.update(
-        mine, *given, kind=kind, rate=0.02, unit=0.7, betas=optimizer.betas, eps=optimizer.eps,
+        on_device, *given, kind=kind, rate=0.02, unit=0.7, betas=optimizer.betas, eps=optimizer.eps,
         weight_decay=optimizer.weight_decay, outlier=optimizer.outlier,
     )  # fmt: skip
-    assert close(mine.logits, layer.logits)
+    assert close(on_device.logits, layer.logits)
     for name, moment in layer.state.items():
-        assert close(mine.state[name].values, moment.values)
+        assert close(on_device.state[name].values, moment.values)
 
 
 def test_a_part_of_the_directions():
     layer, weight, slope = case((2, 4))
     part = slice(45, 90)
-    found = triton_ops.directions(
+    actual = triton_ops.directions(
         moved(layer), moved(weight), moved(slope), HOW, mirror=False, part=part
     )
     (_, whole), *_ = Optimizer().directions(layer, weight, slope, HOW)
-    assert close(found, whole[:, part])
+    assert close(actual, whole[:, part])
 
 
 @pytest.mark.parametrize("moments", ["float32", "int8"])
@@ -166,21 +166,21 @@ def test_the_optimizer_takes_the_kernels_where_they_are_proven(monkeypatch, mome
     layer, weight, slope = case((1, 4), rows=2)
     optimizer = Optimizer("momentum", state_dtype=moments)
     optimizer.prepare(layer)
-    mine = moved(layer)
+    on_device = moved(layer)
     plain = optimizer.directions(layer, weight, slope, HOW)
     unit = sum_squares(plain)
     optimizer.step(layer, plain, HOW, rate=0.02, unit=unit)
     monkeypatch.setattr(dispatch, "kernels_match_torch", lambda device: True)
-    ours = optimizer.directions(mine, moved(weight), moved(slope), HOW)
+    ours = optimizer.directions(on_device, moved(weight), moved(slope), HOW)
     assert ours.kernels is triton_ops
-    optimizer.step(mine, ours, HOW, rate=0.02, unit=sum_squares(ours))
-    assert close(mine.logits, layer.logits)
-    expected, found = torch.empty_like(weight), torch.empty_like(weight, device=DEVICE)
-    dispatch.soften(mine, moved(weight), HOW, found)
-    assert dispatch.certainty(mine, HOW) == pytest.approx(layer.certainty(HOW), rel=1e-5)
+    optimizer.step(on_device, ours, HOW, rate=0.02, unit=sum_squares(ours))
+    assert close(on_device.logits, layer.logits)
+    expected, actual = torch.empty_like(weight), torch.empty_like(weight, device=DEVICE)
+    dispatch.soften(on_device, moved(weight), HOW, actual)
+    assert dispatch.certainty(on_device, HOW) == pytest.approx(layer.certainty(HOW), rel=1e-5)
     monkeypatch.setattr(dispatch, "kernels_match_torch", lambda device: False)
-    dispatch.soften(mine, moved(weight), HOW, expected := torch.empty_like(found))
-    assert torch.allclose(found, expected, rtol=1e-6, atol=1e-6)
+    dispatch.soften(on_device, moved(weight), HOW, expected := torch.empty_like(actual))
+    assert torch.allclose(actual, expected, rtol=1e-6, atol=1e-6)
 
 
 def test_what_has_no_kernel_runs_in_plain_torch(monkeypatch):
@@ -239,17 +239,17 @@ def test_on_a_device_at_the_size_of_a_layer(kind, dtype):
     how = dataclasses.replace(HOW, reward=0.01, curvature=0.2)
     optimizer = Optimizer(kind, state_dtype="float32" if dtype == FLOAT else "bfloat16")
     optimizer.prepare(layer)
-    mine, device = moved(layer), torch.device("cuda")
-    assert dispatch.kernels_for(mine.logits, mine.table) is triton_ops
-    expected, found = torch.empty_like(weight), torch.empty_like(weight, device=device)
+    on_device, device = moved(layer), torch.device("cuda")
+    assert dispatch.kernels_for(on_device.logits, on_device.table) is triton_ops
+    expected, actual = torch.empty_like(weight), torch.empty_like(weight, device=device)
     layer.soften(weight, how, expected)
-    dispatch.soften(mine, moved(weight), how, found)
+    dispatch.soften(on_device, moved(weight), how, actual)
     allowed = (2e-6 if dtype == FLOAT else torch.finfo(BF16).eps) * weight.float().abs()
-    assert ((found.cpu().float() - expected.float()).abs() <= allowed).all()
-    for one, w, s in ((layer, weight, slope), (mine, moved(weight), moved(slope))):
-        directions = optimizer.directions(one, w, s, how)
-        optimizer.step(one, directions, how, rate=0.02, unit=sum_squares(directions) ** 0.5)
-    assert close(mine.logits, layer.logits)
+    assert ((actual.cpu().float() - expected.float()).abs() <= allowed).all()
+    for part, w, s in ((layer, weight, slope), (on_device, moved(weight), moved(slope))):
+        directions = optimizer.directions(part, w, s, how)
+        optimizer.step(part, directions, how, rate=0.02, unit=sum_squares(directions) ** 0.5)
+    assert close(on_device.logits, layer.logits)
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])

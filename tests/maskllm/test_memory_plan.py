@@ -56,9 +56,9 @@ def test_the_plan_names_the_bytes_that_are_allocated(options, monkeypatch):
     with plain_inference(model):
         learner._backward.prepare(windows[:1])
         learner._step(0, windows)
-        own = learner._sums
+        sums = learner._sums
         peak = peak_bytes(lambda: learner._step(1, windows))
-    del own
+    del sums
     promised = plan["gradients"] + plan["activations"]
     assert 0.75 * promised < peak < 1.1 * promised, (peak, promised)
 
@@ -97,6 +97,6 @@ def test_the_published_budget_of_a_7b_model():
 def test_the_time_is_that_of_the_steps():
     load = MemoryPlan(tiny_model("llama"), pruner_of().filled(), HALF, torch.float32,
                 torch.device("cpu"))  # fmt: skip
-    few = load.seconds()
+    seconds = load.seconds()
     many = replace(load, options=replace(load.options, steps=4000)).seconds()
-    assert 0 < few < many
+    assert 0 < seconds < many

@@ -88,5 +88,5 @@ def test_noise_differs_between_seeds_steps_layers_and_far_groups():
         gumbel(groups, 6, seed=1, step=1, layer=2),
         gumbel(groups + (1 << 32), 6, seed=1, step=1, layer=1),  # the high word counts
     ]
-    for one, other in itertools.combinations([first, *others], 2):
-        assert (one == other).float().mean() < 0.001
+    for noise, other in itertools.combinations([first, *others], 2):
+        assert (noise == other).float().mean() < 0.001

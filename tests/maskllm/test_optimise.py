@@ -78,7 +78,7 @@ def test_small_moments_stay_close_and_take_the_bytes_that_they_promise(
     dtype, bytes_each, tolerance
 ):
     plain, small = layer_of(rows=16, columns=256), layer_of(rows=16, columns=256)
-    begun = plain.logits.clone()
+    initial = plain.logits.clone()
     exact, lean = Optimizer("adamw"), Optimizer("adamw", state_dtype=dtype)
     exact.prepare(plain)
     lean.prepare(small)
@@ -91,7 +91,7 @@ def test_small_moments_stay_close_and_take_the_bytes_that_they_promise(
         gradient = torch.randn(plain.logits.shape, generator=generator(step)) + 0.5
         for layer, rule in ((plain, exact), (small, lean)):
             rule.step(layer, feed(layer, gradient), how, count=step + 1, rate=0.01, unit=1.0)
-    moved = (plain.logits - begun).norm()
+    moved = (plain.logits - initial).norm()
     assert (small.logits - plain.logits).norm() < tolerance * moved
 
 

@@ -52,14 +52,14 @@ def test_what_cannot_be_is_said_before_anything_is_loaded(options, code, words, 
     apart = ("sparsity", "allocation")
     flags = [word for k in apart if k in options for word in (f"--{k}", options[k])]
     inner = {k: v for k, v in options.items() if k not in apart}
-    told = cli(*tiny_run, *small(**inner), *flags, code=code).output
-    assert words in told
-    assert "\nload" not in told
+    output = cli(*tiny_run, *small(**inner), *flags, code=code).output
+    assert words in output
+    assert "\nload" not in output
 
 
 def test_the_text_that_is_evaluated_is_not_learned_from(cli, tiny_run, eval_file):
-    told = cli(*tiny_run, *small(train_data=f"file:{eval_file}"), code=2).output
-    assert "learned from and evaluated on" in told
+    output = cli(*tiny_run, *small(train_data=f"file:{eval_file}"), code=2).output
+    assert "learned from and evaluated on" in output
 
 
 @pytest.fixture
@@ -69,15 +69,15 @@ def as_one_of_two(monkeypatch):
 
 
 def test_a_method_that_does_not_learn_is_refused_in_several_processes(cli, tiny_run, as_one_of_two):
-    told = cli(*tiny_run, "-m", "wanda", code=2).output
-    assert "2 processes were started, and this method works in one" in told
+    output = cli(*tiny_run, "-m", "wanda", code=2).output
+    assert "2 processes were started, and this method works in one" in output
 
 
 def test_a_batch_that_cannot_be_shared_out_is_refused_first(cli, tiny_run, as_one_of_two):
-    told = cli(*tiny_run, *small(batch=3), code=2).output
-    assert "3 windows a step cannot be shared out equally" in told
-    assert "batch=4" in told or "batch=2" in told
-    assert "\nload" not in told
+    output = cli(*tiny_run, *small(batch=3), code=2).output
+    assert "3 windows a step cannot be shared out equally" in output
+    assert "batch=4" in output or "batch=2" in output
+    assert "\nload" not in output
 
 
 def test_a_run_keeps_its_state_until_the_result_is_filed(cli, tiny_run, tmp_path, monkeypatch):
@@ -91,9 +91,9 @@ def test_a_run_keeps_its_state_until_the_result_is_filed(cli, tiny_run, tmp_path
         patched.setattr(run, "_publish", full)
         cli(*tiny_run, *small(), code=5)
     assert len(list(states.glob("*/state"))) == 1
-    told = cli(*tiny_run, *small()).output
-    assert "goes on after step 2" in told
-    assert "step 2: loss" in told
+    output = cli(*tiny_run, *small()).output
+    assert "goes on after step 2" in output
+    assert "step 2: loss" in output
     assert list(states.iterdir()) == []
 
 
@@ -108,28 +108,28 @@ def test_a_mask_is_specialised_on_a_text_and_its_scores_before_are_in_the_row(
     general = json.loads(
         cli(*plain, *small(), *both, "--save-model", "general", "--results-dir", "a").stdout
     )
-    wanted = {score["protocol"]: score["value"] for score in general["scores"]}
-    assert len(wanted) == 2
+    expected = {score["protocol"]: score["value"] for score in general["scores"]}
+    assert len(expected) == 2
     options = small(prior="general", train_data=f"file:{tmp_path / 'to-learn.txt'}")
     (tmp_path / "to-learn.txt").write_text("five dozen liquor jugs, the judge and a quiz. " * 200)
     words = [*plain, *options, *both[:2], "--results-dir", "b"]
-    told = cli(*words).output
-    for protocol, value in wanted.items():
-        assert f"the prior: ppl {value:,.4g} on {protocol}" in told
-    assert told.count("; the prior ") == 2
-    found = json.loads(cli(*words, "--json", "--quiet").stdout)["training"]["prior_scores"]
-    assert {one["protocol"]: one["value"] for one in found} == pytest.approx(wanted)
+    output = cli(*words).output
+    for protocol, value in expected.items():
+        assert f"the prior: ppl {value:,.4g} on {protocol}" in output
+    assert output.count("; the prior ") == 2
+    prior_scores = json.loads(cli(*words, "--json", "--quiet").stdout)["training"]["prior_scores"]
+    assert {one["protocol"]: one["value"] for one in prior_scores} == pytest.approx(expected)
     scratch = cli(*plain, *small(prior="scratch"), *both, "--results-dir", "c").stdout
     assert json.loads(scratch)["training"]["prior_scores"] == []
 
 
 def test_a_dry_run_says_what_a_training_needs(cli, tiny_run):
-    told = cli(*tiny_run, *small(), "--dry-run").output
-    assert "training    96 tokens of file-" in told
+    output = cli(*tiny_run, *small(), "--dry-run").output
+    assert "training    96 tokens of file-" in output
     for item in ("model", "logits", "moments", "gradients", "workspace", "activations", "in all"):
-        assert f"GB  {item}" in told
-    assert re.search(r"about [\d.]+ minutes for the steps", told)
-    assert "nothing was loaded" in told
+        assert f"GB  {item}" in output
+    assert re.search(r"about [\d.]+ minutes for the steps", output)
+    assert "nothing was loaded" in output
 
 
 def test_check_asks_only_for_what_can_be_learned(cli):
@@ -140,8 +140,8 @@ def test_check_asks_only_for_what_can_be_learned(cli):
     checks = {outcome.check for outcome in outcomes}
     assert {"reaches 2:4, joint", "reaches 1:4, joint", "reaches 3:4, joint"} <= checks
     assert not any("0.5" in check for check in checks)
-    told = cli("check", "maskllm", "--sparsity", "0.5", code=6).output
-    assert "0.5 is a ratio" in told
+    output = cli("check", "maskllm", "--sparsity", "0.5", code=6).output
+    assert "0.5 is a ratio" in output
 
 
 # ------------------------------------------------------------ real processes
@@ -168,9 +168,9 @@ def finished(line, **how):
     return done
 
 
-def same_masks(one, other):
-    one, other = np.load(one), np.load(other)
-    return one.files == other.files and all((one[k] == other[k]).all() for k in one.files)
+def same_masks(first, second):
+    first, second = np.load(first), np.load(second)
+    return first.files == second.files and all((first[k] == second[k]).all() for k in first.files)
 
 
 @pytest.fixture

@@ -41,9 +41,9 @@ def interrupted(folder, step, **options):
         train(folder, hear=stop_after(step), **options)
 
 
-def same_but_for_time(one, other):
-    return [replace(p, seconds=0.0) for p in one.learned.curve] == [
-        replace(p, seconds=0.0) for p in other.learned.curve
+def same_but_for_time(first, second):
+    return [replace(p, seconds=0.0) for p in first.learned.curve] == [
+        replace(p, seconds=0.0) for p in second.learned.curve
     ]
 
 
@@ -229,10 +229,10 @@ def test_a_share_has_the_noise_and_the_mask_of_the_whole(world):
         for rank in range(world):
             rows = Shards(rank, world).rows(linear.out_features)
             groups = slice(rows.start * layer.width, rows.stop * layer.width)
-            mine = gumbel(
+            noise = gumbel(
                 torch.arange(groups.start, groups.stop), 6, seed=5, step=7, layer=layer.index
             )
-            assert torch.equal(mine, drawn[:, groups])
+            assert torch.equal(noise, drawn[:, groups])
             share = replace(layer, logits=layer.logits[:, groups].clone(), first=groups.start)
             part = torch.empty(rows.stop - rows.start, linear.in_features)
             share.soften(linear.read()[rows], how, part)

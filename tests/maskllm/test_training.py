@@ -59,12 +59,12 @@ def gradients_by_autograd(model, windows):
     model = copy.deepcopy(model).requires_grad_()
     loss = mean_loss(model, windows)
     loss.backward()
-    found = {}
+    gradients = {}
     for linear in find_linears(model):
         gradient = getattr(linear.module, linear.attribute).grad
         gradient = gradient if linear.expert is None else gradient[linear.expert]
-        found[linear.name] = gradient.T if linear.transposed else gradient
-    return float(loss.detach()), found
+        gradients[linear.name] = gradient.T if linear.transposed else gradient
+    return float(loss.detach()), gradients
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gpt2", "mixtral", "falcon"])
@@ -180,12 +180,12 @@ class Fresh(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         made = func(*args, **(kwargs or {}))
-        for one in made if isinstance(made, tuple | list) else (made,):
-            if not isinstance(one, torch.Tensor) or one.is_meta:
+        for tensor in made if isinstance(made, tuple | list) else (made,):
+            if not isinstance(tensor, torch.Tensor) or tensor.is_meta:
                 continue
-            if one.untyped_storage().data_ptr() in self.known or one.numel() <= self.largest:
+            if tensor.untyped_storage().data_ptr() in self.known or tensor.numel() <= self.largest:
                 continue
-            self.largest, self.of = one.numel(), str(func)
+            self.largest, self.of = tensor.numel(), str(func)
         return made
 
 
@@ -193,13 +193,13 @@ def test_a_step_makes_no_tensor_of_the_size_of_the_logits(monkeypatch):
     monkeypatch.setattr(relaxation, "_CHUNK_LOGITS", 1500)
     model, windows = tiny_model("llama"), tiny_tokens(samples=2, seqlen=6)
     learner = learner_of(model, batch=2)
-    known = [parameter.data for parameter in model.parameters()] + [learner._store._workspace]
+    allocated = [parameter.data for parameter in model.parameters()] + [learner._store._workspace]
     for layer in learner.layers.values():
-        known += [layer.logits, *(packed.values for packed in layer.state.values())]
+        allocated += [layer.logits, *(packed.values for packed in layer.state.values())]
     largest = max(layer.logits.numel() for layer in learner.layers.values())
     with plain_inference(model):
         learner._backward.prepare(windows[:1])
-        with Fresh(known) as seen:
+        with Fresh(allocated) as seen:
             learner._step(0, windows)
             learner._measure(windows)
     assert 64 * 32 <= seen.largest < largest, seen.of  # a gradient has 2/3 of the logits' size
@@ -250,12 +250,12 @@ def test_the_kept_mask_has_the_best_held_out_score_and_never_one_below_the_prior
 
 
 def test_the_curve_says_what_happened_at_every_step():
-    heard = []
+    points = []
     _, report = train(
-        steps=5, eval_every=2, hear=heard.append, temperature=2.0, last_temperature=1.0
+        steps=5, eval_every=2, hear=points.append, temperature=2.0, last_temperature=1.0
     )
     curve = report.learned.curve
-    assert heard == list(curve)
+    assert points == list(curve)
     assert [point.step for point in curve] == [0, 1, 2, 3, 4, 5]
     assert [point.tokens for point in curve] == [2 * 24 * step for step in range(6)]
     assert [point.held_out_ppl is not None for point in curve] == [

@@ -42,10 +42,10 @@ def folder_of(tmp_path_factory):
 
 def both(folder, tmp_path, *, dtype=torch.float32, placement="device"):
     """The same model in memory and on disk."""
-    kept = RunJournal(tmp_path / "kept")
-    kept.lock()
+    journal = RunJournal(tmp_path / "kept")
+    journal.lock()
     on_disk = load_on_disk(
-        folder, load_config(folder), dtype=dtype, device=CPU, kept=kept, placement=placement
+        folder, load_config(folder), dtype=dtype, device=CPU, kept=journal, placement=placement
     )
     return load_model(folder, dtype=dtype, device=CPU), on_disk
 
@@ -180,14 +180,14 @@ def test_mapped_activations_leave_no_file(tmp_path):
 
 
 def results(tmp_path):
-    found, _ = ResultStore(tmp_path / "results").read()
-    return {r.cost.weights: r for r in found if r.status == "ok"}
+    results, _ = ResultStore(tmp_path / "results").read()
+    return {r.cost.weights: r for r in results if r.status == "ok"}
 
 
-def same(one, other):
+def same(first, second):
     """Two results with the same numbers, whatever they took."""
     drop = {"id", "created_at", "command", "cost"}
-    return one.model_dump(exclude=drop) == other.model_dump(exclude=drop)
+    return first.model_dump(exclude=drop) == second.model_dump(exclude=drop)
 
 
 @pytest.mark.parametrize(
@@ -202,8 +202,8 @@ def same(one, other):
 def test_a_run_gives_the_same_result(cli, tiny_run, tmp_path, options):
     for weights in ("resident", "disk"):
         cli(*tiny_run, *options, "--weights", weights, "-q")
-    found = results(tmp_path)
-    assert same(found["resident"], found["disk"])
+    rows = results(tmp_path)
+    assert same(rows["resident"], rows["disk"])
     assert not any((tmp_path / "cache" / "runs").iterdir())  # nothing is kept of a finished run
 
 
@@ -248,6 +248,6 @@ def test_blocks_that_are_open_together_do_not_share_a_room(folder_of, tmp_path):
     store, blocks = weights_of(on_disk), find_blocks(resident)[1]
     with store.open_block(0) as first, store.open_block(2), store.open_block(1) as other:
         on_disk(input_ids=tiny_tokens(samples=1), use_cache=False)
-        for block, mine in ((first, blocks[0]), (other, blocks[1])):
-            expected = mine.state_dict()
-            assert all(torch.equal(one, expected[n]) for n, one in block.state_dict().items())
+        for block, dense in ((first, blocks[0]), (other, blocks[1])):
+            expected = dense.state_dict()
+            assert all(torch.equal(tensor, expected[n]) for n, tensor in block.state_dict().items())

@@ -137,7 +137,7 @@ def test_the_real_gguf_in_two_parts_is_the_same_model(tmp_path):
     local = fetch_model(find_model(str(split_gguf(whole)[1])), Silent())
     alias = fetch_model(find_model("smollm2-135m-q4"), Silent())
     try:
-        model, other = (resident(one.path, tmp_path) for one in (local, alias))
+        model, other = (resident(source.path, tmp_path) for source in (local, alias))
         assert hash_weights(model) == hash_weights(other)
     finally:
         assert local.path.is_relative_to(cache_dir())

@@ -43,10 +43,10 @@ def test_they_are_those_of_autograd_on_every_architecture(architecture, norm):
     model = tiny_model(architecture)
     before = hash_weights(model)
     tokens = tiny_tokens(samples=3)
-    found = gradient_norms(model, tokens, norm=norm)
+    norms = gradient_norms(model, tokens, norm=norm)
     expected = plain_sums(model, tokens, norm)
     for linear in find_linears(model):
-        ours = found.read(linear.name)
+        ours = norms.read(linear.name)
         assert torch.allclose(ours, expected[linear.name], rtol=1e-3, atol=1e-6), linear.name
     assert hash_weights(model) == before
     for name, module in model.named_modules():
@@ -56,13 +56,13 @@ def test_they_are_those_of_autograd_on_every_architecture(architecture, norm):
 
 def test_a_second_call_reads_the_file():
     model, tokens = tiny_model("llama"), tiny_tokens(samples=3)
-    heard = []
-    first = gradient_norms(model, tokens, norm="l1", advance=heard.append)
-    assert heard == [1, 1, 1]
-    heard.clear()
+    calls = []
+    first = gradient_norms(model, tokens, norm="l1", advance=calls.append)
+    assert calls == [1, 1, 1]
+    calls.clear()
     changed = first.path.stat().st_mtime_ns
-    second = gradient_norms(model, tokens, norm="l1", advance=heard.append)
-    assert heard == [3]
+    second = gradient_norms(model, tokens, norm="l1", advance=calls.append)
+    assert calls == [3]
     assert second == first
     assert first.path.stat().st_mtime_ns == changed
     others = [

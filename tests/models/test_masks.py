@@ -231,18 +231,18 @@ def named(model, **options):
     ],
 )
 def test_published_masks_are_the_default_where_there_are_some(model, masks):
-    found = named(model)
-    assert found.spec.method_options["masks"] == masks
-    assert found.pruner.needs.masks == masks
-    assert (found.pruner.needs.training is None) == (masks is not None)
+    resolved = named(model)
+    assert resolved.spec.method_options["masks"] == masks
+    assert resolved.pruner.needs.masks == masks
+    assert (resolved.pruner.needs.training is None) == (masks is not None)
     if masks:  # no calibration text is read
-        assert found.spec.calibration is None
+        assert resolved.spec.calibration is None
 
 
 def test_train_learns_although_masks_have_been_published():
-    found = named("llama2-7b", train=True)
-    assert found.spec.method_options["masks"] is None
-    assert found.pruner.needs.training.text == "c4"
+    resolved = named("llama2-7b", train=True)
+    assert resolved.spec.method_options["masks"] is None
+    assert resolved.pruner.needs.training.text == "c4"
 
 
 def test_an_option_of_a_training_beside_masks_is_refused():
@@ -257,11 +257,11 @@ def test_an_option_of_a_training_beside_masks_is_refused():
 
 
 def test_without_the_hub_published_masks_are_a_missing_resource(cli, tiny_run):
-    told = cli(
+    output = cli(
         *tiny_run, "-m", "maskllm", "--set", "masks=hub:Vinnnf/LLaMA-2-7B-MaskLLM-C4", code=3
     )
-    assert "LLaMA-2-7B-MaskLLM-C4 mask_compressed.npz cannot be downloaded" in told.output
-    assert "masks=PATH.npz" in told.output
+    assert "LLaMA-2-7B-MaskLLM-C4 mask_compressed.npz cannot be downloaded" in output.output
+    assert "masks=PATH.npz" in output.output
     assert cli(*tiny_run, "-m", "maskllm", "--set", "masks=hub:nonsense/", code=3)
 
 
@@ -272,15 +272,15 @@ def test_the_summary_names_the_masks(cli, tiny_run, tmp_path, monkeypatch):
     file = tmp_path / "work" / "m.npz"
     save_masks(find_linears(pruned()), file)
     digest = sha256_file(file)
-    told = cli(*tiny_run, "-m", "maskllm", "--set", "masks=m.npz").stdout
-    assert f"  masks applied: m.npz (sha256:{digest})\n" in told
+    output = cli(*tiny_run, "-m", "maskllm", "--set", "masks=m.npz").stdout
+    assert f"  masks applied: m.npz (sha256:{digest})\n" in output
     monkeypatch.setattr(module, "_from_hub", lambda name, progress: (file, f"hub:{name}@c0ffee"))
-    told = cli(*tiny_run, "-m", "maskllm", "--set", "masks=hub:org/masks").stdout
-    assert "  masks applied: hub:org/masks@c0ffee\n" in told
+    output = cli(*tiny_run, "-m", "maskllm", "--set", "masks=hub:org/masks").stdout
+    assert "  masks applied: hub:org/masks@c0ffee\n" in output
     quick = [w for k in ("steps=1", "batch=2", "train_seqlen=24", "held_out=2", "prior=m.npz")
              for w in ("--set", k)]  # fmt: skip
-    told = cli(*tiny_run, "-m", "maskllm", *quick).stdout
-    assert f"  the training began with masks: m.npz (sha256:{digest})\n" in told
+    output = cli(*tiny_run, "-m", "maskllm", *quick).stdout
+    assert f"  the training began with masks: m.npz (sha256:{digest})\n" in output
     assert "masks" not in cli(*tiny_run, "-m", "wanda").stdout
 
 

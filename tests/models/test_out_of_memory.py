@@ -44,10 +44,10 @@ def test_a_batch_that_is_too_large_is_halved(method, error):
     expected = prune(tiny_model("llama"), method)
     model = tiny_model("llama")
     exhaust(model, rows=1, error=error)
-    told = []
-    with on_batch_halved(lambda what, size: told.append((what, size))):
+    messages = []
+    with on_batch_halved(lambda what, size: messages.append((what, size))):
         assert prune(model, method) == expected
-    assert told == [("calibration", 2), ("calibration", 1)]
+    assert messages == [("calibration", 2), ("calibration", 1)]
 
 
 def test_one_sequence_that_is_too_large_is_an_error():
@@ -70,10 +70,10 @@ def test_scoring_goes_on_with_halves():
     expected = window_losses(tiny_model("llama"), windows, batch_tokens=96)
     model = tiny_model("llama")
     exhaust(model, rows=1, error=MemoryError())
-    told = []
-    with on_batch_halved(lambda what, size: told.append((what, size))):
+    messages = []
+    with on_batch_halved(lambda what, size: messages.append((what, size))):
         assert window_losses(model, windows, batch_tokens=96) == pytest.approx(expected, rel=1e-6)
-    assert told == [("scoring", 2), ("scoring", 1)]
+    assert messages == [("scoring", 2), ("scoring", 1)]
 
 
 def test_it_is_said_and_recorded(cli, tiny_run, tmp_path, monkeypatch):

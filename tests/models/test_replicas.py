@@ -55,9 +55,9 @@ def test_the_same_bits_with_hessians_and_in_both_orders(order, devices):
 def test_the_same_bits_from_disk(tmp_path):
     tiny_model("llama").save_pretrained(tmp_path / "tiny")
     config = load_config(tmp_path / "tiny")
-    kept = RunJournal(tmp_path / "kept")
-    assert kept.lock()
-    on_disk = load_on_disk(tmp_path / "tiny", config, dtype=torch.float32, device=CPU, kept=kept)
+    journal = RunJournal(tmp_path / "kept")
+    assert journal.lock()
+    on_disk = load_on_disk(tmp_path / "tiny", config, dtype=torch.float32, device=CPU, kept=journal)
     expected = prune(tiny_model("llama"), 1, method="sparsegpt")
     assert prune(on_disk, 3, method="sparsegpt") == expected
 
@@ -95,9 +95,9 @@ def test_the_gram_matrix_in_panels_of_several_devices():
         whole.add(batch)
         spread.add(batch)
     expected = whole.result(samples=3, width=1000, device=CPU)
-    found = spread.result(samples=3, width=1000, device=CPU)
-    assert torch.equal(found.gram, expected.gram)
-    assert torch.equal(found.sum_squares, expected.sum_squares)
+    actual = spread.result(samples=3, width=1000, device=CPU)
+    assert torch.equal(actual.gram, expected.gram)
+    assert torch.equal(actual.sum_squares, expected.sum_squares)
 
 
 class OneDevice(TorchDispatchMode):
@@ -160,12 +160,12 @@ def test_tensors_of_two_devices_do_not_mix(meta_as_a_device):
 def test_a_copy_of_a_block_shares_nothing_with_it():
     block = find_blocks(tiny_model("gpt2"))[1][0]
     copied = copy_to(block, CPU)
-    mine = {parameter.data_ptr() for parameter in (*block.parameters(), *block.buffers())}
-    assert not mine & {
+    pointers = {parameter.data_ptr() for parameter in (*block.parameters(), *block.buffers())}
+    assert not pointers & {
         parameter.data_ptr() for parameter in (*copied.parameters(), *copied.buffers())
     }
     state = copied.state_dict()
-    assert all(torch.equal(one, state[name]) for name, one in block.state_dict().items())
+    assert all(torch.equal(tensor, state[name]) for name, tensor in block.state_dict().items())
 
 
 @pytest.mark.parametrize("names", ["cpu,cpu", "cuda:0,cuda:0", "cuda,cuda:1", "cpu,cuda:0"])
@@ -177,10 +177,10 @@ def test_devices_that_are_not_different_gpus_are_refused(names, monkeypatch):
 
 def test_gpus_of_two_kinds_are_refused(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda one: f"chip {one.index}")
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: f"chip {device.index}")
     with pytest.raises(UsageError, match="chip 0, chip 1"):
         choose_devices("cuda:0,cuda:1")
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda one: "chip")
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "chip")
     assert choose_devices("cuda:0, cuda:1") == tuple(TWO)
 
 
@@ -190,11 +190,11 @@ def test_a_run_says_how_many_gpus_it_took(cli, tiny_run, tmp_path):
         cli(*tiny_run, "-m", "wanda")
     cli(*tiny_run, "-m", "wanda", "--results-dir", "one")
     (several,), _ = ResultStore(tmp_path / "results").read()
-    (one,), _ = ResultStore(tmp_path / "work" / "one").read()
-    assert several.hardware.device_name == f"2 x {one.hardware.device_name}"
-    assert several.spec_id == one.spec_id
-    assert several.model == one.model
-    assert several.scores == one.scores
+    (result,), _ = ResultStore(tmp_path / "work" / "one").read()
+    assert several.hardware.device_name == f"2 x {result.hardware.device_name}"
+    assert several.spec_id == result.spec_id
+    assert several.model == result.model
+    assert several.scores == result.scores
 
 
 def test_a_method_that_learns_says_how_it_takes_several(cli, tiny_run, monkeypatch):

@@ -33,12 +33,12 @@ def test_every_alias_is_complete(name):
 
 
 def test_the_issue_s_aliases_are_there():
-    wanted = {
+    expected = {
         "smollm2-135m-q4", "llama2-7b", "llama2-13b", "llama2-70b", "llama3-8b", "llama3.1-8b",
         "mistral-7b", "qwen2.5-0.5b", "qwen2.5-7b", "gemma3-270m", "gemma3-1b", "opt-125m",
         "opt-66b", "bloom-560m", "bloom-176b",
     }  # fmt: skip
-    assert wanted <= catalog().keys()
+    assert expected <= catalog().keys()
 
 
 def test_names_are_understood(tiny_folder, tmp_path):
@@ -79,11 +79,11 @@ def test_a_file_that_is_no_model(tmp_path):
 def test_a_folder_s_revision_follows_its_content(tiny_folder, tmp_path):
     copy = tmp_path / "copy"
     shutil.copytree(tiny_folder, copy)
-    one = fetch_model(find_model(str(tiny_folder)), Silent()).revision
-    assert fetch_model(find_model(str(copy)), Silent()).revision == one
+    before = fetch_model(find_model(str(tiny_folder)), Silent()).revision
+    assert fetch_model(find_model(str(copy)), Silent()).revision == before
     config = json.loads((copy / "config.json").read_text())
     (copy / "config.json").write_text(json.dumps({**config, "rms_norm_eps": 0.5}))
-    assert fetch_model(find_model(str(copy)), Silent()).revision != one
+    assert fetch_model(find_model(str(copy)), Silent()).revision != before
 
 
 @pytest.mark.parametrize(

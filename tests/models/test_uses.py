@@ -137,9 +137,9 @@ def test_where_shared_weights_do_not_fit_they_are_named(tmp_path):
     with pytest.raises(IncompatibleData, match=r"layers\.1\.shared_transformer.*q_proj"):
         gradient_norms(model, tiny_tokens(), norm="l1")
     model.save_pretrained(tmp_path)
-    kept = RunJournal(tmp_path / "kept")
+    journal = RunJournal(tmp_path / "kept")
     with pytest.raises(IncompatibleData, match="read from disk") as error:
-        load_on_disk(tmp_path, model.config, dtype=torch.float32, device=CPU, kept=kept)
+        load_on_disk(tmp_path, model.config, dtype=torch.float32, device=CPU, kept=journal)
     assert "blocks 1 and 3 share" in error.value.where
 
 

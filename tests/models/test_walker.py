@@ -88,8 +88,8 @@ def test_wanda_in_the_last_block_equals_the_formula(architecture):
                 ranked = sorted(range(start, start + 4), key=lambda j: (float(score[row, j]), j))
                 for column in ranked[2:]:
                     expected[row, column] = weight[row, column]
-        mine = pruned[linear.name].T if linear.transposed else pruned[linear.name]
-        assert torch.equal(mine, expected), linear.name
+        by_walker = pruned[linear.name].T if linear.transposed else pruned[linear.name]
+        assert torch.equal(by_walker, expected), linear.name
 
 
 @pytest.mark.parametrize("architecture", PLAIN)
@@ -105,8 +105,8 @@ def test_sequential_statistics_are_those_of_the_pruned_model(architecture):
         norms = seen[linear.name].double().square().sum(0).div(len(tokens)).sqrt().float()
         score = (dense[linear.name].abs() * norms).reshape(-1, 4)
         zeros = (linear.read() == 0).reshape(-1, 4)
-        kept, lost = score.masked_fill(zeros, torch.inf), score.masked_fill(~zeros, -torch.inf)
-        assert (kept.amin(1) >= lost.amax(1) * (1 - 1e-5)).all(), linear.name
+        survivors, lost = score.masked_fill(zeros, torch.inf), score.masked_fill(~zeros, -torch.inf)
+        assert (survivors.amin(1) >= lost.amax(1) * (1 - 1e-5)).all(), linear.name
 
 
 @pytest.mark.parametrize("within_block", ["joint", "sequential"])

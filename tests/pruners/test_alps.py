@@ -16,12 +16,12 @@ from tests.factories import inputs, stats_of, weights
 def solved(pruner, weight, stats, sparsity):
     problem = pruner.problem(stats)[0]
     dense = weight * problem.scale
-    found = pruner.solve(problem, dense, Sparsity.parse(sparsity))
-    return found / problem.scale, problem.loss(found, dense)
+    pruned = pruner.solve(problem, dense, Sparsity.parse(sparsity))
+    return pruned / problem.scale, problem.loss(pruned, dense)
 
 
-def trace_loss(weight, found, hessian):
-    change = (found - weight).double()
+def trace_loss(weight, pruned, hessian):
+    change = (pruned - weight).double()
     return 0.5 * torch.trace(change @ hessian.double() @ change.T).item()
 
 
@@ -39,14 +39,14 @@ def test_the_problem_is_scaled_to_a_unit_diagonal():
 @pytest.mark.parametrize("pruner", [Alps(), Admm()], ids=["alps", "admm"])
 def test_the_loss_is_half_the_trace_and_the_count_is_exact(pruner, sparsity):
     weight, stats = weights(), stats_of(inputs())
-    found, loss = solved(pruner, weight, stats, sparsity)
+    pruned, loss = solved(pruner, weight, stats, sparsity)
     if isinstance(pruner, Alps):
         hessian = damped_hessian(stats, damping=0.01)[0]
-        assert loss == pytest.approx(trace_loss(weight, found, hessian), rel=1e-3)
+        assert loss == pytest.approx(trace_loss(weight, pruned, hessian), rel=1e-3)
     target = Sparsity.parse(sparsity)
-    assert int((found == 0).sum()) == target.count(weight.numel())
+    assert int((pruned == 0).sum()) == target.count(weight.numel())
     if target.is_pattern:
-        assert count_violations(found == 0, kept=2, group=4) == 0
+        assert count_violations(pruned == 0, kept=2, group=4) == 0
 
 
 @pytest.mark.parametrize("sparsity", ["0.5", "0.7", "0.9", "2:4", "1:4"])
@@ -73,8 +73,8 @@ def test_refining_reaches_the_best_weights_on_a_support():
     problem = Problem.of(hessian)
     dense = weight * problem.scale
     keep = largest(dense, Sparsity(0.5))
-    found = refine(problem, dense, dense, keep, steps=200, tolerance=1e-7) / problem.scale
-    for row, w, support in zip(found, weight, keep, strict=True):
+    refined = refine(problem, dense, dense, keep, steps=200, tolerance=1e-7) / problem.scale
+    for row, w, support in zip(refined, weight, keep, strict=True):
         h = hessian.double()
         best = torch.linalg.solve(h[support][:, support], (h @ w.double())[support])
         assert torch.allclose(row[support].double(), best, rtol=2e-3, atol=1e-3)
@@ -96,8 +96,8 @@ def test_refining_never_makes_it_worse():
 
 def test_the_largest_by_hand():
     values = torch.tensor([[3.0, -1.0, 2.0, 0.5], [-4.0, 0.1, 0.2, 5.0]])
-    kept = largest(values, Sparsity(0.5))
-    assert kept.tolist() == [[True, False, True, False], [True, False, False, True]]
+    keep = largest(values, Sparsity(0.5))
+    assert keep.tolist() == [[True, False, True, False], [True, False, False, True]]
     assert largest(values, Sparsity.parse("1:4")).tolist() == [
         [True, False, False, False], [False, False, False, True],
     ]  # fmt: skip
@@ -132,8 +132,8 @@ def test_the_variant_of_wanda_is_the_papers_bisection():
 
     weight = weights(40, 64)
     stats = InputStats(2, 9, torch.rand(64, generator=torch.Generator().manual_seed(0)).double())
-    found = METHODS.make("wanda-variant", {}).prune_weight(weight, stats, Sparsity(0.5))
-    assert int((found == 0).sum()) == 40 * 32
+    pruned = METHODS.make("wanda-variant", {}).prune_weight(weight, stats, Sparsity(0.5))
+    assert int((pruned == 0).sum()) == 40 * 32
     score = (weight.abs() * stats.norms()).double()
     ordered = score.sort(dim=1).values
     low, high = 0.0, 0.8
@@ -142,5 +142,5 @@ def test_the_variant_of_wanda_is_the_papers_bisection():
         count = (ordered.cumsum(1) <= alpha * ordered.sum(1, keepdim=True)).sum(1)
         low, high = (alpha, high) if count.sum() < 40 * 32 else (low, alpha)
     count = (ordered.cumsum(1) <= high * ordered.sum(1, keepdim=True)).sum(1)
-    assert ((found == 0).sum(1) == count).all()
+    assert ((pruned == 0).sum(1) == count).all()
     assert len(count.unique()) > 1

@@ -83,8 +83,8 @@ def test_every_layer_loses_its_exact_count_at_odd_widths(method, ratio):
         gradients = gradient_norms(model, tiny_tokens(), norm=pruner.norm)
     walker = BlockWalker(model, token_ids=tiny_tokens(), inputs=PrunerInputs(gradients=gradients))
     report = pruner.prune(walker, {linear.name: target for linear in walker.linears})
-    found = {linear.name: int((linear.stored == 0).sum()) for linear in walker.linears}
-    assert found == {linear.name: target.count(linear.size) for linear in walker.linears}
+    zeros = {linear.name: int((linear.stored == 0).sum()) for linear in walker.linears}
+    assert zeros == {linear.name: target.count(linear.size) for linear in walker.linears}
     assert report.zeros_beyond == {}
 
 
@@ -144,8 +144,8 @@ def test_wanda_mask_survives_rescaling_of_the_inputs():
     stats = InputStats(samples=2, tokens=9, sum_squares=sums)
     wanda, half = pruner_of("wanda"), Sparsity(0.5)
     scaled = replace(stats, sum_squares=sums * 4.0)
-    one, other = (wanda.prune_weight(weight, s, half) for s in (stats, scaled))
-    assert torch.equal(one, other)
+    first, second = (wanda.prune_weight(weight, s, half) for s in (stats, scaled))
+    assert torch.equal(first, second)
 
 
 def test_magnitude_hand_worked():

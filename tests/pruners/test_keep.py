@@ -29,8 +29,8 @@ def slow_rows(score, sparsity):
         if sparsity.is_pattern:
             m = sparsity.group
             groups = [row[i : i + m] for i in range(0, len(row), m)]
-            kept = [slow_keep(g, prune=m - sparsity.kept) for g in groups]
-            rows.append([k for g in kept for k in g])
+            keep = [slow_keep(g, prune=m - sparsity.kept) for g in groups]
+            rows.append([k for g in keep for k in g])
         else:
             rows.append(slow_keep(row, prune=least + (number in following[:rest])))
     return torch.tensor(rows)
@@ -63,8 +63,8 @@ def test_one_group_of_every_output_as_columns(rows, levels, seed, pattern):
     sparsity = Sparsity.parse(pattern)
     generator = torch.Generator().manual_seed(seed)
     score = torch.randint(levels, (rows, sparsity.group), generator=generator).float()
-    found = keep_group(score.T.contiguous(), kept=sparsity.kept)
-    assert torch.equal(found.T, slow_rows(score, sparsity))
+    keep = keep_group(score.T.contiguous(), kept=sparsity.kept)
+    assert torch.equal(keep.T, slow_rows(score, sparsity))
 
 
 @settings(deadline=None, max_examples=60)

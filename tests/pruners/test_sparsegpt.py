@@ -46,20 +46,20 @@ def test_the_factor_is_that_of_the_papers():
 @pytest.mark.parametrize("sparsity", ["0.5", "0.7", "2:4", "1:4", "4:8"])
 def test_the_reported_loss_is_half_the_trace_of_d_h_d(sparsity):
     weight, stats = weights(), stats_of(inputs())
-    found = solve(SparseGPT(), weight, stats, sparsity)
-    change = (found.weight - weight).double()
+    pruned = solve(SparseGPT(), weight, stats, sparsity)
+    change = (pruned.weight - weight).double()
     hessian = damped_hessian(stats, damping=0.01)[0].double()
     expected = 0.5 * torch.trace(change @ hessian @ change.T).item()
-    assert found.loss == pytest.approx(expected, rel=1e-4)
+    assert pruned.loss == pytest.approx(expected, rel=1e-4)
 
 
 def test_pruning_nearly_everything_costs_half_the_trace_of_w_h_w():
     weight, stats = weights(4000, 32), stats_of(inputs(width=32))
-    found = solve(SparseGPT(), weight, stats, "0.99999")
+    pruned = solve(SparseGPT(), weight, stats, "0.99999")
     hessian = damped_hessian(stats, damping=0.01)[0].double()
     expected = 0.5 * torch.trace(weight.double() @ hessian @ weight.double().T).item()
-    assert int((found.weight != 0).sum()) == 2  # of 128,000
-    assert found.loss == pytest.approx(expected, rel=5e-3)
+    assert int((pruned.weight != 0).sum()) == 2  # of 128,000
+    assert pruned.loss == pytest.approx(expected, rel=5e-3)
 
 
 def slow(weight, stats, sparsity, *, damping=0.01, size=128):
@@ -97,71 +97,71 @@ def slow(weight, stats, sparsity, *, damping=0.01, size=128):
 @pytest.mark.parametrize("sparsity", ["0.5", "0.7", "2:4", "1:4", "2:3"])
 def test_a_slow_second_opinion(sparsity):
     weight, stats = weights(8, 48), stats_of(inputs(width=48))
-    one = Sparsity.parse(sparsity)
+    target = Sparsity.parse(sparsity)
     size = 30 if sparsity == "2:3" else 32  # blocks are multiples of M
-    expected = slow(weight, stats, one, size=size)
-    found = solve(SparseGPT(block_size=32), weight, stats, sparsity).weight
-    assert torch.equal(found == 0, expected == 0)
-    assert torch.allclose(found.double(), expected, rtol=2e-3, atol=2e-4)
+    expected = slow(weight, stats, target, size=size)
+    pruned = solve(SparseGPT(block_size=32), weight, stats, sparsity).weight
+    assert torch.equal(pruned == 0, expected == 0)
+    assert torch.allclose(pruned.double(), expected, rtol=2e-3, atol=2e-4)
 
 
 def test_diagonal_hessian_is_wanda_squared_over_the_matrix_without_update():
     sums = torch.rand(64, generator=torch.Generator().manual_seed(0)).double() + 0.1
     stats = InputStats(4, 100, sums, torch.diag(sums).float())
     weight = weights(12, 64)
-    found = solve(SparseGPT(block_size=64, damping=0.0), weight, stats, "0.5").weight
+    pruned = solve(SparseGPT(block_size=64, damping=0.0), weight, stats, "0.5").weight
     keep = keep_matrix(weight.abs() * stats.norms(), Sparsity(0.5))
-    assert torch.equal(found, torch.where(keep, weight, 0))
+    assert torch.equal(pruned, torch.where(keep, weight, 0))
 
 
 @pytest.mark.parametrize("sparsity", ["0.5", "0.37", "2:4", "16:32"])
 def test_solving_a_group_together_changes_nothing(sparsity):
     stats = stats_of(inputs())
     parts = [weights(24, seed=1), weights(8, seed=2), weights(40, seed=3)]
-    one = Sparsity.parse(sparsity)
-    together = SparseGPT().solve(parts, stats, [one] * 3, ["a", "b", "c"])
-    for part, found in zip(parts, together, strict=True):
-        alone = SparseGPT().solve([part], stats, [one], ["x"])[0]
-        assert torch.equal(found.weight == 0, alone.weight == 0)
-        assert torch.allclose(found.weight, alone.weight, rtol=1e-4, atol=1e-5)
-        assert found.loss == pytest.approx(alone.loss, rel=1e-4)
+    target = Sparsity.parse(sparsity)
+    together = SparseGPT().solve(parts, stats, [target] * 3, ["a", "b", "c"])
+    for part, pruned in zip(parts, together, strict=True):
+        alone = SparseGPT().solve([part], stats, [target], ["x"])[0]
+        assert torch.equal(pruned.weight == 0, alone.weight == 0)
+        assert torch.allclose(pruned.weight, alone.weight, rtol=1e-4, atol=1e-5)
+        assert pruned.loss == pytest.approx(alone.loss, rel=1e-4)
 
 
 @pytest.mark.parametrize(("width", "ratio"), [(96, 0.37), (200, 0.5), (130, 0.7), (300, 0.01)])
 def test_exact_counts(width, ratio):
     weight, stats = weights(24, width), stats_of(inputs(width=width))
-    found = solve(SparseGPT(), weight, stats, str(ratio)).weight
-    assert int((found == 0).sum()) == Sparsity(ratio).count(weight.numel())
+    pruned = solve(SparseGPT(), weight, stats, str(ratio)).weight
+    assert int((pruned == 0).sum()) == Sparsity(ratio).count(weight.numel())
 
 
 def test_it_loses_less_than_dropping_the_same_weights():
     weight, stats = weights(), stats_of(inputs())
-    found = solve(SparseGPT(), weight, stats, "0.5")
+    pruned = solve(SparseGPT(), weight, stats, "0.5")
     hessian = damped_hessian(stats, damping=0.01)[0]
-    change = torch.where(found.weight == 0, weight, 0)
+    change = torch.where(pruned.weight == 0, weight, 0)
     dropped = 0.5 * torch.trace(change @ hessian @ change.T).item()
-    assert found.loss < 0.8 * dropped
+    assert pruned.loss < 0.8 * dropped
 
 
 def test_dead_inputs_are_pruned_and_reported():
     x = inputs()
     x[:, [3, 50]] = 0
-    found = solve(SparseGPT(), weights(), stats_of(x), "2:4")
-    assert (found.weight[:, [3, 50]] == 0).all()
-    assert [(e.kind, e.value) for e in found.events] == [("dead inputs", 2)]
+    pruned = solve(SparseGPT(), weights(), stats_of(x), "2:4")
+    assert (pruned.weight[:, [3, 50]] == 0).all()
+    assert [(e.kind, e.value) for e in pruned.events] == [("dead inputs", 2)]
     x[:, 1] = x[:, 2] = 0  # of columns 0..3 one is left: fewer non-zeros than 2
-    found = solve(SparseGPT(), weights(), stats_of(x), "2:4")
-    assert found.events[1].kind == "groups with fewer non-zeros than N"
-    assert found.events[1].value == 24
-    assert count_violations(found.weight == 0, kept=2, group=4) == 0
+    pruned = solve(SparseGPT(), weights(), stats_of(x), "2:4")
+    assert pruned.events[1].kind == "groups with fewer non-zeros than N"
+    assert pruned.events[1].value == 24
+    assert count_violations(pruned.weight == 0, kept=2, group=4) == 0
 
 
 def test_a_singular_hessian_gets_more_damping_and_says_so():
     x = inputs(tokens=5)  # rank 5 of 96
-    found = solve(SparseGPT(damping=0.0), weights(), stats_of(x, samples=1), "0.5")
-    assert torch.isfinite(found.weight).all()
-    assert [e.kind for e in found.events] == ["Hessian damped more"]
-    assert found.events[0].value >= 1e-3
+    pruned = solve(SparseGPT(damping=0.0), weights(), stats_of(x, samples=1), "0.5")
+    assert torch.isfinite(pruned.weight).all()
+    assert [e.kind for e in pruned.events] == ["Hessian damped more"]
+    assert pruned.events[0].value >= 1e-3
 
 
 def test_a_hessian_that_stays_singular_names_layer_and_tokens():
@@ -178,25 +178,25 @@ def test_dead_inputs_are_pruned_first_and_no_further_than_asked():
     data = inputs()
     data[:, : data.shape[1] * 3 // 4] = 0
     weight, stats = weights(), stats_of(data)
-    found = solve(SparseGPT(), weight, stats, "0.5")
-    assert int((found.weight == 0).sum()) == weight.numel() // 2
-    assert found.loss == 0.0
-    assert torch.equal(found.weight[found.weight != 0], weight[found.weight != 0])
+    pruned = solve(SparseGPT(), weight, stats, "0.5")
+    assert int((pruned.weight == 0).sum()) == weight.numel() // 2
+    assert pruned.loss == 0.0
+    assert torch.equal(pruned.weight[pruned.weight != 0], weight[pruned.weight != 0])
 
 
 def test_no_token_means_magnitude():
     stats = InputStats(4, 0, torch.zeros(96).double(), None)
     weight = weights()
-    found = solve(SparseGPT(), weight, stats, "0.5").weight
-    assert torch.equal(found, torch.where(keep_matrix(weight.abs(), Sparsity(0.5)), weight, 0))
+    pruned = solve(SparseGPT(), weight, stats, "0.5").weight
+    assert torch.equal(pruned, torch.where(keep_matrix(weight.abs(), Sparsity(0.5)), weight, 0))
 
 
 @pytest.mark.parametrize("bits", [2, 4, 8])
 def test_quantised_survivors_lie_on_a_grid_that_holds_zero(bits):
     weight, stats = weights(), stats_of(inputs())
-    found = solve(SparseGPT(quantize_bits=bits), weight, stats, "2:4").weight
-    assert count_violations(found == 0, kept=2, group=4) == 0
-    for row, dense in zip(found, weight, strict=True):
+    pruned = solve(SparseGPT(quantize_bits=bits), weight, stats, "2:4").weight
+    assert count_violations(pruned == 0, kept=2, group=4) == 0
+    for row, dense in zip(pruned, weight, strict=True):
         step = (dense.max() - dense.min()).item() / (2**bits - 1)
         steps = row / step
         assert torch.allclose(steps, steps.round(), atol=1e-3)

@@ -34,7 +34,7 @@ def side(values, *, metric="acc", protocol=PIQA, start=0, name="x"):
 def losses(count, *, shift=0.0, noise=0.0, seed=0):
     rng = random.Random(seed)
     base = [rng.gauss(3.0, 0.5) for _ in range(count)]
-    return base, [one + shift + rng.gauss(0, noise) for one in base]
+    return base, [loss + shift + rng.gauss(0, noise) for loss in base]
 
 
 # ---------------------------------------------------------------- statistics
@@ -44,8 +44,8 @@ def losses(count, *, shift=0.0, noise=0.0, seed=0):
     ("a", "b"), [(0, 0), (1, 0), (3, 3), (2, 9), (15, 4), (40, 41), (120, 70), (900, 400)]
 )
 def test_mcnemar_is_the_binomial_test(a, b):
-    wanted = stats.binomtest(a, a + b, 0.5).pvalue if a + b else 1.0
-    assert mcnemar(a, b) == pytest.approx(wanted, rel=1e-9)
+    expected = stats.binomtest(a, a + b, 0.5).pvalue if a + b else 1.0
+    assert mcnemar(a, b) == pytest.approx(expected, rel=1e-9)
     assert mcnemar(a, b) == mcnemar(b, a)
 
 
@@ -55,13 +55,13 @@ def test_mcnemar_by_hand():
 
 
 def test_accuracies_and_their_paired_standard_error():
-    one = [1, 1, 1, 1, 0, 0, 1, 0, 1, 1]
-    other = [1, 0, 0, 0, 0, 1, 1, 0, 1, 1]
-    (row,) = pair(side(one), side(other)).comparisons
+    first = [1, 1, 1, 1, 0, 0, 1, 0, 1, 1]
+    second = [1, 0, 0, 0, 0, 1, 1, 0, 1, 1]
+    (row,) = pair(side(first), side(second)).comparisons
     assert (row.a, row.b) == (0.7, 0.5)
     assert (row.a_alone, row.b_alone) == (3, 1)
     assert row.difference == pytest.approx(0.2)
-    assert row.stderr == pytest.approx(stats.sem(np.array(one) - np.array(other)))
+    assert row.stderr == pytest.approx(stats.sem(np.array(first) - np.array(second)))
     assert row.p == row.p_holm == 2 * (1 + 4) / 16
     assert row.verdict == "within noise"
 
@@ -112,10 +112,10 @@ def test_perplexities_their_ratio_and_interval():
 def test_swapping_mirrors():
     base, shifted = losses(50, shift=0.01, noise=0.05)
     a, b = (side(x, metric="nll", protocol=WIKI) for x in (base, shifted))
-    (one,), (other,) = pair(a, b).comparisons, pair(b, a).comparisons
-    assert one.p == other.p
-    assert one.ratio_low == pytest.approx(1 / other.ratio_high)
-    assert one == pair(a, b).comparisons[0]  # and again gives the same
+    (forward,), (mirrored,) = pair(a, b).comparisons, pair(b, a).comparisons
+    assert forward.p == mirrored.p
+    assert forward.ratio_low == pytest.approx(1 / mirrored.ratio_high)
+    assert forward == pair(a, b).comparisons[0]  # and again gives the same
 
 
 @pytest.mark.parametrize(("metric", "values"), [("acc", [0, 1, 1, 0] * 5), ("nll", [2.5, 3.5] * 9)])
@@ -128,7 +128,7 @@ def test_identical_runs(metric, values):
 
 def test_few_windows_get_no_p():
     values = [1.0] * (MIN_WINDOWS - 1)
-    worse = [one + 0.5 for one in values]
+    worse = [value + 0.5 for value in values]
     (row,) = pair(side(values, metric="nll"), side(worse, metric="nll")).comparisons
     assert (row.p, row.ratio_low, row.verdict) == (None, None, "too few windows")
     assert row.ratio == pytest.approx(math.exp(-0.5))
@@ -327,13 +327,13 @@ def test_a_real_run_logs_what_is_compared(cli, tiny_run, tmp_path):
     cli(*tiny_run, "-m", "magnitude", "--sparsity", "0.9", "--log-samples")
     cli(*tiny_run, "-m", "wanda", "--sparsity", "0.3", "--log-samples")
     results = {r.spec.method: r for r in ResultStore(tmp_path / "results").read()[0]}
-    one, other = results["magnitude"], results["wanda"]
-    document = json.loads(cli("compare", "--paired", one.id, other.id, "--json", *folder).stdout)
+    first, second = results["magnitude"], results["wanda"]
+    document = json.loads(cli("compare", "--paired", first.id, second.id, "--json", *folder).stdout)
     (row,) = document["comparisons"]
-    assert row["a"] == pytest.approx(one.scores[0].value, rel=1e-6)
-    assert row["b"] == pytest.approx(other.scores[0].value, rel=1e-6)
-    assert row["items"] == one.scores[0].targets // 63
-    (row,) = json.loads(cli("compare", "--paired", other.id, "--json", *folder).stdout)[
+    assert row["a"] == pytest.approx(first.scores[0].value, rel=1e-6)
+    assert row["b"] == pytest.approx(second.scores[0].value, rel=1e-6)
+    assert row["items"] == first.scores[0].targets // 63
+    (row,) = json.loads(cli("compare", "--paired", second.id, "--json", *folder).stdout)[
         "comparisons"
     ]
-    assert row["b"] == pytest.approx(other.scores[0].dense_value, rel=1e-6)
+    assert row["b"] == pytest.approx(second.scores[0].dense_value, rel=1e-6)

@@ -39,12 +39,12 @@ def llama(value, **more):
 
 
 def test_what_is_compared_is_the_same_thing():
-    found = ours(llama(6.42))
-    assert set(found) == {
+    matches = ours(llama(6.42))
+    assert set(matches) == {
         "arXiv 2306.11695, Table 3", "arXiv 2306.11695, Table 18",
     }  # fmt: skip
-    assert found["arXiv 2306.11695, Table 3"].published.value == 6.42
-    assert found["arXiv 2306.11695, Table 18"].published.std == 0.01
+    assert matches["arXiv 2306.11695, Table 3"].published.value == 6.42
+    assert matches["arXiv 2306.11695, Table 18"].published.std == 0.01
 
 
 @pytest.mark.parametrize(

@@ -76,8 +76,8 @@ def test_rows_of_one_sparsity_have_a_dot_each_by_the_option_that_tells_them_apar
     assert [label for label in labels if "=" in label] == ["steps=24", "noise=1.0", "rate=9.0"]
     assert "maskllm" in labels and "against" not in drawing.title
     dots = [shape for shape in drawing.shapes if isinstance(shape, Mark)]
-    assert [one.y for one in dots] == sorted(one.y for one in dots)
-    best, base, worse, beyond = (one.x for one in dots)
+    assert [dot.y for dot in dots] == sorted(dot.y for dot in dots)
+    best, base, worse, beyond = (dot.x for dot in dots)
     assert base - best == pytest.approx((worse - base) * math.log(8 / 7) / math.log(9 / 8))
     assert worse < beyond < drawing.width and "beyond the scale" in dots[-1].title
 
@@ -111,7 +111,7 @@ def test_a_name_with_html_is_text():
     rows[0] = rows[0].model_copy(update={"command": f"prunebench run -M '{EVIL}' </script>"})
     page = Page(page_of(rows, skipped=[(f"{EVIL}.json", f"because of {EVIL}")]))
     assert [tag for tag, _ in page.tags if tag == "img"] == []
-    assert not [name for _, found in page.tags for name in found if name.startswith("on")]
+    assert not [name for _, attributes in page.tags for name in attributes if name.startswith("on")]
     assert page.text.count(EVIL) > 5
 
 
@@ -180,16 +180,16 @@ def test_the_pareto_front_by_hand():
 
 
 def test_costs_of_two_machines_are_apart():
-    one, other = generated(), generated("m", "sparsegpt")
-    hardware = other.hardware.model_copy(update={"device": "cpu", "cpu": "Slow"})
-    report = build_report([one, other.model_copy(update={"hardware": hardware})])
+    first, second = generated(), generated("m", "sparsegpt")
+    hardware = second.hardware.model_copy(update={"device": "cpu", "cpu": "Slow"})
+    report = build_report([first, second.model_copy(update={"hardware": hardware})])
     assert [(machine.name, len(machine.costs)) for machine in report.models[0].machines] == [
         ("cpu: Slow, 16 threads", 1), ("cuda: NVIDIA H100 (AMD EPYC, 16 threads)", 1),
     ]  # fmt: skip
     page = render_page(report)
     assert "Speed of the pruned models: not measured" in page
-    assert f"{one.cost.prune_seconds:.1f}" in page
-    assert f"{one.cost.peak_gpu_bytes / 1e9:.2f}" in page
+    assert f"{first.cost.prune_seconds:.1f}" in page
+    assert f"{first.cost.peak_gpu_bytes / 1e9:.2f}" in page
 
 
 def test_a_repeated_run_is_named_but_not_counted():

@@ -128,7 +128,9 @@ def test_the_table_sorts_by_mouse_and_keyboard(browser):
     assert column(table, 1) == sorted(column(table, 1))
     assert headings[index].get_attribute("aria-sort") == "none"
     said = browser.find_elements("css selector", "[aria-live]")
-    assert "Sorted by method, ascending" in [one.get_property("textContent") for one in said]
+    assert "Sorted by method, ascending" in [
+        element.get_property("textContent") for element in said
+    ]
 
 
 def test_empty_cells_stay_last(browser):
@@ -150,7 +152,7 @@ def test_the_heat_map_is_drawn_and_follows_the_choice(browser):
         return [box.get_attribute("fill") for box in boxes]
 
     before = [fills(figure) for figure in figures]
-    assert [len(one) for one in before] == [7 * 3, 7 * 3]
+    assert [len(cells) for cells in before] == [7 * 3, 7 * 3]
     assert len(set(before[0])) <= 2  # uniform, but for the rounding of the counts
     assert len(set(before[1])) > 5
     select = section.find_element("css selector", "select")

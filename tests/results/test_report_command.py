@@ -147,9 +147,9 @@ def test_learning_curves_have_a_line_a_seed_and_a_row_a_measured_step():
     curve = [250.0, None, 125.0, float("inf")]
     results = [with_training(0, curve), with_training(1, curve[:3]), make_result(value=60.0)]
     report = build_report(results)
-    found = curves_of(report.models[0].rows)
-    assert [len(one.points) for one in found] == [2, 2]
-    drawing = learning_curves(found)
+    curves = curves_of(report.models[0].rows)
+    assert [len(one.points) for one in curves] == [2, 2]
+    drawing = learning_curves(curves)
     lines = [shape for shape in drawing.shapes if isinstance(shape, Line) and shape.width == 1.6]
     assert len(lines) == 2
     (_, before), (_, after) = lines[0].points

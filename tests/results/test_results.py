@@ -141,11 +141,11 @@ def test_a_table_needs_no_layers(tmp_path):
     store.publish(result.model_copy(update={"sparsity": usual}))
     store.publish(result.model_copy(update={"id": "0" * 8 + "-odd", "sparsity": odd}))
     whole, cut = (store.read(layers=how)[0] for how in (True, False))
-    assert sorted(len(one.sparsity.layers) for one in whole) == [1, 2]
-    assert sorted((one.sparsity.layers for one in cut), key=len) == [[], layers]
-    for one, other in zip(whole, cut, strict=True):
-        same = one.sparsity.model_copy(update={"layers": other.sparsity.layers})
-        assert one.model_copy(update={"sparsity": same}) == other
+    assert sorted(len(full.sparsity.layers) for full in whole) == [1, 2]
+    assert sorted((full.sparsity.layers for full in cut), key=len) == [[], layers]
+    for full, light in zip(whole, cut, strict=True):
+        same = full.sparsity.model_copy(update={"layers": light.sparsity.layers})
+        assert full.model_copy(update={"sparsity": same}) == light
 
 
 def test_the_table_is_fresh():
@@ -193,8 +193,8 @@ def test_the_committed_rows_rank_as_the_papers_do(sparsity, order):
     cells = committed_cells(sparsity, allocation="uniform")
     order = order.split()
     for better, worse in zip(order, order[1:], strict=False):
-        one, other = cells[better, "uniform"], cells[worse, "uniform"]
-        assert max(one.values) < min(other.values), (better, worse)
+        first, second = cells[better, "uniform"], cells[worse, "uniform"]
+        assert max(first.values) < min(second.values), (better, worse)
 
 
 @pytest.mark.parametrize(
@@ -202,9 +202,9 @@ def test_the_committed_rows_rank_as_the_papers_do(sparsity, order):
 )
 def test_allocators_that_help_at_70_percent_do_so_beyond_the_noise(method, allocation):
     cells = committed_cells("0.7")
-    one, other = cells[method, allocation], cells[method, "uniform"]
-    assert one.seeds == other.seeds == 3
-    assert max(one.values) < min(other.values)
+    allocated, uniform = cells[method, allocation], cells[method, "uniform"]
+    assert allocated.seeds == uniform.seeds == 3
+    assert max(allocated.values) < min(uniform.values)
 
 
 def test_sparsegpt_beats_wanda_where_calibration_and_evaluation_are_of_one_kind():
@@ -224,8 +224,8 @@ def test_sparsegpt_beats_wanda_where_calibration_and_evaluation_are_of_one_kind(
 def committed_layers(method, sparsity):
     """The layers of every committed row, by seed."""
     results, _ = ResultStore(REPOSITORY / "results").read(committed_results())
-    wanted = (method, sparsity, "c4-sample/rest")
-    rows = [r for r in results if (r.spec.method, r.spec.sparsity, r.spec.calibration) == wanted]
+    selected = (method, sparsity, "c4-sample/rest")
+    rows = [r for r in results if (r.spec.method, r.spec.sparsity, r.spec.calibration) == selected]
     return {r.spec.seed: {layer.name: layer for layer in r.sparsity.layers} for r in rows}
 
 
@@ -237,7 +237,7 @@ def test_alps_loses_no_more_than_sparsegpt_in_nearly_all_layers(sparsity):
     """
     ours, theirs = committed_layers("alps", sparsity), committed_layers("sparsegpt", sparsity)
     for seed in (0, 1, 2):
-        worse = {n for n, one in ours[seed].items() if one.loss > theirs[seed][n].loss}
+        worse = {n for n, layer in ours[seed].items() if layer.loss > theirs[seed][n].loss}
         assert len(ours[seed]) == 210
         assert worse <= {"model.layers.11.mlp.down_proj"}
 

@@ -95,12 +95,12 @@ def test_where_it_is_emulated_float32_is_read_and_one_line_says_what_a_saved_mod
     outcome = cli(*run, "-m", "magnitude", "--save-model", "out")
     assert only_result(tmp_path).spec.dtype == "float32"
     (line,) = [line for line in outcome.stderr.splitlines() if "float32" in line and says in line]
-    found = re.search(
+    match = re.search(
         r": reading as float32; a saved model will have ([\d.]+) MB instead of ([\d.]+) MB", line
     )
-    sizes = [float(found[1]), float(found[2])]
+    sizes = [float(match[1]), float(match[2])]
     there = [Path("out"), folders / "bfloat16"]
-    files = [(one / "model.safetensors").stat().st_size / 1e6 for one in there]
+    files = [(folder / "model.safetensors").stat().st_size / 1e6 for folder in there]
     assert sizes == pytest.approx(files, abs=0.06)
     assert "float32 is several times faster" not in outcome.stderr
 
@@ -113,10 +113,10 @@ def test_cuda_reads_every_checkpoint_in_its_own_dtype(folders, monkeypatch):
 
 def test_the_headers_decide_and_not_the_config(folders, cpu, tmp_path):
     cpu(False)
-    found = stored(
+    dtypes = stored(
         tmp_path / "m", {"model.layers.0.w": torch.zeros(4, 4).bfloat16()}, torch_dtype="float16"
     )
-    assert (found.dtype, found.in_config) == ("bfloat16", "float16")
+    assert (dtypes.dtype, dtypes.in_config) == ("bfloat16", "float16")
     source = ModelSource("m", "folder", str(tmp_path / "m"))
     choice = choose_dtype("auto", source, tmp_path / "m", CPU)
     assert choice.dtype == "bfloat16"
@@ -131,11 +131,11 @@ def test_where_dtypes_are_mixed_the_matrices_of_the_blocks_decide(tmp_path):
         "model.layers.1.q.weight": torch.zeros(8, 8).half(),
         "model.layers.1.gate.weight": torch.zeros(8, 4),
     }
-    found = stored(tmp_path / "m", tensors, dtype="float32")
-    assert (found.dtype, found.in_files) == ("float16", "float16")
+    dtypes = stored(tmp_path / "m", tensors, dtype="float32")
+    assert (dtypes.dtype, dtypes.in_files) == ("float16", "float16")
     numbers = sum(tensor.numel() for tensor in tensors.values())
-    assert found.saved_bytes("float32") == 4 * numbers
-    assert found.all_bytes == sum(tensor.nbytes for tensor in tensors.values())
+    assert dtypes.saved_bytes("float32") == 4 * numbers
+    assert dtypes.all_bytes == sum(tensor.nbytes for tensor in tensors.values())
 
 
 @pytest.mark.parametrize(
@@ -151,8 +151,8 @@ def test_where_dtypes_are_mixed_the_matrices_of_the_blocks_decide(tmp_path):
 )
 def test_what_no_run_can_have_is_read_as_the_nearest(tmp_path, in_files, config, dtype):
     matrix = torch.zeros(8, 8).to(getattr(torch, in_files))
-    found = stored(tmp_path / "m", {"model.layers.0.q.weight": matrix}, **config)
-    assert found.dtype == dtype
+    dtypes = stored(tmp_path / "m", {"model.layers.0.q.weight": matrix}, **config)
+    assert dtypes.dtype == dtype
 
 
 def test_float8_says_what_it_is_read_as_and_how_large_it_becomes(tmp_path, cpu):
@@ -288,9 +288,9 @@ def test_a_cell_for_another_machine_is_told_its_dtype(
         list(sweep.run([cell]))
     at = engine.job.words.index("--dtype")
     assert engine.job.words[at + 1] == dtype
-    told = cli("sweep", path, "--executor", "slurm", "--resource", f"gpus={int(on_gpu)}",
+    output = cli("sweep", path, "--executor", "slurm", "--resource", f"gpus={int(on_gpu)}",
                "--dry-run").stdout  # fmt: skip
-    assert f"--dtype {dtype}" in told
+    assert f"--dtype {dtype}" in output
     explicit = replace(cell, given={**cell.given, "dtype": "float16"},
                        values={**cell.values, "dtype": "float16"})  # fmt: skip
     assert sweep.with_dtype(explicit) is explicit

@@ -110,13 +110,13 @@ def test_sums_of_bfloat16_inputs_are_those_of_float64():
         stats = StatsAccumulator(hessian=hessian)
         for part in rows.split(700):
             stats.add(part)
-        found = stats.result(samples=1, width=8, device=CPU)
+        actual = stats.result(samples=1, width=8, device=CPU)
         exact = rows.double().T @ rows.double()
         exact_enough = 1e-4 if hessian else 1e-12
-        assert torch.allclose(found.sum_squares, exact.diag(), rtol=exact_enough)
+        assert torch.allclose(actual.sum_squares, exact.diag(), rtol=exact_enough)
         if hessian:
-            assert found.gram.dtype == torch.float32
-            assert torch.allclose(found.gram.double(), exact, rtol=exact_enough)
+            assert actual.gram.dtype == torch.float32
+            assert torch.allclose(actual.gram.double(), exact, rtol=exact_enough)
     in_bfloat16 = torch.zeros(8).bfloat16()
     for row in rows:
         in_bfloat16 += row * row

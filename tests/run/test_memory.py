@@ -34,9 +34,9 @@ def planned(**changes):
 
 def test_a_footprint_counts_what_exists_at_a_time():
     with Footprint() as footprint:
-        one = torch.empty(100)
-        two = one + 1
-        del one
+        tensor = torch.empty(100)
+        two = tensor + 1
+        del tensor
         three = two.view(10, 10)  # shares the bytes
         del two
     assert (footprint.peak, footprint.now) == (800, 400)

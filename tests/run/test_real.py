@@ -181,8 +181,8 @@ def test_masks_equal_the_formula_in_every_position(model, tokens, method, sparsi
 def test_gradients_are_those_of_autograd(model, tokens):
     ours = gradient_norms(model, tokens[:2], norm="l1")
     for name, expected in plain_gradients(model, tokens[:2]).items():
-        found = ours.read(name.removesuffix(".weight"))
-        assert (found - expected).norm() <= 1e-4 * expected.norm(), name
+        norms = ours.read(name.removesuffix(".weight"))
+        assert (norms - expected).norm() <= 1e-4 * expected.norm(), name
 
 
 def test_the_scheduler_s_estimate_ranks_the_losses_that_sparsegpt_measures(model, tokens):
@@ -217,14 +217,14 @@ def test_reported_losses_and_alps_against_sparsegpt_on_the_same_hessian(model, t
         if group.linears[0].block_index not in (0, 20):
             continue
         hessian = damped_hessian(group.stats, damping=0.01)[0].double()
-        wanted = {linear.name: target for linear in group.linears}
-        results = [list(m.prune_group(group, wanted)) for m in (SparseGPT(), Alps())]
-        for linear, one, other in zip(group.linears, *results, strict=True):
-            for found in (one, other):
-                change = (found.weight - linear.read()).double()
+        targets = {linear.name: target for linear in group.linears}
+        results = [list(m.prune_group(group, targets)) for m in (SparseGPT(), Alps())]
+        for linear, by_alps, by_sparsegpt in zip(group.linears, *results, strict=True):
+            for pruned in (by_alps, by_sparsegpt):
+                change = (pruned.weight - linear.read()).double()
                 exact = 0.5 * ((change @ hessian) * change).sum().item()
-                assert found.loss == pytest.approx(exact, rel=1e-4 if found is one else 2e-3)
-            better.append(other.loss <= one.loss)
+                assert pruned.loss == pytest.approx(exact, rel=1e-4 if pruned is by_alps else 2e-3)
+            better.append(by_sparsegpt.loss <= by_alps.loss)
     assert len(better) == 14
     assert sum(better) >= 13
 
@@ -268,8 +268,8 @@ def test_a_learned_mask_is_no_worse_than_its_prior_on_held_out_text(model, token
         assert int((linear.stored.view(-1, 4) != 0).sum(1).max()) == 2
     scores = [p.held_out_ppl for p in report.learned.curve if p.held_out_ppl is not None]
     assert len(scores) == 2 and report.learned.best_step in (0, 3)
-    kept = token_ppl(model, training.held_out)
-    assert kept == pytest.approx(min(scores), rel=1e-4)
+    learned = token_ppl(model, training.held_out)
+    assert learned == pytest.approx(min(scores), rel=1e-4)
 
 
 def test_a_whole_run_and_its_saved_model(cli, tmp_path):

@@ -35,10 +35,10 @@ def folder(tmp_path_factory):
 
 def prune(folder, journal_folder, *, method="sparsegpt", order="joint", stop_at=None):
     """Prune on disk, going on from what is kept; `stop_at` a block, in the middle of it."""
-    kept = RunJournal(journal_folder)
-    assert kept.lock()
-    kept.read()
-    model = load_on_disk(folder, load_config(folder), dtype=torch.float32, device=CPU, kept=kept)
+    journal = RunJournal(journal_folder)
+    assert journal.lock()
+    journal.read()
+    model = load_on_disk(folder, load_config(folder), dtype=torch.float32, device=CPU, kept=journal)
     walker = BlockWalker(model, token_ids=tiny_tokens(), within_block=order, batch_tokens=48)
     walker._weights.restore_blocks()
     visited = []
@@ -58,7 +58,7 @@ def prune(folder, journal_folder, *, method="sparsegpt", order="joint", stop_at=
     except Killed:
         pass
     finally:
-        kept.release()
+        journal.release()
     return (hash_weights(model) if report else None), report, visited
 
 
@@ -106,12 +106,12 @@ def test_damaged_state_is_found_by_its_hash_and_done_again(folder, tmp_path, nam
 
 
 def test_a_folder_belongs_to_one_process(tmp_path):
-    one, other = RunJournal(tmp_path / "kept"), RunJournal(tmp_path / "kept")
-    assert one.lock()
-    assert not other.lock()
+    first, second = RunJournal(tmp_path / "kept"), RunJournal(tmp_path / "kept")
+    assert first.lock()
+    assert not second.lock()
     assert journal_info(tmp_path / "kept").running
-    one.release()
-    assert other.lock()
+    first.release()
+    assert second.lock()
 
 
 def test_a_full_disk_loses_nothing_that_was_kept(folder, tmp_path, monkeypatch):
@@ -142,9 +142,9 @@ def test_a_full_disk_loses_nothing_that_was_kept(folder, tmp_path, monkeypatch):
 
 
 def the_result(root):
-    found, damaged = ResultStore(root).read()
+    results, damaged = ResultStore(root).read()
     assert not damaged
-    (result,) = [one for one in found if one.status == "ok"]
+    (result,) = [row for row in results if row.status == "ok"]
     return result
 
 
@@ -212,9 +212,9 @@ def test_kills_at_random_moments_end_with_the_same_bits(tiny_run, tmp_path, in_o
 def test_eight_at_once_in_one_cache_and_results_folder(tiny_run, tmp_path, in_one_cache):
     command = [*tiny_run, "-m", "wanda", "--weights", "disk", "-q"]
     clean_processes(["together", 8, *command], tmp_path)
-    found, damaged = ResultStore(tmp_path / "results").read()
-    assert (len(found), damaged) == (8, [])
-    assert len({one.model.evaluated_sha256 for one in found}) == 1
+    results, damaged = ResultStore(tmp_path / "results").read()
+    assert (len(results), damaged) == (8, [])
+    assert len({result.model.evaluated_sha256 for result in results}) == 1
 
 
 @pytest.mark.slow

@@ -48,14 +48,14 @@ def shards(folder):
 
 def numbers(folder):
     """Return what must not depend on how often the one run of a folder was begun."""
-    (result,) = [one for one in ResultStore(folder).read()[0] if one.status == "ok"]
+    (result,) = [row for row in ResultStore(folder).read()[0] if row.status == "ok"]
     return result.model_dump(exclude={"id", "created_at", "command", "cost"})
 
 
 def unfinished():
     """Return whether a run is kept that goes on when it is started again."""
-    kept = Path(os.environ["PRUNEBENCH_CACHE"]) / "runs"
-    return any(read_journal(path) for path in kept.iterdir())
+    runs = Path(os.environ["PRUNEBENCH_CACHE"]) / "runs"
+    return any(read_journal(path) for path in runs.iterdir())
 
 
 def kill(count, command):
@@ -67,9 +67,9 @@ def kill(count, command):
     app(whole, standalone_mode=False)  # imports what a run needs
     shutil.rmtree("whole")
     shutil.rmtree("out")
-    begun = time.perf_counter()
+    start_time = time.perf_counter()
     assert ended(fork(whole)) == 0
-    took = time.perf_counter() - begun
+    took = time.perf_counter() - start_time
     out, results = Path("out"), Path("results")
     expected, files = numbers(Path("whole")), shards(out)
     shutil.rmtree(out)

@@ -54,21 +54,21 @@ def test_every_backend_says_why_not():
 
 
 def test_measured_choices_are_kept_by_device(tmp_path):
-    one = policy()
-    chosen = one.remember(
+    measured = policy()
+    chosen = measured.remember(
         (64, 32), torch.bfloat16, bucket_of(1), {"dense": 1.0, "reference": 2.0, "triton": 3.0}
     )
     assert (chosen.backend, chosen.ratio) == ("reference", 0.5)
-    one.save()
+    measured.save()
     again = Policy.load(CPU)
-    assert again.table == one.table
+    assert again.table == measured.table
     assert again.choose((64, 32), torch.bfloat16, 2).why == "measured: 0.50 times the dense speed"
     assert "0.50 of the dense speed" in again.gains_nothing((64, 32), torch.bfloat16)
     assert not again.gains_nothing((64, 64), torch.bfloat16)
     again.path.write_text("[")
     assert Policy.load(CPU).table == {}
     key = table_key((64, 32), torch.bfloat16, bucket_of(9))
-    fast = Policy(CPU, table=one.table | {key: Choice("reference", "", 1.5)})
+    fast = Policy(CPU, table=measured.table | {key: Choice("reference", "", 1.5)})
     assert not fast.gains_nothing((64, 32), torch.bfloat16)
 
 

@@ -48,10 +48,10 @@ def test_its_state_is_the_canonical_format():
 
 
 def test_a_state_is_taken_up():
-    one, other = (pack24(random_24(24, 16, seed=seed)) for seed in (1, 2))
+    first, second = (pack24(random_24(24, 16, seed=seed)) for seed in (1, 2))
     biases = [torch.full((24,), value, dtype=torch.bfloat16) for value in (1.0, 2.0)]
-    source = nn.Sequential(Sparse24Linear(one, biases[0], policy=policy()))
-    target = nn.Sequential(Sparse24Linear(other, biases[1], policy=policy()))
+    source = nn.Sequential(Sparse24Linear(first, biases[0], policy=policy()))
+    target = nn.Sequential(Sparse24Linear(second, biases[1], policy=policy()))
     x = torch.randn(3, 64).to(torch.bfloat16)
     assert not torch.equal(target(x), source(x))
     state = {name: value.clone() for name, value in source.state_dict().items()}
@@ -159,8 +159,8 @@ def test_layers_share_one_workspace():
     backend = Decompress()
     x = torch.randn(3, 64).to(torch.bfloat16)
     for form in (small, large, small):
-        found = backend.build(form).run(x, None)
-        assert torch.equal(found, nn.functional.linear(x, unpack24(form.packed())))
+        product = backend.build(form).run(x, None)
+        assert torch.equal(product, nn.functional.linear(x, unpack24(form.packed())))
     assert backend.workspace.bytes == 32 * 64 * 2
     assert Workspace().bytes == 0
 
@@ -185,8 +185,8 @@ def test_a_run_that_is_scored_packed(cli, tiny_run, tmp_path):
     assert "execute" in cli("compare", "--results-dir", tmp_path / "results").stdout
     again = cli("run", "-M", "ck", *tiny_run[3:], "-m", "dense", "--dtype", "bfloat16",
                 "--execute", "sparse24", "--json")  # fmt: skip
-    found = json.loads(again.stdout)
-    assert found["scores"][0]["value"] == packed.scores[0].value
+    document = json.loads(again.stdout)
+    assert document["scores"][0]["value"] == packed.scores[0].value
 
 
 @pytest.mark.parametrize(

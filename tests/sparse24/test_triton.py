@@ -76,12 +76,12 @@ def test_the_product(tokens, tiling, split, bias, dtype):
     generator = torch.Generator().manual_seed(tokens)
     x = torch.randn(tokens, 300, generator=generator).to(dtype).to(DEVICE)
     added = torch.randn(24, generator=generator).to(dtype).to(DEVICE) if bias else None
-    found = TritonProduct(form, {tokens: Launch(split)}).run(x, added)
+    product = TritonProduct(form, {tokens: Launch(split)}).run(x, added)
     exact = torch.nn.functional.linear(
         x.double(), weight.double(), None if added is None else added.double()
     )
-    assert (found.shape, found.dtype) == ((tokens, 24), dtype)
-    error = (found.double() - exact).abs()
+    assert (product.shape, product.dtype) == ((tokens, 24), dtype)
+    error = (product.double() - exact).abs()
     assert (error <= torch.finfo(dtype).eps * exact.abs() + 1e-4).all()
 
 
@@ -90,8 +90,8 @@ def test_what_lies_behind_the_inputs_is_not_read():
     weight, form = tiled(16, 75)
     x = torch.full((2, 300), float("nan"), dtype=torch.bfloat16, device=DEVICE)
     x[0] = 1
-    found = TritonProduct(form, {1: Launch(1)}).run(x[:1], None)
-    assert torch.isfinite(found).all()
+    product = TritonProduct(form, {1: Launch(1)}).run(x[:1], None)
+    assert torch.isfinite(product).all()
 
 
 def test_what_it_takes():

@@ -209,11 +209,11 @@ def test_submitit_loses_a_job_in_the_middle_and_no_cell(work, monkeypatch):
 
     monkeypatch.chdir(work)
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    told, states = [], []
+    messages, states = [], []
     engine = SlurmEngine(
         Resources(minutes=10), folder=work / "logs", at_once=2, cluster="local", poll_seconds=0.1
     )
-    sweep = Sweep(Setup(), engine=engine, tell=lambda cell, line: told.append(line))
+    sweep = Sweep(Setup(), engine=engine, tell=lambda cell, line: messages.append(line))
     cells = read_recipe(Path("grid.toml"), complete=True).cells
     thread = threading.Thread(target=lambda: states.extend(sweep.run(cells)))
     thread.start()
@@ -227,7 +227,7 @@ def test_submitit_loses_a_job_in_the_middle_and_no_cell(work, monkeypatch):
     assert sorted((state.state, state.tries) for state in states) == [
         ("done", n) for n in (1, 1, 2)
     ]
-    assert any("was lost" in line and "log" in line for line in told)
+    assert any("was lost" in line and "log" in line for line in messages)
     filed_once(work)
 
 

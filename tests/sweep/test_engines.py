@@ -70,11 +70,11 @@ def test_each_cell_at_a_time_has_a_gpu_or_threads_of_its_own(monkeypatch):
 
 
 def test_a_job_says_how_it_ended(tmp_path, monkeypatch):
-    heard = []
-    end = run_job(job("list", "nonsense"), hear=heard.append)
+    lines = []
+    end = run_job(job("list", "nonsense"), hear=lines.append)
     assert (end.code, end.result_id, end.stage) == (2, "", "")
-    assert end.reason.startswith("there is no list of 'nonsense' / ") and len(heard) > 1
-    assert run_job(job("--version"), hear=heard.append).code == 0
+    assert end.reason.startswith("there is no list of 'nonsense' / ") and len(lines) > 1
+    assert run_job(job("--version"), hear=lines.append).code == 0
     lost = run_job(Job(1, ("--version",), folder=str(tmp_path / "none")))
     assert lost.code is None and "could not be started" in lost.reason
 

@@ -46,24 +46,24 @@ LOST = JobEnd(None, reason="its node is gone")
 def sweep_on(recipe, tmp_path):
     def go(engine, cells=None):
         engine.cells, engine.results = recipe.cells, tmp_path / "results"
-        told = []
+        messages = []
         sweep = Sweep(
             Setup(results_dir=engine.results), engine=engine,
-            tell=lambda cell, line: told.append(f"{cell.number} {line}"),
+            tell=lambda cell, line: messages.append(f"{cell.number} {line}"),
         )  # fmt: skip
         outcomes = list(sweep.run(cells or recipe.cells))
-        return outcomes, told, ResultStore(engine.results)
+        return outcomes, messages, ResultStore(engine.results)
 
     return go
 
 
 def test_a_lost_cell_is_tried_once_more(sweep_on):
     engine = Scripted(LOST)
-    outcomes, told, store = sweep_on(engine)
+    outcomes, messages, store = sweep_on(engine)
     assert {(outcome.cell.number, outcome.state, outcome.tries) for outcome in outcomes} == {
         (1, "done", 2), (2, "done", 1), (3, "done", 1),
     }  # fmt: skip
-    assert "1 failed: its node is gone: it is tried once more" in told
+    assert "1 failed: its node is gone: it is tried once more" in messages
     assert [r.status for r in store.read()[0]] == ["ok"] * 3
     assert engine.closed and not engine.cancelled
 

@@ -25,8 +25,8 @@ def recipe(tmp_path):
 
 
 def test_a_single_run(recipe):
-    one = recipe('method = "wanda"\nsparsity = "2:4"\n[set]\nalpha = 100\n')
-    assert one.single() == {"method": "wanda", "sparsity": "2:4", "set": {"alpha": 100}}
+    single = recipe('method = "wanda"\nsparsity = "2:4"\n[set]\nalpha = 100\n')
+    assert single.single() == {"method": "wanda", "sparsity": "2:4", "set": {"alpha": 100}}
 
 
 def test_a_run_may_leave_the_method_to_a_flag(recipe):
@@ -63,8 +63,8 @@ def test_a_grid(recipe):
     grid = recipe(GRID)
     with pytest.raises(UsageError, match="grid of 7 cells"):
         grid.single()
-    found = [(c.values["method"], c.values["sparsity"]) for c in grid.cells]
-    assert found == [
+    values = [(c.values["method"], c.values["sparsity"]) for c in grid.cells]
+    assert values == [
         ("dense", "0"), ("magnitude", "0.5"), ("magnitude", "2:4"), ("wanda", "0.5"),
         ("wanda", "2:4"), ("gblm", "0.5"), ("gblm", "0.5"),
     ]  # fmt: skip
@@ -204,8 +204,12 @@ def test_a_measured_expectation(recipe):
         'sparsity = 0.7\n[[expect]]\nmethod = "wanda"\nallocation = "dlp"\nsparsity = 0.7\n'
         'protocol = "wiki-sample/held-out/512/v1"\nvalue = 292.5\ntolerance = 0.1\n'
     )
-    (one,) = recipe(text).expectations
-    assert (one.value.value, one.value.allocation, one.value.paper) == (292.5, "dlp", "")
+    (expectation,) = recipe(text).expectations
+    assert (expectation.value.value, expectation.value.allocation, expectation.value.paper) == (
+        292.5,
+        "dlp",
+        "",
+    )
     with pytest.raises(UsageError, match="no cell of the recipe can meet"):
         recipe(text.replace("held-out/512", "held-out/256"))
 
