@@ -64,13 +64,13 @@ bench: install  ## measure every promised figure (ONLY=name for some)
 	$(BIN)/python -m benchmarks --only "$(ONLY)"
 
 bench-maskllm-gpu: install  ## a MaskLLM step at LLaMA-2-7B's size on a CUDA GPU (minutes)
-	$(BIN)/python -m benchmarks.maskllm_gpu
+	$(BIN)/python -m benchmarks.scripts.maskllm_gpu
 
 bench-gpu: install  ## every figure of real 2:4 on one GPU, under ten minutes, into benchmarks/gpu.json
-	$(BIN)/python -m benchmarks.gpu -o benchmarks/gpu.json
+	$(BIN)/python -m benchmarks.scripts.gpu -o benchmarks/gpu.json
 
 bench-gpu-report: install  ## the table of the last make bench-gpu, against what is promised
-	$(BIN)/python -m benchmarks.gpu_report benchmarks/gpu.json
+	$(BIN)/python -m benchmarks.scripts.gpu_report benchmarks/gpu.json
 
 reproduce-laptop:  ## the one-shot methods on the default model, an hour on two cores (RESULTS=folder)
 reproduce-allocation:  ## how the ratio is spread over the layers, on the default model, an hour and a half

@@ -15,9 +15,12 @@ import sys
 from dataclasses import asdict
 from pathlib import Path
 
+import benchmarks.commands
 import benchmarks.disk
 import benchmarks.maskllm
 import benchmarks.packed
+import benchmarks.pruning
+import benchmarks.scoring
 import benchmarks.tasks  # noqa: F401  (they register their figures)
 from benchmarks.figures import FIGURES, Figure, machine
 

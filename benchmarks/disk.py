@@ -24,17 +24,17 @@ from benchmarks.figures import (
 )
 
 
-def _on_disk(folder: Path, kept: Path) -> Any:
+def _on_disk(folder: Path, journal_folder: Path) -> Any:
     import torch
 
     from prunebench.models.disk import load_on_disk
     from prunebench.models.journal import RunJournal
     from prunebench.models.load import load_config
 
-    run = RunJournal(kept)
-    run.lock()
+    journal = RunJournal(journal_folder)
+    journal.lock()
     return load_on_disk(
-        folder, load_config(folder), dtype=torch.float32, device=torch.device("cpu"), kept=run
+        folder, load_config(folder), dtype=torch.float32, device=torch.device("cpu"), kept=journal
     )
 
 
@@ -53,8 +53,8 @@ def disk_time() -> list[Figure]:
         resident = prune_seconds(
             "wanda", default_model(), tokens, sparsity="2:4", within_block="joint"
         )
-        with tempfile.TemporaryDirectory() as kept:
-            model = _on_disk(_local(), Path(kept))
+        with tempfile.TemporaryDirectory() as journal_folder:
+            model = _on_disk(_local(), Path(journal_folder))
             runs.append(
                 prune_seconds("wanda", model, tokens, sparsity="2:4", within_block="joint")
                 / resident
@@ -81,7 +81,7 @@ def memory_in_this_process() -> None:
     """Prune the default model from disk; print what was planned and what was measured."""
     import torch
 
-    from benchmarks.large_model import PeakAnonymous
+    from benchmarks.scripts.large_model import PeakAnonymous
     from prunebench.models.footprint import count_footprint
     from prunebench.models.linears import find_linears
     from prunebench.models.load import load_config, skeleton
@@ -110,9 +110,9 @@ def memory_in_this_process() -> None:
     )  # fmt: skip
     watch = PeakAnonymous()
     watch.start()
-    with tempfile.TemporaryDirectory() as kept:
+    with tempfile.TemporaryDirectory() as journal_folder:
         prune_seconds(
-            "sparsegpt", _on_disk(_local(), Path(kept)), tokens, sparsity="2:4",
+            "sparsegpt", _on_disk(_local(), Path(journal_folder)), tokens, sparsity="2:4",
             within_block="joint",
         )  # fmt: skip
     watch.stop.set()
@@ -125,7 +125,7 @@ def large_model() -> list[Figure]:
     words = "--blocks 128 --hidden 1024 --ffn 2816 --vocabulary 8192 --allowance-gb 1.1"
     words += " --samples 2 --seqlen 64"
     done = subprocess.run(
-        [sys.executable, "-m", "benchmarks.large_model", *words.split()], check=False
+        [sys.executable, "-m", "benchmarks.scripts.large_model", *words.split()], check=False
     )
     return [at_most("large-model-missed", 0, "methods above their allowance", [done.returncode])]
 
@@ -191,8 +191,8 @@ def _solve_seconds(method: str, width: int) -> float:
     stats = sums.result(samples=4, width=width, device=torch.device("cpu"))
     times = []
     for _ in range(2):
-        begun = time.perf_counter()
+        start_time = time.perf_counter()
         group = LinearGroup((linear,), stats)
         list(pruner.prune_group(group, {"one": Sparsity.parse("0.5")}))
-        times.append(time.perf_counter() - begun)
+        times.append(time.perf_counter() - start_time)
     return min(times)

@@ -23,15 +23,15 @@ def _dense_step(model: Any, tokens: Any) -> float:
     from prunebench.models.linears import find_linears
 
     linears = find_linears(model)
-    for one in linears:
-        one.module.weight.requires_grad_(True)
-    begun = time.perf_counter()
+    for linear in linears:
+        linear.module.weight.requires_grad_(True)
+    start_time = time.perf_counter()
     for batch in tokens.split(2):
         model(input_ids=batch, labels=batch, use_cache=False).loss.backward()
-    seconds = time.perf_counter() - begun
-    for one in linears:
-        one.module.weight.requires_grad_(False)
-        one.module.weight.grad = None
+    seconds = time.perf_counter() - start_time
+    for linear in linears:
+        linear.module.weight.requires_grad_(False)
+        linear.module.weight.grad = None
     return seconds
 
 
@@ -63,9 +63,9 @@ def maskllm_step() -> list[Figure]:
             learner._step(0, tokens)
             for step in range(1, 1 + _ROUNDS):
                 before = _dense_step(model, tokens)
-                begun = time.perf_counter()
+                start_time = time.perf_counter()
                 learner._step(step, tokens)
-                taken = time.perf_counter() - begun
+                taken = time.perf_counter() - start_time
                 ratios.append(2 * taken / (before + _dense_step(model, tokens)))
         figures.append(at_most(f"maskllm-step-{preset}", 2.0, "of a dense step", ratios))
     figures.append(_mask_pass(learner))
@@ -81,11 +81,13 @@ def _mask_pass(learner: Any) -> Figure:
     from prunebench.pruners.maskllm import dispatch
 
     calm = dataclasses.replace(learner.schedule.relaxation(0, seed=0, draw=0), noise=0.0)
-    moved = sum(4 * layer.logits.numel() + 8 * one.size for one, layer in learner.layers.items())
+    moved = sum(
+        4 * layer.logits.numel() + 8 * linear.size for linear, layer in learner.layers.items()
+    )
     rates = []
     for _ in range(3):
-        begun = time.perf_counter()
-        for one, layer in learner.layers.items():
-            dispatch.soften(layer, one.stored, calm, torch.empty_like(one.stored))
-        rates.append(moved / 1e9 / (time.perf_counter() - begun))
+        start_time = time.perf_counter()
+        for linear, layer in learner.layers.items():
+            dispatch.soften(layer, linear.stored, calm, torch.empty_like(linear.stored))
+        rates.append(moved / 1e9 / (time.perf_counter() - start_time))
     return noted("maskllm-mask-pass", "GB/s", rates)

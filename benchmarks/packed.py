@@ -36,8 +36,8 @@ def pack24_figures() -> list[Figure]:
         if not torch.equal(back, weight):
             raise AssertionError("the round trip is not exact")
         if attempt:
-            for name, begun, ended in zip(runs, marks, marks[1:], strict=False):
-                runs[name].append(ended - begun)
+            for name, start_time, ended in zip(runs, marks, marks[1:], strict=False):
+                runs[name].append(ended - start_time)
     torch.set_num_threads(THREADS)
     unit = f"s for {ROWS} x {WIDTH}, one core"
     return [

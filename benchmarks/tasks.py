@@ -66,8 +66,8 @@ def write_local_tasks(folder: Path, names: Sequence[str], *, count: int) -> None
     built = prepare_tasks(
         names, Protocol(), tokenizer=tokenizer, vocabulary=len(tokenizer), progress=Silent()
     )
-    for name, one in zip(names, built, strict=True):
-        task = one.built["tasks"][name]
+    for name, prepared in zip(names, built, strict=True):
+        task = prepared.built["tasks"][name]
         split = "test" if task.has_test_docs() else "validation"
         rows = [task.eval_docs[i] for i in range(count)]
         data = folder / f"{name}.jsonl"
@@ -102,12 +102,12 @@ def ask_lm_eval(folder: Path, names: Sequence[str]) -> tuple[float, dict[str, An
     command += ["--model_args", "pretrained=out,dtype=float32", "--batch_size", "1"]
     command += ["--include_path", "tasks", "--output_path", "theirs", "--tasks"]
     environment = {**os.environ, "OMP_NUM_THREADS": str(THREADS), "HF_HUB_OFFLINE": "1"}
-    begun = time.perf_counter()
+    start_time = time.perf_counter()
     subprocess.run(
         [*command, ",".join(f"{name}_local" for name in names)],
         cwd=folder, check=True, capture_output=True, env=environment,
     )  # fmt: skip
-    seconds = time.perf_counter() - begun
+    seconds = time.perf_counter() - start_time
     newest = max((folder / "theirs").rglob("results_*.json"), key=lambda path: path.name)
     rows = json.loads(newest.read_text("utf-8"))["results"]
     return seconds, {

@@ -150,7 +150,7 @@ def cli(monkeypatch, tmp_path):
     monkeypatch.chdir(work)
 
     def invoke(*arguments: str, code: int = 0):
-        outcome = typer.testing.CliRunner().invoke(app, [str(one) for one in arguments])
+        outcome = typer.testing.CliRunner().invoke(app, [str(argument) for argument in arguments])
         assert outcome.exit_code == code, f"{outcome.exit_code}: {outcome.output}"
         assert "Traceback" not in outcome.output
         return outcome

@@ -116,8 +116,8 @@ def split_gguf(path: Path, *, parts: int = 2) -> list[Path]:
         writer.add_uint16("split.no", number)
         writer.add_uint16("split.count", parts)
         writer.add_int32("split.tensors.count", len(reader.tensors))
-        for one in reader.tensors[number * step : (number + 1) * step]:
-            writer.add_tensor(one.name, one.data, raw_dtype=one.tensor_type)
+        for tensor in reader.tensors[number * step : (number + 1) * step]:
+            writer.add_tensor(tensor.name, tensor.data, raw_dtype=tensor.tensor_type)
         _finish(writer)
         files.append(file)
     return files
@@ -140,9 +140,9 @@ def llama3_factors(config: Any, *, factor: float, context: int = 8192) -> np.nda
     return np.array(divisors, dtype=np.float32)
 
 
-def same_weights(one: Any, other: Any) -> bool:
+def same_weights(first: Any, second: Any) -> bool:
     """Whether two models hold the same parameters, bit for bit."""
-    ours, theirs = dict(one.named_parameters()), dict(other.named_parameters())
+    ours, theirs = dict(first.named_parameters()), dict(second.named_parameters())
     return ours.keys() == theirs.keys() and all(torch.equal(ours[n], theirs[n]) for n in ours)
 
 

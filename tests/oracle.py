@@ -54,17 +54,17 @@ class Oracle(TorchDispatchMode):
             if _storage(left) in self._storages:
                 inputs = right.transpose(-1, -2) if right.ndim > 1 else right[None]
                 seen.add(self._add(left, inputs))
-        made = {_storage(one) for one in tree_leaves(result) if isinstance(one, Tensor)}
-        for one in tree_leaves((args, kwargs)):
-            if isinstance(one, Tensor) and _storage(one) in self._storages - made - seen:
-                self.others.setdefault(_storage(one), set()).add(str(func))
+        made = {_storage(leaf) for leaf in tree_leaves(result) if isinstance(leaf, Tensor)}
+        for leaf in tree_leaves((args, kwargs)):
+            if isinstance(leaf, Tensor) and _storage(leaf) in self._storages - made - seen:
+                self.others.setdefault(_storage(leaf), set()).add(str(func))
         return result
 
     def _add(self, matrix: Tensor, inputs: Tensor) -> int:
         """Add inputs (..., in) of a matrix (out, in), or of a batch of views of one or several."""
         if matrix.ndim == 3 and matrix.stride(0) != 0 and matrix.shape[0] > 1:
-            for one, rows in zip(matrix, inputs, strict=True):
-                self._add(one, rows)
+            for row, rows in zip(matrix, inputs, strict=True):
+                self._add(row, rows)
             return _storage(matrix)
         matrix = matrix[0] if matrix.ndim == 3 else matrix
         squares = inputs.to(torch.float64).square().flatten(0, -2).sum(0)

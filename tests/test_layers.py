@@ -71,15 +71,15 @@ def circles(graph: dict[str, set[str]]) -> list[str]:
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
 def test_imports_point_down(path):
-    own = component(path)
-    assert own in LEVEL_OF, f"{own} has no level: give it one"
+    package = component(path)
+    assert package in LEVEL_OF, f"{package} has no level: give it one"
     for name in imported(ast.parse(path.read_text("utf-8"))):
         parts = name.split(".")
         if parts[0] != "prunebench" or len(parts) < 2 or parts[1] not in LEVEL_OF:
             continue
-        if parts[1] != own:
-            assert LEVEL_OF[parts[1]] < LEVEL_OF[own], (
-                f"{own} imports {parts[1]}, which is not below it"
+        if parts[1] != package:
+            assert LEVEL_OF[parts[1]] < LEVEL_OF[package], (
+                f"{package} imports {parts[1]}, which is not below it"
             )
 
 

@@ -24,9 +24,9 @@ def test_the_hash_follows_every_field():
 
 
 def test_the_hash_does_not_depend_on_the_order_of_options():
-    one = RunSpec(method="m", method_options={"a": 1, "b": 2.0})
-    other = RunSpec(method="m", method_options={"b": 2.0, "a": 1})
-    assert one.spec_id == other.spec_id
+    first = RunSpec(method="m", method_options={"a": 1, "b": 2.0})
+    second = RunSpec(method="m", method_options={"b": 2.0, "a": 1})
+    assert first.spec_id == second.spec_id
 
 
 def test_folders_are_portable():

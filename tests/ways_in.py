@@ -23,9 +23,9 @@ def resident(folder: Path, tmp_path: Path):
 
 def disk(folder: Path, tmp_path: Path):
     """A block at a time, in float32."""
-    kept = RunJournal(tmp_path / "kept")
-    kept.lock()
-    return load_on_disk(folder, load_config(folder), dtype=torch.float32, device=CPU, kept=kept)
+    journal = RunJournal(tmp_path / "kept")
+    journal.lock()
+    return load_on_disk(folder, load_config(folder), dtype=torch.float32, device=CPU, kept=journal)
 
 
 def converted(file, tmp_path):

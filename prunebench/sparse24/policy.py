@@ -4,8 +4,8 @@ The fastest one if `prunebench bench` has measured it on this device (cached by 
 versions, dtype, shape and token bucket); else the first one that supports the shape. `--backend`
 overrides the choice.
 
-The cache's modules are imported inside the methods that use them: `benchmarks/gpu.py` chooses
-backends on machines that have torch and little else.
+The cache's modules are imported inside the methods that use them: `benchmarks/scripts/gpu.py`
+chooses backends on machines that have torch and little else.
 """
 
 from __future__ import annotations

@@ -1,0 +1,1 @@
+"""Benchmarks that are run by themselves: on a GPU, or on models that fill a machine."""

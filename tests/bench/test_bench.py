@@ -1,0 +1,325 @@
+"""`bench`: bytes are computed, a speed is there only where it was measured, and rows join."""
+
+import csv
+import dataclasses
+import io
+import json
+import math
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from benchmarks.fixtures.shaped import TINY, Decoder, Weights
+from benchmarks.scripts import gpu, gpu_report
+from prunebench.bench.layers import LayerBench, random_packed
+from prunebench.bench.model import Decoder as ModelDecoder
+from prunebench.bench.model import measure_decode, measure_prefill, same_tokens
+from prunebench.bench.shapes import SHAPES, LayerShape, promise
+from prunebench.bench.timing import DryClock, Timings, interleaved
+from prunebench.models.linears import find_linears
+from prunebench.results.bench_schema import read_benches
+from prunebench.results.store import ResultStore
+from prunebench.sparse24.layer import convert
+from prunebench.sparse24.packed import check_24, unpack24
+from prunebench.sparse24.policy import Policy
+from prunebench.testing import tiny_model, tiny_tokens
+from tests.factories import pruned
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def _compiled(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+
+
+# ---------------------------------------------------------------- timing
+
+
+class FakeClock:
+    """Every call takes the seconds that it returns; the machine gets slower from block to block."""
+
+    measures_speed = True
+
+    def __init__(self):
+        self.turns = []
+
+    def prepare(self, calls):
+        return lambda: sum(call() for call in calls)
+
+    def seconds(self, turn, repeats):
+        took = turn()
+        self.turns.append(took)
+        return took * repeats * (1 + 0.1 * len(self.turns))
+
+
+def test_rivals_take_turns_and_ratios_are_of_one_block():
+    clock = FakeClock()
+    rivals = {"dense": [lambda: 3e-3, lambda: 5e-3], "packed": [lambda: 2e-3, lambda: 2e-3]}
+    timings = interleaved(rivals, clock, blocks=5)
+    assert clock.turns == [8e-3, 4e-3] * 7  # warm-up, one thrown away, five that count
+    ratio = timings.ratio("dense", "packed")
+    assert (ratio.median, ratio.blocks) == (pytest.approx(2, rel=0.1), 5)
+    assert ratio.low <= ratio.median <= ratio.high
+    assert timings.fastest(["dense", "packed"]) == "packed"
+
+
+def test_a_slow_down_is_a_ratio_below_one():
+    timings = Timings({"dense": [1.0, 1.0, 1.0], "packed": [2.0, 2.5, 4.0]})
+    assert dataclasses.astuple(timings.ratio("dense", "packed")) == (0.4, 0.25, 0.5, 3)
+
+
+def test_promises_follow_the_shape_the_tokens_and_the_library():
+    assert promise(11008, 4096, 1, 801).target == 1.45
+    assert promise(11008, 4096, 8, 801).target == pytest.approx(1.40)
+    assert promise(57344, 14336, 1, 801).floor == 1.40
+    assert (promise(4096, 4096, 2048, 801).target, promise(4096, 4096, 2048, 800).floor) == (
+        1.3,
+        0.82,
+    )
+    assert promise(4096, 4096, 512, 801) is None
+    assert len({(shape.rows, shape.width) for shape in SHAPES}) == 11
+
+
+# ---------------------------------------------------------------- layers and models
+
+
+def test_a_layer_on_a_cpu_checks_numbers_and_gives_no_speed():
+    bench = LayerBench(
+        LayerShape("tiny", "square", 64, 256), CPU, torch.bfloat16, Policy(CPU), DryClock(),
+        cold_bytes=1 << 16,
+    )  # fmt: skip
+    row = bench.measure(3)
+    assert row.numerics_hold and row.errors["reference"] == row.errors["dense"] > 0
+    assert row.ratio is None and row.seconds == {} and row.bytes_per_second is None
+    assert row.speed == "not measured (no CUDA device)"
+    assert row.backend == "reference" and row.refused.keys() == {"triton", "cslt", "decompress"}
+    assert row.copies == 4 and row.stored_bytes == 0.5625 * row.dense_bytes
+
+
+def test_a_measured_layer_is_compared_with_the_best_dense():
+    bench = LayerBench(
+        LayerShape("tiny", "square", 64, 256), CPU, torch.bfloat16, Policy(CPU), FakeSeconds(),
+        compile_dense=lambda: torch.nn.functional.linear, cold_bytes=1 << 10,
+    )  # fmt: skip
+    row = bench.measure(2)
+    assert row.dense == "dense, max-autotune" and row.backend == "reference"
+    assert row.ratio.median == pytest.approx(1.5) and row.speed == "measured"
+    assert row.bytes_per_second == pytest.approx(row.stored_bytes / 2e-3)
+    assert not row.cache_suspected
+
+
+class FakeSeconds:
+    """Dense takes 4 ms, tuned dense 3 ms, whatever comes next 2 ms."""
+
+    measures_speed = True
+
+    def __init__(self):
+        self.prepared = 0
+
+    def prepare(self, calls):
+        took = [4e-3, 3e-3, 2e-3][self.prepared]
+        self.prepared += 1
+        calls[0]()
+        return lambda: took * len(calls)
+
+    def seconds(self, turn, repeats):
+        return turn() * repeats
+
+
+def test_wrong_numbers_are_never_timed(monkeypatch):
+    import prunebench.sparse24.backends.unpack as module
+
+    run = module.UnpackedProduct.run
+    monkeypatch.setattr(
+        module.UnpackedProduct, "run", lambda self, x, bias: run(self, x, bias) * 1.1
+    )
+    bench = LayerBench(
+        LayerShape("tiny", "square", 64, 256), CPU, torch.bfloat16, Policy(CPU), DryClock(),
+        cold_bytes=1 << 10,
+    )  # fmt: skip
+    row = bench.measure(2)
+    assert not row.numerics_hold and row.backend is None
+
+
+def test_random_matrices_are_2_4():
+    packed = random_packed((64, 256), dtype=torch.bfloat16, device=CPU, seed=3)
+    report = check_24(unpack24(packed))
+    assert report.holds and report.negative_zeros == 0
+    again = random_packed((64, 256), dtype=torch.bfloat16, device=CPU, seed=3)
+    assert torch.equal(packed.values, again.values)
+
+
+@pytest.mark.real  # importing torch's compiler, which the cache asks for, takes seconds
+def test_decoding_with_a_static_cache_is_plain_greedy_decoding():
+    model = tiny_model("llama")
+    prompt = tiny_tokens(samples=2, seqlen=9)
+    tokens = ModelDecoder(model, prompt, room=8).tokens(6)
+    ids = prompt
+    with torch.no_grad():
+        for _ in range(6):
+            ids = torch.cat((ids, model(ids).logits[:, -1:].argmax(-1)), dim=1)
+    assert torch.equal(tokens, ids[:, 9:])
+
+
+@pytest.mark.real
+def test_a_model_dense_and_packed_on_a_cpu():
+    packed = pruned()
+    convert(packed, find_linears(packed), policy=Policy(CPU))
+    models = {"dense": pruned(), "packed": packed}
+    assert same_tokens(models, prompt=8, count=4) == 1.0
+    for row in (
+        measure_decode(models, batch=2, context=8, clock=DryClock(), blocks=1),
+        measure_prefill(models, batch=1, prompt=8, clock=DryClock(), blocks=1),
+    ):
+        assert row.ratio is None and row.tokens_per_second is None and row.peak_bytes is None
+
+
+def test_the_decoder_of_make_bench_gpu_attends_to_what_it_decoded():
+    """A step behind a prompt is the last row of a longer prompt."""
+    weights = Weights(TINY, device=CPU, dtype=torch.bfloat16)
+    blocks = weights.dense_blocks()
+    ids = torch.randint(TINY.vocabulary, (2, 12), generator=torch.Generator().manual_seed(0))
+    decoder = Decoder(weights, blocks, batch=2, room=16)
+    decoder.prefill(ids[:, :11])
+    decoder.token.copy_(ids[:, 11:])
+    stepped = decoder._forward(decoder.token, causal=False)
+    whole = Decoder(weights, blocks, batch=2, room=16).prefill(ids)
+    assert torch.allclose(stepped.float(), whole.float(), rtol=0.05, atol=0.05)
+
+
+# ---------------------------------------------------------------- make bench-gpu
+
+
+def test_make_bench_gpu_in_a_dry_mode(tmp_path, capsys):
+    path = tmp_path / "gpu.json"
+    assert gpu.main(["--dry", "-o", str(path)]) == 0
+    document = json.loads(path.read_text())
+    assert document["speed"] == "not measured (no CUDA device)"
+    assert all(row["numerics_hold"] and row["ratio"] is None for row in document["layers"])
+    assert len(document["layers"]) == 6
+    assert document["model"]["same_greedy_tokens"] == 1.0
+    assert all(case["ratio"] is None for case in document["model"]["cases"])
+    assert gpu_report.main([str(path)]) == 0
+    out = capsys.readouterr().out
+    assert out.count("not measured") >= 9 and "held" not in out
+
+
+def test_the_report_says_what_is_held_and_what_is_not(tmp_path, capsys):
+    document = json.loads((Path(__file__).parents[1] / "data" / "gpu_example.json").read_text())
+    lines = "\n".join(gpu_report.lines(document))
+    assert "1.47 (1.44-1.49) target 1.45 held" in lines
+    assert "1.20 (1.19-1.21) under target 1.30" in lines
+    assert "0.70 (0.69-0.71) UNDER FLOOR 1.40" in lines
+    assert "the cache was measured" in lines and "WRONG NUMBERS" in lines
+    assert "not measured: no time left in the budget" in lines
+    assert gpu_report.main([str(tmp_path / "none.json")]) == 2
+
+
+def test_make_bench_gpu_needs_torch_and_little_else():
+    """The machines with GPUs have no lm-eval, datasets, pydantic or platformdirs."""
+    missing = ("lm_eval", "datasets", "pydantic", "platformdirs", "accelerate")
+    code = f"import sys\nsys.modules.update(dict.fromkeys({missing}))\n"
+    code += "import benchmarks.scripts.gpu, benchmarks.scripts.gpu_report\n"
+    root = Path(__file__).parents[2]
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=root)
+
+
+def test_make_bench_gpu_without_a_gpu(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert gpu.main(["-o", str(tmp_path / "gpu.json")]) == 3
+    assert "not measured (no CUDA device)" in capsys.readouterr().err
+
+
+# ---------------------------------------------------------------- prunebench bench
+
+
+BF16 = ("-m", "magnitude", "--dtype", "bfloat16", "--save-model", "ck", "--sparsity")
+
+
+def test_bench_without_a_gpu(cli, tiny_run, tmp_path, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["prunebench", "run", "--save-model", "ck"])
+    cli(*tiny_run, *BF16, "2:4")
+    results = ("--results-dir", tmp_path / "results")
+    outcome = cli("bench", "ck", *results)
+    assert "speed: not measured (no CUDA device)" in outcome.stdout
+    assert "magnitude 2:4 on tiny-llama" in outcome.stdout
+    assert "pruned matrices alone 0.5625" in outcome.stdout
+    benches, damaged = read_benches(tmp_path / "results")
+    (result,) = ResultStore(tmp_path / "results").read()[0]
+    assert list(benches) == [result.id] and not damaged
+    bench = benches[result.id]
+    assert bench.decode is None and bench.prefill is None and bench.layers == []
+    assert bench.quality[0].value == result.scores[0].value
+    cli("export", "ck", "-o", "packed", "--to", "packed24")
+    size = sum(tensor.nbytes for tensor in load_file("packed/packed24.safetensors").values())
+    assert bench.storage.packed24_bytes == size
+    again = json.loads(cli("bench", "packed", *results, "--json").stdout)
+    assert again["storage"] == bench.storage.model_dump()
+    text = cli("compare", *results).stdout
+    assert f"{size / bench.storage.dense_bytes:.3f} (2:4)" in text
+    assert "not measured" in text and "bytes" in text and "decode" in text
+    lines = io.StringIO(cli("compare", *results, "--format", "csv").stdout)
+    (row,) = (row for row in csv.DictReader(lines) if row["method"] == "magnitude")
+    assert (row["storage"], row["speed"]) == ("2:4", "not measured (no CUDA device)")
+    assert float(row["bytes_ratio"]) == size / bench.storage.dense_bytes
+    assert row["decode_speedup"] == row["prefill_speedup"] == ""
+    shutil.copytree("ck", "bare")
+    Path("bare/prunebench.json").unlink()
+    assert "quality: unknown" in cli("bench", "bare", *results, "-o", "b.json").stdout
+    assert json.loads(Path("b.json").read_text())["result_id"] is None
+    assert "speed: not measured" in cli("bench", result.id[:12], *results).stdout
+
+
+def test_explain(cli, tiny_run, tmp_path):
+    cli(*tiny_run, *BF16, "2:4")
+    text = cli("bench", "ck", "--explain").stdout
+    assert text.count("not cslt: the device is cpu, not cuda") == 21 * 4
+    rows = json.loads(cli("bench", "ck", "--explain", "--json").stdout)
+    assert rows[0]["backend"] == "reference" and len(rows) == 84
+
+
+def test_unstructured_weights_are_computed_as_a_bitmap(cli, tiny_run, tmp_path):
+    cli(*tiny_run, *BF16, "0.5")
+    outcome = cli("bench", "ck", "--json")
+    storage = json.loads(outcome.stdout)["storage"]
+    weights = load_file("ck/model.safetensors")
+    linears = [w for n, w in weights.items() if "proj" in n]
+    expected = sum(int((w != 0).sum()) * 2 + math.ceil(w.numel() / 8) for w in linears)
+    rest = sum(w.nbytes for n, w in weights.items() if "proj" not in n)
+    assert storage["bitmap_bytes"] == expected + rest and storage["packed24_bytes"] is None
+    assert storage["label"] == "computed"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "says"),
+    [
+        ("nowhere/ck", 3, "there is no folder nowhere/ck"),
+        ("ck --vs sparse", 2, "--vs 'sparse' is not known"),
+        ("ck --storage fast", 2, "is not known"),
+        ("ck --backend tritn", 2, "did you mean 'triton'?"),
+        ("ck --backend cslt", 2, "the device is cpu, not cuda"),
+        ("ck --device cuda:3", 3, "cuda:3 is not available"),
+    ],
+)
+def test_wrong_words(cli, tiny_folder, arguments, code, says):
+    shutil.copytree(tiny_folder, "ck")
+    assert says in cli("bench", *arguments.split(), code=code).output
+
+
+def test_a_run_whose_weights_were_not_saved(cli, tiny_run, tmp_path):
+    cli(*tiny_run, *["-m", "magnitude", "--sparsity", "2:4"])
+    (result,) = ResultStore(tmp_path / "results").read()[0]
+    outcome = cli("bench", result.id, "--results-dir", tmp_path / "results", code=3)
+    assert "are not here" in outcome.output and "--save-model DIR" in outcome.output
+
+
+def test_a_damaged_bench_is_skipped_and_named(cli, tiny_run, tmp_path):
+    cli(*tiny_run, *["-m", "magnitude", "--sparsity", "2:4"])
+    (tmp_path / "results" / "x.bench").write_text("{}")
+    assert "x.bench is skipped" in cli("compare", "--results-dir", tmp_path / "results").output

@@ -1,0 +1,115 @@
+"""Results, matrices and command lines that tests of several packages make."""
+
+from pathlib import Path
+
+import torch
+
+from prunebench.calibration.stats import StatsAccumulator
+from prunebench.models.linears import find_linears
+from prunebench.results.compare import compare
+from prunebench.results.schema import Result
+from prunebench.results.selection import Selection
+from prunebench.results.store import new_run_id
+from prunebench.sparse24.packed import canonicalize
+from prunebench.sparse24.policy import Policy
+from prunebench.spec import RunSpec
+from prunebench.sweep.engines.job import Job
+from prunebench.testing import tiny_model
+
+HARDWARE = {"device": "cpu", "device_name": "c", "cpu": "c", "cpu_threads": 2, "memory_bytes": 1}
+SOFTWARE = {"prunebench": "0", "python": "3", "torch": "2", "transformers": "5"}
+
+
+def make_result(
+    *, method="wanda", sparsity="0.5", value=40.0, dense=20.0, seed=0, model="m",
+    created="2026-01-01", protocol="wiki/test/512/v1", status="ok", realised=0.5, **spec,
+) -> Result:  # fmt: skip
+    run = RunSpec(method=method, sparsity=sparsity, seed=seed, model=model, **spec)
+    score = {
+        "metric": "token_ppl", "dataset": protocol.split("/")[0], "origin": "o",
+        "protocol": protocol, "value": value, "dense_value": dense, "higher_is_better": False,
+        "targets": 10,
+        "limited": False, "tokens_sha256": "t",
+    }  # fmt: skip
+    return Result(
+        id=new_run_id(run), status=status, created_at=created, command="prunebench run",
+        spec_id=run.spec_id, spec=run, scores=[score], hardware=HARDWARE, software=SOFTWARE,
+        sparsity={
+            "requested": sparsity, "realised_ratio": realised, "negative_zeros": 0,
+            "pattern_violations": 0, "layers": [],
+        },
+        cost={
+            "stage_seconds": {"prune": 3.0}, "prune_seconds": 3.0, "total_seconds": 9.0,
+            "peak_rss_bytes": 10, "peak_gpu_bytes": None,
+        },
+    )  # fmt: skip
+
+
+def random_24(rows, groups, *, seed=0, dtype=torch.bfloat16, kept=2):
+    """A matrix that keeps `kept` of every four, at random places."""
+    generator = torch.Generator().manual_seed(seed)
+    places = torch.rand(rows, groups, 4, generator=generator).argsort(-1)[..., :kept]
+    keep = torch.zeros(rows, groups, 4, dtype=torch.bool).scatter_(-1, places, True)
+    weight = torch.randn(rows, groups * 4, generator=generator).to(dtype)
+    return canonicalize(weight, keep.view(rows, -1))
+
+
+def pruned(architecture="llama"):
+    """A tiny model in bfloat16 whose linears are 2:4."""
+    model = tiny_model(architecture).to(torch.bfloat16)
+    for seed, linear in enumerate(find_linears(model)):
+        weight = random_24(linear.out_features, linear.in_features // 4, seed=seed) * 0.2
+        linear.stored.copy_(weight.T if linear.transposed else weight)
+    return model
+
+
+def inputs(tokens=400, width=96, *, seed=0):
+    """Correlated inputs with heavy-tailed scales, as activations have them."""
+    generator = torch.Generator().manual_seed(seed)
+    mix = torch.randn(width, width, generator=generator) / width**0.5
+    scales = torch.randn(width, generator=generator).exp()
+    return torch.randn(tokens, width, generator=generator) @ mix * scales
+
+
+def stats_of(x, *, samples=4):
+    accumulator = StatsAccumulator(hessian=True)
+    for batch in x.chunk(3):
+        accumulator.add(batch)
+    return accumulator.result(samples=samples, width=x.shape[1], device=x.device)
+
+
+def weights(rows=24, width=96, *, seed=1):
+    return torch.randn(rows, width, generator=torch.Generator().manual_seed(seed))
+
+
+RUN = ("-m", "magnitude", "--sparsity", "2:4", "--dtype", "bfloat16")
+
+
+def line_of_run(model, target, text, *more):
+    return [
+        "run", "-M", model, *RUN, "--ppl", f"file:{text}", "--ppl-seqlen", "64", "--ppl-tokens",
+        "128", "--save-model", target, *more,
+    ]  # fmt: skip
+
+
+# ---------------------------------------------------------------- every way out
+
+
+WAYS = ("resident", "disk", "export", "packed24", "dense", "packed24 of strangers",
+        "dense of strangers")  # fmt: skip
+
+
+def job(*words, **settings):
+    return Job(number=1, words=words, folder=str(Path.cwd()), settings=settings)
+
+
+def only_table(results, *selectors):
+    (table,) = compare(results, Selection.parse(selectors))
+    return table
+
+
+CPU = torch.device("cpu")
+
+
+def policy(**options):
+    return Policy(CPU, **options)

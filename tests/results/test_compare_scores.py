@@ -1,0 +1,89 @@
+"""The table of accuracies and divergences: ranked by their own noise, beside dense."""
+
+import pytest
+
+from prunebench.results import render
+from tests.factories import make_result, only_table
+
+# ---------------------------------------------------------------- accuracy, standard errors, LaTeX
+
+TASK = "lm-eval/piqa/0-shot/v1.0"
+
+
+def make_scored(method, value, *, stderr=None, dense=0.6711, metric="acc", higher=True, **spec):
+    """A result whose only score is of another metric."""
+    result = make_result(method=method, protocol=TASK, value=value, dense=dense, **spec)
+    score = result.scores[0].model_copy(
+        update={"metric": metric, "higher_is_better": higher, "stderr": stderr}
+    )
+    return result.model_copy(update={"scores": [score]})
+
+
+def scores_of(table):
+    return {c.method: next(iter(c.scores.values())) for c in table.cells}
+
+
+def test_the_best_accuracy_is_the_highest_and_stands_first():
+    table = only_table([make_scored(m, v) for m, v in (("a", 0.61), ("b", 0.66), ("c", 0.64))])
+    assert [c.method for c in table.cells] == ["dense", "b", "c", "a"]
+    assert [m for m, s in scores_of(table).items() if s.best] == ["b"]
+
+
+def test_a_single_seed_has_the_noise_of_its_documents():
+    """0.66 and 0.64, each +-0.01: two standard errors of the difference are 0.0283."""
+    rows = [make_scored(m, v, stderr=0.01) for m, v in (("a", 0.66), ("b", 0.64), ("c", 0.63))]
+    scores = scores_of(only_table(rows))
+    assert scores["b"].within_noise
+    assert not scores["c"].within_noise
+
+
+def test_a_single_seed_of_unknown_noise_is_not_called_equal():
+    scores = scores_of(only_table([make_scored(m, v) for m, v in (("a", 0.66), ("b", 0.6599))]))
+    assert not scores["b"].within_noise
+
+
+@pytest.mark.parametrize(("metric", "equal"), [("acc", False), ("token_ppl", True)])
+def test_only_perplexities_are_compared_as_losses(metric, equal):
+    """Means 0.5 and 0.097, standard errors 0.058: far. In logarithms: -0.7 and -4.4 +- 2.4."""
+    how = {"metric": metric, "higher": metric == "acc"}
+    rows = [make_scored("a", v, seed=s, **how) for s, v in enumerate((0.4, 0.5, 0.6))]
+    rows += [make_scored("b", v, seed=s, **how) for s, v in enumerate((0.0001, 0.09, 0.2))]
+    scores = scores_of(only_table(rows))
+    (rival,) = [s for m, s in scores.items() if m != "dense" and not s.best]
+    assert rival.within_noise is equal
+
+
+def test_the_spread_of_a_perplexity_over_windows_is_no_noise_of_a_difference():
+    """All rows have the same windows: 40 and 41 with 1% each are not called equal by that."""
+    rows = [
+        make_scored(m, v, stderr=v / 100, metric="token_ppl", higher=False, dense=20.0)
+        for m, v in (("a", 40.0), ("b", 41.0), ("c", 42.0))
+    ]
+    scores = scores_of(only_table(rows))
+    assert not scores["b"].within_noise
+    assert not scores["c"].within_noise
+
+
+def test_an_accuracy_is_shown_in_percent_with_what_is_left_of_dense():
+    """0.653 / 0.6711 = 0.97303."""
+    table = only_table([make_scored("a", 0.653, stderr=0.0042)])
+    text = render.score_text(scores_of(table)["a"], bold=("", ""))
+    assert text == "65.3% ± 0.4 (97.3% of dense)"
+    assert "standard error" in render.legend([table])
+    seeds = [make_scored("a", v, seed=s, stderr=0.01) for s, v in enumerate((0.64, 0.66))]
+    text = render.score_text(scores_of(only_table(seeds))["a"], bold=("", ""))
+    assert text == "65.0% ± 1.4 (96.9% of dense)"  # 0.02 / sqrt(2) = 0.0141
+
+
+def test_the_dense_row_has_its_own_standard_error():
+    result = make_scored("a", 0.65, stderr=0.01)
+    score = result.scores[0].model_copy(update={"dense_stderr": 0.02})
+    scores = scores_of(only_table([result.model_copy(update={"scores": [score]})]))
+    assert render.score_text(scores["dense"], bold=("", "")) == "67.1% ± 2.0"
+
+
+def test_divergences_have_no_difference_to_dense():
+    rows = [make_scored("a", 0.0123, metric="kl_divergence", higher=False, dense=0.0)]
+    assert render.score_text(scores_of(only_table(rows))["a"], bold=("", "")) == "0.0123"
+    rows = [make_scored("a", 0.25, metric="top1_changed", higher=False, dense=0.0)]
+    assert render.score_text(scores_of(only_table(rows))["a"], bold=("", "")) == "25.0%"
