@@ -13,25 +13,21 @@ import functools
 import hashlib
 import json
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
-from prunebench.calibration.vocabulary import largest_id, vocabulary_size
+from prunebench.calibration.vocabulary import largest_id
 from prunebench.errors import IncompatibleData, MissingResource, UsageError
 from prunebench.evaluate.outcome import Item, Measure, Outcome
 from prunebench.evaluate.records import Loaded, record_source, task_table
-from prunebench.evaluate.requests import require_known_ids, require_known_requests
-from prunebench.models.out_of_memory import AutoBatch
-from prunebench.models.stream import batch_logits, is_streamed
+from prunebench.evaluate.requests import require_known_requests
 from prunebench.progress import Progress, quiet_libraries
 
 _FEWSHOT_SEED = 1234  # lm-eval's default
-_BATCH_SIZE = {"cpu": 1, "cuda": 16}
 
 
 @dataclass(frozen=True)
@@ -243,9 +239,17 @@ class LmEvalTask:
         with quiet_libraries():
             from lm_eval.evaluator import evaluate
 
+            from prunebench.evaluate.lm_eval_adapter import wrap_model
+
             for task in self.built["tasks"].values():  # the same examples for every model
                 task.set_fewshot_seed(seed=_FEWSHOT_SEED)
-            lm = _wrap(self, model, _counter(self.units, advance))
+            lm = wrap_model(
+                model,
+                self.name,
+                tokenizer=self.tokenizer,
+                batch_size=self.protocol.batch_size,
+                answered=_document_counter(self.units, advance),
+            )
             try:
                 found = evaluate(
                     lm=lm,
@@ -340,88 +344,14 @@ def _items(samples: list[dict[str, Any]]) -> tuple[Item, ...]:
     return tuple(rows.values())
 
 
-def _counter(units: int, advance: Callable[[int], None]) -> Callable[[int, int], None]:
-    """Turn answered requests into finished documents, for progress."""
-    shown = 0
+def _document_counter(units: int, advance: Callable[[int], None]) -> Callable[[int, int], None]:
+    """Convert answered requests, of which a document has several, into documents for progress."""
+    reported = 0
 
     def answered(done: int, total: int) -> None:
-        nonlocal shown
-        now = units * done // max(1, total)
-        advance(now - shown)
-        shown = now
+        nonlocal reported
+        documents = units * done // max(1, total)
+        advance(documents - reported)
+        reported = documents
 
     return answered
-
-
-def _wrap(asked: LmEvalTask, model: Any, answered: Callable[[int, int], None]) -> Any:
-    """Return lm-eval's Hugging Face adapter around a model that is there."""
-    from lm_eval.models.huggingface import HFLM
-
-    tokenizer, batch_size = asked.tokenizer, asked.protocol.batch_size
-    vocabulary = vocabulary_size(model)
-
-    def check(sequences: Any) -> None:
-        require_known_ids(sequences, asked.name, tokenizer=tokenizer, vocabulary=vocabulary)
-
-    class Checked(HFLM):  # type: ignore[misc]
-        """Lets no token through that the model has no row for."""
-
-        def _loglikelihood_tokens(self, requests: Any, *args: Any, **kwargs: Any) -> Any:
-            check(part for _, context, answer in requests for part in (context, answer))
-            return super()._loglikelihood_tokens(requests, *args, **kwargs)
-
-        def tok_batch_encode(self, *args: Any, **kwargs: Any) -> Any:
-            token_ids, attention_mask = super().tok_batch_encode(*args, **kwargs)
-            check(token_ids.tolist())
-            return token_ids, attention_mask
-
-    class Counted(Checked):
-        """Tells how many of the requests have been answered."""
-
-        fitting = AutoBatch("tasks")
-
-        def _loglikelihood_tokens(self, requests: Any, *args: Any, **kwargs: Any) -> Any:
-            self.wanted, self.done = len(requests), 0
-            found = super()._loglikelihood_tokens(requests, *args, **kwargs)
-            answered(self.wanted, self.wanted)
-            return found
-
-        def _model_call(self, inps: Any, *args: Any, **kwargs: Any) -> Any:
-            run = functools.partial(super()._model_call, **kwargs)
-            parts = list(self.fitting.run(run, inps))
-            logits = parts[0] if len(parts) == 1 else torch.cat(parts)
-            self.done = min(self.wanted, self.done + len(inps))
-            answered(self.done, self.wanted)
-            return logits
-
-    class Streamed(Checked):
-        """Hears all questions first, takes them through the model block by block, then answers.
-
-        lm-eval asks one batch after the other. It is run twice: once to hear what it asks, with
-        logits of zero for an answer, and once with the answers.
-        """
-
-        def _loglikelihood_tokens(self, requests: Any, *args: Any, **kwargs: Any) -> Any:
-            self.heard: list[Any] = []
-            self.answers: Iterator[Any] | None = None
-            super()._loglikelihood_tokens(requests, *args, **kwargs)
-            total, done = sum(map(len, self.heard)), 0
-
-            def advance(count: int) -> None:
-                nonlocal done
-                done += count
-                answered(done, total)
-
-            self.answers = batch_logits(model, self.heard, advance=advance)
-            return super()._loglikelihood_tokens(requests, *args, **kwargs)
-
-        def _model_call(self, inps: Any, *args: Any, **kwargs: Any) -> Any:
-            if self.answers is None:
-                self.heard.append(inps.cpu())
-                return torch.zeros((*inps.shape, vocabulary), dtype=model.dtype)
-            return next(self.answers)
-
-    device = next(model.parameters()).device
-    size = batch_size or _BATCH_SIZE.get(device.type, 1)
-    kind = Streamed if is_streamed(model) else Counted
-    return kind(pretrained=model, tokenizer=tokenizer, backend="causal", batch_size=size)

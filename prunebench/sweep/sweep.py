@@ -38,10 +38,11 @@ from prunebench.run.resolve import ResolvedSpec, resolve
 from prunebench.run.result import failed_result
 from prunebench.run_options import RUN_OPTIONS
 from prunebench.spec import AUTO, RunSpec, Setup
+from prunebench.sweep.cell import RecipeCell
 from prunebench.sweep.engines import Engine
 from prunebench.sweep.engines.job import Job, JobEnd, Refused
 from prunebench.sweep.engines.local import LocalEngine
-from prunebench.sweep.recipe import Recipe, RecipeCell
+from prunebench.sweep.recipe import Recipe
 
 _TRIES = 2
 _INTERRUPTED = 130

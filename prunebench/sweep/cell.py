@@ -1,0 +1,120 @@
+"""One run of a recipe: its options, its command line, its name."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from prunebench.evaluate.records import task_table
+from prunebench.results.compare import OPTION, matches_word
+from prunebench.results.published import PublishedValue
+from prunebench.run_options import spec_of
+from prunebench.spec import RunSpec
+
+
+@dataclass(frozen=True)
+class RecipeCell:
+    """One run of a recipe.
+
+    Attributes:
+        number: Its place in the recipe, from 1.
+        given: The options of `prunebench run` that the recipe gives.
+        values: All options, with defaults.
+    """
+
+    number: int
+    given: dict[str, Any]
+    values: dict[str, Any]
+
+    @property
+    def arguments(self) -> list[str]:
+        """The words behind `prunebench run`."""
+        words: list[str] = []
+        for key, value in self.given.items():
+            option = f"--{key.replace('_', '-')}"
+            if key == "set":
+                for name, one in flat_options(value):
+                    words += [option, f"{name}={option_word(one)}"]
+            elif isinstance(value, bool):
+                words += [option] if value else []
+            else:
+                words += [
+                    option,
+                    ",".join(value) if isinstance(value, list) else option_word(value),
+                ]
+        return words
+
+    @property
+    def name(self) -> str:
+        """What tells it from the others, in a few words."""
+        values = self.values
+        text = values["method"]
+        if text != "dense":
+            text += f" {values['sparsity']}"
+        if values["allocation"] != "uniform":
+            text += f", {values['allocation']}"
+        options = [
+            f"{name}={option_word(one)}" for name, one in flat_options(self.given.get("set", {}))
+        ]
+        text += f", {' '.join(options)}" if options else ""
+        return f"{text} on {values['model']}, seed {values['seed']}"
+
+    @property
+    def spec(self) -> RunSpec:
+        """What is run, before names are resolved to content."""
+        return spec_of(self.values)
+
+    def matches(self, filters: Mapping[str, Sequence[str]]) -> bool:
+        """Whether it is selected by `key=value,value` filters; a value may hold `*`.
+
+        Of an option that is a list, such as `tasks`, one of its values is enough. `set.KEY` is an
+        option that the recipe sets.
+        """
+        return all(
+            any(matches_word(value, pattern) for value in self.value(key) for pattern in patterns)
+            for key, patterns in filters.items()
+        )
+
+    def value(self, key: str) -> list[Any]:
+        """Return what a selector's key means here; an empty list is `None`."""
+        if key.startswith(OPTION):
+            return [
+                dict(flat_options(self.given.get("set", {}))).get(key.removeprefix(OPTION), "-")
+            ]
+        value = self.values[key]
+        return list(value or [None]) if isinstance(value, tuple | list) else [value]
+
+    def scores(self, value: PublishedValue) -> bool:
+        """Whether its scores can stand beside a value that was published or measured before."""
+        mine = self.values
+        same = (mine["method"], mine["sparsity"], mine["model"], mine["allocation"]) == (
+            value.method, value.sparsity, value.model, value.allocation,
+        )  # fmt: skip
+        if not same:
+            return False
+        if value.metric == "token_ppl":
+            texts = [re.split("[@:]", name)[0] for name in mine["ppl"]]
+            asked_so = (value.seqlen, value.limit, value.bos) == (
+                mine["ppl_seqlen"], mine["ppl_tokens"], mine["ppl_bos"],
+            )  # fmt: skip
+            return asked_so and value.dataset in texts
+        presets = task_table()["preset"]
+        asked = {task for name in mine["tasks"] for task in presets.get(name, [name])}
+        zero_shot = mine["num_fewshot"] in (None, 0) and not mine["apply_chat_template"]
+        return zero_shot and mine["limit"] == value.limit and set(value.tasks) <= asked
+
+
+def flat_options(options: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield the options of a nested table, with dots between the names."""
+    for name, value in options.items():
+        if isinstance(value, dict):
+            yield from flat_options(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value
+
+
+def option_word(value: Any) -> str:
+    """Return a value as the command line takes it."""
+    return str(value).lower() if isinstance(value, bool) else str(value)
