@@ -18,6 +18,7 @@ from pathlib import Path
 import benchmarks.disk
 import benchmarks.maskllm
 import benchmarks.packed
+import benchmarks.sweep
 import benchmarks.tasks  # noqa: F401  (they register their figures)
 from benchmarks.figures import FIGURES, Figure, machine
 

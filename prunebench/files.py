@@ -22,6 +22,9 @@ import platformdirs
 from prunebench.errors import SaveError
 
 _CHUNK_BYTES = 4 << 20
+_PROBE_BYTES = 1 << 20
+
+_probed: set[tuple[int, int]] = set()  # device and inode of the folders that could be written to
 
 
 def cache_dir() -> Path:
@@ -75,17 +78,14 @@ def require_writable(folder: Path, *, need_bytes: int = 1 << 20) -> None:
     """Make sure, before any work, that `need_bytes` can be written into `folder`.
 
     A small file is really written and flushed (permission bits say little to root or on a network
-    file system); larger needs are compared with the free space.
+    file system), once per folder and process; larger needs are compared with the free space.
 
     Raises:
         SaveError: The folder cannot be made, written to, or has too little room.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder) as probe:
-            probe.write(os.urandom(min(need_bytes, 1 << 20)))
-            probe.flush()
-            os.fsync(probe.fileno())
+        _probe(folder)
         free = shutil.disk_usage(folder).free
     except OSError as error:
         raise explain_os_error(error, folder) from error
@@ -95,6 +95,22 @@ def require_writable(folder: Path, *, need_bytes: int = 1 << 20) -> None:
             where=f"{need_bytes / 1e6:,.0f} MB are needed, {free / 1e6:,.0f} MB are free",
             fix="free space there, or name another folder",
         )
+
+
+def _probe(folder: Path) -> None:
+    """Write and flush a small file, unless this process has done so in this very folder.
+
+    A flush takes 0.1 s on a busy disk, and a sweep asks for each of its cells.
+    """
+    status = folder.stat()
+    identity = (status.st_dev, status.st_ino)
+    if identity in _probed:
+        return
+    with tempfile.TemporaryFile(dir=folder) as file:
+        file.write(os.urandom(_PROBE_BYTES))
+        file.flush()
+        os.fsync(file.fileno())
+    _probed.add(identity)
 
 
 def free_disk(folder: Path) -> int:

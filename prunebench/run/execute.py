@@ -105,32 +105,32 @@ def _assist(plan: Plan) -> None:
 
 
 def _execute(plan: Plan) -> Result:
-    spec, clock = plan.spec, plan.clock
+    spec, progress = plan.spec, plan.progress
     halvings: list[str] = []
     trains = plan.training is not None
     with (
         _failures_are_filed(plan) as row_is_filed,
         _memory_errors(plan.device, trains=trains),
         _record_halvings(plan, halvings),
-        open_run_state(plan) as kept,
+        open_run_state(plan) as journal,
     ):
-        with clock.stage("load", detail=f"{spec.model} in {spec.dtype} on {plan.device}"):
-            model = open_model(plan, kept)
+        with progress.stage("load", detail=f"{spec.model} in {spec.dtype} on {plan.device}"):
+            model = open_model(plan, journal)
             linears = find_linears(model)
-            dense_sha256, zeros = _hash_and_count_zeros(model, linears, kept)
+            dense_sha256, zeros = _hash_and_count_zeros(model, linears, journal)
         is_dense = not METHODS.find(spec.method).prunes and spec.execute == "dense"
         dense = [] if is_dense else score_dense(plan, model, dense_sha256)
         references = collect_dense_logits(plan, model)
-        with _stopwatch(kept) as prune_seconds:
-            allocation = _allocate(plan, model, linears, kept)
+        with _stopwatch(journal) as prune_seconds:
+            allocation = _allocate(plan, model, linears, journal)
             requested = layer_sparsities(plan.sparsity, allocation, linears)
             report = _prune(plan, model, requested)
-        with clock.stage("measure", detail="sparsity of every layer"):
+        with progress.stage("measure", detail="sparsity of every layer"):
             evaluated_sha256, measured = _hash_and_measure(model, linears, requested)
             require_met(measured, zeros, requested, beyond=report.zeros_beyond)
             require_total(measured, zeros, plan.sparsity, beyond=report.zeros_beyond)
         with packed_weights(plan, model, linears) as execution:
-            outcomes = score_pruned(plan, model, dense_sha256 if is_dense else None, kept)
+            outcomes = score_pruned(plan, model, dense_sha256 if is_dense else None, journal)
             diverged = score_divergence(plan, model, references)
         dense = outcomes if is_dense else dense
         result = Result(
@@ -152,11 +152,11 @@ def _execute(plan: Plan) -> Result:
             cost=build_cost_block(
                 plan,
                 prune_seconds(),
-                starts=kept.state.starts if kept else 1,
+                starts=journal.state.starts if journal else 1,
                 halvings=halvings,
             ),
         )
-        result = _reuse_pending_result(result, kept)
+        result = _reuse_pending_result(result, journal)
         _publish(plan, result)  # the row first: a full disk must not cost an hour's work twice
         row_is_filed()
         if plan.training is not None:
@@ -168,11 +168,11 @@ def _execute(plan: Plan) -> Result:
 
 
 def _hash_and_count_zeros(
-    model: nn.Module, linears: list[Linear], kept: RunJournal | None
+    model: nn.Module, linears: list[Linear], journal: RunJournal | None
 ) -> tuple[str, dict[str, int]]:
     """Return the hash of the dense weights and the zeros of every linear, in one pass."""
-    if kept and kept.state.dense:
-        return kept.state.dense["sha256"], kept.state.dense["zeros"]
+    if journal and journal.state.dense:
+        return journal.state.dense["sha256"], journal.state.dense["zeros"]
     zeros: dict[str, int] = {}
 
     def count(index: int) -> None:
@@ -180,8 +180,8 @@ def _hash_and_count_zeros(
         zeros.update({one.name: int((one.stored == 0).sum()) for one in mine})
 
     sha256 = hash_weights(model, look=count)
-    if kept:
-        kept.update(dense={"sha256": sha256, "zeros": zeros})
+    if journal:
+        journal.update(dense={"sha256": sha256, "zeros": zeros})
     return sha256, zeros
 
 
@@ -201,12 +201,12 @@ def _hash_and_measure(
 
 
 def _allocate(
-    plan: Plan, model: nn.Module, linears: list[Linear], kept: RunJournal | None
+    plan: Plan, model: nn.Module, linears: list[Linear], journal: RunJournal | None
 ) -> Allocation:
     """Choose a ratio for every layer."""
     target, allocator = plan.sparsity.ratio, plan.allocator
-    if kept and kept.state.allocation:
-        return Allocation(**kept.state.allocation)
+    if journal and journal.state.allocation:
+        return Allocation(**journal.state.allocation)
     if allocator is None:
         assert plan.allocation is not None
         return plan.allocation
@@ -215,8 +215,8 @@ def _allocate(
     with _walk(plan, model, "allocate", f"{plan.spec.allocation} {plan.sparsity}") as walker:
         allocation = allocator.allocate(walker, target)
     require_sound(allocation, linears, target)
-    if kept:
-        kept.update(allocation={name: dict(value) for name, value in vars(allocation).items()})
+    if journal:
+        journal.update(allocation={name: dict(value) for name, value in vars(allocation).items()})
     return allocation
 
 
@@ -226,7 +226,9 @@ def _prune(plan: Plan, model: nn.Module, requested: dict[str, Sparsity]) -> Prun
     if norm is not None and plan.windows:
         samples = len(plan.windows.token_ids)
         detail = f"of the dense model, {norm}"
-        with plan.clock.stage("gradients", total=samples, detail=detail, unit="windows") as advance:
+        with plan.progress.stage(
+            "gradients", total=samples, detail=detail, unit="windows"
+        ) as advance:
             gradients = gradient_norms(model, plan.windows.token_ids, norm=norm, advance=advance)
     detail = f"{plan.spec.method} {plan.sparsity}"
     with _walk(plan, model, "prune", detail, gradients) as walker:
@@ -234,20 +236,20 @@ def _prune(plan: Plan, model: nn.Module, requested: dict[str, Sparsity]) -> Prun
 
 
 @contextmanager
-def _stopwatch(kept: RunJournal | None) -> Iterator[Callable[[], float]]:
+def _stopwatch(journal: RunJournal | None) -> Iterator[Callable[[], float]]:
     """Yield what says how long the work inside took, earlier starts of this run included."""
-    before = kept.state.seconds if kept else 0.0
+    before = journal.state.seconds if journal else 0.0
     begun = time.perf_counter()
     ended: list[float] = []
 
     def seconds() -> float:
         return before + (ended[0] if ended else time.perf_counter()) - begun
 
-    with kept.on_save(lambda: {"seconds": seconds()}) if kept else nullcontext():
+    with journal.on_save(lambda: {"seconds": seconds()}) if journal else nullcontext():
         yield seconds
     ended.append(time.perf_counter())
-    if kept:
-        kept.update(seconds=seconds())
+    if journal:
+        journal.update(seconds=seconds())
 
 
 @contextmanager
@@ -259,7 +261,7 @@ def _walk(
     need = plan.pruner.needs.training
     if stage == "prune" and need is not None:
         total, unit = need.steps, "steps"
-    with plan.clock.stage(stage, total=total, detail=detail, unit=unit) as advance:
+    with plan.progress.stage(stage, total=total, detail=detail, unit=unit) as advance:
         yield BlockWalker(
             model,
             token_ids=plan.windows.token_ids if plan.windows else None,
@@ -278,12 +280,12 @@ def _training(plan: Plan, model: nn.Module, advance: Advance) -> Training | None
     def hear(point: CurvePoint) -> None:
         advance(bool(point.step))
         if point.held_out_ppl is not None:
-            plan.clock.note(format_training_point(point))
+            plan.progress.note(format_training_point(point))
 
     def prior() -> tuple[Outcome, ...]:
         return tuple(score_prior(plan, model)) if rank() == 0 else ()
 
-    return dataclasses.replace(plan.training, hear=hear, note=plan.clock.note, score_prior=prior)
+    return dataclasses.replace(plan.training, hear=hear, note=plan.progress.note, score_prior=prior)
 
 
 def format_training_point(point: CurvePoint) -> str:
@@ -296,13 +298,13 @@ def format_training_point(point: CurvePoint) -> str:
     )
 
 
-def _reuse_pending_result(result: Result, kept: RunJournal | None) -> Result:
+def _reuse_pending_result(result: Result, journal: RunJournal | None) -> Result:
     """Return the result that an earlier start was about to file, if there was one: same name."""
-    if kept is None:
+    if journal is None:
         return result
-    if kept.state.result is None:
-        kept.update(result=result.to_json())
-    return Result.model_validate_json(kept.state.result or "")
+    if journal.state.result is None:
+        journal.update(result=result.to_json())
+    return Result.model_validate_json(journal.state.result or "")
 
 
 def _publish(plan: Plan, result: Result) -> None:
@@ -327,7 +329,7 @@ def _save_outputs(
     if setup.save_calibration and plan.windows:
         save_windows(setup.save_calibration, plan.windows)
     if setup.save_masks:
-        with plan.clock.stage("save", detail=str(setup.save_masks)):
+        with plan.progress.stage("save", detail=str(setup.save_masks)):
             save_masks(linears, setup.save_masks, weights=weights_of(model))
     if setup.save_model:
         save_model(
@@ -336,7 +338,7 @@ def _save_outputs(
             setup.save_model,
             result=result,
             replace=setup.force,
-            progress=plan.clock,
+            progress=plan.progress,
         )
 
 
@@ -346,7 +348,7 @@ def _record_halvings(plan: Plan, halvings: list[str]) -> Iterator[None]:
 
     def hear(what: str, size: int) -> None:
         halvings.append(f"{what}: {size} at a time")
-        plan.clock.note(f"out of memory: {what} goes on with {size} sequences at a time")
+        plan.progress.note(f"out of memory: {what} goes on with {size} sequences at a time")
 
     with on_batch_halved(hear):
         yield
@@ -388,10 +390,10 @@ def _failures_are_filed(plan: Plan) -> Iterator[Callable[[], None]]:
             raise
         what = error.what if isinstance(error, PrunebenchError) else str(error)
         record = failed_result(
-            plan, error=type(error).__name__, stage=plan.clock.current, message=what
+            plan, error=type(error).__name__, stage=plan.progress.current, message=what
         )
         try:
             plan.store.publish(record)
         except PrunebenchError as unsaved:
-            plan.clock.note(f"the failure could not be filed: {unsaved.what}")
+            plan.progress.note(f"the failure could not be filed: {unsaved.what}")
         raise

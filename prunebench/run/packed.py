@@ -38,7 +38,7 @@ def packed_weights(
     windows = plan.texts[0].windows[:_WINDOWS] if plan.texts else None
     masked = None if windows is None else token_ppl(model, windows)
     policy = Policy.load(plan.device, forced=plan.setup.backend)
-    with plan.clock.stage("pack", detail=f"{len(linears)} linears, one after the other"):
+    with plan.progress.stage("pack", detail=f"{len(linears)} linears, one after the other"):
         conversion = convert(model, linears, policy=policy, strict=True)
     try:
         difference = None

@@ -81,10 +81,10 @@ def load_inputs(resolved: ResolvedSpec) -> Plan:
     Raises:
         PrunebenchError: The first thing that is wrong.
     """
-    clock, named = resolved.clock, resolved.named
+    progress, named = resolved.progress, resolved.named
     for note in resolved.dtype.notes:
-        clock.note(f"  {note}")
-    with clock.stage("check", detail="config, tokenizer and sizes"):
+        progress.note(f"  {note}")
+    with progress.stage("check", detail="config, tokenizer and sizes"):
         config = _read_config(resolved)
         _require_contexts(named, config)
         tokenizer = load_tokenizer(resolved.model.path)
@@ -130,7 +130,7 @@ def _read_config(resolved: ResolvedSpec) -> Any:
     path = resolved.model.path
     config, asked = load_config(path), asked_attention(path)
     if asked not in (None, config._attn_implementation):
-        resolved.clock.note(
+        resolved.progress.note(
             f"  config.json asks for {asked}: run with {config._attn_implementation}"
         )
     return config
@@ -150,7 +150,7 @@ def _check_bos(resolved: ResolvedSpec, config: Any, tokenizer: Any) -> None:
     learns = resolved.pruner.needs.training is not None
     note = check_bos(resolved.named, config, tokenizer, always=always, learns=learns)
     if note:
-        resolved.clock.note(f"  {note}")
+        resolved.progress.note(f"  {note}")
 
 
 def _check_files(resolved: ResolvedSpec, model: torch.nn.Module) -> None:
@@ -173,19 +173,19 @@ def _open_masks(resolved: ResolvedSpec, linears: list[Linear]) -> Masks | None:
     name = resolved.pruner.needs.masks
     if name is None:
         return None
-    with resolved.clock.stage("masks", detail=name):
-        return open_masks(name, linears, resolved.clock)
+    with resolved.progress.stage("masks", detail=name):
+        return open_masks(name, linears, resolved.progress)
 
 
 def _prepare_training(resolved: ResolvedSpec, tokenizer: Any, vocabulary: int) -> Training | None:
     """Cut what is learned from into windows."""
-    need, clock, spec = resolved.pruner.needs.training, resolved.clock, resolved.spec
+    need, progress, spec = resolved.pruner.needs.training, resolved.progress, resolved.spec
     if need is None:
         return None
-    with clock.stage("training", detail=need.text):
+    with progress.stage("training", detail=need.text):
         source: Any = path_in(need.text)
         if not need.text.startswith("tokens:"):
-            source = load_text(need.text, use="calibration", progress=clock)
+            source = load_text(need.text, use="calibration", progress=progress)
             _require_identity(source, resolved.training_text)
         training = training_windows(
             source, tokenizer, samples=need.samples, seqlen=need.seqlen, held_out=need.held_out,
@@ -217,13 +217,13 @@ def _calibrate(
     if name is None or spec.calibration_samples is None or spec.seqlen is None:
         return None, None
     seed: int | None = spec.seed
-    with resolved.clock.stage("calibration", detail=name):
+    with resolved.progress.stage("calibration", detail=name):
         if name.startswith("tokens:"):
             windows = load_windows(path_in(name), vocabulary=vocabulary)
             require_begun(windows.token_ids, tokenizer, spec.calibration_bos, path=path_in(name))
             text, origin, seed = "tokens", f"sha256:{windows.sha256}", None
         else:
-            source = load_text(name, use="calibration", progress=resolved.clock)
+            source = load_text(name, use="calibration", progress=resolved.progress)
             _require_identity(source, resolved.calibration_text)
             text, origin = source.name, source.origin
             windows = sample_windows(
@@ -257,13 +257,13 @@ def _prepare_tasks(resolved: ResolvedSpec, tokenizer: Any, vocabulary: int) -> l
         batch_size=setup.batch_size,
         include_path=setup.include_path,
     )
-    with resolved.clock.stage("tasks", detail=", ".join(spec.tasks)):
+    with resolved.progress.stage("tasks", detail=", ".join(spec.tasks)):
         tasks = prepare_tasks(
             spec.tasks,
             protocol,
             tokenizer=tokenizer,
             vocabulary=vocabulary,
-            progress=resolved.clock,
+            progress=resolved.progress,
         )
     return [*tasks]
 
@@ -285,7 +285,7 @@ def _place_weights(
     if wanted == "auto":
         if chosen == "resident":
             return "resident"
-        resolved.clock.note(f"weights stay on disk: {facts}")
+        resolved.progress.note(f"weights stay on disk: {facts}")
     reason = _why_resident(resolved, tasks)
     if reason:
         raise UsageError(
@@ -319,14 +319,14 @@ def _why_resident(resolved: ResolvedSpec, tasks: list[Evaluator]) -> str:
 def _prepare_texts(resolved: ResolvedSpec, tokenizer: Any, vocabulary: int) -> list[PerplexityTask]:
     spec, texts = resolved.spec, []
     for name in resolved.named.ppl:
-        with resolved.clock.stage("tokenize", detail=name):
+        with resolved.progress.stage("tokenize", detail=name):
             text = prepare_perplexity(
                 name,
                 tokenizer,
                 seqlen=spec.ppl_seqlen,
                 limit_tokens=spec.ppl_tokens,
                 vocabulary=vocabulary,
-                progress=resolved.clock,
+                progress=resolved.progress,
                 bos=spec.ppl_bos,
             )
         texts.append(text)

@@ -70,7 +70,7 @@ class ResolvedSpec:
     named: RunSpec
     setup: Setup
     store: ResultStore
-    clock: StageTimer
+    progress: StageTimer
     devices: tuple[torch.device, ...]
     model: LocalModel
     dtype: DtypeChoice
@@ -94,8 +94,8 @@ def resolve(spec: RunSpec, setup: Setup) -> ResolvedSpec:
         PrunebenchError: The first thing that is wrong.
     """
     started = time.perf_counter()
-    clock = StageTimer(setup.progress)
-    with clock.stage("check", detail=f"{spec.method} on {spec.model}"):
+    progress = StageTimer(setup.progress)
+    with progress.stage("check", detail=f"{spec.method} on {spec.model}"):
         source = find_model(spec.model)
         named = check_names(place_texts(spec, source.kind), setup)
         devices = choose_devices(setup.device)
@@ -105,8 +105,8 @@ def resolve(spec: RunSpec, setup: Setup) -> ResolvedSpec:
         store.require_writable(named.spec)
         require_writable(cache_dir())
         require_outputs(setup, need_model_bytes=1 << 20)
-    fetched = fetch_model(source, clock)
-    model = unpacked(fetched, clock)
+    fetched = fetch_model(source, progress)
+    model = unpacked(fetched, progress)
     dtype = choose_dtype(
         named.spec.dtype,
         source,
@@ -123,9 +123,9 @@ def resolve(spec: RunSpec, setup: Setup) -> ResolvedSpec:
         "model_revision": model.revision,
         "dtype": dtype.dtype,
         **_identify_allocation(named.spec),
-        **_identify_masks(named, clock),
+        **_identify_masks(named, progress),
         **calibration_fields,
-        **_identify_ppl(named.spec, model, clock),
+        **_identify_ppl(named.spec, model, progress),
     }
     if training_fields:
         options = fields.get("method_options", named.spec.method_options)
@@ -138,7 +138,7 @@ def resolve(spec: RunSpec, setup: Setup) -> ResolvedSpec:
         named=named.spec,
         setup=setup,
         store=store,
-        clock=clock,
+        progress=progress,
         devices=devices,
         model=model,
         dtype=dtype,
@@ -179,7 +179,7 @@ def _identify_training(named: NamedSpec) -> tuple[TextIdentity | None, Fields]:
     return text, {"train_data": text.name}
 
 
-def _identify_ppl(spec: RunSpec, model: LocalModel, clock: StageTimer) -> Fields:
+def _identify_ppl(spec: RunSpec, model: LocalModel, progress: StageTimer) -> Fields:
     protocols, origins = [], []
     for name in spec.ppl:
         tokens = None
@@ -193,7 +193,7 @@ def _identify_ppl(spec: RunSpec, model: LocalModel, clock: StageTimer) -> Fields
             if spec.ppl_tokens is not None:  # whether the text has more is part of the protocol
                 tokenizer = load_tokenizer(model.path)
                 count = count_windows(
-                    name, tokenizer, seqlen=seqlen, bos=spec.ppl_bos, progress=clock
+                    name, tokenizer, seqlen=seqlen, bos=spec.ppl_bos, progress=progress
                 )
                 tokens = count * seqlen
         protocols.append(
@@ -215,12 +215,12 @@ def _identify_allocation(spec: RunSpec) -> Fields:
     return {"allocation": "file", "allocation_options": {"sha256": digest}}
 
 
-def _identify_masks(named: NamedSpec, clock: StageTimer) -> Fields:
+def _identify_masks(named: NamedSpec, progress: StageTimer) -> Fields:
     name = named.pruner.needs.masks
     if name is None:
         return {}
-    with clock.stage("masks", detail=name):
-        origin = masks_origin(name, clock)
+    with progress.stage("masks", detail=name):
+        origin = masks_origin(name, progress)
     options = named.spec.method_options
     return {"method_options": {k: origin if v == name else v for k, v in options.items()}}
 

@@ -207,7 +207,7 @@ def build_cost_block(
     """Describe what the run took so far, see `CostBlock`."""
     peaks = [torch.cuda.max_memory_allocated(one) for one in plan.devices if one.type == "cuda"]
     return CostBlock(
-        stage_seconds={name: round(s, 3) for name, s in plan.clock.seconds.items()},
+        stage_seconds={name: round(s, 3) for name, s in plan.progress.seconds.items()},
         prune_seconds=round(prune_seconds, 3),
         total_seconds=round(time.perf_counter() - plan.started, 3),
         peak_rss_bytes=peak_rss_bytes(),

@@ -65,49 +65,51 @@ def open_run_state(plan: Plan) -> Iterator[RunJournal | None]:
     if plan.weights == "resident":
         yield None
         return
-    folder, clock = journal_folder(plan), plan.clock
-    kept = RunJournal(folder)
-    has_lock = kept.lock()
+    folder, progress = journal_folder(plan), plan.progress
+    journal = RunJournal(folder)
+    has_lock = journal.lock()
     if not has_lock:
-        clock.note(f"another process runs this very command ({folder}): this one keeps nothing")
-        kept = RunJournal(folder.with_name(f"{folder.name}-{secrets.token_hex(4)}"))
-        kept.lock()
-    found = read_journal(kept.folder) is not None
-    with clock.stage("verify", detail="what is kept") if found else nullcontext():
-        kept.read()
-    if kept.blocks:
-        clock.note(f"going on: {len(kept.blocks)} blocks were finished before, in {kept.folder}")
-    kept.state = replace(
-        kept.state,
+        progress.note(f"another process runs this very command ({folder}): this one keeps nothing")
+        journal = RunJournal(folder.with_name(f"{folder.name}-{secrets.token_hex(4)}"))
+        journal.lock()
+    found = read_journal(journal.folder) is not None
+    with progress.stage("verify", detail="what is kept") if found else nullcontext():
+        journal.read()
+    if journal.blocks:
+        progress.note(
+            f"going on: {len(journal.blocks)} blocks were finished before, in {journal.folder}"
+        )
+    journal.state = replace(
+        journal.state,
         command=plan.setup.command,
         title=f"{plan.spec.method} {plan.sparsity} on {plan.spec.model}",
         blocks=max(linear.block_index for linear in plan.linears) + 1,
-        starts=kept.state.starts + 1,
+        starts=journal.state.starts + 1,
     )
     try:
-        yield kept
+        yield journal
     except BaseException:
         if not has_lock:
-            kept.remove()
+            journal.remove()
             raise
-        done = len(kept.blocks)
-        clock.note(f"{done} finished blocks saved; rerun the same command to resume")
-        kept.release()
+        done = len(journal.blocks)
+        progress.note(f"{done} finished blocks saved; rerun the same command to resume")
+        journal.release()
         raise
-    kept.remove()
+    journal.remove()
 
 
-def open_model(plan: Plan, kept: RunJournal | None) -> nn.Module:
+def open_model(plan: Plan, journal: RunJournal | None) -> nn.Module:
     """Load the dense model, or what lies outside its blocks."""
     dtype = getattr(torch, plan.spec.dtype)
-    if kept is None:
+    if journal is None:
         return load_model(plan.model.path, dtype=dtype, device=plan.device)
     return load_on_disk(
         plan.model.path,
         load_config(plan.model.path),
         dtype=dtype,
         device=plan.device,
-        kept=kept,
+        kept=journal,
         placement=plan.setup.activations,
     )
 

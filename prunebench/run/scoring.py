@@ -50,19 +50,19 @@ def _scored_once(
 
 
 def score_pruned(
-    plan: Plan, model: nn.Module, dense_sha256: str | None, kept: RunJournal | None
+    plan: Plan, model: nn.Module, dense_sha256: str | None, journal: RunJournal | None
 ) -> list[Outcome]:
     """Score the model as it is now; what a dense model got is remembered."""
     outcomes = []
-    scored: dict[str, Any] = dict(kept.state.scored) if kept else {}
+    scored: dict[str, Any] = dict(journal.state.scored) if journal else {}
     for evaluator in _evaluators(plan):
         if evaluator.name in scored:
             outcomes += outcomes_from(scored[evaluator.name])
             continue
         found = _score(plan, model, evaluator, stage="score")
-        if kept:
+        if journal:
             scored[evaluator.name] = [asdict(one) for one in found]
-            kept.update(scored=scored)
+            journal.update(scored=scored)
         if dense_sha256 is not None:
             remember_outcomes(dense_sha256, evaluator, found)
         outcomes += found
@@ -71,7 +71,7 @@ def score_pruned(
 
 def _score(plan: Plan, model: nn.Module, evaluator: Evaluator, *, stage: str) -> list[Outcome]:
     name, total = evaluator.name, evaluator.units
-    with plan.clock.stage(stage, total=total, detail=name, unit=evaluator.unit) as advance:
+    with plan.progress.stage(stage, total=total, detail=name, unit=evaluator.unit) as advance:
         return evaluator.score(model, advance=advance)
 
 
@@ -81,7 +81,7 @@ def collect_dense_logits(plan: Plan, model: nn.Module) -> list[Divergence]:
         return []
     references = []
     for text in plan.texts:
-        with plan.clock.stage(
+        with plan.progress.stage(
             "baseline", total=text.units, detail=f"distributions on {text.name}", unit="windows"
         ) as advance:
             references.append(Divergence.of_dense(model, text, advance=advance))
@@ -93,7 +93,7 @@ def score_divergence(plan: Plan, model: nn.Module, references: list[Divergence])
     outcomes = []
     for reference in references:
         text = reference.text
-        with plan.clock.stage(
+        with plan.progress.stage(
             "score", total=text.units, detail=f"distributions on {text.name}", unit="windows"
         ) as advance:
             outcomes.append(reference.score(model, advance=advance))
@@ -109,6 +109,6 @@ def score_prior(plan: Plan, model: nn.Module) -> list[Outcome]:
         found = _scored_once(sha256, text, silently)
         for one in found:
             value = one.measures["token_ppl"].value
-            plan.clock.note(f"  the prior: ppl {value:,.4g} on {one.protocol}")
+            plan.progress.note(f"  the prior: ppl {value:,.4g} on {one.protocol}")
         outcomes += found
     return outcomes
