@@ -1,6 +1,6 @@
-"""Files that are whole or not there: the cache folder, atomic writes, exclusive publication.
+"""Atomic file writes, exclusive publication, and the cache folder.
 
-Everything the program leaves behind goes through here, so that `kill -9`, a full disk or fifty
+Every file that the program leaves behind is written here, so that `kill -9`, a full disk or fifty
 writers at once can lose a file but never leave half of one under its final name.
 """
 
@@ -34,7 +34,7 @@ def cache_dir() -> Path:
 
 
 def sha256_file(path: Path, *, advance: Callable[[int], None] | None = None) -> str:
-    """Return the SHA-256 of a file in hex; `advance` hears the bytes as they are read."""
+    """Return the SHA-256 of a file in hex; `advance` is called with the bytes of each read."""
     digest = hashlib.sha256()
     with path.open("rb") as stream:
         while block := stream.read(_CHUNK_BYTES):
@@ -45,7 +45,7 @@ def sha256_file(path: Path, *, advance: Callable[[int], None] | None = None) -> 
 
 
 def explain_os_error(error: OSError, path: Path) -> SaveError:
-    """Turn an operating system error into one that says what to do about it."""
+    """Convert an operating system error into one with a fix."""
     fixes = {
         errno.ENOSPC: "free space there, or name another folder",
         errno.EDQUOT: "your quota there is used up: free space, or name another folder",
@@ -60,17 +60,16 @@ def explain_os_error(error: OSError, path: Path) -> SaveError:
 
 
 def _raise_explained(error: Exception, path: Path) -> NoReturn:
-    """Raise what `explain_os_error` says of an error of writing `path`; any other error as it is.
+    """Raise `explain_os_error` of a failed write of `path`; any other error as it is.
 
-    Libraries in Rust (safetensors, tokenizers) say what the system said in the text of an error of
-    their own.
+    Libraries in Rust (safetensors, tokenizers) wrap the system's error in the text of their own.
     """
     if isinstance(error, OSError):
         raise explain_os_error(error, path) from error
-    found = re.search(r"\(os error (\d+)\)", str(error))
-    if found is None:
+    match = re.search(r"\(os error (\d+)\)", str(error))
+    if match is None:
         raise error
-    number = int(found[1])
+    number = int(match[1])
     raise explain_os_error(OSError(number, os.strerror(number)), path) from error
 
 
@@ -162,10 +161,10 @@ def atomic_folder(path: Path, *, replace: bool = False, exclusive: bool = False)
     """Yield a temporary folder beside `path`; on success it is renamed to `path`.
 
     Args:
-        path: Where to. An empty folder there is nothing.
-        replace: Whether what is there goes, once the new folder is whole.
-        exclusive: Whether a folder that another process has made meanwhile is an error. Else it
-            stays and ours is dropped: both hold the same content.
+        path: The final name. An empty folder there is replaced.
+        replace: Whether an existing folder is replaced, once the new one is complete.
+        exclusive: Whether it is an error if another process has made the folder meanwhile. Else
+            that folder stays and this one is dropped: both hold the same content.
 
     Raises:
         SaveError: It could not be written; what was there before is there again.
@@ -209,7 +208,7 @@ def atomic_folder(path: Path, *, replace: bool = False, exclusive: bool = False)
 def link_or_copy(source: Path, target: Path) -> bool:
     """Hard-link a file, or copy it where that cannot be; returns whether it was linked.
 
-    Only weights are linked: they are large, and nobody edits them in place. A file with
+    Only weights are linked: they are large, and are not edited in place. A file with
     permissions of its own is copied, as a link would share them.
     """
     ordinary = source.stat().st_mode & 0o777 == 0o666 & ~_umask()

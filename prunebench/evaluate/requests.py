@@ -37,7 +37,10 @@ def require_known_requests(
             if chat
             else None,
         )
-        texts = ["".join(p for p in one.args if isinstance(p, str)) for one in task.instances]
+        texts = [
+            "".join(part for part in request.args if isinstance(part, str))
+            for request in task.instances
+        ]
         ids = tokenizer(texts).input_ids if texts else []
         require_known_ids(ids, name, tokenizer=tokenizer, vocabulary=vocabulary)
 

@@ -71,7 +71,7 @@ def _few_tasks(include_path: Path | None) -> Any:
         import lm_eval.tasks
 
         root = Path(lm_eval.tasks.__file__).parent
-        folders = [root / one for one in task_table()["folders"] if (root / one).is_dir()]
+        folders = [root / folder for folder in task_table()["folders"] if (root / folder).is_dir()]
         paths = [*folders, include_path] if include_path else folders
         return lm_eval.tasks.TaskManager(include_path=[*map(str, paths)], include_defaults=False)
 
@@ -81,8 +81,8 @@ def _manager(names: Sequence[str], include_path: Path | None) -> Any:
 
     A group names other tasks, which may be anywhere; single tasks need no files but their own.
     """
-    few = _few_tasks(include_path)
-    return few if set(names) <= set(few.all_subtasks) else _all_tasks(include_path)
+    manager = _few_tasks(include_path)
+    return manager if set(names) <= set(manager.all_subtasks) else _all_tasks(include_path)
 
 
 def check_task_names(names: Sequence[str], include_path: Path | None) -> None:
@@ -96,15 +96,15 @@ def check_task_names(names: Sequence[str], include_path: Path | None) -> None:
         raise MissingResource(
             f"--include-path {include_path} is not a folder", fix="check the path"
         )
-    known = set(_manager(names, include_path).all_tasks)
+    all_names = set(_manager(names, include_path).all_tasks)
     for name in names:
-        if name not in known:
+        if name not in all_names:
             near = difflib.get_close_matches(
-                name, [*known, *task_table()["preset"]], n=3, cutoff=0.5
+                name, [*all_names, *task_table()["preset"]], n=3, cutoff=0.5
             )
             raise UsageError(
                 f"unknown task {name!r}",
-                where=f"lm-eval knows {len(known):,} tasks and groups",
+                where=f"lm-eval knows {len(all_names):,} tasks and groups",
                 fix=f"did you mean {', '.join(near)}?" if near else "see lm-eval ls tasks",
             )
 
@@ -156,12 +156,12 @@ def prepare_tasks(
     return tasks
 
 
-def _set_shots(task: Any, wanted: int | None) -> None:
+def _set_shots(task: Any, shots: int | None) -> None:
     """Set the number of examples as lm-eval's command line does: a task's own 0 stays."""
-    own = task.get_config("num_fewshot")
-    if wanted is not None and own != 0:
-        task.set_config(key="num_fewshot", value=wanted)
-    elif own is None:
+    task_shots = task.get_config("num_fewshot")
+    if shots is not None and task_shots != 0:
+        task.set_config(key="num_fewshot", value=shots)
+    elif task_shots is None:
         task.set_config(key="num_fewshot", value=0)
 
 
@@ -251,7 +251,7 @@ class LmEvalTask:
                 answered=_document_counter(self.units, advance),
             )
             try:
-                found = evaluate(
+                report = evaluate(
                     lm=lm,
                     task_dict=self.built,
                     limit=self.protocol.limit,
@@ -263,13 +263,13 @@ class LmEvalTask:
                 raise IncompatibleData(
                     f"lm-eval cannot run {self.name}", where=str(error).splitlines()[0][:200]
                 ) from error
-        return [self._outcome(name, task, found) for name, task in self._all()]
+        return [self._outcome(name, task, report) for name, task in self._all()]
 
     def _all(self) -> list[tuple[str, Any]]:
         return [*self.built["tasks"].items(), *self.built.get("groups", {}).items()]
 
-    def _outcome(self, name: str, task: Any, found: dict[str, Any]) -> Outcome:
-        row, better = found["results"][name], found["higher_is_better"].get(name, {})
+    def _outcome(self, name: str, task: Any, report: dict[str, Any]) -> Outcome:
+        row, higher_is_better = report["results"][name], report["higher_is_better"].get(name, {})
         measures = {}
         for key, value in row.items():
             metric, _, kind = key.partition(",")
@@ -282,20 +282,22 @@ class LmEvalTask:
                     fix="leave the task out, ask more documents, or use --dtype float32",
                 )
             stderr = row.get(f"{metric}_stderr,{kind}")
-            known = isinstance(stderr, int | float) and math.isfinite(stderr)
+            has_stderr = isinstance(stderr, int | float) and math.isfinite(stderr)
             measures[metric if kind == "none" else key] = Measure(
-                float(value), float(stderr) if known else None, bool(better.get(metric, True))
+                float(value),
+                float(stderr) if has_stderr else None,
+                bool(higher_is_better.get(metric, True)),
             )
-        members = [name] if name in found["samples"] else self._leaves(task)
-        items = {member: _items(found["samples"][member]) for member in members}
-        everything = [item.sha256 for member in members for item in items[member]]
+        members = [name] if name in report["samples"] else self._leaves(task)
+        items = {member: _items(report["samples"][member]) for member in members}
+        hashes = [item.sha256 for member in members for item in items[member]]
         return Outcome(
             protocol=self._protocol_of(name, task),
             dataset=name,
             origin=" ".join(sorted({self._source(self.built["tasks"][m]).origin for m in members})),
-            targets=len(everything),
+            targets=len(hashes),
             limited=any(map(self._is_limited, members)),
-            sha256=hashlib.sha256("\n".join(everything).encode()).hexdigest(),
+            sha256=hashlib.sha256("\n".join(hashes).encode()).hexdigest(),
             measures=measures,
             items=items.get(name, ()),
         )
@@ -307,10 +309,10 @@ class LmEvalTask:
         """Return e.g. `lm-eval/piqa/0-shot/v1.0/first-100`."""
         leaves = [name] if name in self.built["tasks"] else self._leaves(task)
         tasks = [self.built["tasks"][leaf] for leaf in leaves]
-        shots = "+".join(sorted({str(one.get_config("num_fewshot")) for one in tasks}))
+        shots = "+".join(sorted({str(member.get_config("num_fewshot")) for member in tasks}))
         version = tasks[0].VERSION if name in self.built["tasks"] else (task.version or 0)
         text = f"lm-eval/{name}/{shots}-shot/v{version}"
-        others = sorted({r.split for one in tasks if (r := self._source(one).records)} - {""})
+        others = sorted({r.split for member in tasks if (r := self._source(member).records)} - {""})
         text += "".join(f"/on-{split}" for split in others)
         if self.protocol.apply_chat_template:
             text += "/chat"
@@ -331,7 +333,7 @@ def _items(samples: list[dict[str, Any]]) -> tuple[Item, ...]:
     A document that went through several of lm-eval's answer filters keeps the first one's values.
     """
     rows: dict[int, Item] = {}
-    for sample in sorted(samples, key=lambda one: int(one["doc_id"])):
+    for sample in sorted(samples, key=lambda row: int(row["doc_id"])):
         asked = json.dumps([sample["arguments"], sample["target"]], default=str, sort_keys=True)
         values = {
             metric: float(sample[metric])

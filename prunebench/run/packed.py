@@ -24,7 +24,7 @@ _WINDOWS = 4
 def packed_weights(
     plan: Plan, model: nn.Module, linears: list[Linear]
 ) -> Iterator[ExecutionBlock | None]:
-    """Run the model with packed weights inside, and as it was before and after.
+    """Pack the weights of the model inside the context, and restore them at its end.
 
     The packed model is first compared with the masked dense one, on a few windows.
 

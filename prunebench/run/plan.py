@@ -1,4 +1,4 @@
-"""What a run reads before it touches a weight: windows, texts, tasks, masks, everything checked.
+"""Load and check the inputs of a run before any weight: windows, texts, tasks, masks.
 
 A text that is too short, a token that the model has no row for, a full disk or a width that M does
 not divide is found here, in seconds, and not after the pruning.
@@ -39,19 +39,19 @@ from prunebench.spec import RunSpec, Setup, Weights
 
 @dataclass(frozen=True, kw_only=True)
 class Plan(ResolvedSpec):
-    """A run that has been checked as far as it can be without its weights.
+    """A run with all inputs loaded and checked, except its weights.
 
     Attributes:
-        tokenizer: Of the model.
-        linears: All that are prunable, without weights.
+        tokenizer: The model's.
+        linears: The prunable linears, without weights.
         allocation: The ratios of a file, where one was named.
-        windows: Calibration tokens, for methods that read them.
-        calibration: What the result says of them.
+        windows: Calibration tokens [samples, seqlen], for methods that read them.
+        calibration: Their description in the result.
         texts: Scored first.
         tasks: Scored after the texts.
-        training: Windows to learn from, for methods that learn.
-        masks: Masks that were named, for methods that read them.
-        weights: Where the weights will be.
+        training: Training windows, for methods that train.
+        masks: The named masks, for methods that read them.
+        weights: `resident` or `disk`.
     """
 
     tokenizer: Any
@@ -144,7 +144,7 @@ def _require_contexts(named: RunSpec, config: Any) -> None:
 
 
 def _check_bos(resolved: ResolvedSpec, config: Any, tokenizer: Any) -> None:
-    """Refuse windows that should begin with a BOS that is not there; say where they should."""
+    """Refuse windows that need a BOS which the tokenizer lacks; note where BOS is expected."""
     entry = resolved.model.source.entry
     always = entry is not None and entry.bos == "window"
     learns = resolved.pruner.needs.training is not None
@@ -154,7 +154,7 @@ def _check_bos(resolved: ResolvedSpec, config: Any, tokenizer: Any) -> None:
 
 
 def _check_files(resolved: ResolvedSpec, model: torch.nn.Module) -> None:
-    """Refuse files that are not the model's, and what could not be saved afterwards."""
+    """Refuse files that do not match the model, and outputs that could not be saved."""
     path = resolved.model.path
     check_tensors(model, stored_tensors(weight_files(path)))
     size = StoredDtype.of(path).saved_bytes(resolved.spec.dtype)
@@ -178,7 +178,7 @@ def _open_masks(resolved: ResolvedSpec, linears: list[Linear]) -> Masks | None:
 
 
 def _prepare_training(resolved: ResolvedSpec, tokenizer: Any, vocabulary: int) -> Training | None:
-    """Cut what is learned from into windows."""
+    """Cut the training text into windows."""
     need, progress, spec = resolved.pruner.needs.training, resolved.progress, resolved.spec
     if need is None:
         return None
@@ -271,18 +271,18 @@ def _prepare_tasks(resolved: ResolvedSpec, tokenizer: Any, vocabulary: int) -> l
 def _place_weights(
     resolved: ResolvedSpec, model: torch.nn.Module, tasks: list[Evaluator]
 ) -> Weights:
-    """Decide where the weights will be, and say so where they will not be in memory.
+    """Choose `resident` or `disk`, with a note for `disk`.
 
     Raises:
         UsageError: The method, the allocator or a task needs all weights in memory.
         IncompatibleData: The checkpoint cannot be read a block at a time.
     """
-    spec, wanted = resolved.spec, resolved.setup.weights
-    if wanted == "resident":
+    spec, choice = resolved.spec, resolved.setup.weights
+    if choice == "resident":
         return "resident"
     dtype = getattr(torch, spec.dtype)
     chosen, facts = choose_weights(model_sizes(model, dtype), resolved.device)
-    if wanted == "auto":
+    if choice == "auto":
         if chosen == "resident":
             return "resident"
         resolved.progress.note(f"weights stay on disk: {facts}")
@@ -333,12 +333,12 @@ def _prepare_texts(resolved: ResolvedSpec, tokenizer: Any, vocabulary: int) -> l
     return texts
 
 
-# ---------------------------------------------------------------- what was read is what was named
+# ---------------------------------------------------------------- inputs match the resolved spec
 
 
-def _require_identity(text: TextIdentity, wanted: TextIdentity | None) -> None:
-    if wanted is None or (text.name, text.origin) != (wanted.name, wanted.origin):
-        raise _changed(f"the text {text.name}", text.origin, wanted.origin if wanted else "")
+def _require_identity(text: TextIdentity, expected: TextIdentity | None) -> None:
+    if expected is None or (text.name, text.origin) != (expected.name, expected.origin):
+        raise _changed(f"the text {text.name}", text.origin, expected.origin if expected else "")
 
 
 def _require_same(
@@ -359,9 +359,9 @@ def _require_same(
         raise _changed("the masks", masks.origin, "what they were a moment ago")
 
 
-def _changed(what: str, read: str, wanted: str) -> CheckFailed:
+def _changed(what: str, read: str, expected: str) -> CheckFailed:
     return CheckFailed(
         f"{what} changed while it was read",
-        where=f"read {read}, wanted {wanted}",
+        where=f"read {read}, wanted {expected}",
         fix="leave the files alone while a run begins, and start it again",
     )

@@ -1,10 +1,10 @@
-"""From a spec of names to a spec of contents: cheap, and all that a spec's identity needs.
+"""Resolve a spec of names to a spec of contents: cheap, and all that `spec_id` depends on.
 
     resolved = resolve(spec, setup)     # resolved.spec.spec_id is that of the result to come
 
-Methods, options, models, texts and tasks are names in tables of ours; a model is fetched if it is
-not here; a text, a mask or a file of ratios is named by its origin or its hash. Nothing is
-tokenized and no model is built: `plan.load_inputs` does that, for a spec that has no result yet.
+Names are checked first (`run.names`). A model is fetched if it is not on this machine; a text, a
+mask or a file of ratios is identified by its origin or its hash. Nothing is tokenized (but for
+`--ppl-tokens`) and no model is built: `plan.load_inputs` does that, for a spec without a result.
 Every step returns the fields that it fills in; they are applied once.
 """
 
@@ -55,14 +55,14 @@ class ResolvedSpec:
         setup: Where the run happens.
         store: The results folder.
         clock: Called with the stages.
-        devices: Run calibration batches in turn; all else is done on the first.
+        devices: Share the calibration batches; everything else runs on the first.
         model: The folder of the weights.
-        dtype: Why the weights are read in the dtype of the spec.
+        dtype: The dtype of the weights, with the reason.
         pruner: The method with its options.
-        allocator: What spreads the sparsity over the layers; None where a file does.
+        allocator: Spreads the sparsity over the layers; None where a file does.
         sparsity: The target.
-        calibration_text: What is calibrated on, if it is a text and not a file of tokens.
-        training_text: Name and origin of what a method learns from.
+        calibration_text: Identity of the calibration text; None for a file of tokens.
+        training_text: Identity of the training text, if any.
         started: `time.perf_counter()` at the beginning.
     """
 
@@ -230,7 +230,7 @@ def path_in(name: str) -> Path:
     return Path(name.partition(":")[2]).expanduser()
 
 
-# ---------------------------------------------------------------- what does not go together
+# ---------------------------------------------------------------- checks
 
 
 def _require_unseen(spec: RunSpec, training_text: TextIdentity | None) -> None:

@@ -1,7 +1,7 @@
-"""Where the weights of a run are, and what an interrupted run has left for this one.
+"""Load the model (in memory or streamed from disk) and resume an interrupted run.
 
-`resident`: all in memory. `disk`: a block at a time (`models.disk`), and every finished block is
-kept in the cache until the result has been filed. Neither changes a number.
+`resident`: all weights in memory. `disk`: a block at a time (`models.disk`), with every finished
+block saved in the cache until the result has been saved. Neither changes a number.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from prunebench.run.resolve import ResolvedSpec
 
 
 def journal_folder(resolved: ResolvedSpec) -> Path:
-    """Return where a run keeps what it has finished: a name that stands for all it depends on."""
+    """Return the journal folder of a run: its name is a hash of all that the blocks depend on."""
     import transformers
 
     facts = [
@@ -42,12 +42,12 @@ def journal_folder(resolved: ResolvedSpec) -> Path:
 
 
 def runs_folder() -> Path:
-    """Return the folder of all that unfinished runs keep."""
+    """Return the folder of all journals."""
     return cache_dir() / "runs"
 
 
 def unfinished_runs() -> list[JournalInfo]:
-    """Return what all interrupted runs have left, the newest first."""
+    """Return the journals of all interrupted runs, the newest first."""
     folders = [path for path in runs_folder().glob("*") if path.is_dir()]
     infos = [info for info in map(journal_info, sorted(folders)) if info]
     return sorted(infos, key=lambda info: info.age_seconds)
@@ -55,9 +55,9 @@ def unfinished_runs() -> list[JournalInfo]:
 
 @contextmanager
 def open_run_state(plan: Plan) -> Iterator[RunJournal | None]:
-    """Open what this run keeps; None where the weights are in memory.
+    """Open the journal of this run; None where the weights are in memory.
 
-    It stays where the run ends with an error, and goes when the run is finished.
+    It is removed when the run has finished, and stays if the run ends with an error.
 
     Raises:
         SaveError: The cache cannot be written.
@@ -69,15 +69,17 @@ def open_run_state(plan: Plan) -> Iterator[RunJournal | None]:
     journal = RunJournal(folder)
     has_lock = journal.lock()
     if not has_lock:
-        progress.note(f"another process runs this very command ({folder}): this one keeps nothing")
+        progress.note(
+            f"another process runs this very command ({folder}): this one cannot be resumed"
+        )
         journal = RunJournal(folder.with_name(f"{folder.name}-{secrets.token_hex(4)}"))
         journal.lock()
-    found = read_journal(journal.folder) is not None
-    with progress.stage("verify", detail="what is kept") if found else nullcontext():
+    has_journal = read_journal(journal.folder) is not None
+    with progress.stage("verify", detail="saved blocks") if has_journal else nullcontext():
         journal.read()
     if journal.blocks:
         progress.note(
-            f"going on: {len(journal.blocks)} blocks were finished before, in {journal.folder}"
+            f"resuming: {len(journal.blocks)} blocks finished before, in {journal.folder}"
         )
     journal.state = replace(
         journal.state,
@@ -100,7 +102,7 @@ def open_run_state(plan: Plan) -> Iterator[RunJournal | None]:
 
 
 def open_model(plan: Plan, journal: RunJournal | None) -> nn.Module:
-    """Load the dense model, or what lies outside its blocks."""
+    """Load the dense model, or for `disk` only what lies outside its blocks."""
     dtype = getattr(torch, plan.spec.dtype)
     if journal is None:
         return load_model(plan.model.path, dtype=dtype, device=plan.device)
@@ -115,10 +117,10 @@ def open_model(plan: Plan, journal: RunJournal | None) -> nn.Module:
 
 
 def restore_finished_blocks(plan: Plan, model: nn.Module) -> None:
-    """Take the finished blocks for the model's, if the method can go on from them.
+    """Load the finished blocks into the model, if the method can resume from them.
 
-    A method that decides group by group can; one that carries something from block to block (the
-    generator of `random`) begins again.
+    A method that decides group by group can; one that carries state from block to block (the
+    generator of `random`) starts over.
     """
     weights = weights_of(model)
     if isinstance(weights, DiskWeights):

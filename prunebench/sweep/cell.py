@@ -35,8 +35,8 @@ class RecipeCell:
         for key, value in self.given.items():
             option = f"--{key.replace('_', '-')}"
             if key == "set":
-                for name, one in flat_options(value):
-                    words += [option, f"{name}={option_word(one)}"]
+                for name, option_value in flat_options(value):
+                    words += [option, f"{name}={option_word(option_value)}"]
             elif isinstance(value, bool):
                 words += [option] if value else []
             else:
@@ -56,7 +56,8 @@ class RecipeCell:
         if values["allocation"] != "uniform":
             text += f", {values['allocation']}"
         options = [
-            f"{name}={option_word(one)}" for name, one in flat_options(self.given.get("set", {}))
+            f"{name}={option_word(option_value)}"
+            for name, option_value in flat_options(self.given.get("set", {}))
         ]
         text += f", {' '.join(options)}" if options else ""
         return f"{text} on {values['model']}, seed {values['seed']}"
@@ -88,22 +89,22 @@ class RecipeCell:
 
     def scores(self, value: PublishedValue) -> bool:
         """Whether its scores can stand beside a value that was published or measured before."""
-        mine = self.values
-        same = (mine["method"], mine["sparsity"], mine["model"], mine["allocation"]) == (
-            value.method, value.sparsity, value.model, value.allocation,
-        )  # fmt: skip
-        if not same:
+        options = self.values
+        if any(
+            options[key] != getattr(value, key)
+            for key in ("method", "sparsity", "model", "allocation")
+        ):
             return False
         if value.metric == "token_ppl":
-            texts = [re.split("[@:]", name)[0] for name in mine["ppl"]]
+            texts = [re.split("[@:]", name)[0] for name in options["ppl"]]
             asked_so = (value.seqlen, value.limit, value.bos) == (
-                mine["ppl_seqlen"], mine["ppl_tokens"], mine["ppl_bos"],
+                options["ppl_seqlen"], options["ppl_tokens"], options["ppl_bos"],
             )  # fmt: skip
             return asked_so and value.dataset in texts
         presets = task_table()["preset"]
-        asked = {task for name in mine["tasks"] for task in presets.get(name, [name])}
-        zero_shot = mine["num_fewshot"] in (None, 0) and not mine["apply_chat_template"]
-        return zero_shot and mine["limit"] == value.limit and set(value.tasks) <= asked
+        asked = {task for name in options["tasks"] for task in presets.get(name, [name])}
+        zero_shot = options["num_fewshot"] in (None, 0) and not options["apply_chat_template"]
+        return zero_shot and options["limit"] == value.limit and set(value.tasks) <= asked
 
 
 def flat_options(options: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -66,14 +66,14 @@ def _of_paper(entry: dict[str, Any], where: str) -> list[PublishedValue]:
             fix=nearest(entry["paper"], papers),
         )  # fmt: skip
     if "table" in entry:
-        wanted = [entry["table"]] if isinstance(entry["table"], str) else entry["table"]
-        for table in wanted:
-            if table not in {value.table for value in values}:
+        tables = [entry["table"]] if isinstance(entry["table"], str) else entry["table"]
+        for name in tables:
+            if name not in {value.table for value in values}:
                 raise UsageError(
-                    f"arXiv {entry['paper']} has no {table!r}", where=where,
-                    fix=nearest(str(table), {value.table for value in values}),
+                    f"arXiv {entry['paper']} has no {name!r}", where=where,
+                    fix=nearest(str(name), {value.table for value in values}),
                 )  # fmt: skip
-        values = [value for value in values if value.table in wanted]
+        values = [value for value in values if value.table in tables]
     for key in ("method", "model", "metric", "sparsity"):
         if key in entry:
             values = [value for value in values if getattr(value, key) == str(entry[key])]

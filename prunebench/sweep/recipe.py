@@ -95,13 +95,15 @@ class Recipe:
             UsageError: A word is no selector, its key is unknown, or no cell is selected.
         """
         options = {
-            OPTION + name for c in self.cells for name, _ in flat_options(c.given.get("set", {}))
+            OPTION + name
+            for cell in self.cells
+            for name, _ in flat_options(cell.given.get("set", {}))
         }
-        known = options | RUN_KEYS.keys() - {"set"}
+        selectors = options | RUN_KEYS.keys() - {"set"}
         filters = read_selectors(words)
         for key in filters:
-            if key not in known:
-                raise UsageError(f"unknown selector {key!r}", fix=nearest(key, known))
+            if key not in selectors:
+                raise UsageError(f"unknown selector {key!r}", fix=nearest(key, selectors))
         chosen = [cell for cell in self.cells if cell.matches(filters)]
         if not chosen:
             raise self._nothing_selected(filters)
@@ -195,8 +197,10 @@ def _axis(key: str, value: Any) -> list[Any]:
     if key in NEVER_AXES:
         return [value]
     if isinstance(value, dict):
-        inner = {name: _axis(name, one) for name, one in value.items()}
-        return [dict(zip(inner, one, strict=True)) for one in itertools.product(*inner.values())]
+        inner = {name: _axis(name, option) for name, option in value.items()}
+        return [
+            dict(zip(inner, values, strict=True)) for values in itertools.product(*inner.values())
+        ]
     return value if isinstance(value, list) else [value]
 
 

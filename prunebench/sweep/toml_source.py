@@ -35,8 +35,8 @@ class RecipeSource:
         heads = [i for i, line in enumerate(lines) if line.strip().startswith(section)]
         start = heads[nth] if section and nth < len(heads) else 0
         pattern = re.compile(rf"^\s*\[*\s*[\"']?{re.escape(key)}[\"']?\s*[=\].]")
-        found = (i for i in range(start, len(lines)) if pattern.match(lines[i]))
-        return f"{self.path}, line {next(found, start) + 1}"
+        matches = (i for i in range(start, len(lines)) if pattern.match(lines[i]))
+        return f"{self.path}, line {next(matches, start) + 1}"
 
     def check(
         self, table: Any, known: Mapping[str, Kinds], section: str, nth: int = 0, *,
@@ -55,19 +55,19 @@ class RecipeSource:
                 raise UsageError(
                     f"unknown key {key!r}{place}", where=where, fix=nearest(key, known)
                 )
-            wanted = known[key]
+            kinds = known[key]
             is_axis = axes and isinstance(value, list) and key not in NEVER_AXES
             if is_axis and not value:
                 raise UsageError(f"{key} = [] leaves no cell", where=where, fix="name a value")
-            for one in value if is_axis else [value]:
-                self._check_kind(key, one, wanted, where)
+            for item in value if is_axis else [value]:
+                self._check_kind(key, item, kinds, where)
 
-    def _check_kind(self, key: str, value: Any, wanted: Kinds, where: str) -> None:
-        kinds = wanted if isinstance(wanted, tuple) else (wanted,)
-        if isinstance(value, kinds) and not (isinstance(value, bool) and bool not in kinds):
+    def _check_kind(self, key: str, value: Any, expected: Kinds, where: str) -> None:
+        types = expected if isinstance(expected, tuple) else (expected,)
+        if isinstance(value, types) and not (isinstance(value, bool) and bool not in types):
             return
         raise UsageError(
             f"{key} = {value!r} has the wrong type",
             where=where,
-            fix="it should be " + " or ".join(kind.__name__ for kind in kinds),
+            fix="it should be " + " or ".join(kind.__name__ for kind in types),
         )

@@ -94,7 +94,7 @@ class Resources:
 
     def described(self) -> str:
         """Say in a few words what is asked for."""
-        asked = [(one.name, getattr(self, one.name)) for one in fields(self)]
+        asked = [(option.name, getattr(self, option.name)) for option in fields(self)]
         return ", ".join(f"{name} {value:g}" if isinstance(value, _NUMBER) else f"{name} {value}"
                          for name, value in asked if value is not None)  # fmt: skip
 
@@ -128,14 +128,14 @@ def _typed(kind: type | tuple[type, ...], value: str) -> Any:
 
 def _minutes(text: str) -> int:
     """Read minutes, `4:00:00` or `1-12:00:00`; `4:00` is refused, for it means two things."""
-    found = _TIME.fullmatch(text.strip())
-    if not found:
+    match = _TIME.fullmatch(text.strip())
+    if not match:
         raise UsageError(
             f"time {text!r} is not understood",
             where="Slurm reads 4:00 as four minutes, people as four hours",
             fix="as in time=240 (minutes), 4:00:00 or 1-12:00:00",
         )
-    parts = {name: int(value or 0) for name, value in found.groupdict().items()}
+    parts = {name: int(value or 0) for name, value in match.groupdict().items()}
     minutes = parts["minutes"] or (parts["d"] * 24 + parts["h"]) * 60 + parts["m"]
     if minutes < 1:
         raise UsageError(f"time {text!r} is less than a minute", fix="as in time=60")

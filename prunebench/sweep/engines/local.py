@@ -94,8 +94,8 @@ def slots_of_machine(jobs: int, devices: Collection[str]) -> list[dict[str, str]
     if jobs == 1:
         return [{}]
     gpus = [] if set(devices) == {"cpu"} else _gpus()
-    if gpus or any(one.startswith("cuda") for one in devices):
-        if jobs > len(gpus) or any(":" in one for one in devices):
+    if gpus or any(device.startswith("cuda") for device in devices):
+        if jobs > len(gpus) or any(":" in device for device in devices):
             raise UsageError(
                 f"--jobs {jobs} needs {jobs} GPUs, and there are {len(gpus)} to choose from",
                 where="two cells on one GPU would measure each other",
@@ -112,5 +112,5 @@ def _gpus() -> list[str]:
 
     if not torch.cuda.is_available():
         return []
-    named = [one for one in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if one]
+    named = [gpu for gpu in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if gpu]
     return named or [str(index) for index in range(torch.cuda.device_count())]

@@ -33,7 +33,7 @@ def run_job(
         hear: Gets every line that it writes to stderr; None writes them to stderr here.
         started: Gets the process once it runs.
     """
-    begun = time.monotonic()
+    start_time = time.monotonic()
     try:
         process = subprocess.Popen(
             [sys.executable, "-m", "prunebench", *job.words],
@@ -50,7 +50,7 @@ def run_job(
     lines = _listen(process, hear or _to_stderr)
     code = process.wait()
     reader.join()
-    seconds = time.monotonic() - begun
+    seconds = time.monotonic() - start_time
     if code == 0:
         return JobEnd(0, result_id=_result_id(output[0]), seconds=seconds)
     reason, stage = _why(lines, code)
@@ -71,14 +71,14 @@ def _all_of(process: subprocess.Popen[str]) -> str:
 def _listen(process: subprocess.Popen[str], hear: Callable[[str], None]) -> list[str]:
     """Pass lines on, and keep the error message and the last line of all."""
     assert process.stderr is not None
-    kept: list[str] = []
+    lines: list[str] = []
     with process.stderr:
         for line in process.stderr:
             hear(line.rstrip("\n"))
-            if not (kept and kept[0].startswith("error: ")):
-                kept.clear()
-            kept.append(line)
-    return kept
+            if not (lines and lines[0].startswith("error: ")):
+                lines.clear()
+            lines.append(line)
+    return lines
 
 
 def _why(lines: list[str], code: int) -> tuple[str, str]:
