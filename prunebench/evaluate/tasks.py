@@ -1,4 +1,4 @@
-"""Accuracy by lm-eval, in process, on the very model object that was pruned.
+"""Accuracy by lm-eval, in process, on the pruned model object itself.
 
 lm-eval (https://github.com/EleutherAI/lm-evaluation-harness) brings tasks, prompts, targets,
 metrics and standard errors; its evaluator is called as its own command line calls it. What is
@@ -32,7 +32,7 @@ _FEWSHOT_SEED = 1234  # lm-eval's default
 
 @dataclass(frozen=True)
 class Protocol:
-    """How tasks are asked; the same for all tasks of a run.
+    """Shots, limit and prompt format, the same for all tasks of a run.
 
     Attributes:
         num_fewshot: Examples before each question; None is the task's own number.
@@ -77,7 +77,7 @@ def _few_tasks(include_path: Path | None) -> Any:
 
 
 def _manager(names: Sequence[str], include_path: Path | None) -> Any:
-    """Return a task manager that knows all of `names`, if lm-eval does.
+    """Return a task manager that has all of `names`, if lm-eval has them.
 
     A group names other tasks, which may be anywhere; single tasks need no files but their own.
     """
@@ -86,7 +86,7 @@ def _manager(names: Sequence[str], include_path: Path | None) -> Any:
 
 
 def check_task_names(names: Sequence[str], include_path: Path | None) -> None:
-    """Refuse a task that lm-eval does not know.
+    """Refuse a task that lm-eval does not have.
 
     Raises:
         UsageError: An unknown name; the nearest are named.
@@ -115,11 +115,11 @@ def prepare_tasks(
     """Build the tasks, with their records.
 
     Args:
-        names: As lm-eval knows them.
-        protocol: How they are asked.
+        names: Names of lm-eval.
+        protocol: Shots, limit and prompt format.
         tokenizer: The model's.
         vocabulary: Rows of the model's embedding.
-        progress: Hears of downloads.
+        progress: Reports downloads.
 
     Raises:
         MissingResource: Records or few-shot examples that cannot be had here.
@@ -167,14 +167,14 @@ def _set_shots(task: Any, shots: int | None) -> None:
 
 @dataclass(frozen=True)
 class LmEvalTask:
-    """One task or group of lm-eval, ready to be asked.
+    """One task or group of lm-eval, built and ready to be evaluated.
 
     Attributes:
-        name: As it was asked for.
+        name: As the user gave it.
         built: lm-eval's task objects (`TaskManager.load`).
         loaded: Where each data set came from, by path and name.
         counts: Documents of each task, without a limit.
-        protocol: How they are asked.
+        protocol: Shots, limit and prompt format.
         tokenizer: The model's.
     """
 
@@ -187,7 +187,7 @@ class LmEvalTask:
 
     @property
     def unit(self) -> str:
-        """What is counted."""
+        """The unit of `units`."""
         return "documents"
 
     @property
@@ -197,17 +197,17 @@ class LmEvalTask:
 
     @property
     def generates(self) -> bool:
-        """Whether some task asks the model to write, not to judge."""
+        """Whether some task generates text instead of scoring given answers."""
         return any(task.OUTPUT_TYPE == "generate_until" for task in self.built["tasks"].values())
 
     @property
     def protocols(self) -> tuple[str, ...]:
-        """The protocols of all scores that will come out."""
+        """The protocols of all scores."""
         return tuple(self._protocol_of(name, task) for name, task in self._all())
 
     @property
     def key(self) -> str:
-        """Changes with lm-eval, the tasks' files, their records, and how they are asked."""
+        """Cache key: lm-eval's version, the tasks' files, their records, and the protocol."""
         import lm_eval
 
         facts = [
@@ -231,7 +231,7 @@ class LmEvalTask:
                 )
 
     def score(self, model: nn.Module, *, advance: Callable[[int], None]) -> list[Outcome]:
-        """Ask `model` every question.
+        """Evaluate `model` on the task.
 
         Raises:
             IncompatibleData: lm-eval refuses the task or the model.
@@ -328,7 +328,7 @@ class LmEvalTask:
 
 
 def _items(samples: list[dict[str, Any]]) -> tuple[Item, ...]:
-    """Return what came out for every document, in the order of the data set.
+    """Return the values of every document, in the order of the data set.
 
     A document that went through several of lm-eval's answer filters keeps the first one's values.
     """

@@ -141,13 +141,7 @@ def _execute(plan: Plan) -> Result:
             training=build_training_block(plan, report),
             allocation=build_allocation_block(spec, allocation),
             sparsity=build_sparsity_block(plan, measured, report, allocation),
-            scores=[
-                score
-                for pair in zip(
-                    [*outcomes, *diverged], [*dense, *map(at_dense, diverged)], strict=True
-                )
-                for score in build_score_blocks(*pair)
-            ],
+            scores=build_score_blocks([*outcomes, *diverged], [*dense, *map(at_dense, diverged)]),
             execution=execution,
             cost=build_cost_block(
                 plan,

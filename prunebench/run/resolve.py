@@ -54,7 +54,7 @@ class ResolvedSpec:
         named: The spec with names, which say where the contents are.
         setup: Where the run happens.
         store: The results folder.
-        clock: Called with the stages.
+        progress: Reports and times the stages.
         devices: Share the calibration batches; everything else runs on the first.
         model: The folder of the weights.
         dtype: The dtype of the weights, with the reason.
@@ -117,19 +117,16 @@ def resolve(spec: RunSpec, setup: Setup) -> ResolvedSpec:
         stored=StoredDtype.of(fetched.path) if is_fp8(fetched.path) else None,
     )
     calibration, calibration_fields = _identify_calibration(named.spec)
-    training_text, training_fields = _identify_training(named)
+    training_text = _identify_training(named)
     fields: Fields = {
         "model": source.id,
         "model_revision": model.revision,
         "dtype": dtype.dtype,
         **_identify_allocation(named.spec),
-        **_identify_masks(named, progress),
+        **_identify_method(named, training_text, progress),
         **calibration_fields,
         **_identify_ppl(named.spec, model, progress),
     }
-    if training_fields:
-        options = fields.get("method_options", named.spec.method_options)
-        fields["method_options"] = {**options, **training_fields}
     resolved = named.spec.model_copy(update=fields)
     check_packed(resolved, named.sparsity, backend=setup.backend, device=devices[0])
     _require_unseen(resolved, training_text)
@@ -167,16 +164,14 @@ def _identify_calibration(spec: RunSpec) -> tuple[TextIdentity | None, Fields]:
     return text, {"calibration": text.name, "calibration_origin": text.origin}
 
 
-def _identify_training(named: NamedSpec) -> tuple[TextIdentity | None, Fields]:
+def _identify_training(named: NamedSpec) -> TextIdentity | None:
     need = named.pruner.needs.training
     if need is None:
-        return None, {}
+        return None
     if need.text.startswith("tokens:"):
         digest = sha256_file(path_in(need.text))
-        text = TextIdentity(f"tokens-{digest[:12]}", "all", f"sha256:{digest}")
-    else:
-        text = identify_text(need.text, use="calibration")
-    return text, {"train_data": text.name}
+        return TextIdentity(f"tokens-{digest[:12]}", "all", f"sha256:{digest}")
+    return identify_text(need.text, use="calibration")
 
 
 def _identify_ppl(spec: RunSpec, model: LocalModel, progress: StageTimer) -> Fields:
@@ -215,14 +210,18 @@ def _identify_allocation(spec: RunSpec) -> Fields:
     return {"allocation": "file", "allocation_options": {"sha256": digest}}
 
 
-def _identify_masks(named: NamedSpec, progress: StageTimer) -> Fields:
-    name = named.pruner.needs.masks
-    if name is None:
-        return {}
-    with progress.stage("masks", detail=name):
-        origin = masks_origin(name, progress)
-    options = named.spec.method_options
-    return {"method_options": {k: origin if v == name else v for k, v in options.items()}}
+def _identify_method(
+    named: NamedSpec, training_text: TextIdentity | None, progress: StageTimer
+) -> Fields:
+    """Replace masks and training text by their identity in the options of the method."""
+    name, options = named.pruner.needs.masks, dict(named.spec.method_options)
+    if name is not None:
+        with progress.stage("masks", detail=name):
+            origin = masks_origin(name, progress)
+        options = {key: origin if value == name else value for key, value in options.items()}
+    if training_text is not None:
+        options["train_data"] = training_text.name
+    return {"method_options": options}
 
 
 def path_in(name: str) -> Path:

@@ -165,8 +165,8 @@ def build_sparsity_block(
     )
 
 
-def build_score_blocks(outcome: Outcome, dense: Outcome) -> list[Score]:
-    """Describe the scores of the pruned model under one protocol, with the dense model's."""
+def build_score_blocks(pruned: list[Outcome], dense: list[Outcome]) -> list[Score]:
+    """Describe the scores of the pruned model, each with the dense model's of its protocol."""
     return [
         Score(
             metric=metric,
@@ -174,14 +174,15 @@ def build_score_blocks(outcome: Outcome, dense: Outcome) -> list[Score]:
             origin=outcome.origin,
             protocol=outcome.protocol,
             value=measure.value,
-            dense_value=dense.measures[metric].value,
+            dense_value=reference.measures[metric].value,
             higher_is_better=measure.higher_is_better,
             targets=outcome.targets,
             limited=outcome.limited,
             tokens_sha256=outcome.sha256,
             stderr=measure.stderr,
-            dense_stderr=dense.measures[metric].stderr,
+            dense_stderr=reference.measures[metric].stderr,
         )
+        for outcome, reference in zip(pruned, dense, strict=True)
         for metric, measure in outcome.measures.items()
     ]
 

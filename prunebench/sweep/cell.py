@@ -19,8 +19,8 @@ class RecipeCell:
     """One run of a recipe.
 
     Attributes:
-        number: Its place in the recipe, from 1.
-        given: The options of `prunebench run` that the recipe gives.
+        number: Index in the recipe, from 1.
+        given: The options of `prunebench run` that the recipe sets.
         values: All options, with defaults.
     """
 
@@ -30,7 +30,7 @@ class RecipeCell:
 
     @property
     def arguments(self) -> list[str]:
-        """The words behind `prunebench run`."""
+        """The command-line arguments of `prunebench run`."""
         words: list[str] = []
         for key, value in self.given.items():
             option = f"--{key.replace('_', '-')}"
@@ -48,7 +48,7 @@ class RecipeCell:
 
     @property
     def name(self) -> str:
-        """What tells it from the others, in a few words."""
+        """A short name: method, sparsity, allocation, options, model, seed."""
         values = self.values
         text = values["method"]
         if text != "dense":
@@ -64,11 +64,11 @@ class RecipeCell:
 
     @property
     def spec(self) -> RunSpec:
-        """What is run, before names are resolved to content."""
+        """The spec, before names are resolved to content."""
         return spec_of(self.values)
 
     def matches(self, filters: Mapping[str, Sequence[str]]) -> bool:
-        """Whether it is selected by `key=value,value` filters; a value may hold `*`.
+        """Return whether `key=value,value` filters select the cell; a value may hold `*`.
 
         Of an option that is a list, such as `tasks`, one of its values is enough. `set.KEY` is an
         option that the recipe sets.
@@ -79,7 +79,7 @@ class RecipeCell:
         )
 
     def value(self, key: str) -> list[Any]:
-        """Return what a selector's key means here; an empty list is `None`."""
+        """Return the values of a selector's key; an empty list is `[None]`."""
         if key.startswith(OPTION):
             return [
                 dict(flat_options(self.given.get("set", {}))).get(key.removeprefix(OPTION), "-")
@@ -88,7 +88,7 @@ class RecipeCell:
         return list(value or [None]) if isinstance(value, tuple | list) else [value]
 
     def scores(self, value: PublishedValue) -> bool:
-        """Whether its scores can stand beside a value that was published or measured before."""
+        """Return whether its scores are comparable with a published or measured value."""
         options = self.values
         if any(
             options[key] != getattr(value, key)

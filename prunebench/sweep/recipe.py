@@ -1,4 +1,4 @@
-"""Recipes: TOML files with one run or a grid of them, and what should come out.
+"""Recipes: TOML files with one run or a grid of them, and expected values.
 
     about = "Wanda on LLaMA-2"      # for people
     model = "llama2-7b"             # at the top: options of `prunebench run`, for all cells
@@ -19,11 +19,11 @@
     value = 123.0
     tolerance = 0.05
 
-    [needs]                         # what it takes; a sweep looks before it starts
+    [needs]                         # checked before a sweep starts
     gpu_memory_gb = { llama2-7b = 19 }
     time = "not measured"
 
-    [resources]                     # what a cell asks of Slurm or Ray, if --resource does not
+    [resources]                     # requested per cell from Slurm or Ray; --resource overrides
     gpus = 1
     time = "4:00:00"
 
@@ -61,10 +61,10 @@ class Recipe:
     Attributes:
         about: What it is for.
         cells: Its runs, in the order of the file.
-        expectations: What should come out.
-        gpu_memory_gb: What a GPU needs for a model, as far as the recipe says.
-        time: What the recipe says about time.
-        resources: What a cell asks of a cluster, by the keys of `--resource`.
+        expectations: Expected values.
+        gpu_memory_gb: GPU memory for each model, as far as the recipe has it.
+        time: Free text about its duration.
+        resources: Requested per cell from a cluster, by the keys of `--resource`.
     """
 
     path: Path
@@ -143,8 +143,8 @@ def read_recipe(path: Path, *, complete: bool = False) -> Recipe:
             leave options out, to be given as flags.
 
     Raises:
-        UsageError: It cannot be read, is not TOML, or holds what is not known: file, line and the
-            nearest known key are named.
+        UsageError: It cannot be read, is not TOML, or has an unknown key; the error names file,
+            line and the nearest key.
     """
     source = RecipeSource(path)
     table = source.table

@@ -15,7 +15,7 @@ NEVER_AXES = ("ppl", "tasks")
 
 
 class RecipeSource:
-    """The text of a recipe, to say where something stands."""
+    """The text and the table of a recipe, with line numbers for error messages."""
 
     def __init__(self, path: Path) -> None:
         self.path = path

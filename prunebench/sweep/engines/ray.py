@@ -16,12 +16,12 @@ from prunebench.sweep.engines.process import run_job
 
 
 def _require_listener() -> None:
-    """Find out at once whether anything listens where the cluster should be.
+    """Check that something listens at the address of the cluster.
 
-    `ray.init` itself tries for minutes, also where a killed cluster has left its address behind.
+    `ray.init` itself retries for minutes, also at the address left by a killed cluster.
 
     Raises:
-        OSError: Nothing does.
+        OSError: No connection.
     """
     address_file = Path(
         os.environ.get("RAY_TMPDIR", tempfile.gettempdir()), "ray", "ray_current_cluster"
@@ -38,15 +38,14 @@ def _require_listener() -> None:
 
 
 class RayEngine:
-    """Sends one Ray task a cell.
+    """Runs each cell as a Ray task.
 
-    Ray's own retries are off: whether a lost cell is tried again is the sweep's decision, the same
-    with every engine.
+    Ray's own retries are off: the sweep decides about retries, the same with every engine.
 
     Args:
-        resources: What a cell asks for.
+        resources: Requested for each cell.
         at_once: At most so many tasks at a time; None for any number.
-        note: Gets one line if no node has what is asked for.
+        note: Called with one line if no node has these resources.
 
     Raises:
         MissingResource: Ray is not installed, or no cluster answers.
@@ -109,7 +108,7 @@ class RayEngine:
         self._running.clear()
 
     def close(self) -> None:
-        """Leave the cluster, which runs on; what is left of this sweep in it ends."""
+        """Disconnect from the cluster; tasks of this sweep end, the cluster runs on."""
         self._ray.shutdown()
 
 
