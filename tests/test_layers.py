@@ -1,4 +1,4 @@
-"""Imports point down only (DESIGN section 3), no circle anywhere, and the rim stays light."""
+"""Imports point down only, without circles, and the outer modules stay light."""
 
 import ast
 import subprocess
