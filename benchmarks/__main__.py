@@ -21,6 +21,7 @@ import benchmarks.maskllm
 import benchmarks.packed
 import benchmarks.pruning
 import benchmarks.scoring
+import benchmarks.sweep
 import benchmarks.tasks  # noqa: F401  (they register their figures)
 from benchmarks.figures import FIGURES, Figure, machine
 

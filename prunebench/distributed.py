@@ -1,7 +1,7 @@
-"""One run in several processes, as torchrun and accelerate launch start them.
+"""One run in several processes, started by torchrun or accelerate launch.
 
-They say by the environment who is who (`RANK`, `WORLD_SIZE`, `LOCAL_RANK`). The first process
-checks, scores and files; the others load, learn with it, and are silent.
+Ranks come from the environment (`RANK`, `WORLD_SIZE`, `LOCAL_RANK`). Rank 0 checks, scores and
+saves; the other ranks load the model, train with it, and print nothing.
 """
 
 from __future__ import annotations
@@ -13,21 +13,21 @@ from datetime import timedelta
 
 from prunebench.errors import UsageError
 
-_PATIENCE = timedelta(hours=12)  # the others wait while the first scores the dense model
+_PATIENCE = timedelta(hours=12)  # the other ranks wait while rank 0 scores the dense model
 
 
 def world_size() -> int:
-    """Return how many processes were started together."""
+    """Return the number of processes; 1 without a launcher."""
     return int(os.environ.get("WORLD_SIZE", "1")) if "RANK" in os.environ else 1
 
 
 def rank() -> int:
-    """Return which of them this is; the first is 0."""
+    """Return the rank of this process; 0 without a launcher."""
     return int(os.environ["RANK"]) if world_size() > 1 else 0
 
 
 def device_of(name: str) -> str:
-    """Return the device of this process for a `--device` value: each has a GPU of its own."""
+    """Return the device of this process for a `--device` value: one GPU per local rank."""
     if world_size() == 1 or name not in ("auto", "cuda"):
         return name
     import torch
@@ -42,7 +42,7 @@ def process_group(*, device: str, trains: bool) -> Iterator[None]:
     """Join the group of processes, if there is one, and leave it at the end.
 
     Raises:
-        UsageError: The method does not learn: all processes would do the same work.
+        UsageError: The method does not train: all processes would do the same work.
     """
     if world_size() == 1:
         yield

@@ -1,7 +1,7 @@
-"""What a user can fix: one line what, one line where or why, one line what to do.
+"""Errors that a user can fix: one line what, one line where or why, one line what to do.
 
-Each class is an exit code of the command line (DESIGN section 7). Anything that is not a
-`PrunebenchError` is a bug of ours and ends with exit code 1.
+Each class has its own exit code, listed in the README. Any other exception is a bug of prunebench
+and ends with exit code 1.
 """
 
 from __future__ import annotations
@@ -38,25 +38,25 @@ class UsageError(PrunebenchError):
 
 
 class MissingResource(PrunebenchError):
-    """A model, a text or a network that is not there."""
+    """A model, a text, a package or a network is not available."""
 
     exit_code = 3
 
 
 class IncompatibleData(PrunebenchError):
-    """Data that is there, but damaged or does not fit the request."""
+    """Data is damaged, or does not fit the request."""
 
     exit_code = 4
 
 
 class SaveError(PrunebenchError):
-    """A result, a model or a cache entry that could not be written."""
+    """A result, a model or a cache entry could not be written."""
 
     exit_code = 5
 
 
 class CheckFailed(PrunebenchError):
-    """A check that was asked for, or that every run makes, did not hold."""
+    """A check failed: one that was requested, or one that every run makes."""
 
     exit_code = 6
 
@@ -68,13 +68,13 @@ class OutOfMemory(PrunebenchError):
 
 
 class SomeCellsFailed(PrunebenchError):
-    """A sweep that went through, with cells that failed."""
+    """A sweep finished, and some of its cells failed."""
 
     exit_code = 8
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """Say which known name is nearest to `name`, as the end of an error message.
+    """Suggest the nearest of some names, as the last line of an error message.
 
     Returns:
         `"did you mean 'wanda'? Known: ..."`, or only the list where nothing is near.

@@ -1,6 +1,6 @@
-"""Files that are whole or not there: the cache folder, atomic writes, exclusive publication.
+"""Atomic file writes, exclusive publication, and the cache folder.
 
-Everything the program leaves behind goes through here, so that `kill -9`, a full disk or fifty
+Every file that the program leaves behind is written here, so that `kill -9`, a full disk or fifty
 writers at once can lose a file but never leave half of one under its final name.
 """
 
@@ -22,6 +22,9 @@ import platformdirs
 from prunebench.errors import SaveError
 
 _CHUNK_BYTES = 4 << 20
+_PROBE_BYTES = 1 << 20
+
+_probed: set[tuple[int, int]] = set()  # device and inode of the folders that could be written to
 
 
 def cache_dir() -> Path:
@@ -31,7 +34,7 @@ def cache_dir() -> Path:
 
 
 def sha256_file(path: Path, *, advance: Callable[[int], None] | None = None) -> str:
-    """Return the SHA-256 of a file in hex; `advance` hears the bytes as they are read."""
+    """Return the SHA-256 of a file in hex; `advance` is called with the bytes of each read."""
     digest = hashlib.sha256()
     with path.open("rb") as stream:
         while block := stream.read(_CHUNK_BYTES):
@@ -42,7 +45,7 @@ def sha256_file(path: Path, *, advance: Callable[[int], None] | None = None) -> 
 
 
 def explain_os_error(error: OSError, path: Path) -> SaveError:
-    """Turn an operating system error into one that says what to do about it."""
+    """Convert an operating system error into one with a fix."""
     fixes = {
         errno.ENOSPC: "free space there, or name another folder",
         errno.EDQUOT: "your quota there is used up: free space, or name another folder",
@@ -57,17 +60,16 @@ def explain_os_error(error: OSError, path: Path) -> SaveError:
 
 
 def _raise_explained(error: Exception, path: Path) -> NoReturn:
-    """Raise what `explain_os_error` says of an error of writing `path`; any other error as it is.
+    """Raise `explain_os_error` of a failed write of `path`; any other error as it is.
 
-    Libraries in Rust (safetensors, tokenizers) say what the system said in the text of an error of
-    their own.
+    Libraries in Rust (safetensors, tokenizers) wrap the system's error in the text of their own.
     """
     if isinstance(error, OSError):
         raise explain_os_error(error, path) from error
-    found = re.search(r"\(os error (\d+)\)", str(error))
-    if found is None:
+    match = re.search(r"\(os error (\d+)\)", str(error))
+    if match is None:
         raise error
-    number = int(found[1])
+    number = int(match[1])
     raise explain_os_error(OSError(number, os.strerror(number)), path) from error
 
 
@@ -75,17 +77,14 @@ def require_writable(folder: Path, *, need_bytes: int = 1 << 20) -> None:
     """Make sure, before any work, that `need_bytes` can be written into `folder`.
 
     A small file is really written and flushed (permission bits say little to root or on a network
-    file system); larger needs are compared with the free space.
+    file system), once per folder and process; larger needs are compared with the free space.
 
     Raises:
         SaveError: The folder cannot be made, written to, or has too little room.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder) as probe:
-            probe.write(os.urandom(min(need_bytes, 1 << 20)))
-            probe.flush()
-            os.fsync(probe.fileno())
+        _probe(folder)
         free = shutil.disk_usage(folder).free
     except OSError as error:
         raise explain_os_error(error, folder) from error
@@ -95,6 +94,22 @@ def require_writable(folder: Path, *, need_bytes: int = 1 << 20) -> None:
             where=f"{need_bytes / 1e6:,.0f} MB are needed, {free / 1e6:,.0f} MB are free",
             fix="free space there, or name another folder",
         )
+
+
+def _probe(folder: Path) -> None:
+    """Write and flush a small file, unless this process has done so in this very folder.
+
+    A flush takes 0.1 s on a busy disk, and a sweep asks for each of its cells.
+    """
+    status = folder.stat()
+    identity = (status.st_dev, status.st_ino)
+    if identity in _probed:
+        return
+    with tempfile.TemporaryFile(dir=folder) as file:
+        file.write(os.urandom(_PROBE_BYTES))
+        file.flush()
+        os.fsync(file.fileno())
+    _probed.add(identity)
 
 
 def free_disk(folder: Path) -> int:
@@ -146,10 +161,10 @@ def atomic_folder(path: Path, *, replace: bool = False, exclusive: bool = False)
     """Yield a temporary folder beside `path`; on success it is renamed to `path`.
 
     Args:
-        path: Where to. An empty folder there is nothing.
-        replace: Whether what is there goes, once the new folder is whole.
-        exclusive: Whether a folder that another process has made meanwhile is an error. Else it
-            stays and ours is dropped: both hold the same content.
+        path: The final name. An empty folder there is replaced.
+        replace: Whether an existing folder is replaced, once the new one is complete.
+        exclusive: Whether it is an error if another process has made the folder meanwhile. Else
+            that folder stays and this one is dropped: both hold the same content.
 
     Raises:
         SaveError: It could not be written; what was there before is there again.
@@ -193,7 +208,7 @@ def atomic_folder(path: Path, *, replace: bool = False, exclusive: bool = False)
 def link_or_copy(source: Path, target: Path) -> bool:
     """Hard-link a file, or copy it where that cannot be; returns whether it was linked.
 
-    Only weights are linked: they are large, and nobody edits them in place. A file with
+    Only weights are linked: they are large, and are not edited in place. A file with
     permissions of its own is copied, as a link would share them.
     """
     ordinary = source.stat().st_mode & 0o777 == 0o666 & ~_umask()

@@ -1,9 +1,9 @@
-"""What is known of an option, on its field; and what is derived from the fields of a class.
+"""Metadata of run options, declared on their fields.
 
     seqlen: Annotated[int | None, Field(ge=2), Option("Tokens in a window.", role="data")] = 512
 
 The command line, the environment, recipes, selectors, tables and the documentation read
-`options_of(RunSpec, Setup)`; nothing about an option is written down twice.
+`options_of(RunSpec, Setup)`; an option is described in one place.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ Role = Literal["method", "data", "evaluation", "output", "placement"]
 
 @dataclass(frozen=True)
 class Option:
-    """What is known of a run option besides its name, its type and its default.
+    """Metadata of a run option besides its name, type and default.
 
     Attributes:
         help: For `run --help`, without the default.
         role: What it belongs to: the method, the data it reads (null where it reads none), the
             evaluation, the output, or the placement of the work (which changes no number).
         default: The default in words, where it is not the field's.
-        given: Whether users give it; False for content that a name resolved to.
+        given: Whether users set it; False for content that a name resolved to.
         cell: Whether results that differ in it are different rows of a table.
         shown: Whether a table shows it as a setting of a row.
         since: Version of the hash it came with. Later ones are left out of the hash at their
@@ -46,7 +46,7 @@ class Option:
         recipe: Whether a recipe may hold it.
         also: Further types that a recipe may give.
         repeated: Whether the command line takes it several times.
-        requires: An option without which it means nothing.
+        requires: The option that it depends on.
     """
 
     help: str = ""
@@ -71,7 +71,7 @@ class FieldOption:
 
     Attributes:
         name: Of the field.
-        about: What is known of it.
+        about: Its metadata.
         kind: `str`, `int`, `float`, `bool`, `Path`, `tuple` (of names) or `dict`.
         value: The default; `REQUIRED` where there is none.
         nullable: Whether it may be None.
@@ -99,9 +99,9 @@ class FieldOption:
 
     @property
     def recipe_types(self) -> tuple[type, ...]:
-        """The types that a recipe may give; a number of TOML where the text of one is read too."""
-        own: tuple[type, ...] = (str, list) if self.kind is tuple else (self.kind,)
-        return (*own, *self.about.also)
+        """The types that a recipe may hold, TOML numbers included where text is parsed as one."""
+        types: tuple[type, ...] = (str, list) if self.kind is tuple else (self.kind,)
+        return (*types, *self.about.also)
 
     @property
     def default_text(self) -> str:

@@ -1,4 +1,4 @@
-"""What a long task tells while it works. Library code reports here and never prints."""
+"""Progress reports of long tasks. Library code reports here and never prints."""
 
 from __future__ import annotations
 
@@ -21,20 +21,20 @@ class Progress(Protocol):
     def stage(
         self, name: str, *, total: int | None = None, detail: str = "", unit: str = ""
     ) -> AbstractContextManager[Advance]:
-        """Open a stage of `total` units of work; the value yielded takes work as it is done."""
+        """Open a stage of `total` units; the function yielded is called with finished units."""
 
     def note(self, text: str) -> None:
-        """Say one line that the user should see."""
+        """Show one line to the user."""
 
 
 class Silent:
-    """A `Progress` that says nothing."""
+    """A `Progress` without output."""
 
     @contextlib.contextmanager
     def stage(
         self, name: str, *, total: int | None = None, detail: str = "", unit: str = ""
     ) -> Iterator[Advance]:
-        """Yield a function that ignores what it is told."""
+        """Yield a function that does nothing."""
         yield lambda done: None
 
     def note(self, text: str) -> None:
@@ -43,10 +43,10 @@ class Silent:
 
 @contextlib.contextmanager
 def quiet_libraries(*, warn: bool = True) -> Iterator[None]:
-    """Keep other libraries from writing to the terminal, which is for our progress alone.
+    """Keep other libraries from writing to the terminal.
 
-    No bars: whoever draws them draws them with tqdm. No log below an error: what matters is checked
-    and raised. Warnings of others are shown only with `warn`; ours always are.
+    Disables tqdm bars and log records below an error: what matters is checked and raised. Warnings
+    of other packages are shown only with `warn`; those of prunebench always.
     """
     import tqdm.std
 
@@ -70,9 +70,9 @@ def quiet_libraries(*, warn: bool = True) -> Iterator[None]:
 
 
 class StageTimer:
-    """A `Progress` that passes everything on and remembers the seconds of each stage.
+    """A `Progress` that forwards to another one and records the seconds of each stage.
 
-    A stage opened inside another one counts for itself and for the outer one.
+    The time of a nested stage counts for the outer stage too.
 
     Attributes:
         seconds: Seconds by stage name; a name that comes twice is summed.
@@ -97,5 +97,5 @@ class StageTimer:
         self.current = outer
 
     def note(self, text: str) -> None:
-        """Pass the note on."""
+        """Forward the note."""
         self._progress.note(text)

@@ -1,8 +1,8 @@
 """A registry: a table of facts about classes that are imported only when they are used.
 
-`pruners` and `allocators` each hold one. A name is a row: a class, default options, and what a user
-wants to know before using it. Those of other packages come by an entry-point group, or as a
-literal `module:Class`; they need nothing from this project's files.
+`pruners` and `allocators` each hold one. A row is a name, a class, default options, and what
+`prunebench list` shows. Classes of other packages are found by an entry-point group or as a literal
+`module:Class`; no file of this project has to change for them.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Row:
-    """What every registry knows of a name.
+    """One name of a registry.
 
     Attributes:
         target: `module:Class` of the implementation.
@@ -52,7 +52,7 @@ R = TypeVar("R", bound=Row)
 
 @dataclass(frozen=True)
 class Registry(Generic[R]):
-    """The names of one kind of class.
+    """The classes of one kind, by name.
 
     Attributes:
         kind: What it holds, for messages: `method` or `allocator`.
@@ -76,18 +76,18 @@ class Registry(Generic[R]):
         Raises:
             UsageError: Two packages, or a package and prunebench, claim one name.
         """
-        found: dict[str, R] = {}
+        rows: dict[str, R] = {}
         for point in metadata.entry_points(group=self.entry_points):
             package = f"{point.dist.name} {point.dist.version}" if point.dist else "unknown package"
-            rival = self.builtin.get(point.name) or found.get(point.name)
+            rival = self.builtin.get(point.name) or rows.get(point.name)
             if rival:
                 raise UsageError(
                     f"two packages claim the {self.kind} name {point.name!r}",
                     where=f"{rival.distribution} and {package}",
                     fix="uninstall one of them, or use the literal module:Class",
                 )
-            found[point.name] = self._outside(point.value, "plug-in", package)
-        return found
+            rows[point.name] = self._outside(point.value, "plug-in", package)
+        return rows
 
     def find(self, name: str) -> R:
         """Return the row of a name, without importing its class.
@@ -99,13 +99,13 @@ class Registry(Generic[R]):
             return self.builtin[name]
         if ":" in name:
             return self._outside(name, "literal", "outside prunebench")
-        known = {**self.builtin, **self.plugins()}
-        if name in known:
-            return known[name]
+        rows = {**self.builtin, **self.plugins()}
+        if name in rows:
+            return rows[name]
         raise UsageError(
             f"unknown {self.kind} {name!r}",
             where="it is neither built in, nor installed as a plug-in, nor module:Class",
-            fix=nearest(name, known),
+            fix=nearest(name, rows),
         )
 
     def load(self, name: str) -> type[Any]:
@@ -117,9 +117,9 @@ class Registry(Generic[R]):
         target = self.find(name).target
         module_name, _, attribute = target.partition(":")
         if ":" in name and str(Path.cwd()) not in sys.path:
-            sys.path.insert(0, str(Path.cwd()))  # a literal may lie where the user stands
+            sys.path.insert(0, str(Path.cwd()))  # a literal may be a file of the working directory
         try:
-            found = getattr(importlib.import_module(module_name), attribute)
+            cls = getattr(importlib.import_module(module_name), attribute)
         except PrunebenchError:
             raise
         except Exception as error:  # a plug-in may raise anything while it is imported
@@ -128,12 +128,12 @@ class Registry(Generic[R]):
                 where=f"{target}: {type(error).__name__}: {error}",
                 fix="fix or uninstall the plug-in; the others are not affected",
             ) from error
-        if not (isinstance(found, type) and dataclasses.is_dataclass(found)):
+        if not (isinstance(cls, type) and dataclasses.is_dataclass(cls)):
             raise self._refused(target, "it is not a dataclass")
         for needed in self.required:
-            if not hasattr(found, needed):
+            if not hasattr(cls, needed):
                 raise self._refused(target, f"it has no {needed!r}")
-        return found
+        return cls
 
     def resolve_options(
         self, name: str, given: Mapping[str, OptionValue], *, seed: int
@@ -152,18 +152,18 @@ class Registry(Generic[R]):
         fields = {f.name: f for f in dataclasses.fields(cls) if f.init}
         for key in given:
             if key not in fields:
-                known = nearest(key, fields) if fields else "it has no options"
-                raise UsageError(f"{name} has no option {key!r}", where="in --set", fix=known)
+                hint = nearest(key, fields) if fields else "it has no options"
+                raise UsageError(f"{name} has no option {key!r}", where="in --set", fix=hint)
         values: dict[str, OptionValue] = {}
-        for key, one in fields.items():
+        for key, declared in fields.items():
             if key in given:
                 values[key] = _read_value(name, key, given[key], hints[key])
             elif key in row.options:
                 values[key] = row.options[key]
             elif key == "seed":
                 values[key] = seed
-            elif one.default is not dataclasses.MISSING:
-                values[key] = one.default
+            elif declared.default is not dataclasses.MISSING:
+                values[key] = declared.default
             else:
                 raise UsageError(
                     f"{name} needs the option {key!r}", fix=f"give --set {self.option}{key}=VALUE"
@@ -210,12 +210,12 @@ def _read_value(name: str, key: str, value: OptionValue, hint: Any) -> OptionVal
                 return _BOOLS[value.lower()] if kind is bool else typing.cast(Any, kind)(value)
             except (KeyError, ValueError):
                 continue
-    wanted = getattr(hint, "__name__", str(hint)).replace("typing.", "")
+    expected = getattr(hint, "__name__", str(hint)).replace("typing.", "")
     choices = [str(c) for kind in kinds for c in typing.get_args(kind)]
     near = difflib.get_close_matches(str(value), choices, n=1)
     raise UsageError(
         f"{name}: {key}={value!r} is not valid",
-        where=f"it should be {wanted}",
+        where=f"it should be {expected}",
         fix=f"did you mean {near[0]}?" if near else "",
     )
 

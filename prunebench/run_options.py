@@ -21,7 +21,7 @@ RUN_KEYS: dict[str, tuple[type, ...]] = {
 } | {"set": (dict,)}
 """What a recipe may hold, and the types it may give."""
 
-_ALLOCATION = "allocation."  # begins the options of the allocator among those of --set
+_ALLOCATION = "allocation."  # prefix of the allocator's options in --set
 
 
 def with_defaults(given: Mapping[str, Any]) -> dict[str, Any]:

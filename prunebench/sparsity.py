@@ -1,4 +1,4 @@
-"""`Sparsity`: how much is pruned, and in which pattern. Nothing here knows a tensor.
+"""`Sparsity`: how much is pruned, and in which pattern. Nothing here touches a tensor.
 
 A sparsity is either a ratio ("0.5": half of the prunable weights are zero) or N:M: of every M
 consecutive weights along the input dimension, at most N are **kept**. The papers do not agree on
@@ -63,13 +63,13 @@ class Sparsity:
         parts = [part.strip() for part in str(text).split(",") if part.strip()]
         if not parts:
             raise UsageError("the sparsity is empty", fix=_EXAMPLES)
-        found = [cls._parse_one(part) for part in parts]
-        pattern = next((one for one in found if one.group is not None), found[0])
-        for one in found:
-            if one.ratio != pattern.ratio or one.group not in (None, pattern.group):
+        targets = [cls._parse_one(part) for part in parts]
+        pattern = next((target for target in targets if target.group is not None), targets[0])
+        for target in targets:
+            if target.ratio != pattern.ratio or target.group not in (None, pattern.group):
                 raise UsageError(
                     f"sparsity {text!r} contradicts itself",
-                    where=f"{pattern} prunes exactly {pattern.ratio:g}, {one} does not",
+                    where=f"{pattern} prunes exactly {pattern.ratio:g}, {target} does not",
                     fix="give one of the two",
                 )
         return pattern

@@ -31,7 +31,7 @@ from prunebench.sparsity import Sparsity
 from prunebench.spec import WithinBlock
 
 SPARSITIES = ("0.5", "0.3", "2:4", "1:4", "3:4")
-"""What a method is checked with, unless it refuses some of them."""
+"""Targets that a method is checked with, except those it refuses."""
 
 VOCABULARY = 256
 CONTEXT = 128
@@ -198,7 +198,7 @@ def check_pruner(
             not refuse.
     """
     if sparsities is None:
-        sparsities = tuple(one for one in SPARSITIES if _takes(pruner, one))
+        sparsities = tuple(sparsity for sparsity in SPARSITIES if _takes(pruner, sparsity))
     outcomes: list[Outcome] = []
     for architecture in architectures:
         for name, check in _checks(pruner, architecture, sparsities):
@@ -207,14 +207,14 @@ def check_pruner(
                 check()
             except PrunebenchError as error:
                 failure = str(error).replace("\n", "; ")
-            except Exception as error:  # whatever a plug-in does, the report goes on
+            except Exception as error:  # a plug-in may raise anything: report it and continue
                 failure = f"{type(error).__name__}: {error}"
             outcomes.append(Outcome(name, architecture, failure))
     return outcomes
 
 
 def _takes(pruner: Pruner, sparsity: str) -> bool:
-    """Return whether a method takes a sparsity, as far as it says."""
+    """Return whether a method accepts a sparsity."""
     if not isinstance(pruner, DependsOnModel):
         return True
     try:
@@ -252,21 +252,21 @@ def _checks(
 
 
 def _check_reached(pruned: nn.Module, dense: nn.Module, sparsity: Sparsity) -> None:
-    before = {one.name: int((one.stored == 0).sum()) for one in find_linears(dense)}
+    before = {linear.name: int((linear.stored == 0).sum()) for linear in find_linears(dense)}
     after = [measure_linear(linear, sparsity) for linear in find_linears(pruned)]
-    require_met(after, before, {one.linear.name: sparsity for one in after})
-    for one in after:
-        if one.negative_zeros:
-            raise AssertionError(f"{one.linear.name} holds {one.negative_zeros} times -0.0")
+    require_met(after, before, {layer.linear.name: sparsity for layer in after})
+    for layer in after:
+        if layer.negative_zeros:
+            raise AssertionError(f"{layer.linear.name} holds {layer.negative_zeros} times -0.0")
 
 
 def _check_rest(pruned: nn.Module, dense: nn.Module) -> None:
     prunable = {linear.parameter_name for linear in find_linears(dense)}
-    ours = dict(pruned.named_parameters())
+    parameters = dict(pruned.named_parameters())
     for name, parameter in dense.named_parameters():
-        if ours[name].dtype != parameter.dtype or ours[name].shape != parameter.shape:
+        if parameters[name].dtype != parameter.dtype or parameters[name].shape != parameter.shape:
             raise AssertionError(f"{name} changed its dtype or shape")
-        if name not in prunable and not torch.equal(ours[name], parameter):
+        if name not in prunable and not torch.equal(parameters[name], parameter):
             raise AssertionError(f"{name} is not a linear of a block, and changed")
 
 
@@ -275,10 +275,10 @@ def _check_repeatable(pruned: nn.Module, again: nn.Module) -> None:
         raise AssertionError("two runs with the same seed and tokens gave different weights")
 
 
-def _check_identity(kept: nn.Module, dense: nn.Module) -> None:
-    ours = dict(kept.named_parameters())
+def _check_identity(pruned: nn.Module, dense: nn.Module) -> None:
+    parameters = dict(pruned.named_parameters())
     for name, parameter in dense.named_parameters():
-        if not torch.equal(ours[name], parameter):
+        if not torch.equal(parameters[name], parameter):
             raise AssertionError(f"{name} changed although nothing was to be pruned")
 
 

@@ -128,6 +128,14 @@ def test_too_little_room_is_found_before(tmp_path):
     assert "are needed" in error.value.where
 
 
+def test_a_folder_is_probed_once_per_process(tmp_path, monkeypatch):
+    flushed = []
+    monkeypatch.setattr(os, "fsync", flushed.append)
+    for folder in (tmp_path / "a", tmp_path / "a", tmp_path / "b"):
+        require_writable(folder)
+    assert len(flushed) == 2
+
+
 def test_files_obey_the_umask(tmp_path):
     old = os.umask(0o022)
     try:

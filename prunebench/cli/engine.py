@@ -7,9 +7,10 @@ from typing import Any
 
 from prunebench.cli.exit_codes import say
 from prunebench.errors import UsageError, nearest
+from prunebench.sweep.cell import RecipeCell
 from prunebench.sweep.engines import EXECUTORS, Engine
 from prunebench.sweep.engines.job import SLURM_ONLY, Resources, read_resources
-from prunebench.sweep.recipe import Recipe, RecipeCell
+from prunebench.sweep.recipe import Recipe
 
 
 class Voice:

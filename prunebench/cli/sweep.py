@@ -22,7 +22,9 @@ from prunebench.errors import CheckFailed, PrunebenchError, SomeCellsFailed
 from prunebench.results.compare import compare
 from prunebench.results.published import Twin, find_twins
 from prunebench.results.render import column_title, value_text
-from prunebench.sweep.recipe import Expectation, Recipe, RecipeCell, read_recipe
+from prunebench.sweep.cell import RecipeCell
+from prunebench.sweep.expectations import Expectation
+from prunebench.sweep.recipe import Recipe, read_recipe
 
 if TYPE_CHECKING:
     from prunebench.sweep.sweep import CellOutcome, Sweep
@@ -47,7 +49,7 @@ def validate_command(
 
 
 def _checked(path: Path) -> Recipe:
-    from prunebench.run.resolve import check_names
+    from prunebench.run.names import check_names
     from prunebench.spec import Setup
 
     recipe = read_recipe(path, complete=True)

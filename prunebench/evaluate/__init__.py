@@ -1,1 +1,1 @@
-"""Evaluators: from a model to metrics, each under a protocol. They know nothing of pruners."""
+"""Evaluators: metrics of a model, each under a protocol. They do not depend on pruners."""

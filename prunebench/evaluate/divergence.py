@@ -1,4 +1,4 @@
-"""How far a pruned model's next-token distributions are from the dense model's.
+"""Divergence of a pruned model's next-token distributions from the dense model's.
 
     kl_divergence = mean over targets of KL(dense || pruned), in nats
     top1_changed  = share of targets before which the likeliest next token is another one
@@ -32,13 +32,13 @@ TOP1 = "top1_changed"
 
 @dataclass(frozen=True)
 class Divergence:
-    """The dense model's behaviour on a text, to be compared with a pruned one's.
+    """The dense model's behavior on a text, to be compared with a pruned one's.
 
     Attributes:
-        text: What both are asked.
-        dense: Hidden states behind the last block of the dense model, one (1, seqlen, hidden) a
+        text: The windows that both are scored on.
+        dense: Hidden states after the last block of the dense model, (1, seqlen, hidden) for each
             window, on the CPU.
-        returns_tuple: What the blocks return beside their hidden state.
+        returns_tuple: The values that each block returns besides its hidden state.
     """
 
     text: PerplexityTask
@@ -77,14 +77,16 @@ class Divergence:
         stream = batch_logits(model, windows, advance=advance)
         for window, hidden in zip(windows, self.dense, strict=True):
             ids = window.to(device)
-            now = next(stream)[0, :-1]
+            now = next(stream)[0, :-1]  # [seqlen - 1, vocabulary]
             outputs = [hidden.to(device)] * len(blocks)
             with blocks_giving(blocks, outputs, self.returns_tuple):
-                dense = model(input_ids=ids, use_cache=False).logits[0, :-1]
+                dense = model(input_ids=ids, use_cache=False).logits[
+                    0, :-1
+                ]  # [seqlen - 1, vocabulary]
             divergences.append(_summed_kl(dense, now))
             changed.append(int((dense.argmax(-1) != now.argmax(-1)).sum()))
             del now
-        next(stream, None)  # hears of the last window
+        next(stream, None)  # so that the last window is reported to advance
         each = self.text.windows.shape[1] - 1
         measures = {
             KL: _mean_of(divergences, each),
@@ -105,13 +107,15 @@ def _mean_of(sums: list[float], each: int) -> Measure:
 
 
 def _summed_kl(
-    dense: Float[Tensor, "tokens vocabulary"], now: Float[Tensor, "tokens vocabulary"]
+    dense: Float[Tensor, "tokens vocabulary"], pruned: Float[Tensor, "tokens vocabulary"]
 ) -> float:
     total = 0.0
     for start in range(0, len(dense), _ROWS):
         rows = slice(start, start + _ROWS)
-        wanted = dense[rows].float().log_softmax(-1)
-        found = now[rows].float().log_softmax(-1)
-        each = nn.functional.kl_div(found, wanted, log_target=True, reduction="none").sum(-1)
-        total += float(each.sum(dtype=torch.float64))
+        log_p = dense[rows].float().log_softmax(-1)
+        log_q = pruned[rows].float().log_softmax(-1)
+        divergences = nn.functional.kl_div(log_q, log_p, log_target=True, reduction="none").sum(
+            -1
+        )  # [rows]
+        total += float(divergences.sum(dtype=torch.float64))
     return total

@@ -1,7 +1,7 @@
-"""What an evaluation gives: the measures of one protocol, and what they are made of, item by item.
+"""Outcomes of an evaluation: the measures of one protocol, and the values of every item.
 
-An evaluator (a text cut into windows, a task of lm-eval) is a thing with `score(model)`. Outcomes
-of dense models are kept in the cache, by the hash of the weights and the evaluator's key.
+An evaluator (a text cut into windows, a task of lm-eval) has a method `score(model)`. Outcomes of
+dense models are cached by the hash of the weights and the evaluator's key.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class Measure:
 
 @dataclass(frozen=True)
 class Item:
-    """One document or window: the hash of what was asked, and what came out, by metric."""
+    """One document or window: the hash of its input, and its values by metric."""
 
     sha256: str
     values: dict[str, float]
@@ -41,7 +41,7 @@ class Item:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a model got under one protocol.
+    """The measures of a model under one protocol.
 
     Attributes:
         protocol: The id, e.g. `wikitext2-raw/test/2048/v1`.
@@ -49,7 +49,7 @@ class Outcome:
         origin: Where the data came from.
         targets: Predicted tokens, or documents.
         limited: True where only the first part of the data was used.
-        sha256: Hash of all that was asked.
+        sha256: Hash of all inputs.
         measures: By name of the metric.
         items: In order; empty for the mean of a group of tasks.
     """
@@ -66,10 +66,10 @@ class Outcome:
 
 @runtime_checkable
 class Evaluator(Protocol):
-    """Something that a model can be scored on.
+    """A text or a task that a model can be scored on.
 
-    `name` and `unit` are what progress shows; `units` is how much `score` will report to `advance`;
-    `key` changes whenever the outcome of one and the same model could.
+    `name` and `unit` are shown by progress; `units` is the total that `score` reports to `advance`;
+    `key` is the cache key: it changes whenever the outcome of the same model could.
     """
 
     @property
@@ -91,7 +91,7 @@ def standard_error(values: Sequence[float]) -> float | None:
 
 
 def cached_outcomes(dense_sha256: str, evaluator: Evaluator) -> list[Outcome] | None:
-    """Return what these very weights got in this very evaluation, if it was ever run."""
+    """Return the cached outcomes of these weights in this evaluation, if any."""
     try:
         rows = json.loads(_cache_path(dense_sha256, evaluator).read_text("utf-8"))
         return outcomes_from(rows) or None
@@ -100,7 +100,7 @@ def cached_outcomes(dense_sha256: str, evaluator: Evaluator) -> list[Outcome] | 
 
 
 def outcomes_from(rows: list[dict[str, Any]]) -> list[Outcome]:
-    """Return outcomes from what `dataclasses.asdict` made of them."""
+    """Return outcomes from their `dataclasses.asdict` form."""
     return [
         Outcome(
             **row
@@ -112,7 +112,7 @@ def outcomes_from(rows: list[dict[str, Any]]) -> list[Outcome]:
 
 
 def remember_outcomes(dense_sha256: str, evaluator: Evaluator, outcomes: list[Outcome]) -> None:
-    """Keep a dense model's outcomes for later runs.
+    """Cache a dense model's outcomes for later runs.
 
     Raises:
         SaveError: The cache cannot be written.

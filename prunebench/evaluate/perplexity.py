@@ -1,10 +1,10 @@
 """Perplexity, under a protocol that is part of every number.
 
 Protocol v1: documents joined (by a blank line, unless the source's papers join them otherwise),
-tokenised in one call with special tokens as the tokenizer puts them, cut into non-overlapping
+tokenized in one call with special tokens as the tokenizer puts them, cut into non-overlapping
 windows of `seqlen`, the tail dropped, mean cross-entropy over the `seqlen - 1` targets of every
 window in float32, exp of the mean. Where `--ppl-bos window` puts BOS before every window (BOS and
-`seqlen - 1` tokens of the text, tokenised without special tokens) the id says `bos-window`. The
+`seqlen - 1` tokens of the text, tokenized without special tokens) the id says `bos-window`. The
 metric is called `token_ppl`; lm-eval's `wikitext` task
 is word perplexity, which is another thing.
 """
@@ -56,12 +56,12 @@ class PerplexityTask:
 
     @property
     def name(self) -> str:
-        """What progress shows."""
+        """Shown by progress."""
         return self.protocol
 
     @property
     def unit(self) -> str:
-        """What is counted."""
+        """The unit of `units`."""
         return "windows"
 
     @property
@@ -71,7 +71,7 @@ class PerplexityTask:
 
     @property
     def key(self) -> str:
-        """Changes with the tokens and with how they are scored."""
+        """Cache key: changes with the tokens and with how they are scored."""
         return f"{METRIC} {VERSION} {self.tokens_sha256}"
 
     @property
@@ -98,7 +98,7 @@ class PerplexityTask:
         return [self.outcome({METRIC: Measure(value, stderr, False)}, "nll", losses)]
 
     def outcome(self, measures: dict[str, Measure], metric: str, sums: Sequence[float]) -> Outcome:
-        """Return what was measured here; the items are the means over each window's targets."""
+        """Build the outcome; items are means over each window's targets."""
         each = self.windows.shape[1] - 1
         return Outcome(
             protocol=self.protocol,
@@ -133,7 +133,7 @@ def prepare_perplexity(
         seqlen: Length of a window in tokens.
         limit_tokens: Use only the first so many tokens, or None.
         vocabulary: Size of the model's vocabulary.
-        progress: Hears of downloads.
+        progress: Reports downloads.
         bos: Where BOS is: where the tokenizer puts it, or before every window.
 
     Raises:
@@ -163,7 +163,9 @@ def prepare_perplexity(
                 else "use a longer text",
             )
         identity = text
-        rows = torch.tensor(ids[: count * piece], dtype=torch.int64).view(count, piece)
+        rows = torch.tensor(ids[: count * piece], dtype=torch.int64).view(
+            count, piece
+        )  # [windows, piece]
         rows = begin_windows(rows, tokenizer, bos)
     protocol = protocol_of(
         identity, seqlen=seqlen, bos=bos, tokens=rows.numel(), limit=limit_tokens
@@ -183,7 +185,7 @@ def protocol_of(
         text: What is scored.
         seqlen: Length of a window in tokens.
         bos: Where BOS is.
-        tokens: Tokens in all windows; wanted only where there is a limit.
+        tokens: Tokens in all windows; only needed with a limit.
         limit: Score only the first so many tokens, or None.
 
     Raises:
@@ -232,7 +234,7 @@ def window_losses(
         model: A causal language model in evaluation mode.
         windows: int64 (windows, seqlen).
         batch_tokens: Tokens of a batch; by default what suits the device.
-        advance: Hears the number of windows done.
+        advance: Called with the number of windows of each batch.
 
     Raises:
         IncompatibleData: A loss is not finite: the model is broken.
@@ -266,10 +268,10 @@ def token_ppl(
 def _summed_loss(logits: Tensor, targets: Tensor) -> float:
     """Sum of cross-entropies in float32; logits (tokens, vocabulary), targets (tokens,)."""
     total = 0.0
-    for part, wanted in zip(
+    for rows, token_ids in zip(
         torch.split(logits, _LOSS_ROWS), torch.split(targets, _LOSS_ROWS), strict=True
     ):
-        part = part.float()
-        picked = part.gather(1, wanted[:, None]).squeeze(1)
-        total += float((part.logsumexp(1) - picked).sum(dtype=torch.float64))
+        rows = rows.float()
+        target_logits = rows.gather(1, token_ids[:, None]).squeeze(1)  # [rows]
+        total += float((rows.logsumexp(1) - target_logits).sum(dtype=torch.float64))
     return total

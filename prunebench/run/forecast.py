@@ -1,8 +1,8 @@
-"""What a run will take on this machine, before it loads a weight: memory, disk, time.
+"""Estimate memory, disk and time of a run on this machine before it loads a weight.
 
-Memory is counted (`models.footprint`, `capacity`), the method's part and all times come from a
-small probe (`prunebench.run.probe`). Times leave out what does not grow with the model: imports,
-tokenising, lm-eval's own work.
+Memory is counted (`models.footprint`, `run.memory`); the method's part and all times come from a
+small probe (`run.probe`). Times leave out what does not grow with the model: imports, tokenizing,
+lm-eval's own work.
 """
 
 from __future__ import annotations
@@ -36,12 +36,12 @@ from prunebench.run.memory import (
 from prunebench.run.plan import Plan
 from prunebench.run.probe import Machine, MethodCost, probe_machine, probe_method
 
-_MARGIN = 1.1  # of what is counted: scratch memory of kernels, fragmentation
+_MARGIN = 1.1  # over the count: scratch memory of kernels, fragmentation
 
 
 @dataclass(frozen=True)
 class Forecast:
-    """What is expected of a run.
+    """Estimated memory and time of a run.
 
     Attributes:
         need: Peak bytes.
@@ -59,7 +59,7 @@ class Forecast:
 
 
 def forecast(plan: Plan) -> Forecast:
-    """Count and probe what a run takes.
+    """Count and probe memory and time of a run.
 
     Raises:
         NotImplementedError: The architecture cannot be run without its weights (mixtures of
@@ -92,7 +92,7 @@ def forecast(plan: Plan) -> Forecast:
 
 
 def work_of(plan: Plan) -> Workload:
-    """Return what a run does."""
+    """Return the numbers of a run that its memory and time depend on."""
     windows = plan.windows.token_ids if plan.windows else None
     samples, seqlen = windows.shape if windows is not None else (0, 0)
     device = plan.device.type
@@ -116,10 +116,10 @@ def groups_of(linears: list[Linear]) -> list[tuple[int, int]]:
     Where two inputs have one width (an output projection behind q, k and v) the group comes out
     too large, which is the safe side.
     """
-    first = [one for one in linears if one.block_index == 0]
+    linears = [linear for linear in linears if linear.block_index == 0]
     return [
-        (sum(one.out_features for one in members), width)
-        for width, run in itertools.groupby(first, lambda one: one.in_features)
+        (sum(linear.out_features for linear in members), width)
+        for width, run in itertools.groupby(linears, lambda linear: linear.in_features)
         if (members := list(run))
     ]
 
@@ -139,7 +139,7 @@ def _seconds(
     groups: list[tuple[int, int]],
 ) -> dict[str, float]:
     blocks = len(sizes.blocks)
-    products = sum(one.size for one in plan.linears)
+    products = sum(linear.size for linear in plan.linears)
     reading = sizes.total / machine.read_bytes if plan.weights == "disk" else 0.0
     passes = 1 if work.sequential else 2
     tokens = work.samples * work.seqlen
@@ -154,35 +154,35 @@ def _seconds(
     return stages | {"measure": reading, "score": scoring}
 
 
-def require_fits(plan: Plan, found: Forecast) -> None:
-    """Refuse what cannot fit, and name the option that would make it fit.
+def require_fits(plan: Plan, expected: Forecast) -> None:
+    """Refuse a run that does not fit, and name the option that makes it fit.
 
     Raises:
         OutOfMemory: The device or the host has too little memory.
         SaveError: The cache has too little room.
     """
-    need = found.need
-    for name, wanted, free in (
-        (str(plan.device), need.device_total, found.device_free),
-        ("the host", need.host_total, found.host_free),
+    need = expected.need
+    for name, size, free in (
+        (str(plan.device), need.device_total, expected.device_free),
+        ("the host", need.host_total, expected.host_free),
     ):
-        if wanted * _MARGIN > free and wanted:
+        if size * _MARGIN > free and size:
             raise OutOfMemory(
                 f"{plan.spec.method} on {plan.spec.model} does not fit",
-                where=f"{gigabytes(wanted * _MARGIN)} are needed on {name} with a tenth to spare, "
+                where=f"{gigabytes(size * _MARGIN)} are needed on {name} with a tenth to spare, "
                 f"{gigabytes(free)} are free",
                 fix=_what_would_fit(plan, need),
             )
-    if need.disk * _MARGIN > found.disk_free:
+    if need.disk * _MARGIN > expected.disk_free:
         raise SaveError(
             f"{plan.spec.method} on {plan.spec.model} does not fit on the disk of the cache",
-            where=f"{gigabytes(need.disk)} are needed, {gigabytes(found.disk_free)} are free",
+            where=f"{gigabytes(need.disk)} are needed, {gigabytes(expected.disk_free)} are free",
             fix="free space there, or set PRUNEBENCH_CACHE to a folder on another disk",
         )
 
 
 def _what_would_fit(plan: Plan, need: MemoryNeed) -> str:
-    """Return the option that takes away the largest part of what is needed."""
+    """Return the option that reduces the largest part."""
     largest = max({**need.host, **need.device}.items(), key=lambda item: item[1])[0]
     if plan.weights == "resident" and largest == "blocks":
         return "use --weights disk"
@@ -196,7 +196,7 @@ def _what_would_fit(plan: Plan, need: MemoryNeed) -> str:
 
 
 def duration(seconds: float) -> str:
-    """Return a time for people."""
+    """Format a duration."""
     if seconds < 90:
         return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"
     minutes = math.ceil(seconds / 60)

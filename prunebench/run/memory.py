@@ -1,4 +1,4 @@
-"""What a run needs of a machine, and what the machine has.
+"""The peak memory of a run, and the memory that is free.
 
 Sizes follow from the shapes in the config. What running a block takes is counted, not guessed: one
 block runs on the meta device, where tensors have shapes and no memory, and every tensor that exists
@@ -20,7 +20,7 @@ from prunebench.models.footprint import BlockFootprint
 from prunebench.models.linears import find_blocks
 from prunebench.spec import Placement, Weights
 
-_HEADROOM = 1.2  # of a model in memory: what pruning and scoring add
+_HEADROOM = 1.2  # memory of pruning and scoring, relative to a resident model
 
 
 @dataclass(frozen=True)
@@ -52,19 +52,18 @@ def model_sizes(model: nn.Module, dtype: torch.dtype) -> Sizes:
 def free_memory(device: torch.device) -> int:
     """Return the bytes that this process may still take on a device.
 
-    For the host the least of what the system, the control group and the limits of the process
-    leave.
+    For the host: the least of free system memory, control group and process limits.
     """
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         return int(free)
-    rooms = [psutil.virtual_memory().available, *_cgroup_headroom(), *_rlimit_headroom()]
-    return max(0, int(min(rooms)))
+    headroom = [psutil.virtual_memory().available, *_cgroup_headroom(), *_rlimit_headroom()]
+    return max(0, int(min(headroom)))
 
 
 def _cgroup_headroom() -> list[int]:
-    """What is left in the control group (version 2, then 1)."""
-    rooms = []
+    """Return the bytes left in the control group (version 2, then 1)."""
+    headroom = []
     for limit, used in (
         ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
         (
@@ -73,24 +72,24 @@ def _cgroup_headroom() -> list[int]:
         ),
     ):
         with contextlib.suppress(OSError, ValueError):
-            rooms.append(int(Path(limit).read_text()) - int(Path(used).read_text()))
-    return rooms
+            headroom.append(int(Path(limit).read_text()) - int(Path(used).read_text()))
+    return headroom
 
 
 def _rlimit_headroom() -> list[int]:
-    """What `ulimit -v` and `ulimit -d` leave."""
+    """Return the bytes left by `ulimit -v` and `ulimit -d`."""
     import resource
 
-    mine = psutil.Process().memory_info()
+    memory = psutil.Process().memory_info()
     return [
         limit - used
-        for kind, used in ((resource.RLIMIT_AS, mine.vms), (resource.RLIMIT_DATA, mine.rss))
+        for kind, used in ((resource.RLIMIT_AS, memory.vms), (resource.RLIMIT_DATA, memory.rss))
         if (limit := resource.getrlimit(kind)[0]) != resource.RLIM_INFINITY
     ]
 
 
 def choose_weights(sizes: Sizes, device: torch.device) -> tuple[Weights, str]:
-    """Choose where the weights should be, and say why.
+    """Choose between weights in memory and on disk, with the reason.
 
     Returns:
         `resident` where the whole model fits with room to work, else `disk`; and the reason.
@@ -102,7 +101,7 @@ def choose_weights(sizes: Sizes, device: torch.device) -> tuple[Weights, str]:
 
 @dataclass(frozen=True)
 class Workload:
-    """What a run does, as far as its size depends on it.
+    """The numbers of a run that its memory depends on.
 
     Attributes:
         samples: Calibration windows; 0 for a method without data.
@@ -129,7 +128,7 @@ class Workload:
 
 @dataclass(frozen=True)
 class MemoryNeed:
-    """Peak bytes of a run, and where they come from.
+    """Peak bytes of a run, by purpose.
 
     Attributes:
         device: On the compute device, by what; on a CPU this is host memory.
@@ -165,7 +164,7 @@ def plan_memory(
     on_gpu: bool,
     process: int,
 ) -> MemoryNeed:
-    """Add up what a run takes at its peak.
+    """Add up the peak memory of a run.
 
     Args:
         sizes: Of the parameters.
@@ -175,9 +174,9 @@ def plan_memory(
         method_peak: What the method takes for its largest group of linears.
         dtype: Of the run.
         weights: Where they are.
-        placement: Where hidden states wait.
+        placement: Where hidden states are stored between blocks.
         on_gpu: Whether the compute device is a GPU.
-        process: What this process has in memory before it loads anything.
+        process: Bytes of this process before it loads anything.
     """
     largest = max(sizes.blocks)
     token = hidden_size * dtype.itemsize
@@ -205,11 +204,11 @@ def plan_memory(
         where["hidden states"] = states
     device["one batch, statistics, method"] = busy
     (host if on_gpu else device)["Python and libraries"] = process
-    kept = sum(sizes.blocks) + 2 * calibrating if weights == "disk" else 0
+    journal = sum(sizes.blocks) + 2 * calibrating if weights == "disk" else 0
     mapped = max(calibrating, scoring) if weights == "disk" and placement == "disk" else 0
-    return MemoryNeed(device, host, kept + mapped)
+    return MemoryNeed(device, host, journal + mapped)
 
 
 def gigabytes(count: float) -> str:
-    """Return a size for people."""
+    """Format a number of bytes."""
     return f"{count / 1e9:.1f} GB" if count >= 1e8 else f"{count / 1e6:.1f} MB"

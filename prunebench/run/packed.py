@@ -24,7 +24,7 @@ _WINDOWS = 4
 def packed_weights(
     plan: Plan, model: nn.Module, linears: list[Linear]
 ) -> Iterator[ExecutionBlock | None]:
-    """Run the model with packed weights inside, and as it was before and after.
+    """Pack the weights of the model inside the context, and restore them at its end.
 
     The packed model is first compared with the masked dense one, on a few windows.
 
@@ -38,7 +38,7 @@ def packed_weights(
     windows = plan.texts[0].windows[:_WINDOWS] if plan.texts else None
     masked = None if windows is None else token_ppl(model, windows)
     policy = Policy.load(plan.device, forced=plan.setup.backend)
-    with plan.clock.stage("pack", detail=f"{len(linears)} linears, one after the other"):
+    with plan.progress.stage("pack", detail=f"{len(linears)} linears, one after the other"):
         conversion = convert(model, linears, policy=policy, strict=True)
     try:
         difference = None

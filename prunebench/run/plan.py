@@ -1,4 +1,4 @@
-"""What a run reads before it touches a weight: windows, texts, tasks, masks, everything checked.
+"""Load and check the inputs of a run before any weight: windows, texts, tasks, masks.
 
 A text that is too short, a token that the model has no row for, a full disk or a width that M does
 not divide is found here, in seconds, and not after the pruning.
@@ -39,19 +39,19 @@ from prunebench.spec import RunSpec, Setup, Weights
 
 @dataclass(frozen=True, kw_only=True)
 class Plan(ResolvedSpec):
-    """A run that has been checked as far as it can be without its weights.
+    """A run with all inputs loaded and checked, except its weights.
 
     Attributes:
-        tokenizer: Of the model.
-        linears: All that are prunable, without weights.
+        tokenizer: The model's.
+        linears: The prunable linears, without weights.
         allocation: The ratios of a file, where one was named.
-        windows: Calibration tokens, for methods that read them.
-        calibration: What the result says of them.
+        windows: Calibration tokens [samples, seqlen], for methods that read them.
+        calibration: Their description in the result.
         texts: Scored first.
         tasks: Scored after the texts.
-        training: Windows to learn from, for methods that learn.
-        masks: Masks that were named, for methods that read them.
-        weights: Where the weights will be.
+        training: Training windows, for methods that train.
+        masks: The named masks, for methods that read them.
+        weights: `resident` or `disk`.
     """
 
     tokenizer: Any
@@ -81,10 +81,10 @@ def load_inputs(resolved: ResolvedSpec) -> Plan:
     Raises:
         PrunebenchError: The first thing that is wrong.
     """
-    clock, named = resolved.clock, resolved.named
+    progress, named = resolved.progress, resolved.named
     for note in resolved.dtype.notes:
-        clock.note(f"  {note}")
-    with clock.stage("check", detail="config, tokenizer and sizes"):
+        progress.note(f"  {note}")
+    with progress.stage("check", detail="config, tokenizer and sizes"):
         config = _read_config(resolved)
         _require_contexts(named, config)
         tokenizer = load_tokenizer(resolved.model.path)
@@ -130,7 +130,7 @@ def _read_config(resolved: ResolvedSpec) -> Any:
     path = resolved.model.path
     config, asked = load_config(path), asked_attention(path)
     if asked not in (None, config._attn_implementation):
-        resolved.clock.note(
+        resolved.progress.note(
             f"  config.json asks for {asked}: run with {config._attn_implementation}"
         )
     return config
@@ -144,17 +144,17 @@ def _require_contexts(named: RunSpec, config: Any) -> None:
 
 
 def _check_bos(resolved: ResolvedSpec, config: Any, tokenizer: Any) -> None:
-    """Refuse windows that should begin with a BOS that is not there; say where they should."""
+    """Refuse windows that need a BOS which the tokenizer lacks; note where BOS is expected."""
     entry = resolved.model.source.entry
     always = entry is not None and entry.bos == "window"
     learns = resolved.pruner.needs.training is not None
     note = check_bos(resolved.named, config, tokenizer, always=always, learns=learns)
     if note:
-        resolved.clock.note(f"  {note}")
+        resolved.progress.note(f"  {note}")
 
 
 def _check_files(resolved: ResolvedSpec, model: torch.nn.Module) -> None:
-    """Refuse files that are not the model's, and what could not be saved afterwards."""
+    """Refuse files that do not match the model, and outputs that could not be saved."""
     path = resolved.model.path
     check_tensors(model, stored_tensors(weight_files(path)))
     size = StoredDtype.of(path).saved_bytes(resolved.spec.dtype)
@@ -173,19 +173,19 @@ def _open_masks(resolved: ResolvedSpec, linears: list[Linear]) -> Masks | None:
     name = resolved.pruner.needs.masks
     if name is None:
         return None
-    with resolved.clock.stage("masks", detail=name):
-        return open_masks(name, linears, resolved.clock)
+    with resolved.progress.stage("masks", detail=name):
+        return open_masks(name, linears, resolved.progress)
 
 
 def _prepare_training(resolved: ResolvedSpec, tokenizer: Any, vocabulary: int) -> Training | None:
-    """Cut what is learned from into windows."""
-    need, clock, spec = resolved.pruner.needs.training, resolved.clock, resolved.spec
+    """Cut the training text into windows."""
+    need, progress, spec = resolved.pruner.needs.training, resolved.progress, resolved.spec
     if need is None:
         return None
-    with clock.stage("training", detail=need.text):
+    with progress.stage("training", detail=need.text):
         source: Any = path_in(need.text)
         if not need.text.startswith("tokens:"):
-            source = load_text(need.text, use="calibration", progress=clock)
+            source = load_text(need.text, use="calibration", progress=progress)
             _require_identity(source, resolved.training_text)
         training = training_windows(
             source, tokenizer, samples=need.samples, seqlen=need.seqlen, held_out=need.held_out,
@@ -217,13 +217,13 @@ def _calibrate(
     if name is None or spec.calibration_samples is None or spec.seqlen is None:
         return None, None
     seed: int | None = spec.seed
-    with resolved.clock.stage("calibration", detail=name):
+    with resolved.progress.stage("calibration", detail=name):
         if name.startswith("tokens:"):
             windows = load_windows(path_in(name), vocabulary=vocabulary)
             require_begun(windows.token_ids, tokenizer, spec.calibration_bos, path=path_in(name))
             text, origin, seed = "tokens", f"sha256:{windows.sha256}", None
         else:
-            source = load_text(name, use="calibration", progress=resolved.clock)
+            source = load_text(name, use="calibration", progress=resolved.progress)
             _require_identity(source, resolved.calibration_text)
             text, origin = source.name, source.origin
             windows = sample_windows(
@@ -257,13 +257,13 @@ def _prepare_tasks(resolved: ResolvedSpec, tokenizer: Any, vocabulary: int) -> l
         batch_size=setup.batch_size,
         include_path=setup.include_path,
     )
-    with resolved.clock.stage("tasks", detail=", ".join(spec.tasks)):
+    with resolved.progress.stage("tasks", detail=", ".join(spec.tasks)):
         tasks = prepare_tasks(
             spec.tasks,
             protocol,
             tokenizer=tokenizer,
             vocabulary=vocabulary,
-            progress=resolved.clock,
+            progress=resolved.progress,
         )
     return [*tasks]
 
@@ -271,21 +271,21 @@ def _prepare_tasks(resolved: ResolvedSpec, tokenizer: Any, vocabulary: int) -> l
 def _place_weights(
     resolved: ResolvedSpec, model: torch.nn.Module, tasks: list[Evaluator]
 ) -> Weights:
-    """Decide where the weights will be, and say so where they will not be in memory.
+    """Choose `resident` or `disk`, with a note for `disk`.
 
     Raises:
         UsageError: The method, the allocator or a task needs all weights in memory.
         IncompatibleData: The checkpoint cannot be read a block at a time.
     """
-    spec, wanted = resolved.spec, resolved.setup.weights
-    if wanted == "resident":
+    spec, choice = resolved.spec, resolved.setup.weights
+    if choice == "resident":
         return "resident"
     dtype = getattr(torch, spec.dtype)
     chosen, facts = choose_weights(model_sizes(model, dtype), resolved.device)
-    if wanted == "auto":
+    if choice == "auto":
         if chosen == "resident":
             return "resident"
-        resolved.clock.note(f"weights stay on disk: {facts}")
+        resolved.progress.note(f"weights stay on disk: {facts}")
     reason = _why_resident(resolved, tasks)
     if reason:
         raise UsageError(
@@ -319,26 +319,26 @@ def _why_resident(resolved: ResolvedSpec, tasks: list[Evaluator]) -> str:
 def _prepare_texts(resolved: ResolvedSpec, tokenizer: Any, vocabulary: int) -> list[PerplexityTask]:
     spec, texts = resolved.spec, []
     for name in resolved.named.ppl:
-        with resolved.clock.stage("tokenize", detail=name):
+        with resolved.progress.stage("tokenize", detail=name):
             text = prepare_perplexity(
                 name,
                 tokenizer,
                 seqlen=spec.ppl_seqlen,
                 limit_tokens=spec.ppl_tokens,
                 vocabulary=vocabulary,
-                progress=resolved.clock,
+                progress=resolved.progress,
                 bos=spec.ppl_bos,
             )
         texts.append(text)
     return texts
 
 
-# ---------------------------------------------------------------- what was read is what was named
+# ---------------------------------------------------------------- inputs match the resolved spec
 
 
-def _require_identity(text: TextIdentity, wanted: TextIdentity | None) -> None:
-    if wanted is None or (text.name, text.origin) != (wanted.name, wanted.origin):
-        raise _changed(f"the text {text.name}", text.origin, wanted.origin if wanted else "")
+def _require_identity(text: TextIdentity, expected: TextIdentity | None) -> None:
+    if expected is None or (text.name, text.origin) != (expected.name, expected.origin):
+        raise _changed(f"the text {text.name}", text.origin, expected.origin if expected else "")
 
 
 def _require_same(
@@ -359,9 +359,9 @@ def _require_same(
         raise _changed("the masks", masks.origin, "what they were a moment ago")
 
 
-def _changed(what: str, read: str, wanted: str) -> CheckFailed:
+def _changed(what: str, read: str, expected: str) -> CheckFailed:
     return CheckFailed(
         f"{what} changed while it was read",
-        where=f"read {read}, wanted {wanted}",
+        where=f"read {read}, wanted {expected}",
         fix="leave the files alone while a run begins, and start it again",
     )

@@ -1,4 +1,4 @@
-"""A small measured probe: what a method takes of memory and time, and how fast the machine is.
+"""A small measured probe: memory and time of a method, speed of the machine.
 
 The method prunes random matrices of two widths. Its peak is counted (`models.footprint`) and laid
 out as a * weights + b * width^2; its time as a power of the width. The machine multiplies one
@@ -30,7 +30,7 @@ _TOKENS = 512
 
 @dataclass(frozen=True)
 class MethodCost:
-    """What pruning matrices takes beyond the weights and the statistics.
+    """Memory and time of pruning a matrix, beyond its weights and statistics.
 
     Attributes:
         per_weight: Bytes for each weight of the group that is worked on.
@@ -56,14 +56,14 @@ class MethodCost:
 
 @dataclass(frozen=True)
 class Machine:
-    """What the machine does: multiply-adds a second in the run's dtype, bytes read a second."""
+    """Speed of the machine: multiply-adds per second in the run's dtype, bytes read per second."""
 
     flops: float
     read_bytes: float
 
 
 def probe_method(pruner: GroupPruner, sparsity: Sparsity, device: torch.device) -> MethodCost:
-    """Let a method prune small random matrices."""
+    """Measure a method on small random matrices."""
     small, large = _WIDTHS
     square, at_small = _prune(pruner, sparsity, small, small, device)
     tall, _ = _prune(pruner, sparsity, 2 * small, small, device)
@@ -85,36 +85,36 @@ def _prune(
     linear = Linear("probe", "probe.weight", 0, module, "weight", rows, width)
     stats = None
     if pruner.needs.calibration:
-        made = StatsAccumulator(hessian=pruner.needs.hessian)
-        made.add(torch.randn(4 * width, width, generator=generator).to(device))
-        stats = made.result(samples=4, width=width, device=device)
+        accumulator = StatsAccumulator(hessian=pruner.needs.hessian)
+        accumulator.add(torch.randn(4 * width, width, generator=generator).to(device))
+        stats = accumulator.result(samples=4, width=width, device=device)
     group = LinearGroup((linear,), stats)
-    begun = time.perf_counter()
+    start_time = time.perf_counter()
     with Footprint() as footprint:
         for new in pruner.prune_group(group, {linear.name: sparsity}):
             linear.write(new.weight)
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-    return footprint.peak, time.perf_counter() - begun
+    return footprint.peak, time.perf_counter() - start_time
 
 
 def probe_machine(
     linears: Sequence[Linear], dtype: torch.dtype, device: torch.device, file: Path
 ) -> Machine:
     """Multiply a matrix of the model's size, and read a piece of its files."""
-    one = max(linears[:16], key=lambda linear: linear.size)
-    rows, width = min(one.out_features, 4096), min(one.in_features, 4096)
+    linear = max(linears[:16], key=lambda linear: linear.size)
+    rows, width = min(linear.out_features, 4096), min(linear.in_features, 4096)
     weight = torch.ones(rows, width, dtype=dtype, device=device)
     tokens = torch.ones(_TOKENS, width, dtype=dtype, device=device)
     seconds = []
     for _ in range(3):
-        begun = time.perf_counter()
+        start_time = time.perf_counter()
         nn.functional.linear(tokens, weight)
         if device.type == "cuda":
             torch.cuda.synchronize(device)
-        seconds.append(time.perf_counter() - begun)
+        seconds.append(time.perf_counter() - start_time)
     flops = _TOKENS * rows * width / min(seconds)
-    begun = time.perf_counter()
+    start_time = time.perf_counter()
     with file.open("rb", buffering=0) as stream:
         count = len(stream.read(_READ_BYTES))
-    return Machine(flops, count / max(time.perf_counter() - begun, 1e-9))
+    return Machine(flops, count / max(time.perf_counter() - start_time, 1e-9))

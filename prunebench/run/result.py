@@ -1,4 +1,4 @@
-"""The blocks of a result, from what a run knows and has measured."""
+"""Build the blocks of a result from the plan and the measurements."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def build_model_block(
         pull_request=plan.model.pull_request,
         architecture=type(model).__name__,
         parameters=sum(p.numel() for p in model.parameters()),
-        prunable_parameters=sum(one.size for one in plan.linears),
+        prunable_parameters=sum(linear.size for linear in plan.linears),
         dtype=plan.spec.dtype,
         dense_sha256=dense_sha256,
         evaluated_sha256=evaluated_sha256,
@@ -86,7 +86,7 @@ def build_model_block(
 
 
 def build_method_block(spec: RunSpec, report: PruneReport) -> MethodBlock:
-    """Describe what decided, and what it had to work around."""
+    """Describe the method, its options and its per-layer anomalies."""
     row = METHODS.find(spec.method)
     return MethodBlock(
         name=spec.method,
@@ -99,7 +99,7 @@ def build_method_block(spec: RunSpec, report: PruneReport) -> MethodBlock:
 
 
 def build_allocation_block(spec: RunSpec, allocation: Allocation) -> AllocationBlock | None:
-    """Describe what spread the target over the layers."""
+    """Describe the allocator that spread the target over the layers."""
     if spec.allocation == "uniform":
         return None
     row = FILE if spec.allocation == "file" else ALLOCATORS.find(spec.allocation)
@@ -114,7 +114,7 @@ def build_allocation_block(spec: RunSpec, allocation: Allocation) -> AllocationB
 
 
 def build_training_block(plan: Plan, report: PruneReport) -> TrainingBlock | None:
-    """Describe what was learned from, and how it went."""
+    """Describe the training text, windows and curve."""
     learned, training = report.learned, plan.training
     if learned is None or training is None or plan.training_text is None:
         return None
@@ -130,9 +130,9 @@ def build_training_block(plan: Plan, report: PruneReport) -> TrainingBlock | Non
         processes=learned.processes,
         curve=[TrainingPoint(**dataclasses.asdict(point)) for point in learned.curve],
         prior_scores=[
-            PriorScore(metric=metric, protocol=one.protocol, value=measure.value)
-            for one in learned.prior_scores
-            for metric, measure in one.measures.items()
+            PriorScore(metric=metric, protocol=score.protocol, value=measure.value)
+            for score in learned.prior_scores
+            for metric, measure in score.measures.items()
         ],
     )
 
@@ -143,30 +143,30 @@ def build_sparsity_block(
     report: PruneReport,
     allocation: Allocation,
 ) -> SparsityBlock:
-    """Describe the sparsity that the weights show."""
-    total = sum(one.linear.size for one in measured)
+    """Describe the sparsity measured on the weights."""
+    total = sum(layer.linear.size for layer in measured)
     return SparsityBlock(
         requested=str(plan.sparsity),
-        realised_ratio=sum(one.zeros for one in measured) / total,
-        negative_zeros=sum(one.negative_zeros for one in measured),
-        pattern_violations=sum(one.violations for one in measured),
+        realised_ratio=sum(layer.zeros for layer in measured) / total,
+        negative_zeros=sum(layer.negative_zeros for layer in measured),
+        pattern_violations=sum(layer.violations for layer in measured),
         layers=[
             LayerSparsity(
-                name=one.linear.name,
-                out_features=one.linear.out_features,
-                in_features=one.linear.in_features,
-                requested=str(plan.sparsity.with_ratio(allocation.ratios[one.linear.name])),
-                zeros=one.zeros,
-                loss=report.losses.get(one.linear.name),
-                estimate=allocation.estimates.get(one.linear.name),
+                name=layer.linear.name,
+                out_features=layer.linear.out_features,
+                in_features=layer.linear.in_features,
+                requested=str(plan.sparsity.with_ratio(allocation.ratios[layer.linear.name])),
+                zeros=layer.zeros,
+                loss=report.losses.get(layer.linear.name),
+                estimate=allocation.estimates.get(layer.linear.name),
             )
-            for one in measured
+            for layer in measured
         ],
     )
 
 
-def build_score_blocks(outcome: Outcome, dense: Outcome) -> list[Score]:
-    """Describe what the pruned model got under one protocol, and the dense model beside it."""
+def build_score_blocks(pruned: list[Outcome], dense: list[Outcome]) -> list[Score]:
+    """Describe the scores of the pruned model, each with the dense model's of its protocol."""
     return [
         Score(
             metric=metric,
@@ -174,20 +174,21 @@ def build_score_blocks(outcome: Outcome, dense: Outcome) -> list[Score]:
             origin=outcome.origin,
             protocol=outcome.protocol,
             value=measure.value,
-            dense_value=dense.measures[metric].value,
+            dense_value=reference.measures[metric].value,
             higher_is_better=measure.higher_is_better,
             targets=outcome.targets,
             limited=outcome.limited,
             tokens_sha256=outcome.sha256,
             stderr=measure.stderr,
-            dense_stderr=dense.measures[metric].stderr,
+            dense_stderr=reference.measures[metric].stderr,
         )
+        for outcome, reference in zip(pruned, dense, strict=True)
         for metric, measure in outcome.measures.items()
     ]
 
 
 def samples_of(outcomes: list[Outcome], dense: list[Outcome]) -> list[Sample]:
-    """Return what came out for every document and window, of the pruned and the dense model."""
+    """Return the values of every document and window, of the pruned and the dense model."""
     return [
         Sample(
             protocol=outcome.protocol,
@@ -204,10 +205,12 @@ def samples_of(outcomes: list[Outcome], dense: list[Outcome]) -> list[Sample]:
 def build_cost_block(
     plan: Plan, prune_seconds: float, *, starts: int, halvings: list[str]
 ) -> CostBlock:
-    """Describe what the run took so far, see `CostBlock`."""
-    peaks = [torch.cuda.max_memory_allocated(one) for one in plan.devices if one.type == "cuda"]
+    """Describe time and memory so far, see `CostBlock`."""
+    peaks = [
+        torch.cuda.max_memory_allocated(device) for device in plan.devices if device.type == "cuda"
+    ]
     return CostBlock(
-        stage_seconds={name: round(s, 3) for name, s in plan.clock.seconds.items()},
+        stage_seconds={name: round(s, 3) for name, s in plan.progress.seconds.items()},
         prune_seconds=round(prune_seconds, 3),
         total_seconds=round(time.perf_counter() - plan.started, 3),
         peak_rss_bytes=peak_rss_bytes(),
@@ -221,8 +224,8 @@ def build_cost_block(
 def peak_rss_bytes() -> int:
     """Return the largest resident size of this process so far.
 
-    On Linux from `VmHWM`: `ru_maxrss` survives exec, so it would report the peak of whatever
-    started us.
+    On Linux from `VmHWM`: `ru_maxrss` survives exec, so it would include the peak of the parent
+    process.
     """
     status = Path("/proc/self/status")
     if status.is_file():

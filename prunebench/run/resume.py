@@ -1,7 +1,7 @@
-"""Where the weights of a run are, and what an interrupted run has left for this one.
+"""Load the model (in memory or streamed from disk) and resume an interrupted run.
 
-`resident`: all in memory. `disk`: a block at a time (`models.disk`), and every finished block is
-kept in the cache until the result has been filed. Neither changes a number.
+`resident`: all weights in memory. `disk`: a block at a time (`models.disk`), with every finished
+block saved in the cache until the result has been saved. Neither changes a number.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from prunebench.run.resolve import ResolvedSpec
 
 
 def journal_folder(resolved: ResolvedSpec) -> Path:
-    """Return where a run keeps what it has finished: a name that stands for all it depends on."""
+    """Return the journal folder of a run: its name is a hash of all that the blocks depend on."""
     import transformers
 
     facts = [
@@ -42,12 +42,12 @@ def journal_folder(resolved: ResolvedSpec) -> Path:
 
 
 def runs_folder() -> Path:
-    """Return the folder of all that unfinished runs keep."""
+    """Return the folder of all journals."""
     return cache_dir() / "runs"
 
 
 def unfinished_runs() -> list[JournalInfo]:
-    """Return what all interrupted runs have left, the newest first."""
+    """Return the journals of all interrupted runs, the newest first."""
     folders = [path for path in runs_folder().glob("*") if path.is_dir()]
     infos = [info for info in map(journal_info, sorted(folders)) if info]
     return sorted(infos, key=lambda info: info.age_seconds)
@@ -55,9 +55,9 @@ def unfinished_runs() -> list[JournalInfo]:
 
 @contextmanager
 def open_run_state(plan: Plan) -> Iterator[RunJournal | None]:
-    """Open what this run keeps; None where the weights are in memory.
+    """Open the journal of this run; None where the weights are in memory.
 
-    It stays where the run ends with an error, and goes when the run is finished.
+    It is removed when the run has finished, and stays if the run ends with an error.
 
     Raises:
         SaveError: The cache cannot be written.
@@ -65,58 +65,62 @@ def open_run_state(plan: Plan) -> Iterator[RunJournal | None]:
     if plan.weights == "resident":
         yield None
         return
-    folder, clock = journal_folder(plan), plan.clock
-    kept = RunJournal(folder)
-    has_lock = kept.lock()
+    folder, progress = journal_folder(plan), plan.progress
+    journal = RunJournal(folder)
+    has_lock = journal.lock()
     if not has_lock:
-        clock.note(f"another process runs this very command ({folder}): this one keeps nothing")
-        kept = RunJournal(folder.with_name(f"{folder.name}-{secrets.token_hex(4)}"))
-        kept.lock()
-    found = read_journal(kept.folder) is not None
-    with clock.stage("verify", detail="what is kept") if found else nullcontext():
-        kept.read()
-    if kept.blocks:
-        clock.note(f"going on: {len(kept.blocks)} blocks were finished before, in {kept.folder}")
-    kept.state = replace(
-        kept.state,
+        progress.note(
+            f"another process runs this very command ({folder}): this one cannot be resumed"
+        )
+        journal = RunJournal(folder.with_name(f"{folder.name}-{secrets.token_hex(4)}"))
+        journal.lock()
+    has_journal = read_journal(journal.folder) is not None
+    with progress.stage("verify", detail="saved blocks") if has_journal else nullcontext():
+        journal.read()
+    if journal.blocks:
+        progress.note(
+            f"resuming: {len(journal.blocks)} blocks finished before, in {journal.folder}"
+        )
+    journal.state = replace(
+        journal.state,
         command=plan.setup.command,
         title=f"{plan.spec.method} {plan.sparsity} on {plan.spec.model}",
         blocks=max(linear.block_index for linear in plan.linears) + 1,
-        starts=kept.state.starts + 1,
+        starts=journal.state.starts + 1,
     )
     try:
-        yield kept
+        yield journal
     except BaseException:
         if not has_lock:
-            kept.remove()
+            journal.remove()
             raise
-        done = len(kept.blocks)
-        clock.note(f"{done} finished blocks saved; rerun the same command to resume")
-        kept.release()
+        done = len(journal.blocks)
+        progress.note(f"{done} finished blocks saved; rerun the same command to resume")
+        journal.release()
         raise
-    kept.remove()
+    journal.remove()
 
 
-def open_model(plan: Plan, kept: RunJournal | None) -> nn.Module:
-    """Load the dense model, or what lies outside its blocks."""
+def open_model(plan: Plan, journal: RunJournal | None) -> nn.Module:
+    """Load the dense model, or for `disk` only what lies outside its blocks."""
     dtype = getattr(torch, plan.spec.dtype)
-    if kept is None:
+    if journal is None:
         return load_model(plan.model.path, dtype=dtype, device=plan.device)
     return load_on_disk(
         plan.model.path,
         load_config(plan.model.path),
         dtype=dtype,
         device=plan.device,
-        kept=kept,
+        kept=journal,
         placement=plan.setup.activations,
     )
 
 
 def restore_finished_blocks(plan: Plan, model: nn.Module) -> None:
-    """Take the finished blocks for the model's, if the method can go on from them.
+    """Load the finished blocks into the model, if the method can resume from them.
 
-    A method that decides group by group can; one that carries something from block to block (the
-    generator of `random`) begins again.
+    A method that decides group by group can; one that carries state from block to block (the
+    generator of `random`) starts over.
     """
     weights = weights_of(model)
     if isinstance(weights, DiskWeights):

@@ -1,6 +1,6 @@
-"""The evaluations of a run: of the dense model, of the pruned one, and of a prior.
+"""Evaluate the dense model, the pruned one, and the prior of a training.
 
-What the same weights got in the same evaluation before is not measured again.
+Outcomes of the same weights in the same evaluation are cached.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def _evaluators(plan: Plan) -> list[Evaluator]:
 
 
 def score_dense(plan: Plan, model: nn.Module, dense_sha256: str) -> list[Outcome]:
-    """Score the dense model, or take what these weights got before in the same evaluation."""
+    """Score the dense model; cached outcomes are reused."""
     outcomes = []
     for evaluator in _evaluators(plan):
         baseline = functools.partial(_score, plan, model, evaluator, stage="baseline")
@@ -41,28 +41,28 @@ def score_dense(plan: Plan, model: nn.Module, dense_sha256: str) -> list[Outcome
 def _scored_once(
     sha256: str, evaluator: Evaluator, score: Callable[[], list[Outcome]]
 ) -> list[Outcome]:
-    """Return what these weights got before in the same evaluation, or score them and keep that."""
-    found = cached_outcomes(sha256, evaluator)
-    if found is None:
-        found = score()
-        remember_outcomes(sha256, evaluator, found)
-    return found
+    """Return the cached outcomes of these weights, or score and cache them."""
+    outcomes = cached_outcomes(sha256, evaluator)
+    if outcomes is None:
+        outcomes = score()
+        remember_outcomes(sha256, evaluator, outcomes)
+    return outcomes
 
 
 def score_pruned(
-    plan: Plan, model: nn.Module, dense_sha256: str | None, kept: RunJournal | None
+    plan: Plan, model: nn.Module, dense_sha256: str | None, journal: RunJournal | None
 ) -> list[Outcome]:
-    """Score the model as it is now; what a dense model got is remembered."""
+    """Score the model as it is now; outcomes of a dense model are cached."""
     outcomes = []
-    scored: dict[str, Any] = dict(kept.state.scored) if kept else {}
+    scored: dict[str, Any] = dict(journal.state.scored) if journal else {}
     for evaluator in _evaluators(plan):
         if evaluator.name in scored:
             outcomes += outcomes_from(scored[evaluator.name])
             continue
         found = _score(plan, model, evaluator, stage="score")
-        if kept:
+        if journal:
             scored[evaluator.name] = [asdict(one) for one in found]
-            kept.update(scored=scored)
+            journal.update(scored=scored)
         if dense_sha256 is not None:
             remember_outcomes(dense_sha256, evaluator, found)
         outcomes += found
@@ -71,17 +71,17 @@ def score_pruned(
 
 def _score(plan: Plan, model: nn.Module, evaluator: Evaluator, *, stage: str) -> list[Outcome]:
     name, total = evaluator.name, evaluator.units
-    with plan.clock.stage(stage, total=total, detail=name, unit=evaluator.unit) as advance:
+    with plan.progress.stage(stage, total=total, detail=name, unit=evaluator.unit) as advance:
         return evaluator.score(model, advance=advance)
 
 
 def collect_dense_logits(plan: Plan, model: nn.Module) -> list[Divergence]:
-    """Keep what the pruned model's distributions will be compared with."""
+    """Return the dense model's hidden states, the reference for the divergence scores."""
     if not plan.spec.divergence:
         return []
     references = []
     for text in plan.texts:
-        with plan.clock.stage(
+        with plan.progress.stage(
             "baseline", total=text.units, detail=f"distributions on {text.name}", unit="windows"
         ) as advance:
             references.append(Divergence.of_dense(model, text, advance=advance))
@@ -89,11 +89,11 @@ def collect_dense_logits(plan: Plan, model: nn.Module) -> list[Divergence]:
 
 
 def score_divergence(plan: Plan, model: nn.Module, references: list[Divergence]) -> list[Outcome]:
-    """Compare the model's distributions with those that were kept."""
+    """Compare the model's next-token distributions with the dense model's."""
     outcomes = []
     for reference in references:
         text = reference.text
-        with plan.clock.stage(
+        with plan.progress.stage(
             "score", total=text.units, detail=f"distributions on {text.name}", unit="windows"
         ) as advance:
             outcomes.append(reference.score(model, advance=advance))
@@ -101,14 +101,14 @@ def score_divergence(plan: Plan, model: nn.Module, references: list[Divergence])
 
 
 def score_prior(plan: Plan, model: nn.Module) -> list[Outcome]:
-    """Score the mask that a training begins with on the texts, once for the same weights."""
+    """Score the initial mask of a training on the texts; cached by its weights."""
     outcomes = []
     sha256 = hash_weights(model) if plan.texts else ""
     for text in plan.texts:
         silently = functools.partial(text.score, model, advance=lambda done: None)
-        found = _scored_once(sha256, text, silently)
-        for one in found:
-            value = one.measures["token_ppl"].value
-            plan.clock.note(f"  the prior: ppl {value:,.4g} on {one.protocol}")
-        outcomes += found
+        scores = _scored_once(sha256, text, silently)
+        for score in scores:
+            value = score.measures["token_ppl"].value
+            plan.progress.note(f"  the prior: ppl {value:,.4g} on {score.protocol}")
+        outcomes += scores
     return outcomes

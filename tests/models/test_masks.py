@@ -16,7 +16,7 @@ from prunebench.models.walker import BlockWalker
 from prunebench.progress import Silent
 from prunebench.pruners import METHODS
 from prunebench.pruners.maskllm.method import MaskLLM
-from prunebench.run.resolve import check_names
+from prunebench.run.names import check_names
 from prunebench.sparsity import Sparsity
 from prunebench.spec import RunSpec, Setup
 from prunebench.testing import tiny_model

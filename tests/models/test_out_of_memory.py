@@ -88,6 +88,6 @@ def test_it_is_said_and_recorded(cli, tiny_run, tmp_path, monkeypatch):
 
     monkeypatch.setattr(run, "open_model", opened)
     said = cli(*tiny_run, "-m", "wanda").output
-    assert "out of memory: calibration goes on with 2 sequences at a time" in said
+    assert "out of memory: calibration continues with 2 sequences at a time" in said
     (result,), _ = ResultStore(tmp_path / "results").read()
     assert "calibration: 2 at a time" in result.cost.halved_batches

@@ -136,6 +136,28 @@ def test_a_tensor_that_is_missing_is_not_made_up(tiny_folder, tmp_path):
     assert "layers.1.mlp.up_proj" in error.value.where
 
 
+def test_a_folder_is_hashed_and_checked_once_until_a_file_changes(
+    tiny_folder, tmp_path, monkeypatch
+):
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_folder, folder)
+    hashed, checked = [], []
+    real_hash, real_check = module.sha256_file, module.check_weight_files
+    monkeypatch.setattr(
+        module, "sha256_file", lambda path, **kw: hashed.append(path) or real_hash(path, **kw)
+    )
+    monkeypatch.setattr(
+        module, "check_weight_files", lambda path: checked.append(path) or real_check(path)
+    )
+    first = fetch_model(find_model(str(folder)), Silent())
+    work = len(hashed), len(checked)
+    assert fetch_model(find_model(str(folder)), Silent()) == first
+    assert (len(hashed), len(checked)) == work and min(work) > 0
+    config = folder / "config.json"
+    config.write_text(config.read_text("utf-8") + " ", "utf-8")
+    assert fetch_model(find_model(str(folder)), Silent()).revision != first.revision
+
+
 def test_a_folder_without_tokenizer(tmp_path):
     tiny_model("llama").save_pretrained(tmp_path / "m")
     with pytest.raises(MissingResource, match="no usable tokenizer"):

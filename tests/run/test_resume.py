@@ -175,7 +175,7 @@ def test_the_same_command_goes_on_and_says_what_it_kept(cli, tiny_run, tmp_path,
     assert "3 of 3 blocks" in cli(*command, "--resume-info").output
     assert "3 of 3 blocks" in cli("clean", "--list").output
     outcome = cli(*command)
-    assert "going on: 3 blocks were finished before" in outcome.output
+    assert "resuming: 3 blocks finished before" in outcome.output
     again = the_result(tmp_path / "results")
     assert again.cost.starts == 2
     cli(*tiny_run, "-m", "wanda", "--divergence", "--results-dir", "fresh")

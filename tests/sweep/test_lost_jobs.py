@@ -63,7 +63,7 @@ def test_a_lost_cell_is_tried_once_more(sweep_on):
     assert {(outcome.cell.number, outcome.state, outcome.tries) for outcome in outcomes} == {
         (1, "done", 2), (2, "done", 1), (3, "done", 1),
     }  # fmt: skip
-    assert "1 failed: its node is gone: it is tried once more" in messages
+    assert "1 failed: its node is gone: retrying once" in messages
     assert [r.status for r in store.read()[0]] == ["ok"] * 3
     assert engine.closed and not engine.cancelled
 

@@ -1,8 +1,8 @@
-"""Where the cells of a sweep run: on this machine, or on an engine that others maintain.
+"""Engines that run the cells of a sweep: this machine, Slurm or Ray.
 
-An engine takes jobs and tells how they ended. A job is one command line in a process of its own,
-wherever that is. Its result arrives through the results folder, never through the engine: an
-engine can lose a job, but not a result.
+An engine takes jobs and returns how they ended. A job is one command line in a process of its own.
+Its result arrives through the results folder, never through the engine: an engine can lose a job,
+but not a result.
 """
 
 from __future__ import annotations
@@ -15,16 +15,16 @@ EXECUTORS = ("local", "slurm", "ray")
 
 
 class Engine(Protocol):
-    """What runs jobs.
+    """Runs jobs.
 
     Attributes:
-        at_once: How many jobs it should be given at a time; None for any number.
+        at_once: The most jobs at a time; None for any number.
     """
 
     at_once: int | None
 
     def submit(self, job: Job) -> str:
-        """Start or queue a job; returns what the engine calls it, empty if it has no name.
+        """Start or queue a job; returns the engine's name for it, or "".
 
         Raises:
             Refused: The engine takes no more jobs now, or never one like this.
@@ -37,4 +37,4 @@ class Engine(Protocol):
         """End every job that runs or waits, and return when this machine's are gone."""
 
     def close(self) -> None:
-        """Let go of the engine: nothing runs any more."""
+        """Release the engine. No job runs any more."""

@@ -1,4 +1,4 @@
-"""What an engine is given, what it gives back, and what a job may ask of a cluster."""
+"""Jobs, how they end, and the resources that they request from a cluster."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ class Refused(PrunebenchError):
 
 @dataclass(frozen=True)
 class Job:
-    """One command, for whichever machine runs it.
+    """One command, for any machine that runs it.
 
     Attributes:
-        number: What its sender knows it by.
-        words: What follows `prunebench` on its command line.
+        number: Chosen by the sender, to match job and end.
+        words: The arguments of `prunebench`.
         folder: The folder it runs in: paths in a recipe are relative to it.
-        settings: Changes to the environment; None takes a variable away.
+        settings: Changes to the environment; None removes a variable.
     """
 
     number: int
@@ -47,9 +47,9 @@ class JobEnd:
 
     Attributes:
         code: Exit code of its process, negative for a signal; None where the engine lost it.
-        result_id: The result it filed or found.
+        result_id: The result that it saved or found.
         reason: Why it failed, in one line.
-        stage: The stage in which its process was ended, as far as that is known.
+        stage: The stage in which its process was ended, if known.
     """
 
     code: int | None
@@ -61,7 +61,7 @@ class JobEnd:
 
 @dataclass(frozen=True)
 class Resources:
-    """What one cell asks of Slurm or Ray; None leaves it to the cluster.
+    """Resources that one cell requests from Slurm or Ray; None is the cluster's default.
 
     Attributes:
         minutes: How long it may take, in Slurm.
@@ -78,7 +78,7 @@ class Resources:
 
     @classmethod
     def of(cls, options: Mapping[str, Any]) -> Resources:
-        """Make them of options that have the right types.
+        """Build them from options of the right types.
 
         Raises:
             UsageError: A number is out of range, or the time is not one.
@@ -93,8 +93,8 @@ class Resources:
         return cls(**values)
 
     def described(self) -> str:
-        """Say in a few words what is asked for."""
-        asked = [(one.name, getattr(self, one.name)) for one in fields(self)]
+        """Format the requested resources."""
+        asked = [(option.name, getattr(self, option.name)) for option in fields(self)]
         return ", ".join(f"{name} {value:g}" if isinstance(value, _NUMBER) else f"{name} {value}"
                          for name, value in asked if value is not None)  # fmt: skip
 
@@ -128,14 +128,14 @@ def _typed(kind: type | tuple[type, ...], value: str) -> Any:
 
 def _minutes(text: str) -> int:
     """Read minutes, `4:00:00` or `1-12:00:00`; `4:00` is refused, for it means two things."""
-    found = _TIME.fullmatch(text.strip())
-    if not found:
+    match = _TIME.fullmatch(text.strip())
+    if not match:
         raise UsageError(
             f"time {text!r} is not understood",
             where="Slurm reads 4:00 as four minutes, people as four hours",
             fix="as in time=240 (minutes), 4:00:00 or 1-12:00:00",
         )
-    parts = {name: int(value or 0) for name, value in found.groupdict().items()}
+    parts = {name: int(value or 0) for name, value in match.groupdict().items()}
     minutes = parts["minutes"] or (parts["d"] * 24 + parts["h"]) * 60 + parts["m"]
     if minutes < 1:
         raise UsageError(f"time {text!r} is less than a minute", fix="as in time=60")

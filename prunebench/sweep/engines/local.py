@@ -21,9 +21,9 @@ class LocalEngine:
     """Runs a job in each free slot.
 
     Args:
-        slots: For each job that may run at a time, what its environment gets: a GPU of its own, a
-            number of threads.
-        show: Gets a job's number and every line that it writes to stderr, as it comes.
+        slots: Environment variables for each job that may run at a time: its GPU, its number of
+            threads.
+        show: Called with a job's number and each line that it writes to stderr.
     """
 
     def __init__(
@@ -78,15 +78,15 @@ class LocalEngine:
                 interrupt(process, number=9)
 
     def close(self) -> None:
-        """Nothing is held."""
+        """Do nothing: there is nothing to release."""
 
 
 def slots_of_machine(jobs: int, devices: Collection[str]) -> list[dict[str, str]]:
-    """Return what each of so many jobs at a time gets of this machine: a GPU, or threads.
+    """Return the environment of each of `jobs` slots: a GPU, or a number of threads.
 
     Args:
         jobs: How many.
-        devices: What the cells ask for: `auto`, `cpu`, `cuda` or `cuda:N`.
+        devices: The `device` of the cells: `auto`, `cpu`, `cuda` or `cuda:N`.
 
     Raises:
         UsageError: There are not so many GPUs.
@@ -94,8 +94,8 @@ def slots_of_machine(jobs: int, devices: Collection[str]) -> list[dict[str, str]
     if jobs == 1:
         return [{}]
     gpus = [] if set(devices) == {"cpu"} else _gpus()
-    if gpus or any(one.startswith("cuda") for one in devices):
-        if jobs > len(gpus) or any(":" in one for one in devices):
+    if gpus or any(device.startswith("cuda") for device in devices):
+        if jobs > len(gpus) or any(":" in device for device in devices):
             raise UsageError(
                 f"--jobs {jobs} needs {jobs} GPUs, and there are {len(gpus)} to choose from",
                 where="two cells on one GPU would measure each other",
@@ -112,5 +112,5 @@ def _gpus() -> list[str]:
 
     if not torch.cuda.is_available():
         return []
-    named = [one for one in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if one]
+    named = [gpu for gpu in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if gpu]
     return named or [str(index) for index in range(torch.cuda.device_count())]

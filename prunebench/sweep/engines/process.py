@@ -1,4 +1,4 @@
-"""A job as a process: started, listened to, and ended when whoever started it is gone."""
+"""Run a job as a process that ends with its parent."""
 
 from __future__ import annotations
 
@@ -23,17 +23,17 @@ def run_job(
     hear: Callable[[str], None] | None = None,
     started: Callable[[subprocess.Popen[str]], None] | None = None,
 ) -> JobEnd:
-    """Run a job in a process of its own and wait for its end; this is what a cluster is sent.
+    """Run a job in a process of its own and wait for its end; also the task sent to a cluster.
 
-    The process leads a group of its own: a Ctrl-C at the terminal reaches the sweep alone, which
-    passes it on once. It ends by itself when this process is killed.
+    The process leads a group of its own, so Ctrl-C at the terminal reaches the sweep alone, which
+    forwards it once. It ends by itself when this process is killed.
 
     Args:
         job: What to run.
-        hear: Gets every line that it writes to stderr; None writes them to stderr here.
-        started: Gets the process once it runs.
+        hear: Called with every line that it writes to stderr; None copies them to stderr.
+        started: Called with the process once it runs.
     """
-    begun = time.monotonic()
+    start_time = time.monotonic()
     try:
         process = subprocess.Popen(
             [sys.executable, "-m", "prunebench", *job.words],
@@ -50,7 +50,7 @@ def run_job(
     lines = _listen(process, hear or _to_stderr)
     code = process.wait()
     reader.join()
-    seconds = time.monotonic() - begun
+    seconds = time.monotonic() - start_time
     if code == 0:
         return JobEnd(0, result_id=_result_id(output[0]), seconds=seconds)
     reason, stage = _why(lines, code)
@@ -69,16 +69,16 @@ def _all_of(process: subprocess.Popen[str]) -> str:
 
 
 def _listen(process: subprocess.Popen[str], hear: Callable[[str], None]) -> list[str]:
-    """Pass lines on, and keep the error message and the last line of all."""
+    """Forward lines; return those of the error message, or the last line."""
     assert process.stderr is not None
-    kept: list[str] = []
+    lines: list[str] = []
     with process.stderr:
         for line in process.stderr:
             hear(line.rstrip("\n"))
-            if not (kept and kept[0].startswith("error: ")):
-                kept.clear()
-            kept.append(line)
-    return kept
+            if not (lines and lines[0].startswith("error: ")):
+                lines.clear()
+            lines.append(line)
+    return lines
 
 
 def _why(lines: list[str], code: int) -> tuple[str, str]:
@@ -127,8 +127,8 @@ def interrupt(process: subprocess.Popen[str], *, number: int = signal.SIGINT) ->
 def end_with_parent() -> None:
     """Interrupt this process when the one that started it as a job is gone, even by `kill -9`.
 
-    Without this, a cell whose sweep or cluster worker was killed would go on beside the one that
-    is started in its place.
+    Without this, a cell whose sweep or cluster worker was killed would keep running beside the one
+    that is started in its place.
     """
     named = os.environ.pop(_PARENT, "")
     if named.isdigit():

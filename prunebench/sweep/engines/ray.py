@@ -16,33 +16,36 @@ from prunebench.sweep.engines.process import run_job
 
 
 def _require_listener() -> None:
-    """Find out at once whether anything listens where the cluster should be.
+    """Check that something listens at the address of the cluster.
 
-    `ray.init` itself tries for minutes, also where a killed cluster has left its address behind.
+    `ray.init` itself retries for minutes, also at the address left by a killed cluster.
 
     Raises:
-        OSError: Nothing does.
+        OSError: No connection.
     """
-    left = Path(os.environ.get("RAY_TMPDIR", tempfile.gettempdir()), "ray", "ray_current_cluster")
-    named = os.environ.get("RAY_ADDRESS") or (left.read_text("utf-8") if left.is_file() else "")
-    found = re.fullmatch(r"(?:ray://)?\[?([^/\]]+)\]?:(\d+)", named.strip())
-    if found:
+    address_file = Path(
+        os.environ.get("RAY_TMPDIR", tempfile.gettempdir()), "ray", "ray_current_cluster"
+    )
+    address = os.environ.get("RAY_ADDRESS") or (
+        address_file.read_text("utf-8") if address_file.is_file() else ""
+    )
+    match = re.fullmatch(r"(?:ray://)?\[?([^/\]]+)\]?:(\d+)", address.strip())
+    if match:
         try:
-            socket.create_connection((found[1], int(found[2])), timeout=10).close()
+            socket.create_connection((match[1], int(match[2])), timeout=10).close()
         except OSError as error:
-            raise OSError(f"{named.strip()}: {error.strerror or error}") from error
+            raise OSError(f"{address.strip()}: {error.strerror or error}") from error
 
 
 class RayEngine:
-    """Sends one Ray task a cell.
+    """Runs each cell as a Ray task.
 
-    Ray's own retries are off: whether a lost cell is tried again is the sweep's decision, the same
-    with every engine.
+    Ray's own retries are off: the sweep decides about retries, the same with every engine.
 
     Args:
-        resources: What a cell asks for.
+        resources: Requested for each cell.
         at_once: At most so many tasks at a time; None for any number.
-        note: Gets one line if no node has what is asked for.
+        note: Called with one line if no node has these resources.
 
     Raises:
         MissingResource: Ray is not installed, or no cluster answers.
@@ -74,8 +77,8 @@ class RayEngine:
         self._task = ray.remote(run_job).options(
             num_cpus=cpus, num_gpus=gpus, memory=memory, max_retries=0, name="prunebench"
         )
-        wanted = {"CPU": cpus, "GPU": gpus, "memory": memory or 0}
-        if not any(_has(node, wanted) for node in ray.nodes()):
+        request = {"CPU": cpus, "GPU": gpus, "memory": memory or 0}
+        if not any(_has(node, request) for node in ray.nodes()):
             note(f"no node of the Ray cluster has {resources.described() or '1 CPU'}: "
                  "the cells wait until one joins")  # fmt: skip
 
@@ -105,10 +108,12 @@ class RayEngine:
         self._running.clear()
 
     def close(self) -> None:
-        """Leave the cluster, which runs on; what is left of this sweep in it ends."""
+        """Disconnect from the cluster; tasks of this sweep end, the cluster runs on."""
         self._ray.shutdown()
 
 
-def _has(node: dict[str, Any], wanted: Mapping[str, float]) -> bool:
-    there = node.get("Resources", {})
-    return bool(node.get("Alive")) and all(there.get(k, 0) >= v for k, v in wanted.items() if v)
+def _has(node: dict[str, Any], request: Mapping[str, float]) -> bool:
+    resources = node.get("Resources", {})
+    return bool(node.get("Alive")) and all(
+        resources.get(k, 0) >= v for k, v in request.items() if v
+    )

@@ -14,14 +14,14 @@ from prunebench.sweep.engines.process import run_job
 
 
 class SlurmEngine:
-    """Sends one Slurm job a cell.
+    """Runs each cell as a Slurm job.
 
     Args:
-        resources: What a cell asks for; the time is a must, for submitit would give it 5 minutes.
+        resources: Requested for each cell; the time is required (submitit's default: 5 minutes).
         folder: Where submitit keeps scripts and logs, on a file system that all nodes share.
         at_once: At most so many jobs in the queue; None for any number.
         cluster: `local` runs the same scripts on this machine, to try them out.
-        poll_seconds: How often the jobs are looked at. Slurm itself is asked far less often.
+        poll_seconds: Between checks of the jobs; submitit queries Slurm far less often.
 
     Raises:
         MissingResource: submitit or Slurm is not here.
@@ -107,7 +107,7 @@ class SlurmEngine:
         self._running.clear()
 
     def close(self) -> None:
-        """Nothing is held."""
+        """Do nothing: there is nothing to release."""
 
 
 def _parameters(resources: Resources) -> dict[str, Any]:

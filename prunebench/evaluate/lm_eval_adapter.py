@@ -1,0 +1,126 @@
+"""lm-eval's Hugging Face adapter (`HFLM`) around a model that is in memory already.
+
+Import it inside `quiet_libraries`: it imports lm-eval, which writes to the terminal.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import torch
+from lm_eval.models.huggingface import HFLM
+from torch import Tensor, nn
+
+from prunebench.calibration.vocabulary import vocabulary_size
+from prunebench.evaluate.requests import require_known_ids
+from prunebench.models.out_of_memory import AutoBatch
+from prunebench.models.stream import batch_logits, is_streamed
+
+_BATCH_SIZE = {"cpu": 1, "cuda": 16}
+
+Answered = Callable[[int, int], None]
+"""Called with the number of answered requests and the number of all."""
+
+
+def wrap_model(
+    model: nn.Module, task_name: str, *, tokenizer: Any, batch_size: int | None, answered: Answered
+) -> Any:
+    """Return the adapter that lm-eval's evaluator asks.
+
+    Args:
+        model: A causal language model; its blocks may be on disk.
+        task_name: For error messages.
+        tokenizer: The model's.
+        batch_size: Sequences at a time; None is 1 on a CPU and 16 on CUDA.
+        answered: Called after each batch.
+    """
+    device = next(model.parameters()).device
+    size = batch_size or _BATCH_SIZE.get(device.type, 1)
+    adapter = StreamedModel if is_streamed(model) else ResidentModel
+    return adapter(model, task_name, tokenizer=tokenizer, batch_size=size, answered=answered)
+
+
+class _CheckedModel(HFLM):  # type: ignore[misc]
+    """Refuses token ids that the model's embedding has no row for."""
+
+    def __init__(
+        self, model: Any, task_name: str, *, tokenizer: Any, batch_size: int, answered: Answered
+    ) -> None:
+        super().__init__(
+            pretrained=model, tokenizer=tokenizer, backend="causal", batch_size=batch_size
+        )
+        self._task_name = task_name
+        self._answered = answered
+        self._embedding_rows = vocabulary_size(model)
+
+    def _require_known(self, sequences: Iterable[Iterable[int]]) -> None:
+        require_known_ids(
+            sequences, self._task_name, tokenizer=self.tokenizer, vocabulary=self._embedding_rows
+        )
+
+    def _loglikelihood_tokens(self, requests: Any, *args: Any, **kwargs: Any) -> Any:
+        self._require_known(ids for _, context, answer in requests for ids in (context, answer))
+        return super()._loglikelihood_tokens(requests, *args, **kwargs)
+
+    def tok_batch_encode(self, *args: Any, **kwargs: Any) -> Any:
+        token_ids, attention_mask = super().tok_batch_encode(*args, **kwargs)
+        self._require_known(token_ids.tolist())
+        return token_ids, attention_mask
+
+
+class ResidentModel(_CheckedModel):
+    """A model in memory: reports answered requests, halves a batch that does not fit."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._auto_batch = AutoBatch("tasks")
+        self._total = self._done = 0
+
+    def _loglikelihood_tokens(self, requests: Any, *args: Any, **kwargs: Any) -> Any:
+        self._total, self._done = len(requests), 0
+        answers = super()._loglikelihood_tokens(requests, *args, **kwargs)
+        self._answered(self._total, self._total)
+        return answers
+
+    def _model_call(self, inps: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        forward = functools.partial(super()._model_call, **kwargs)
+        parts = list(self._auto_batch.run(forward, inps))
+        logits = parts[0] if len(parts) == 1 else torch.cat(parts)  # [batch, tokens, vocabulary]
+        self._done = min(self._total, self._done + len(inps))
+        self._answered(self._done, self._total)
+        return logits
+
+
+class StreamedModel(_CheckedModel):
+    """A model whose blocks are on disk: collects all batches, then streams them block by block.
+
+    lm-eval asks for one batch after the other, so its loop is run twice: once with logits of zero
+    to collect the batches, and once with the answers.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._batches: list[Tensor] = []
+        self._logits: Iterator[Tensor] | None = None
+
+    def _loglikelihood_tokens(self, requests: Any, *args: Any, **kwargs: Any) -> Any:
+        self._batches, self._logits = [], None
+        super()._loglikelihood_tokens(requests, *args, **kwargs)
+        total, done = sum(map(len, self._batches)), 0
+
+        def advance(count: int) -> None:
+            nonlocal done
+            done += count
+            self._answered(done, total)
+
+        self._logits = batch_logits(self.model, self._batches, advance=advance)
+        return super()._loglikelihood_tokens(requests, *args, **kwargs)
+
+    def _model_call(self, inps: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if self._logits is None:
+            self._batches.append(inps.cpu())
+            shape = (*inps.shape, self._embedding_rows)
+            return torch.zeros(shape, dtype=self.model.dtype)  # [batch, tokens, vocabulary]
+        return next(self._logits)
