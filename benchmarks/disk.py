@@ -34,7 +34,11 @@ def _on_disk(folder: Path, journal_folder: Path) -> Any:
     journal = RunJournal(journal_folder)
     journal.lock()
     return load_on_disk(
-        folder, load_config(folder), dtype=torch.float32, device=torch.device("cpu"), kept=journal
+        folder,
+        load_config(folder),
+        dtype=torch.float32,
+        device=torch.device("cpu"),
+        journal=journal,
     )
 
 

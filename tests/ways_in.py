@@ -25,7 +25,9 @@ def disk(folder: Path, tmp_path: Path):
     """A block at a time, in float32."""
     journal = RunJournal(tmp_path / "kept")
     journal.lock()
-    return load_on_disk(folder, load_config(folder), dtype=torch.float32, device=CPU, kept=journal)
+    return load_on_disk(
+        folder, load_config(folder), dtype=torch.float32, device=CPU, journal=journal
+    )
 
 
 def converted(file, tmp_path):

@@ -173,7 +173,7 @@ def prune_and_score(folder: Path, method: str, options: Any) -> dict[str, float]
             load_config(folder),
             dtype=torch.bfloat16,
             device=torch.device("cpu"),
-            kept=journal,
+            journal=journal,
         )
         store = weights_of(model)
         assert isinstance(store, DiskWeights)

@@ -56,11 +56,11 @@ class DiskWeights:
         model: The skeleton.
         stored: The stored tensors of its parameters, by name.
         device: The device on which a block runs.
-        kept: The journal, in which pruned blocks are saved.
+        journal: The journal, in which pruned blocks are saved.
         placement: Where hidden states are stored between two blocks.
 
     Attributes:
-        kept: The journal.
+        journal: The journal.
         read_bytes: Bytes read so far.
         read_seconds: Time spent reading, most of it while another block was running.
         wait_seconds: Time spent waiting for a block that had not been read yet.
@@ -74,14 +74,14 @@ class DiskWeights:
         stored: dict[str, StoredTensor],
         *,
         device: torch.device,
-        kept: RunJournal,
+        journal: RunJournal,
         placement: Placement = "device",
     ) -> None:
         prefix, self._blocks = find_blocks(model)
         self._stored = stored
         self._device = device
         self._placement = placement
-        self.kept = kept
+        self.journal = journal
         self._pruned: dict[int, dict[str, StoredTensor]] = {}
         self._slots = [
             list(parameter_slots(block, f"{prefix}.{index}.", stored))
@@ -103,7 +103,7 @@ class DiskWeights:
     @property
     def finished(self) -> Sequence[Sequence[Any]]:
         """The notes of the blocks that an interrupted run has already pruned, from the first."""
-        return [self.kept.blocks[index]["notes"] for index in range(len(self._pruned))]
+        return [self.journal.blocks[index]["notes"] for index in range(len(self._pruned))]
 
     @contextlib.contextmanager
     def open_block(self, index: int, *, then: int | None = None) -> Iterator[nn.Module]:
@@ -130,17 +130,17 @@ class DiskWeights:
         Raises:
             SaveError: The disk is full.
         """
-        self.kept.save_block(index, self.tensors_of(index), notes=notes, hidden=hidden)
-        self._pruned[index] = self.kept.tensors_of(index)
+        self.journal.save_block(index, self.tensors_of(index), notes=notes, hidden=hidden)
+        self._pruned[index] = self.journal.tensors_of(index)
 
     def saved_hidden(self, index: int) -> list[Tensor] | None:
         """Return the saved activations before a block of an interrupted run, if any."""
-        return self.kept.hidden_before(index)
+        return self.journal.hidden_before(index)
 
     def activations(self, device: torch.device) -> Activations:
         """Return an empty store for hidden states: on `device`, or as the run's placement says."""
         if self._placement == "disk":
-            return MappedActivations(self.kept.folder)
+            return MappedActivations(self.journal.folder)
         return Activations(torch.device("cpu") if self._placement == "cpu" else device)
 
     # ------------------------------------------------------------ resuming, and where tensors are
@@ -149,7 +149,7 @@ class DiskWeights:
         """Read the blocks that an interrupted run has pruned from their saved files."""
         self._drop_prefetched()
         self._pruned = {
-            index: self.kept.tensors_of(index) for index in range(len(self.kept.blocks))
+            index: self.journal.tensors_of(index) for index in range(len(self.journal.blocks))
         }
 
     def tensors_of(self, index: int) -> dict[str, Tensor]:
@@ -165,7 +165,7 @@ class DiskWeights:
         """Return the file of a pruned block; None for a dense one."""
         if index not in self._pruned:
             return None
-        return self.kept.folder / str(self.kept.blocks[index]["file"])
+        return self.journal.folder / str(self.journal.blocks[index]["file"])
 
     def close(self) -> None:
         """Stop the prefetching thread."""
@@ -295,7 +295,7 @@ def load_on_disk(
     *,
     dtype: torch.dtype,
     device: torch.device,
-    kept: RunJournal,
+    journal: RunJournal,
     placement: Placement = "device",
 ) -> nn.Module:
     """Load a model without its blocks, which are read from disk when they are used.
@@ -305,7 +305,7 @@ def load_on_disk(
         config: From `load_config`.
         dtype: Dtype of the parameters.
         device: The device on which the model runs.
-        kept: The journal, in which pruned blocks are saved.
+        journal: The journal, in which pruned blocks are saved.
         placement: Where hidden states are stored between two blocks.
 
     Raises:
@@ -333,7 +333,7 @@ def load_on_disk(
         for name, buffer in module._buffers.items():
             if buffer is not None and not buffer.is_meta:
                 module._buffers[name] = buffer.to(device)
-    store = DiskWeights(model, keys.stored, device=device, kept=kept, placement=placement)
+    store = DiskWeights(model, keys.stored, device=device, journal=journal, placement=placement)
     set_weights_of(model, store)
     ready: nn.Module = model
     return ready

@@ -111,7 +111,7 @@ def open_model(plan: Plan, journal: RunJournal | None) -> nn.Module:
         load_config(plan.model.path),
         dtype=dtype,
         device=plan.device,
-        kept=journal,
+        journal=journal,
         placement=plan.setup.activations,
     )
 
@@ -125,5 +125,5 @@ def restore_finished_blocks(plan: Plan, model: nn.Module) -> None:
     weights = weights_of(model)
     if isinstance(weights, DiskWeights):
         if not isinstance(plan.pruner, GroupPruner):
-            weights.kept.discard_blocks()
+            weights.journal.discard_blocks()
         weights.restore_blocks()

@@ -46,7 +46,7 @@ def both(folder, tmp_path, *, dtype=torch.float32, placement="device"):
     journal = RunJournal(tmp_path / "kept")
     journal.lock()
     on_disk = load_on_disk(
-        folder, load_config(folder), dtype=dtype, device=CPU, kept=journal, placement=placement
+        folder, load_config(folder), dtype=dtype, device=CPU, journal=journal, placement=placement
     )
     return load_model(folder, dtype=dtype, device=CPU), on_disk
 

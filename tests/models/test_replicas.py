@@ -59,7 +59,9 @@ def test_the_same_bits_from_disk(tmp_path):
     config = load_config(tmp_path / "tiny")
     journal = RunJournal(tmp_path / "kept")
     assert journal.lock()
-    on_disk = load_on_disk(tmp_path / "tiny", config, dtype=torch.float32, device=CPU, kept=journal)
+    on_disk = load_on_disk(
+        tmp_path / "tiny", config, dtype=torch.float32, device=CPU, journal=journal
+    )
     expected = prune(tiny_model("llama"), 1, method="sparsegpt")
     assert prune(on_disk, 3, method="sparsegpt") == expected
 

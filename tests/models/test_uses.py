@@ -139,7 +139,7 @@ def test_where_shared_weights_do_not_fit_they_are_named(tmp_path):
     model.save_pretrained(tmp_path)
     journal = RunJournal(tmp_path / "kept")
     with pytest.raises(IncompatibleData, match="read from disk") as error:
-        load_on_disk(tmp_path, model.config, dtype=torch.float32, device=CPU, kept=journal)
+        load_on_disk(tmp_path, model.config, dtype=torch.float32, device=CPU, journal=journal)
     assert "blocks 1 and 3 share" in error.value.where
 
 

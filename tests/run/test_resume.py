@@ -39,7 +39,9 @@ def prune(folder, journal_folder, *, method="sparsegpt", order="joint", stop_at=
     journal = RunJournal(journal_folder)
     assert journal.lock()
     journal.read()
-    model = load_on_disk(folder, load_config(folder), dtype=torch.float32, device=CPU, kept=journal)
+    model = load_on_disk(
+        folder, load_config(folder), dtype=torch.float32, device=CPU, journal=journal
+    )
     walker = BlockWalker(model, token_ids=tiny_tokens(), within_block=order, batch_tokens=48)
     walker._weights.restore_blocks()
     visited = []
