@@ -170,8 +170,9 @@ def _require_finite(bad: Sequence[TensorFacts]) -> None:
     if bad:
         names = ", ".join(f"{row.name} ({row.non_finite:,})" for row in bad[:_NAMED])
         raise CheckFailed(
-            f"{sum(row.non_finite for row in bad):,} values in {len(bad)} tensors are NaN or "
-            "infinite",
+            f"NaN or infinity in {len(bad)} tensors, {sum(row.non_finite for row in bad):,} in all"
+            if len(bad) > 1
+            else f"NaN or infinity in {bad[0].name}",
             where=names + (", ..." if len(bad) > _NAMED else ""),
             fix="copy or download the checkpoint again, or make it again",
         )

@@ -183,7 +183,7 @@ def test_nan_and_infinity_are_named_whatever_they_are_in_and_end_with_6(cli, tmp
     tensors[name].view(-1)[-1] = value
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
     output = cli("inspect", folder, code=6).output
-    assert f"1 values in 1 tensors are NaN or infinite\n  {name} (1)" in output
+    assert f"NaN or infinity in {name}\n  {name} (1)" in output
     assert output.count(name) == 2  # its row too, pruned or not
     document = json.loads(cli("inspect", folder, "--json", code=6).stdout)
     assert document["non_finite"] == {name: 1}
@@ -208,7 +208,7 @@ def test_nan_is_found_in_shards_and_in_packed_matrices(cli, tmp_path, stored, na
         save_file(tensors, folder / "model.safetensors", {"format": "pt"})
         cli("export", "model", "-o", "packed", "--to", "packed24")
         folder = "packed"
-    assert f"are NaN or infinite\n  {name} (1)" in cli("inspect", folder, code=6).output
+    assert f"NaN or infinity in {name}\n" in cli("inspect", folder, code=6).output
     assert json.loads(cli("inspect", folder, "--json", code=6).stdout)["non_finite"] == {name: 1}
 
 
