@@ -48,7 +48,6 @@ class Windows:
 
 def hash_tokens(token_ids: Tensor) -> str:
     """Return the SHA-256 of int64 tokens, little endian, row-major."""
-    # The byte order is fixed: the hash is the same on a big-endian machine.
     array = token_ids.to(torch.int64).contiguous().cpu().numpy().astype("<i8")
     return hashlib.sha256(array.tobytes()).hexdigest()
 

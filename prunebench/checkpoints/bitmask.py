@@ -68,7 +68,6 @@ def _dense(weight: str, module: str, stored: dict[str, StoredTensor]) -> StoredT
             where=f"in {stored[f'{module}.compressed'].path}",
             fix="copy or download the folder again",
         )
-    # In the order of _PARTS.
     values, mask, size = (stored[f"{module}.{part}"] for part in _PARTS)
     shape = tuple(int(side) for side in read_tensor(size).flatten().tolist())
     # values [N, K/2], mask [N, ceil(K/8)]

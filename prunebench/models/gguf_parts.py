@@ -65,7 +65,7 @@ def join_gguf(parts: Sequence[Path], path: Path) -> None:
     names = [tensor.name for reader in readers for tensor in reader.tensors]
     promised = fields.get("split.tensors.count")
     count = int(promised.contents()) if promised else len(names)
-    # A tensor that is in two parts, or too few of them: parts of different models are mixed.
+    # A tensor in two parts, or more or fewer than promised: they are of different models.
     if architecture is None or len(names) != count or len(set(names)) != len(names):
         raise IncompatibleData(
             f"{parts[0]} and its siblings are not the parts of one model",

@@ -122,7 +122,7 @@ def _frequencies(config: Any, parameters: dict[str, Any] | None = None) -> Tenso
             plain = _plain_frequencies(config)
             assert plain is not None
             return plain
-        # Each returns the frequencies and a factor for the attention scores.
+        # Each returns the frequencies, and a factor of their cosines and sines.
         frequencies: Tensor = ROPE_INIT_FUNCTIONS[kind](config, torch.device("cpu"))[0]
         return frequencies
     finally:

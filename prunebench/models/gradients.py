@@ -183,9 +183,8 @@ class _Accumulators:
             self._buffer = torch.empty(rows * linear.in_features, device=outer.device)
         for start in range(0, linear.out_features, rows):
             part = total[start : start + rows]  # [rows, in]
-            # With Y = X W^T, dL/dW = (dL/dY)^T X; here some rows of it.
             gradient = self._buffer[: part.numel()].view(part.shape)  # [rows, in]
-            # [rows, tokens] @ [tokens, in]
+            # With Y = X W^T, dL/dW = (dL/dY)^T X: [rows, tokens] @ [tokens, in]
             torch.mm(outer[:, start : start + rows].T, inputs, out=gradient)
             self._add(part, gradient)
 
