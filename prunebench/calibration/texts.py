@@ -134,6 +134,7 @@ def read_text_file(path: Path) -> str:
     """
     try:
         data = path.read_bytes()
+        # A file that is cut off raises EOFError, one with changed bytes zlib.error or BadGzipFile.
         data = gzip.decompress(data) if path.suffix == ".gz" else data
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise IncompatibleData(
@@ -169,6 +170,7 @@ def _split_documents(text: str, documents: str) -> list[str]:
     if documents == "lines":
         return [line for line in text.split("\n") if line.strip()]
     if documents == "doc-tags":
+        # One group in the pattern: findall returns the texts between the tags.
         return _ARTICLE.findall(text)
     if documents == "end-of-text":
         return [part.strip() for part in text.split("<|endoftext|>") if part.strip()]
@@ -224,6 +226,7 @@ def _c4_from_hub(entry: TextEntry, use: Use, progress: Progress) -> Text:
             return Text("c4", "train-shard-0", origin, rows["text"])
         return Text("c4", "validation-1100", origin, list(rows["text"][:1100]), joiner=" ")
     except (datasets.exceptions.DatasetGenerationError, ValueError, OSError) as error:
+        # datasets wraps what went wrong in an error of its own.
         cause = error.__cause__ or error
         if isinstance(cause, OSError) and cause.errno:  # a full disk: datasets unpacks the file
             raise explain_os_error(cause, Path(datasets.config.HF_DATASETS_CACHE)) from error
@@ -254,6 +257,7 @@ def _from_url(name: str, entry: TextEntry, progress: Progress) -> Text:
             where=f"{entry.url}: {why_not_fetched(error)}",
             fix=f"connect to the network, or name a local file ({name}:PATH)",
         ) from error
+    # Read back from the cache, so that the first use and later ones take the same path.
     write_bytes(path, data)
     try:
         return read()
@@ -265,6 +269,7 @@ def _from_url(name: str, entry: TextEntry, progress: Progress) -> Text:
 def _wikitext2(text: str, *, origin: str, where: str) -> Text:
     """Return WikiText-2's test set exactly as the papers join it; raise if the hash differs."""
     # A raw file has one row a line; the papers join the rows of the hub's parquet by two newlines.
+    # The last newline ends the last row: what follows it is not a row.
     rows = ["" if line == " " else line + "\n" for line in text.split("\n")[:-1]]
     joined = _verified("wikitext2", [text, "\n\n".join(rows)], where=where)
     return Text("wikitext2-raw", "test", _origin(joined, origin), [joined])

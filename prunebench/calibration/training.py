@@ -47,6 +47,7 @@ class Training:
     @property
     def sha256(self) -> str:
         """Hash of all tokens, the held-out windows first."""
+        # [held + windows, seqlen]
         return hash_tokens(torch.cat([self.held_out, self.train]))
 
 
@@ -93,6 +94,7 @@ def training_windows(
                 fix=f"use --set train_seqlen={windows.shape[1]}",
             )
         require_begun(windows, tokenizer, bos, path=source)
+        # A token file is not shuffled: its first windows are held out.
         rows = Windows(windows[:count], packed=False)
     else:
         rows = pack_windows(source, tokenizer, samples=count, seqlen=seqlen, seed=seed, bos=bos)
@@ -104,4 +106,5 @@ def training_windows(
             fix="use a longer text (--set train_data=NAME), or smaller --set train_seqlen, "
             "batch or held_out",
         )
+    # [windows, seqlen] and [held, seqlen]; slices would both keep the whole tensor in memory
     return Training(rows.token_ids[held_out:].clone(), rows.token_ids[:held_out].clone())

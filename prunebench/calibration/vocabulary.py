@@ -21,6 +21,7 @@ def vocabulary_size(model: nn.Module) -> int:
     """Return how many token ids a model can read and predict: rows of its embedding and head."""
     pretrained: Any = model
     ends = (pretrained.get_input_embeddings(), pretrained.get_output_embeddings())
+    # An id is looked up in the embedding and is a class of the head; their rows may differ.
     return min(int(end.weight.shape[0]) for end in ends if hasattr(end, "weight"))
 
 
@@ -43,6 +44,7 @@ def require_known(
     Raises:
         IncompatibleData: An id is negative or too large, or there are no ids.
     """
+    # min and max of an empty tensor would raise; (-1, -1) leads to the error below.
     ids = torch.as_tensor(token_ids)
     low, high = (int(ids.min()), int(ids.max())) if ids.numel() else (-1, -1)
     if low >= 0 and high < vocabulary:

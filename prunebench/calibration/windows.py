@@ -88,6 +88,7 @@ def sample_windows(
     while len(rows) < samples:
         index = rng.randint(0, len(documents) - 1)
         ids = tokens_of(index)
+        # A document of exactly `seqlen` tokens too: the range of its start below would be empty.
         if len(ids) <= seqlen:
             rejected += 1
             if rejected > _MAX_REJECTIONS:
@@ -100,6 +101,7 @@ def sample_windows(
                     )
                 return Windows(begin_windows(packed, tokenizer, bos), packed=True)
             continue
+        # The limit is on rejections in a row: a text with few long documents is still sampled.
         rejected = 0
         start = rng.randint(
             0, len(ids) - seqlen - 1
@@ -127,6 +129,7 @@ def _require_enough(
     need = samples * seqlen
     if sum(map(len, documents)) > need * _SCAN_CHARACTERS:
         return
+    # Joined, all documents together; whether one of them is long enough is seen when sampling.
     have = sum(len(tokens_of(i)) for i in range(len(documents)))
     if have < need:
         raise IncompatibleData(
@@ -158,6 +161,7 @@ def _pack(
         if len(ids) >= samples * seqlen:
             break
     count = min(samples, len(ids) // seqlen)
+    # [windows, seqlen]; what is left at the end is dropped
     return torch.from_numpy(np.array(ids[: count * seqlen], dtype=np.int64)).view(count, seqlen)
 
 

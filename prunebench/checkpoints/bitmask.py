@@ -70,6 +70,7 @@ def _dense(weight: str, module: str, stored: dict[str, StoredTensor]) -> StoredT
         )
     values, mask, size = (stored[f"{module}.{part}"] for part in _PARTS)
     shape = tuple(int(side) for side in read_tensor(size).flatten().tolist())
+    # values [N, K/2], mask [N, ceil(K/8)]
     fits = len(shape) == 2 and values.size * 2 == shape[0] * shape[1]
     fits = fits and mask.shape == (shape[0], (shape[1] + 7) // 8) and mask.dtype == "uint8"
     if not fits or values.dtype not in ("bfloat16", "float16", "float32"):
@@ -91,6 +92,7 @@ def _dense(weight: str, module: str, stored: dict[str, StoredTensor]) -> StoredT
                 f"{nonzero.numel():,} values",
                 fix="copy or download the folder again",
             )
+        # masked_scatter_ fills the places of the mask in row-major order, as the values are stored.
         dense = torch.zeros(shape, dtype=nonzero.dtype).masked_scatter_(keep, nonzero)
         return dense + 0.0  # a kept -0.0 becomes +0.0
 

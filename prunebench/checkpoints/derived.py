@@ -38,6 +38,7 @@ class Derived(StoredTensor):
             shape: Its shape when dense.
             make: Returns the dense tensor.
         """
+        # There is no range of bytes in the file: 0 and the size stand for it.
         size = math.prod(shape) * getattr(torch, dtype).itemsize
         return cls(source.path, name, dtype, shape, 0, size, make)
 
@@ -61,7 +62,9 @@ def read_tensor(stored: StoredTensor) -> Tensor:
             where=f"in {stored.path}",
             fix="give the checkpoint without quantized weights",
         )
+    # Writable, without which torch warns; the tensor shares its memory, so there is no copy.
     data = bytearray().join(stored.pieces())
+    # torch.frombuffer refuses an empty buffer.
     if not data:
         return torch.empty(stored.shape, dtype=dtype)
     return torch.frombuffer(data, dtype=dtype).view(stored.shape)

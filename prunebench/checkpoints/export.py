@@ -115,6 +115,7 @@ def read_checkpoint(folder: Path) -> Result:
 def no_weights(result: Result) -> MissingResource:
     """Return the error for exporting a result instead of its checkpoint."""
     words = shlex.split(result.command)
+    # The option as two words, or as one with `=`.
     saved = next((b for a, b in zip(words, words[1:], strict=False) if a == "--save-model"), None)
     saved = saved or next(
         (w.partition("=")[2] for w in words if w.startswith("--save-model=")), None
@@ -164,6 +165,7 @@ def export(
     others = other_files(source)
     copied = [path for path in sorted(source.iterdir()) if _is_copied(path) and path not in others]
     if to is not None:
+        # They are written below, in the other format.
         copied = [path for path in copied if not _is_weight(path)]
     packing = None
     with atomic_folder(target, replace=replace, exclusive=True) as part:
@@ -234,6 +236,7 @@ def _raise_cause(
         SaveError: Writing failed.
     """
     assert result.model is not None
+    # A source that no longer has the hash of its result was changed before the export.
     digest = "" if model.missing else hash_stored(model.tensors, model.parameters)
     if digest != result.model.evaluated_sha256:
         what = f"they hash to {digest[:16]}..." if digest else f"{model.missing[0]} is missing"
@@ -288,6 +291,7 @@ def _is_copied(path: Path) -> bool:
 def _check_target(source: Path, target: Path, *, replace: bool) -> None:
     """Refuse a target that would replace the checkpoint, exists, or cannot be written."""
     checkpoint, folder = source.resolve(), target.resolve()
+    # --force replaces the target: it must not be the source, nor a folder that holds it.
     if folder == checkpoint or folder in checkpoint.parents:
         raise UsageError(
             f"{target} is or holds the checkpoint itself", fix="name another folder with -o"

@@ -48,11 +48,13 @@ def fp8_tensors(folder: Path, stored: dict[str, StoredTensor]) -> dict[str, Stor
     Raises:
         IncompatibleData: A scale is missing, has an unsupported dtype, or does not fit its matrix.
     """
+    # [block rows, block columns], or none if every matrix has one factor.
     size = quantization_settings(folder).get("weight_block_size")
     block = (int(size[0]), int(size[1])) if isinstance(size, list) and len(size) == 2 else None
     dense: dict[str, StoredTensor] = {}
     for name, tensor in stored.items():
         base = name.removesuffix(_SCALE)
+        # A scale is dropped only next to its matrix; any other name that ends so is a tensor.
         if name.endswith(_ACTIVATION) or (base != name and base in stored):
             continue
         dense[name] = tensor
@@ -79,12 +81,13 @@ def _dense(
             raise _unfit(tensor, f"its scale is {list(scale.shape)}, blocks of {block} need {grid}")
 
     def make() -> Tensor:
-        weight = read_tensor(tensor).float()
+        weight = read_tensor(tensor).float()  # [..., rows, columns]
         factors = read_tensor(scale).float()
         if factors.numel() == 1:
             return weight * factors.reshape(())
         assert block is not None
         rows, columns = weight.shape[-2:]
+        # The last block of a row or column may be cut off by the matrix's end, hence the slices.
         factors = factors.repeat_interleave(block[0], -2)[..., :rows, :]  # [..., rows, blocks]
         factors = factors.repeat_interleave(block[1], -1)[..., :columns]  # [..., rows, columns]
         return weight * factors

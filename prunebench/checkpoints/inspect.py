@@ -141,6 +141,7 @@ def inspect_tensors(tensors: Iterable[StoredTensor], pattern: Sparsity) -> list[
 def _facts(stored: StoredTensor, pattern: Sparsity) -> TensorFacts:
     """Count in one tensor, a piece at a time."""
     zeros = negative_zeros = broken = non_finite = 0
+    # A vector (norm, bias) has no groups, nor has a last side that M does not divide.
     checked = len(stored.shape) >= 2 and pattern.group is not None
     along = checked and stored.shape[-1] % (pattern.group or 1) == 0
     first: int | None = None
@@ -155,6 +156,7 @@ def _facts(stored: StoredTensor, pattern: Sparsity) -> TensorFacts:
             count, position = _violations(zero, pattern)
             broken += count
             if first is None and position is not None:
+                # Row-major position in the whole tensor.
                 first = done * stored.shape[-1] + position
         done += len(rows)
     axis, violations = (-1, broken) if along else (None, None)
@@ -180,7 +182,7 @@ def _rows(stored: StoredTensor, *, multiple: int = 1) -> Iterator[Tensor]:
     dtype = getattr(torch, stored.dtype)
     width = stored.shape[-1] if stored.shape else 1
     for piece in stored.pieces(align=width * dtype.itemsize * multiple):
-        rows = torch.frombuffer(piece, dtype=dtype).view(-1, width)
+        rows = torch.frombuffer(piece, dtype=dtype).view(-1, width)  # [rows, width]
         yield rows.float() if dtype.itemsize == 1 else rows  # few operations support float8
 
 
@@ -194,6 +196,7 @@ def _violations(zero: Tensor, pattern: Sparsity) -> tuple[int, int | None]:
     assert pattern.kept is not None and pattern.group is not None
     groups = zero.view(-1, pattern.group)  # [groups, M]
     broken = groups.sum(-1, dtype=torch.int16) < pattern.group - pattern.kept
+    # argmax returns the first of equal values; it takes no bools, hence uint8.
     count = int(broken.sum())
     return count, int(broken.to(torch.uint8).argmax()) * pattern.group if count else None
 
@@ -203,6 +206,7 @@ def _holds_across(stored: StoredTensor, zeros: int, pattern: Sparsity) -> bool:
     assert pattern.kept is not None and pattern.group is not None
     if len(stored.shape) != 2 or stored.shape[0] % pattern.group:
         return False
+    # M - N of every M weights must be zero: with fewer zeros in all it cannot hold.
     if zeros * pattern.group < stored.size * (pattern.group - pattern.kept):
         return False
     return not any(

@@ -109,6 +109,7 @@ def unpacked(local: LocalModel, progress: Progress) -> LocalModel:
     if kind == "dense":
         require_unquantized(local.path)
         return local
+    # The revision is part of the name: another version of the model is another copy.
     digest = hashlib.sha256(local.revision.encode()).hexdigest()[:12]
     path = cache_dir() / "models" / f"{local.source.id.replace('/', '--')}-dense-{digest}"
     if not path.is_dir():
@@ -169,6 +170,7 @@ def _equal(left: StoredTensor, right: StoredTensor) -> bool:
     if (left.dtype, left.shape) != (right.dtype, right.shape):
         return False
     a, b = read_tensor(left), read_tensor(right)
+    # Bytes first: it is the usual case, works for every dtype, and finds equal NaN equal.
     if torch.equal(a.view(-1).view(torch.uint8), b.view(-1).view(torch.uint8)):
         return True
     if not a.is_floating_point() or a.itemsize == 1:  # float8 is never packed
@@ -181,6 +183,7 @@ def _equal(left: StoredTensor, right: StoredTensor) -> bool:
 
 def write_dense(tensors: Mapping[str, StoredTensor], folder: Path) -> None:
     """Write tensors as plain safetensors, in shards with an index if they need more than one."""
+    # A generator: only the tensors of one shard are in memory at a time.
     dense = ((name, read_tensor(tensor)) for name, tensor in tensors.items())
     files = _write_shards(dense, folder, "model")
     if len(set(files.values())) > 1:
@@ -305,6 +308,7 @@ def _write_shards(tensors: Iterable[tuple[str, Tensor]], folder: Path, stem: str
         batch.clear()
 
     for name, tensor in tensors:
+        # A tensor larger than a shard gets one of its own.
         if batch and sum(t.nbytes for t in batch.values()) + tensor.nbytes > _SHARD_BYTES:
             flush()
         batch[name] = tensor.contiguous()

@@ -80,8 +80,10 @@ def _from_index(name: str, row: dict[str, Any], stored: dict[str, StoredTensor])
     values, codes = stored[name + VALUES], stored[name + CODES]
     across = bool(row.get("transposed"))
     out, width = (shape[1], shape[0]) if across else shape
+    # Two of four weights are kept: [out, in / 2].
     if (values.shape, values.dtype) != ((out, width // 2), dtype):
         raise _unlike(values, (out, width // 2), dtype)
+    # Four bits for each group of four, so a byte for eight weights: [out, ceil(in / 8)].
     if (codes.shape, codes.dtype) != ((out, (width + 7) // 8), "uint8"):
         raise _unlike(codes, (out, (width + 7) // 8), "uint8")
 
@@ -89,6 +91,7 @@ def _from_index(name: str, row: dict[str, Any], stored: dict[str, StoredTensor])
         packed = Packed24(read_tensor(values), read_tensor(codes))
         require_sound(packed, name=name)
         dense = unpack24(packed)  # [out, in]
+        # A matrix that is stored as [in, out] was packed as [out, in].
         return dense.T.contiguous() if across else dense
 
     return Derived.of(values, name=name, dtype=dtype, shape=shape, make=make)

@@ -191,6 +191,7 @@ def save_shards(model: Any, weights: DiskWeights, folder: Path, source: StoredMo
 
 def _renamed(tensors: Mapping[str, Any], source: StoredModel) -> dict[str, Any]:
     """Rename tensors of the model to their names in the files of the dense model."""
+    # A tied tensor may have several names in the files: the first is used.
     return {source.keys[name][0]: tensor for name, tensor in tensors.items()}
 
 
@@ -219,6 +220,7 @@ def _masks_of(
                 for linear in members
             }
             for name, parameter in parameters.items():
+                # [ceil(size / 8)], the first weight in the highest bit; -0.0 counts as pruned
                 yield name, np.packbits((parameter.detach() != 0).cpu().numpy().reshape(-1))
 
 
@@ -250,7 +252,9 @@ def _write_masks(path: Path, masks: Iterable[tuple[str, np.ndarray]]) -> None:
     """Write what `numpy.savez_compressed` would, one entry at a time, and without timestamps."""
     with atomic_file(path) as part, zipfile.ZipFile(part, "w", zipfile.ZIP_DEFLATED) as archive:
         for name, packed in masks:
+            # Its default date is 1980, so the same masks give the same file.
             entry = zipfile.ZipInfo(f"{name}.mask.npy")
             entry.compress_type = zipfile.ZIP_DEFLATED
+            # The size is not known in advance, and may be more than the 2 GiB of a plain entry.
             with archive.open(entry, "w", force_zip64=True) as stream:
                 np.lib.format.write_array(stream, packed, allow_pickle=False)

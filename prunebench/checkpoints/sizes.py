@@ -27,6 +27,7 @@ def computed_storage(tensors: Sequence[StoredTensor]) -> StorageBlock:
 
 def packed24_bytes(facts: TensorFacts, dense_bytes: int) -> int:
     """Return the packed size of a 2:4 matrix: half of the values, and half a byte per 4 weights."""
+    # Groups of four along axis 0: the matrix is packed transposed.
     rows, width = facts.shape if facts.axis == -1 else facts.shape[::-1]
     return dense_bytes // 2 + rows * ((width + 7) // 8)
 
@@ -34,6 +35,7 @@ def packed24_bytes(facts: TensorFacts, dense_bytes: int) -> int:
 def bitmap_bytes(facts: TensorFacts, dense_bytes: int) -> int:
     """Return the size of the nonzero values and one bit per weight, at most the dense size."""
     item_bytes = dense_bytes // facts.size
+    # With few zeros the bitmap costs more than it saves: the matrix would stay dense.
     return min(dense_bytes, (facts.size - facts.zeros) * item_bytes + (facts.size + 7) // 8)
 
 

@@ -67,6 +67,7 @@ def _limit(request: Any) -> None:
     longest = max(silence, constants.HF_HUB_DOWNLOAD_TIMEOUT, constants.HF_HUB_ETAG_TIMEOUT)
     timeouts = request.extensions.get("timeout") or {}
     limits = {"connect": CONNECT_SECONDS, "read": longest, "write": longest, "pool": longest}
+    # None means no timeout.
     request.extensions["timeout"] = {
         name: min(timeouts.get(name) or limit, limit) for name, limit in limits.items()
     }
@@ -78,6 +79,7 @@ def _refuse_long_waits(response: Any) -> None:
 
     seconds = response.headers.get("Retry-After", "")
     if response.status_code in (429, 503) and seconds.isdigit() and int(seconds) > MAX_WAIT_SECONDS:
+        # A hook is called before the body is read, and the error quotes it.
         response.read()
         hf_raise_for_status(response)
 
@@ -162,6 +164,7 @@ def hub_failure(
     """Return the error to raise for one of `hub_errors`, with its cause and a fix; see `asking`."""
     root = _root(error)
     number = _disk_errno(root)
+    # A full or read-only disk is not a failure of the hub, and needs other advice.
     if number:
         from huggingface_hub import constants
 
@@ -175,6 +178,7 @@ def hub_error_under(error: BaseException) -> Exception | None:
     """Return the hub response or connection failure that caused an error, or None."""
     deepest = None
     below: BaseException | None = error
+    # The deepest one is the cause; those above it only wrap it.
     while below is not None:
         answered = getattr(below, "response", None) is not None
         if isinstance(below, Exception) and (answered or _is(below, "TransportError")):
@@ -210,6 +214,7 @@ def _http_library() -> Any:
     """Return the HTTP library of huggingface_hub: httpx, or its successor."""
     from huggingface_hub.errors import HfHubHTTPError
 
+    # huggingface_hub's error inherits from that of the library, whichever it is.
     return sys.modules[HfHubHTTPError.__bases__[0].__module__.partition(".")[0]]
 
 
@@ -292,6 +297,7 @@ def _answer(response: Any, what: str, revision: str | None) -> tuple[str, str]:
         return f"it has no revision {revision or 'main'!r} ({page})", "name another one, or none"
     if code == "EntryNotFound":
         return f"the repository is there, and this file is not in it ({page})", "check the names"
+    # Without a login, the hub answers 401 for a repository that does not exist.
     if code == "RepoNotFound" or status in (401, 404):
         return (
             f"it is not on the hub, or is private ({page})",
@@ -388,6 +394,7 @@ def push_folder(folder: Path, repository: Repository, *, private: bool, message:
         ValueError,
     )  # ValueError: of a bad model card or file
     try:
+        # Created only now: a run that failed leaves no empty repository behind.
         if not repository.exists:
             HfApi().create_repo(repository.name, private=private)
         HfApi().upload_folder(repo_id=repository.name, folder_path=folder, commit_message=message)

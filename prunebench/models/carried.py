@@ -88,6 +88,7 @@ def write_stored(path: Path, tensors: Mapping[str, StoredTensor]) -> None:
     for name, tensor in tensors.items():
         size = tensor.stop - tensor.start
         header[name] = {
+            # A dtype that torch does not have is stored by its code already.
             "dtype": DTYPE_CODES.get(tensor.dtype, tensor.dtype),
             "shape": list(tensor.shape),
             "data_offsets": [end, end + size],
@@ -116,6 +117,7 @@ def add_carried(folder: Path, tensors: Mapping[str, StoredTensor]) -> None:
     count = len(files) + 1
     (folder / INDEX_NAME).unlink(missing_ok=True)  # its file names have another count
     names = [f"model-{number:05d}-of-{count:05d}.safetensors" for number in range(1, count + 1)]
+    # No new name is taken: the count in it is one more than in the old ones.
     for old, new in zip(files, names, strict=False):
         old.rename(folder / new)
     write_stored(folder / names[-1], tensors)
@@ -138,6 +140,7 @@ def write_index(folder: Path, names: Iterable[str]) -> None:
 def copy_files(source: Path, target: Path) -> None:
     """Copy tokenizer, chat templates, generation config and processor files, byte for byte."""
     for path in sorted({path for kind in _COMPANIONS for path in source.glob(kind)}):
+        # A pattern such as vocab* could match weights.
         if path.is_file() and path.suffix != ".safetensors":
             shutil.copyfile(path, target / path.name)
     copy_templates(source, target)
@@ -176,6 +179,7 @@ def write_config(source: Path, target: Path, model: Any, *, dtype: str) -> None:
 
 
 def _set_dtype(config: dict[str, Any], dtype: str) -> None:
+    # torch_dtype is the older name; if a config has both, they must not disagree.
     names = [name for name in ("dtype", "torch_dtype") if name in config] or ["dtype"]
     config |= dict.fromkeys(names, dtype)
 

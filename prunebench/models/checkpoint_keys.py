@@ -175,6 +175,7 @@ def matched_keys(
     by_pattern = {
         pattern: converter for converter in converters for pattern in converter.source_patterns
     }
+    # experts.2 before experts.10: the order in which they are stacked.
     for key in sorted(stored, key=dot_natural_key):
         name, pattern = rename_source_key(key, renamings, converters, prefix, state)
         if name not in state and key in state:  # the file has the new names already
@@ -188,11 +189,14 @@ def _gaps(keys: list[str]) -> list[str]:
     transformers stacks the experts that exist: a missing one would shift those after it.
     """
     numbers = [[int(digits) for digits in re.findall(r"\d+", key)] for key in keys]
+    # Keys of different forms: their numbers cannot be compared by position.
     if len({len(row) for row in numbers}) != 1:
         return []
     for place, column in enumerate(zip(*numbers, strict=True)):
         lacking = set(range(max(column))) - set(column)
+        # A column with one value is no index of the stack, such as the number of the block.
         if len(set(column)) > 1 and lacking:
+            # With a group in the pattern, split keeps the numbers, at odd places.
             pieces = re.split(r"(\d+)", keys[0])
             pieces[2 * place + 1] = str(min(lacking))
             return ["".join(pieces)]
@@ -214,6 +218,7 @@ def _require_plain(model: Any, dtype: torch.dtype) -> None:
         raise not_on_disk(name, "the checkpoint is quantized")
     strict = getattr(model, "_keep_in_fp32_modules_strict", None) or ()
     loose = getattr(model, "_keep_in_fp32_modules", None) or ()
+    # transformers: the strict ones for both 16-bit dtypes, the others for float16 only.
     in_float32 = {torch.float16: {*strict, *loose}, torch.bfloat16: {*strict}}.get(dtype)
     if in_float32:
         raise not_on_disk(name, f"transformers keeps {sorted(in_float32)[0]} in float32")

@@ -84,6 +84,7 @@ def is_harmless(name: str, shape: tuple[int, ...] | None) -> bool:
     """Return whether a tensor is a buffer that the model computes anyway."""
     if any(re.search(pattern, name) for pattern in _HARMLESS):
         return True
+    # [1, 1, context, context]; without a shape it cannot be told from a bias, and is refused.
     mask = shape is not None and len(shape) == 4 and shape[:2] == (1, 1) and shape[2] == shape[3]
     return mask and re.search(_CAUSAL_MASKS, name) is not None
 
@@ -100,6 +101,7 @@ def without_tied(model: Any, missing: Iterable[str]) -> set[str]:
     names = set(missing)
     # A chain of ties (A to B, B to C) is one group: it is missing only if none of it was read.
     group_of: dict[str, set[str]] = {}
+    # transformers: parameter that is tied -> the one that it is tied to.
     for target, source in (getattr(model, "all_tied_weights_keys", None) or {}).items():
         group = group_of.setdefault(source, {source})
         group.add(target)

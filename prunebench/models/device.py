@@ -38,6 +38,7 @@ def choose_devices(names: str) -> tuple[torch.device, ...]:
     if len(devices) == 1:
         return devices
     fix = "name different GPUs of one kind, as in --device cuda:0,cuda:1"
+    # `cuda` without a number has no index: it may be the same GPU as `cuda:0`.
     indices = {device.index for device in devices if device.type == "cuda"} - {None}
     if len(indices) < len(devices):
         raise UsageError(f"{names!r} are not different GPUs", fix=fix)
@@ -59,7 +60,7 @@ def choose_device(name: str) -> torch.device:
     try:
         device = torch.device(name)
     except RuntimeError:
-        device = torch.device("meta")
+        device = torch.device("meta")  # refused below
     if device.type not in ("cpu", "cuda"):
         raise UsageError(f"unknown device {name!r}", fix="use auto, cpu, cuda or cuda:0")
     count = torch.cuda.device_count()

@@ -69,6 +69,7 @@ class Footprint(TorchDispatchMode):
         self._counted.add(key)
         self.now += size
         self.peak = max(self.peak, self.now)
+        # Counted down when the storage is freed, whichever tensor held it last.
         weakref.finalize(storage, self._uncount, key, size)
 
     def _uncount(self, key: int, size: int) -> None:
@@ -138,6 +139,7 @@ def count_footprint(
             with capture_inputs(linears, hook):
                 call.run(block, hidden)
             last.clear()  # the last input would be counted as statistics
+            # What still exists after the block: the accumulators and their workspace.
             statistics = collecting.now
     head = _head(config, dtype, scoring)
     return BlockFootprint(plain.peak, collecting.peak, statistics, head)
@@ -169,10 +171,12 @@ def _first_call(
     block.forward = forward
     try:
         with contextlib.suppress(Stop):
+            # All before the blocks runs on the CPU; the first block only notes its arguments.
             model(input_ids=torch.zeros(shape, dtype=torch.int64), use_cache=False)
     finally:
         vars(block).pop("forward", None)
     call, hidden = calls[0]
+    # The skeleton keeps its buffers real; in the block they must be on the device of its inputs.
     for name, buffer in block.named_buffers():
         owner, _, attribute = name.rpartition(".")
         block.get_submodule(owner)._buffers[attribute] = buffer.to("meta")
@@ -187,6 +191,6 @@ def _to_meta(value: Any) -> Any:
 def _head(config: Any, dtype: torch.dtype, shape: tuple[int, int]) -> int:
     """Return the bytes of a batch's logits, and of the losses of `_LOSS_ROWS` tokens."""
     vocabulary = config.get_text_config().vocab_size
-    logits = shape[0] * shape[1] * int(vocabulary) * dtype.itemsize
+    logits = shape[0] * shape[1] * int(vocabulary) * dtype.itemsize  # [samples, seqlen, vocabulary]
     rows = min(_LOSS_ROWS, shape[1]) * vocabulary * 4
     return logits + 3 * int(rows)  # float32 logits and temporaries of the loss

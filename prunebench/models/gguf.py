@@ -104,6 +104,7 @@ def _require_whole(path: Path, reader: Any, model: Any, info: dict[str, Any]) ->
             for name in tensors
             if name not in places and name.removesuffix(".weight") not in places
         }
+        # Not a weight: it decides how positions are rotated, and becomes a setting of the config.
         if ROPE_FACTORS in unplaced:
             apply_rope_factors(path, model, tensors[ROPE_FACTORS].data)
         _, refused = unplaced_tensors(model, dict.fromkeys(unplaced - {ROPE_FACTORS}))
@@ -131,6 +132,7 @@ def _places(model: Any, reader: Any) -> dict[str, str] | None:
         return None
     processor = TENSOR_PROCESSORS.get(architecture, TensorProcessor)
     places: dict[str, str] = get_gguf_hf_weights_map(model, processor(config={}))
+    # The processor of GPT-2 places this tensor itself, so it is not in the map.
     if architecture == "gpt2":
         places.setdefault("output.weight", "lm_head.weight")
     return places

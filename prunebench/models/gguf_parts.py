@@ -12,6 +12,7 @@ from typing import Any
 
 from prunebench.errors import IncompatibleData, MissingResource
 
+# The names that llama.cpp's gguf-split gives: five digits, counted from 1.
 _PART = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})$")
 UNREADABLE = (ValueError, KeyError, OSError, RuntimeError, IndexError, NotImplementedError)
 
@@ -64,6 +65,7 @@ def join_gguf(parts: Sequence[Path], path: Path) -> None:
     names = [tensor.name for reader in readers for tensor in reader.tensors]
     promised = fields.get("split.tensors.count")
     count = int(promised.contents()) if promised else len(names)
+    # A tensor in two parts, or more or fewer than promised: they are of different models.
     if architecture is None or len(names) != count or len(set(names)) != len(names):
         raise IncompatibleData(
             f"{parts[0]} and its siblings are not the parts of one model",
@@ -78,6 +80,8 @@ def join_gguf(parts: Sequence[Path], path: Path) -> None:
         item = field.types[-1] if kind == gguf.GGUFValueType.ARRAY else None
         writer.add_key_value(name, field.contents(), kind, sub_type=item)
     tensors = [tensor for reader in readers for tensor in reader.tensors]
+    # The descriptions of all tensors come before the first byte of data. The data stay mapped in
+    # the parts: one tensor at a time is copied.
     for tensor in tensors:
         data = tensor.data
         writer.add_tensor_info(tensor.name, data.shape, data.dtype, data.nbytes, tensor.tensor_type)

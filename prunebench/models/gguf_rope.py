@@ -19,6 +19,7 @@ from prunebench.errors import IncompatibleData
 
 ROPE_FACTORS = "rope_freqs.weight"
 _RTOL = 1e-4
+# The same in the configs of Llama 3.1, 3.2 and 3.3; only their `factor` differs.
 _LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
 _CONTEXTS = (8192, 4096, 16384, 32768)  # candidates for original_max_position_embeddings
 _SETTINGS = {  # name in the file: name in the config
@@ -40,10 +41,12 @@ def apply_rope_factors(path: Path, model: Any, factors: np.ndarray) -> None:
     Raises:
         IncompatibleData: No setting gives these frequencies.
     """
+    # np.array copies: the reader's array is a read-only map, of which torch warns; [head dim / 2]
     divisors = torch.as_tensor(np.array(factors), dtype=torch.float32).reshape(-1)
     config = model.config
     plain = _plain_frequencies(config)
     if plain is not None and len(plain) == len(divisors):
+        # A reader that knows the scaling has set it in the config already.
         if _close(_frequencies(config), plain / divisors):
             return
         # The largest divisor is `factor`; the original context is the only unknown setting left.
@@ -80,12 +83,14 @@ def require_same_settings(path: Path, config: Any, reader: Any) -> None:
 
     scaling = stated("rope.scaling.type")
     rope = getattr(config, "rope_parameters", None) or {}
+    # Scaling that the reader dropped; if it set any, only the settings below are compared.
     if scaling not in (None, "none") and rope.get("rope_type", "default") in ("default", None):
         raise _otherwise(path, f"{architecture}.rope.scaling.type", scaling, "default")
     for name, attribute in _SETTINGS.items():
         value, ours = stated(name), getattr(config, attribute, None)
         if not isinstance(value, int | float) or ours is None:
             continue
+        # The file has float32: an epsilon of 1e-5 is stored as 9.99999975e-06.
         if abs(value - ours) > 1e-6 * max(abs(value), abs(ours)):
             raise _otherwise(path, f"{architecture}.{name}", value, ours)
 
@@ -108,13 +113,16 @@ def _frequencies(config: Any, parameters: dict[str, Any] | None = None) -> Tenso
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
     before = config.rope_parameters
+    # The functions of transformers take the config, and read the parameters from it.
     config.rope_parameters = dict(parameters or before)
     try:
         kind = config.rope_parameters.get("rope_type", "default")
+        # transformers has no function for it in the table: each model computes it itself.
         if kind == "default":
             plain = _plain_frequencies(config)
             assert plain is not None
             return plain
+        # Each returns the frequencies, and a factor of their cosines and sines.
         frequencies: Tensor = ROPE_INIT_FUNCTIONS[kind](config, torch.device("cpu"))[0]
         return frequencies
     finally:
@@ -129,7 +137,7 @@ def _plain_frequencies(config: Any) -> Tensor | None:
         return None
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     width = int(width * parameters.get("partial_rotary_factor", 1.0))
-    exponents = torch.arange(0, width, 2, dtype=torch.float32) / width
+    exponents = torch.arange(0, width, 2, dtype=torch.float32) / width  # 2i / d, [d / 2]
     return 1.0 / float(theta) ** exponents
 
 

@@ -65,6 +65,7 @@ class GradientNorms:
 
         with safe_open(self.path, framework="pt") as file:
             total: Tensor = file.get_tensor(name)
+        # For l2 the file holds sum_k g_k^2.
         return total if self.norm == "l1" else total.sqrt_()
 
 
@@ -100,6 +101,7 @@ def gradient_norms(
         with plain_inference(model):
             backward = Backward(model, linears, sums)
             backward.prepare(token_ids[:1, :_CHECK_TOKENS].to(device))
+            # [1, seqlen] each: a sum of |g_k| needs every g_k by itself.
             for window in torch.split(token_ids, 1):
                 backward.add(window.to(device))
                 advance(1)
@@ -112,6 +114,7 @@ def _cache_path(model: nn.Module, token_ids: Tensor, norm: Norm) -> Path:
     digest.update(token_ids.contiguous().numpy().tobytes())
     # with another config (RoPE, activation) the same weights compute another function
     config: Any = getattr(model, "config", None)
+    # The path of the folder does not change the function.
     settings = {**config.to_dict(), "_name_or_path": None} if config is not None else {}
     digest.update(json.dumps(settings, sort_keys=True, default=str).encode())
     return cache_dir() / "gradients" / f"{digest.hexdigest()[:32]}.safetensors"
@@ -143,6 +146,7 @@ class _Accumulators:
             file.write(len(text).to_bytes(8, "little") + text)
             # a full disk fails here; in a mapped page it would be a bus error
             os.posix_fallocate(file.fileno(), 0, begin + end)
+            # A new file reads as zeros, so every sum begins at 0.
             self._map = mmap.mmap(file.fileno(), 0)
         self._offsets = {name: begin + row["data_offsets"][0] for name, row in header.items()}
         self._mapped: dict[str, Tensor] = {}
@@ -161,6 +165,7 @@ class _Accumulators:
         return self
 
     def __exit__(self, *error: object) -> None:
+        # The arrays are views of the map: without them it is unmapped.
         self._sums = self._mapped = {}
 
     def add_product(self, linear: Linear, outer: Tensor, inputs: Tensor) -> None:
@@ -179,7 +184,7 @@ class _Accumulators:
         for start in range(0, linear.out_features, rows):
             part = total[start : start + rows]  # [rows, in]
             gradient = self._buffer[: part.numel()].view(part.shape)  # [rows, in]
-            # [rows, tokens] @ [tokens, in]
+            # With Y = X W^T, dL/dW = (dL/dY)^T X: [rows, tokens] @ [tokens, in]
             torch.mm(outer[:, start : start + rows].T, inputs, out=gradient)
             self._add(part, gradient)
 
@@ -197,6 +202,7 @@ class _Accumulators:
     def fetch(self, linears: Sequence[Linear]) -> None:
         """Map the pages of a block's linears in one call: a page fault for each costs more."""
         if self._on_cpu and linears:
+            # madvise needs an address on a page boundary.
             begin = self._offsets[linears[0].name] // _PAGE * _PAGE
             end = self._offsets[linears[-1].name] + 4 * linears[-1].size
             with contextlib.suppress(OSError):  # needs Linux 5.14
@@ -205,6 +211,7 @@ class _Accumulators:
     def release(self) -> None:
         """Unmap the pages of the file from this process; they stay in the page cache."""
         if self._on_cpu:
+            # The map is shared: of a private one this would discard the sums.
             self._map.madvise(mmap.MADV_DONTNEED)
 
     def finish(self) -> None:

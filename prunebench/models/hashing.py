@@ -62,5 +62,7 @@ def block_index_of(prefix: str) -> Callable[[str], int | None]:
 def _hash_parameters(model: nn.Module, names: list[str], digest: Any) -> None:
     for name in names:
         tensor = model.get_parameter(name).detach().contiguous().cpu()
+        # Dtype and shape fix how many bytes follow: two models never give the same stream.
         digest.update(f"{name}\0{tensor.dtype}\0{tuple(tensor.shape)}\0".encode())
+        # [bytes]; flat first, because a 0-dim tensor cannot be viewed as another dtype.
         digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)  # numpy has no bfloat16

@@ -32,6 +32,7 @@ from prunebench.progress import Progress
 
 _PATTERNS = FilePatterns(
     allow=("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"),
+    # Second copies of the weights; `*` in a pattern of the hub also matches `/`.
     ignore=("original/*", "onnx/*"),
 )
 _TOKENIZER_FILES = (
@@ -58,6 +59,7 @@ class HubModel:
 
 def cached_model(repository: str, revision: str | None) -> HubModel | None:
     """Return a model that is completely in the cache, or None; no network access."""
+    # The repository's own safetensors come before those of the pull request.
     candidates: list[tuple[str | None, str | None]] = [(revision, None)]
     conversion = _read_conversions().get(repository)
     if revision is None and conversion:
@@ -114,6 +116,7 @@ def _download(repository: str, revision: str | None, progress: Progress) -> HubM
     info = describe(repository, revision=revision, fix=_FIX)
     pull_request = None
     names = [file.rfilename for file in info.siblings or ()]
+    # Only files of the root count: transformers reads no others.
     if not any(name.endswith(".safetensors") and "/" not in name for name in names):
         if revision is not None:
             raise _only_pickles(
@@ -143,7 +146,9 @@ def _find_conversion(repository: str, main: Any) -> tuple[str, Any]:
     stale = ""
     for reference in _conversions(repository):
         info = describe(repository, revision=reference, fix=_FIX)
+        # Only large files (LFS) have a SHA-256; Git stores the small ones itself.
         hashes = {file.rfilename: file.lfs and file.lfs.sha256 for file in info.siblings or ()}
+        # Every pickle of main is in it, with the same hash: it was made from these weights.
         if _pickles(main).items() <= hashes.items():
             return reference, info
         stale = f"its conversion {reference} was made from other weights"

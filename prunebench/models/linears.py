@@ -121,6 +121,7 @@ def _block_lists(model: nn.Module) -> dict[str, nn.ModuleList]:
     """Return the outermost lists with parameters by path: the text decoder's, else the model's."""
     getter: Any = getattr(model, "get_decoder", None)
     decoder = (getter() if getter else None) or model
+    # `get_decoder` returns the module, and names are wanted: find its path.
     path = next((name for name, module in model.named_modules() if module is decoder), "")
     return _lists_below(model, decoder, path) or _lists_below(model, model, "")
 
@@ -191,6 +192,7 @@ def find_repeats(model: nn.Module, linears: Sequence[Linear]) -> dict[Linear, Li
     by_name = {linear.name: linear for linear in linears}
     repeats: dict[Linear, Linear] = {}
     for first, *others in _by_matrix(*find_blocks(model)):
+        # The caller's own object: a Linear is compared by identity (eq=False).
         first, blocks = by_name.get(first.name, first), {first.block_index}
         for other in others:
             if other.block_index not in blocks:
@@ -244,6 +246,7 @@ def _linears_of(module: nn.Module, path: str, index: int) -> list[Linear]:
         return [
             Linear(path, f"{path}.weight", index, module, "weight", out, width, transposed=True)
         ]
+    # True, as in GPT-OSS, means [experts, in, out].
     if getattr(module, "is_transposed", None) is not False:  # an attribute of fused experts only
         return []
     return [
@@ -265,6 +268,7 @@ def _linears_of(module: nn.Module, path: str, index: int) -> list[Linear]:
 
 def _require_coverage(kind: str, block: nn.Module, linears: list[Linear]) -> None:
     matrices = {name: p for name, p in block.named_parameters() if p.ndim >= 2}
+    # By identity: all experts of a stack are one parameter, counted once.
     covered = {id(getattr(linear.module, linear.attribute)) for linear in linears}
     total = sum(p.numel() for p in matrices.values())
     missed = {name: p.numel() / total for name, p in matrices.items() if id(p) not in covered}

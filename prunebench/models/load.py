@@ -103,7 +103,9 @@ def load_tokenizer(path: Path) -> Any:
 
 def context_length(config: Any) -> int | None:
     """Return the model's context length in tokens, or None if it has no limit (ALiBi)."""
+    # Of a multimodal model, the part that reads text.
     text = config.get_text_config()
+    # n_positions is GPT-2's name, max_seq_len MPT's.
     for name in ("max_position_embeddings", "n_positions", "max_seq_len"):
         value = getattr(text, name, None)
         if isinstance(value, int) and value > 0:
@@ -184,7 +186,7 @@ def load_model(path: Path, *, dtype: torch.dtype, device: torch.device) -> nn.Mo
                 path,
                 config=config,
                 dtype=dtype,
-                use_safetensors=True,
+                use_safetensors=True,  # a pickle can run any program
                 attn_implementation=attention_of(config),
                 ignore_mismatched_sizes=True,  # require_loaded names them
                 output_loading_info=True,
@@ -199,6 +201,7 @@ def load_model(path: Path, *, dtype: torch.dtype, device: torch.device) -> nn.Mo
             ) from error
     stored = stored_tensors(weight_files(path))
     require_loaded(path, model, info, shapes={name: row.shape for name, row in stored.items()})
+    # Refuses what transformers loads without a word, such as integer codes cast to floats.
     check_tensors(model, stored)
     model.requires_grad_(False)
     model.eval()
@@ -229,6 +232,7 @@ def require_loaded(
             where=f"{name} is {list(stored)}, the model has {list(expected)}",
             fix="check that config.json and the weights belong together",
         )
+    # Shapes tell a stored causal mask from a bias of the same name, see `is_harmless`.
     extra = {str(name): shapes.get(str(name)) for name in info["unexpected_keys"]}
     _, unplaced = unplaced_tensors(model, extra)
     require_complete(source, missing=info["missing_keys"], unplaced=unplaced)

@@ -142,8 +142,10 @@ def mask_file(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> Callable[[st
         IncompatibleData: It is not a mask file, holds pickled objects, or does not fit the shapes.
     """
     try:
+        # Lazy: an entry is decompressed whenever it is read. A pickled one could run code.
         stored = np.load(path, allow_pickle=False)
         entries = set(stored.files)
+    # AttributeError: a plain .npy array has no `files`.
     except (*_DAMAGE, AttributeError) as error:
         raise IncompatibleData(
             f"{path} is not a mask file",
@@ -154,7 +156,7 @@ def mask_file(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> Callable[[st
     def packed(name: str) -> Any:
         size = int(np.prod(shapes[name]))
         try:
-            bits = stored[f"{name}.mask"] if f"{name}.mask" in entries else None
+            bits = stored[f"{name}.mask"] if f"{name}.mask" in entries else None  # [ceil(size / 8)]
         except _DAMAGE as error:  # pickled, cut short, or with wrong bits
             raise IncompatibleData(
                 f"{path} is damaged", where=f"{name}: {error}", fix="copy or make it again"
@@ -188,7 +190,9 @@ def _checkpoint(folder: Path, shapes: Mapping[str, tuple[int, ...]]) -> Callable
     try:
         for file in files:
             with safe_open(file, framework="pt") as opened:
+                # A handle of safe_open has keys(), and cannot be iterated itself.
                 for name in opened.keys():  # noqa: SIM118
+                    # A slice knows its shape from the header: no weights are read here.
                     if name in shapes and tuple(opened.get_slice(name).get_shape()) == shapes[name]:
                         places[name] = file
     except (SafetensorError, OSError) as error:
@@ -203,6 +207,7 @@ def _checkpoint(folder: Path, shapes: Mapping[str, tuple[int, ...]]) -> Callable
 
     def read(name: str) -> Tensor:
         with safe_open(places[name], framework="pt") as opened:
+            # -0.0 != 0 is False, so a negative zero is pruned too.
             return torch.as_tensor(opened.get_tensor(name) != 0)
 
     return read

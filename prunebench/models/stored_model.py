@@ -135,13 +135,16 @@ def _rebuilt(
     model: nn.Module,
 ) -> Rebuilt:
     first = next(iter(parts.values()))[0]
+    # Converters stack, split and transpose: the dtype is that of the parts.
     size = torch.Size(shape).numel() * getattr(torch, first.dtype).itemsize
+    # It has no range of bytes in a file: 0 and the size stand for it.
     return Rebuilt(first.path, name, first.dtype, shape, 0, size, parts, converter, model)
 
 
 def kept_buffers(model: nn.Module) -> list[str]:
     """Return the names of a model's persistent buffers, which its files hold."""
     state = set(model.state_dict())
+    # Buffers that are not persistent are not in the state dict.
     return [name for name, _ in model.named_buffers() if name in state]
 
 
@@ -159,8 +162,10 @@ def _settle_ties(
         first = first_of.setdefault(id(parameter), name)  # tied parameters are the same object
         if first == name:
             parameters.append(name)
+        # Stored under the other name only: it moves to the model's.
         elif name in tensors and first not in tensors:
             tensors[first], keys[first] = tensors.pop(name), keys.pop(name)
+        # Stored twice with different values: transformers leaves the two untied.
         elif name in tensors and not _same_bytes(tensors[name], tensors[first]):
             parameters.append(name)
         elif name in tensors:

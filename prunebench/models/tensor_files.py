@@ -41,11 +41,12 @@ def read_tensor(
     if stored_dtype == dtype and flat.numel():
         with stored.path.open("rb", buffering=0) as stream:
             stream.seek(stored.start)
+            # bytes_of copies nothing here: the tensor is contiguous and on the CPU.
             _read_into(stream, memoryview(bytes_of(flat)), stored)
         return whole
     at = 0
     for piece in stored.pieces(align=stored_dtype.itemsize):
-        part = torch.frombuffer(piece, dtype=stored_dtype)
+        part = torch.frombuffer(piece, dtype=stored_dtype)  # [elements of the piece]
         flat[at : at + len(part)].copy_(part)
         at += len(part)
     return whole
@@ -82,6 +83,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> str:
         }
         end += size
     text = json.dumps(header).encode()
+    # The format allows spaces after the JSON; 8 bytes for the length come before it.
     text += b" " * (-(len(text) + 8) % _ALIGN)
     digest = hashlib.sha256()
     with path.open("wb", buffering=0) as stream:
@@ -98,4 +100,5 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> str:
 
 def bytes_of(tensor: Tensor) -> Any:
     """Return the bytes of a tensor, row-major, as a numpy array of uint8."""
+    # Flat first: a 0-dim tensor cannot be viewed as another dtype.
     return tensor.detach().contiguous().cpu().reshape(-1).view(torch.uint8).numpy()

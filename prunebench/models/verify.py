@@ -91,6 +91,7 @@ def expected_of_folder(source: StoredModel, sha256: str, dtype: str) -> Expected
     """
     buffers = {
         name: hash_stored(source.tensors, [name])
+        # What is in the files and no parameter is a persistent buffer.
         for name in source.tensors.keys() - {*source.parameters}
     }
     return Expected(sha256, dtype, buffers, carried_tensors(source))
@@ -118,6 +119,7 @@ def require_saved(
         tensors = read(folder)
         total = sum(tensor.stop - tensor.start for tensor in tensors.values())
         with progress.stage("verify", total=total, detail=str(name), unit="B") as advance:
+            # From the saved config: a config that no longer fits the weights is found too.
             model = skeleton(load_config(folder))
             saved = stored_model(model, tensors)
             dtype = str(model.config.dtype).removeprefix("torch.")  # from_pretrained casts to it
@@ -152,6 +154,7 @@ def _difference(
         return f"config.json says quantized with {method}, and the weights are not"
     if dtype != expected.dtype:
         return f"config.json says {dtype}, the weights are {expected.dtype}"
+    # Other programs might load it in place of the weights, or with them.
     strays = other_files(folder)
     if strays:
         return f"{strays[0].name} is beside the weights, and not part of them"
@@ -191,6 +194,7 @@ def _hash_buffers(model: nn.Module) -> dict[str, str]:
     weights = weights_of(model)
 
     hashes: dict[str, str] = {}
+    # The buffers of a block are listed together, so each block is opened once.
     for index, names in itertools.groupby(kept_buffers(model), block_index_of(prefix)):
         with nullcontext() if index is None else weights.open_block(index):
             for name in names:
