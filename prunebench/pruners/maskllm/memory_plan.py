@@ -104,6 +104,7 @@ class MemoryPlan:
         return sum(self._rows(linear) * linear.in_features // group for linear in linears)
 
     def _moments(self, linears: Sequence[Linear]) -> int:
+        # One number per candidate and group
         each = self._choices * self._groups(linears) * _STATE_BYTES[self.options.state_dtype]
         if self.options.state_dtype == "int8":
             # one float32 scale per choice and row
@@ -193,6 +194,7 @@ class MemoryPlan:
         weight = torch.ones(
             largest.out_features, largest.in_features, dtype=self.dtype, device=self.device
         )
+        # 2 operations, a multiplication and an addition, per weight and row
         seconds = self._timed(lambda: inputs @ weight.T)
         return 2 * rows * largest.size / seconds
 
