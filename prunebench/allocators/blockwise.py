@@ -119,7 +119,7 @@ class Dlp(_Blockwise):
 
     def importance(self, scores: list[Tensor]) -> float:
         """Return the median or mean score."""
-        flat = torch.cat(scores)
+        flat = torch.cat(scores)  # [weights of the block]
         # torch's median is the lower of the two middle values; of millions of scores it makes no
         # difference.
         return float(flat.median() if self.statistic == "median" else flat.mean())

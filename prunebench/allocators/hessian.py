@@ -146,8 +146,7 @@ def layer_error(
         upper: U, the factor of the inverse Hessian; H = inv(U) inv(U)^T.
         ratio: Share of weights to prune.
     """
-    # The loss of each weight, (w / U_jj)^2; SparseGPT has the updated weight here, which is not
-    # known before it runs. [out, in]
+    # The loss of each weight; SparseGPT has the updated w here, which is not known before it runs.
     losses = (weight / upper.diagonal()).square()  # [out, in]
     least = 0.0
     for start in range(0, weight.shape[1], _COLUMNS):
@@ -156,8 +155,8 @@ def layer_error(
         # All rows of the block compete, as in SparseGPT's mask.
         ordered = block.sort().values if count else block
         least += float(ordered[:count].sum(dtype=torch.float64))
-    # 1/2 tr(W H W^T) from the factor alone, as H = inv(U) inv(U)^T: it is 1/2 of the norm below.
-    # [out, in]
+    # tr(W H W^T) is the squared norm of W inv(U), as H = inv(U) inv(U)^T: no Hessian is needed
+    # here.
     root = torch.linalg.solve_triangular(upper, weight, upper=True, left=False)  # W inv(U)
     return LayerError(
         sorted=least / 2,

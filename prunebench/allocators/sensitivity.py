@@ -148,7 +148,8 @@ class _Output:
             torch.split(self.token_ids, 1), self.runs, self.dense, strict=True
         ):
             now = self._log_probabilities(window, run, index)
-            # In rows: its temporaries are as large as both distributions, [seqlen, vocabulary].
+            # In rows: for all tokens at once, the temporaries of kl_div would be [seqlen,
+            # vocabulary].
             for start in range(0, len(dense), _ROWS):
                 rows = slice(start, start + _ROWS)
                 kl = nn.functional.kl_div(now[rows], dense[rows], log_target=True, reduction="sum")
@@ -173,7 +174,7 @@ def loss_slopes(
     """
     # E(s) sums the smallest s * count losses, so E'(s) is count times the next one.
     losses = torch.cat([(weight / upper.diagonal()).square().flatten() for weight in weights])
-    ordered = losses.cpu().sort().values.to(torch.float64)
+    ordered = losses.cpu().sort().values.to(torch.float64)  # [weights of the group]
     count = len(ordered)
     at_target = float(ordered[: max(1, math.floor(target * count))].sum())
     # [steps], indices of those next losses

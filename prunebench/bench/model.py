@@ -68,7 +68,7 @@ class Decoder:
 
     @torch.no_grad()
     def _next(self, ids: Tensor, positions: Tensor) -> Tensor:
-        logits = self.model(
+        logits = self.model(  # [batch, 1, vocabulary]
             input_ids=ids,
             position_ids=positions.expand(ids.shape[0], -1),
             past_key_values=self.cache,
@@ -87,7 +87,7 @@ class Decoder:
             self.step()
             # clone(): the next step overwrites the token in place.
             tokens.append(self.token.clone())
-        return torch.cat(tokens, dim=1)
+        return torch.cat(tokens, dim=1)  # [batch, count]
 
 
 def measure_prefill(

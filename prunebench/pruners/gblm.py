@@ -66,7 +66,7 @@ class Gradient(GroupPruner):
             stats: Statistics of the inputs, if the method needs them.
             samples: Number of calibration windows.
         """
-        # All scores 0 would prune by position: by magnitude instead.
+        # With all scores 0, ties would be pruned by position: use the magnitude.
         return gradient if gradient.any() else torch.ones_like(gradient)
 
 

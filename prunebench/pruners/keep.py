@@ -83,14 +83,14 @@ def keep_group(score: Float[Tensor, "m out"], *, kept: int) -> Bool[Tensor, "m o
     """
     group = len(score)
     if group > _WIDEST_PAIRWISE:
-        return keep_largest(score.T.contiguous(), prune=group - kept).T
+        return keep_largest(score.T.contiguous(), prune=group - kept).T  # [M, out]
     position = torch.arange(group, dtype=torch.uint8, device=score.device)
     # A weight wins against all earlier ones until a comparison says otherwise.
     wins = position[:, None].repeat(1, score.shape[1])  # [M, out]
     for d in range(1, group):
         # uint8 wraps around, so a count may pass below 0 on the way: the final sum is right modulo
         # 256.
-        first = (score[:-d] > score[d:]).view(torch.uint8)
+        first = (score[:-d] > score[d:]).view(torch.uint8)  # [M - d, out]
         wins[:-d] += first
         wins[d:] -= first
     return wins >= group - kept  # [M, out]
@@ -135,4 +135,4 @@ def _keep_pairwise(score: Tensor, *, kept: int, group: int) -> Tensor:
             wins[: n - d] += first
             wins[d:n] -= first
         torch.bitwise_right_shift(wins[:n], 7, out=keep[start : start + chunk])
-    return keep.view(torch.bool).view(score.shape)
+    return keep.view(torch.bool).view(score.shape)  # [out, in]

@@ -37,7 +37,6 @@ class Random:
             for group in groups:
                 for linear in group.linears:
                     weight = linear.read()
-                    # Uniform scores, so that the N:M and row rules of `keep` apply unchanged.
                     score = torch.rand(weight.shape, generator=generator)  # on the CPU, see above
                     keep = keep_rows(score, sparsity[linear.name]).to(weight.device)
                     linear.write(torch.where(keep, weight, 0))

@@ -182,7 +182,7 @@ def _keep_block(
     # A difference of cumulative counts: rounding each block by itself would drift from the total.
     prune = sparsity.count(stop * outputs) - sparsity.count(start * outputs)
     flat = score.reshape(1, -1)  # [1, size * out]: one comparison of the whole block
-    return keep_largest(flat, prune=prune).view(score.shape)
+    return keep_largest(flat, prune=prune).view(score.shape)  # [size, out]
 
 
 def _prune_block(

@@ -64,8 +64,7 @@ class WandaVariant(Wanda):
         """Return the keep mask: compare, over the matrix, cumulative shares of the row's score."""
         if sparsity.is_pattern:
             return keep_rows(score, sparsity)
-        # float64: the rounding errors of a running sum grow with the width
-        # differences.
+        # float64: the rounding errors of a running sum grow with the width.
         ordered, places = score.to(torch.float64).sort(dim=1, stable=True)  # [out, in]
         shares = ordered.cumsum(1)  # of the row's score: a weight and all smaller ones
         shares /= shares[:, -1:].clamp(min=1e-300)  # [out, in]; the last is the row's sum

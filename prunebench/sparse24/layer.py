@@ -68,12 +68,13 @@ class Sparse24Linear(nn.Module):
         flat = x.reshape(-1, self.in_features).contiguous()  # [tokens, in]
         if flat.requires_grad and torch.is_grad_enabled():  # the kernels have no backward pass
             dense = torch.nn.functional.linear(flat, unpack24(self.form.packed()), self.bias)
-            return dense.view(*x.shape[:-1], self.out_features)
+            return dense.view(*x.shape[:-1], self.out_features)  # [..., out]
         tokens = flat.shape[0]
         # Cached by token count: decoding asks the same for every layer and token.
         product = self._routes.get(tokens)
         if product is None:
             product = self._routes.setdefault(tokens, self.product_for(tokens))
+        # [tokens, out] -> [..., out]
         return product.run(flat, self.bias).view(*x.shape[:-1], self.out_features)
 
     def product_for(self, tokens: int) -> Product:
@@ -194,7 +195,7 @@ class Conversion:
         while self._undo:
             parent, child, linear, layer = self._undo.pop()
             weight = unpack24(layer.packed())  # [out, in]
-            weight = weight.T.contiguous() if linear.transposed else weight
+            weight = weight.T.contiguous() if linear.transposed else weight  # Conv1D: [in, out]
             # The original module is reused: hooks and attributes that others have set on it
             # survive.
             setattr(linear.module, linear.attribute, nn.Parameter(weight, requires_grad=False))
@@ -233,7 +234,7 @@ def convert(
             continue
         path, _, child = linear.name.rpartition(".")
         parent = model.get_submodule(path)
-        weight = linear.stored.T if linear.transposed else linear.stored
+        weight = linear.stored.T if linear.transposed else linear.stored  # [out, in]
         layer = Sparse24Linear(
             pack24(weight.contiguous(), name=linear.name),
             getattr(linear.module, "bias", None),

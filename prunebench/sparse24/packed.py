@@ -191,7 +191,7 @@ def pack24(weight: Float[Tensor, "out in"], *, name: str = "the matrix") -> Pack
         pairs[start:stop] = (high | low).to(torch.int32)
         codes[start:stop] = code
     values = pairs.view(weight.dtype).view(rows, width // 2)  # [groups] of 32 bits -> [out, in / 2]
-    return Packed24(values, join_codes(codes.view(rows, width // 4)))
+    return Packed24(values, join_codes(codes.view(rows, width // 4)))  # codes: [N, K/4]
 
 
 def unpack24(packed: Packed24, *, out: Tensor | None = None) -> Float[Tensor, "out in"]:

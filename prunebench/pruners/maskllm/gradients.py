@@ -46,6 +46,7 @@ class GradientSums:
             outer, inputs = outer.to(torch.float32), inputs.to(torch.float32)
         else:
             outer, inputs = outer.to(torch.float32), inputs.to(torch.float32)
+            # [out, tokens] @ [tokens, in]
             whole.gradient.addmm_(outer.T, inputs)
         # Factors of the diagonal Fisher matrix: its exact diagonal would need a product of the
         # squares.

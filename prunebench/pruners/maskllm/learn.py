@@ -253,7 +253,7 @@ class Learner:
             for epoch in sorted(set(epochs.tolist()))
         ]
         # Strided: the union over the processes is the same batch for any number of them.
-        indices = torch.cat(rows)[self.shards.rank :: self.shards.world]
+        indices = torch.cat(rows)[self.shards.rank :: self.shards.world]  # [batch / world]
         return train[indices].to(self._device)
 
     # ------------------------------------------------------------ masks and measurements

@@ -212,9 +212,9 @@ def _write(
         width = linear.in_features // table.shape[1]  # groups in a row
         shard = choices[linear.name].view(-1, width)  # [owned rows, width]
         whole = shard.new_empty(linear.out_features, width)
-        shards.gather(shard, whole)
+        shards.gather(shard, whole)  # [out, width]
         shape = torch.Size((linear.out_features, linear.in_features))
-        keep = mask_of(whole.flatten(), table.to(whole.device), shape)
+        keep = mask_of(whole.flatten(), table.to(whole.device), shape)  # [out, in]
         linear.write(torch.where(keep, linear.read(), 0))
 
 

@@ -69,6 +69,7 @@ class PackedMoments:
             return
         positive = self.values.dtype == torch.uint8
         largest = 255 if positive else 127
+        # Roots of second moments: they span half as many powers of two, which suits linear steps.
         rows = (new.sqrt() if positive else new).view(len(new), -1, self.width)
         scales = rows.abs().amax(-1) / largest  # rows: [choices, rows, width]
         self.scales[:, self._rows(part)] = scales

@@ -145,7 +145,7 @@ class LayerLogits:
         for part in self.chunks():
             # m = S^T y: every position's total probability of being kept; a group sums to N.
             mask = self.table.T @ self.probabilities(part, relaxation)  # [M, part]
-            torch.mul(flat[part], mask.T.to(flat.dtype), out=target[part])
+            torch.mul(flat[part], mask.T.to(flat.dtype), out=target[part])  # [part, M]
 
     def scores(
         self, weight: Float[Tensor, "out in"], slope: WeightGradient, relaxation: Relaxation
@@ -165,7 +165,7 @@ class LayerLogits:
             w = flat[part].T.to(torch.float32)  # [M, part]
             h = slopes[part].T * w  # [M, part]
             if relaxation.reward or relaxation.curvature:
-                mask, squares = self.table.T @ chosen, w.square()
+                mask, squares = self.table.T @ chosen, w.square()  # [M, part]
                 # d/dm of -lambda (W m)^2: large weights that are kept lower the loss (arXiv
                 # 2409.17481, section 3.4).
                 h -= (2 * relaxation.reward) * squares * mask

@@ -118,13 +118,13 @@ def _tile(columns, M: tl.constexpr, B: tl.constexpr):
         return tl.join(columns[0], columns[1])
     elif M == 4:
         even, odd = tl.join(columns[0], columns[2]), tl.join(columns[1], columns[3])
-        return tl.reshape(tl.join(even, odd), (B, 4))
+        return tl.reshape(tl.join(even, odd), (B, 4))  # [B, 2, 2] -> [B, 4]
     else:
         # `join` adds a last dimension of 2, so that reshapes interleave: [B, 2, 2] -> 0, 2, 4, 6.
         even = tl.join(tl.join(columns[0], columns[4]), tl.join(columns[2], columns[6]))
         odd = tl.join(tl.join(columns[1], columns[5]), tl.join(columns[3], columns[7]))
         both = tl.join(tl.reshape(even, (B, 4)), tl.reshape(odd, (B, 4)))
-        return tl.reshape(both, (B, 8))
+        return tl.reshape(both, (B, 8))  # [B, 4, 2] -> [B, 8]
 
 
 @triton.jit

@@ -59,7 +59,6 @@ class TorchOperators:
 
     def __init__(self) -> None:
         schemas = torch._C._jit_get_schemas_for_operator("aten::_cslt_sparse_mm")
-        # Asked of the schema, not of a version number.
         self.has_split_k = any(a.name == "split_k" for s in schemas for a in s.arguments)
 
     def compress(self, weight: Tensor) -> Tensor:
@@ -210,8 +209,7 @@ def is_right(algorithm: Algorithm, product: CuSparseLtProduct, x: Tensor, dense:
     Both are compared with the product in float32. Some algorithms of some versions are wrong, and
     differ from run to run (pytorch#155333).
     """
-    # [tokens, out]
-    exact = x.float() @ dense.float().t()
+    exact = x.float() @ dense.float().t()  # [tokens, out]
     scale = exact.norm() + 1e-30
     allowed = 2 * ((x @ dense.t()).float() - exact).norm() / scale + 1e-6
     first: Tensor | None = None
