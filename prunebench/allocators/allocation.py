@@ -64,6 +64,7 @@ def require_sound(allocation: Allocation, linears: Sequence[Linear], target: flo
     missing = [linear.name for linear in linears if linear.name not in ratios]
     outside = [name for name, ratio in ratios.items() if not 0 <= ratio < 1]
     wrong = missing or outside
+    # With a layer missing there is no mean to compute.
     mean = target if wrong else mean_ratio(ratios, linears)
     if wrong or abs(mean - target) > _MEAN_TOLERANCE:
         raise CheckFailed(
@@ -101,6 +102,7 @@ def whole_counts(
     if missing <= total * _ROUNDING:
         return dict(ratios)
     fraction = {name: ratios[name] * size - counts[name] for name, size in sizes.items()}
+    # A layer that would lose all of its weights is not raised.
     spare = [name for name, size in sizes.items() if counts[name] + 1 < size]
     order = sorted(spare, key=lambda name: -fraction[name])  # stable
     raised = {name: _ratio_of(counts[name] + 1, sizes[name]) for name in order[:missing]}
@@ -110,6 +112,7 @@ def whole_counts(
 def _ratio_of(count: int, size: int) -> float:
     """Return the smallest ratio for which `Sparsity.count` is `count`."""
     ratio = count / size  # rounding may put it just below
+    # At most a few steps: each moves to the next float.
     while Sparsity(ratio).count(size) < count:
         ratio = math.nextafter(ratio, 1)
     return ratio
@@ -129,6 +132,7 @@ def shifted(
     def at(shift: float) -> dict[str, float]:
         return {name: min(max(ratio + shift, low), high) for name, ratio in ratios.items()}
 
+    # Continuous and rising in the shift, even where some ratios are at a bound: bisection applies.
     def mean(shift: float) -> float:
         return math.fsum(ratio * sizes[name] for name, ratio in at(shift).items()) / total
 
@@ -137,6 +141,7 @@ def shifted(
 
 def bisect(rising: Callable[[float], float], target: float, low: float, high: float) -> float:
     """Return where a continuous rising function is `target`, to the last bit."""
+    # 100 halvings: more than a float64 has bits, so the interval is down to neighbors.
     for _ in range(100):
         middle = (low + high) / 2
         low, high = (middle, high) if rising(middle) < target else (low, middle)
@@ -199,6 +204,7 @@ def load_allocation(path: Path, linears: Sequence[Linear]) -> dict[str, float]:
         ) from None
     for linear in linears:
         shape = (linear.out_features, linear.in_features)
+        # Names alone do not tell two sizes of one architecture apart: shapes are compared as well.
         if linear.name not in rows or rows[linear.name][0] != shape:
             row = rows.get(linear.name)
             problem = f"it says {row[0]}" if row else "it has no such layer"
@@ -207,6 +213,7 @@ def load_allocation(path: Path, linears: Sequence[Linear]) -> dict[str, float]:
                 where=f"{linear.name} is {shape} here, and {problem}",
                 fix="use an allocation that was saved for this model",
             )
+    # Both directions: a layer of the file that is not in the model is an error too.
     extra = sorted(rows.keys() - {linear.name for linear in linears})
     if extra:
         raise IncompatibleData(

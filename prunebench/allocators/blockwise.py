@@ -48,7 +48,9 @@ class _Blockwise(ABC):
     def spread(self, figures: Mapping[int, float]) -> dict[int, float]:
         """Return what is subtracted from each block's ratio, in [0, 2 * strength]."""
         low, high = min(figures.values()), max(figures.values())
+        # 1.0 where all blocks are equal: every offset is then 0.
         width = (high - low) or 1.0
+        # Both papers: d = 2 lambda (D - min D) / (max D - min D), and the ratio is p - d + mean(d).
         return {b: 2 * self.strength * (f - low) / width for b, f in figures.items()}
 
     def check(self, target: float) -> None:
@@ -63,6 +65,7 @@ class _Blockwise(ABC):
         for group in walker.survey():
             assert group.stats is not None
             index = group.linears[0].block_index
+            # Groups come block by block: the scores of one block only are in memory.
             if last is not None and index != last:
                 figures[last] = self.importance(scores)
                 scores = []
@@ -73,6 +76,7 @@ class _Blockwise(ABC):
         figures[last] = self.importance(scores)
         offsets = self.spread(figures)
         sizes = {linear.name: linear.size for linear in walker.linears}
+        # More important blocks have larger offsets, and so lower ratios.
         ratios = {linear.name: target - offsets[linear.block_index] for linear in walker.linears}
         estimates = {linear.name: figures[linear.block_index] for linear in walker.linears}
         # all offsets are >= 0: the shift restores the mean
@@ -95,7 +99,9 @@ class Owl(_Blockwise):
     def importance(self, scores: list[Tensor]) -> float:
         """Return the percentage of outliers."""
         count = sum(score.numel() for score in scores)
+        # Sums by linear, not one concatenated copy of the block's scores.
         mean = sum(float(score.sum(dtype=torch.float64)) for score in scores) / count
+        # D = 100 * #{A > M mean(A)} / numel, the mean over the whole block (arXiv 2310.05175)
         return 100 * sum(int((score > self.outlier * mean).sum()) for score in scores) / count
 
 
@@ -113,7 +119,9 @@ class Dlp(_Blockwise):
 
     def importance(self, scores: list[Tensor]) -> float:
         """Return the median or mean score."""
-        flat = torch.cat(scores)
+        flat = torch.cat(scores)  # [weights of the block]
+        # torch's median is the lower of the two middle values; of millions of scores it makes no
+        # difference.
         return float(flat.median() if self.statistic == "median" else flat.mean())
 
     def spread(self, figures: Mapping[int, float]) -> dict[int, float]:

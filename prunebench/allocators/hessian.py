@@ -90,6 +90,7 @@ class Hessian:
             factor = factorise(group.stats, damping=self.damping, name=group.linears[0].name)
             for linear in group.linears:
                 errors[linear.name] = layer_error(linear.read(), factor.upper, target)
+            # The next group's Hessian is allocated before these names are bound again.
             del group, factor
         scores = self._scores(errors, walker.linears)
         clusters = log_clusters(scores, decades=self.decades)
@@ -121,6 +122,7 @@ class Hessian:
             error, key = errors[linear.name], unit[linear.name]
             total[key] = total.get(key, 0.0) + self._estimate(error)
             by = {"per_parameter": float(linear.size), "sum": 0.0, "relative": error.prune_all}
+            # `sum` has the weight 0: the division below is then by 1.
             weight[key] = weight.get(key, 0.0) + by[self.normalize]
         return {name: total[key] / (weight[key] or 1.0) for name, key in unit.items()}
 
@@ -144,13 +146,17 @@ def layer_error(
         upper: U, the factor of the inverse Hessian; H = inv(U) inv(U)^T.
         ratio: Share of weights to prune.
     """
+    # The loss of each weight; SparseGPT has the updated w here, which is not known before it runs.
     losses = (weight / upper.diagonal()).square()  # [out, in]
     least = 0.0
     for start in range(0, weight.shape[1], _COLUMNS):
         block = losses[:, start : start + _COLUMNS].flatten()  # [out * columns]
         count = math.floor(ratio * block.numel())
+        # All rows of the block compete, as in SparseGPT's mask.
         ordered = block.sort().values if count else block
         least += float(ordered[:count].sum(dtype=torch.float64))
+    # tr(W H W^T) is the squared norm of W inv(U), as H = inv(U) inv(U)^T: no Hessian is needed
+    # here.
     root = torch.linalg.solve_triangular(upper, weight, upper=True, left=False)  # W inv(U)
     return LayerError(
         sorted=least / 2,
@@ -186,6 +192,7 @@ def automatic_range(scores: Mapping[str, float], target: float) -> tuple[float, 
     if len(logs) < 2:
         return target, target
     lower, _, upper = statistics.quantiles(logs, n=4, method="inclusive")
+    # 0 for a short tail, 1 for a long one, linear between
     opening = (upper - lower - _SHORT_TAIL) / (_LONG_TAIL - _SHORT_TAIL)
     half = _HALF_WIDTH * min(1.0, max(0.0, opening))
     return max(0.0, target - half), min(max(target, _HIGHEST), target + half)
@@ -209,11 +216,13 @@ def spread(
     """
     require_range(low, high, target)
     top = max(clusters.values())
+    # One cluster: nothing to tell the layers apart by.
     if top == 0:
         return dict.fromkeys(clusters, target)
     total = sum(sizes.values())
 
     def at(log_gamma: float) -> dict[str, float]:
+        # The search is over log gamma: gamma is positive, and useful on both sides of 1.
         gamma = math.exp(log_gamma)
         return {name: high - (high - low) * (c / top) ** gamma for name, c in clusters.items()}
 

@@ -70,6 +70,7 @@ class Sensitivity:
         output = _Output(walker, self.windows)
         pruner = SparseGPT(damping=self.damping)
         curves: list[_Curve] = []
+        # `joint` collects all statistics of a block before its first group is pruned.
         groups = walker.groups(stats=True, hessian=True, within_block="joint")
         with closing(groups):
             for group in groups:
@@ -79,6 +80,7 @@ class Sensitivity:
                     name = group.linears[0].name
                     upper = factorise(group.stats, damping=self.damping, name=name).upper
                 else:  # experts that no token reached: by magnitude, with divergence 0
+                    # U = I: the score is |w|.
                     upper = torch.eye(weights[0].shape[1], device=weights[0].device)
                 slopes = loss_slopes(weights, upper, low, high, target)
                 divergence = self._divergence(pruner, group, target, output)
@@ -96,6 +98,7 @@ class Sensitivity:
         self, pruner: SparseGPT, group: LinearGroup, target: float, output: _Output
     ) -> float:
         """Return D_g; the group's weights are restored."""
+        # The stored dtype, so that the restored weights are bit for bit the same.
         dense = [linear.stored.clone() for linear in group.linears]
         sparsity = {linear.name: Sparsity(target) for linear in group.linears}
         try:
@@ -145,6 +148,8 @@ class _Output:
             torch.split(self.token_ids, 1), self.runs, self.dense, strict=True
         ):
             now = self._log_probabilities(window, run, index)
+            # In rows: for all tokens at once, the temporaries of kl_div would be [seqlen,
+            # vocabulary].
             for start in range(0, len(dense), _ROWS):
                 rows = slice(start, start + _ROWS)
                 kl = nn.functional.kl_div(now[rows], dense[rows], log_target=True, reduction="sum")
@@ -152,6 +157,7 @@ class _Output:
         return total / self.token_ids.numel()
 
     def _log_probabilities(self, window: Tensor, run: TrueRun, index: int) -> Tensor:
+        # [seqlen, vocabulary]; earlier blocks are unchanged and not run again
         logits = resume(self.model, self.blocks, window, index=index, run=run)[0]
         return logits.to(torch.float32).log_softmax(-1)
 
@@ -166,10 +172,12 @@ def loss_slopes(
     Returns:
         E'(s) / E(target) at `_STEPS` ratios from `low` to `high`; rising.
     """
+    # E(s) sums the smallest s * count losses, so E'(s) is count times the next one.
     losses = torch.cat([(weight / upper.diagonal()).square().flatten() for weight in weights])
-    ordered = losses.cpu().sort().values.to(torch.float64)
+    ordered = losses.cpu().sort().values.to(torch.float64)  # [weights of the group]
     count = len(ordered)
     at_target = float(ordered[: max(1, math.floor(target * count))].sum())
+    # [steps], indices of those next losses
     places = np.clip((np.linspace(low, high, _STEPS) * count).astype(int), 0, count - 1)
     slopes: np.ndarray = ordered[torch.from_numpy(places)].numpy() * count / (at_target or 1.0)
     return slopes
@@ -185,11 +193,14 @@ def balanced(
     """
     grid = np.linspace(low, high, _STEPS)
     prices = [
-        np.log(np.maximum(curve.divergence * curve.slopes / curve.size, 1e-300)) for curve in curves
+        # The floor keeps log() finite where the divergence or a loss is 0.
+        np.log(np.maximum(curve.divergence * curve.slopes / curve.size, 1e-300))
+        for curve in curves
     ]
     total = sum(curve.size for curve in curves)
 
     def at(price: float) -> list[float]:
+        # Inverse of a rising curve: swap its axes. interp clamps to [low, high] outside.
         return [float(np.interp(price, curve_prices, grid)) for curve_prices in prices]
 
     def mean(price: float) -> float:

@@ -129,6 +129,7 @@ def bench(setup: BenchSetup) -> Bench:
     tensors = list(dense_tensors(setup.folder).values())
     with setup.progress.stage("bytes", detail=f"{len(tensors)} tensors"):
         storage = computed_storage(tensors)
+    # Before and after: a GPU that was throttled in between shows in the difference.
     before = clocks(setup.device)
     speed = _measure(setup) if setup.device.type == "cuda" else _Speed()
     result = setup.result
@@ -184,6 +185,7 @@ def _measure(setup: BenchSetup) -> _Speed:
     policy.save()
     packed, conversion = _packed_model(setup, policy)
     speed.resident_bytes = weight_bytes(packed, conversion)
+    # Packed first: its dense weights are freed layer by layer before the dense model is loaded.
     models = {"dense": _load(setup), "packed": packed}
     speed.cases = _measure_model(models, setup)
     return speed
@@ -206,6 +208,8 @@ def measure_layers(
                 rows.append(row)
                 advance(1)
                 if row.ratio and row.backend and row.dense:
+                    # The policy compares with the best dense product: autotuned, if that was
+                    # faster.
                     best = {"dense": row.seconds[row.dense], row.backend: row.seconds[row.backend]}
                     size = (shape.rows, shape.width)
                     policy.remember(size, torch.bfloat16, bucket_of(tokens), best)
@@ -218,6 +222,7 @@ def _shapes(setup: BenchSetup) -> list[LayerShape]:
     for linear in find_linears(skeleton(load_config(setup.folder))):
         size = (linear.out_features, linear.in_features)
         name = linear.name.rpartition(".")[2]
+        # Layers of one shape take the same time: each shape is measured once.
         sizes.setdefault(size, LayerShape("this model", name, *size))
     return [*sizes.values(), *(SHAPES if setup.grid else ())]
 
@@ -249,18 +254,22 @@ def _guarded(
     """Measure a case; if it fails (out of memory, context too long) record the reason."""
     try:
         return measure()
+    # Errors with a message of their own are not a property of the case: they end the benchmark.
     except PrunebenchError:
         raise
     except (RuntimeError, ValueError, IndexError, TypeError) as error:
         reason = f"{type(error).__name__}: {error}".splitlines()[0][:200]
         return ModelResult(case, batch, context, None, None, None, None, None, reason)
     finally:
+        # Frees cycles of a failed case (its traceback refers to tensors) before the next one
+        # allocates.
         gc.collect()
 
 
 def _load(setup: BenchSetup) -> nn.Module:
     source = ModelSource(setup.folder.resolve().name, "folder", str(setup.folder))
     revision = setup.result.model.evaluated_sha256 if setup.result and setup.result.model else ""
+    # Without a hash, the newest change in the folder tells one state of it from another.
     revision = revision or str(max(p.stat().st_mtime_ns for p in setup.folder.iterdir()))
     local = unpacked(LocalModel(source, setup.folder, revision), setup.progress)
     with setup.progress.stage("load", detail=f"{setup.folder} in bfloat16 on {setup.device}"):
@@ -275,5 +284,6 @@ def _packed_model(setup: BenchSetup, policy: Policy) -> tuple[nn.Module, Convers
 
 def weight_bytes(model: Any, conversion: Conversion) -> int:
     """Return the bytes of all weights of a converted model."""
+    # Packed weights are no parameters: they are counted by the conversion.
     rest = sum(parameter.nbytes for parameter in model.parameters())
     return int(rest + conversion.stored_bytes)

@@ -81,11 +81,13 @@ def random_packed(
     """Return a random 2:4 matrix, packed: any two of every four are kept."""
     rows, width = shape
     generator = torch.Generator(device=device).manual_seed(seed)
+    # [rows, groups, 4]; uniform scores, so that all six patterns occur
     scores = torch.rand(rows, width // 4, 4, generator=generator, device=device)
     keep = scores >= scores.topk(2, dim=-1).values[..., 1:]  # the second largest: [rows, groups, 1]
     keep &= keep.cumsum(-1) <= 2  # ties
     del scores
     weight = torch.randn(rows, width, generator=generator, device=device, dtype=dtype)
+    # Scaled so that outputs are of order one.
     return pack24(canonicalize(weight / width**0.5, keep.view(rows, width)))
 
 
@@ -120,8 +122,10 @@ class LayerBench:
         shape = (self.shape.rows, self.shape.width)
         verdicts = self.policy.verdicts(shape, self.dtype, tokens)
         refused = {name: verdict.reason for name, verdict in verdicts.items() if not verdict.ok}
+        # `reference` allocates a dense matrix at every call: measured only where nothing else runs.
         names = [name for name in verdicts if name not in refused and name != "reference"]
         names = names or ["reference"]
+        # Distinct weights, see `timing`: one matrix would stay in the L2 cache.
         matrices = [self._random(seed) for seed in range(self._copies())]
         x = torch.randn(tokens, shape[1], device=self.device, dtype=self.dtype)
         dense = [unpack24(matrix) for matrix in matrices]
@@ -129,7 +133,10 @@ class LayerBench:
         errors = {"dense": relative_error(functional.linear(x, dense[0]), x, dense[0])}
         for name, copies in products.items():
             errors[name] = relative_error(copies[0].run(x, None), x, dense[0])
+        # Relative to the dense product's own rounding: a fixed bound would not suit every width and
+        # dtype.
         limit = 2 * errors["dense"] + 1e-6
+        # A wrong product is reported in `errors` and not timed: its speed would mean nothing.
         right = {name: copies for name, copies in products.items() if errors[name] <= limit}
         seconds: dict[str, float] = {}
         ratio = best = fastest = None
@@ -142,6 +149,7 @@ class LayerBench:
             ratios = {name: timings.ratio(best, name).median for name in rivals if name != best}
             if right:
                 fastest = timings.fastest(list(right))
+                # Against the best dense product, not against the default one.
                 ratio = timings.ratio(best, fastest)
         else:  # no GPU: run the same code path, without a result
             interleaved(self._rivals(right, dense, x)[0], self.clock, blocks=1)
@@ -157,6 +165,7 @@ class LayerBench:
         )  # fmt: skip
 
     def _copies(self) -> int:
+        # 2:4 in 16 bits takes 0.5625 = 9/16: the packed copies are what must exceed the cache.
         stored = self.shape.dense_bytes * 9 // 16
         return max(1, min(_MOST_COPIES, -(-self.cold_bytes // stored)))
 
@@ -168,6 +177,7 @@ class LayerBench:
         self, names: list[str], matrices: list[Packed24], tokens: int, refused: dict[str, str]
     ) -> tuple[dict[str, list[Product]], WeightLayout]:
         """Build every packed product for every copy; failures are recorded in `refused`."""
+        # A backend of its own for this tiling: `backends` holds the default one.
         kinds = {**backends(), TritonBackend.name: TritonBackend(self.tiling)}
         shape = (self.shape.rows, self.shape.width)
         first = kinds[self.policy.choose(shape, self.dtype, 1).backend]
@@ -193,6 +203,7 @@ class LayerBench:
         self, products: dict[str, list[Product]], dense: list[Tensor], x: Tensor
     ) -> tuple[dict[str, list[Call]], list[str]]:
         """Return the calls of every rival, one per copy, and the names of the dense ones."""
+        # One call per copy of the weights: a turn runs through all of them.
         rivals: dict[str, list[Call]] = {"dense": [_dense_call(x, weight) for weight in dense]}
         if self.compile_dense is not None:
             multiply = self.compile_dense()
@@ -210,6 +221,7 @@ def relative_error(out: Tensor, x: Tensor, dense: Tensor) -> float:
     """Return the relative error of `out` against the float32 product x @ dense.T; NaN gives inf."""
     exact = x.float() @ dense.float().t()
     error = float((out.float() - exact).norm() / exact.norm())
+    # False for NaN only, which is not equal to itself.
     return error if error == error else float("inf")
 
 
@@ -221,6 +233,7 @@ def _share_algorithm(products: list[Product], tokens: int) -> None:
         product.algorithm_for(tokens)
 
 
+# Functions and not lambdas in a loop: those would all see the loop's last weight.
 def _dense_call(x: Tensor, weight: Tensor) -> Call:
     return lambda: functional.linear(x, weight)
 

@@ -54,22 +54,27 @@ class Decoder:
 
         self.model: Any = model
         self.cache = StaticCache(config=self.model.config, max_cache_len=prompt.shape[1] + room)
+        # On the device: a captured graph reads the position from memory, and `step` advances it
+        # there.
         self.position = torch.full((1, 1), prompt.shape[1], device=prompt.device)
         self.token = self._next(prompt, torch.arange(prompt.shape[1], device=prompt.device)[None])
         self.first = self.token.clone()
 
     def step(self) -> None:
         """Decode one token of every sequence."""
+        # In place: a replayed graph reads and writes the same addresses.
         self.token.copy_(self._next(self.token, self.position))
         self.position.add_(1)
 
     @torch.no_grad()
     def _next(self, ids: Tensor, positions: Tensor) -> Tensor:
-        logits = self.model(
+        logits = self.model(  # [batch, 1, vocabulary]
             input_ids=ids,
             position_ids=positions.expand(ids.shape[0], -1),
             past_key_values=self.cache,
             use_cache=True,
+            # Only the last position's: for a whole prompt they would be [batch, context,
+            # vocabulary].
             logits_to_keep=1,
         ).logits
         token: Tensor = logits[:, -1].argmax(-1, keepdim=True)  # [batch, 1]
@@ -80,8 +85,9 @@ class Decoder:
         tokens = [self.first]
         for _ in range(count - 1):
             self.step()
+            # clone(): the next step overwrites the token in place.
             tokens.append(self.token.clone())
-        return torch.cat(tokens, dim=1)
+        return torch.cat(tokens, dim=1)  # [batch, count]
 
 
 def measure_prefill(
@@ -113,6 +119,7 @@ def measure_decode(
     """
     device = next(models["dense"].parameters()).device
     ids = _random_ids(models["dense"], batch, context, device)
+    # Static cache: its size is fixed before the first step.
     room = _STEPS * (blocks + 4) * 4
     decoders = {name: Decoder(model, ids, room=room) for name, model in models.items()}
 
@@ -120,6 +127,7 @@ def measure_decode(
         start = decoder.position.clone()
 
         def steps() -> None:
+            # Part of the captured turn, so that every replay starts at the same position.
             decoder.position.copy_(start)
             _rewind(decoder.cache, start)
             for _ in range(_STEPS):
@@ -138,6 +146,7 @@ def same_tokens(models: dict[str, nn.Module], *, prompt: int = 32, count: int = 
     device = next(models["dense"].parameters()).device
     ids = _random_ids(models["dense"], 1, prompt, device)
     first, second = (Decoder(model, ids, room=count).tokens(count) for model in models.values())
+    # After the first difference the contexts differ too: a share, not a yes or no.
     return float((first == second).float().mean())
 
 
@@ -154,6 +163,7 @@ def _peak(call: Callable[[], object], device: torch.device) -> int | None:
         call()
         return None
     torch.cuda.synchronize(device)
+    # The peak includes what is allocated already: both models, and their caches.
     torch.cuda.reset_peak_memory_stats(device)
     call()
     torch.cuda.synchronize(device)
@@ -162,6 +172,7 @@ def _peak(call: Callable[[], object], device: torch.device) -> int | None:
 
 def _random_ids(model: Any, batch: int, length: int, device: torch.device) -> Tensor:
     generator = torch.Generator().manual_seed(0)
+    # Ids 0 to 2 are special tokens in LLaMA's vocabulary. On the CPU: the same ids for any GPU.
     return torch.randint(3, vocabulary_size(model), (batch, length), generator=generator).to(device)
 
 
@@ -171,6 +182,7 @@ def _result(
 ) -> ModelResult:  # fmt: skip
     if not clock.measures_speed:
         return ModelResult(case, batch, context, None, None, None, None, None)
+    # A call of decode is a whole turn of steps.
     each = 1 if tokens is None else _STEPS
     packed = timings.median("packed")
     return ModelResult(

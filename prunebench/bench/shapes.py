@@ -76,6 +76,7 @@ def promise(rows: int, width: int, tokens: int, library: int | None) -> Promise 
         library: The version of cuSPARSELt, 801 for 0.8.1; None without it.
     """
     decode = _DECODE.get((rows, width), _LARGE if rows * width >= 12288 * 12288 else None)
+    # The ranges of the kernels: up to 2 tokens without tensor cores, up to 64 with them.
     if tokens <= 2:
         return decode
     if tokens <= 8:
@@ -83,6 +84,7 @@ def promise(rows: int, width: int, tokens: int, library: int | None) -> Promise 
     if tokens == 64:
         return Promise(1.30, 1.00)
     if tokens == 2048:
+        # Many tokens run in cuSPARSELt, whose version decides.
         mended = library is not None and library >= MENDED_LIBRARY
         return Promise(1.30, 1.15) if mended else Promise(0.88, 0.82)
     return None

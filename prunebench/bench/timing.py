@@ -43,6 +43,8 @@ class GraphClock:
 
     def prepare(self, calls: Sequence[Call]) -> Call:
         """Warm up on a side stream, then capture."""
+        # Lazy initialization, autotuning and allocations are not allowed in a capture: they happen
+        # here.
         stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
@@ -51,6 +53,7 @@ class GraphClock:
         torch.cuda.current_stream().wait_stream(stream)
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
+        # Captured, not run: the memory that the calls use belongs to the graph from here on.
         with torch.cuda.graph(graph):
             for call in calls:
                 call()
@@ -60,6 +63,7 @@ class GraphClock:
         """Measure the replays between two events."""
         start = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
         end = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+        # One pair of events around all repeats: the device's time, with no wait for it in between.
         start.record()
         for _ in range(repeats):
             turn()
@@ -119,6 +123,7 @@ class Timings:
     def ratio(self, baseline: str, name: str) -> Ratio:
         """Return the speedup of a rival over the baseline, computed block by block."""
         pairs = zip(self.seconds[baseline], self.seconds[name], strict=True)
+        # Block by block: the two times of a block are neighbors, so drifting clocks cancel out.
         each = [slow / fast for slow, fast in pairs]
         return Ratio(statistics.median(each), min(each), max(each), len(each))
 
@@ -150,6 +155,7 @@ def interleaved(
     """
     turns = {name: clock.prepare(calls) for name, calls in rivals.items()}
     repeats = {
+        # From one turn: enough repeats that a block lasts about `block_seconds`.
         name: max(1, min(1000, round(block_seconds / max(clock.seconds(turn, 1), 1e-7))))
         for name, turn in turns.items()
     }
@@ -157,7 +163,9 @@ def interleaved(
     for block in range(blocks + 1):
         for name, turn in turns.items():
             took = clock.seconds(turn, repeats[name])
+            # `DryClock` runs a turn once, whatever the repeats.
             calls = len(rivals[name]) * (repeats[name] if clock.measures_speed else 1)
+            # Block 0 is the warm-up.
             if block:
                 seconds[name].append(took / calls)
     return Timings(seconds)

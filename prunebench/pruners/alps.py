@@ -121,14 +121,16 @@ class Problem:
     def of(cls, hessian: Float[Tensor, "in in"], *, shift: float = 0.0) -> Problem:
         """Scale a Hessian to a unit diagonal, add `shift` to it, and decompose it, in float64."""
         scale = hessian.diagonal().sqrt()
-        matrix = hessian / torch.outer(scale, scale)
+        matrix = hessian / torch.outer(scale, scale)  # [in, in], diagonal 1
         matrix.diagonal().add_(shift)
         # float64: ADMM divides by small eigenvalues + rho, and rho starts at 0.1
+        # Decomposed once: every new rho then costs one product, not a factorization.
         values, vectors = torch.linalg.eigh(matrix.to(torch.float64))
         return cls(matrix, scale, values.to(torch.float32), vectors.to(torch.float32))
 
     def inverse(self, shift: float) -> Float[Tensor, "in in"]:
         """Return inv(A + shift I)."""
+        # Q diag(1 / (L + shift)) Q^T: dividing the columns of Q is the diagonal factor.
         return (self.vectors / (self.values + shift)) @ self.vectors.T
 
     def loss(self, sparse: Float[Tensor, "out in"], dense: Float[Tensor, "out in"]) -> float:
@@ -185,13 +187,15 @@ class Alps(_Reconstruction):
         rho, moved, last = self.rho, False, keep
         inverse = problem.inverse(rho)
         for step in range(1, self.steps + 1):
+            # The order matters: D needs the new B, and V the new B and D.
             free = torch.sub(image, dual).add_(sparse, alpha=rho) @ inverse  # B
-            total = free + dual / rho
+            total = free + dual / rho  # [out, in]
             keep = largest(total, sparsity)
             sparse = torch.where(keep, total, 0)  # D = P(B + V / rho)
-            dual.add_(free, alpha=rho).sub_(sparse, alpha=rho)
+            dual.add_(free, alpha=rho).sub_(sparse, alpha=rho)  # V += rho (B - D)
             if step % _CHECK_EVERY:
                 continue
+            # int() waits for the GPU: once in `_CHECK_EVERY` steps, not in each.
             changed = int((keep != last).sum())
             last = keep
             if changed == 0 and moved:
@@ -246,14 +250,17 @@ class Admm(_Reconstruction):
         """Return the sparse copy after the last step."""
         image = dense @ problem.matrix  # B0 A
         inverse = problem.inverse(self.rho)
+        # The dual is scaled here (U = V / rho): with rho constant that saves a division per step.
         free, dual = dense, torch.zeros_like(dense)  # W and U of the paper
         for step in range(self.steps):
             total = free + dual
             if step < self.mask_steps:
                 keep = largest(total, sparsity)
             sparse = torch.where(keep, total, 0)
+            # U += W - Z, as total is W + U already.
             dual = total - sparse
             free = torch.sub(sparse, dual).mul_(self.rho).add_(image) @ inverse
+        # Z of the paper: W itself is dense after the last step.
         return torch.where(keep, free + dual, 0)
 
 
@@ -279,18 +286,21 @@ def refine(
     """
     image = dense @ problem.matrix
     sparse = torch.where(keep, start, 0)
+    # Projected on the support, here and at each step: the solution never leaves it.
     residual = torch.where(keep, image - sparse @ problem.matrix, 0)
     direction = residual.clone()
     power = residual.square().sum(1, keepdim=True)  # [out, 1]
+    # Squared norms are compared, over the whole matrix: no root in the loop.
     goal = tolerance**2 * float(power.sum())
     for _ in range(steps):
-        pushed = torch.where(keep, direction @ problem.matrix, 0)
+        pushed = torch.where(keep, direction @ problem.matrix, 0)  # [out, in]
         length = power / (direction * pushed).sum(1, keepdim=True).clamp(min=1e-30)  # [out, 1]
-        sparse += length * direction
+        sparse += length * direction  # [out, in]
         residual -= length * pushed
         new_power = residual.square().sum(1, keepdim=True)
         if float(new_power.sum()) <= goal:
             break
+        # The clamp keeps a row that has converged (0 / 0) from turning into NaN.
         direction.mul_(new_power / power.clamp(min=1e-30)).add_(residual)
         power = new_power
     return sparse

@@ -66,6 +66,7 @@ class Gradient(GroupPruner):
             stats: Statistics of the inputs, if the method needs them.
             samples: Number of calibration windows.
         """
+        # With all scores 0, ties would be pruned by position: use the magnitude.
         return gradient if gradient.any() else torch.ones_like(gradient)
 
 
@@ -97,6 +98,7 @@ class Gblm(Gradient):
         assert stats is not None
         if not stats.tokens:
             return torch.ones_like(gradient)
+        # The mean of |g| is the sum / n; the root mean square is the l2 norm / sqrt(n).
         by = samples if self.norm == "l1" else samples**0.5
         alpha = self.alpha if self.paper_compat else self.alpha / by
-        return stats.norms() + alpha * gradient
+        return stats.norms() + alpha * gradient  # [in] + [out, in], arXiv 2311.04902

@@ -37,10 +37,13 @@ def _keep_ratio(score: Tensor, sparsity: Sparsity) -> Tensor:
     rows, width = score.shape
     prune = sparsity.count(width)
     keep = keep_largest(score, prune=prune)
+    # Every row has lost floor(in * ratio); the rest of the matrix's count goes to `extra` of the
+    # rows.
     extra = sparsity.count(rows * width) - rows * prune  # below the number of rows
     if extra:
         following = _kth_smallest(score, prune + 1)  # [rows, 1]
-        lose_more = ~keep_largest(following.T, prune=extra)[0]
+        lose_more = ~keep_largest(following.T, prune=extra)[0]  # [rows]; .T is [1, rows]
+        # These rows are selected anew, because the weight that goes must respect the order of ties.
         keep[lose_more] = keep_largest(score[lose_more], prune=prune + 1)
     return keep
 
@@ -60,11 +63,13 @@ def keep_largest(score: Float[Tensor, "rows n"], *, prune: int) -> Bool[Tensor, 
     """Keep all but the `prune` smallest scores of each row; of equal ones the earlier ones go."""
     if prune == 0:
         return torch.ones_like(score, dtype=torch.bool)
+    # Selection instead of a sort: linear in n, and ties at the threshold are settled below.
     threshold = _kth_smallest(score, prune)  # [rows, 1]
-    keep = score > threshold
+    keep = score > threshold  # [rows, n]
     spare = prune - (score < threshold).sum(-1, keepdim=True)  # ties to prune, >= 1, [rows, 1]
     tied = score == threshold
     crowded = (tied.sum(-1, keepdim=True) > spare).squeeze(-1)  # more ties than that, [rows]
+    # Only rows with more ties than that pay for the cumulative sum.
     if crowded.any():
         rank = tied[crowded].cumsum(-1)  # 1 for the first tie of a row
         keep[crowded] |= tied[crowded] & (rank > spare[crowded])
@@ -78,21 +83,23 @@ def keep_group(score: Float[Tensor, "m out"], *, kept: int) -> Bool[Tensor, "m o
     """
     group = len(score)
     if group > _WIDEST_PAIRWISE:
-        return keep_largest(score.T.contiguous(), prune=group - kept).T
+        return keep_largest(score.T.contiguous(), prune=group - kept).T  # [M, out]
     position = torch.arange(group, dtype=torch.uint8, device=score.device)
     # A weight wins against all earlier ones until a comparison says otherwise.
     wins = position[:, None].repeat(1, score.shape[1])  # [M, out]
     for d in range(1, group):
-        first = (score[:-d] > score[d:]).view(torch.uint8)
+        # uint8 wraps around, so a count may pass below 0 on the way: the final sum is right modulo
+        # 256.
+        first = (score[:-d] > score[d:]).view(torch.uint8)  # [M - d, out]
         wins[:-d] += first
         wins[d:] -= first
-    return wins >= group - kept
+    return wins >= group - kept  # [M, out]
 
 
 def _kth_smallest(score: Tensor, k: int) -> Tensor:
     """Return the k-th smallest value (k >= 1) of each row, [rows, 1]."""
     if score.device.type == "cpu":  # numpy's quickselect is vectorized, 10 times faster than torch
-        part = np.partition(score.numpy(), k - 1, axis=-1)
+        part = np.partition(score.numpy(), k - 1, axis=-1)  # [rows, n]
         return torch.from_numpy(part[:, k - 1 : k].copy())
     return score.kthvalue(k, dim=-1, keepdim=True).values
 
@@ -107,6 +114,7 @@ def _keep_pairwise(score: Tensor, *, kept: int, group: int) -> Tensor:
     """
     flat = score.reshape(-1)  # [out * in], group after group
     keep = torch.empty(flat.shape, dtype=torch.uint8, device=flat.device)
+    # A chunk holds whole groups: no pair of neighbors straddles two chunks.
     chunk = _CHUNK - _CHUNK % group
     position = torch.arange(min(chunk, len(flat)), device=flat.device) % group
     # A weight wins against all earlier ones until a comparison says otherwise. Counts are offset so
@@ -121,9 +129,10 @@ def _keep_pairwise(score: Tensor, *, kept: int, group: int) -> Tensor:
         wins[:n] = earlier[:n]
         for d in range(1, group):
             first = buffer[: n - d]  # 1 where the earlier of a pair wins
+            # A bool and a uint8 are one byte each: the comparison writes 0 and 1 with no cast.
             torch.gt(part[: n - d], part[d:], out=first.view(torch.bool))
             first &= inside[d - 1][: n - d]
             wins[: n - d] += first
             wins[d:n] -= first
         torch.bitwise_right_shift(wins[:n], 7, out=keep[start : start + chunk])
-    return keep.view(torch.bool).view(score.shape)
+    return keep.view(torch.bool).view(score.shape)  # [out, in]

@@ -67,6 +67,7 @@ class GroupPruner(ABC):
     def prune(self, walker: BlockWalker, sparsity: Mapping[str, Sparsity]) -> PruneReport:
         """Walk the model block by block and replace every weight by the result of `prune_group`."""
         needs = self.needs
+        # `closing`: an error in here must still undo what the walker has set on the model.
         with closing(walker.groups(stats=needs.calibration, hessian=needs.hessian)) as groups:
             for group in groups:
                 notes = walker.notes[-1]  # of the current block

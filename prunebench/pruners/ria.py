@@ -41,10 +41,11 @@ class Ria(LayerPruner):
     ) -> Float[Tensor, "out in"]:
         """Return `weight` with the lowest scores of each row zero."""
         size = weight.abs()
+        # An all-zero row or column divides 0 by this, not by 0: its scores are 0, not NaN.
         tiny = torch.finfo(size.dtype).tiny
         of_column = size / size.sum(0, keepdim=True).clamp(min=tiny)  # sums [1, in]
         of_row = size / size.sum(1, keepdim=True).clamp(min=tiny)  # sums [out, 1]
-        score = of_column + of_row
+        score = of_column + of_row  # [out, in]
         if stats is not None and stats.tokens:
             score = score * stats.norms() ** self.power
         return torch.where(keep_rows(score, sparsity), weight, 0)

@@ -94,8 +94,10 @@ class SparseGPT(GroupPruner):
         parts = _parts(weights, sparsities)
         grid = Grid.of(columns, self.quantize_bits) if self.quantize_bits else None
         for part in parts:
+            # As in the original code, the weights of dead inputs are 0 from the start. With a ratio
+            # only the pruned ones are zeroed (in `_eliminate`), so that the count stays exact.
             if part.sparsity.is_pattern and part.sparsity.ratio:
-                columns[:, part.outputs].masked_fill_(factor.dead[:, None], 0)
+                columns[:, part.outputs].masked_fill_(factor.dead[:, None], 0)  # dead: [in, 1]
         losses = self._eliminate(columns, factor, parts, grid)
         dead = int(factor.dead.sum())
         results = []
@@ -121,7 +123,10 @@ class SparseGPT(GroupPruner):
         self, columns: Tensor, factor: InverseFactor, parts: list[_Part], grid: Grid | None
     ) -> Float[Tensor, " outputs"]:
         """Prune `columns` [in, outputs] in place; return the sum of e^2 of each output, float64."""
+        # q, k and v may have different patterns: a block must hold whole groups of all of them.
         group = math.lcm(*(part.sparsity.group or 1 for part in parts))
+        # Both sizes are rounded to whole groups: a group split between two blocks could not be
+        # compared.
         inner = group * max(1, _INNER // group)
         size = inner * max(1, self.block_size // inner) if group > 1 else self.block_size
         losses = torch.zeros(columns.shape[1], dtype=torch.float64, device=columns.device)
@@ -130,11 +135,13 @@ class SparseGPT(GroupPruner):
             stop = start + len(block)
             upper = factor.upper[start:stop]  # [size, in]
             scale = 1 / upper[:, start:stop].diagonal()  # 1 / U_jj, [size]
-            dead = factor.dead[start:stop, None]
+            dead = factor.dead[start:stop, None]  # [size, 1]
             keep = torch.ones_like(block, dtype=torch.bool)
             for part in parts:
                 if not part.sparsity.is_pattern:
                     weight = block[:, part.outputs]  # [size, out], a view
+                    # |w| / U_jj has the order of w^2 / U_jj^2. A dead input scores 0: it goes
+                    # first.
                     score = (weight.abs() * scale[:, None]).masked_fill_(dead, 0)
                     part_keep = _keep_block(score, part.sparsity, start, stop)
                     # before the loop: zeroing a dead input's weight causes no error
@@ -143,7 +150,10 @@ class SparseGPT(GroupPruner):
             errors = _prune_block(
                 block, keep, upper[:, start:stop], parts=parts, inner=inner, grid=grid
             )
+            # Algorithm 1, last line: the lazy batch update, one large product instead of a rank-1
+            # update for each column. [in - stop, outputs] -= [in - stop, size] @ [size, outputs]
             columns[stop:].addmm_(upper[:, stop:].T, errors, alpha=-1)  # the columns after it
+            # Last: `square_` overwrites the errors that the update above has read.
             losses += errors.square_().sum(0)
         return losses
 
@@ -169,9 +179,10 @@ def _keep_block(
 ) -> Bool[Tensor, "size out"]:
     """Compare all weights of a block; the counts of the blocks add up to the matrix's."""
     outputs = score.shape[1]
+    # A difference of cumulative counts: rounding each block by itself would drift from the total.
     prune = sparsity.count(stop * outputs) - sparsity.count(start * outputs)
     flat = score.reshape(1, -1)  # [1, size * out]: one comparison of the whole block
-    return keep_largest(flat, prune=prune).view(score.shape)
+    return keep_largest(flat, prune=prune).view(score.shape)  # [size, out]
 
 
 def _prune_block(
@@ -192,9 +203,13 @@ def _prune_block(
         for j in range(first, last):
             for part in patterns:
                 _keep_groups(block, keep, scales, j, part)
+            # q of algorithm 1: a pruned weight is 0, a kept one is itself or (equation 7) its
+            # rounded value.
             column = torch.where(keep[j], block[j], 0)  # [outputs]
             if grid is not None:
                 column = grid.round(column)
+            # Algorithm 1: e = (w - q) / U_jj, then the later columns of the row change by -e U_j
+            # (rank 1).
             torch.sub(block[j], column, out=errors[j]).mul_(scales[j])
             block[j + 1 : last].addr_(upper[j, j + 1 : last], errors[j], alpha=-1)
             block[j] = column
@@ -205,6 +220,7 @@ def _prune_block(
 
 def _keep_groups(block: Tensor, keep: Tensor, scales: list[float], j: int, part: _Part) -> None:
     """If an N:M group begins at column j, choose its kept weights from their updated values."""
+    # Chosen here and not once per block: the columns before j have already changed these weights.
     group, kept = part.sparsity.group, part.sparsity.kept
     if group is None or kept is None or j % group:
         return
@@ -228,6 +244,7 @@ class Grid:
     def of(cls, columns: Float[Tensor, "in out"], bits: int) -> Grid:
         """Compute the grid of every output from its weights."""
         largest = 2**bits - 1
+        # The range always includes 0, so that a pruned weight is on the grid. [outputs]
         low, high = columns.amin(0).clamp(max=0), columns.amax(0).clamp(min=0)
         step = (high - low) / largest
         step[step == 0] = 1  # an all-zero output

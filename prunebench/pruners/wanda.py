@@ -42,7 +42,9 @@ class Wanda(LayerPruner):
     ) -> Float[Tensor, "out in"]:
         """Return `weight` with the lowest scores of each row zero."""
         score = weight.abs()
+        # Without a token all norms are 0, and so would be all scores.
         if stats is not None and stats.tokens:
+            # S_ij = |W_ij| * ||X_j||_2, arXiv 2306.11695, equation 1. [out, in] * [in]
             score = score * stats.norms()
         return torch.where(self.keep(score, sparsity), weight, 0)
 
@@ -62,9 +64,10 @@ class WandaVariant(Wanda):
         """Return the keep mask: compare, over the matrix, cumulative shares of the row's score."""
         if sparsity.is_pattern:
             return keep_rows(score, sparsity)
+        # float64: the rounding errors of a running sum grow with the width.
         ordered, places = score.to(torch.float64).sort(dim=1, stable=True)  # [out, in]
         shares = ordered.cumsum(1)  # of the row's score: a weight and all smaller ones
-        shares /= shares[:, -1:].clamp(min=1e-300)
+        shares /= shares[:, -1:].clamp(min=1e-300)  # [out, in]; the last is the row's sum
         shares = torch.empty_like(shares).scatter_(
             1, places, shares
         )  # back in the order of the inputs

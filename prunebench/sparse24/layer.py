@@ -48,12 +48,15 @@ class Sparse24Linear(nn.Module):
         self.out_features, self.in_features = packed.shape
         self.policy = policy
         self._take(packed)
+        # Not persistent: `_save_to_state_dict` writes it together with the packed weight.
         self.register_buffer("bias", bias, persistent=False)
         self.bias: Tensor | None
 
     def _take(self, packed: Packed24) -> None:
         """Store a weight in the layout that its backends read."""
         self.form: WeightLayout = FileLayout(packed)  # `_choose` reads its dtype
+        # dict.fromkeys: distinct, in order of rising token counts; the first that has a layout
+        # decides.
         chosen = dict.fromkeys(self._choose(bucket.last).backend for bucket in BUCKETS)
         layouts = (backends()[name].layout(packed) for name in chosen)
         self.form = next((layout for layout in layouts if layout is not None), self.form)
@@ -65,11 +68,13 @@ class Sparse24Linear(nn.Module):
         flat = x.reshape(-1, self.in_features).contiguous()  # [tokens, in]
         if flat.requires_grad and torch.is_grad_enabled():  # the kernels have no backward pass
             dense = torch.nn.functional.linear(flat, unpack24(self.form.packed()), self.bias)
-            return dense.view(*x.shape[:-1], self.out_features)
+            return dense.view(*x.shape[:-1], self.out_features)  # [..., out]
         tokens = flat.shape[0]
+        # Cached by token count: decoding asks the same for every layer and token.
         product = self._routes.get(tokens)
         if product is None:
             product = self._routes.setdefault(tokens, self.product_for(tokens))
+        # [tokens, out] -> [..., out]
         return product.run(flat, self.bias).view(*x.shape[:-1], self.out_features)
 
     def product_for(self, tokens: int) -> Product:
@@ -141,6 +146,7 @@ class Sparse24Linear(nn.Module):
         if len(tensors) < len(names):
             return
         device = self.form.device
+        # Copies: the caller may change or free its state dict afterwards.
         packed = Packed24(*(tensors[n].to(device, copy=True) for n in ("values24", "codes24")))
         try:
             require_sound(packed, name=prefix.removesuffix(".") or "the state")
@@ -189,7 +195,9 @@ class Conversion:
         while self._undo:
             parent, child, linear, layer = self._undo.pop()
             weight = unpack24(layer.packed())  # [out, in]
-            weight = weight.T.contiguous() if linear.transposed else weight
+            weight = weight.T.contiguous() if linear.transposed else weight  # Conv1D: [in, out]
+            # The original module is reused: hooks and attributes that others have set on it
+            # survive.
             setattr(linear.module, linear.attribute, nn.Parameter(weight, requires_grad=False))
             setattr(parent, child, linear.module)
             del self.layers[linear.name]
@@ -226,7 +234,7 @@ def convert(
             continue
         path, _, child = linear.name.rpartition(".")
         parent = model.get_submodule(path)
-        weight = linear.stored.T if linear.transposed else linear.stored
+        weight = linear.stored.T if linear.transposed else linear.stored  # [out, in]
         layer = Sparse24Linear(
             pack24(weight.contiguous(), name=linear.name),
             getattr(linear.module, "bias", None),

@@ -87,6 +87,7 @@ class Workspace:
             self._buffers.pop(key, None)  # free the old buffer before allocating the new one
             buffer = torch.empty(rows * width, dtype=form.dtype, device=form.device)
             self._buffers[key] = buffer
+        # [out, in], contiguous: a prefix of the flat buffer
         return buffer[: rows * width].view(rows, width)
 
     @property

@@ -114,9 +114,11 @@ def check_24(weight: Float[Tensor, "out in"], *, name: str = "the matrix") -> Re
     for start, stop in _chunks(groups, weight.device):
         four = flat[4 * start : 4 * stop]
         bits = _bits(four)
+        # A histogram of the 16 possible patterns: over-full and sparse groups follow from it.
         counts = torch.bincount(bits, minlength=16)
         patterns += counts
         negative += int((torch.signbit(four) & (four == 0)).sum())
+        # The place is computed only where an error needs it.
         if first is None and counts[_OVER].any():
             full = torch.isin(bits, torch.tensor(_OVER, dtype=bits.dtype, device=bits.device))
             row, group = divmod(start + int(full.to(torch.uint8).argmax()), weight.shape[1] // 4)
@@ -150,6 +152,7 @@ def canonicalize(
 
     `weight * keep` would give -0.0 at masked negative weights, which packers treat as a value.
     """
+    # IEEE 754: -0.0 + 0.0 is +0.0.
     return torch.where(keep, weight, 0) + 0.0
 
 
@@ -188,7 +191,7 @@ def pack24(weight: Float[Tensor, "out in"], *, name: str = "the matrix") -> Pack
         pairs[start:stop] = (high | low).to(torch.int32)
         codes[start:stop] = code
     values = pairs.view(weight.dtype).view(rows, width // 2)  # [groups] of 32 bits -> [out, in / 2]
-    return Packed24(values, join_codes(codes.view(rows, width // 4)))
+    return Packed24(values, join_codes(codes.view(rows, width // 4)))  # codes: [N, K/4]
 
 
 def unpack24(packed: Packed24, *, out: Tensor | None = None) -> Float[Tensor, "out in"]:
@@ -207,6 +210,7 @@ def unpack24(packed: Packed24, *, out: Tensor | None = None) -> Float[Tensor, "o
     codes = split_codes(packed).view(-1)  # [groups]
     for start, stop in _chunks(groups, packed.device):
         pair, code = pairs[start:stop].to(torch.int64), codes[start:stop].to(torch.int64)
+        # Position times 16 bits; the mask removes the sign bits of the conversion from int32.
         low = (pair & 0xFFFF) << ((code & 3) << 4)
         high = (pair >> 16 & 0xFFFF) << (code >> 2 << 4)
         torch.bitwise_or(low, high, out=words[start:stop])
@@ -223,6 +227,7 @@ def split_codes(packed: Packed24) -> UInt8[Tensor, "out groups"]:
 def join_codes(codes: UInt8[Tensor, "out groups"]) -> UInt8[Tensor, "out bytes"]:
     """Return two codes per byte, [N, ceil(K/8)]: the inverse of `split_codes`."""
     if codes.shape[1] % 2:
+        # An odd number of groups: the last half byte is padding.
         codes = torch.nn.functional.pad(codes, (0, 1), value=_CODE_OF_BITS[0])
     pairs = codes.view(codes.shape[0], -1, 2)  # [N, ceil(K/8), 2]
     return pairs[..., 0] | pairs[..., 1] << 4
@@ -235,6 +240,7 @@ def require_sound(packed: Packed24, *, name: str) -> None:
         raise _unsound(name, f"values are {packed.dtype}, codes {packed.codes.dtype}")
     if tuple(packed.codes.shape) != (rows, (width + 7) // 8):
         raise _unsound(name, f"codes {list(packed.codes.shape)}, values {[rows, width // 2]}")
+    # Equal positions would OR two values into one number when unpacked, without an error.
     valid = torch.zeros(16, dtype=torch.bool, device=packed.device)
     valid[list(VALID_CODES)] = True
     if not valid[split_codes(packed).to(torch.int32)].all():

@@ -101,6 +101,7 @@ class Policy:
                 note, verdict = verdict.reason, backend.takes(shape, dtype, tokens)
                 if verdict.ok:
                     verdict = Support(True, verdict.reason or note)
+            # Forcing a backend implies its second copy.
             if verdict.ok and backend.keeps_second_copy and not (self.speed or self.forced == name):
                 verdict = Support(False, "it stores a second copy: use --storage speed")
             verdicts[name] = verdict
@@ -115,6 +116,7 @@ class Policy:
         measured = self.table.get(table_key(shape, dtype, bucket_of(tokens)))
         if measured is not None and measured.backend in usable and self.forced is None:
             return measured
+        # `reference` takes everything: there is always one.
         first = usable[0]
         note = f"; {verdicts[first].reason}" if verdicts[first].reason else ""
         if self.forced:
@@ -127,6 +129,7 @@ class Policy:
             return ""
         start = table_key(shape, dtype, None)
         ratios = [c.ratio for key, c in self.table.items() if key.startswith(start) and c.ratio]
+        # One token count where packing is faster is enough to pack the layer.
         if not ratios or max(ratios) >= MIN_RATIO:
             return ""
         return f"no speedup measured: at best {max(ratios):.2f}x the dense speed"

@@ -58,7 +58,7 @@ def choose(
     """
     groups = keep.reshape(-1, table.shape[1]).to(table.dtype)  # [groups, M]
     # the largest overlap; argmax takes the first of equal ones
-    return (groups @ table.T).argmax(-1).to(torch.uint8)
+    return (groups @ table.T).argmax(-1).to(torch.uint8)  # [groups, choices] -> [groups]
 
 
 def mask_of(

@@ -52,6 +52,7 @@ class CheckpointStore:
         Raises:
             SaveError: The folder cannot be written; every process raises it.
         """
+        # Written as `part`, renamed to `state`: rename is atomic within one file system.
         part, state, old = (self.folder / name for name in ("part", "state", "old"))
 
         def begin() -> None:
@@ -76,6 +77,7 @@ class CheckpointStore:
                 where=_first_line(error),
                 fix="free space there, or use --set save_every=0",
             ) from error
+        # Hashes are of the files as they are on disk, so that `restore` compares like with like.
         hashes = self._hashes(part)
         self._in_first_process(end)
 
@@ -88,11 +90,13 @@ class CheckpointStore:
         Raises:
             IncompatibleData: It belongs to another run, or was written by an incompatible torch.
         """
+        # An interruption between the two renames of `save` leaves the previous state in `old`.
         state = self.folder / ("state" if (self.folder / "state").exists() else "old")
         if not state.exists():
             return ""
         facts = _read_facts(state / _FACTS)
         sound = facts is not None and facts["files"] == self._hashes(state)
+        # A file that any process finds damaged makes all of them start again.
         if facts is None or self.shards.sum(float(not sound))[0]:
             return f"the saved state in {self.folder} is damaged"
         if facts["run"] != self.folder.name:
@@ -101,6 +105,8 @@ class CheckpointStore:
                 where=f"it was saved by the run {facts['run']}",
                 fix="move that folder back to where it was",
             )
+        # `load` writes in place, and `best` is at first the prior's own tensors: they must not
+        # change.
         learner.progress.best = {
             name: torch.empty_like(best) for name, best in learner.progress.best.items()
         }
@@ -134,6 +140,7 @@ class CheckpointStore:
                 action()
             except OSError as error:
                 failed = error
+        # Also a barrier: no process continues before the first one has finished.
         if self.shards.sum(float(failed is not None))[0]:
             raise explain_os_error(failed or OSError("the first process failed"), self.folder)
 
@@ -195,6 +202,7 @@ def _first_line(error: BaseException) -> str:
 
 
 def _write_facts(path: Path, facts: dict[str, Any]) -> None:
+    # The digest is of the exact text, stored as a string: no second serialization has to match it.
     text = json.dumps(facts)
     digest = hashlib.sha256(text.encode()).hexdigest()
     path.write_text(json.dumps({"facts": text, "sha256": digest}), encoding="utf-8")

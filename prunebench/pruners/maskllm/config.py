@@ -76,6 +76,7 @@ class TrainingConfig:
         Args:
             world: Number of processes.
         """
+        # Unequal shares would weight the windows of a step unequally.
         if self.batch % (world * self.noise_samples):
             raise UsageError(
                 f"{self.batch} windows a step cannot be shared out equally",

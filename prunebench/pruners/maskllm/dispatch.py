@@ -83,6 +83,7 @@ def kernel_mismatch(device: torch.device) -> str:
         index = torch.arange(first, first + 200, device=device)
         expected = noise.uniforms(index, choices, **key)
         actual = triton_ops.uniforms(first, 200, choices, **key, device=device)
+        # Exact: a training must not depend on which of the two makes its noise.
         if not torch.equal(actual, expected):
             return "the noise of the kernels is not that of plain torch"
     return ""

@@ -46,7 +46,10 @@ class GradientSums:
             outer, inputs = outer.to(torch.float32), inputs.to(torch.float32)
         else:
             outer, inputs = outer.to(torch.float32), inputs.to(torch.float32)
+            # [out, tokens] @ [tokens, in]
             whole.gradient.addmm_(outer.T, inputs)
+        # Factors of the diagonal Fisher matrix: its exact diagonal would need a product of the
+        # squares.
         whole.rows.add_(outer.square().sum(0))
         whole.columns.add_(inputs.square().sum(0))
 

@@ -61,6 +61,7 @@ class LogitInit:
         logits = torch.empty(len(table), groups.stop - groups.start, dtype=dtype, device=device)
         # <S_i, S_j> minus its mean N^2 / M, [choices, choices]; row sums of the table are all N
         overlap = (table @ table.T - table.sum(1).mean() ** 2 / table.shape[1]).to(device)
+        # In chunks: the int64 counters take several times the memory of the logits.
         for begin in range(0, logits.shape[1], _CHUNK):
             part = slice(begin, min(begin + _CHUNK, logits.shape[1]))
             index = torch.arange(part.start, part.stop, device=device) + groups.start
@@ -68,6 +69,6 @@ class LogitInit:
             # inverse of the normal distribution: sqrt(2) erfinv(2 u - 1), [choices, part]
             values = torch.erfinv(uniform.mul_(2).sub_(1)).mul_(2**0.5 * self.noise)
             if prior is not None:
-                values += self.strength * overlap[:, prior[part].long()]
+                values += self.strength * overlap[:, prior[part].long()]  # [choices, part]
             logits[:, part] = values.mul_(self.unit)
         return logits

@@ -129,6 +129,8 @@ class Learner:
         if self.progress.curve:  # resumed: count the seconds before the interruption, too
             start_time -= self.progress.curve[-1].seconds
         with plain_inference(self.model):
+            # Checked before the first step: a model that cannot be replayed fails now, not hours
+            # later.
             self._backward.prepare(train[:1, :_CHECK_TOKENS].to(self._device))
             if not self.progress.curve:
                 self._record(0, None, self._measure(held_out), train, start_time, after_step)
@@ -152,11 +154,15 @@ class Learner:
                 step, seed=self.seed, draw=step * self.noise_samples + sample
             )
             for batch in torch.split(part, max(1, self.micro_tokens // part.shape[1])):
+                # The loss is a mean over all processes' windows; every micro-batch adds its share
+                # of it.
                 share = len(batch) / len(windows)
                 scale = share / self.shards.world
                 loss += share * self._backward.add(batch, batch=self._batch(batch), scale=scale)
             if self.noise_samples > 1:
                 self._add_directions()
+        # Every process gets the same sums, so all of them raise or none does: one alone would leave
+        # the others waiting in a collective call.
         loss, total = self.shards.sum(loss / self.shards.world, float(self._sums.total))
         if not math.isfinite(loss + total):
             culprit = "gradient" if math.isfinite(loss) else "loss"
@@ -167,6 +173,7 @@ class Learner:
             )
         self._update(step)
         self._sums.clear()
+        # Zeroed, not freed: as large as the logits, and needed again in the next step.
         for total_direction in self._direction_sums.values():
             total_direction.zero_()
         return loss
@@ -184,6 +191,8 @@ class Learner:
         optimizer, rate = self.optimizer, self.schedule.rate(step)
         excess = 1.0
         if optimizer.kind == "adamw" and optimizer.clip:
+            # AdamW's clip needs the norm over all layers before the first is updated: a pass of its
+            # own.
             squares = math.fsum(
                 sum_squares(self._directions(linear, relaxation)) for linear in self.layers
             )
@@ -206,6 +215,7 @@ class Learner:
     def _directions(self, linear: Linear, relaxation: Relaxation) -> Directions:
         """Return the direction of a layer's logits, from dL/dW~ or summed over the draws."""
         layer, total = self.layers[linear], self._direction_sums.get(linear)
+        # One draw: dL/dz is made piece by piece, and never stored for a whole layer.
         if total is None:
             weight, slope = self._own_rows(linear), self._sums.owned[linear]
             return self.optimizer.directions(layer, weight, slope, relaxation)
@@ -242,7 +252,8 @@ class Learner:
             _order(count, self.seed, epoch)[places[epochs == epoch] % count]
             for epoch in sorted(set(epochs.tolist()))
         ]
-        indices = torch.cat(rows)[self.shards.rank :: self.shards.world]
+        # Strided: the union over the processes is the same batch for any number of them.
+        indices = torch.cat(rows)[self.shards.rank :: self.shards.world]  # [batch / world]
         return train[indices].to(self._device)
 
     # ------------------------------------------------------------ masks and measurements
@@ -278,6 +289,7 @@ class Learner:
         share = list(range(len(held_out)))[self.shards.rank :: self.shards.world]
         # a process without windows runs one all the same: the gathers are collective
         windows = held_out[share or [0]].to(self._device)
+        # The same store and replay as in training, with hard masks in place of soft ones.
         self._store.fill = self._hard
         try:
             total = math.fsum(self._backward.losses(windows, batch=self._batch(windows)))
@@ -286,6 +298,8 @@ class Learner:
         loss = self.shards.sum(total if share else 0.0)[0] / held_out[:, 1:].numel()
         ppl = math.exp(min(loss, 700.0)) if math.isfinite(loss) else math.inf  # exp(710) overflows
         scores = [point.held_out_ppl for point in self.progress.held_out]
+        # Strictly better: of equal masks the earlier one stays. The first, the prior's, always
+        # counts.
         if all(ppl < score for score in scores if score is not None):
             self.progress.best = {linear.name: self._choices(linear) for linear in self.layers}
             self.progress.best_step = self.done
@@ -300,6 +314,8 @@ class Learner:
         start_time: float,
         after_step: Callable[[CurvePoint], None],
     ) -> None:
+        # The point after `step` steps reports the schedule's values at that step, whose index is
+        # step - 1.
         relaxation = self.schedule.relaxation(max(step - 1, 0), seed=self.seed, draw=0)
         certain = math.fsum(dispatch.certainty(layer, relaxation) for layer in self.layers.values())
         changed = math.fsum(
@@ -334,5 +350,6 @@ def batch_windows(windows: int, seqlen: int, device: str) -> int:
 
 @functools.lru_cache(maxsize=2)  # a step asks for every window, and may cross into a new epoch
 def _order(count: int, seed: int, epoch: int) -> Tensor:
+    # A factor above any number of epochs: two seeds never share the order of an epoch.
     generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
     return torch.randperm(count, generator=generator)

@@ -37,6 +37,7 @@ class MaskedWeights:
                     parameter: nn.Parameter = getattr(linear.module, linear.attribute)
                     members.setdefault(id(parameter), (parameter, []))[1].append(linear)
             self._parameters.append(list(members.values()))
+        # Only one block is open at a time: the workspace is as large as the largest.
         largest = max(sum(p.numel() for p, _ in block) for block in self._parameters)
         first = self._parameters[0][0][0]
         self._workspace = torch.empty(largest, dtype=first.dtype, device=first.device)
@@ -51,6 +52,7 @@ class MaskedWeights:
             start += parameter.numel()
             for linear in members:
                 self._fill(linear, views[-1])
+        # `.data` is swapped, not the Parameter: hooks and references to it stay valid.
         dense = [parameter.data for parameter, _ in self._parameters[index]]
         try:
             for (parameter, _), view in zip(self._parameters[index], views, strict=True):
@@ -62,6 +64,8 @@ class MaskedWeights:
 
     def _fill(self, linear: Linear, view: Tensor) -> None:
         if linear.transposed:
+            # Masks are along the inputs, which are not contiguous in a Conv1D: fill a copy, then
+            # transpose.
             weight = view.new_empty(linear.out_features, linear.in_features)
             self.fill(linear, weight)
             view.copy_(weight.T)  # stored as [in, out]

@@ -75,6 +75,7 @@ class MemoryPlan:
             "logits": self._choices * self._groups(linears) * self._logit_bytes,
             "moments": self._moments(linears),
             "noise draws": self._draws(linears),
+            # uint8 each: the prior's choices and the best so far
             "masks kept": 2 * self._groups(linears),
             "gradients": self._gradients(linears) + experts * self.dtype.itemsize,
             "workspace": self._largest_block(linears) * self.dtype.itemsize,
@@ -103,6 +104,7 @@ class MemoryPlan:
         return sum(self._rows(linear) * linear.in_features // group for linear in linears)
 
     def _moments(self, linears: Sequence[Linear]) -> int:
+        # One number per candidate and group
         each = self._choices * self._groups(linears) * _STATE_BYTES[self.options.state_dtype]
         if self.options.state_dtype == "int8":
             # one float32 scale per choice and row
@@ -192,6 +194,7 @@ class MemoryPlan:
         weight = torch.ones(
             largest.out_features, largest.in_features, dtype=self.dtype, device=self.device
         )
+        # 2 operations, a multiplication and an addition, per weight and row
         seconds = self._timed(lambda: inputs @ weight.T)
         return 2 * rows * largest.size / seconds
 
@@ -201,6 +204,7 @@ class MemoryPlan:
         assert self.sparsity.kept and self.sparsity.group
         table = candidates(self.sparsity.kept, self.sparsity.group).to(self.device)
         width = _PROBE_WIDTH // len(table[0])
+        # Zeros do: the time of a mask pass does not depend on the values.
         logits = torch.zeros(
             len(table),
             _PROBE_ROWS * width,
@@ -237,6 +241,7 @@ class MemoryPlan:
     def _timed(self, action: Callable[[], object]) -> float:
         """Return the seconds of the faster of two calls, after a warm-up call."""
         seconds = []
+        # The first call is the warm-up: it compiles kernels and allocates memory.
         for _ in range(3):
             self._wait()
             start_time = time.perf_counter()

@@ -195,6 +195,8 @@ def _prior(
         }
     choices = {}
     with _weights_put_back(walker):
+        # The method changes weights too (SparseGPT): only its mask is used, then the weights are
+        # restored.
         _prior_method(name).prune(walker, {linear.name: target for linear in walker.linears})
         for linear in walker.linears:
             keep = linear.stored.T != 0 if linear.transposed else linear.stored != 0  # [out, in]
@@ -210,9 +212,9 @@ def _write(
         width = linear.in_features // table.shape[1]  # groups in a row
         shard = choices[linear.name].view(-1, width)  # [owned rows, width]
         whole = shard.new_empty(linear.out_features, width)
-        shards.gather(shard, whole)
+        shards.gather(shard, whole)  # [out, width]
         shape = torch.Size((linear.out_features, linear.in_features))
-        keep = mask_of(whole.flatten(), table.to(whole.device), shape)
+        keep = mask_of(whole.flatten(), table.to(whole.device), shape)  # [out, in]
         linear.write(torch.where(keep, linear.read(), 0))
 
 
@@ -228,11 +230,13 @@ def _prior_scores(
 @contextmanager
 def _weights_put_back(walker: BlockWalker) -> Iterator[None]:
     """Copy the weights of all linears to the CPU and restore them at the end."""
+    # clone(): on a CPU, cpu() returns the tensor itself.
     dense = {linear.name: linear.stored.cpu().clone() for linear in walker.linears}
     try:
         yield
     finally:
         for linear in walker.linears:
+            # pop: each copy is freed as soon as it is back
             linear.stored.copy_(dense.pop(linear.name))
 
 
@@ -274,6 +278,7 @@ def _checked(masks: Masks, linear: Linear, target: Sparsity) -> Tensor:
     assert target.kept is not None and target.group is not None
     keep = masks.read(linear)
     counts = keep.view(-1, target.group).sum(1)  # [groups]
+    # Fewer is allowed; in a prior, `choose` completes such a group.
     over = (counts > target.kept).nonzero()
     if len(over):
         at = int(over[0])

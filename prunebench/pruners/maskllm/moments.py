@@ -43,6 +43,7 @@ class PackedMoments:
     ) -> PackedMoments:
         """Return zeros of the shape of `like`."""
         choices, groups = like.shape
+        # A second moment is never negative: all 8 bits for the magnitude.
         kind = torch.uint8 if dtype == "int8" and positive else getattr(torch, dtype)
         rows = groups // width if dtype == "int8" else 0
         return cls(
@@ -68,9 +69,11 @@ class PackedMoments:
             return
         positive = self.values.dtype == torch.uint8
         largest = 255 if positive else 127
+        # Roots of second moments: they span half as many powers of two, which suits linear steps.
         rows = (new.sqrt() if positive else new).view(len(new), -1, self.width)
         scales = rows.abs().amax(-1) / largest  # rows: [choices, rows, width]
         self.scales[:, self._rows(part)] = scales
+        # A row of zeros has the scale 0: the clamp avoids 0 / 0.
         steps = (rows / scales.clamp(min=1e-38)[..., None]).round_().clamp_(-largest, largest)
         self.values[:, part] = steps.view(new.shape).to(self.values.dtype)
 
@@ -106,4 +109,5 @@ def round_at_random(
     # Adding 16 random bits below those that are cut off rounds up with the right probability; a
     # carry into the exponent is right, too.
     raw = values.contiguous().view(torch.int32) + drawn
+    # Clearing the low 16 bits makes the conversion to bfloat16 exact.
     return (raw & -0x10000).view(torch.float32).to(torch.bfloat16)

@@ -37,6 +37,7 @@ def philox(
     k0, k1 = (word & _MASK for word in key)
     for _ in range(ROUNDS):
         p0, p1 = c0 * MULTIPLIERS[0], c2 * MULTIPLIERS[1]
+        # c0 and c2 use the old c1 and c3, which are therefore replaced afterwards.
         c0 = _high(p1).bitwise_xor_(c1).bitwise_xor_(k0)
         c2 = _high(p0).bitwise_xor_(c3).bitwise_xor_(k1)
         c1, c3 = p1.bitwise_and_(_MASK), p0.bitwise_and_(_MASK)
@@ -62,6 +63,7 @@ def gumbel(
         layer: Index of the layer in the model.
     """
     noise = uniforms(groups, choices, seed=seed, step=step, layer=layer)
+    # In place: four passes over one buffer. u is never 0 or 1, so the result is finite.
     return noise.log_().neg_().log_().neg_()
 
 
@@ -74,8 +76,11 @@ def uniforms(
     fields: list[Tensor] = []
     for block in range(-(-choices // UNIFORMS)):
         words = philox((low, high, layers, torch.full_like(low, block)), (seed, step))
+        # [groups] each, six per block
         fields += _fields(*words)
     drawn = torch.stack(fields[:choices]).to(torch.float32)  # [choices, groups]
+    # 21 bits and the half fit float32's 24 exactly, and 2^-21 is a power of two: no rounding
+    # anywhere.
     return drawn.add_(0.5).mul_(2.0**-_BITS)
 
 

@@ -57,7 +57,7 @@ class _Ascent:
             return
         for part, chosen, scores in self.layer.scores(*inputs):
             if self.mirror:
-                yield part, scores.sub_(scores.mean(0))
+                yield part, scores.sub_(scores.mean(0))  # s - mean(s), [choices, part]
             else:
                 yield part, slope_of_logits(chosen, scores, self.relaxation)
 
@@ -130,6 +130,8 @@ class Optimizer:
             count: Number of this step, from 1; the step of `relaxation` counts noise draws, of
                 which one optimizer step may have several.
         """
+        # One fused pass. 8-bit moments need the largest value of a row first, and a kernel's block
+        # of groups is not a row.
         if isinstance(directions, _Ascent) and self.state_dtype != "int8":
             kernels = directions.kernels
             if kernels is not None:
@@ -150,6 +152,7 @@ class Optimizer:
                 new = self._momentum(layer, part, old, gradient, rate=rate)
             if layer.logits.dtype == torch.bfloat16:
                 groups = torch.arange(part.start, part.stop, device=new.device) + layer.first
+                # Rounding to nearest would lose every update below half a unit in the last place.
                 new = round_at_random(
                     new, groups, seed=relaxation.seed, step=relaxation.step, layer=layer.index
                 )
@@ -166,6 +169,7 @@ class Optimizer:
         count: int,
     ) -> Tensor:
         b1, b2 = self.betas
+        # `read` is a copy in float32, so that in-place operations do not touch the stored moments.
         first = layer.state["first"].read(part).lerp_(gradient, 1 - b1)
         second = (
             layer.state["second"].read(part).mul_(b2).addcmul_(gradient, gradient, value=1 - b2)
@@ -173,12 +177,14 @@ class Optimizer:
         layer.state["first"].write(part, first)
         layer.state["second"].write(part, second)
         scale = (second / (1 - b2**count)).sqrt_().add_(self.eps)  # with bias correction
+        # Decoupled (AdamW): the decay does not pass through the moments.
         old.mul_(1 - rate * self.weight_decay)
         return old.addcdiv_(first, scale, value=-rate / (1 - b1**count))
 
     def _momentum(
         self, layer: LayerLogits, part: slice, old: Tensor, gradient: Tensor, *, rate: float
     ) -> Tensor:
+        # After `unit`: the bound is in root mean squares.
         gradient.clamp_(-self.outlier, self.outlier)
         first = layer.state["first"].read(part).mul_(self.betas[0]).add_(gradient)
         layer.state["first"].write(part, first)

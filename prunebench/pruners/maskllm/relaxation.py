@@ -112,11 +112,13 @@ class LayerLogits:
         """Return slices of groups, each of whole rows."""
         choices, total = self.logits.shape
         most = _CHUNK_LOGITS if self.logits.device.type == "cpu" else _DEVICE_LOGITS
+        # Whole rows: the factor `rows` of the curvature and 8-bit scales belong to a row.
         size = max(1, most // choices // self.width) * self.width
         return (slice(start, min(start + size, total)) for start in range(0, total, size))
 
     def probabilities(self, part: slice, relaxation: Relaxation) -> Float[Tensor, "choices part"]:
         """Return y of some groups, float32."""
+        # kappa scales the logits alone: the larger it is, the less the noise decides.
         scaled = self.logits[:, part].to(torch.float32) * relaxation.scale
         if relaxation.noise:
             groups = torch.arange(
@@ -126,8 +128,10 @@ class LayerLogits:
                 groups, len(scaled), seed=relaxation.seed, step=relaxation.step, layer=self.index
             )
             scaled.add_(drawn, alpha=relaxation.noise)
+        # The maximum is subtracted before tau divides: at tau = 0.05, exp() would overflow without
+        # it.
         scaled.sub_(scaled.amax(0)).div_(relaxation.temperature).exp_()
-        return scaled.div_(scaled.sum(0))
+        return scaled.div_(scaled.sum(0))  # [choices, part] / [part]
 
     def soften(
         self, weight: Float[Tensor, "out in"], relaxation: Relaxation, out: Float[Tensor, "out in"]
@@ -139,8 +143,9 @@ class LayerLogits:
         group = self.table.shape[1]
         flat, target = weight.reshape(-1, group), out.view(-1, group)  # [groups, M]
         for part in self.chunks():
+            # m = S^T y: every position's total probability of being kept; a group sums to N.
             mask = self.table.T @ self.probabilities(part, relaxation)  # [M, part]
-            torch.mul(flat[part], mask.T.to(flat.dtype), out=target[part])
+            torch.mul(flat[part], mask.T.to(flat.dtype), out=target[part])  # [part, M]
 
     def scores(
         self, weight: Float[Tensor, "out in"], slope: WeightGradient, relaxation: Relaxation
@@ -155,11 +160,14 @@ class LayerLogits:
         group = self.table.shape[1]
         flat, slopes = weight.reshape(-1, group), slope.gradient.view(-1, group)  # [groups, M]
         for part in self.chunks():
+            # Made again from the same counters as in the forward pass, not stored: see `noise`.
             chosen = self.probabilities(part, relaxation)
             w = flat[part].T.to(torch.float32)  # [M, part]
             h = slopes[part].T * w  # [M, part]
             if relaxation.reward or relaxation.curvature:
-                mask, squares = self.table.T @ chosen, w.square()
+                mask, squares = self.table.T @ chosen, w.square()  # [M, part]
+                # d/dm of -lambda (W m)^2: large weights that are kept lower the loss (arXiv
+                # 2409.17481, section 3.4).
                 h -= (2 * relaxation.reward) * squares * mask
                 rows = slice(part.start // self.width, part.stop // self.width)
                 curved = slope.rows[rows, None] * slope.columns  # C: [rows, in]
@@ -176,6 +184,7 @@ class LayerLogits:
 
     def choices(self) -> Integer[Tensor, " groups"]:
         """Return the most probable candidate of every group, uint8."""
+        # Without noise: kappa and tau do not change the order.
         return self.logits.argmax(0).to(torch.uint8)
 
 
@@ -185,5 +194,5 @@ def slope_of_logits(
     relaxation: Relaxation,
 ) -> Float[Tensor, "choices part"]:
     """Return dL/dz = kappa / tau * y * (s - <y, s>); `scores` is overwritten."""
-    scores -= (chosen * scores).sum(0)
+    scores -= (chosen * scores).sum(0)  # [part]: the mean of s under y
     return scores.mul_(chosen).mul_(relaxation.scale / relaxation.temperature)

@@ -48,6 +48,7 @@ class Schedule:
             temperature=self.temperature[0] + done * (self.temperature[1] - self.temperature[0]),
             scale=self.scale[0] + done * (self.scale[1] - self.scale[0]),
             noise=self.noise,
+            # The linear fall to 0 is in the authors' code, not in the paper.
             reward=self.reward * (1 - step / self.steps),
             curvature=self.curvature,
         )

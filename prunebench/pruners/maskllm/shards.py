@@ -41,6 +41,7 @@ class Shards:
     def gather(self, shard: Shaped[Tensor, "rows in"], out: Shaped[Tensor, "out in"]) -> None:
         """Fill `out` with the rows of all processes."""
         if self.world == 1:
+            # One process: the caller may have written into `out` already.
             if shard.data_ptr() != out.data_ptr():
                 out.copy_(shard)
             return
@@ -60,6 +61,7 @@ class Shards:
         sent[: len(whole)] = whole
         received = whole.new_empty(size, whole.shape[1])
         _reduce_scatter(received, sent)
+        # The last processes own fewer rows, or none: the padding is cut off.
         rows = self.rows(len(whole))
         return received[: rows.stop - rows.start]
 
@@ -73,6 +75,7 @@ class Shards:
         """Return the sums of some numbers over all processes."""
         if self.world == 1:
             return list(values)
+        # NCCL reduces CUDA tensors only.
         device = "cuda" if dist.get_backend() == "nccl" else "cpu"
         total = torch.tensor(values, dtype=torch.float64, device=device)
         dist.all_reduce(total)

@@ -34,6 +34,7 @@ NUMBERS = [
 def _philox(group, layer, block: tl.constexpr, seed, step):
     """Return the four words of `noise.philox`; `group` is int64."""
     c0, c1 = (group & 0xFFFFFFFF).to(tl.uint32), (group >> 32).to(tl.uint32)
+    # Broadcast by adding: all four words need the shape [B].
     c2 = tl.zeros_like(c0) + layer.to(tl.uint32)
     c3 = tl.zeros_like(c0) + block
     k0, k1 = seed.to(tl.uint32), step.to(tl.uint32)
@@ -41,6 +42,7 @@ def _philox(group, layer, block: tl.constexpr, seed, step):
     m1 = tl.full((1,), 0xCD9E8D57, tl.uint32)
     for _ in tl.static_range(10):
         high0, high1 = tl.umulhi(c0, m0), tl.umulhi(c2, m1)
+        # Wrapping is intended here; Triton's debug mode would report it as an overflow.
         low0 = tl.mul(c0, m0, sanitize_overflow=False)
         low1 = tl.mul(c2, m1, sanitize_overflow=False)
         c0, c1, c2, c3 = high1 ^ c1 ^ k0, low1, high0 ^ c3 ^ k1, low0
@@ -68,6 +70,7 @@ def uniforms_kernel(out, total, base, seed, step, layer, C: tl.constexpr, B: tl.
         words = _philox(g.to(tl.int64) + base, layer, block, seed, step)
         for field in tl.static_range(6):
             if block * 6 + field < C:
+                # int64: choices * groups of a large matrix can exceed 2^31.
                 place = out + (block * 6 + field) * total.to(tl.int64) + g
                 tl.store(place, _uniform(words, field), mask=g < total)
 
@@ -115,12 +118,13 @@ def _tile(columns, M: tl.constexpr, B: tl.constexpr):
         return tl.join(columns[0], columns[1])
     elif M == 4:
         even, odd = tl.join(columns[0], columns[2]), tl.join(columns[1], columns[3])
-        return tl.reshape(tl.join(even, odd), (B, 4))
+        return tl.reshape(tl.join(even, odd), (B, 4))  # [B, 2, 2] -> [B, 4]
     else:
+        # `join` adds a last dimension of 2, so that reshapes interleave: [B, 2, 2] -> 0, 2, 4, 6.
         even = tl.join(tl.join(columns[0], columns[4]), tl.join(columns[2], columns[6]))
         odd = tl.join(tl.join(columns[1], columns[5]), tl.join(columns[3], columns[7]))
         both = tl.join(tl.reshape(even, (B, 4)), tl.reshape(odd, (B, 4)))
-        return tl.reshape(both, (B, 8))
+        return tl.reshape(both, (B, 8))  # [B, 4, 2] -> [B, 8]
 
 
 @triton.jit
@@ -155,6 +159,7 @@ def _chosen(
                 place = logits + (block * 6 + field) * total.to(tl.int64) + g
                 value = tl.load(place, mask=inside, other=0.0).to(tl.float32) * kappa
                 if NOISY:
+                    # Gumbel: -log(-log u)
                     value += noise * -tl.log(-tl.log(_uniform(words, field)))
                 values = values + (value,)
     largest = values[0]
@@ -179,6 +184,7 @@ def _mask(chosen, TABLE: tl.constexpr, C: tl.constexpr, M: tl.constexpr):
     for j in tl.static_range(M):
         total = tl.zeros_like(chosen[0])
         for k in tl.static_range(C):
+            # TABLE is a constexpr: this is decided at compile time, and leaves only additions.
             if (TABLE >> (k * M + j)) & 1:
                 total += chosen[k]
         mask = mask + (total,)
@@ -205,6 +211,7 @@ def soften_kernel(
         product = columns[j] * _rounded(mask[j], dtype).to(tl.float32)
         masked = masked + (_rounded(product, dtype).to(tl.float32),)
     place = out + g[:, None] * M + tl.arange(0, M)[None, :]
+    # [B, M], contiguous in memory
     tl.store(place, _rounded(_tile(masked, M, B), out.dtype.element_ty), mask=inside[:, None])
 
 
@@ -220,6 +227,7 @@ def certainty_kernel(
     largest = chosen[0]
     for k in tl.static_range(1, C):
         largest = tl.maximum(largest, chosen[k])
+    # One partial sum per program instead of atomics: the total does not depend on their order.
     tl.store(parts + tl.program_id(0), tl.sum(tl.where(inside, largest, 0.0), axis=0))
 
 
@@ -265,6 +273,7 @@ def _ascent(
             if (TABLE >> (k * M + j)) & 1:
                 score += h[j]
         scores = scores + (score,)
+        # mean(s), or <y, s>: the baseline that the score is compared with
         mean += score / C if MIRROR else score * chosen[k]
     direction = ()
     for k in tl.static_range(C):
@@ -291,6 +300,7 @@ def directions_kernel(
         NOISY, REWARDED, CURVED, MIRROR, TABLE, C, M, B,
     )  # fmt: skip
     if SUM:
+        # Groups outside load zeros as weight and gradient: they add nothing.
         squares = tl.zeros((B,), tl.float32)
         for k in tl.static_range(C):
             squares += direction[k] * direction[k]
@@ -328,6 +338,8 @@ def update_kernel(
                 at = (block * 8 + i) * total.to(tl.int64) + g
                 new = tl.load(logits + at, mask=inside, other=0.0).to(tl.float32)
                 mean = tl.load(first + at, mask=inside, other=0.0).to(tl.float32)
+                # As in `Optimizer._adamw` and `_momentum`; AdamW's `rate` has the bias correction
+                # in it.
                 slope = direction[block * 8 + i] / unit
                 if ADAMW:
                     spread = tl.load(second + at, mask=inside, other=0.0).to(tl.float32)
@@ -341,6 +353,7 @@ def update_kernel(
                     new -= rate * mean
                 tl.store(first + at, _rounded(mean, moments), mask=inside)
                 if stored == tl.bfloat16:
+                    # A word of 32 bits serves two choices, a block of four words eight.
                     drawn = (words[i // 2] >> (16 * (i % 2))) & 0xFFFF
                     raw = (new.to(tl.uint32, bitcast=True) + drawn) >> 16
                     tl.store(logits + at, raw.to(tl.uint16).to(stored, bitcast=True), mask=inside)

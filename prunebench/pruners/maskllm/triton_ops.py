@@ -30,6 +30,7 @@ def uniforms(
 ) -> Tensor:
     """Return the uniforms of the groups from `first` on, [choices, count]; as `noise.uniforms`."""
     out = torch.empty(choices, count, device=device)
+    # Philox keys are 32-bit words; `noise.philox` masks them the same way.
     key = (seed & 0xFFFFFFFF, step & 0xFFFFFFFF)
     _launch(
         triton_kernels.uniforms_kernel, out, count, (out, count, first, *key, layer), {"C": choices}
@@ -118,6 +119,7 @@ def update(
     adamw, (b1, b2), count = kind == "adamw", betas, relaxation.step + 1
     first = layer.state["first"].values
     second = layer.state["second"].values if adamw else first  # not read by the others
+    # Computed here in float64: b^t of a float32 would differ from plain PyTorch.
     scaled = rate / (1 - b1**count) if adamw else rate
     decay, grown = 1 - rate * weight_decay, 1 - b2**count
     numbers = (unit, scaled, decay, b1, 1 - b1, b2, 1 - b2, grown, eps, outlier)
@@ -137,6 +139,7 @@ def _launch(
     if not groups:
         return
     grid = (_programs(groups),)
+    # Triton launches on the current device, which need not be that of the tensors.
     with torch.cuda.device_of(out):  # type: ignore[no-untyped-call]
         kernel[grid](
             *arguments, **options, B=triton_kernels.BLOCK, num_warps=4, enable_fp_fusion=False

@@ -70,6 +70,7 @@ class TorchOperators:
         options: dict[str, Any] = {"alg_id": algorithm.id}
         if self.has_split_k:
             options |= {"split_k": algorithm.split_k, "split_k_mode": algorithm.split_k_mode}
+        # transpose_result: [out, tokens] is stored as [tokens, out].
         return torch._cslt_sparse_mm(blob, x.t(), bias=bias, transpose_result=True, **options)
 
     def search(self, blob: Tensor, x: Tensor, bias: Tensor | None) -> list[Algorithm]:
@@ -77,6 +78,7 @@ class TorchOperators:
         algorithms: list[Algorithm] = []
         search = getattr(getattr(torch._C, "_cusparselt", None), "mm_search", None)
         if search is not None and self.has_split_k:
+            # The dense operand is passed transposed: the library computes W x^T, [out, tokens].
             best, split_k, mode, _ = search(blob, x.t(), bias, None, None, True)
             algorithms.append(Algorithm(best, split_k, mode))
         elif hasattr(torch, "_cslt_sparse_mm_search"):
@@ -179,6 +181,7 @@ class CuSparseLtProduct:
         return self.algorithms[bucket.name]
 
     def _search(self, tokens: int) -> Algorithm:
+        # The search and the checks wait for the device, which a capture does not allow.
         if self.blob.is_cuda and torch.cuda.is_current_stream_capturing():
             raise IncompatibleData(
                 "an algorithm of cuSPARSELt cannot be searched while a CUDA graph is captured",
@@ -188,6 +191,7 @@ class CuSparseLtProduct:
         shape = (tokens, self.form.shape[1])
         x = torch.randn(shape, generator=generator, device=self.form.device).to(self.form.dtype)
         dense = _dense(self.form)
+        # The bucket's largest token count is searched: the others in it use the same algorithm.
         for algorithm in self.operators.search(self.blob, x, None):
             if is_right(algorithm, self, x, dense):
                 return algorithm
@@ -205,7 +209,7 @@ def is_right(algorithm: Algorithm, product: CuSparseLtProduct, x: Tensor, dense:
     Both are compared with the product in float32. Some algorithms of some versions are wrong, and
     differ from run to run (pytorch#155333).
     """
-    exact = x.float() @ dense.float().t()
+    exact = x.float() @ dense.float().t()  # [tokens, out]
     scale = exact.norm() + 1e-30
     allowed = 2 * ((x @ dense.t()).float() - exact).norm() / scale + 1e-6
     first: Tensor | None = None
@@ -249,6 +253,7 @@ assert torch.allclose(out, x @ weight.t(), atol=0.5, rtol=0.05)
 @functools.cache
 def _float16_survives() -> Support:
     """Try float16 in a subprocess: a failure destroys the CUDA context."""
+    # The process owns its CUDA context: if that is destroyed, this one's is not.
     trial = subprocess.run([sys.executable, "-c", _TRIAL], capture_output=True, check=False)
     if trial.returncode == 0:
         return Support(True, "float16 works here")

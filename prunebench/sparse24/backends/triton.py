@@ -103,6 +103,7 @@ class TiledLayout:
         meta = meta.to(packed.device)
         # [steps, tiles, supers, rows, lanes]
         for step, part in enumerate(codes.view(split).permute(3, 0, 2, 1, 4)):
+            # [tiles, supers, rows, lanes]: 4 bits of this step
             meta |= part.to(torch.int32) << 4 * step
         return cls(
             # [tiles, supers, steps, rows, lanes]
@@ -170,6 +171,7 @@ class TritonBackend:
         if tokens > DECODE_TOKENS:
             return Support(False, f"{tokens} tokens: the kernel is for 1 to {DECODE_TOKENS}")
         padded = -shape[1] % SUPER
+        # Padding is read from memory like weights, and bytes are the time of this kernel.
         if padded * 10 > shape[1] and not interpreted():
             return Support(False, f"{shape[1]} inputs would be padded by {padded}")
         return takes_dtype(dtype)
@@ -227,6 +229,7 @@ def default_launch(form: TiledLayout) -> Launch:
     """Return launch parameters with enough programs to fill the GPU."""
     tiles, supers = form.words.shape[:2]
     split = 1
+    # Split-K only while programs are too few: each split writes float32 partial sums to reduce.
     while tiles * split < _PROGRAMS and split * 2 <= min(supers, 8):
         split *= 2
     return Launch(split=split)
@@ -256,6 +259,7 @@ def _operator() -> Any:
         words: Tensor, meta: Tensor, x: Tensor, bias: Tensor | None, rows: int,
         split: int, warps: int, stages: int,
     ) -> Tensor:  # fmt: skip
+        # Shapes only, for `torch.compile`: [tokens, out].
         return x.new_empty(x.shape[0], rows)
 
     schema = (

@@ -23,6 +23,7 @@ def _column(word, code, j, dtype: tl.constexpr):
     """Return element j of every group, [BN, LANES]: the value kept there, or zero."""
     high = tl.where((code >> 2) == j, word >> 16, 0)
     bits = tl.where((code & 3) == j, word, high)
+    # The low 16 bits, reinterpreted: the shift of a negative word fills only bits that are cut off.
     return bits.to(tl.int16).to(dtype, bitcast=True)
 
 
@@ -37,10 +38,12 @@ def _dot_kernel(
     rows, lanes, toks = tl.arange(0, BN), tl.arange(0, LANES), tl.arange(0, BT)
     inside = rows[:, None] * LANES + lanes[None, :]
     dtype = x.dtype.element_ty
+    # Split-K: this program sums supers part * share to (part + 1) * share.
     share = tl.cdiv(supers, SPLIT)
     total = tl.zeros((BN, BT), dtype=tl.float32)
     for s in range(part * share, min(supers, (part + 1) * share)):
         base = tile.to(tl.int64) * supers + s
+        # One load of codes for all STEPS tiles of the super.
         codes = tl.load(meta + base * BN * LANES + inside).to(tl.int32)
         for step in tl.static_range(STEPS):
             word = tl.load(words + (base * STEPS + step) * BN * LANES + inside)
@@ -59,6 +62,7 @@ def _dot_kernel(
     inner = (row < n)[:, None] & (toks < tokens)[None, :]
     if HAS_BIAS:
         total += tl.load(bias + row, mask=row < n, other=0.0).to(tl.float32)[:, None]
+    # [SPLIT, tokens, n]; with one split that is the result itself
     place = out + (part.to(tl.int64) * tokens + toks[None, :]) * n + row[:, None]
     tl.store(place, total.to(out.dtype.element_ty), mask=inner)
 
@@ -87,6 +91,7 @@ def _fma_kernel(
             for j in tl.static_range(4):
                 column = first + j
                 weight = _column(word, code, j, dtype).to(tl.float32)
+                # [BN, LANES]: summed over lanes once at the end, not for every tile
                 sum0 += weight * tl.load(x + column, mask=column < k, other=0.0).to(tl.float32)
                 if BT == 2:
                     second = tl.load(x + k + column, mask=column < k, other=0.0)
@@ -148,7 +153,9 @@ def multiply(words, meta, x, bias, *, rows, split, warps, stages):
     out = torch.empty(tokens, rows, dtype=x.dtype, device=x.device)
     target = out
     if split > 1:
+        # float32 partial sums, reduced in a fixed order: no atomics, so results are reproducible.
         target = torch.empty(split, tokens, rows, dtype=torch.float32, device=x.device)
+    # A dot has at least 16 columns: with one or two tokens most of it would multiply padding.
     without_dot = tokens <= 2
     kernel = _fma_kernel if without_dot else _dot_kernel
     add_bias = bias is not None and split == 1  # else the reduction adds it
