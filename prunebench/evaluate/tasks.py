@@ -259,6 +259,7 @@ class LmEvalTask:
                     limit=self.protocol.limit,
                     log_samples=True,  # without it the report has means only, no items
                     apply_chat_template=self.protocol.apply_chat_template,
+                    # in a chat, each example is a turn of its own
                     fewshot_as_multiturn=self.protocol.apply_chat_template,
                 )
             # lm-eval raises all of these for tasks or models that it cannot work with
