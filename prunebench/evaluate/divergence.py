@@ -86,9 +86,8 @@ class Divergence:
             # every block returns the stored state: only the final norm and the head compute
             outputs = [hidden.to(device)] * len(blocks)
             with blocks_giving(blocks, outputs, self.returns_tuple):
-                dense = model(input_ids=ids, use_cache=False).logits[
-                    0, :-1
-                ]  # [seqlen - 1, vocabulary]
+                # [seqlen - 1, vocabulary]
+                dense = model(input_ids=ids, use_cache=False).logits[0, :-1]
             divergences.append(_summed_kl(dense, now))
             # argmax: [seqlen - 1] each
             changed.append(int((dense.argmax(-1) != now.argmax(-1)).sum()))
@@ -122,6 +121,7 @@ def _summed_kl(
         rows = slice(start, start + _ROWS)
         log_p = dense[rows].float().log_softmax(-1)  # [rows, vocabulary]
         log_q = pruned[rows].float().log_softmax(-1)  # [rows, vocabulary]
+        # KL(P || Q) = sum_v P(v) (log P(v) - log Q(v)), with P dense; kl_div takes log Q first
         divergences = nn.functional.kl_div(log_q, log_p, log_target=True, reduction="none").sum(
             -1
         )  # [rows]

@@ -86,7 +86,7 @@ class ResidentModel(_CheckedModel):
         self._total, self._done = len(requests), 0
         answers = super()._loglikelihood_tokens(requests, *args, **kwargs)
         # lm-eval answers several one-token choices from one row of logits, so fewer rows than
-        # requests are run and the count below may stop short of the total
+        # requests are run and the count of `_model_call` may stop short of the total
         self._answered(self._total, self._total)
         return answers
 

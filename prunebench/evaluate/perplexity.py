@@ -168,9 +168,8 @@ def prepare_perplexity(
                 else "use a longer text",
             )
         identity = text
-        rows = torch.tensor(ids[: count * piece], dtype=torch.int64).view(
-            count, piece
-        )  # [windows, piece]
+        # [windows, piece]
+        rows = torch.tensor(ids[: count * piece], dtype=torch.int64).view(count, piece)
         rows = begin_windows(rows, tokenizer, bos)  # [windows, seqlen]
     protocol = protocol_of(
         identity, seqlen=seqlen, bos=bos, tokens=rows.numel(), limit=limit_tokens

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 
 from prunebench.results.schema import LayerSparsity, Result
 
-# model.layers.12.mlp.up_proj: block 12, mlp.up_proj
+# model.layers.12.mlp.up_proj -> block 12, module mlp.up_proj
 _BLOCK = re.compile(r"^(?:.*?\.)?(\d+)\.(.+)$")
-# mlp.experts.7.w1: mlp.experts.*.w1
+# mlp.experts.7.w1 -> mlp.experts.*.w1
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.|$)")
 
 
@@ -100,10 +100,9 @@ def _run(
     return HeatRun(
         name=name,
         result_id=result_id,
+        # weighted by the size of the matrices, unlike a mean of their ratios
         ratios=tuple(
-            # weighted by the size of the matrices, unlike a mean of their ratios
-            place.zeros / place.size if place and place.size else None
-            for place in layer_places
+            place.zeros / place.size if place and place.size else None for place in layer_places
         ),
         losses=losses if any(loss is not None for loss in losses) else (),
     )
