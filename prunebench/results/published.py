@@ -128,7 +128,7 @@ class PublishedValue:
         metric, _, protocol = column.partition(" ")
         if metric != self.metric:
             return False
-        # lm-eval's task version is part of our protocol; no paper prints one
+        # lm-eval's task version is part of our protocol; papers do not print it
         versioned = rf"{re.escape(self.protocol)}/v[\d.]+"
         is_task = metric == "acc" and re.fullmatch(versioned, protocol) is not None
         return is_task or protocol == self.protocol

@@ -46,7 +46,7 @@ def one_line_a_row(figure: ScoreFigure, methods: Sequence[str]) -> Drawing:
     used: set[PublishedKey] = set()
     label = _labels([row for row, _ in figure.rows], by_method=figure.by_method)
     bars = [_score_bar(figure, row, score, methods, used, label(row)) for row, score in figure.rows]
-    # what no row of ours stands for gets a line of its own
+    # published values without a row of ours get a line of their own
     for point in figure.published:
         if (point.method, point.sparsity) not in used:
             used.add((point.method, point.sparsity))

@@ -52,7 +52,7 @@ def learning_curves(curves: Sequence[Curve]) -> Drawing:
     largest = max(p.tokens for c in curves for p in c.points)
     low, high = min(scores) / 1.1, max(scores) * 1.1
     x = Scale(0.0, float(largest), _LEFT + 12, WIDTH - _RIGHT)
-    # pixels grow downwards: the lowest perplexity lies at the bottom, the larger number
+    # pixels grow downwards, so the lowest perplexity is at the bottom, where y is largest
     y = Scale(low, high, _TOP + _PLOT_HEIGHT, _TOP + 8, logarithmic=True)
     _axes(drawing, x, y)
     shapes = list(SHAPES)

@@ -264,7 +264,7 @@ def pareto_front(points: Iterable[tuple[str, float, float]]) -> frozenset[str]:
     front = set()
     best = float("inf")
     # from the sparsest down: a point is on the front if all before it have a larger loss; ratios
-    # that differ by less than 0.1% are one, as the realised ratios of a target differ a little
+    # are rounded to 0.1%, as the realised ratios of one target differ a little
     for name, _, loss in sorted(points, key=lambda p: (-round(p[1], 3), p[2], p[0])):
         if loss < best:
             front.add(name)
