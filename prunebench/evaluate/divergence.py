@@ -55,13 +55,16 @@ class Divergence:
         device = next(model.parameters()).device
         if is_streamed(model):
             streamed = StreamedHead(model)
+            # from disk: all windows go through a block before the next one is read
             states = streamed.run(torch.split(text.windows, 1), advance=advance)
             return cls(text, tuple(state.cpu() for state in states), tuple(streamed.returns))
         hidden: list[Tensor] = []
         returns: tuple[tuple[object, ...] | None, ...] = ()
         for window in torch.split(text.windows, 1):
+            # the first window runs to the end of the model, which checks that no block is called
+            # again there; the others stop after the last block, without the head
             run = run_model(model, blocks, window.to(device), to_end=not hidden)
-            hidden.append(run.output.cpu())
+            hidden.append(run.output.cpu())  # [1, seqlen, hidden]
             returns = tuple(run.returns_tuple)
             advance(1)
         return cls(text, tuple(hidden), returns)
@@ -77,15 +80,18 @@ class Divergence:
         stream = batch_logits(model, windows, advance=advance)
         for window, hidden in zip(windows, self.dense, strict=True):
             ids = window.to(device)
+            # a batch of one window is never split, so each next() is one window; the last
+            # position predicts a token beyond the window and is left out, as in perplexity
             now = next(stream)[0, :-1]  # [seqlen - 1, vocabulary]
+            # every block returns the stored state: only the final norm and the head compute
             outputs = [hidden.to(device)] * len(blocks)
             with blocks_giving(blocks, outputs, self.returns_tuple):
-                dense = model(input_ids=ids, use_cache=False).logits[
-                    0, :-1
-                ]  # [seqlen - 1, vocabulary]
+                # [seqlen - 1, vocabulary]
+                dense = model(input_ids=ids, use_cache=False).logits[0, :-1]
             divergences.append(_summed_kl(dense, now))
+            # argmax: [seqlen - 1] each
             changed.append(int((dense.argmax(-1) != now.argmax(-1)).sum()))
-            del now
+            del now  # or it is held while the next window runs
         next(stream, None)  # so that the last window is reported to advance
         each = self.text.windows.shape[1] - 1
         measures = {
@@ -102,6 +108,7 @@ def at_dense(outcome: Outcome) -> Outcome:
 
 
 def _mean_of(sums: list[float], each: int) -> Measure:
+    # all windows have as many targets, so the mean of their means is that over targets
     means = [total / each for total in sums]
     return Measure(sum(means) / len(means), standard_error(means), False)
 
@@ -112,8 +119,9 @@ def _summed_kl(
     total = 0.0
     for start in range(0, len(dense), _ROWS):
         rows = slice(start, start + _ROWS)
-        log_p = dense[rows].float().log_softmax(-1)
-        log_q = pruned[rows].float().log_softmax(-1)
+        log_p = dense[rows].float().log_softmax(-1)  # [rows, vocabulary]
+        log_q = pruned[rows].float().log_softmax(-1)  # [rows, vocabulary]
+        # KL(P || Q) = sum_v P(v) (log P(v) - log Q(v)), with P dense; kl_div takes log Q first
         divergences = nn.functional.kl_div(log_q, log_p, log_target=True, reduction="none").sum(
             -1
         )  # [rows]

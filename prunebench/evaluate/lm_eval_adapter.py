@@ -48,6 +48,7 @@ class _CheckedModel(HFLM):  # type: ignore[misc]
     def __init__(
         self, model: Any, task_name: str, *, tokenizer: Any, batch_size: int, answered: Answered
     ) -> None:
+        # HFLM takes a loaded model as it is: it does not load or move it
         super().__init__(
             pretrained=model, tokenizer=tokenizer, backend="causal", batch_size=batch_size
         )
@@ -61,10 +62,13 @@ class _CheckedModel(HFLM):  # type: ignore[misc]
         )
 
     def _loglikelihood_tokens(self, requests: Any, *args: Any, **kwargs: Any) -> Any:
+        # CUDA reports an id beyond the embedding as a device-side assert, which names neither the
+        # id nor the task and leaves the process without a usable device
         self._require_known(ids for _, context, answer in requests for ids in (context, answer))
         return super()._loglikelihood_tokens(requests, *args, **kwargs)
 
     def tok_batch_encode(self, *args: Any, **kwargs: Any) -> Any:
+        # generate_until tokenizes here and never calls _loglikelihood_tokens
         token_ids, attention_mask = super().tok_batch_encode(*args, **kwargs)
         self._require_known(token_ids.tolist())
         return token_ids, attention_mask
@@ -81,11 +85,14 @@ class ResidentModel(_CheckedModel):
     def _loglikelihood_tokens(self, requests: Any, *args: Any, **kwargs: Any) -> Any:
         self._total, self._done = len(requests), 0
         answers = super()._loglikelihood_tokens(requests, *args, **kwargs)
+        # lm-eval answers several one-token choices from one row of logits, so fewer rows than
+        # requests are run and the count of `_model_call` may stop short of the total
         self._answered(self._total, self._total)
         return answers
 
     def _model_call(self, inps: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         forward = functools.partial(super()._model_call, **kwargs)
+        # more than one part once a batch has run out of memory; the rows stay in order
         parts = list(self._auto_batch.run(forward, inps))
         logits = parts[0] if len(parts) == 1 else torch.cat(parts)  # [batch, tokens, vocabulary]
         self._done = min(self._total, self._done + len(inps))
@@ -107,6 +114,7 @@ class StreamedModel(_CheckedModel):
 
     def _loglikelihood_tokens(self, requests: Any, *args: Any, **kwargs: Any) -> Any:
         self._batches, self._logits = [], None
+        # first pass: `_model_call` collects the batches; answers from its zeros are dropped
         super()._loglikelihood_tokens(requests, *args, **kwargs)
         total, done = sum(map(len, self._batches)), 0
 
@@ -115,12 +123,14 @@ class StreamedModel(_CheckedModel):
             done += count
             self._answered(done, total)
 
+        # second pass: equal requests are sorted and batched in the same way, so that the n-th
+        # call gets the logits of the n-th batch
         self._logits = batch_logits(self.model, self._batches, advance=advance)
         return super()._loglikelihood_tokens(requests, *args, **kwargs)
 
     def _model_call(self, inps: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if self._logits is None:
-            self._batches.append(inps.cpu())
+            self._batches.append(inps.cpu())  # all batches are held at once: not on the device
             shape = (*inps.shape, self._embedding_rows)
             return torch.zeros(shape, dtype=self.model.dtype)  # [batch, tokens, vocabulary]
         return next(self._logits)

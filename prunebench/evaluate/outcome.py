@@ -19,7 +19,7 @@ from torch import nn
 
 from prunebench.files import cache_dir, write_text
 
-_CACHE_VERSION = 2
+_CACHE_VERSION = 2  # in the file's name: outcomes of another layout are not found
 
 
 @dataclass(frozen=True)
@@ -87,6 +87,7 @@ class Evaluator(Protocol):
 
 def standard_error(values: Sequence[float]) -> float | None:
     """Return the standard error of the mean of `values`; None for less than two."""
+    # s / sqrt(n), with the sample deviation s (n - 1)
     return statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
 
 
@@ -95,6 +96,7 @@ def cached_outcomes(dense_sha256: str, evaluator: Evaluator) -> list[Outcome] | 
     try:
         rows = json.loads(_cache_path(dense_sha256, evaluator).read_text("utf-8"))
         return outcomes_from(rows) or None
+    # a damaged cache file counts as absent: the dense model is then scored again
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
 
@@ -123,5 +125,6 @@ def remember_outcomes(dense_sha256: str, evaluator: Evaluator, outcomes: list[Ou
 
 def _cache_path(dense_sha256: str, evaluator: Evaluator) -> Path:
     key = hashlib.sha256(evaluator.key.encode()).hexdigest()
+    # 96 bits of each hash: short names that still do not collide
     name = f"{dense_sha256[:24]}-{key[:24]}-v{_CACHE_VERSION}.json"
     return cache_dir() / "baselines" / name

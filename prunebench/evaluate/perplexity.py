@@ -77,6 +77,7 @@ class PerplexityTask:
     @property
     def targets(self) -> int:
         """Number of predicted tokens."""
+        # the first token of a window has no context to be predicted from
         return self.windows.shape[0] * (self.windows.shape[1] - 1)
 
     @property
@@ -92,6 +93,7 @@ class PerplexityTask:
         """
         losses = window_losses(model, self.windows, advance=advance)
         each = self.windows.shape[1] - 1
+        # PPL = exp(-1/N sum_t log p(x_t | x_<t)), over the N targets of all windows
         value = math.exp(sum(losses) / self.targets)
         spread = standard_error([loss / each for loss in losses])
         stderr = None if spread is None else value * spread
@@ -149,10 +151,13 @@ def prepare_perplexity(
         digest = windows.sha256
         identity = TextIdentity(f"tokens-{digest[:12]}", "all", f"sha256:{digest}")
         rows = windows.token_ids
+        # a token file brings the length of its windows: --ppl-seqlen does not apply
         seqlen = rows.shape[1]
     else:
         text = load_text(name, use="evaluation", progress=progress)
+        # piece: tokens of the text in a window, one less than seqlen where BOS takes a place
         ids, piece = _token_ids(text, tokenizer, seqlen=seqlen, bos=bos), text_tokens(seqlen, bos)
+        # the tail that fills no window is dropped, as in the code of SparseGPT and Wanda
         count = len(ids) // piece
         if count == 0:
             raise IncompatibleData(
@@ -163,10 +168,9 @@ def prepare_perplexity(
                 else "use a longer text",
             )
         identity = text
-        rows = torch.tensor(ids[: count * piece], dtype=torch.int64).view(
-            count, piece
-        )  # [windows, piece]
-        rows = begin_windows(rows, tokenizer, bos)
+        # [windows, piece]
+        rows = torch.tensor(ids[: count * piece], dtype=torch.int64).view(count, piece)
+        rows = begin_windows(rows, tokenizer, bos)  # [windows, seqlen]
     protocol = protocol_of(
         identity, seqlen=seqlen, bos=bos, tokens=rows.numel(), limit=limit_tokens
     )
@@ -193,6 +197,7 @@ def protocol_of(
     """
     begins = f"{BOS_WINDOW}/" if bos == "window" else ""
     protocol = f"{text.name}/{seqlen}/{begins}{VERSION}"
+    # a limit beyond the text changes no score, so the id is that of the whole text
     if limit is None or tokens is None or limit >= tokens:
         return protocol
     if limit < seqlen:
@@ -200,6 +205,7 @@ def protocol_of(
             f"--ppl-tokens {limit} is less than one window of {seqlen}",
             fix=f"use --ppl-tokens {seqlen} or more",
         )
+    # rounded down to whole windows: limits that give the same windows share an id
     return f"{protocol}/first-{limit // seqlen * seqlen}"
 
 
@@ -214,6 +220,7 @@ def count_windows(name: str, tokenizer: Any, *, seqlen: int, bos: Bos, progress:
 
 
 def _token_ids(text: Text, tokenizer: Any, *, seqlen: int, bos: Bos) -> list[int]:
+    # one call: tokenized one by one, every document would get its own special tokens
     ids: list[int] = tokenize(tokenizer, text.joiner.join(text.documents), bos)
     if text.dataset == "c4":
         ids = ids[: _C4_WINDOWS * text_tokens(seqlen, bos)]
@@ -244,10 +251,14 @@ def window_losses(
     losses: list[float] = []
     batches = torch.split(windows, max(1, tokens // windows.shape[1]))
     for logits in batch_logits(model, batches, advance=advance):
+        # a batch may come back in parts (AutoBatch): a row's window is the count of losses so far
         for row in logits:
+            # the logits at position t predict token t + 1: drop the last row and the first token
             losses.append(_summed_loss(row[:-1], windows[len(losses), 1:].to(device)))
+        # before the next batch is computed, or the logits of two batches are held at once
         del logits, row
     mean = sum(losses) / (windows.shape[0] * (windows.shape[1] - 1))
+    # `not <`, as NaN compares false; a larger mean would overflow math.exp (at 709)
     if not mean < math.log(1e300):
         raise IncompatibleData(
             f"the perplexity is not finite (mean loss {mean})",
@@ -271,6 +282,7 @@ def _summed_loss(logits: Tensor, targets: Tensor) -> float:
     for rows, token_ids in zip(
         torch.split(logits, _LOSS_ROWS), torch.split(targets, _LOSS_ROWS), strict=True
     ):
+        # -log softmax(x)[y] = logsumexp(x) - x[y], in float32: half precision loses digits here
         rows = rows.float()
         target_logits = rows.gather(1, token_ids[:, None]).squeeze(1)  # [rows]
         total += float((rows.logsumexp(1) - target_logits).sum(dtype=torch.float64))

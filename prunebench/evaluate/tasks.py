@@ -71,6 +71,7 @@ def _few_tasks(include_path: Path | None) -> Any:
         import lm_eval.tasks
 
         root = Path(lm_eval.tasks.__file__).parent
+        # a version of lm-eval may have moved a folder: then `_manager` reads all files
         folders = [root / folder for folder in task_table()["folders"] if (root / folder).is_dir()]
         paths = [*folders, include_path] if include_path else folders
         return lm_eval.tasks.TaskManager(include_path=[*map(str, paths)], include_defaults=False)
@@ -145,6 +146,7 @@ def prepare_tasks(
             counts = {leaf: len(task.eval_docs) for leaf, task in built["tasks"].items()}
             for task in built["tasks"].values():
                 _set_shots(task, protocol.num_fewshot)
+            # building all requests takes long: only where an unknown id is possible
             if largest_id(tokenizer) >= vocabulary:
                 require_known_requests(
                     built["tasks"], limit=protocol.limit, chat=protocol.apply_chat_template,
@@ -255,10 +257,12 @@ class LmEvalTask:
                     lm=lm,
                     task_dict=self.built,
                     limit=self.protocol.limit,
-                    log_samples=True,
+                    log_samples=True,  # without it the report has means only, no items
                     apply_chat_template=self.protocol.apply_chat_template,
+                    # in a chat, each example is a turn of its own
                     fewshot_as_multiturn=self.protocol.apply_chat_template,
                 )
+            # lm-eval raises all of these for tasks or models that it cannot work with
             except (ValueError, NotImplementedError, AssertionError) as error:
                 raise IncompatibleData(
                     f"lm-eval cannot run {self.name}", where=str(error).splitlines()[0][:200]
@@ -272,6 +276,7 @@ class LmEvalTask:
         row, higher_is_better = report["results"][name], report["higher_is_better"].get(name, {})
         measures = {}
         for key, value in row.items():
+            # lm-eval's keys are `metric,filter`: `acc,none`, `exact_match,strict-match`
             metric, _, kind = key.partition(",")
             if not kind or metric.endswith("_stderr") or not isinstance(value, int | float):
                 continue
@@ -282,12 +287,14 @@ class LmEvalTask:
                     fix="leave the task out, ask more documents, or use --dtype float32",
                 )
             stderr = row.get(f"{metric}_stderr,{kind}")
+            # lm-eval writes "N/A" where it has no standard error
             has_stderr = isinstance(stderr, int | float) and math.isfinite(stderr)
             measures[metric if kind == "none" else key] = Measure(
                 float(value),
                 float(stderr) if has_stderr else None,
                 bool(higher_is_better.get(metric, True)),
             )
+        # a group has no samples of its own; its hash is over those of its leaves
         members = [name] if name in report["samples"] else self._leaves(task)
         items = {member: _items(report["samples"][member]) for member in members}
         hashes = [item.sha256 for member in members for item in items[member]]
@@ -309,9 +316,11 @@ class LmEvalTask:
         """Return e.g. `lm-eval/piqa/0-shot/v1.0/first-100`."""
         leaves = [name] if name in self.built["tasks"] else self._leaves(task)
         tasks = [self.built["tasks"][leaf] for leaf in leaves]
+        # the tasks of a group may differ in shots, as in 0+5
         shots = "+".join(sorted({str(member.get_config("num_fewshot")) for member in tasks}))
         version = tasks[0].VERSION if name in self.built["tasks"] else (task.version or 0)
         text = f"lm-eval/{name}/{shots}-shot/v{version}"
+        # "" is the split that lm-eval evaluates; another one becomes part of the protocol
         others = sorted({r.split for member in tasks if (r := self._source(member).records)} - {""})
         text += "".join(f"/on-{split}" for split in others)
         if self.protocol.apply_chat_template:
@@ -334,6 +343,8 @@ def _items(samples: list[dict[str, Any]]) -> tuple[Item, ...]:
     """
     rows: dict[int, Item] = {}
     for sample in sorted(samples, key=lambda row: int(row["doc_id"])):
+        # two runs match a document by the hash of its prompt and target: a changed prompt format
+        # must not be compared as the same item
         asked = json.dumps([sample["arguments"], sample["target"]], default=str, sort_keys=True)
         values = {
             metric: float(sample[metric])
@@ -352,6 +363,7 @@ def _document_counter(units: int, advance: Callable[[int], None]) -> Callable[[i
 
     def answered(done: int, total: int) -> None:
         nonlocal reported
+        # lm-eval sorts requests by length, so those of a document are apart: count by share
         documents = units * done // max(1, total)
         advance(documents - reported)
         reported = documents

@@ -17,7 +17,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from prunebench.files import publish_text
 
-SUFFIX = ".bench"
+SUFFIX = ".bench"  # not .json: every *.json of the folder is read as a result
 
 
 class _Block(BaseModel):
@@ -44,6 +44,7 @@ class StorageBlock(_Block):
     @property
     def best(self) -> tuple[str, int]:
         """The smaller of the forms that can be run or stored, and its bytes."""
+        # 2:4 wherever there is one, even if a bitmap would be smaller
         if self.packed24_bytes is not None:
             return "2:4", self.packed24_bytes
         smaller = self.bitmap_bytes < self.dense_bytes
@@ -106,6 +107,7 @@ def write_bench(result_path: Path, bench: Bench) -> Path:
     Raises:
         SaveError: It could not be written.
     """
+    # microseconds: two benches of a result may end in the same second
     stamp = datetime.now(UTC).strftime("%Y%m%dT%H%M%S%fZ")
     path = result_path.with_name(f"{result_path.stem}.{stamp}{SUFFIX}")
     publish_text(path, bench.model_dump_json(indent=1) + "\n")
@@ -129,6 +131,7 @@ def read_benches(root: Path) -> tuple[dict[str, Bench], list[tuple[Path, str]]]:
 
 def _newest(benches: Iterable[Bench]) -> dict[str, Bench]:
     newest: dict[str, Bench] = {}
+    # later ones replace earlier ones: the newest of those with speed is last
     for bench in sorted(benches, key=lambda bench: (bench.speed == "measured", bench.created_at)):
         if bench.result_id is not None:
             newest[bench.result_id] = bench

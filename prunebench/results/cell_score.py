@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from prunebench.results.schema import Score
 
-_NOISE_STANDARD_ERRORS = 2.0
+_NOISE_STANDARD_ERRORS = 2.0  # about 95% of a normal distribution
 
 
 @dataclass(frozen=True)
@@ -93,16 +93,20 @@ class CellScore:
         Perplexities are compared as mean losses: they are exponentials, and their tails are heavy.
         """
         (mean, error), (other_mean, other_error) = self._noise(), other._noise()
+        # perplexities of a single seed: nothing is known to vary, so no tie is claimed
         if error is None and other_error is None:
             return False
+        # standard error of a difference of independent means: sqrt(a^2 + b^2)
         both = math.hypot(error or 0.0, other_error or 0.0)
         return abs(mean - other_mean) <= _NOISE_STANDARD_ERRORS * both
 
     def _noise(self) -> tuple[float, float | None]:
         """Return the mean and its standard error, of a perplexity those of its logarithm."""
+        # log PPL is the mean loss; a value of 0 or less has no logarithm
         logarithmic = self.metric.endswith("_ppl") and min(self.values) > 0
         values = [math.log(value) for value in self.values] if logarithmic else list(self.values)
         if len(values) > 1:
+            # standard error of the mean over n seeds: s / sqrt(n)
             return statistics.fmean(values), _deviation(values) / math.sqrt(len(values))
         return values[0], self.error_of_one_seed
 

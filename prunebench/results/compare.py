@@ -151,6 +151,7 @@ def _cells(results: Sequence[Result]) -> list[list[Result]]:
     groups: dict[str, list[Result]] = {}
     for result in sorted(results, key=lambda r: (r.created_at, r.id)):
         spec = result.spec.model_dump(mode="json", exclude=_NOT_OF_A_CELL)
+        # a method may have a seed of its own: it varies a cell as the run's seed does
         spec["method_options"].pop("seed", None)
         groups.setdefault(json.dumps(spec, sort_keys=True), []).append(result)
     return list(groups.values())
@@ -167,6 +168,7 @@ def _fold(results: list[Result], selection: Selection, benches: Mapping[str, Ben
     settings = {name: getattr(first, name) for name in _SETTINGS} | {"method_options": options}
     if first.calibration is None and results[0].training is None:
         settings["calibration_bos"] = None  # it reads no windows
+    # results come oldest first: take the newest that has a bench
     bench = next((benches[r.id] for r in reversed(results) if r.id in benches), None)
     ratios = [r.sparsity.realised_ratio for r in results if r.sparsity]
     return Cell(
@@ -188,11 +190,13 @@ def _with_dense(cells: list[Cell]) -> list[Cell]:
     # every run scores its dense model too, so a dense row needs no run of its own
     rows: dict[tuple[Any, ...], Cell] = {}
     for cell in cells:
+        # the same model in another dtype or revision has other dense scores
         key = (cell.settings["dtype"], cell.settings["model_revision"])
         row = rows.get(key)
         scores = dict(row.scores) if row else {}
         for column, score in cell.scores.items():
             dense = score.of_dense()
+            # a run of the dense model itself counts more than what was measured beside a pruned one
             if dense and (column not in scores or cell.method == "dense"):
                 scores[column] = dense
         settings = dict.fromkeys(_SETTINGS) | {"dtype": key[0], "model_revision": key[1]}
@@ -211,6 +215,7 @@ def _table(model: str, cells: list[Cell]) -> Table:
     if len(leading) > 1:
         leading = [column for column in leading if used[column] == len(cells)]
     ranked_by = leading[0] if len(leading) == 1 else None
+    # False sorts before True: the ranking column is first
     columns = tuple(sorted(used, key=lambda column: (column != ranked_by, -used[column], column)))
     for column in columns:
         cells = _mark_best(cells, column)
@@ -219,9 +224,9 @@ def _table(model: str, cells: list[Cell]) -> Table:
         score = cell.scores.get(ranked_by) if ranked_by else None
         value = score.loss if score else 0.0
         return (
-            cell.method != "dense",
+            cell.method != "dense",  # False, so first
             *cell.order,
-            score is None,
+            score is None,  # rows without the ranking score are last of their sparsity
             value,
             cell.method,
             json.dumps(cell.settings),
@@ -242,6 +247,7 @@ def _table(model: str, cells: list[Cell]) -> Table:
 def _tells_apart(name: str, cells: list[Cell]) -> bool:
     """Whether cells differ in a setting; that a method has none of it is no difference."""
     values = {json.dumps(cell.shown[name], sort_keys=True) for cell in cells}
+    # options were reduced to what differs (`_with_shown`), so a single value tells apart
     return len(values - {"null"}) > (0 if name.endswith("_options") else 1)
 
 
@@ -279,6 +285,7 @@ def _varying(rows: Sequence[Mapping[str, Any]]) -> tuple[set[str], dict[str, Any
     varying, usual = set(), {}
     for key in sorted(set().union(*rows)):
         values = [row[key] for row in rows if key in row]
+        # as text: True, 1 and 1.0 are one and the same key of a Counter
         counts = Counter(map(json.dumps, values))
         if len(counts) > 1:
             varying.add(key)
@@ -290,6 +297,7 @@ def _varying(rows: Sequence[Mapping[str, Any]]) -> tuple[set[str], dict[str, Any
 
 def _mark_best(cells: list[Cell], column: str) -> list[Cell]:
     """Mark the best value among the pruned rows of each sparsity, and what equals it in effect."""
+    # first pass: the best score of every sparsity
     best: dict[str, CellScore] = {}
     row_counts: dict[str, int] = {}
     for cell in cells:
@@ -299,6 +307,8 @@ def _mark_best(cells: list[Cell], column: str) -> list[Cell]:
         row_counts[cell.sparsity] = row_counts.get(cell.sparsity, 0) + 1
         if cell.sparsity not in best or score.loss < best[cell.sparsity].loss:
             best[cell.sparsity] = score
+    # second pass: mark it, and the scores inside its noise; `is`, so that of two equal values
+    # only the first is the best
     marked = []
     for cell in cells:
         score = cell.scores.get(column)

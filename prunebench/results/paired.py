@@ -154,6 +154,7 @@ def pair(
         IncompatibleData: They share no item.
     """
     shared: dict[str, list[Key]] = {}
+    # sorted: the bootstrap draws by position, so the order of the files must not matter
     for key in sorted(a.items.keys() & b.items.keys()):
         shared.setdefault(key[0], []).append(key)
     sizes = {
@@ -175,6 +176,7 @@ def pair(
             if not (_matches(name, metrics) and _matches(protocol, protocols)):
                 continue
             values = {value for pair_values in pairs for value in pair_values}
+            # a NaN fails both tests: the scores of a broken model are listed as uncompared
             if metric == _LOSS and all(map(math.isfinite, values)):
                 row = _bootstrapped(protocol, pairs)
             elif values <= {0.0, 1.0}:
@@ -195,6 +197,7 @@ def pair(
 
 def _pairs(a: Side, b: Side, keys: Sequence[Key]) -> dict[str, list[tuple[float, float]]]:
     """Return the values of both, item by item, of every metric that all items have in both."""
+    # a metric that some item lacks would be compared on other items than the rest
     metrics = set.intersection(*(set(side.items[key]) for side in (a, b) for key in keys))
     return {
         metric: [(a.items[key][metric], b.items[key][metric]) for key in keys]
@@ -217,6 +220,7 @@ def _protocols(side: Side) -> str:
 def _tested(
     metric: str, protocol: str, pairs: Sequence[tuple[float, float]], *, lower_is_better: bool
 ) -> Comparison:
+    # values are 0 or 1: a > b is an item that only A got right
     a_alone = sum(a > b for a, b in pairs)
     b_alone = sum(b > a for a, b in pairs)
     difference, stderr = _difference(pairs)
@@ -238,6 +242,7 @@ def _tested(
         b_alone=b_alone,
         p=mcnemar(a_alone, b_alone),
         p_holm=None,
+        # the direction only: `correct` has the last word once all p are known
         verdict=_better(a_alone < b_alone if lower_is_better else a_alone > b_alone),
     )
 
@@ -253,11 +258,12 @@ def _bootstrapped(protocol: str, pairs: Sequence[tuple[float, float]]) -> Compar
         items=len(pairs),
         only_a=0,
         only_b=0,
+        # PPL = exp(mean loss); all windows have as many targets, so means may be averaged
         a=_exp(statistics.fmean(a for a, _ in pairs)),
         b=_exp(statistics.fmean(b for _, b in pairs)),
         difference=difference,
         stderr=stderr,
-        ratio=_exp(difference),
+        ratio=_exp(difference),  # PPL_A / PPL_B = exp(loss_A - loss_B)
         ratio_low=None if low is None else _exp(low),
         ratio_high=None if high is None else _exp(high),
         a_alone=None,
@@ -296,7 +302,10 @@ def mcnemar(a_alone: int, b_alone: int) -> float:
     term, tail = 1, 0  # the binomial coefficients of `discordant`, and their sum
     for count in range(fewer + 1):
         tail += term
+        # C(n, k + 1) = C(n, k) (n - k) / (k + 1), without a remainder
         term = term * (discordant - count) // (count + 1)
+    # p = 2 sum_{k <= fewer} C(n, k) / 2^n; at equal counts both tails hold the middle term,
+    # which gives more than 1
     return min(1.0, 2 * tail / (1 << discordant))
 
 
@@ -320,9 +329,10 @@ def bootstrap(
     means = np.empty(resamples)
     for start in range(0, resamples, _CHUNK_RESAMPLES):
         rows = min(_CHUNK_RESAMPLES, resamples - start)
-        drawn = generator.integers(values.size, size=(rows, values.size))
-        means[start : start + rows] = values[drawn].mean(axis=1)
+        drawn = generator.integers(values.size, size=(rows, values.size))  # [rows, windows]
+        means[start : start + rows] = values[drawn].mean(axis=1)  # [rows]
     low, high = np.quantile(means, [LEVEL / 2, 1 - LEVEL / 2])
+    # never 0: 10,000 draws cannot show a p below 2e-4
     smaller = min(int((means <= 0).sum()), int((means >= 0).sum()))
     return float(low), float(high), min(1.0, 2 * (smaller + 1) / (resamples + 1))
 
@@ -337,6 +347,8 @@ def correct(comparisons: Sequence[Comparison]) -> list[Comparison]:
     ]
     largest = 0.0
     for rank, (p, index) in enumerate(tested):
+        # Holm: the i-th smallest of m is multiplied by m - i + 1, and no corrected p is
+        # smaller than the one before it
         largest = max(largest, min(1.0, p * (len(tested) - rank)))
         row = replace(rows[index], p_holm=largest)
         rows[index] = row if largest < LEVEL else replace(row, verdict="within noise")

@@ -26,6 +26,7 @@ from prunebench.spec import BOS_WINDOW
 TOLERANCE = {"token_ppl": 0.02, "acc": 0.01}
 """How far a faithful run may be off: of a perplexity 2 %, of an accuracy one point."""
 
+# 1100: SparseGPT's code joins the first 1,100 documents of a validation file of C4
 _TEXTS = {"wikitext2": "wikitext2-raw/test", "ptb": "ptb/test", "c4": "c4/validation-1100"}
 _ZERO_SHOT = {
     "arc_challenge", "arc_easy", "boolq", "hellaswag", "openbookqa", "piqa", "race", "rte",
@@ -127,6 +128,7 @@ class PublishedValue:
         metric, _, protocol = column.partition(" ")
         if metric != self.metric:
             return False
+        # lm-eval's task version is part of our protocol; papers do not print it
         versioned = rf"{re.escape(self.protocol)}/v[\d.]+"
         is_task = metric == "acc" and re.fullmatch(versioned, protocol) is not None
         return is_task or protocol == self.protocol
@@ -178,6 +180,7 @@ def published_values() -> tuple[PublishedValue, ...]:
             and _is_plain(row)
             and _is_comparable(row)
         ):
+            # papers print accuracies in percent, ours are ratios
             scale = 0.01 if row["metric"] == "acc" else 1.0
             values.append(
                 PublishedValue(
@@ -259,9 +262,11 @@ def _ours(cell: Cell, value: PublishedValue) -> tuple[float, float | None] | Non
     if value.tasks == (value.dataset,):
         score = _score(cell, value)
         return (score.mean, score.std) if score else None
+    # a mean stands beside ours only where every one of its tasks was run
     scores = [_score(cell, replace(value, protocol=f"lm-eval/{t}/0-shot")) for t in value.tasks]
     if any(score is None for score in scores):
         return None
+    # no deviation: that of a mean does not follow from those of its tasks
     return statistics.fmean(score.mean for score in scores if score), None
 
 

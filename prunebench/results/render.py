@@ -110,6 +110,7 @@ def score_text(score: CellScore | None, *, bold: tuple[str, str]) -> str:
         return MISSING
     text = value_text(score.metric, score.mean)
     if score.error is not None:
+        # a deviation is in points, not in percent of the value: 65.3% ± 0.4
         text += f" ± {value_text(score.metric, score.error).removesuffix('%')}"
     if score.best:
         text = f"{bold[0]}{text}{bold[1]}"
@@ -138,6 +139,7 @@ def value_text(metric: str, value: float) -> str:
 
 def number(value: float) -> str:
     """Return a value with four digits or two decimals; millions as `4.97e7`."""
+    # from 999,500 on, three digits round to a million: 1.00e6
     if 999_500 <= value < math.inf:
         digits, exponent = f"{value:.2e}".split("e")
         return f"{digits}e{int(exponent)}"
@@ -178,6 +180,7 @@ def to_latex(tables: Sequence[Table]) -> str:
             if cell.sparsity != last:
                 lines.append(r"\midrule")
             last = cell.sparsity
+            # NUL marks bold: no text holds one, and escaping does not touch it
             lines.append(_latex_row(map(_latex, row(table, cell, bold=("\0", "\0")))))
         caption = _latex(f"{table.model}: {legend([table])}.")
         lines += [r"\bottomrule", r"\end{tabular}", rf"\caption{{{caption}}}", r"\end{table}", ""]
@@ -211,6 +214,7 @@ def _latex(text: str) -> str:
 def to_csv(tables: Sequence[Table]) -> str:
     """Return long-form CSV: one line a cell and column, full precision."""
     out = io.StringIO()
+    # csv ends lines with \r\n by default
     writer = csv.writer(out, lineterminator="\n")
     names = sorted({name for table in tables for cell in table.cells for name in cell.settings})
     titles = ["model", "method", "sparsity", *names, "metric", "protocol", "mean", "std", "seeds"]
@@ -249,8 +253,10 @@ def setting_text(value: Any, *, missing: str = MISSING) -> str:
             f"{key}={setting_text(option, missing='None')}" for key, option in sorted(value.items())
         )
     text = str(value)
+    # the prefix and 12 digits of a hash
     return text[:19] if text.startswith("sha256:") else text
 
 
 def _escape(text: str) -> str:
+    # a | would end the table's cell, a < could begin an HTML tag
     return text.replace("|", "\\|").replace("<", "&lt;")

@@ -73,6 +73,7 @@ class MethodBlock(_Block):
     version: str
     options: dict[str, OptionValue]
     paper: str | None = None
+    # pydantic copies a default for every instance, so none is shared
     events: list[MethodEvent] = []
 
 
@@ -193,7 +194,7 @@ class SparsityBlock(_Block):
 
     requested: str
     realised_ratio: float
-    negative_zeros: int
+    negative_zeros: int  # -0.0 equals 0.0 but has other bytes, hence another hash
     pattern_violations: int
     layers: list[LayerSparsity]
 
@@ -339,6 +340,8 @@ class Result(_Block):
 def _indented(value: object, *, depth: int) -> str:
     if depth == 3 or not value or not isinstance(value, dict | list):
         return json.dumps(value, ensure_ascii=False)
+    # objects are spread over lines three levels deep; each item of a list (a layer, a score) is
+    # one line, so that a diff of two results shows what changed
     pad = " " * (depth + 1)
     if isinstance(value, dict):
         rows = [f"{json.dumps(k)}: {_indented(v, depth=depth + 1)}" for k, v in value.items()]

@@ -41,6 +41,7 @@ def read_selectors(words: Sequence[str]) -> dict[str, tuple[str, ...]]:
             raise UsageError(
                 f"{word!r} is not a selector", fix="use key=value[,value], as in method=wanda"
             )
+        # keys may be spelled as on the command line, model-revision, or as in a spec
         filters[key.replace("-", "_")] = tuple(values.split(","))
     return filters
 
@@ -107,6 +108,7 @@ def matches_word(value: object, pattern: str) -> bool:
     word = str(value).lower() if isinstance(value, bool) else str(value)
     if fnmatch.fnmatchcase(word, pattern):
         return True
+    # a bool is an int in Python: set.X=1 would select True
     if isinstance(value, bool) or not isinstance(value, int | float):
         return False
     try:
@@ -118,6 +120,7 @@ def matches_word(value: object, pattern: str) -> bool:
 def nothing_selected(finished: Sequence[Result], selection: Selection) -> MissingResource:
     """Return the error: it names the first value that no result has, and the nearest one."""
     where = f"{len(finished)} finished results are there, none matches"
+    # each selector by itself; if each matches something, it is their combination that does not
     for key, patterns in selection.filters.items() if finished else ():
         if key.startswith(OPTION):
             names = {OPTION + name for result in finished for name in _options_of(result)}

@@ -29,6 +29,7 @@ from prunebench.spec import RunSpec
 def new_run_id(spec: RunSpec) -> str:
     """Return a fresh name: the spec's hash, the time in UTC, and eight random hex digits."""
     now = datetime.datetime.now(datetime.UTC).strftime("%Y%m%dT%H%M%SZ")
+    # random digits: two machines may start the same spec in the same second
     return f"{spec.spec_id[:8]}-{now}-{secrets.token_hex(4)}"
 
 
@@ -107,6 +108,7 @@ class ResultStore:
     def of(self, spec: RunSpec, *, layers: bool = False) -> list[Result]:
         """Return all results of a spec that has been resolved, failed ones too."""
         folder = self.root / spec.model_slug / spec.cell
+        # 8 digits narrow the search; the whole hash decides below
         paths = sorted(folder.glob(f"{spec.spec_id[:8]}-*.json"))
         results, _ = self.read(paths, layers=layers) if paths else ([], [])
         return [result for result in results if result.spec_id == spec.spec_id]
@@ -127,6 +129,7 @@ class ResultStore:
             )
         paths = {path.stem: path for path in sorted(self.root.rglob("*.json"))}
         names = [path for path in paths if path.startswith(name)]
+        # a complete id wins over longer ones that begin with it
         if len(names) == 1 or name in names:
             return paths[name if name in names else names[0]]
         if names:
@@ -151,6 +154,8 @@ def holds_results(root: Path) -> bool:
 
 def _without_layers(text: str) -> str:
     """Cut the layers out of a document, if they are where we write them."""
+    # the list ends at the first `]`; one inside a string has a quote behind it on its line, and
+    # then the whole document is read
     begin = text.find('"layers": [')
     end = text.find("]", begin)
     if begin < 0 or end < 0 or '"' in text[end + 1 : text.find("\n", end)]:
@@ -192,14 +197,18 @@ def read_copy(path: Path, *, layers: bool = True) -> Result | Damaged:
         result = Result.model_validate_json(text)
     except OSError as error:
         return Damaged(path, f"cannot be read: {error.strerror}")
+    # before ValueError, of which pydantic's error is a subclass
     except ValidationError as error:
         first = error.errors()[0]
         reason = f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
         return Damaged(path, _why_not_read(text) or reason)
+    # bytes that are no UTF-8 end here
     except ValueError as error:
         return Damaged(path, f"not a JSON object: {error}")
+    # a document without one would pass: the field has a default
     if "schema_version" not in result.model_fields_set:
         return Damaged(path, _wrong_version(None))
+    # a spec that was edited by hand would be filed under the wrong settings
     if result.spec_id != result.spec.spec_id:
         return Damaged(path, "its spec_id does not follow from its spec")
     return result

@@ -42,9 +42,11 @@ def one_line_a_row(figure: ScoreFigure, methods: Sequence[str]) -> Drawing:
 
     One that is better when higher gets bars from zero; a perplexity, dots on a log scale.
     """
+    # a published value is drawn once, beside the first row of its method and sparsity
     used: set[PublishedKey] = set()
     label = _labels([row for row, _ in figure.rows], by_method=figure.by_method)
     bars = [_score_bar(figure, row, score, methods, used, label(row)) for row, score in figure.rows]
+    # published values without a row of ours get a line of their own
     for point in figure.published:
         if (point.method, point.sparsity) not in used:
             used.add((point.method, point.sparsity))
@@ -173,17 +175,20 @@ def _bars(
     tops += [value for bar in bars for value, _ in bar.hollow]
     if dense:
         tops.append(dense.mean + (dense.dense_stderr or 0))
+    # a broken model (inf, NaN) must not set the scale
     tops = [top for top in tops if math.isfinite(top)]
     if logarithmic:
         values = [bar.value for bar in bars if bar.value] + ([dense.mean] if dense else [])
         low = min(filter(math.isfinite, [*values, *tops]), default=1.0)
+        # one model with a perplexity of 1e6 would push all others together
         high = min(max(tops, default=low), OFF_SCALE * (dense.mean if dense else low))
         x = Scale(low / 1.1, high * 1.1, left, right - 10, logarithmic=True)
     else:
-        x = Scale(0.0, max(tops, default=1.0) * 1.02 or 1.0, left, right)
+        x = Scale(0.0, max(tops, default=1.0) * 1.02 or 1.0, left, right)  # `or`: all are 0
     y, plot_top = (42.0, 34.0) if dense else (26.0, 22.0)
     places: list[tuple[float, Bar | str]] = []
     last = None
+    # by ratio, unstructured before N:M; the sort is stable, so rows keep the table's order
     for bar in sorted(bars, key=lambda bar: (sparsity_ratio(bar.group) or 0.0, ":" in bar.group)):
         if bar.group != last:
             places.append((y + 14, bar.group))

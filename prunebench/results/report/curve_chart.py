@@ -30,6 +30,7 @@ def curves_of(rows: Sequence[Row]) -> list[Curve]:
     curves = []
     for row in rows:
         for result in sorted(row.results, key=lambda r: r.spec.seed):
+            # `counted` leaves out the older runs of a seed
             if result.training is None or result.id not in row.counted:
                 continue
             points = tuple(p for p in result.training.curve if _score(p) is not None)
@@ -51,6 +52,7 @@ def learning_curves(curves: Sequence[Curve]) -> Drawing:
     largest = max(p.tokens for c in curves for p in c.points)
     low, high = min(scores) / 1.1, max(scores) * 1.1
     x = Scale(0.0, float(largest), _LEFT + 12, WIDTH - _RIGHT)
+    # pixels grow downwards, so the lowest perplexity is at the bottom, where y is largest
     y = Scale(low, high, _TOP + _PLOT_HEIGHT, _TOP + 8, logarithmic=True)
     _axes(drawing, x, y)
     shapes = list(SHAPES)
@@ -90,4 +92,5 @@ def _axes(drawing: Drawing, x: Scale, y: Scale) -> None:
 
 def _score(point: TrainingPoint) -> float | None:
     value = point.held_out_ppl
+    # only what has a place on a log scale
     return value if value is not None and math.isfinite(value) and value > 0 else None

@@ -202,6 +202,7 @@ def _row(anchor: str, table: Table, cell: Cell, results: list[Result]) -> Row:
     newest_first = sorted(results, key=lambda r: (r.created_at, r.id), reverse=True)
     seen: set[tuple[int, str, str]] = set()
     counted = set()
+    # newest first: a result counts where no newer one has the same score of the same seed
     for result in newest_first:
         keys = {(result.spec.seed, s.metric, s.protocol) for s in result.scores} - seen
         if keys:
@@ -224,6 +225,7 @@ def _representatives(rows: list[Row], columns: Sequence[str]) -> list[Row]:
     """Of every method and sparsity, take the row that is best in the first column it has."""
 
     def rank(row: Row) -> tuple[int, float]:
+        # rows do not all have the same columns: one without the first ranks behind all with it
         place = min(columns.index(column) for column in row.cell.scores)
         return place, row.cell.scores[columns[place]].loss
 
@@ -261,6 +263,8 @@ def pareto_front(points: Iterable[tuple[str, float, float]]) -> frozenset[str]:
     """Return the names of points (name, ratio, loss) that no other one beats or equals in both."""
     front = set()
     best = float("inf")
+    # from the sparsest down: a point is on the front if all before it have a larger loss; ratios
+    # are rounded to 0.1%, as the realised ratios of one target differ a little
     for name, _, loss in sorted(points, key=lambda p: (-round(p[1], 3), p[2], p[0])):
         if loss < best:
             front.add(name)
@@ -273,6 +277,7 @@ def _machines(rows: Sequence[Row], *, by_method: bool) -> tuple[Machine, ...]:
     for row in rows:
         by_machine: dict[str, list[Result]] = {}
         for result in row.results:
+            # repeated runs would count twice
             if result.cost and result.id in row.counted:
                 by_machine.setdefault(machine_name(result), []).append(result)
         for name, results in by_machine.items():

@@ -29,6 +29,7 @@ HEAT_COLORS = ("#440154", "#3b528b", "#21918c", "#5ec962", "#fde725")  # viridis
 
 
 def _regular(corners: int, turn: float, radius: float) -> tuple[tuple[float, float], ...]:
+    # y grows downwards in SVG: a turn of -pi/2 puts the first corner at the top
     angles = [turn + 2 * math.pi * i / corners for i in range(corners)]
     return tuple((radius * math.cos(a), radius * math.sin(a)) for a in angles)
 
@@ -151,6 +152,7 @@ def fit(text: str, width: Pixels, size: Pixels = TEXT_SIZE) -> str:
 def heat_color(share: float) -> str:
     """Return the color of a value between 0 and 1."""
     place = min(max(share, 0.0), 1.0) * (len(HEAT_COLORS) - 1)
+    # a share of 1 belongs to the last pair of colors, not to one beyond it
     low = min(int(place), len(HEAT_COLORS) - 2)
     ends = [[int(HEAT_COLORS[i][j : j + 2], 16) for j in (1, 3, 5)] for i in (low, low + 1)]
     mixed = [round(a + (b - a) * (place - low)) for a, b in zip(*ends, strict=True)]
@@ -171,6 +173,7 @@ def to_svg(drawing: Drawing, *, themed: bool) -> str:
         return f"var(--{name})" if themed else LIGHT[name]
 
     size = f'viewBox="0 0 {drawing.width:g} {drawing.height:g}"'
+    # a file needs the namespace and a size of its own; inside HTML the page gives both
     if not themed:
         size = f'xmlns="http://www.w3.org/2000/svg" {size}'
         size += f' width="{drawing.width:g}" height="{drawing.height:g}"'
@@ -197,12 +200,14 @@ def _element(shape: Shape, color: Callable[[str], str]) -> str:
         return f"<rect {place} {fill}>{_title(shape.title)}</rect>"
     if isinstance(shape, Mark):
         fill = color("back" if shape.hollow else shape.color)
+        # a rim in the background's color keeps overlapping marks apart
         stroke = color(shape.color if shape.hollow else "ink" if shape.outlined else "back")
         width = 1.6 if shape.hollow or shape.outlined else 0.8
         mark = (
             f'<polygon points="{_places(shape.corners)}" fill="{fill}" stroke="{stroke}" '
             f'stroke-width="{width:g}">{_title(shape.title)}</polygon>'
         )
+        # out of the tab order: the table behind the figure has the same links
         return f'<a href="#{escape(shape.link)}" tabindex="-1">{mark}</a>' if shape.link else mark
     weight = ' font-weight="600"' if shape.bold else ""
     key = f' data-key="{escape(shape.key)}"' if shape.key else ""

@@ -74,14 +74,17 @@ def _write(path: Path, drawing: Drawing) -> None:
 
     kind = path.suffix[1:]
     with mpl.rc_context(_SETTINGS):
-        size = (drawing.width * _POINTS / 72, drawing.height * _POINTS / 72)
+        size = (drawing.width * _POINTS / 72, drawing.height * _POINTS / 72)  # inches
         figure = Figure(figsize=size, facecolor=LIGHT["back"])
+        # without pyplot: no display is needed, and no figure stays in its global list
         FigureCanvasAgg(figure)
         axes = figure.add_axes((0, 0, 1, 1))
-        axes.set(xlim=(0, drawing.width), ylim=(drawing.height, 0))
+        axes.set(xlim=(0, drawing.width), ylim=(drawing.height, 0))  # y downwards, as in SVG
         axes.axis("off")
+        # zorder by place in the list: matplotlib would draw all patches below all lines
         for order, shape in enumerate(drawing.shapes):
             _draw(axes, shape, order)
+        # a date or a version in the file would make equal figures differ
         metadata = {"pdf": {"CreationDate": None}, "png": {"Software": None}}[kind]
         with atomic_file(path) as part:
             figure.savefig(part, format=kind, dpi=300, metadata=metadata)
@@ -96,6 +99,7 @@ def _draw(axes: Any, shape: Shape, order: int) -> None:
     from matplotlib.patches import Polygon, Rectangle
 
     if isinstance(shape, Line):
+        # matplotlib's dashes are in line widths, SVG's in pixels
         dash: Any = (0, tuple(d / shape.width for d in shape.dash)) if shape.dash else "solid"
         axes.add_line(
             Line2D(

@@ -8,7 +8,9 @@ from dataclasses import dataclass
 
 from prunebench.results.schema import LayerSparsity, Result
 
+# model.layers.12.mlp.up_proj -> block 12, module mlp.up_proj
 _BLOCK = re.compile(r"^(?:.*?\.)?(\d+)\.(.+)$")
+# mlp.experts.7.w1 -> mlp.experts.*.w1
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.|$)")
 
 
@@ -42,11 +44,13 @@ def heat_map(runs: Sequence[tuple[str, Result]]) -> HeatMap | None:
         for name, result in runs
         if result.sparsity and result.sparsity.layers and _differs(result)
     }
+    # a set that keeps the order of the layers in the model
     places = dict.fromkeys(place for _, layers in folded.values() for place in layers)
     if not places:
         return None
     modules = tuple(dict.fromkeys(module for module, _ in places))
     blocks = tuple(sorted({block for _, block in places}))
+    # module after module: cell (i, j) has the key i * len(blocks) + j, in the page's script too
     grid = [(module, block) for module in modules for block in blocks]
     return HeatMap(
         modules=modules,
@@ -75,10 +79,12 @@ def _fold(layers: Sequence[LayerSparsity]) -> dict[tuple[str, int], _Place]:
     for layer in layers:
         match = _BLOCK.match(layer.name)
         block, rest = (int(match[1]), match[2]) if match else (0, layer.name)
+        # the dot in front lets a number at the very beginning match, and is cut off again
         place = places.setdefault((_NUMBER.sub("*", f".{rest}")[1:], block), _Place())
         place.zeros += layer.zeros
         place.size += layer.out_features * layer.in_features
         if layer.loss is not None:
+            # errors 1/2 tr(D H D^T) of the experts add up
             place.loss = (place.loss or 0.0) + layer.loss
     return places
 
@@ -94,6 +100,7 @@ def _run(
     return HeatRun(
         name=name,
         result_id=result_id,
+        # weighted by the size of the matrices, unlike a mean of their ratios
         ratios=tuple(
             place.zeros / place.size if place and place.size else None for place in layer_places
         ),

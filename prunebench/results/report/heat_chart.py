@@ -27,7 +27,7 @@ class HeatScale:
         if not math.isfinite(value):
             return 1.0
         if self.logarithmic:
-            if value <= self.low:
+            if value <= self.low:  # a loss of 0 has no logarithm
                 return 0.0
             return math.log(value / self.low) / math.log(self.high / self.low)
         return (value - self.low) / (self.high - self.low)
@@ -41,7 +41,7 @@ class HeatScale:
     def middle(self) -> float:
         """Return the value of the middle color."""
         if self.logarithmic:
-            return math.sqrt(self.low * self.high)
+            return math.sqrt(self.low * self.high)  # halfway between the logarithms
         return (self.low + self.high) / 2
 
 
@@ -59,6 +59,7 @@ def loss_scale(run: HeatRun) -> HeatScale | None:
     if not finite:
         return None
     low, high = min(finite), max(finite)
+    # equal ends would divide by log(1) = 0
     return HeatScale(low, high if high > low else low * 10, logarithmic=True)
 
 
@@ -90,6 +91,7 @@ def heat_chart(
                 Box(left + j * width, y, width - gap, _ROW_HEIGHT - gap, color, 1.0, at, key)
             )
     bottom = 4 + len(heat.modules) * _ROW_HEIGHT
+    # block numbers stand at least 24 pixels apart
     every = max(1, math.ceil(24 / width))
     for j, block in enumerate(heat.blocks):
         if j % every == 0:
@@ -104,6 +106,7 @@ def _color_bar(drawing: Drawing, scale: HeatScale, left: float, top: float) -> N
     steps, width = 64, WIDTH - left - 6
     for i in range(steps):
         x = left + i * width / steps
+        # half a pixel of overlap hides the seams that antialiasing leaves between steps
         drawing.add(Box(x, top, width / steps + 0.5, 10, heat_color(i / (steps - 1))))
     places = (("low", left, "start", scale.low), ("high", left + width, "end", scale.high))
     for key, x, anchor, value in (*places, ("middle", left + width / 2, "middle", scale.middle())):

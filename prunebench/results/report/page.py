@@ -60,6 +60,7 @@ def render_page(report: Report) -> str:
     """Return the page as HTML, the same bytes for the same report."""
     import jinja2
 
+    # StrictUndefined: a name that the template misspells is an error, not an empty text
     environment = jinja2.Environment(
         autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
     )
@@ -71,6 +72,7 @@ def render_page(report: Report) -> str:
         models=[_model(part, report.methods) for part in report.models],
         style=style,
         script=script,
+        # the page's Content-Security-Policy lets only the script with this hash run
         script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
         themes=themes,
         palette=[heat_color(i / (_HEAT_STEPS - 1)) for i in range(_HEAT_STEPS)],
@@ -92,6 +94,7 @@ def drawings_of(report: Report) -> tuple[list[tuple[str, Drawing]], int]:
             drawings += [d for run in runs for d in _heat_drawings(part.heat, run, prefix=True)]
         drawings += [figure.drawing for figure in _cost_figures(part, report.methods)]
         for drawing in drawings:
+            # slugs drop punctuation, so two protocols may give the same file name
             name = unique = f"{slug(part.table.model)}-{drawing.name}"
             number = 2
             while unique in named:
@@ -127,6 +130,7 @@ def _table_row(table: Table, cell: Cell) -> list[dict[str, Any]]:
     settings = [cell.shown[name] for name in table.settings]
     seeds = max((score.seeds for score in cell.scores.values()), default=None)
     pruned = cell.method != "dense"
+    # in the order of `render.row`; a report has no benches, so their columns are never there
     keys: list[Any] = [
         cell.method,
         cell.order[0],
@@ -138,6 +142,7 @@ def _table_row(table: Table, cell: Cell) -> list[dict[str, Any]]:
     ]
     noise = [False] * (2 + len(settings)) + [bool(s and s.within_noise) for s in scores]
     noise += [False] * 3
+    # NUL marks bold: no text holds one, and escaping does not touch it
     texts = row(table, cell, bold=("\0", "\0"))
     return [
         {
@@ -153,7 +158,7 @@ def _table_row(table: Table, cell: Cell) -> list[dict[str, Any]]:
 
 def _sort_key(value: Any) -> str:
     """Return a value as the page's script reads it: empty is last."""
-    if value is None or value != value:
+    if value is None or value != value:  # NaN is not equal to itself
         return ""
     if isinstance(value, float) and math.isinf(value):
         return "Infinity" if value > 0 else "-Infinity"
@@ -289,6 +294,7 @@ def _heat(heat: HeatMap) -> dict[str, Any]:
         "chosen": chosen,
         "charts": [
             (kind, drawing, to_svg(drawing, themed=True), _grid(heat, data[chosen][kind]["texts"]))
+            # a run without a loss has one drawing only: zip stops there
             for kind, drawing in zip(("ratio", "loss"), drawings, strict=False)
         ],
         "data": data,

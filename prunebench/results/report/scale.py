@@ -37,6 +37,7 @@ class Scale:
 
     def __call__(self, value: float) -> float:
         """Return the pixel of a value."""
+        # min and max with a NaN return either argument, depending on their order
         value = self.high if math.isnan(value) else min(max(value, self.low), self.high)
         share = self._share(value)
         return self.start + share * (self.end - self.start)
@@ -50,10 +51,12 @@ class Scale:
         """Return round values inside the scale."""
         if self.logarithmic:
             return self._log_ticks(about)
+        # the smallest of 1, 2, 2.5, 5, 10, 20 times a power of ten that gives few enough ticks
         step = 10.0 ** math.floor(math.log10((self.high - self.low) / about))
         step *= next(
             k for k in (1, 2, 2.5, 5, 10, 20) if (self.high - self.low) / (k * step) <= about
         )
+        # 1e-9: 0.3 / 0.1 is 2.9999999999999996, which would cut off the last tick
         first = math.ceil(self.low / step - 1e-9)
         count = int((self.high - first * step) / step + 1e-9) + 1
         return [(first + i) * step for i in range(count)]
@@ -61,6 +64,7 @@ class Scale:
     def _log_ticks(self, about: int) -> list[float]:
         decades = range(math.floor(math.log10(self.low)), math.ceil(math.log10(self.high)) + 1)
         best: list[float] = []
+        # from coarse to fine: take the most ticks that still fit
         for steps in _LOG_TICKS:
             ticks = [k * 10.0**d for d in decades for k in steps]
             inside = [tick for tick in ticks if self.low <= tick <= self.high]

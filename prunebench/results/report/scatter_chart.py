@@ -57,6 +57,7 @@ def against_sparsity(figure: ScoreFigure, methods: Sequence[str]) -> Drawing:
         if not p.hollow and (p.row.name if p.row else "dense") in figure.front
     ]
     if len(on_front) > 1:
+        # before the points, so that it lies under them
         drawing.add(Line(tuple(sorted(on_front)), "front", 7))
     if figure.dense:
         level = y(figure.dense.mean)
@@ -118,6 +119,7 @@ def _scales(
     values = [p.value for p in places if math.isfinite(p.value)] or [1.0]
     low, high = min(values), max(values)
     if logarithmic:
+        # one model with a perplexity of 1e6 would push all others together
         high = min(high, OFF_SCALE * (dense.mean if dense else low))
         low, high = low / 1.15, max(high, low * 1.5) * 1.2
     else:
@@ -149,6 +151,8 @@ def _dodged(places: Sequence[_Place], x: Scale, y: Scale) -> list[float]:
     for i in sorted(range(len(places)), key=lambda i: (places[i].pattern, i)):
         true, height = x(places[i].ratio), y(places[i].value)
         near = [at for at, other in put if abs(other - height) < _APART]
+        # 0, 10, -10, 20, ...: the nearest free place. Each neighbor blocks two of these offsets at
+        # most, so len(places) of them to either side always leave one free
         offsets = (k * _APART * side for k in range(len(places) + 1) for side in (1, -1))
         free = (true + o for o in offsets if all(abs(true + o - at) >= _APART for at in near))
         centres[i] = next(free)
@@ -162,6 +166,7 @@ def _join(
 ) -> None:  # fmt: skip
     series: dict[str, list[tuple[float, float]]] = {}
     for place, centre in zip(places, centres, strict=True):
+        # a line follows the ratio of unstructured rows; an N:M row is no point on that curve
         if not place.pattern and not place.hollow:
             series.setdefault(place.series, []).append((centre, y(place.value)))
     for name, points in series.items():
@@ -216,7 +221,7 @@ def _legend(drawing: Drawing, entries: Sequence[_Entry]) -> None:
     for text, draw in entries:
         shown = fit(text, WIDTH - 50)
         width = 34 + text_width(shown)
-        if x > 14 and x + width > WIDTH:
+        if x > 14 and x + width > WIDTH:  # does not fit: a new line
             x, y = 14.0, y + 19
         drawing.add(*draw(x, y - 4), Label(x + 14, y, shown, "ink"))
         x += width
