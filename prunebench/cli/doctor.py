@@ -66,7 +66,7 @@ def _devices() -> list[Finding]:
         Finding("cpu", "ok", f"{threads} threads, {memory.available / 1e9:.1f} GB of memory free")
     ]
     emulated = is_emulated(torch.bfloat16, torch.device("cpu"))
-    if emulated is not None:
+    if emulated is not None:  # None: unknown, nothing to report
         text = "emulated: --dtype bfloat16 is slow on this CPU" if emulated else "native"
         findings.append(Finding("bfloat16 on cpu", "note" if emulated else "ok", text))
     if torch.cuda.is_available():
@@ -84,6 +84,7 @@ def _folders(results_dir: Path) -> list[Finding]:
 
     findings = []
     for name, folder in (("cache", cache_dir()), ("results", results_dir)):
+        # a diagnosis creates no folders: the nearest ancestor is tried instead
         there = next(p for p in (folder, *folder.absolute().parents) if p.exists())
         try:
             require_writable(folder if folder.exists() else there)

@@ -110,7 +110,6 @@ def _dtype_of_config(path: Path) -> str:
     inner = config.get("text_config") if isinstance(config, dict) else None
     # multimodal configs keep the language model's under text_config
     for section in filter(lambda value: isinstance(value, dict), (config, inner)):
-        # transformers 5 writes dtype, 4 wrote torch_dtype
         for key in ("dtype", "torch_dtype"):
             if isinstance(section.get(key), str):
                 return str(section[key]).removeprefix("torch.")

@@ -412,12 +412,9 @@ def _failures_are_filed(plan: Plan) -> Iterator[Callable[[], None]]:
         if filed or isinstance(error, BrokenPipeError):
             raise
         what = error.what if isinstance(error, PrunebenchError) else str(error)
+        # `current` still names the innermost stage: `StageTimer` does not reset it on errors
         record = failed_result(
-            # `current` still names the innermost stage: `StageTimer` does not reset it on errors
-            plan,
-            error=type(error).__name__,
-            stage=plan.progress.current,
-            message=what,
+            plan, error=type(error).__name__, stage=plan.progress.current, message=what
         )
         try:
             plan.store.publish(record)

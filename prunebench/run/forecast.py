@@ -173,7 +173,7 @@ def require_fits(plan: Plan, expected: Forecast) -> None:
         (str(plan.device), need.device_total, expected.device_free),
         ("the host", need.host_total, expected.host_free),
     ):
-        # size 0: nothing is kept there, as on a CPU run without a GPU
+        # size 0: on a CPU, all is device memory and nothing counts as the host's
         if size * _MARGIN > free and size:
             raise OutOfMemory(
                 f"{plan.spec.method} on {plan.spec.model} does not fit",

@@ -202,10 +202,9 @@ def plan_memory(
     running = footprint.collecting * (batches if work.sequential else 1) if work.samples else 0
     # running a batch and solving do not overlap: the larger of the two counts, not the sum
     pruning = calibrating + max(running, footprint.statistics * bool(work.samples) + method_peak)
-    # pruning and scoring do not overlap either; the larger stage is split into hidden states and
-    # rest
+    # pruning and scoring do not overlap either: the stage that takes more in all counts
     judging = scoring + footprint.running + footprint.head
-    # key=sum: the stage that takes more in all, not the one with more hidden states
+    # (hidden states, everything else) of the larger stage
     states, busy = max(
         ((calibrating, pruning - calibrating), (scoring, judging - scoring)), key=sum
     )

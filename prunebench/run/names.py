@@ -76,7 +76,6 @@ def _resolve_method(
         raise UsageError(
             f"the method {spec.method} does not prune", fix="leave --sparsity out, or use 0"
         )
-    # with a file of ratios too
     if spec.allocation != "uniform" and (sparsity.is_pattern or not row.prunes):
         raise UsageError(
             f"--allocation {spec.allocation} does not go with {spec.method} {sparsity}",

@@ -93,7 +93,7 @@ def load_inputs(resolved: ResolvedSpec) -> Plan:
         # on the meta device: shapes of all weights, and no memory
         model = skeleton(config)
         linears = find_linears(model)
-        # before any text: a damaged checkpoint is the commonest of these errors, and cheap to find
+        # before any text is fetched: only headers of files are read
         _check_files(resolved, model)
         for linear in linears:
             resolved.sparsity.require_width(linear.in_features, name=linear.name)
@@ -155,7 +155,7 @@ def _require_contexts(named: RunSpec, config: Any) -> None:
 def _check_bos(resolved: ResolvedSpec, config: Any, tokenizer: Any) -> None:
     """Refuse windows that need a BOS which the tokenizer lacks; note where BOS is expected."""
     entry = resolved.model.source.entry
-    # the catalog knows models whose training always began with BOS
+    # the catalog names models that need BOS in every window
     always = entry is not None and entry.bos == "window"
     learns = resolved.pruner.needs.training is not None
     note = check_bos(resolved.named, config, tokenizer, always=always, learns=learns)
@@ -243,7 +243,7 @@ def _calibrate(
                 source, tokenizer, samples=spec.calibration_samples, seqlen=spec.seqlen,
                 seed=spec.seed, bos=spec.calibration_bos,
             )  # fmt: skip
-    # [samples, seqlen]: what was sampled, which a short text may cut
+    # [samples, seqlen], also of a file of tokens
     samples, seqlen = windows.token_ids.shape
     block = CalibrationBlock(
         text=text,
@@ -320,7 +320,6 @@ def _why_resident(resolved: ResolvedSpec, tasks: list[Evaluator]) -> str:
         resolved.pruner.needs, *([] if allocator is None else [allocator.needs]),
     )  # fmt: skip
     reason = ""
-    # the method's and the allocator's needs alike
     if any(need.training is not None for need in needs):
         reason = f"{spec.method} learns, and runs every block forward and backward in each step"
     elif any(need.gradients is not None for need in needs):
@@ -372,7 +371,7 @@ def _require_same(
         raise _changed("the calibration text", calibration.origin, str(spec.calibration_origin))
     protocols = tuple(text.protocol for text in texts)
     origins = tuple(text.origin for text in texts)
-    # the result would else be filed under the hash of another text
+    # otherwise the result would be filed under the hash of another text
     if protocols != spec.ppl or origins != spec.ppl_origins:
         raise _changed("a text of --ppl", ", ".join(protocols), ", ".join(spec.ppl))
     if masks is not None and masks.origin not in spec.method_options.values():

@@ -111,7 +111,7 @@ def probe_machine(
     linears: Sequence[Linear], dtype: torch.dtype, device: torch.device, file: Path
 ) -> Machine:
     """Multiply a matrix of the model's size, and read a piece of its files."""
-    # the first blocks have the shapes of all others
+    # as a rule the first blocks have the shapes of all others
     linear = max(linears[:16], key=lambda linear: linear.size)
     # at most 4096: large enough for full speed, small enough for a moment on a CPU
     rows, width = min(linear.out_features, 4096), min(linear.in_features, 4096)

@@ -64,7 +64,7 @@ def build_identity(resolved: ResolvedSpec, *, status: str) -> dict[str, Any]:
 
 def failed_result(resolved: ResolvedSpec, *, error: str, stage: str, message: str) -> Result:
     """Return the record of a run that did not finish."""
-    # cut: a CUDA error can quote pages
+    # cut: a library's message can be pages long
     failure = FailureBlock(stage=stage, error=error, message=message[:500])
     return Result(**build_identity(resolved, status="failed"), failure=failure)
 

@@ -71,7 +71,7 @@ def _of_paper(entry: dict[str, Any], where: str) -> list[PublishedValue]:
     if "table" in entry:
         tables = [entry["table"]] if isinstance(entry["table"], str) else entry["table"]
         for name in tables:
-            # a mistyped table would otherwise leave nothing to check, and the recipe would pass
+            # beside a correct name, a mistyped one would leave its values unchecked
             if name not in {value.table for value in values}:
                 raise UsageError(
                     f"arXiv {entry['paper']} has no {name!r}", where=where,

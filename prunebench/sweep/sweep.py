@@ -43,7 +43,7 @@ from prunebench.sweep.engines.job import Job, JobEnd, Refused
 from prunebench.sweep.engines.local import LocalEngine
 from prunebench.sweep.recipe import Recipe
 
-_TRIES = 2  # a lost node or a full GPU is often gone at the second start
+_TRIES = 2  # a lost node or a GPU that others filled may be gone by the second
 _INTERRUPTED = 130  # 128 + SIGINT, as shells report it
 _FINAL = (2, 4, 6, _INTERRUPTED)  # usage, damaged data, a check: the same again would not help
 _ARRIVAL_SECONDS, _ARRIVAL_POLL_SECONDS = 60.0, 1.0  # a network file system hides new files a while
@@ -342,7 +342,7 @@ class Sweep:
         # not there yet, or not yet visible through a network file system's cache
         except (UsageError, MissingResource):
             return None
-        # `Damaged` while the file is copied between machines: look again
+        # a damaged file may still be arriving: look again
         return result if isinstance(result, Result) else None
 
     def _failed(self, spec: RunSpec) -> frozenset[str]:
