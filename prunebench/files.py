@@ -21,7 +21,7 @@ import platformdirs
 
 from prunebench.errors import SaveError
 
-_CHUNK_BYTES = 4 << 20  # read at a time: progress is smooth, memory stays small
+_CHUNK_BYTES = 4 << 20
 _PROBE_BYTES = 1 << 20  # random bytes: a compressing file system must really store them
 
 _probed: set[tuple[int, int]] = set()  # device and inode of the folders that could be written to
@@ -154,7 +154,6 @@ def atomic_file(path: Path) -> Iterator[Path]:
     except Exception as error:
         _raise_explained(error, path)
     finally:
-        # after success the name is gone already
         part.unlink(missing_ok=True)
 
 
@@ -217,7 +216,6 @@ def atomic_folder(path: Path, *, replace: bool = False, exclusive: bool = False)
     except Exception as error:
         _raise_explained(error, path)
     finally:
-        # after success this path is gone
         shutil.rmtree(part, ignore_errors=True)
         # the new folder could not take its place: put the old one back
         if old.exists() and not path.exists():

@@ -44,7 +44,6 @@ def with_defaults(given: Mapping[str, Any]) -> dict[str, Any]:
     values |= {"sparsity": row.sparsity, "allocation": row.allocation}
     # a run without --dtype means auto; only a RunSpec built in Python defaults to float32
     values["dtype"] = AUTO
-    # last: what was given wins
     values |= {key: value for key, value in given.items() if key != "set"}
     # known from the name alone, so that a table or --show-config can say it without the files
     if values["dtype"] == AUTO and (source.entry or source.kind == "gguf"):

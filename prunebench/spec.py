@@ -210,7 +210,6 @@ class RunSpec(BaseModel):
         for name, option in options_of(type(self)).items():
             if option.about.since > 1 and getattr(self, name) == option.value:
                 del values[name]
-        # no spaces: the bytes are what is hashed
         return json.dumps(values, sort_keys=True, separators=(",", ":"))
 
     @property
@@ -239,7 +238,6 @@ def build_spec(values: Mapping[str, Any]) -> RunSpec:
     try:
         return RunSpec(**values)
     except ValidationError as error:
-        # one error at a time, like every other message
         first = error.errors()[0]
         name = str(first["loc"][0]).replace("_", "-")
         raise UsageError(

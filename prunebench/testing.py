@@ -34,7 +34,7 @@ from prunebench.spec import WithinBlock
 SPARSITIES = ("0.5", "0.3", "2:4", "1:4", "3:4")
 """Targets that a method is checked with, except those it refuses."""
 
-VOCABULARY = 256  # embeddings stay small beside the blocks
+VOCABULARY = 256
 CONTEXT = 128
 
 _LLAMA_LIKE: dict[str, Any] = {
@@ -254,8 +254,8 @@ def _checks(
         for order in orders:
             check = functools.partial(reached, Sparsity.parse(text), order)
             yield f"reaches {text}, {order}", check
-    # the second call of `trial` is not cached: it must prune again
     yield "leaves everything else alone", lambda: _check_rest(pruned(half, "joint"), dense)
+    # this `trial` is not the cached one: it must prune again
     yield "same input, same weights", lambda: _check_repeatable(pruned(half, "joint"), trial(half))
     yield "ratio 0 changes nothing", lambda: _check_identity(trial(Sparsity(0.0)), dense)
     yield "puts hooks and settings back", lambda: _check_clean(pruned(half, "joint"), dense)

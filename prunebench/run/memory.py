@@ -185,7 +185,6 @@ def plan_memory(
         on_gpu: Whether the compute device is a GPU.
         process: Bytes of this process before it loads anything.
     """
-    # blocks may differ in size (dense and expert blocks of one model)
     largest = max(sizes.blocks)
     token = hidden_size * dtype.itemsize  # bytes of one token's hidden state
     # hidden states of all calibration windows wait between blocks: [samples, seqlen, hidden]

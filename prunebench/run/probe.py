@@ -25,7 +25,7 @@ from prunebench.sparsity import Sparsity
 
 # the larger is twice the smaller, so that log2 of the ratio of times is the exponent
 _WIDTHS = (256, 512)
-_READ_BYTES = 64 << 20  # enough that the time to open the file is small
+_READ_BYTES = 64 << 20
 _TOKENS = 512
 
 

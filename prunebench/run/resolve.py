@@ -123,8 +123,8 @@ def resolve(spec: RunSpec, setup: Setup) -> ResolvedSpec:
     calibration, calibration_fields = _identify_calibration(named.spec)
     training_text = _identify_training(named)
     fields: Fields = {
-        # commit, not branch: `main` moves, and equal hashes must mean equal weights
         "model": source.id,
+        # commit, not branch: `main` moves, and equal hashes must mean equal weights
         "model_revision": model.revision,
         "dtype": dtype.dtype,
         **_identify_allocation(named.spec),

@@ -210,11 +210,9 @@ def build_cost_block(
     plan: Plan, prune_seconds: float, *, starts: int, halvings: list[str]
 ) -> CostBlock:
     """Describe time and memory so far, see `CostBlock`."""
+    # tensors only: what the caching allocator holds beyond them is not counted
     peaks = [
-        # tensors only: what the caching allocator holds beyond them is not counted
-        torch.cuda.max_memory_allocated(device)
-        for device in plan.devices
-        if device.type == "cuda"
+        torch.cuda.max_memory_allocated(device) for device in plan.devices if device.type == "cuda"
     ]
     return CostBlock(
         stage_seconds={name: round(s, 3) for name, s in plan.progress.seconds.items()},

@@ -94,7 +94,6 @@ def _measured(entry: dict[str, Any], cells: Sequence[RecipeCell], where: str) ->
         )  # fmt: skip
     return PublishedValue(
         method=entry["method"],
-        # most recipes have one model
         model=entry.get("model", cells[0].values["model"]),
         sparsity=str(entry["sparsity"]),
         allocation=entry.get("allocation", "uniform"),

@@ -100,7 +100,6 @@ def _why(lines: list[str], code: int) -> tuple[str, str]:
     reason = f"exit code {code}"
     if code < 0:  # Popen: minus the number of the signal
         reason = f"its process was ended by {_signal_name(-code)}"
-        # SIGKILL leaves no message of its own, and the kernel's OOM killer is its usual sender
         if code == -signal.SIGKILL:
             reason += ", as the system does when memory runs out"
     stage = open_stage.split()[0] if open_stage.split() else ""
