@@ -217,7 +217,6 @@ def atomic_folder(path: Path, *, replace: bool = False, exclusive: bool = False)
         _raise_explained(error, path)
     finally:
         shutil.rmtree(part, ignore_errors=True)
-        # the new folder could not take its place: put the old one back
         if old.exists() and not path.exists():
             old.rename(path)
         shutil.rmtree(old, ignore_errors=True)

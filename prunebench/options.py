@@ -154,7 +154,6 @@ def _field_option(name: str, hint: Any, default: Any) -> FieldOption:
     least = next(
         (limit.ge for info in limits for limit in info.metadata if hasattr(limit, "ge")), None
     )
-    # of Annotated[T, ...] this is T
     inner, nullable = hint.__origin__, False
     if get_origin(inner) in (Union, UnionType):  # X | None
         nullable = True

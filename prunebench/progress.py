@@ -55,7 +55,6 @@ def quiet_libraries(*, warn: bool = True) -> Iterator[None]:
     draw, threshold = bar.__init__, logging.root.manager.disable
 
     def hidden(self: Any, *args: Any, **kwargs: Any) -> None:
-        # disable wins over what the caller passes
         draw(self, *args, **{**kwargs, "disable": True})
 
     bar.__init__ = hidden

@@ -162,7 +162,6 @@ class Registry(Generic[R]):
                 hint = nearest(key, fields) if fields else "it has no options"
                 raise UsageError(f"{name} has no option {key!r}", where="in --set", fix=hint)
         values: dict[str, OptionValue] = {}
-        # priority: given, the row's, the run's seed, the class's default
         for key, declared in fields.items():
             if key in given:
                 values[key] = _read_value(name, key, given[key], hints[key])

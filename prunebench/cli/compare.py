@@ -177,5 +177,4 @@ def _bold_between_marks(text: str) -> Text:
     from rich.text import Text
 
     parts = text.split("\0")
-    # split at the marks: every second part was between two
     return Text.assemble(*((part, "bold green" if i % 2 else "") for i, part in enumerate(parts)))

@@ -66,7 +66,7 @@ def _devices() -> list[Finding]:
         Finding("cpu", "ok", f"{threads} threads, {memory.available / 1e9:.1f} GB of memory free")
     ]
     emulated = is_emulated(torch.bfloat16, torch.device("cpu"))
-    if emulated is not None:  # None: unknown, nothing to report
+    if emulated is not None:
         text = "emulated: --dtype bfloat16 is slow on this CPU" if emulated else "native"
         findings.append(Finding("bfloat16 on cpu", "note" if emulated else "ok", text))
     if torch.cuda.is_available():

@@ -56,7 +56,6 @@ def print_dry_run(spec: RunSpec, setup: Any, *, as_json: bool) -> None:
     else:
         estimate = _print_forecast(plan)
     typer.echo(f"  spec {plan.spec.spec_id}; nothing was loaded, nothing was written")
-    # last: the numbers are printed even if the run is refused
     if estimate:
         require_fits(plan, estimate)
 

@@ -84,7 +84,6 @@ def open_engine(
 
     options = {**recipe.resources, **asked}
     if needs_gpu(recipe, cells, device=device):
-        # an explicit gpus=0 stays
         options.setdefault("gpus", 1)
     resources = Resources.of(options)
     if executor == "ray":

@@ -150,7 +150,6 @@ def _agreed(repository: Repository, sizes: dict[str, int], *, public: bool, yes:
         f"({old if repository.exists else new})"
     )
     say("  card and result hold the command as it was typed, with its paths")
-    # err=True: stdout is for data
     return yes or typer.confirm("push?", default=False, err=True)
 
 

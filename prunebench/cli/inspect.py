@@ -79,7 +79,6 @@ def inspect_command(
             typer.echo(f"stored as {kind}; shown as the dense weights that it holds")
         for name, dtype in unread.items():
             typer.echo(f"not looked into: {name}, torch has no {dtype}")
-    # after printing: the table shows where
     _require_finite(bad)
     if pattern is not None:
         _require_pattern(shown, sparsity)

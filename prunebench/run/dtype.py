@@ -178,6 +178,6 @@ def _own(stored: StoredDtype, device: torch.device) -> DtypeChoice:
 def _grown(stored: StoredDtype, dtype: str) -> str:
     """Return a note on how much larger a saved model becomes in a dtype, or ""."""
     size = stored.saved_bytes(dtype)
-    if size <= stored.all_bytes:  # it does not grow
+    if size <= stored.all_bytes:
         return ""
     return f"a saved model will have {gigabytes(size)} instead of {gigabytes(stored.all_bytes)}"

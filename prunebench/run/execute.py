@@ -251,7 +251,7 @@ def _stopwatch(journal: RunJournal | None) -> Iterator[Callable[[], float]]:
     """Yield a function that returns the seconds inside, earlier starts of this run included."""
     earlier_seconds = journal.state.seconds if journal else 0.0
     start_time = time.perf_counter()
-    end_times: list[float] = []  # empty while the clock runs
+    end_times: list[float] = []
 
     def seconds() -> float:
         return earlier_seconds + (end_times[0] if end_times else time.perf_counter()) - start_time
@@ -269,7 +269,6 @@ def _walk(
     plan: Plan, model: nn.Module, stage: str, detail: str, gradients: GradientNorms | None = None
 ) -> Iterator[BlockWalker]:
     """Open a block walker over the calibration tokens, as one stage of the run."""
-    # blocks are counted from the linears: the plan has no model
     total, unit = max(linear.block_index for linear in plan.linears) + 1, "blocks"
     need = plan.pruner.needs.training
     if stage == "prune" and need is not None:

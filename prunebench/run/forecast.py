@@ -208,5 +208,4 @@ def duration(seconds: float) -> str:
     if seconds < 90:
         return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"
     minutes = math.ceil(seconds / 60)
-    # rounded up: an estimate should rather be too long
     return f"{minutes} min" if minutes < 100 else f"{minutes / 60:.1f} h"

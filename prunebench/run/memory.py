@@ -224,7 +224,6 @@ def plan_memory(
     (host if on_gpu else device)["Python and libraries"] = process
     # every pruned block, and hidden states twice: new ones are written before the old are removed
     journal = sum(sizes.blocks) + 2 * calibrating if weights == "disk" else 0
-    # hidden states that wait in a file instead of memory
     mapped = max(calibrating, scoring) if weights == "disk" and placement == "disk" else 0
     return MemoryNeed(device, host, journal + mapped)
 

@@ -46,7 +46,6 @@ def check_names(spec: RunSpec, setup: Setup) -> NamedSpec:
     Raises:
         PrunebenchError: The first thing that is wrong.
     """
-    # None for a hub name or folder without an alias
     entry = find_model(spec.model).entry
     pruner, allocator, sparsity, fields = _resolve_method(spec, entry)
     # with the fields filled in: a method without data has no calibration to check

@@ -114,11 +114,8 @@ def load_inputs(resolved: ResolvedSpec) -> Plan:
     weights = _place_weights(resolved, model, tasks)
     if resolved.setup.save_model and weights == "resident":
         require_carriable(resolved.model.path, model)
-    # last: everything has been read by now
     _require_same(resolved, calibration, texts, masks)
     return Plan(
-        # a Plan is a ResolvedSpec with more fields; vars keeps objects, where asdict would copy
-        # them
         **vars(resolved),
         tokenizer=tokenizer,
         linears=linears,
@@ -211,7 +208,6 @@ def _require_known(
 ) -> None:  # fmt: skip
     """Refuse tokens that the model has no row for, but for those of tasks (`prepare_tasks`)."""
     named, need = resolved.named, resolved.pruner.needs.training
-    # token windows by the name under which the user knows them
     read = [(name, text.windows) for name, text in zip(named.ppl, texts, strict=True)]
     if windows is not None:
         read.append((named.calibration or "", windows.token_ids))

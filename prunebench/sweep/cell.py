@@ -127,5 +127,4 @@ def flat_options(options: Mapping[str, Any], prefix: str = "") -> Iterator[tuple
 
 def option_word(value: Any) -> str:
     """Return a value as the command line takes it."""
-    # Python prints True; the command line and TOML write true
     return str(value).lower() if isinstance(value, bool) else str(value)

@@ -187,11 +187,9 @@ def _expand(source: RecipeSource, given: dict[str, Any], grids: Any) -> Iterator
     """Yield the options of every cell, without repetitions."""
     # two grids may overlap (a common baseline): such a cell runs once
     seen = set()
-    # no grid: one cell of the options at the top
     for nth, grid in enumerate(grids or [{}]):
         source.check(grid, RUN_KEYS, "[[grid]]", nth, axes=True)
         axes = {key: _axis(key, value) for key, value in grid.items()}
-        # the last key of the grid changes fastest
         for combination in itertools.product(*axes.values()):
             cell = {**given, **dict(zip(axes, combination, strict=True))}
             if isinstance(given.get("set"), dict) and isinstance(cell.get("set"), dict):

@@ -44,7 +44,7 @@ from prunebench.sweep.engines.local import LocalEngine
 from prunebench.sweep.recipe import Recipe
 
 _TRIES = 2  # a lost node or a GPU that others filled may be gone by the second
-_INTERRUPTED = 130  # 128 + SIGINT, as shells report it
+_INTERRUPTED = 130
 _FINAL = (2, 4, 6, _INTERRUPTED)  # usage, damaged data, a check: the same again would not help
 _ARRIVAL_SECONDS, _ARRIVAL_POLL_SECONDS = 60.0, 1.0  # a network file system hides new files a while
 _SHARD = re.compile(r"(\d+)/(\d+)")
@@ -254,7 +254,7 @@ class Sweep:
                     outcome = self._begin(waiting.popleft(), waiting)
                 else:
                     outcome = self._end(*self._engine.wait(), waiting)
-                if outcome:  # None: submitted, postponed or retried
+                if outcome:
                     yield outcome
         finally:
             # also reached by GeneratorExit and KeyboardInterrupt at the `yield` or in `wait`
@@ -370,7 +370,7 @@ class Sweep:
     def _job(self, cell: RecipeCell) -> Job:
         return Job(
             number=cell.number,
-            words=tuple(self.command(cell)[1:]),  # without "prunebench": the job adds -m
+            words=tuple(self.command(cell)[1:]),
             folder=str(Path.cwd()),  # relative paths of the recipe, on a shared file system
             settings=_settings(os.environ),
         )

@@ -88,7 +88,6 @@ class Resources:
             if key in options and options[key] < least:
                 raise UsageError(f"{key} = {options[key]} asks for too little", where="what a "
                                  "cell asks of the cluster", fix=f"at least {least}")  # fmt: skip
-        # keys are the names of the fields, but for the time, which becomes minutes
         values = {key: value for key, value in options.items() if key != "time"}
         if "time" in options:
             values["minutes"] = _minutes(str(options["time"]))
@@ -138,7 +137,6 @@ def _minutes(text: str) -> int:
             where="Slurm reads 4:00 as four minutes, people as four hours",
             fix="as in time=240 (minutes), 4:00:00 or 1-12:00:00",
         )
-    # groups that did not match are None
     parts = {name: int(value or 0) for name, value in match.groupdict().items()}
     # seconds are dropped: Slurm schedules by the minute
     minutes = parts["minutes"] or (parts["d"] * 24 + parts["h"]) * 60 + parts["m"]

@@ -103,7 +103,6 @@ def slots_of_machine(jobs: int, devices: Collection[str]) -> list[dict[str, str]
     Raises:
         UsageError: There are not so many GPUs.
     """
-    # nothing to divide: the job sees the machine as it is
     if jobs == 1:
         return [{}]
     # torch is imported only where a GPU may be used: it takes seconds
@@ -120,7 +119,6 @@ def slots_of_machine(jobs: int, devices: Collection[str]) -> list[dict[str, str]
     # torch starts as many threads as there are cores; several jobs that all do so slow each other
     # down
     threads = max(1, (os.cpu_count() or 1) // jobs)
-    # the user's own number wins
     given = os.environ.get("OMP_NUM_THREADS", str(threads))
     return [{"OMP_NUM_THREADS": given} for _ in range(jobs)]
 

@@ -108,7 +108,6 @@ def _why(lines: list[str], code: int) -> tuple[str, str]:
 
 def _signal_name(number: int) -> str:
     try:
-        # real-time signals have no name
         return signal.Signals(number).name
     except ValueError:
         return f"signal {number}"

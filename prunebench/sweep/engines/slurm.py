@@ -38,7 +38,6 @@ class SlurmEngine:
         poll_seconds: float = 1.0,
     ) -> None:
         try:
-            # an optional dependency: imported here, so that the module can be imported without it
             import submitit
         except ImportError:
             raise MissingResource(
