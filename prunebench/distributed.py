@@ -18,6 +18,7 @@ _PATIENCE = timedelta(hours=12)  # the other ranks wait while rank 0 scores the 
 
 def world_size() -> int:
     """Return the number of processes; 1 without a launcher."""
+    # WORLD_SIZE alone does not mean that a launcher started this process
     return int(os.environ.get("WORLD_SIZE", "1")) if "RANK" in os.environ else 1
 
 
@@ -28,12 +29,14 @@ def rank() -> int:
 
 def device_of(name: str) -> str:
     """Return the device of this process for a `--device` value: one GPU per local rank."""
+    # an explicit cuda:N is taken literally, also by every rank
     if world_size() == 1 or name not in ("auto", "cuda"):
         return name
     import torch
 
     if not torch.cuda.is_available():
         return name
+    # the rank within this machine: RANK counts over all machines
     return f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
 
 
@@ -47,6 +50,7 @@ def process_group(*, device: str, trains: bool) -> Iterator[None]:
     if world_size() == 1:
         yield
         return
+    # checked before joining: a refusal must not leave other ranks waiting in init
     if not trains:
         raise UsageError(
             f"{world_size()} processes were started, and this method works in one",
@@ -58,7 +62,9 @@ def process_group(*, device: str, trains: bool) -> Iterator[None]:
 
     on_gpu = device.startswith("cuda")
     if on_gpu:
+        # before init: otherwise every rank's NCCL would open its context on cuda:0
         torch.cuda.set_device(device)
+    # gloo works on CPUs; NCCL on GPUs only
     dist.init_process_group("nccl" if on_gpu else "gloo", timeout=_PATIENCE)
     try:
         yield

@@ -22,7 +22,7 @@ import platformdirs
 from prunebench.errors import SaveError
 
 _CHUNK_BYTES = 4 << 20
-_PROBE_BYTES = 1 << 20
+_PROBE_BYTES = 1 << 20  # random bytes: a compressing file system must really store them
 
 _probed: set[tuple[int, int]] = set()  # device and inode of the folders that could be written to
 
@@ -52,6 +52,7 @@ def explain_os_error(error: OSError, path: Path) -> SaveError:
         errno.EROFS: "the file system is read-only: name another folder",
         errno.EACCES: "you may not write there: change the permissions, or name another folder",
         errno.ENOTDIR: "a file stands where a folder should be: move it, or name another folder",
+        # mkdir(exist_ok=True) raises it when the path is a file
         errno.EEXIST: "a file stands where a folder should be: move it, or name another folder",
     }
     reason = os.strerror(error.errno) if error.errno else str(error)
@@ -66,6 +67,7 @@ def _raise_explained(error: Exception, path: Path) -> NoReturn:
     """
     if isinstance(error, OSError):
         raise explain_os_error(error, path) from error
+    # Rust's io::Error prints "No space left on device (os error 28)"
     match = re.search(r"\(os error (\d+)\)", str(error))
     if match is None:
         raise error
@@ -101,19 +103,23 @@ def _probe(folder: Path) -> None:
 
     A flush takes 0.1 s on a busy disk, and a sweep asks for each of its cells.
     """
+    # by device and inode: the same path may be another file system after a mount
     status = folder.stat()
     identity = (status.st_dev, status.st_ino)
     if identity in _probed:
         return
+    # has no name on Linux, so a kill leaves nothing behind
     with tempfile.TemporaryFile(dir=folder) as file:
         file.write(os.urandom(_PROBE_BYTES))
         file.flush()
+        # quota and space on a network file system are often reported only when data is flushed
         os.fsync(file.fileno())
     _probed.add(identity)
 
 
 def free_disk(folder: Path) -> int:
     """Return the free bytes of the disk that holds a folder, whether it is there yet or not."""
+    # the nearest ancestor that exists is on the disk that the folder will be on
     while not folder.is_dir() and folder != folder.parent:
         folder = folder.parent
     return shutil.disk_usage(folder).free
@@ -128,16 +134,23 @@ def atomic_file(path: Path) -> Iterator[Path]:
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        # in the same folder: a rename is atomic only within a file system. The dot hides it from
+        # globs
         handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
     except OSError as error:
         raise explain_os_error(error, path) from error
+    # some libraries (safetensors) open the file by its name themselves
     os.close(handle)
     part = Path(name)
     try:
         yield part
+        # before the rename: after a crash the new name must not point to data that was never
+        # written
         _flush(part)
+        # mkstemp creates 0600; the file should be as readable as any other
         part.chmod(0o666 & ~_umask())
         part.replace(path)
+    # not KeyboardInterrupt: it passes as it is, and `finally` cleans up all the same
     except Exception as error:
         _raise_explained(error, path)
     finally:
@@ -147,6 +160,7 @@ def atomic_file(path: Path) -> Iterator[Path]:
 def write_text(path: Path, text: str) -> None:
     """Write a text file atomically."""
     with atomic_file(path) as part:
+        # newline: the same bytes on every platform, as files are hashed and compared
         part.write_text(text, encoding="utf-8", newline="\n")
 
 
@@ -177,7 +191,7 @@ def atomic_folder(path: Path, *, replace: bool = False, exclusive: bool = False)
     old = part.with_suffix(".old")
     try:
         yield part
-        part.chmod(0o777 & ~_umask())
+        part.chmod(0o777 & ~_umask())  # mkdtemp creates 0700
         for file in part.rglob("*"):
             if file.is_file():
                 file.chmod(0o666 & ~_umask())
@@ -185,6 +199,7 @@ def atomic_folder(path: Path, *, replace: bool = False, exclusive: bool = False)
         if replace and path.exists():  # the old one moves aside first: one is always whole
             path.rename(old)
         try:
+            # a folder can be renamed onto an empty one only: of several processes one succeeds
             part.rename(path)
         except OSError as error:
             taken = error.errno in (errno.EEXIST, errno.ENOTEMPTY)
@@ -194,6 +209,8 @@ def atomic_folder(path: Path, *, replace: bool = False, exclusive: bool = False)
                     where="it was made while this program was at work",
                     fix="name another place, or add --force to replace it",
                 ) from error
+            # taken and not exclusive: a cache entry that another process has made is as good as
+            # ours
             if replace or not taken:
                 raise
     except Exception as error:
@@ -211,10 +228,14 @@ def link_or_copy(source: Path, target: Path) -> bool:
     Only weights are linked: they are large, and are not edited in place. A file with
     permissions of its own is copied, as a link would share them.
     """
+    # a hard link is the same inode: permissions changed at one name change at the other
     ordinary = source.stat().st_mode & 0o777 == 0o666 & ~_umask()
+    # files of the hub's cache are symlinks into its blobs: a link to the link would break with the
+    # cache
     if source.suffix == ".safetensors" and ordinary and not source.is_symlink():
         try:
             os.link(source, target)
+        # another file system, or one without hard links (FAT, some network mounts): copy
         except OSError:
             pass
         else:
@@ -244,6 +265,7 @@ def publish_text(path: Path, text: str) -> None:
             stream.flush()
             os.fsync(stream.fileno())
         part.chmod(0o666 & ~_umask())
+        # a rename would replace an existing file; link fails if the name is taken, in one step
         os.link(part, path)
     except FileExistsError as error:
         raise SaveError(
@@ -258,11 +280,13 @@ def publish_text(path: Path, text: str) -> None:
 
 
 def _flush(path: Path) -> None:
+    # fsync works on any descriptor of the file, also one that was opened for reading
     with path.open("rb") as stream:
         os.fsync(stream.fileno())
 
 
 def _umask() -> int:
+    # the mask can be read only by setting it: set it back at once
     mask = os.umask(0)
     os.umask(mask)
     return mask

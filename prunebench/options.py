@@ -132,6 +132,7 @@ def options_of(*classes: type) -> dict[str, FieldOption]:
     return {
         name: _field_option(name, hint, _default(cls, name))
         for cls in classes
+        # include_extras keeps Annotated, where the Option is
         for name, hint in get_type_hints(cls, include_extras=True).items()
         if get_origin(hint) is Annotated
         and any(isinstance(extra, Option) for extra in hint.__metadata__)
@@ -148,6 +149,7 @@ def _default(cls: type, name: str) -> Any:
 
 def _field_option(name: str, hint: Any, default: Any) -> FieldOption:
     about = next(extra for extra in hint.__metadata__ if isinstance(extra, Option))
+    # pydantic's Field(ge=2) keeps the bound in its own metadata, as annotated_types.Ge
     limits = [extra for extra in hint.__metadata__ if isinstance(extra, FieldInfo)]
     least = next(
         (limit.ge for info in limits for limit in info.metadata if hasattr(limit, "ge")), None
@@ -157,6 +159,7 @@ def _field_option(name: str, hint: Any, default: Any) -> FieldOption:
         nullable = True
         (inner,) = (part for part in get_args(inner) if part is not NoneType)
     choices = get_args(inner) if get_origin(inner) is Literal else ()
+    # tuple[str, ...] becomes tuple, dict[...] becomes dict
     kind = str if choices else (get_origin(inner) or inner)
     if kind not in (str, int, float, bool, Path, tuple, dict):
         raise TypeError(f"the option {name} has the type {inner}, which nothing here can read")

@@ -51,17 +51,21 @@ def quiet_libraries(*, warn: bool = True) -> Iterator[None]:
     import tqdm.std
 
     bar: Any = tqdm.std.tqdm
+    # the class's __init__ is patched, as libraries keep their own references to `tqdm`
     draw, threshold = bar.__init__, logging.root.manager.disable
 
     def hidden(self: Any, *args: Any, **kwargs: Any) -> None:
         draw(self, *args, **{**kwargs, "disable": True})
 
     bar.__init__ = hidden
+    # never more verbose than before, if quiet_libraries is nested
     logging.disable(max(threshold, logging.WARNING))
     try:
         with warnings.catch_warnings():
+            # python -W or PYTHONWARNINGS: the user has asked for warnings
             if not warn and not sys.warnoptions:
                 warnings.simplefilter("ignore")
+                # inserted in front of the filter above: our own warnings come through
                 warnings.filterwarnings("default", module=r"prunebench(\.|$)")
             yield
     finally:
@@ -89,6 +93,7 @@ class StageTimer:
         self, name: str, *, total: int | None = None, detail: str = "", unit: str = ""
     ) -> Iterator[Advance]:
         """Open a stage and time it."""
+        # no `finally` below: after an error `current` must still name the stage that failed
         outer, self.current = self.current, name
         started = time.perf_counter()
         with self._progress.stage(name, total=total, detail=detail, unit=unit) as advance:

@@ -77,8 +77,10 @@ class Registry(Generic[R]):
             UsageError: Two packages, or a package and prunebench, claim one name.
         """
         rows: dict[str, R] = {}
+        # reads the metadata of installed packages; nothing is imported
         for point in metadata.entry_points(group=self.entry_points):
             package = f"{point.dist.name} {point.dist.version}" if point.dist else "unknown package"
+            # no silent winner: results are filed by name, and would mix two methods
             rival = self.builtin.get(point.name) or rows.get(point.name)
             if rival:
                 raise UsageError(
@@ -95,6 +97,7 @@ class Registry(Generic[R]):
         Raises:
             UsageError: There is no such name; the nearest is suggested.
         """
+        # before the plug-ins: looking through all installed packages takes longer
         if name in self.builtin:
             return self.builtin[name]
         if ":" in name:
@@ -116,10 +119,12 @@ class Registry(Generic[R]):
         """
         target = self.find(name).target
         module_name, _, attribute = target.partition(":")
+        # a console script has the folder of the script in sys.path, not the working directory
         if ":" in name and str(Path.cwd()) not in sys.path:
             sys.path.insert(0, str(Path.cwd()))  # a literal may be a file of the working directory
         try:
             cls = getattr(importlib.import_module(module_name), attribute)
+        # an error with a fix of its own is not wrapped
         except PrunebenchError:
             raise
         except Exception as error:  # a plug-in may raise anything while it is imported
@@ -128,6 +133,7 @@ class Registry(Generic[R]):
                 where=f"{target}: {type(error).__name__}: {error}",
                 fix="fix or uninstall the plug-in; the others are not affected",
             ) from error
+        # options are read from the fields of a dataclass
         if not (isinstance(cls, type) and dataclasses.is_dataclass(cls)):
             raise self._refused(target, "it is not a dataclass")
         for needed in self.required:
@@ -148,6 +154,7 @@ class Registry(Generic[R]):
         """
         cls = self.load(name)
         row = self.find(name)
+        # field.type is a string under `from __future__ import annotations`; this evaluates it
         hints = typing.get_type_hints(cls)
         fields = {f.name: f for f in dataclasses.fields(cls) if f.init}
         for key in given:
@@ -160,6 +167,7 @@ class Registry(Generic[R]):
                 values[key] = _read_value(name, key, given[key], hints[key])
             elif key in row.options:
                 values[key] = row.options[key]
+            # before the class's default: the seed of the run is recorded, so it must be used
             elif key == "seed":
                 values[key] = seed
             elif declared.default is not dataclasses.MISSING:
@@ -179,6 +187,7 @@ class Registry(Generic[R]):
         cls = self.load(name)
         try:
             return cls(**options)
+        # what __post_init__ raises for a value out of range
         except (ValueError, TypeError) as error:
             raise UsageError(f"{name} refuses its options", where=str(error)) from error
 
@@ -194,6 +203,7 @@ class Registry(Generic[R]):
 
 
 def _read_value(name: str, key: str, value: OptionValue, hint: Any) -> OptionValue:
+    # `int | None` has the origin UnionType, Optional[int] has Union
     is_union = typing.get_origin(hint) in (typing.Union, UnionType)
     kinds = typing.get_args(hint) if is_union else (hint,)
     for kind in kinds:
@@ -201,13 +211,17 @@ def _read_value(name: str, key: str, value: OptionValue, hint: Any) -> OptionVal
             return None
         if typing.get_origin(kind) is typing.Literal and value in typing.get_args(kind):
             return value
+        # not isinstance: True is an int, and must not pass for one
         if isinstance(kind, type) and type(value) is kind:
             return value
+        # TOML's `alpha = 1` for an option that is a float
         if kind is float and isinstance(value, int) and not isinstance(value, bool):
             return float(value)
         if isinstance(value, str) and kind in (bool, int, float, str):
             try:
+                # bool("false") is True
                 return _BOOLS[value.lower()] if kind is bool else typing.cast(Any, kind)(value)
+            # the next kind of the union may fit
             except (KeyError, ValueError):
                 continue
     expected = getattr(hint, "__name__", str(hint)).replace("typing.", "")

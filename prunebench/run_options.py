@@ -40,17 +40,22 @@ def with_defaults(given: Mapping[str, Any]) -> dict[str, Any]:
     options = {name: option for name, option in RUN_OPTIONS.items() if option.about.recipe}
     values = {name: option.value for name, option in options.items()}
     source = find_model(given.get("model", values["model"]))
+    # the method's own defaults (dense: 0) replace those of the spec
     values |= {"sparsity": row.sparsity, "allocation": row.allocation}
+    # a run without --dtype means auto; only a RunSpec built in Python defaults to float32
     values["dtype"] = AUTO
     values |= {key: value for key, value in given.items() if key != "set"}
+    # known from the name alone, so that a table or --show-config can say it without the files
     if values["dtype"] == AUTO and (source.entry or source.kind == "gguf"):
         values["dtype"] = source.entry.dtype if source.entry else "float32"
     for name, option in options.items():
         option.require(values[name])
     sparsity = values["sparsity"]
     text = ",".join(sparsity) if isinstance(sparsity, list) else str(sparsity)
+    # one spelling: 50%, 0.50 and 0.5 are the same row
     values["sparsity"] = str(Sparsity.parse(text))
     values |= {k: _names(values[k]) for k, option in options.items() if option.kind is tuple}
+    # after the names were split; `given` tells whether --ppl-seqlen was the user's
     _expand_text_preset(values, given)
     words = read_options(given.get("set", ()))
     of_allocation = {k for k in words if k.startswith(_ALLOCATION)}
@@ -101,6 +106,8 @@ def read_options(given: Any) -> dict[str, Any]:
     if isinstance(given, dict):
         nested = given.get("allocation")
         inner = nested if isinstance(nested, dict) else {}
+        # a method may have an option of its own called `allocation`; only a non-empty table is the
+        # allocator's
         flat = {k: v for k, v in given.items() if k != "allocation" or v is not nested or not inner}
         return flat | {f"{_ALLOCATION}{k}": v for k, v in inner.items()}
     options: dict[str, Any] = {}
@@ -108,6 +115,7 @@ def read_options(given: Any) -> dict[str, Any]:
         key, equals, value = word.partition("=")
         if not equals or not key:
             raise UsageError(f"--set {word!r} is not KEY=VALUE", fix="as in --set alpha=100")
+        # twice the same key is a slip; silently using the last would hide it
         if key in options:
             raise UsageError(f"--set names {key!r} twice")
         options[key] = value

@@ -35,6 +35,7 @@ class Sparsity:
 
     def __post_init__(self) -> None:
         if not 0 <= self.ratio < 1:
+            # 50 for 50% is the usual slip; 1 itself is ambiguous
             hint = f"; did you mean {self.ratio / 100:g}?" if 1 < self.ratio < 100 else ""
             raise UsageError(
                 f"sparsity {self.ratio:g} is not in [0, 1){hint}",
@@ -51,6 +52,7 @@ class Sparsity:
                 where="N:M keeps N of every M weights, so it needs 1 <= N <= M and M >= 2",
                 fix=_EXAMPLES,
             )
+        # exact until the end: 1 - 1/3 in floats is not the float nearest to 2/3
         return cls(ratio=float(1 - Fraction(kept, group)), kept=kept, group=group)
 
     @classmethod
@@ -64,6 +66,7 @@ class Sparsity:
         if not parts:
             raise UsageError("the sparsity is empty", fix=_EXAMPLES)
         targets = [cls._parse_one(part) for part in parts]
+        # "0.5,2:4" is allowed: the same target said twice
         pattern = next((target for target in targets if target.group is not None), targets[0])
         for target in targets:
             if target.ratio != pattern.ratio or target.group not in (None, pattern.group):
@@ -81,6 +84,7 @@ class Sparsity:
             return cls.of_pattern(int(match[1]), int(match[2]))
         scale = 100 if text.endswith("%") else 1
         try:
+            # Fraction is exact: in floats, 1.1 / 100 is not the 0.011 that the user means
             ratio = float(Fraction(text.rstrip("%").strip()) / scale)
         except (ValueError, ZeroDivisionError):
             raise UsageError(f"sparsity {text!r} is not understood", fix=_EXAMPLES) from None
@@ -100,6 +104,7 @@ class Sparsity:
 
         The ratio is taken as the decimal that it prints as, so 0.29 of 100 is 29, not 28.
         """
+        # 0.29 * 100 is 28.999999999999996 in floats
         return math.floor(Fraction(repr(self.ratio)) * size)
 
     def require_width(self, width: int, *, name: str) -> None:

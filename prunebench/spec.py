@@ -45,6 +45,8 @@ class RunSpec(BaseModel):
     A method that reads no data has no calibration: those fields are then null.
     """
 
+    # protected_namespaces: pydantic reserves names that begin with `model_`, and this spec has
+    # `model_revision`
     model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
 
     method: Annotated[
@@ -204,6 +206,7 @@ class RunSpec(BaseModel):
         values = self.model_dump(mode="json")
         if self.allocation == "uniform" and not self.allocation_options:
             del values["allocation"], values["allocation_options"]
+        # a new option at its default computes what the old version did: the hash stays the same
         for name, option in options_of(type(self)).items():
             if option.about.since > 1 and getattr(self, name) == option.value:
                 del values[name]
@@ -212,6 +215,7 @@ class RunSpec(BaseModel):
     @property
     def cell(self) -> str:
         """The name of the folder of this result below its model: method and sparsity."""
+        # a colon is no valid character in a Windows file name: 2:4 becomes 2of4
         return f"{slug(self.method)}-{self.sparsity.replace(':', 'of')}"
 
     @property

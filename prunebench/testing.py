@@ -30,6 +30,7 @@ from prunebench.pruners.protocol import DependsOnModel, Pruner
 from prunebench.sparsity import Sparsity
 from prunebench.spec import WithinBlock
 
+# 1:4 and 3:4 tell kept from pruned: a method that takes N for the pruned ones swaps them
 SPARSITIES = ("0.5", "0.3", "2:4", "1:4", "3:4")
 """Targets that a method is checked with, except those it refuses."""
 
@@ -42,7 +43,7 @@ _LLAMA_LIKE: dict[str, Any] = {
     "intermediate_size": 64,
     "num_hidden_layers": 3,
     "num_attention_heads": 4,
-    "num_key_value_heads": 2,
+    "num_key_value_heads": 2,  # grouped-query attention: k and v are narrower than q
     "max_position_embeddings": CONTEXT,
     "head_dim": 8,
     "pad_token_id": 0,
@@ -62,6 +63,7 @@ _OLDER: dict[str, Any] = {
 
 _ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("llama", _LLAMA_LIKE),
+    # windows shorter than the 24 tokens of `tiny_tokens`, so that the sliding mask matters
     "mistral": ("mistral", {**_LLAMA_LIKE, "sliding_window": 16}),
     "qwen2": ("qwen2", _LLAMA_LIKE),
     "qwen3": ("qwen3", _LLAMA_LIKE),
@@ -123,6 +125,7 @@ def tiny_model(architecture: str, *, seed: int = 0) -> nn.Module:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     model_type, options = _ARCHITECTURES[architecture]
+    # the caller's random state stays as it was
     with quiet_transformers(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model: nn.Module = AutoModelForCausalLM.from_config(
@@ -130,6 +133,8 @@ def tiny_model(architecture: str, *, seed: int = 0) -> nn.Module:
         )
         with torch.no_grad():
             for parameter in model.parameters():
+                # added to the architecture's own initialization: norms stay near 1, and biases are
+                # no longer 0
                 scale = 0.1 if parameter.ndim == 1 else 0.5 / parameter.shape[-1] ** 0.5
                 parameter.add_(torch.randn_like(parameter) * scale)
     model.requires_grad_(False)
@@ -139,6 +144,7 @@ def tiny_model(architecture: str, *, seed: int = 0) -> nn.Module:
 def tiny_tokens(*, samples: int = 6, seqlen: int = 24, seed: int = 0) -> Tensor:
     """Return random token windows for `tiny_model`, int64 (samples, seqlen)."""
     generator = torch.Generator().manual_seed(seed)
+    # ids 0 to 2 are padding, BOS and EOS
     return torch.randint(3, VOCABULARY, (samples, seqlen), generator=generator)
 
 
@@ -177,6 +183,7 @@ class _Trial:
             token_ids=tokens,
             within_block=self.within_block,
             inputs=PrunerInputs(gradients=gradients, training=training),
+            # two windows of 24: statistics must add up over several batches
             batch_tokens=48,
         )
         self.pruner.prune(walker, {linear.name: self.sparsity for linear in walker.linears})
@@ -227,7 +234,9 @@ def _takes(pruner: Pruner, sparsity: str) -> bool:
 def _checks(
     pruner: Pruner, architecture: str, sparsities: tuple[str, ...]
 ) -> Iterator[tuple[str, Callable[[], None]]]:
+    # never pruned itself: every trial works on a copy
     dense = tiny_model(architecture)
+    # sequential needs inputs, and linears that are modules: fused experts are slices of one tensor
     orders: tuple[WithinBlock, ...] = ("joint",)
     if architecture not in FUSED_EXPERTS and pruner.needs.calibration:
         orders = ("joint", "sequential")
@@ -246,16 +255,19 @@ def _checks(
             check = functools.partial(reached, Sparsity.parse(text), order)
             yield f"reaches {text}, {order}", check
     yield "leaves everything else alone", lambda: _check_rest(pruned(half, "joint"), dense)
+    # this `trial` is not the cached one: it must prune again
     yield "same input, same weights", lambda: _check_repeatable(pruned(half, "joint"), trial(half))
     yield "ratio 0 changes nothing", lambda: _check_identity(trial(Sparsity(0.0)), dense)
     yield "puts hooks and settings back", lambda: _check_clean(pruned(half, "joint"), dense)
 
 
 def _check_reached(pruned: nn.Module, dense: nn.Module, sparsity: Sparsity) -> None:
+    # zeros that the random weights have already are no fault of the method
     before = {linear.name: int((linear.stored == 0).sum()) for linear in find_linears(dense)}
     after = [measure_linear(linear, sparsity) for linear in find_linears(pruned)]
     require_met(after, before, {layer.linear.name: sparsity for layer in after})
     for layer in after:
+        # -0.0 equals 0 but has other bytes: hashes and packed formats would differ
         if layer.negative_zeros:
             raise AssertionError(f"{layer.linear.name} holds {layer.negative_zeros} times -0.0")
 
@@ -284,6 +296,7 @@ def _check_identity(pruned: nn.Module, dense: nn.Module) -> None:
 
 def _check_clean(pruned: Any, dense: Any) -> None:
     for name, module in pruned.named_modules():
+        # a replaced `forward` stands in the instance, in front of the class's
         if module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module):
             raise AssertionError(f"{name} still has a hook")
     if pruned.config.use_cache != dense.config.use_cache or pruned.training:

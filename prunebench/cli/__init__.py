@@ -95,6 +95,7 @@ def _root(
 
 def main() -> None:
     """Run the command line; the entry point of the `prunebench` program."""
+    # set by a sweep for its jobs: watch the parent before anything slow is imported
     if "PRUNEBENCH_PARENT" in os.environ:
         from prunebench.sweep.engines.process import end_with_parent
 

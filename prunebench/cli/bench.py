@@ -98,6 +98,7 @@ def bench_command(
         return
     report = bench(setup)
     saved_path = None
+    # a checkpoint carries its result; it is filed only if the results folder has that result, too
     if result is not None and (path := store.path_of(result)).is_file():
         saved_path = write_bench(path, report)
     if output is not None:

@@ -125,11 +125,14 @@ def print_tables(tables: list[Table]) -> None:
             title=table.model, title_justify="left", box=rich.box.SIMPLE_HEAD, pad_edge=False
         )
         titles = [_broken(title) for title in render.header(table)]
+        # NUL marks what is bold: it cannot occur in a text, where brackets or asterisks could
         rows = [render.row(table, cell, bold=("\0", "\0")) for cell in table.cells]
         widths = [
+            # cell_len and not len: a wide character takes two columns
             max(cell_len(text.replace("\0", "")) for text in [*title.split("\n"), *texts])
             for title, *texts in zip(titles, *rows, strict=True)
         ]
+        # padding on both sides and a divider between columns
         needed = sum(widths) + 3 * len(widths)
         if not sys.stdout.isatty():
             console.width = max(console.width, needed)  # a file or pipe has no width

@@ -22,6 +22,7 @@ def collect(ctx: typer.Context, recipe: Path | None) -> tuple[dict[str, Any], di
     read = read_recipe(recipe).single() if recipe else {}
     for key in RUN_KEYS:
         parameter = "set_" if key == "set" else key
+        # click knows where a value came from: an option at its default must not override the recipe
         source = ctx.get_parameter_source(parameter)
         origin = source.name if source else "DEFAULT"
         if origin in ("COMMANDLINE", "ENVIRONMENT"):
@@ -31,6 +32,7 @@ def collect(ctx: typer.Context, recipe: Path | None) -> tuple[dict[str, Any], di
             explicit[key] = read[key]
             sources[key] = f"recipe {recipe}"
     values = with_defaults(explicit)
+    # `set` is split into the options of the method and of the allocator
     order = [key for key in RUN_KEYS if key != "set"]
     sources = {key: sources.get(key, "default") for key in order} | {
         "method_options": sources.get("set", "default"),

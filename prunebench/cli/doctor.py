@@ -84,6 +84,7 @@ def _folders(results_dir: Path) -> list[Finding]:
 
     findings = []
     for name, folder in (("cache", cache_dir()), ("results", results_dir)):
+        # a diagnosis creates no folders: the nearest ancestor is tried instead
         there = next(p for p in (folder, *folder.absolute().parents) if p.exists())
         try:
             require_writable(folder if folder.exists() else there)

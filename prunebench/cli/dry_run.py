@@ -69,11 +69,13 @@ def _print_forecast(plan: Any) -> Any:
     typer.echo(f"  weights     {place}")
     try:
         result = forecast(plan)
+    # experts choose by the data, and the meta device has none
     except NotImplementedError:
         typer.echo("  memory      not counted: what experts take depends on the text")
         return None
     need = result.need
     for name, parts, total, free in (
+        # on a CPU there is one memory, and `host` is empty
         ("memory" if not need.host else "GPU", need.device, need.device_total, result.device_free),
         ("memory", need.host, need.host_total, result.host_free),
     ):

@@ -25,6 +25,7 @@ class Voice:
     def __init__(
         self, cells: Sequence[RecipeCell], *, side_by_side: bool = False, quiet: bool = False
     ) -> None:
+        # position in this sweep: of a shard or a selection, numbers of the recipe would have gaps
         self._place = {cell.number: f"[{i}/{len(cells)}]" for i, cell in enumerate(cells, 1)}
         self._side_by_side, self._quiet = side_by_side, quiet
 
@@ -53,6 +54,7 @@ def check_engine(executor: str, words: Sequence[str]) -> dict[str, Any]:
     if executor not in EXECUTORS:
         raise UsageError(f"unknown executor {executor!r}", fix=nearest(executor, EXECUTORS))
     asked = read_resources(words)
+    # refused and not ignored: a user who asks for 40 GB should learn that nobody reserves them
     ignored = {"local": tuple(asked), "ray": SLURM_ONLY, "slurm": ()}[executor]
     wrong = [key for key in asked if key in ignored]
     if wrong:

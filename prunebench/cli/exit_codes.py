@@ -25,6 +25,7 @@ def guarded(command: Callable[..., None]) -> Callable[..., None]:
 
     @functools.wraps(command)
     def wrapper(*args: Any, **kwargs: Any) -> None:
+        # not every command has --debug; the variable works with all
         debug = bool(kwargs.get("debug")) or os.environ.get("PRUNEBENCH_DEBUG", "") not in ("", "0")
         try:
             with quiet_libraries(warn=not kwargs.get("quiet")):
@@ -36,15 +37,19 @@ def guarded(command: Callable[..., None]) -> Callable[..., None]:
             say("interrupted: no result was saved, and no file is half written")
             say(f"run it again with: {command_line()}")
             raise typer.Exit(130) from None
+        # before OSError, of which it is a subclass. At exit Python flushes stdout again: with
+        # devnull in its place that flush cannot fail
         except BrokenPipeError:  # the reader of our output has gone: prunebench compare | head
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             raise typer.Exit(0) from None
         except OSError as error:
             _fail(_os_error(error), debug=debug)
+        # without this, a package that a model's own code needs would look like a bug of prunebench
         except ImportError as error:
             if not _is_of_transformers(error):
                 _bug(error, debug=debug)
             _fail(_missing_package(error), debug=debug)
+        # a RuntimeError: it must pass in front of the handler of bugs
         except typer.Exit:
             raise
         except Exception as error:
@@ -84,6 +89,7 @@ def _bug(error: Exception, *, debug: bool) -> NoReturn:
 
 def _is_of_transformers(error: ImportError) -> bool:
     """Whether transformers raised it: it asks so for a package that a model needs."""
+    # the innermost frame is the one that raised
     frames = [
         frame.f_globals.get("__name__", "") for frame, _ in traceback.walk_tb(error.__traceback__)
     ]

@@ -63,6 +63,7 @@ def export_command(
     target = _format(to)
     if push is None and (public or yes):
         raise UsageError("--public and --yes go with --push", fix="add --push org/name")
+    # refused here, and not at the question, which comes after the hashing and copying
     if push is not None and not yes and not _at_a_terminal():
         raise UsageError(
             f"--push {push} asks first, and there is no terminal to answer", fix="add --yes"
@@ -73,6 +74,7 @@ def export_command(
     with progress.stage("start", detail="loading torch and transformers"):
         from prunebench.checkpoints.export import export
     done = export(source, output, replace=force, progress=progress, to=target)
+    # before the question: the user should see what would be sent
     if not as_json:
         _print_summary(done)
     pushed = None
@@ -131,6 +133,7 @@ def _find_repository(name: str | None, *, public: bool) -> Repository | None:
     from prunebench.download.hub import find_repository
 
     repository = find_repository(name)
+    # what is pushed to a public repository is public at once, whatever --public says
     if repository.exists and not repository.private and not public:
         raise UsageError(
             f"{name} exists and is public", where=repository.url, fix="add --public to push to it"

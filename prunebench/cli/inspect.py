@@ -59,10 +59,12 @@ def inspect_command(
     from prunebench.checkpoints.packed24 import dense_tensors, kind_of
 
     kind = kind_of(path)
+    # packed formats are expanded piece by piece; the pattern is checked on the dense weights
     tensors = (checkpoint_tensors if kind == "dense" else dense_tensors)(path).values()
     rows, unread = inspect_tensors(tensors, sparsity), unreadable(tensors)
     matrices = [row for row in rows if len(row.shape) >= 2]
     shown = [row for row in matrices if every or row.is_pruned]
+    # also of norms and biases, which no pattern concerns
     bad = [row for row in rows if row.non_finite]
     totals = Totals.of(shown)
     if as_json:
@@ -139,6 +141,7 @@ def _verdict(row: TensorFacts) -> str:
         return "-"
     if row.first_violation is not None:
         return f"no: {row.violations:,} groups, first {_place(row)}"
+    # GPT-2's Conv1D stores [in, out]: there, groups run down the rows
     return "yes" if row.axis == -1 else "yes, stored as [in, out]"
 
 

@@ -37,6 +37,7 @@ class LazyCommand(TyperCommand):
             app.command(self.name)(guarded(target))
             target = app
         command = get_command(target)
+        # the name of the function, or of the app's group, would stand in the usage line
         command.name = self.name
         return command
 
@@ -50,9 +51,11 @@ class LazyGroup(TyperGroup):
     def __init__(self, **attributes: Any) -> None:
         super().__init__(**attributes)
         for name, (target, summary) in self.commands_by_name.items():
+            # all commands are listed from these stand-ins, so that --help imports none
             self.commands[name] = LazyCommand(name, target, summary)
 
     def resolve_command(self, ctx: Any, args: list[str]) -> tuple[str | None, Any, list[str]]:
         """Return name, command and remaining arguments; here the module is imported."""
+        # click completes and prints help from what this returns: the real command with its options
         name, command, rest = super().resolve_command(ctx, args)
         return name, command.command if isinstance(command, LazyCommand) else command, rest

@@ -23,6 +23,8 @@ def takes_options(options: Iterable[FieldOption]) -> Callable[[Command], Command
     """
 
     def decorate(command: Command) -> Command:
+        # annotations are strings under `from __future__ import annotations`; Typer reads them from
+        # the signature
         signature = inspect.signature(command, eval_str=True)
         context, *declared = signature.parameters.values()
         declared = [
@@ -32,9 +34,11 @@ def takes_options(options: Iterable[FieldOption]) -> Callable[[Command], Command
         ]
         derived = [parameter_of(option) for option in options]
         parameters = [
+            # a parameter without default may follow one with a default only if both are keywords
             parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY)
             for parameter in (*derived, *declared)
         ]
+        # `inspect.signature`, and so Typer, prefers __signature__ to the function's code
         command.__signature__ = signature.replace(  # type: ignore[attr-defined]
             parameters=[context, *parameters]
         )

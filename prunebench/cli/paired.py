@@ -30,6 +30,7 @@ def compare_paired(words: Sequence[str], *, results_dir: Path, as_json: bool) ->
         MissingResource: A run logged no samples, or nothing is selected.
         IncompatibleData: The samples are damaged, or share no item.
     """
+    # a path may hold "="; only what is no file is a filter
     names = [word for word in words if "=" not in word or Path(word).is_file()]
     selection = Selection.parse([word for word in words if word not in names])
     for key in selection.filters:
@@ -45,7 +46,9 @@ def compare_paired(words: Sequence[str], *, results_dir: Path, as_json: bool) ->
     paths = [store.find(name) for name in names]
     results = [_finished(path) for path in paths]
     first, dense = read_sides(paths[0])
+    # the samples of a result hold both sides, its own and its dense model's
     second = read_sides(paths[1])[0] if len(paths) == 2 else dense
+    # the samples do not say which direction is better; the results do
     lower = frozenset(s.metric for r in results for s in r.scores if not s.higher_is_better)
     pairing = pair(
         first,
@@ -119,12 +122,14 @@ def _values(row: Comparison) -> tuple[str, str, str, str]:
 
 
 def _ratio(value: float) -> str:
+    # ratios near 1 differ in the third digit, which `number` would round away
     return f"{value:.4f}" if 0.9 < value < 1.1 else number(value)
 
 
 def _p(value: float | None) -> str:
     if value is None:
         return MISSING
+    # a p-value is never 0
     return f"{value:.4f}" if value >= 0.0001 else "< 0.0001"
 
 
@@ -153,4 +158,5 @@ def _notes(pairing: Pairing) -> list[str]:
         f"{column}: not compared: neither 0 or 1 nor a loss, or not finite"
         for column in pairing.uncompared
     ]
+    # metrics of one protocol repeat its note; dict keeps the order
     return list(dict.fromkeys(lines))

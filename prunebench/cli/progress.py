@@ -30,6 +30,7 @@ class LineProgress:
     def __init__(self) -> None:
         self._stream = sys.stderr
         self._open: list[str] = []
+        # a stage leaves its line open; a note or an inner stage must end it first
         self._at_line_start = True
 
     @contextlib.contextmanager
@@ -38,6 +39,7 @@ class LineProgress:
     ) -> Iterator[Advance]:
         """Write the stage's line."""
         title = f"{name:<12} {detail}"
+        # downloads count bytes: a number of nine digits says nothing in a log
         if total is not None and unit and unit != "B":
             title += f", {total} {unit}"
         self._write(("" if self._at_line_start else "\n") + f"{title} ... ")
@@ -93,6 +95,7 @@ class TerminalProgress:
             TextColumn("left"),
             TimeRemainingColumn(),
             console=self._console,
+            # bars vanish at the end: each finished stage prints a line of its own
             transient=True,
         )
         self._depth = 0
@@ -104,9 +107,11 @@ class TerminalProgress:
         """Show the stage's bar until it is done."""
         from rich.markup import escape
 
+        # stages nest, and rich has one live display: the outermost starts and stops it
         if self._depth == 0:
             self._bars.start()
         self._depth += 1
+        # details hold user text such as paths in [brackets], which rich would read as markup
         task: Any = self._bars.add_task(f"{name} {escape(detail)}", total=total)
         started = time.perf_counter()
         ending = "failed"

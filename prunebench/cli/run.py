@@ -88,7 +88,9 @@ def run_command(
         settle_dtype(values, sources)
         print_config(values, sources, as_json=as_json)
         return
+    # under torchrun every rank runs this; only rank 0 may print
     progress = choose_progress(quiet=quiet or rank() > 0)
+    # fields of Setup: from `values` where a recipe may set them, else the flag
     placed = {name: values.get(name, given[name]) for name in given if name in vars(Setup())}
     placed |= {"device": device_of(values["device"]), "command": command_line()}
     setup = Setup(**placed, progress=progress)
@@ -99,10 +101,12 @@ def run_command(
         print_dry_run(spec, setup, as_json=as_json)
         return
     with progress.stage("start", detail="loading torch and transformers"):
+        # imported inside the stage, as torch and transformers take seconds
         from prunebench.run.execute import execute as execute_plan
         from prunebench.run.plan import load_inputs
         from prunebench.run.resolve import resolve
     resolved = resolve(spec, setup)
+    # after `resolve`: only contents have a spec_id that can be compared
     saved = _saved_result(resolved) if once else None
     if saved:
         progress.note(f"{saved.id} has the same specification: nothing is run")

@@ -57,6 +57,7 @@ def _checked(path: Path) -> Recipe:
         try:
             check_names(cell.spec, Setup())
         except PrunebenchError as error:
+            # `check_names` knows one spec: add which cell of the recipe it was
             error.where = " / ".join(
                 filter(None, (f"cell {cell.number}, {cell.name}", error.where))
             )
@@ -141,6 +142,8 @@ def sweep_command(
     """
     asked = check_engine(executor, resource or [])
     from prunebench.spec import Setup
+
+    # imports torch: after the cheap check of the executor, and not for `validate`
     from prunebench.sweep.sweep import Sweep, needs_gpu, parse_shard, require_resources
     from prunebench.sweep.sweep import shard as part_of
 
@@ -149,11 +152,14 @@ def sweep_command(
     cells = part_of(recipe.select(selectors or []), part, parts)
     if not dry_run:
         require_resources(recipe, cells, device=device, here=executor == "local")
+    # progress is silent here: resolving the cells would print a line for each; the cells print
+    # their own
     setup = Setup(
         results_dir=results_dir, device=device, batch_size=batch_size, include_path=include_path,
         log_samples=log_samples, progress=choose_progress(quiet=True),
     )  # fmt: skip
     voice = Voice(cells, side_by_side=executor == "local" and (jobs or 1) > 1, quiet=quiet)
+    # --resource overrides the recipe
     gpus = {**recipe.resources, **asked}.get("gpus", 0)
     on_gpu = bool(gpus) or needs_gpu(recipe, cells, device=device)
     if dry_run:
@@ -176,6 +182,7 @@ def _run(sweep: Sweep, cells: Sequence[RecipeCell], voice: Voice) -> list[CellOu
     try:
         with (  # Ray writes to stdout, and stdout is for data
             contextlib.redirect_stdout(sys.stderr),
+            # closing: a generator that is not exhausted ends its jobs only when it is closed
             contextlib.closing(sweep.run(cells)) as stream,
         ):
             for outcome in stream:
@@ -187,6 +194,7 @@ def _run(sweep: Sweep, cells: Sequence[RecipeCell], voice: Voice) -> list[CellOu
             "results are saved, running cells were stopped")  # fmt: skip
         say(f"resume with: {command_line()}")
         raise typer.Exit(130) from None
+    # cells end in any order; the summary follows the recipe
     return sorted(outcomes, key=lambda outcome: outcome.cell.number)
 
 
@@ -197,6 +205,8 @@ def _dry(sweep: Sweep, cells: Sequence[RecipeCell]) -> list[CellOutcome]:
     outcomes = []
     for cell in cells:
         here = local_path(find_model(cell.values["model"])) is not None
+        # resolving would fetch a model that is not on this machine, and its cell cannot be finished
+        # here
         cell = sweep.with_dtype(cell) if here else cell
         result = sweep.finished(cell) if here else None
         outcomes.append(CellOutcome(cell, "finished" if result else "to run", result))
@@ -229,6 +239,8 @@ def _twins(recipe: Recipe, outcomes: Sequence[CellOutcome]) -> tuple[list[Twin],
         ]
         if not results:
             continue
+        # a recipe has the alias, a result may have the hub's name: without this no pair would be
+        # found
         named = replace(value, model=results[0].spec.model)
         matches = find_twins(compare(results), [named], tolerance=expectation.tolerance)
         twins += matches
@@ -283,6 +295,7 @@ def _raise_if_missed(
             where=f"first {first.cell.name}: {first.reason}",
             fix="the same command tries them again, and skips what is finished",
         )
+    # before `missed`: an expectation that was never compared must not pass
     if without:
         value = without[0].value
         raise CheckFailed(

@@ -68,11 +68,14 @@ class StoredDtype:
         """
         tensors = list(stored_tensors(weight_files(folder)).values())
         floats = [tensor for tensor in tensors if "float" in tensor.dtype]
+        # norms are often float32 in a bfloat16 checkpoint: only the matrices of the blocks decide
         matrices = [
             tensor for tensor in floats if len(tensor.shape) > 1 and _IN_A_BLOCK.search(tensor.name)
         ]
+        # models whose blocks are not numbered have no such matrices
         in_files = _most(matrices) or _most(floats)
         in_config = _dtype_of_config(folder / "config.json")
+        # neither is one of ours (float8, quantized): bfloat16
         dtype = next((name for name in (in_files, in_config) if name in DTYPES), "bfloat16")
         if in_files == "float64":
             dtype = "float32"
@@ -80,6 +83,7 @@ class StoredDtype:
             tensor.stop - tensor.start for tensor in tensors if "float" not in tensor.dtype
         )
         everything = sum(tensor.stop - tensor.start for tensor in tensors)
+        # elements, as the bytes depend on the dtype that is chosen
         numbers = sum(tensor.size for tensor in floats)
         return cls(dtype, in_files, in_config, numbers, others, everything)
 
@@ -104,6 +108,7 @@ def _dtype_of_config(path: Path) -> str:
     except (OSError, ValueError):  # what is wrong with it is said where it is read
         return ""
     inner = config.get("text_config") if isinstance(config, dict) else None
+    # multimodal configs keep the language model's under text_config
     for section in filter(lambda value: isinstance(value, dict), (config, inner)):
         for key in ("dtype", "torch_dtype"):
             if isinstance(section.get(key), str):
@@ -156,7 +161,7 @@ def _own(stored: StoredDtype, device: torch.device) -> DtypeChoice:
             f"config.json says {stored.in_config}, the block matrices are {stored.in_files}"
         )
     emulated = is_emulated(getattr(torch, stored.dtype), device)
-    if emulated is False:
+    if emulated is False:  # None: unknown
         if stored.in_files != stored.dtype:
             grown = _grown(stored, stored.dtype)
             notes.append(

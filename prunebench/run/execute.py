@@ -119,15 +119,21 @@ def _execute(plan: Plan) -> Result:
             model = open_model(plan, journal)
             linears = find_linears(model)
             dense_sha256, zeros = _hash_and_count_zeros(model, linears, journal)
+        # a dense run is scored once, as "pruned"; those outcomes are its baseline too. With packed
+        # weights the two differ, and both are scored
         is_dense = not METHODS.find(spec.method).prunes and spec.execute == "dense"
         dense = [] if is_dense else score_dense(plan, model, dense_sha256)
+        # before pruning: the dense weights are overwritten in place
         references = collect_dense_logits(plan, model)
+        # the allocator is part of the method's cost; loading and scoring are not
         with _stopwatch(journal) as prune_seconds:
             allocation = _allocate(plan, model, linears, journal)
             requested = layer_sparsities(plan.sparsity, allocation, linears)
             report = _prune(plan, model, requested)
         with progress.stage("measure", detail="sparsity of every layer"):
             evaluated_sha256, measured = _hash_and_measure(model, linears, requested)
+            # what was asked for is checked on the weights themselves, not on what the method
+            # reports; zeros of the dense model may come on top
             require_met(measured, zeros, requested, beyond=report.zeros_beyond)
             require_total(measured, zeros, plan.sparsity, beyond=report.zeros_beyond)
         with packed_weights(plan, model, linears) as execution:
@@ -151,8 +157,12 @@ def _execute(plan: Plan) -> Result:
                 halvings=halvings,
             ),
         )
+        # killed between writing the journal and publishing: the new start must not file a second
+        # row
         result = _reuse_pending_result(result, journal)
         _publish(plan, result)  # the row first: a full disk must not cost an hour's work twice
+        # from here on an error (a full disk for --save-model) is an error of saving, and the row
+        # stays valid
         row_is_filed()
         if plan.training is not None:
             plan.training.forget()
@@ -166,10 +176,12 @@ def _hash_and_count_zeros(
     model: nn.Module, linears: list[Linear], journal: RunJournal | None
 ) -> tuple[str, dict[str, int]]:
     """Return the hash of the dense weights and the zeros of every linear, in one pass."""
+    # resumed: an earlier start has read every block of the checkpoint for these two
     if journal and journal.state.dense:
         return journal.state.dense["sha256"], journal.state.dense["zeros"]
     zeros: dict[str, int] = {}
 
+    # on disk, a block's weights are in memory only during `look`: hash and count in one reading
     def count(index: int) -> None:
         block_linears = [linear for linear in linears if linear.block_index == index]
         zeros.update({linear.name: int((linear.stored == 0).sum()) for linear in block_linears})
@@ -192,6 +204,7 @@ def _hash_and_measure(
                 measured[linear.name] = measure_linear(linear, requested[linear.name])
 
     sha256 = hash_weights(model, look=measure)
+    # hashing goes by sorted names (block 10 before 2); the result lists layers in the model's order
     return sha256, [measured[linear.name] for linear in linears]
 
 
@@ -200,6 +213,7 @@ def _allocate(
 ) -> Allocation:
     """Choose a ratio for every layer."""
     target, allocator = plan.sparsity.ratio, plan.allocator
+    # resumed: the finished blocks were pruned to the ratios that an earlier start chose
     if journal and journal.state.allocation:
         return Allocation(**journal.state.allocation)
     if allocator is None:
@@ -216,8 +230,10 @@ def _allocate(
 
 
 def _prune(plan: Plan, model: nn.Module, requested: dict[str, Sparsity]) -> PruneReport:
+    # resumed blocks must be in place before the walk: later blocks see their outputs
     restore_finished_blocks(plan, model)
     gradients, norm = None, plan.pruner.needs.gradients
+    # gradients belong to the dense model, so they are collected before any linear is pruned
     if norm is not None and plan.windows:
         samples = len(plan.windows.token_ids)
         detail = f"of the dense model, {norm}"
@@ -240,6 +256,7 @@ def _stopwatch(journal: RunJournal | None) -> Iterator[Callable[[], float]]:
     def seconds() -> float:
         return earlier_seconds + (end_times[0] if end_times else time.perf_counter()) - start_time
 
+    # every save of a block stores the seconds so far: a kill loses only those since the last one
     with journal.on_save(lambda: {"seconds": seconds()}) if journal else nullcontext():
         yield seconds
     end_times.append(time.perf_counter())
@@ -260,6 +277,7 @@ def _walk(
         yield BlockWalker(
             model,
             token_ids=plan.windows.token_ids if plan.windows else None,
+            # null: the method reads no statistics, and the order does not matter
             within_block=plan.spec.within_block or "joint",
             devices=plan.devices,
             inputs=PrunerInputs(gradients, _training(plan, model, advance), plan.masks),
@@ -273,11 +291,13 @@ def _training(plan: Plan, model: nn.Module, advance: Advance) -> Training | None
         return None
 
     def report(point: CurvePoint) -> None:
+        # point 0 is measured before the first step
         advance(bool(point.step))
         if point.held_out_ppl is not None:
             plan.progress.note(format_training_point(point))
 
     def prior() -> tuple[Outcome, ...]:
+        # other ranks wait; scoring is no collective operation
         return tuple(score_prior(plan, model)) if rank() == 0 else ()
 
     return dataclasses.replace(
@@ -300,17 +320,20 @@ def _reuse_pending_result(result: Result, journal: RunJournal | None) -> Result:
     if journal is None:
         return result
     if journal.state.result is None:
+        # written before it is published: id and time are chosen only once
         journal.update(result=result.to_json())
     return Result.model_validate_json(journal.state.result or "")
 
 
 def _publish(plan: Plan, result: Result) -> None:
     """Save the result; if that fails, save it in the cache and name the file in the error."""
+    # only with a journal can a result come up for publication twice
     if plan.weights == "disk" and plan.store.path_of(result).exists():
         return  # saved by an earlier start of this run
     try:
         plan.store.publish(result)
     except SaveError as error:
+        # hours of work: the results folder is full or read-only, the cache may not be
         rescue = cache_dir() / "unfiled" / f"{result.id}.json"
         write_text(rescue, result.to_json())
         error.fix = f"the result was saved as {rescue}: {error.fix}, and copy it there"
@@ -355,6 +378,7 @@ def _record_halvings(plan: Plan, halvings: list[str]) -> Iterator[None]:
 def _memory_errors(device: torch.device, *, trains: bool) -> Iterator[None]:
     try:
         yield
+    # CUDA's error is a RuntimeError, and so is that of torch's CPU allocator
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
@@ -382,15 +406,18 @@ def _failures_are_filed(plan: Plan) -> Iterator[Callable[[], None]]:
     filed: list[bool] = []
     try:
         yield lambda: filed.append(True)
+    # not BaseException: KeyboardInterrupt passes
     except Exception as error:
         if filed or isinstance(error, BrokenPipeError):
             raise
         what = error.what if isinstance(error, PrunebenchError) else str(error)
+        # `current` still names the innermost stage: `StageTimer` does not reset it on errors
         record = failed_result(
             plan, error=type(error).__name__, stage=plan.progress.current, message=what
         )
         try:
             plan.store.publish(record)
+        # the original error matters more than the failure to record it
         except PrunebenchError as unsaved:
             plan.progress.note(f"the failure could not be saved: {unsaved.what}")
         raise

@@ -73,12 +73,14 @@ def forecast(plan: Plan) -> Forecast:
         config, dtype, calibration=(work.batch, max(2, work.seqlen)),
         scoring=(work.scored, work.window), hessian=work.hessian,
     )  # fmt: skip
-    groups = groups_of(plan.linears)
+    groups = groups_of(plan.linears)  # (rows, width) of each
     cost = None
+    # a method that walks the model in its own way cannot be tried on single matrices
     if isinstance(plan.pruner, GroupPruner) and not plan.pruner.needs.gradients:
         cost = probe_method(plan.pruner, plan.sparsity, plan.device)
     need = plan_memory(
         sizes, config.get_text_config().hidden_size, footprint, work,
+        # one group at a time is worked on: the largest counts
         method_peak=max(cost.peak(*group) for group in groups) if cost else 0,
         dtype=dtype, weights=plan.weights, placement=plan.setup.activations,
         on_gpu=plan.device.type == "cuda", process=anonymous_bytes(),
@@ -100,6 +102,7 @@ def work_of(plan: Plan) -> Workload:
     return Workload(
         samples=samples,
         seqlen=seqlen,
+        # as the walker batches: by tokens, at least one window
         batch=min(samples, max(1, BATCH_TOKENS.get(device, 4096) // seqlen)) if samples else 1,
         windows=max((len(text.windows) for text in plan.texts), default=0),
         window=longest,
@@ -127,6 +130,7 @@ def groups_of(linears: list[Linear]) -> list[tuple[int, int]]:
 def anonymous_bytes() -> int:
     """Return the memory of this process that no file backs."""
     info = psutil.Process().memory_info()
+    # pages of mapped libraries are shared and can be dropped; psutil has "shared" on Linux only
     return int(info.rss - getattr(info, "shared", 0))
 
 
@@ -139,12 +143,15 @@ def _seconds(
     groups: list[tuple[int, int]],
 ) -> dict[str, float]:
     blocks = len(sizes.blocks)
-    products = sum(linear.size for linear in plan.linears)
+    products = sum(linear.size for linear in plan.linears)  # multiply-adds of one token
     reading = sizes.total / machine.read_bytes if plan.weights == "disk" else 0.0
+    # joint: once to collect statistics, once more with the pruned weights for the next block's
+    # inputs
     passes = 1 if work.sequential else 2
     tokens = work.samples * work.seqlen
     solving = blocks * sum(cost.time(*group) for group in groups)
     scored = sum(text.windows.numel() for text in plan.texts)
+    # `outside` holds embedding and head; only the head multiplies, hence about half
     scoring = reading + scored * (products + sizes.outside / 2) / machine.flops
     stages = {"load": reading + sizes.total / machine.read_bytes}
     dense = not METHODS.find(plan.spec.method).prunes
@@ -166,6 +173,7 @@ def require_fits(plan: Plan, expected: Forecast) -> None:
         (str(plan.device), need.device_total, expected.device_free),
         ("the host", need.host_total, expected.host_free),
     ):
+        # size 0: on a CPU, all is device memory and nothing counts as the host's
         if size * _MARGIN > free and size:
             raise OutOfMemory(
                 f"{plan.spec.method} on {plan.spec.model} does not fit",

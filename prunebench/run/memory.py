@@ -43,6 +43,7 @@ class Sizes:
 
 def model_sizes(model: nn.Module, dtype: torch.dtype) -> Sizes:
     """Return the sizes of a model on any device, the meta device included."""
+    # numel and not nbytes: the skeleton may be float32, the run is in `dtype`
     _, blocks = find_blocks(model)
     each = tuple(sum(p.numel() for p in block.parameters()) * dtype.itemsize for block in blocks)
     everything = sum(p.numel() for p in model.parameters()) * dtype.itemsize
@@ -55,8 +56,11 @@ def free_memory(device: torch.device) -> int:
     For the host: the least of free system memory, control group and process limits.
     """
     if device.type == "cuda":
+        # asks the driver, so it also knows of other processes on this GPU; what torch's allocator
+        # has cached counts as used
         free, _ = torch.cuda.mem_get_info(device)
         return int(free)
+    # "available" and not "free": the page cache gives way when memory is asked for
     headroom = [psutil.virtual_memory().available, *_cgroup_headroom(), *_rlimit_headroom()]
     return max(0, int(min(headroom)))
 
@@ -71,6 +75,8 @@ def _cgroup_headroom() -> list[int]:
             "/sys/fs/cgroup/memory/memory.usage_in_bytes",
         ),
     ):
+        # no such file: the other version, or not Linux; memory.max holds the word "max" without a
+        # limit
         with contextlib.suppress(OSError, ValueError):
             headroom.append(int(Path(limit).read_text()) - int(Path(used).read_text()))
     return headroom
@@ -83,6 +89,7 @@ def _rlimit_headroom() -> list[int]:
     memory = psutil.Process().memory_info()
     return [
         limit - used
+        # address space is compared with virtual size: mapped files count, too
         for kind, used in ((resource.RLIMIT_AS, memory.vms), (resource.RLIMIT_DATA, memory.rss))
         if (limit := resource.getrlimit(kind)[0]) != resource.RLIM_INFINITY
     ]
@@ -179,15 +186,24 @@ def plan_memory(
         process: Bytes of this process before it loads anything.
     """
     largest = max(sizes.blocks)
-    token = hidden_size * dtype.itemsize
+    token = hidden_size * dtype.itemsize  # bytes of one token's hidden state
+    # hidden states of all calibration windows wait between blocks: [samples, seqlen, hidden]
     calibrating = work.samples * work.seqlen * token
+    # resident weights score batch by batch; from disk, all windows go through a block together, so
+    # that each block is read once
     scoring = work.windows * work.window * token * (weights == "disk")
+    # the dense model's last hidden states, kept beside those of the pruned one
     if work.reports:
         scoring += work.windows * work.window * token
+    # sequential replays the block for each linear, so every batch's tensors exist at a time; joint
+    # drops a batch before the next
     batches = math.ceil(work.samples / work.batch) if work.samples else 0
     running = footprint.collecting * (batches if work.sequential else 1) if work.samples else 0
+    # running a batch and solving do not overlap: the larger of the two counts, not the sum
     pruning = calibrating + max(running, footprint.statistics * bool(work.samples) + method_peak)
+    # pruning and scoring do not overlap either: the stage that takes more in all counts
     judging = scoring + footprint.running + footprint.head
+    # (hidden states, everything else) of the larger stage
     states, busy = max(
         ((calibrating, pruning - calibrating), (scoring, judging - scoring)), key=sum
     )
@@ -196,14 +212,17 @@ def plan_memory(
     if weights == "resident":
         device["blocks"] = sum(sizes.blocks)
     else:
+        # two blocks: one is worked on while the next is read
         device["the block at work"] = largest
         (host if on_gpu else device)["the block that is read"] = largest
+    # on a CPU, "cpu" and "device" are the same memory; on disk hidden states are memory-mapped
     place = {"device": device, "cpu": host if on_gpu else device, "disk": None}
     where = place[placement if weights == "disk" else "device"]
     if where is not None:
         where["hidden states"] = states
     device["one batch, statistics, method"] = busy
     (host if on_gpu else device)["Python and libraries"] = process
+    # every pruned block, and hidden states twice: new ones are written before the old are removed
     journal = sum(sizes.blocks) + 2 * calibrating if weights == "disk" else 0
     mapped = max(calibrating, scoring) if weights == "disk" and placement == "disk" else 0
     return MemoryNeed(device, host, journal + mapped)

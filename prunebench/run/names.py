@@ -48,6 +48,7 @@ def check_names(spec: RunSpec, setup: Setup) -> NamedSpec:
     """
     entry = find_model(spec.model).entry
     pruner, allocator, sparsity, fields = _resolve_method(spec, entry)
+    # with the fields filled in: a method without data has no calibration to check
     _check_texts(spec.model_copy(update=fields))
     if pruner.needs.training is not None:
         check_text_name(pruner.needs.training.text, use="calibration")
@@ -65,6 +66,7 @@ def _resolve_method(
     options = METHODS.resolve_options(spec.method, spec.method_options, seed=spec.seed)
     pruner = METHODS.make(spec.method, options)
     sparsity = Sparsity.parse(spec.sparsity)
+    # such options (say, published masks of this model) become part of the hash as they were chosen
     if isinstance(pruner, DependsOnModel):
         pruner = pruner.for_model(entry, spec.calibration)
         pruner.check(sparsity)
@@ -86,11 +88,14 @@ def _resolve_method(
         "sparsity": str(sparsity),
         "allocation_options": allocation_options,
     }
+    # options that nothing reads get one value: equal work must have an equal hash
     if not spec.ppl:
         fields["ppl_bos"] = "text"
     allocator_reads = allocator is not None and allocator.needs.tokens
+    # the order matters only to a method that reads inputs
     if not pruner.needs.calibration:
         fields["within_block"] = None
+    # magnitude with another --calibration-samples is the same run, and must find the same result
     if not (pruner.needs.tokens or allocator_reads):
         learns = pruner.needs.training is not None  # calibration_bos applies to its windows too
         fields |= {
@@ -98,6 +103,7 @@ def _resolve_method(
             for name, option in options_of(RunSpec).items()
             if option.about.role == "data" and not (learns and name == "calibration_bos")
         }
+        # nothing is sampled and the method has no seed: all seeds are one run
         if "seed" not in options:
             fields["seed"] = 0
     return pruner, allocator, sparsity, fields
@@ -127,6 +133,7 @@ def _check_texts(spec: RunSpec) -> None:
 def _check_tasks(spec: RunSpec, setup: Setup) -> Fields:
     """Expand the papers' lists of tasks, and refuse names that lm-eval does not know."""
     if not spec.tasks:
+        # dict(model) and not model_dump: defaults are compared as they are
         values = {**dict(spec), **vars(setup)}
         given = [
             option.flag
@@ -136,6 +143,7 @@ def _check_tasks(spec: RunSpec, setup: Setup) -> Fields:
         if given:
             raise UsageError(f"{given[0]} goes with --tasks", fix="as in --tasks piqa,arc_easy")
         return {}
+    # imports lm-eval: only for runs with tasks
     from prunebench.evaluate.tasks import check_task_names, expand_presets
 
     names = expand_presets(spec.tasks)
@@ -181,12 +189,15 @@ def check_packed(
                 f"--backend {backend} goes with --execute sparse24", fix="add --execute sparse24"
             )
         return
+    # ratio 0: a dense method on a checkpoint that may be 2:4 already; its weights are checked when
+    # they are packed
     if sparsity.ratio != 0 and not implies_24(sparsity):
         raise UsageError(
             f"--execute sparse24 does not go with --sparsity {sparsity}",
             where="packed weights keep at most 2 of every 4",
             fix="use --sparsity 2:4",
         )
+    # `auto` passes here; `resolve` asks again with the dtype that was chosen
     if spec.dtype == "float32":
         raise UsageError(
             "--execute sparse24 does not go with --dtype float32",
@@ -199,4 +210,5 @@ def check_packed(
 
 def implies_24(sparsity: Sparsity) -> bool:
     """Return whether N:M keeps at most 2 of every 4 inputs: 2:4, 1:4 and 1:2 do."""
+    # 1:2 keeps 1 of each half of a group of 4, so never more than 2 of 4
     return (sparsity.kept, sparsity.group) in ((2, 4), (1, 4), (1, 2))

@@ -16,7 +16,7 @@ from prunebench.run.plan import Plan
 from prunebench.sparse24.layer import Conversion, convert
 from prunebench.sparse24.policy import Policy
 
-ALLOWED_DIFFERENCE = 0.001
+ALLOWED_DIFFERENCE = 0.001  # of the perplexity, relative
 _WINDOWS = 4
 
 
@@ -35,7 +35,8 @@ def packed_weights(
     if plan.spec.execute == "dense":
         yield None
         return
-    windows = plan.texts[0].windows[:_WINDOWS] if plan.texts else None
+    windows = plan.texts[0].windows[:_WINDOWS] if plan.texts else None  # [_WINDOWS, seqlen]
+    # before packing: afterwards the dense weights are gone from the layers
     masked = None if windows is None else token_ppl(model, windows)
     policy = Policy.load(plan.device, forced=plan.setup.backend)
     with plan.progress.stage("pack", detail=f"{len(linears)} linears, one after the other"):
@@ -46,12 +47,14 @@ def packed_weights(
             difference = _difference(model, windows, masked)
         yield _block(plan, conversion, windows, difference)
     finally:
+        # also after an error: what follows reads the dense weights
         conversion.restore()
 
 
 def _difference(model: nn.Module, windows: Tensor, masked: float) -> float:
     packed = token_ppl(model, windows)
     difference = packed / masked - 1
+    # NaN compares false with everything: it must be asked for
     if not math.isfinite(difference) or abs(difference) > ALLOWED_DIFFERENCE:
         raise CheckFailed(
             f"the packed model is not the masked one: perplexity {packed:.4f}, not {masked:.4f}",
@@ -64,6 +67,7 @@ def _difference(model: nn.Module, windows: Tensor, masked: float) -> float:
 def _block(
     plan: Plan, conversion: Conversion, windows: Tensor | None, difference: float | None
 ) -> ExecutionBlock:
+    # the backend of a layer depends on the number of tokens
     tokens = plan.texts[0].windows.shape[1] if plan.texts else plan.spec.ppl_seqlen
     return ExecutionBlock(
         mode="sparse24",

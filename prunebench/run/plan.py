@@ -81,6 +81,7 @@ def load_inputs(resolved: ResolvedSpec) -> Plan:
     Raises:
         PrunebenchError: The first thing that is wrong.
     """
+    # `spec` holds contents (hashes, origins), `named` where to find them; files are read by name
     progress, named = resolved.progress, resolved.named
     for note in resolved.dtype.notes:
         progress.note(f"  {note}")
@@ -89,8 +90,10 @@ def load_inputs(resolved: ResolvedSpec) -> Plan:
         _require_contexts(named, config)
         tokenizer = load_tokenizer(resolved.model.path)
         _check_bos(resolved, config, tokenizer)
+        # on the meta device: shapes of all weights, and no memory
         model = skeleton(config)
         linears = find_linears(model)
+        # before any text is fetched: only headers of files are read
         _check_files(resolved, model)
         for linear in linears:
             resolved.sparsity.require_width(linear.in_features, name=linear.name)
@@ -98,6 +101,7 @@ def load_inputs(resolved: ResolvedSpec) -> Plan:
     vocabulary = vocabulary_size(model)
     windows, calibration = _calibrate(resolved, tokenizer, vocabulary)
     if windows is not None:
+        # again, with the real length: that of a file of tokens is known only now
         require_context(config, windows.token_ids.shape[1], option="seqlen")
     texts = _prepare_texts(resolved, tokenizer, vocabulary)
     tasks = _prepare_tasks(resolved, tokenizer, vocabulary)
@@ -129,6 +133,7 @@ def load_inputs(resolved: ResolvedSpec) -> Plan:
 def _read_config(resolved: ResolvedSpec) -> Any:
     path = resolved.model.path
     config, asked = load_config(path), asked_attention(path)
+    # e.g. flash_attention_2 without the package: another kernel rounds differently
     if asked not in (None, config._attn_implementation):
         resolved.progress.note(
             f"  config.json asks for {asked}: run with {config._attn_implementation}"
@@ -137,6 +142,7 @@ def _read_config(resolved: ResolvedSpec) -> Any:
 
 
 def _require_contexts(named: RunSpec, config: Any) -> None:
+    # a file of tokens brings its own window length, and ignores --seqlen
     if named.seqlen is not None and not (named.calibration or "").startswith("tokens:"):
         require_context(config, named.seqlen, option="seqlen")
     if not all(name.startswith("tokens:") for name in named.ppl):
@@ -146,6 +152,7 @@ def _require_contexts(named: RunSpec, config: Any) -> None:
 def _check_bos(resolved: ResolvedSpec, config: Any, tokenizer: Any) -> None:
     """Refuse windows that need a BOS which the tokenizer lacks; note where BOS is expected."""
     entry = resolved.model.source.entry
+    # the catalog names models that need BOS in every window
     always = entry is not None and entry.bos == "window"
     learns = resolved.pruner.needs.training is not None
     note = check_bos(resolved.named, config, tokenizer, always=always, learns=learns)
@@ -191,6 +198,7 @@ def _prepare_training(resolved: ResolvedSpec, tokenizer: Any, vocabulary: int) -
             source, tokenizer, samples=need.samples, seqlen=need.seqlen, held_out=need.held_out,
             least=need.least, seed=spec.seed, vocabulary=vocabulary, bos=spec.calibration_bos,
         )  # fmt: skip
+    # named by the spec: the same command finds the state of its interrupted training
     return replace(training, folder=cache_dir() / "training" / spec.spec_id)
 
 
@@ -205,7 +213,7 @@ def _require_known(
         read.append((named.calibration or "", windows.token_ids))
     if training is not None and need is not None:
         parts = (training.train, training.held_out)
-        read += [(need.text, part) for part in parts if part.numel()]
+        read += [(need.text, part) for part in parts if part.numel()]  # none may be held out
     for name, token_ids in read:
         require_known(token_ids, vocabulary=vocabulary, source=name, tokenizer=tokenizer)
 
@@ -221,6 +229,7 @@ def _calibrate(
         if name.startswith("tokens:"):
             windows = load_windows(path_in(name), vocabulary=vocabulary)
             require_begun(windows.token_ids, tokenizer, spec.calibration_bos, path=path_in(name))
+            # nothing is sampled from a file of tokens, so no seed is recorded
             text, origin, seed = "tokens", f"sha256:{windows.sha256}", None
         else:
             source = load_text(name, use="calibration", progress=resolved.progress)
@@ -230,6 +239,7 @@ def _calibrate(
                 source, tokenizer, samples=spec.calibration_samples, seqlen=spec.seqlen,
                 seed=spec.seed, bos=spec.calibration_bos,
             )  # fmt: skip
+    # [samples, seqlen], also of a file of tokens
     samples, seqlen = windows.token_ids.shape
     block = CalibrationBlock(
         text=text,
@@ -281,6 +291,7 @@ def _place_weights(
     if choice == "resident":
         return "resident"
     dtype = getattr(torch, spec.dtype)
+    # also for an explicit "disk": the facts are for the error message
     chosen, facts = choose_weights(model_sizes(model, dtype), resolved.device)
     if choice == "auto":
         if chosen == "resident":
@@ -293,6 +304,7 @@ def _place_weights(
             where=reason,
             fix=f"use --weights resident ({facts}), or leave it out",
         )
+    # from disk every tensor is read by its stored name, so each must have one
     match_keys(model, stored_tensors(weight_files(resolved.model.path)), dtype=dtype)
     return "disk"
 
@@ -311,6 +323,7 @@ def _why_resident(resolved: ResolvedSpec, tasks: list[Evaluator]) -> str:
     elif any(need.whole_model for need in needs):
         reason = f"{spec.allocation} runs the whole model for every group of layers"
     for task in tasks:
+        # each new token would read all blocks from disk again
         if getattr(task, "generates", False):
             reason = f"{task.name} makes the model write text, token by token"
     return reason
@@ -337,6 +350,7 @@ def _prepare_texts(resolved: ResolvedSpec, tokenizer: Any, vocabulary: int) -> l
 
 
 def _require_identity(text: TextIdentity, expected: TextIdentity | None) -> None:
+    # `resolve` hashed the text for spec_id; what was read now must be the same content
     if expected is None or (text.name, text.origin) != (expected.name, expected.origin):
         raise _changed(f"the text {text.name}", text.origin, expected.origin if expected else "")
 
@@ -353,6 +367,7 @@ def _require_same(
         raise _changed("the calibration text", calibration.origin, str(spec.calibration_origin))
     protocols = tuple(text.protocol for text in texts)
     origins = tuple(text.origin for text in texts)
+    # otherwise the result would be filed under the hash of another text
     if protocols != spec.ppl or origins != spec.ppl_origins:
         raise _changed("a text of --ppl", ", ".join(protocols), ", ".join(spec.ppl))
     if masks is not None and masks.origin not in spec.method_options.values():

@@ -98,13 +98,16 @@ def resolve(spec: RunSpec, setup: Setup) -> ResolvedSpec:
     progress = StageTimer(setup.progress)
     with progress.stage("check", detail=f"{spec.method} on {spec.model}"):
         source = find_model(spec.model)
+        # names first: a typo must not cost a download
         named = check_names(place_texts(spec, source.kind), setup)
         devices = choose_devices(setup.device)
         require_one_device(named, devices)
         check_packed(named.spec, named.sparsity, backend=setup.backend, device=devices[0])
         store = ResultStore(setup.results_dir)
+        # before the model is fetched: an hour of pruning must not end at a read-only folder
         store.require_writable(named.spec)
         require_writable(cache_dir())
+        # the size of the model is not known yet; `plan` asks again with it
         require_outputs(setup, need_model_bytes=1 << 20)
     fetched = fetch_model(source, progress)
     model = unpacked(fetched, progress)
@@ -121,6 +124,7 @@ def resolve(spec: RunSpec, setup: Setup) -> ResolvedSpec:
     training_text = _identify_training(named)
     fields: Fields = {
         "model": source.id,
+        # commit, not branch: `main` moves, and equal hashes must mean equal weights
         "model_revision": model.revision,
         "dtype": dtype.dtype,
         **_identify_allocation(named.spec),
@@ -128,7 +132,9 @@ def resolve(spec: RunSpec, setup: Setup) -> ResolvedSpec:
         **calibration_fields,
         **_identify_ppl(named.spec, model, progress),
     }
+    # all at once: no step sees a spec that is half names and half contents
     resolved = named.spec.model_copy(update=fields)
+    # now with the dtype that `auto` became
     check_packed(resolved, named.sparsity, backend=setup.backend, device=devices[0])
     _require_unseen(resolved, training_text)
     return ResolvedSpec(
@@ -158,8 +164,9 @@ def _identify_calibration(spec: RunSpec) -> tuple[TextIdentity | None, Fields]:
         return None, {}
     if name.startswith("tokens:"):
         windows = load_windows(path_in(name))
-        samples, seqlen = windows.token_ids.shape
+        samples, seqlen = windows.token_ids.shape  # [samples, seqlen]
         fields = {"calibration": "tokens", "calibration_origin": f"sha256:{windows.sha256}"}
+        # the hash gets what the file holds, whatever the options say
         return None, {**fields, "calibration_samples": samples, "seqlen": seqlen}
     text = identify_text(name, use="calibration")
     return text, {"calibration": text.name, "calibration_origin": text.origin}
@@ -170,7 +177,9 @@ def _identify_training(named: NamedSpec) -> TextIdentity | None:
     if need is None:
         return None
     if need.text.startswith("tokens:"):
+        # a training file may be large: hashed in pieces, not loaded
         digest = sha256_file(path_in(need.text))
+        # 12 digits are enough to tell files apart in a table; the origin has all
         return TextIdentity(f"tokens-{digest[:12]}", "all", f"sha256:{digest}")
     return identify_text(need.text, use="calibration")
 
@@ -181,7 +190,7 @@ def _identify_ppl(spec: RunSpec, model: LocalModel, progress: StageTimer) -> Fie
         tokens = None
         if name.startswith("tokens:"):
             windows = load_windows(path_in(name))
-            digest, seqlen = windows.sha256, windows.token_ids.shape[1]
+            digest, seqlen = windows.sha256, windows.token_ids.shape[1]  # of [windows, seqlen]
             text = TextIdentity(f"tokens-{digest[:12]}", "all", f"sha256:{digest}")
             tokens = windows.token_ids.numel()
         else:
@@ -219,6 +228,7 @@ def _identify_method(
     if name is not None:
         with progress.stage("masks", detail=name):
             origin = masks_origin(name, progress)
+        # the option that named the masks is found by its value: its key is the method's own
         options = {key: origin if value == name else value for key, value in options.items()}
     if training_text is not None:
         options["train_data"] = training_text.name
@@ -235,6 +245,7 @@ def path_in(name: str) -> Path:
 
 def _require_unseen(spec: RunSpec, training_text: TextIdentity | None) -> None:
     """Refuse to score a text that was calibrated on or learned from."""
+    # by content, so a copy of the text under another name is found as well
     scored = {origin for origin in spec.ppl_origins if origin.startswith("sha256:")}
     if spec.calibration_origin in scored:
         raise UsageError(

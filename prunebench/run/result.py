@@ -52,6 +52,7 @@ def build_identity(resolved: ResolvedSpec, *, status: str) -> dict[str, Any]:
     return {
         "id": new_run_id(spec),
         "status": status,
+        # UTC: results of several machines are sorted by it
         "created_at": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": resolved.setup.command,
         "spec_id": spec.spec_id,
@@ -63,6 +64,7 @@ def build_identity(resolved: ResolvedSpec, *, status: str) -> dict[str, Any]:
 
 def failed_result(resolved: ResolvedSpec, *, error: str, stage: str, message: str) -> Result:
     """Return the record of a run that did not finish."""
+    # cut: a library's message can be pages long
     failure = FailureBlock(stage=stage, error=error, message=message[:500])
     return Result(**build_identity(resolved, status="failed"), failure=failure)
 
@@ -77,6 +79,7 @@ def build_model_block(
         revision=plan.model.revision,
         pull_request=plan.model.pull_request,
         architecture=type(model).__name__,
+        # tied embeddings are one parameter, and counted once
         parameters=sum(p.numel() for p in model.parameters()),
         prunable_parameters=sum(linear.size for linear in plan.linears),
         dtype=plan.spec.dtype,
@@ -124,7 +127,7 @@ def build_training_block(plan: Plan, report: PruneReport) -> TrainingBlock | Non
         origin=origin,
         windows=len(training.train),
         held_out_windows=len(training.held_out),
-        seqlen=training.train.shape[1],
+        seqlen=training.train.shape[1],  # of [windows, seqlen]
         tokens_sha256=training.sha256,
         best_step=learned.best_step,
         processes=learned.processes,
@@ -182,6 +185,7 @@ def build_score_blocks(pruned: list[Outcome], dense: list[Outcome]) -> list[Scor
             stderr=measure.stderr,
             dense_stderr=reference.measures[metric].stderr,
         )
+        # both lists come from the same evaluators in the same order
         for outcome, reference in zip(pruned, dense, strict=True)
         for metric, measure in outcome.measures.items()
     ]
@@ -206,12 +210,14 @@ def build_cost_block(
     plan: Plan, prune_seconds: float, *, starts: int, halvings: list[str]
 ) -> CostBlock:
     """Describe time and memory so far, see `CostBlock`."""
+    # tensors only: what the caching allocator holds beyond them is not counted
     peaks = [
         torch.cuda.max_memory_allocated(device) for device in plan.devices if device.type == "cuda"
     ]
     return CostBlock(
         stage_seconds={name: round(s, 3) for name, s in plan.progress.seconds.items()},
         prune_seconds=round(prune_seconds, 3),
+        # of this start only; prune_seconds includes earlier ones
         total_seconds=round(time.perf_counter() - plan.started, 3),
         peak_rss_bytes=peak_rss_bytes(),
         peak_gpu_bytes=max(peaks, default=None),
@@ -231,15 +237,17 @@ def peak_rss_bytes() -> int:
     if status.is_file():
         rows = dict(line.split(":", 1) for line in status.read_text("utf-8").splitlines())
         if "VmHWM" in rows:
-            return int(rows["VmHWM"].split()[0]) * 1024
+            return int(rows["VmHWM"].split()[0]) * 1024  # the file counts in kB
     import resource
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    # macOS counts in bytes, others in kB
     return peak if sys.platform == "darwin" else peak * 1024
 
 
 def describe_hardware(device: torch.device, *, count: int = 1) -> HardwareBlock:
     """Describe this machine, without its name; `count` is how many such devices are used."""
+    # on Linux both name only the architecture; the model stands in /proc/cpuinfo
     cpu = platform.processor() or platform.machine()
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.is_file():
@@ -264,5 +272,6 @@ def describe_software(*, with_tasks: bool = False) -> SoftwareBlock:
         python=platform.python_version(),
         torch=str(torch.__version__),
         transformers=transformers.__version__,
+        # asks the metadata: importing lm-eval takes seconds
         lm_eval=metadata.version("lm-eval") if with_tasks else None,
     )

@@ -33,11 +33,14 @@ def journal_folder(resolved: ResolvedSpec) -> Path:
     """Return the journal folder of a run: its name is a hash of all that the blocks depend on."""
     import transformers
 
+    # not the spec alone: other versions, devices or CPUs round differently, and a result must not
+    # mix blocks of two of them
     facts = [
         resolved.spec.canonical_json(), __version__, str(torch.__version__),
         transformers.__version__, resolved.device.type, platform.machine(),
     ]  # fmt: skip
     digest = hashlib.sha256(json.dumps(facts).encode()).hexdigest()
+    # shortened: 96 bits are enough to keep the runs of a machine apart
     return runs_folder() / digest[:24]
 
 
@@ -72,6 +75,7 @@ def open_run_state(plan: Plan) -> Iterator[RunJournal | None]:
         progress.note(
             f"another process runs this very command ({folder}): this one cannot be resumed"
         )
+        # a random name: both processes finish, and neither overwrites the other's blocks
         journal = RunJournal(folder.with_name(f"{folder.name}-{secrets.token_hex(4)}"))
         journal.lock()
     has_journal = read_journal(journal.folder) is not None
@@ -90,6 +94,7 @@ def open_run_state(plan: Plan) -> Iterator[RunJournal | None]:
     )
     try:
         yield journal
+    # Ctrl-C too: that is when a user wants to resume
     except BaseException:
         if not has_lock:
             journal.remove()

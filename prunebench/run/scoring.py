@@ -42,6 +42,7 @@ def _scored_once(
     sha256: str, evaluator: Evaluator, score: Callable[[], list[Outcome]]
 ) -> list[Outcome]:
     """Return the cached outcomes of these weights, or score and cache them."""
+    # keyed by weights and evaluation: the dense model is scored once for a whole sweep
     outcomes = cached_outcomes(sha256, evaluator)
     if outcomes is None:
         outcomes = score()
@@ -54,6 +55,7 @@ def score_pruned(
 ) -> list[Outcome]:
     """Score the model as it is now; outcomes of a dense model are cached."""
     outcomes = []
+    # a resumed run has scored some evaluators already; tasks can take longer than the pruning
     scored: dict[str, Any] = dict(journal.state.scored) if journal else {}
     for evaluator in _evaluators(plan):
         if evaluator.name in scored:
@@ -103,6 +105,7 @@ def score_divergence(plan: Plan, model: nn.Module, references: list[Divergence])
 def score_prior(plan: Plan, model: nn.Module) -> list[Outcome]:
     """Score the initial mask of a training on the texts; cached by its weights."""
     outcomes = []
+    # the prior's masked weights, not the dense ones
     sha256 = hash_weights(model) if plan.texts else ""
     for text in plan.texts:
         silently = functools.partial(text.score, model, advance=lambda done: None)

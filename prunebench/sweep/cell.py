@@ -33,11 +33,14 @@ class RecipeCell:
         """The command-line arguments of `prunebench run`."""
         words: list[str] = []
         for key, value in self.given.items():
+            # from keys, not from the parsed flags: the command must reproduce the cell without the
+            # recipe
             option = f"--{key.replace('_', '-')}"
             if key == "set":
                 for name, option_value in flat_options(value):
                     words += [option, f"{name}={option_word(option_value)}"]
             elif isinstance(value, bool):
+                # a flag that is false is left out: there is no --no-...
                 words += [option] if value else []
             else:
                 words += [
@@ -51,6 +54,7 @@ class RecipeCell:
         """A short name: method, sparsity, allocation, options, model, seed."""
         values = self.values
         text = values["method"]
+        # a dense run prunes nothing: its sparsity of 0 would only be noise
         if text != "dense":
             text += f" {values['sparsity']}"
         if values["allocation"] != "uniform":
@@ -82,6 +86,7 @@ class RecipeCell:
         """Return the values of a selector's key; an empty list is `[None]`."""
         if key.startswith(OPTION):
             return [
+                # "-" stands for: this cell does not set the option (its default holds)
                 dict(flat_options(self.given.get("set", {}))).get(key.removeprefix(OPTION), "-")
             ]
         value = self.values[key]
@@ -96,13 +101,17 @@ class RecipeCell:
         ):
             return False
         if value.metric == "token_ppl":
+            # wikitext2@hub and wikitext2:PATH are the text wikitext2
             texts = [re.split("[@:]", name)[0] for name in options["ppl"]]
+            # perplexities of other windows, other lengths or another BOS are not comparable
             asked_so = (value.seqlen, value.limit, value.bos) == (
                 options["ppl_seqlen"], options["ppl_tokens"], options["ppl_bos"],
             )  # fmt: skip
             return asked_so and value.dataset in texts
+        # wanda7 and the like stand for the tasks of a paper
         presets = task_table()["preset"]
         asked = {task for name in options["tasks"] for task in presets.get(name, [name])}
+        # all published accuracies are zero-shot; None is the task's own setting
         zero_shot = options["num_fewshot"] in (None, 0) and not options["apply_chat_template"]
         return zero_shot and options["limit"] == value.limit and set(value.tasks) <= asked
 

@@ -41,6 +41,8 @@ def read_expectations(
         if "tolerance" not in entry:
             raise UsageError("an expectation has no tolerance", where=where, fix="tolerance = 0.02")
         values = _of_paper(entry, where) if "paper" in entry else [_measured(entry, cells, where)]
+        # a paper's table is larger than most recipes: values without a cell are passed over, but
+        # not all
         met = [value for value in values if any(cell.scores(value) for cell in cells)]
         if not met:
             raise UsageError(
@@ -53,6 +55,7 @@ def read_expectations(
 
 
 def _of_paper(entry: dict[str, Any], where: str) -> list[PublishedValue]:
+    # a published table has its own values and protocols: two sources could disagree
     wrong = set(entry) & {"value", "protocol", "allocation"}
     if wrong:
         raise UsageError(
@@ -68,6 +71,7 @@ def _of_paper(entry: dict[str, Any], where: str) -> list[PublishedValue]:
     if "table" in entry:
         tables = [entry["table"]] if isinstance(entry["table"], str) else entry["table"]
         for name in tables:
+            # beside a correct name, a mistyped one would leave its values unchecked
             if name not in {value.table for value in values}:
                 raise UsageError(
                     f"arXiv {entry['paper']} has no {name!r}", where=where,
@@ -76,6 +80,7 @@ def _of_paper(entry: dict[str, Any], where: str) -> list[PublishedValue]:
         values = [value for value in values if value.table in tables]
     for key in ("method", "model", "metric", "sparsity"):
         if key in entry:
+            # TOML gives sparsity = 0.5 as a number
             values = [value for value in values if getattr(value, key) == str(entry[key])]
     return values
 

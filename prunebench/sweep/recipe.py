@@ -112,12 +112,15 @@ class Recipe:
     def _nothing_selected(self, filters: Mapping[str, Sequence[str]]) -> UsageError:
         """Return the error: the value that no cell has, or the values that no cell has together."""
         for key, patterns in filters.items():
+            # a typo is likelier than a combination that is missing: look for it first
             if not any(cell.matches({key: patterns}) for cell in self.cells):
                 there = {option_word(value) for cell in self.cells for value in cell.value(key)}
                 return UsageError(
                     f"no cell of {self.path} has {key} {','.join(patterns)}",
                     fix=nearest(patterns[0], there),
                 )
+        # every value occurs in some cell: add the filters one by one, and name the first that
+        # leaves nothing
         so_far: dict[str, Sequence[str]] = {}
         for key, patterns in filters.items():
             cells = [cell for cell in self.cells if cell.matches(so_far)]
@@ -152,9 +155,12 @@ def read_recipe(path: Path, *, complete: bool = False) -> Recipe:
     given = {key: value for key, value in table.items() if key in RUN_KEYS}
     grids = table.get("grid", [])
     if not grids and not complete:
+        # both speak of whole cells, so a recipe that has them must be complete
         needless = [key for key in ("expect", "needs") if key in table]
+        # values stay empty: flags that are not known here may still name the method
         cells = (RecipeCell(1, given, {}),) if not needless else _cells(source, [given])
     else:
+        # options at the top hold for every cell; a grid's own options override them
         cells = _cells(source, _expand(source, given, grids))
     needs = table.get("needs", {})
     source.check(needs, _NEEDS, "[needs]")
@@ -163,6 +169,7 @@ def read_recipe(path: Path, *, complete: bool = False) -> Recipe:
     try:
         Resources.of(resources)
     except UsageError as error:
+        # `Resources.of` does not know the file: add where the numbers stand
         error.where = " / ".join(filter(None, (source.at("", "[resources]"), error.where)))
         raise
     return Recipe(
@@ -178,6 +185,7 @@ def read_recipe(path: Path, *, complete: bool = False) -> Recipe:
 
 def _expand(source: RecipeSource, given: dict[str, Any], grids: Any) -> Iterator[dict[str, Any]]:
     """Yield the options of every cell, without repetitions."""
+    # two grids may overlap (a common baseline): such a cell runs once
     seen = set()
     for nth, grid in enumerate(grids or [{}]):
         source.check(grid, RUN_KEYS, "[[grid]]", nth, axes=True)
@@ -185,7 +193,9 @@ def _expand(source: RecipeSource, given: dict[str, Any], grids: Any) -> Iterator
         for combination in itertools.product(*axes.values()):
             cell = {**given, **dict(zip(axes, combination, strict=True))}
             if isinstance(given.get("set"), dict) and isinstance(cell.get("set"), dict):
+                # [set] is merged option by option; plain `**` would drop the options at the top
                 cell["set"] = {**given["set"], **cell["set"]}
+            # dicts and lists are not hashable, and the order of keys means nothing
             key = json.dumps(cell, sort_keys=True)
             if key not in seen:
                 seen.add(key)
@@ -197,6 +207,7 @@ def _axis(key: str, value: Any) -> list[Any]:
     if key in NEVER_AXES:
         return [value]
     if isinstance(value, dict):
+        # {a = [1, 2], b = 3} becomes [{a: 1, b: 3}, {a: 2, b: 3}]
         inner = {name: _axis(name, option) for name, option in value.items()}
         return [
             dict(zip(inner, values, strict=True)) for values in itertools.product(*inner.values())

@@ -43,7 +43,7 @@ from prunebench.sweep.engines.job import Job, JobEnd, Refused
 from prunebench.sweep.engines.local import LocalEngine
 from prunebench.sweep.recipe import Recipe
 
-_TRIES = 2
+_TRIES = 2  # a lost node or a GPU that others filled may be gone by the second
 _INTERRUPTED = 130
 _FINAL = (2, 4, 6, _INTERRUPTED)  # usage, damaged data, a check: the same again would not help
 _ARRIVAL_SECONDS, _ARRIVAL_POLL_SECONDS = 60.0, 1.0  # a network file system hides new files a while
@@ -76,8 +76,8 @@ class _Attempt:
     """A cell that waits or runs, and the ids of the failures saved before it."""
 
     cell: RecipeCell
-    spec: RunSpec | None = None
-    failed_before: frozenset[str] = frozenset()
+    spec: RunSpec | None = None  # None until the first `_begin` has resolved it
+    failed_before: frozenset[str] = frozenset()  # tells a record of this job from older ones
     tries: int = 0
 
 
@@ -96,6 +96,7 @@ def parse_shard(text: str) -> tuple[int, int]:
 
 def shard(cells: Sequence[RecipeCell], part: int, parts: int) -> list[RecipeCell]:
     """Return every `parts`-th cell, from the `part`-th on."""
+    # strided and not in runs: neighbors often share a model, and the large models are spread out
     return list(cells[part - 1 :: parts])
 
 
@@ -103,6 +104,8 @@ def needs_gpu(recipe: Recipe, cells: Sequence[RecipeCell], *, device: str) -> bo
     """Return whether any of the cells needs a GPU."""
     if device != "auto":
         return device.startswith("cuda")
+    # device auto: the recipe decides, by a cell's own device or by a model with a GPU size in
+    # [needs]
     named = (cell.values["device"].startswith("cuda") for cell in cells)
     return any(named) or any(cell.values["model"] in recipe.gpu_memory_gb for cell in cells)
 
@@ -118,6 +121,7 @@ def require_resources(
         MissingResource: What is missing, and for which models.
     """
     models = {cell.values["model"]: find_model(cell.values["model"]) for cell in cells}
+    # a model with a GPU size in the recipe is taken to need a GPU unless --device says otherwise
     big = {name: recipe.gpu_memory_gb[name] for name in models if name in recipe.gpu_memory_gb}
     if here and big and device == "auto" and not _has_gpu():
         name, size = max(big.items(), key=lambda item: item[1])
@@ -134,6 +138,7 @@ def require_resources(
             fix="connect to the network, or fetch them first: prunebench models fetch "
             f"{missing[0]}",
         )
+    # only of models that must be downloaded: files in the cache need no login
     gated = [name for name in missing if (entry := models[name].entry) and entry.gated]
     if gated and not _logged_in():
         raise MissingResource(
@@ -181,6 +186,7 @@ class Sweep:
     ) -> None:
         self._setup = setup
         self._engine = engine or LocalEngine([{}], show=lambda number, line: None)
+        # a dry run has no engine, and must still know where the cells would run
         self._here = isinstance(self._engine, LocalEngine) if here is None else here
         self._tell = tell
         self._on_gpu = on_gpu
@@ -193,12 +199,16 @@ class Sweep:
 
         `auto` may mean another dtype there, and the sweep must know which result to wait for.
         """
+        # here the job resolves `auto` the same way as this process does
         if self._here or cell.values["dtype"] != AUTO:
             return cell
+        # without a GPU there, nothing is known of that CPU: float32 works on any
         dtype = "float32"
         if self._on_gpu:
             source = find_model(cell.values["model"])
+            # the choice needs the headers of the checkpoint, so the model is fetched here
             folder = local_path(source) or fetch_model(source, Silent()).path
+            # only names the device type: this machine needs no GPU for it
             dtype = choose_dtype(AUTO, source, folder, torch.device("cuda")).dtype
         chosen = {"dtype": dtype}
         return replace(cell, given={**cell.given, **chosen}, values={**cell.values, **chosen})
@@ -212,9 +222,12 @@ class Sweep:
         device = cell.values["device"] if self._setup.device == "auto" else self._setup.device
         setup = replace(
             self._setup,
+            # cells that run elsewhere are resolved on the CPU: the device is no part of the spec,
+            # and this login node may have no GPU
             device=device if self._here else "cpu",
             command=shlex.join(self.command(cell)),
         )
+        # both options are refused without tasks; other cells of the sweep may have some
         if not cell.values["tasks"]:
             setup = replace(setup, batch_size=None, include_path=None)
         return resolve(cell.spec, setup)
@@ -235,6 +248,7 @@ class Sweep:
         waiting = deque(_Attempt(cell) for cell in cells)
         try:
             while waiting or self._running:
+                # fill the free places first, then wait for one to become free
                 full = self._at_once is not None and len(self._running) >= self._at_once
                 if waiting and not full:
                     outcome = self._begin(waiting.popleft(), waiting)
@@ -243,6 +257,7 @@ class Sweep:
                 if outcome:
                     yield outcome
         finally:
+            # also reached by GeneratorExit and KeyboardInterrupt at the `yield` or in `wait`
             if self._running:
                 self._engine.cancel()
             self._engine.close()
@@ -258,17 +273,22 @@ class Sweep:
             result = self._store.newest(spec)
             if result:
                 return CellOutcome(cell, "done" if attempt.tries else "finished", result)
+            # the windows and texts are dropped again: the job cuts its own
             load_inputs(resolved)  # what `prunebench run` would refuse is refused here
         except PrunebenchError as error:
             reason = " / ".join(str(error).splitlines())
             return CellOutcome(cell, "failed", reason=reason, exit_code=error.exit_code)
+        # once, at the first start: a failure that the first try saved must count as new at the
+        # second
         if attempt.spec is None:
             attempt = replace(attempt, spec=spec, failed_before=self._failed(spec))
         try:
             name = self._engine.submit(self._job(cell))
         except Refused:
+            # no job of ours is queued, so waiting would not help: the options are wrong
             if not self._running:
                 raise
+            # the queue is full: from now on keep as many as it took, and put the cell back
             self._at_once = len(self._running)
             waiting.appendleft(attempt)
             return None
@@ -280,6 +300,8 @@ class Sweep:
         """Fetch the result of a job that ended, or retry it, or record its failure."""
         attempt = self._running.pop(job.number)
         cell, reason = attempt.cell, end.reason
+        # success counts only when the result can be read: the job may have written to a folder of
+        # the same name on another machine
         if end.code == 0:
             result = self._arrived(attempt, end.result_id)
             if result:
@@ -288,6 +310,8 @@ class Sweep:
                 f"its result {end.result_id} did not arrive in {self._store.root}: "
                 "is the folder the same on all machines?"
             )
+        # somebody interrupted the cell, not the sweep: the user wants both to stop. On a cluster
+        # 130 is a preempted worker or a lost parent, and only that cell has failed
         if end.code == _INTERRUPTED and self._here:
             raise KeyboardInterrupt
         if end.code not in _FINAL and attempt.tries < _TRIES:
@@ -296,6 +320,7 @@ class Sweep:
             return None
         self._record(attempt, end, reason)
         return CellOutcome(
+            # None (lost) and 0 (its result did not arrive) count as 1
             cell, "failed", reason=reason, exit_code=end.code or 1, seconds=end.seconds,
             tries=attempt.tries,
         )  # fmt: skip
@@ -305,6 +330,7 @@ class Sweep:
         assert attempt.spec is not None
         deadline = time.monotonic() + _ARRIVAL_SECONDS
         while True:
+            # without an id (its stdout was cut off) any result of the same spec will do
             result = self._filed(result_id) if result_id else self._store.newest(attempt.spec)
             if result or time.monotonic() > deadline:
                 return result
@@ -313,8 +339,10 @@ class Sweep:
     def _filed(self, result_id: str) -> Result | None:
         try:
             result = read_result(self._store.find(result_id))
+        # not there yet, or not yet visible through a network file system's cache
         except (UsageError, MissingResource):
             return None
+        # a damaged file may still be arriving: look again
         return result if isinstance(result, Result) else None
 
     def _failed(self, spec: RunSpec) -> frozenset[str]:
@@ -323,8 +351,10 @@ class Sweep:
     def _record(self, attempt: _Attempt, end: JobEnd, reason: str) -> None:
         """Save a `failed` record, unless the run saved one itself."""
         assert attempt.spec is not None
+        # the run caught its own error and knows the true stage: one record is enough
         if self._failed(attempt.spec) - attempt.failed_before:
             return
+        # None: killed with its node; a code: ended by a signal or at its import
         error = "WorkerLost" if end.code is None else "ProcessFailed"
         if not self._here:
             reason += " (the hardware here is that of the machine that ran the sweep)"
@@ -341,13 +371,14 @@ class Sweep:
         return Job(
             number=cell.number,
             words=tuple(self.command(cell)[1:]),
-            folder=str(Path.cwd()),
+            folder=str(Path.cwd()),  # relative paths of the recipe, on a shared file system
             settings=_settings(os.environ),
         )
 
     def command(self, cell: RecipeCell) -> list[str]:
         """Return the command that runs a cell, as one would type it."""
         setup = self._setup
+        # the cell's options first: of an option given twice the last counts, so --device overrides
         words = ["prunebench", "run", *cell.arguments, "--results-dir", str(setup.results_dir)]
         if setup.device != "auto":
             words += ["--device", setup.device]
@@ -363,11 +394,17 @@ def _settings(environment: Mapping[str, str]) -> dict[str, str | None]:
 
     Variables that would override the recipe are removed; a token is never sent.
     """
+    # PRUNEBENCH_METHOD and the like: in the job they would silently fill in what a cell leaves out
     variables = [option.variable for option in RUN_OPTIONS.values() if option.variable]
     sent: dict[str, str | None] = {
         name: value
         for name, value in environment.items()
+        # a cluster job does not inherit our environment; caches and mirrors must be the same. A
+        # token would be pickled into the scheduler's files
         if name.startswith(("PRUNEBENCH_", "HF_")) and "TOKEN" not in name
     }
+    # value None: removed in the job, also if its own environment sets it
     ours = dict.fromkeys([*variables, "PRUNEBENCH_RECIPE"])
+    # once: if another sweep of this recipe has finished the cell meanwhile, the job shows that
+    # result
     return sent | ours | {"PRUNEBENCH_ONCE": "1"}

@@ -32,8 +32,12 @@ class RecipeSource:
     def at(self, key: str, section: str = "", nth: int = 0) -> str:
         """Return file and line of a key in the nth section of a name, or of the section itself."""
         lines = self.text.splitlines()
+        # tomllib gives no positions, so the line is searched for in the text; at worst it names the
+        # section
         heads = [i for i, line in enumerate(lines) if line.strip().startswith(section)]
+        # an inline table has no head: search from the top
         start = heads[nth] if section and nth < len(heads) else 0
+        # `key =`, `"key" =`, `[key]`, `[[key]]` or `key.inner =`
         pattern = re.compile(rf"^\s*\[*\s*[\"']?{re.escape(key)}[\"']?\s*[=\].]")
         matches = (i for i in range(start, len(lines)) if pattern.match(lines[i]))
         return f"{self.path}, line {next(matches, start) + 1}"
@@ -56,6 +60,7 @@ class RecipeSource:
                     f"unknown key {key!r}{place}", where=where, fix=nearest(key, known)
                 )
             kinds = known[key]
+            # of ppl and tasks a list is one value: several texts are scored in one run
             is_axis = axes and isinstance(value, list) and key not in NEVER_AXES
             if is_axis and not value:
                 raise UsageError(f"{key} = [] leaves no cell", where=where, fix="name a value")
@@ -64,6 +69,7 @@ class RecipeSource:
 
     def _check_kind(self, key: str, value: Any, expected: Kinds, where: str) -> None:
         types = expected if isinstance(expected, tuple) else (expected,)
+        # bool is a subclass of int: `seed = true` would otherwise pass
         if isinstance(value, types) and not (isinstance(value, bool) and bool not in types):
             return
         raise UsageError(

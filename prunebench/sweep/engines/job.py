@@ -9,12 +9,13 @@ from typing import Any
 
 from prunebench.errors import PrunebenchError, UsageError, nearest
 
-_NUMBER = (int, float)
+_NUMBER = (int, float)  # TOML writes 16 and 16.5 as different types
 RESOURCE_KEYS: dict[str, type | tuple[type, ...]] = {
     "gpus": int, "cpus": int, "memory_gb": _NUMBER, "time": (str, int), "partition": str,
     "account": str, "qos": str, "constraint": str,
 }  # fmt: skip
 SLURM_ONLY = ("time", "partition", "account", "qos", "constraint")
+# minutes, H:MM:SS or D-HH:MM:SS: the forms of `sbatch --time` that have one meaning
 _TIME = re.compile(r"(?:(?P<d>\d+)-)?(?P<h>\d+):(?P<m>[0-5]\d):[0-5]\d|(?P<minutes>\d+)")
 
 
@@ -108,7 +109,7 @@ def read_resources(words: Sequence[str]) -> dict[str, Any]:
     options: dict[str, Any] = {}
     for word in words:
         key, equals, value = word.partition("=")
-        key = key.replace("-", "_")
+        key = key.replace("-", "_")  # --resource memory-gb=16 as well
         if not equals or not value:
             raise UsageError(f"--resource {word!r} is not KEY=VALUE", fix="as in --resource gpus=1")
         if key not in RESOURCE_KEYS:
@@ -122,6 +123,7 @@ def read_resources(words: Sequence[str]) -> dict[str, Any]:
 
 def _typed(kind: type | tuple[type, ...], value: str) -> Any:
     if kind is int:
+        # bool("0") would be True, so kinds are named one by one; ValueError goes to the caller
         return int(value)
     return float(value) if kind == _NUMBER else value
 
@@ -136,6 +138,7 @@ def _minutes(text: str) -> int:
             fix="as in time=240 (minutes), 4:00:00 or 1-12:00:00",
         )
     parts = {name: int(value or 0) for name, value in match.groupdict().items()}
+    # seconds are dropped: Slurm schedules by the minute
     minutes = parts["minutes"] or (parts["d"] * 24 + parts["h"]) * 60 + parts["m"]
     if minutes < 1:
         raise UsageError(f"time {text!r} is less than a minute", fix="as in time=60")

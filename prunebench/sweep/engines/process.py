@@ -13,8 +13,8 @@ from collections.abc import Callable
 
 from prunebench.sweep.engines.job import Job, JobEnd
 
-_PARENT = "PRUNEBENCH_PARENT"
-_GRACE_SECONDS = 10.0
+_PARENT = "PRUNEBENCH_PARENT"  # process id of the sweep or worker that started this one
+_GRACE_SECONDS = 10.0  # for an orderly end after the interrupt, before `os._exit`
 
 
 def run_job(
@@ -36,10 +36,15 @@ def run_job(
     start_time = time.monotonic()
     try:
         process = subprocess.Popen(
+            # this interpreter, not the `prunebench` found in PATH: that may be another environment
             [sys.executable, "-m", "prunebench", *job.words],
             stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+            # errors="replace": a byte that is no UTF-8 in a library's output must not end the job.
+            # process_group=0: a group of its own, so that one killpg reaches what the job itself
+            # starts
             cwd=job.folder, env=_environment(job), text=True, errors="replace", process_group=0,
         )  # fmt: skip
+    # no memory to fork, too many processes, or the folder is gone: the sweep retries
     except OSError as error:
         return JobEnd(None, reason=f"its process could not be started: {error}")
     if started:
@@ -47,9 +52,11 @@ def run_job(
     output: list[str] = []
     reader = threading.Thread(target=lambda: output.append(_all_of(process)), daemon=True)
     reader.start()  # stdout is one document, longer than a pipe holds
+    # both pipes are drained at the same time: if either filled up, the process would block
     lines = _listen(process, hear or _to_stderr)
+    # after the pipes have ended; waiting first would deadlock on a full pipe
     code = process.wait()
-    reader.join()
+    reader.join()  # `output` is complete only now
     seconds = time.monotonic() - start_time
     if code == 0:
         return JobEnd(0, result_id=_result_id(output[0]), seconds=seconds)
@@ -59,7 +66,7 @@ def run_job(
 
 def _environment(job: Job) -> dict[str, str]:
     changed: dict[str, str | None] = {**os.environ, **job.settings, _PARENT: str(os.getpid())}
-    return {name: value for name, value in changed.items() if value is not None}
+    return {name: value for name, value in changed.items() if value is not None}  # None removes
 
 
 def _all_of(process: subprocess.Popen[str]) -> str:
@@ -73,8 +80,10 @@ def _listen(process: subprocess.Popen[str], hear: Callable[[str], None]) -> list
     assert process.stderr is not None
     lines: list[str] = []
     with process.stderr:
+        # a line arrives when it ends: the unfinished line of a running stage comes only at the end
         for line in process.stderr:
             hear(line.rstrip("\n"))
+            # an error message has up to three lines: once it begins, all that follows is kept
             if not (lines and lines[0].startswith("error: ")):
                 lines.clear()
             lines.append(line)
@@ -85,9 +94,11 @@ def _why(lines: list[str], code: int) -> tuple[str, str]:
     """Return why a process failed, and the stage it was in if it was ended in the middle."""
     if lines and lines[0].startswith("error: "):
         return " / ".join(line.strip() for line in lines).removeprefix("error: "), ""
+    # `LineProgress` writes a stage's newline when the stage is done: a last line without one names
+    # the stage in which the process died
     open_stage = lines[-1] if lines and not lines[-1].endswith("\n") else ""
     reason = f"exit code {code}"
-    if code < 0:
+    if code < 0:  # Popen: minus the number of the signal
         reason = f"its process was ended by {_signal_name(-code)}"
         if code == -signal.SIGKILL:
             reason += ", as the system does when memory runs out"

@@ -44,12 +44,14 @@ class SlurmEngine:
                 "--executor slurm needs the package submitit",
                 fix="pip install 'prunebench[slurm]'",
             ) from None
+        # submitit itself would fail later, and with less to go by
         missing = [name for name in ("sbatch", "srun") if shutil.which(name) is None]
         if cluster == "slurm" and missing:
             raise MissingResource(
                 f"--executor slurm needs {' and '.join(missing)}, and this machine has none",
                 fix="start it on a login node of the cluster, or use --executor local",
             )
+        # submitit's default of 5 minutes would end most cells in the middle
         if resources.minutes is None:
             raise UsageError(
                 "--executor slurm needs the time a cell may take",
@@ -61,15 +63,21 @@ class SlurmEngine:
         self._threads = str(resources.cpus) if resources.cpus else ""
         self._poll_seconds = poll_seconds
         self._running: list[tuple[Job, Any]] = []
+        # submitit replaces %j by the job's number: one folder of script, pickle and logs a job
         self._executor = submitit.AutoExecutor(folder=folder / "%j", cluster=cluster)
         self._executor.update_parameters(**_parameters(resources))
 
     def submit(self, job: Job) -> str:
         """Queue a job."""
+        # a Slurm job may see all cores of its node, and torch would start a thread for each
         if self._threads:
             job = replace(job, settings={**job.settings, "OMP_NUM_THREADS": self._threads})
         try:
+            # submitit pickles function and argument; the node unpickles them, so both are
+            # importable module-level names
             handle = self._executor.submit(run_job, job)
+        # sbatch refused: a wrong partition or account, or a limit on queued jobs. `Sweep._begin`
+        # tells these apart: with jobs in the queue it waits, else it stops
         except self._submitit.core.utils.FailedJobError as error:
             raise Refused(
                 "Slurm did not take a job",
@@ -82,6 +90,7 @@ class SlurmEngine:
     def wait(self) -> tuple[Job, JobEnd]:
         """Wait until any job ends."""
         while True:
+            # removing while iterating is safe here only because the loop returns at once
             for entry in self._running:
                 job, handle = entry
                 if handle.done():
@@ -92,6 +101,7 @@ class SlurmEngine:
     def _end(self, handle: Any) -> JobEnd:
         try:
             end = handle.result()
+        # the node died, the time ran out, or scancel: there is no pickle with a return value
         except (self._submitit.core.utils.UncompletedJobError, OSError):  # or its folder is gone
             return JobEnd(
                 None, reason=f"Slurm job {handle.job_id} was lost ({handle.state}), log "
@@ -103,7 +113,7 @@ class SlurmEngine:
     def cancel(self) -> None:
         """Cancel every job that runs or waits."""
         for _, handle in self._running:
-            handle.cancel(check=False)
+            handle.cancel(check=False)  # scancel of a job that has just ended is no error
         self._running.clear()
 
     def close(self) -> None:
@@ -114,6 +124,7 @@ def _parameters(resources: Resources) -> dict[str, Any]:
     return {
         "name": "prunebench",
         "timeout_min": resources.minutes,
+        # None leaves the line out of the batch script: a job without GPUs asks for none
         "gpus_per_node": resources.gpus or None,
         "cpus_per_task": resources.cpus,
         "mem_gb": resources.memory_gb,
