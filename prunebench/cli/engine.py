@@ -80,7 +80,7 @@ def open_engine(
         devices = {cell.values["device"] if device == "auto" else device for cell in cells}
         return LocalEngine(slots_of_machine(jobs or 1, devices), show=voice.show)
     from prunebench.files import cache_dir, require_writable
-    from prunebench.sweep.sweep import needs_gpu
+    from prunebench.sweep.requirements import needs_gpu
 
     options = {**recipe.resources, **asked}
     if needs_gpu(recipe, cells, device=device):

@@ -18,7 +18,7 @@ from prunebench.results.store import Damaged, ResultStore, read_result
 if TYPE_CHECKING:
     from prunebench.checkpoints.export import To
     from prunebench.checkpoints.packed24 import Packing
-    from prunebench.download.hub import Repository
+    from prunebench.download.push import Repository
 
 
 _NAMED = 3  # so many of the matrices that stay dense are named
@@ -79,7 +79,7 @@ def export_command(
         _print_summary(done)
     pushed = None
     if repository and _agreed(repository, done.sizes, public=public, yes=yes):
-        from prunebench.download.hub import push_folder
+        from prunebench.download.push import push_folder
 
         with progress.stage("push", detail=repository.url):
             message = "2:4, packed by prunebench"
@@ -130,7 +130,7 @@ def _find(name: str, results_dir: Path) -> Path:
 def _find_repository(name: str | None, *, public: bool) -> Repository | None:
     if name is None:
         return None
-    from prunebench.download.hub import find_repository
+    from prunebench.download.push import find_repository
 
     repository = find_repository(name)
     # what is pushed to a public repository is public at once, whatever --public says

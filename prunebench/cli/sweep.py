@@ -144,7 +144,8 @@ def sweep_command(
     from prunebench.spec import Setup
 
     # imports torch: after the cheap check of the executor, and not for `validate`
-    from prunebench.sweep.sweep import Sweep, needs_gpu, parse_shard, require_resources
+    from prunebench.sweep.requirements import needs_gpu, require_resources
+    from prunebench.sweep.sweep import Sweep, parse_shard
     from prunebench.sweep.sweep import shard as part_of
 
     part, parts = parse_shard(shard)

@@ -15,11 +15,10 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from prunebench.errors import MissingResource, PrunebenchError, SaveError, UsageError
+from prunebench.errors import MissingResource, PrunebenchError
 from prunebench.files import explain_os_error
 
 CONNECT_SECONDS = 10.0
@@ -28,7 +27,6 @@ WRITTEN_SECONDS = 300.0  # for the answer to an upload: the hub takes long for a
 PAUSES_SECONDS = (1.0, 3.0)  # before each retry
 MAX_WAIT_SECONDS = 60  # longest `Retry-After` to follow; a longer one is an error
 
-_REPOSITORY = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 _DISK_ERRORS = {
     errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EIO,
 }  # fmt: skip
@@ -93,7 +91,7 @@ def hub_problem() -> str:
     try:
         get_session().head(constants.ENDPOINT, timeout=CONNECT_SECONDS)
     except hub_errors() as error:
-        return _reason(error, "", None)[0]
+        return failure_reason(error, "", None)[0]
     return ""
 
 
@@ -170,7 +168,7 @@ def hub_failure(
 
         place = Path(getattr(root, "filename", None) or constants.HF_HUB_CACHE)
         return explain_os_error(OSError(number, os.strerror(number)), place)
-    where, advice = _reason(error, what, revision)
+    where, advice = failure_reason(error, what, revision)
     return MissingResource(f"{what} cannot be downloaded", where=where, fix=advice or fix)
 
 
@@ -224,7 +222,7 @@ def first_line(error: BaseException) -> str:
     return lines[0][:160] if lines else type(error).__name__
 
 
-def _reason(error: BaseException, what: str, revision: str | None) -> tuple[str, str]:
+def failure_reason(error: BaseException, what: str, revision: str | None) -> tuple[str, str]:
     """Return the cause of a failure, and its fix; "" if there is only the way without the hub."""
     from huggingface_hub.errors import FileMetadataError, HFValidationError, OfflineModeIsEnabled
 
@@ -252,7 +250,7 @@ def _reason(error: BaseException, what: str, revision: str | None) -> tuple[str,
         return f"the hub cannot be reached: {first_line(root)}", ""
     if isinstance(root, json.JSONDecodeError | FileMetadataError):
         return (
-            f"what answers at {_endpoint()} is not a hub: {first_line(root)}",
+            f"what answers at {hub_endpoint()} is not a hub: {first_line(root)}",
             "check HF_ENDPOINT, and whether the network asks for a login of its own",
         )
     if _is(root, "TransportError") or "Consistency check failed" in text:
@@ -268,7 +266,8 @@ def _reason(error: BaseException, what: str, revision: str | None) -> tuple[str,
 _WITHOUT_XET = "HF_HUB_DISABLE_XET=1 to fetch it without that storage"
 
 
-def _endpoint() -> str:
+def hub_endpoint() -> str:
+    """Return the address of the hub."""
     from huggingface_hub import constants
 
     return str(constants.ENDPOINT)
@@ -281,7 +280,7 @@ def _answer(response: Any, what: str, revision: str | None) -> tuple[str, str]:
     status, code = int(response.status_code), response.headers.get("X-Error-Code", "")
     says = response.headers.get("X-Error-Message", "").strip().rstrip(".")
     kind = "datasets/" if "/datasets/" in str(response.request.url) else ""
-    page, token = f"{_endpoint()}/{kind}{what.split(' ')[0]}", get_token()
+    page, token = f"{hub_endpoint()}/{kind}{what.split(' ')[0]}", get_token()
     if code == "GatedRepo":
         reason = "this login has no access to it yet" if token else "you are not logged in"
         return (
@@ -321,87 +320,3 @@ def _answer(response: Any, what: str, revision: str | None) -> tuple[str, str]:
             "try again later: nothing is wrong here",
         )
     return f"the hub answered {status} {says or response.reason_phrase}", ""
-
-
-@dataclass(frozen=True)
-class Repository:
-    """A model repository of the hub, existing or to be created."""
-
-    name: str
-    exists: bool
-    private: bool
-
-    @property
-    def url(self) -> str:
-        """Address of its page."""
-        return f"{_endpoint()}/{self.name}"
-
-
-def find_repository(name: str) -> Repository:
-    """Check, before pruning, that the user can push to a repository.
-
-    Args:
-        name: `org/name`.
-
-    Raises:
-        UsageError: It is not the name of a repository.
-        MissingResource: The hub cannot be reached, or the user is not logged in.
-    """
-    from huggingface_hub import HfApi, errors
-
-    if not _REPOSITORY.fullmatch(name):
-        raise UsageError(f"{name!r} is not a repository name", fix="give org/name or user/name")
-    fix = "leave --push out: the folder can be pushed later with hf upload"
-    problem = hub_problem()
-    if problem:
-        raise MissingResource(f"cannot push to {name}", where=problem, fix=f"connect, or {fix}")
-    try:
-        patiently(lambda: HfApi().whoami())
-        info = patiently(lambda: HfApi().repo_info(name))
-        return Repository(name, True, bool(info.private))
-    except errors.RepositoryNotFoundError:
-        return Repository(name, False, True)
-    except errors.LocalTokenNotFoundError as error:
-        raise MissingResource(
-            f"cannot push to {name}",
-            where="you are not logged in",
-            fix=f"run hf auth login, or {fix}",
-        ) from error
-    except errors.HFValidationError as error:
-        raise UsageError(f"{name!r} is not a repository name", where=first_line(error)) from None
-    except hub_errors() as error:
-        where, advice = _reason(error, name, None)
-        raise MissingResource(f"cannot push to {name}", where=where, fix=advice or fix) from error
-
-
-def push_folder(folder: Path, repository: Repository, *, private: bool, message: str) -> None:
-    """Upload a folder as one commit, creating the repository if it does not exist.
-
-    Args:
-        folder: The folder to upload.
-        repository: From `find_repository`.
-        private: Visibility of a new repository; that of an existing one is not changed.
-        message: Of the commit.
-
-    Raises:
-        SaveError: The hub refused it, or the network failed.
-    """
-    from huggingface_hub import HfApi
-
-    limit_times()
-    failures: tuple[type[Exception], ...] = (
-        *hub_errors(),
-        ValueError,
-    )  # ValueError: of a bad model card or file
-    try:
-        # Created only now: a run that failed leaves no empty repository behind.
-        if not repository.exists:
-            HfApi().create_repo(repository.name, private=private)
-        HfApi().upload_folder(repo_id=repository.name, folder_path=folder, commit_message=message)
-    except failures as error:
-        where = _reason(error, repository.name, None)[0]
-        raise SaveError(
-            f"cannot push to {repository.name}",
-            where=where,
-            fix=f"{folder} is whole: hf upload {repository.name} {folder}",
-        ) from error

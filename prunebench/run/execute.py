@@ -13,7 +13,6 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 
-import torch
 from torch import nn
 
 from prunebench.allocators.allocation import (
@@ -26,7 +25,7 @@ from prunebench.calibration.training import Training
 from prunebench.calibration.windows import save_windows
 from prunebench.checkpoints.save import save_masks, save_model
 from prunebench.distributed import process_group, rank
-from prunebench.errors import OutOfMemory, PrunebenchError, SaveError
+from prunebench.errors import SaveError
 from prunebench.evaluate.divergence import at_dense
 from prunebench.evaluate.outcome import Outcome
 from prunebench.files import cache_dir, write_text
@@ -35,7 +34,6 @@ from prunebench.models.hashing import hash_weights
 from prunebench.models.journal import RunJournal
 from prunebench.models.linears import Linear, find_linears
 from prunebench.models.measure import Measured, measure_linear, require_met, require_total
-from prunebench.models.out_of_memory import is_out_of_memory, on_batch_halved
 from prunebench.models.pruner_inputs import PrunerInputs
 from prunebench.models.walker import BlockWalker
 from prunebench.models.weights import weights_of
@@ -45,6 +43,7 @@ from prunebench.pruners.protocol import PruneReport
 from prunebench.pruners.training import CurvePoint
 from prunebench.results.samples import write_samples
 from prunebench.results.schema import Result
+from prunebench.run.failures import failures_are_filed, memory_errors, record_halvings
 from prunebench.run.packed import packed_weights
 from prunebench.run.plan import Plan, prepare
 from prunebench.run.result import (
@@ -56,7 +55,6 @@ from prunebench.run.result import (
     build_score_blocks,
     build_sparsity_block,
     build_training_block,
-    failed_result,
     samples_of,
 )
 from prunebench.run.resume import open_model, open_run_state, restore_finished_blocks
@@ -100,7 +98,7 @@ def execute(plan: Plan) -> Result | None:
 
 def _assist(plan: Plan) -> None:
     """Train together with rank 0, and save nothing."""
-    with _memory_errors(plan.device, trains=True):
+    with memory_errors(plan.device, trains=True):
         model = open_model(plan, None)
         _prune(plan, model, {linear.name: plan.sparsity for linear in find_linears(model)})
 
@@ -110,9 +108,9 @@ def _execute(plan: Plan) -> Result:
     halvings: list[str] = []
     trains = plan.training is not None
     with (
-        _failures_are_filed(plan) as row_is_filed,
-        _memory_errors(plan.device, trains=trains),
-        _record_halvings(plan, halvings),
+        failures_are_filed(plan) as row_is_filed,
+        memory_errors(plan.device, trains=trains),
+        record_halvings(plan, halvings),
         open_run_state(plan) as journal,
     ):
         with progress.stage("load", detail=f"{spec.model} in {spec.dtype} on {plan.device}"):
@@ -360,64 +358,3 @@ def _save_outputs(
             replace=setup.force,
             progress=plan.progress,
         )
-
-
-@contextmanager
-def _record_halvings(plan: Plan, halvings: list[str]) -> Iterator[None]:
-    """Report and record batches that did not fit into memory and were halved."""
-
-    def record(what: str, size: int) -> None:
-        halvings.append(f"{what}: {size} at a time")
-        plan.progress.note(f"out of memory: {what} continues with {size} sequences at a time")
-
-    with on_batch_halved(record):
-        yield
-
-
-@contextmanager
-def _memory_errors(device: torch.device, *, trains: bool) -> Iterator[None]:
-    try:
-        yield
-    # CUDA's error is a RuntimeError, and so is that of torch's CPU allocator
-    except (RuntimeError, MemoryError) as error:
-        if not is_out_of_memory(error):
-            raise
-        raise OutOfMemory(
-            f"out of memory on {device}",
-            where=str(error).splitlines()[0][:160] if str(error) else "the host has none left",
-            fix="use --weights disk, --within-block joint, --dtype bfloat16, fewer "
-            "--calibration-samples, or a shorter --seqlen"
-            if not trains
-            else "use --dtype bfloat16, --set logit_dtype=bfloat16, --set state_dtype=int8, or a "
-            "smaller --set micro_tokens",
-        ) from error
-
-
-@contextmanager
-def _failures_are_filed(plan: Plan) -> Iterator[Callable[[], None]]:
-    """Save a `failed` record for any error after the checks.
-
-    Not for Ctrl-C, nor for a closed output pipe (a sweep that was killed, `| head`): the run itself
-    did not fail.
-
-    Yields:
-        A function to call once the row is saved: later errors do not make it a failed run.
-    """
-    filed: list[bool] = []
-    try:
-        yield lambda: filed.append(True)
-    # not BaseException: KeyboardInterrupt passes
-    except Exception as error:
-        if filed or isinstance(error, BrokenPipeError):
-            raise
-        what = error.what if isinstance(error, PrunebenchError) else str(error)
-        # `current` still names the innermost stage: `StageTimer` does not reset it on errors
-        record = failed_result(
-            plan, error=type(error).__name__, stage=plan.progress.current, message=what
-        )
-        try:
-            plan.store.publish(record)
-        # the original error matters more than the failure to record it
-        except PrunebenchError as unsaved:
-            plan.progress.note(f"the failure could not be saved: {unsaved.what}")
-        raise

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-import prunebench.download.hub as hub
+import prunebench.download.push as push
 
 # ---------------------------------------------------------------- pushing
 
@@ -42,7 +42,7 @@ class FakeApi:
 def api(monkeypatch):
     FakeApi.calls, FakeApi.public = [], None
     monkeypatch.setattr("huggingface_hub.HfApi", FakeApi)
-    monkeypatch.setattr(hub, "hub_problem", lambda: "")
+    monkeypatch.setattr(push, "hub_problem", lambda: "")
     return FakeApi
 
 

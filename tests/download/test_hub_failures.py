@@ -14,7 +14,8 @@ from huggingface_hub import constants
 
 from prunebench.calibration.texts import load_text
 from prunebench.download import hub as module
-from prunebench.download.hub import find_repository, hub_problem, hub_reachable, push_folder
+from prunebench.download.hub import hub_problem, hub_reachable
+from prunebench.download.push import find_repository, push_folder
 from prunebench.errors import IncompatibleData, MissingResource, SaveError
 from prunebench.models.masks import open_masks
 from prunebench.models.source import catalog, fetch_model, find_model

@@ -136,7 +136,7 @@ def test_what_is_missing_is_said_at_once(cli, grid, tmp_path, arguments, code, s
 
 
 def test_a_gated_model_needs_a_login(cli, tmp_path, monkeypatch):
-    import prunebench.sweep.sweep as module
+    import prunebench.sweep.requirements as module
 
     monkeypatch.setattr(module, "hub_reachable", lambda: True)
     monkeypatch.setattr(module, "_logged_in", lambda: False)
