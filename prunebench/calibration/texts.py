@@ -75,12 +75,9 @@ def identify_text(name: str, *, use: Use) -> TextIdentity:
         MissingResource: A file does not exist.
         IncompatibleData: A file is not text, or not the text that its name promises.
     """
-    kind, _, path = name.partition(":")
-    if kind == "file":
-        return _from_file(Path(path).expanduser())
-    if path:
-        text = read_text_file(Path(path).expanduser())
-        return _VERIFIED[kind](text, origin="file", where=path)
+    local = _local_text(name)
+    if local is not None:
+        return local
     base, _, place = name.partition("@")
     entry = texts()[base]
     if entry.url:
@@ -92,6 +89,17 @@ def identify_text(name: str, *, use: Use) -> TextIdentity:
     if use == "calibration":
         return TextIdentity("c4", "train-shard-0", hub_origin(entry, entry.hub_calibration))
     return TextIdentity("c4", "validation-1100", hub_origin(entry, entry.hub_evaluation))
+
+
+def _local_text(name: str) -> Text | None:
+    """Read the text of `file:PATH`, or of a local copy such as `wikitext2:PATH`, else None."""
+    kind, _, path = name.partition(":")
+    if kind == "file":
+        return _from_file(Path(path).expanduser())
+    if path:
+        text = read_text_file(Path(path).expanduser())
+        return _VERIFIED[kind](text, origin="file", where=path)
+    return None
 
 
 def load_text(name: str, *, use: Use, progress: Progress) -> Text:
@@ -106,12 +114,9 @@ def load_text(name: str, *, use: Use, progress: Progress) -> Text:
         MissingResource: It cannot be downloaded, or a file cannot be read.
         IncompatibleData: It is not text, or not the text that its name promises.
     """
-    kind, _, path = name.partition(":")
-    if kind == "file":
-        return _from_file(Path(path).expanduser())
-    if path:
-        text = read_text_file(Path(path).expanduser())
-        return _VERIFIED[kind](text, origin="file", where=path)
+    local = _local_text(name)
+    if local is not None:
+        return local
     base, _, place = name.partition("@")
     entry = texts()[base]
     if entry.url:
