@@ -154,23 +154,8 @@ def prepare_perplexity(
         # a token file brings the length of its windows: --ppl-seqlen does not apply
         seqlen = rows.shape[1]
     else:
-        text = load_text(name, use="evaluation", progress=progress)
-        # piece: tokens of the text in a window, one less than seqlen where BOS takes a place
-        ids, piece = _token_ids(text, tokenizer, seqlen=seqlen, bos=bos), text_tokens(seqlen, bos)
-        # the tail that fills no window is dropped, as in the code of SparseGPT and Wanda
-        count = len(ids) // piece
-        if count == 0:
-            raise IncompatibleData(
-                f"{name} is too short: {len(ids):,} tokens, one window of {piece} is needed",
-                where=f"text from {text.origin}",
-                fix=f"use --ppl-seqlen {len(ids) + seqlen - piece} or less, or a longer text"
-                if len(ids) > 1
-                else "use a longer text",
-            )
-        identity = text
-        # [windows, piece]
-        rows = torch.tensor(ids[: count * piece], dtype=torch.int64).view(count, piece)
-        rows = begin_windows(rows, tokenizer, bos)  # [windows, seqlen]
+        identity = text = load_text(name, use="evaluation", progress=progress)
+        rows = _cut(text, name, tokenizer, seqlen=seqlen, bos=bos)
     protocol = protocol_of(
         identity, seqlen=seqlen, bos=bos, tokens=rows.numel(), limit=limit_tokens
     )
@@ -178,6 +163,25 @@ def prepare_perplexity(
     if limited and limit_tokens is not None:
         rows = rows[: limit_tokens // seqlen]
     return PerplexityTask(protocol, identity.dataset, identity.origin, limited, rows)
+
+
+def _cut(text: Text, name: str, tokenizer: Any, *, seqlen: int, bos: Bos) -> torch.Tensor:
+    """Return the windows of a text, `[windows, seqlen]`."""
+    # piece: tokens of the text in a window, one less than seqlen where BOS takes a place
+    ids, piece = _token_ids(text, tokenizer, seqlen=seqlen, bos=bos), text_tokens(seqlen, bos)
+    # the tail that fills no window is dropped, as in the code of SparseGPT and Wanda
+    count = len(ids) // piece
+    if count == 0:
+        raise IncompatibleData(
+            f"{name} is too short: {len(ids):,} tokens, one window of {piece} is needed",
+            where=f"text from {text.origin}",
+            fix=f"use --ppl-seqlen {len(ids) + seqlen - piece} or less, or a longer text"
+            if len(ids) > 1
+            else "use a longer text",
+        )
+    # [windows, piece]
+    rows = torch.tensor(ids[: count * piece], dtype=torch.int64).view(count, piece)
+    return begin_windows(rows, tokenizer, bos)  # [windows, seqlen]
 
 
 def protocol_of(

@@ -10,9 +10,7 @@ import torch
 from prunebench.errors import OutOfMemory, PrunebenchError
 from prunebench.models.out_of_memory import is_out_of_memory, on_batch_halved
 from prunebench.run.plan import Plan
-from prunebench.run.result import (
-    failed_result,
-)
+from prunebench.run.result import failed_result
 
 
 @contextmanager
