@@ -1,22 +1,53 @@
-"""The README cannot drift: every command, option, method and the example plug-in are checked."""
+"""README and docs cannot drift: commands, options, links, tables and examples are checked."""
 
 import re
+import runpy
 import shlex
+import shutil
+import statistics
 from pathlib import Path
 
 import pytest
 from typer.main import get_command
 
+from prunebench.allocators import ALLOCATORS as REGISTRY
+from prunebench.allocators import BUILTIN as ALLOCATORS
 from prunebench.calibration.texts import texts
 from prunebench.cli import app
+from prunebench.errors import PrunebenchError
 from prunebench.pruners import BUILTIN, METHODS
 from prunebench.results.published import published_values
+from prunebench.results.store import ResultStore
+from prunebench.run_options import RUN_KEYS, RUN_OPTIONS
 from prunebench.sweep.recipe import read_recipe
 from prunebench.testing import check_pruner
 
 ROOT = Path(__file__).parent.parent
-README = (ROOT / "README.md").read_text("utf-8")
-LINES = [line.strip() for line in README.splitlines() if line.startswith("    prunebench ")]
+PAGES = sorted(
+    [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *ROOT.glob("docs/*.md")]
+)
+README, CLI, METHODS_PAGE, MASKLLM, RECIPES, BACKENDS = (
+    (ROOT / name).read_text("utf-8")
+    for name in (
+        "README.md", "docs/cli.md", "docs/methods.md", "docs/maskllm.md", "docs/recipes.md",
+        "docs/sparse24.md",
+    )
+)  # fmt: skip
+
+
+def commands_of(page: Path) -> list[str]:
+    return [
+        line.strip().partition(" #")[0].strip()
+        for line in page.read_text("utf-8").splitlines()
+        if re.match(r"    (prunebench|torchrun .* -m prunebench) ", line)
+    ]
+
+
+COMMANDS = sorted({line for page in PAGES for line in commands_of(page)})
+
+
+def page_id(page: Path) -> str:
+    return str(page.relative_to(ROOT))
 
 
 def command_of(words):
@@ -27,34 +58,159 @@ def command_of(words):
     return command
 
 
-@pytest.mark.parametrize("line", LINES)
-def test_commands_in_the_readme_exist_with_their_options(line):
-    words = shlex.split(line.partition("#")[0])[1:]
+@pytest.mark.parametrize("line", COMMANDS)
+def test_commands_in_the_pages_exist_with_their_options(line):
+    words = shlex.split(line.rpartition("prunebench ")[2])
     command = command_of(words)
-    known = {flag for option in command.params for flag in [*option.opts, *option.secondary_opts]}
-    flags = [word for word in words if word.startswith("-")]
+    flags = {flag for option in command.params for flag in [*option.opts, *option.secondary_opts]}
     assert not getattr(command, "commands", None), f"{line} names a group, not a command"
-    assert set(flags) <= known, line
+    assert {word for word in words if word.startswith("-")} <= flags, line
 
 
-def test_every_command_and_method_is_in_the_readme():
+def all_flags() -> set[str]:
+    groups = [c.command for c in get_command(app).commands.values()]
+    commands = [c for group in groups for c in getattr(group, "commands", {"": group}).values()]
+    options = [option for command in commands for option in command.params]
+    return {flag for option in options for flag in [*option.opts, *option.secondary_opts]}
+
+
+OF_OTHERS = {"--help", "--strict", "--nproc-per-node", "--index-url"}
+CURRENT = [page for page in PAGES if page.name != "CHANGELOG.md"]  # that one names what was, too
+
+
+@pytest.mark.parametrize("page", CURRENT, ids=page_id)
+def test_options_that_a_page_names_exist(page):
+    text = page.read_text("utf-8")
+    flags = set(re.findall(r"(?<![\w-])--[a-z][a-z0-9-]+(?![\w*-])", text))
+    assert flags <= all_flags() | OF_OTHERS
+    methods = {key for name in BUILTIN for key in METHODS.resolve_options(name, {}, seed=0)}
+    allocators = {k for n in ALLOCATORS for k in REGISTRY.resolve_options(n, {}, seed=0)}
+    for allocation, key in re.findall(r"--set (allocation\.)?([a-z_0-9]+)=", text):
+        assert key in (allocators if allocation else methods | {"power"}), key
+
+
+def test_the_page_of_commands_is_fresh():
+    module = runpy.run_path(str(ROOT / "docs" / "generate_cli.py"))
+    assert module["page"]() == CLI, "run `make docs`"
+
+
+def test_the_page_of_commands_has_everything():
     for name, command in get_command(app).commands.items():
         for sub in getattr(command.command, "commands", [""]):
-            assert f"`{f'{name} {sub}'.strip()}`" in README, f"{name} {sub}"
-    for name in BUILTIN:
-        assert f"| `{name}` |" in README, name
+            assert f"\n## {f'{name} {sub}'.strip()}\n" in CLI
+    for option in RUN_OPTIONS.values():
+        assert f"`{option.flag}" in CLI
+        assert not option.variable or f"`{option.variable}`" in CLI
+    for error in PrunebenchError.__subclasses__():
+        assert f"\n| {error.exit_code} |" in CLI, error
+    assert max(map(len, CLI.splitlines())) < 400
 
 
-def test_every_make_target_in_the_readme_exists():
+def test_every_method_allocator_and_command_has_its_row():
+    for name, row in BUILTIN.items():
+        (line,) = re.findall(
+            rf"^\| `{name}` \|(?!.* seeds).*\| (?:yes|no) \|$", README, re.MULTILINE
+        )
+        cells = [cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]]
+        words = {True: "yes", False: "no"}
+        assert cells[-2:] == [words[row.data], words[row.updates]], name
+        assert not row.paper or f"https://arxiv.org/abs/{row.paper}" in cells[2], name
+    for name in ALLOCATORS:
+        assert f"\n| `{name}` |" in METHODS_PAGE
+    for name in get_command(app).commands:
+        assert f"`{name}`" in README
+
+
+LINK = re.compile(r"(?<!!)\[[^\]]*\]\(([^)\s]+)\)")
+
+
+def anchors(page: Path) -> set[str]:
+    heads = re.findall(r"^#+ (.*)$", page.read_text("utf-8"), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", head.lower()).strip().replace(" ", "-") for head in heads}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=page_id)
+def test_links_lead_somewhere(page):
+    for target in LINK.findall(page.read_text("utf-8")):
+        if target.startswith("https://"):
+            continue
+        name, _, anchor = target.partition("#")
+        path = (page.parent / name).resolve() if name else page
+        assert path.exists(), target
+        assert not anchor or anchor in anchors(path), target
+
+
+def test_every_page_is_reached_from_the_readme():
+    for page in ROOT.glob("docs/*.md"):
+        assert f"(docs/{page.name})" in README, page.name
+
+
+@pytest.mark.parametrize("page", PAGES, ids=page_id)
+def test_pages_are_readable_as_text(page):
+    text = page.read_text("utf-8")
+    wide = [line for line in text.splitlines() if len(line) > 120 and not line.startswith("|")]
+    assert not wide
+    assert not re.search(r"@@|TODO|FIXME|/work/", text)
+    assert text.count("```") % 2 == 0
+
+
+def test_the_readme_stays_short():
+    lines = README.splitlines()
+    assert len(lines) <= 220
+    assert "make demo" in "\n".join(lines[:10])
+    assert any(line.startswith("| `wanda` | 2:4") for line in lines[:30])
+
+
+def test_make_targets_in_the_pages_exist():
     targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text("utf-8"), re.MULTILINE))
-    named = set(re.findall(r"make ([a-z-]+)", README))
+    text = "\n".join(page.read_text("utf-8") for page in PAGES)
+    named = set(re.findall(r"(?:`|    )make ([a-z0-9-]+)", text))
     assert named <= targets
-    assert {"demo", "test", "test-real", "check", "bench"} <= named
+    assert {"demo", "install", "check", "test", "test-real", "bench", "docs"} <= named
+
+
+def shown(value: float) -> str:
+    return f"{value:.2f}" if value < 100 else f"{value:.1f}" if value < 1000 else f"{value:,.0f}"
+
+
+def test_the_numbers_of_the_readme_are_those_of_the_results():
+    results, _ = ResultStore(ROOT / "results").read()
+    rows = re.findall(
+        r"^\| `([\w-]+)` \| ([\d.:-]+) \| ([^|]*) \| ([^|]*) \|", README, re.MULTILINE
+    )
+    assert len(rows) > 10
+    dense = next(s.dense_value for r in results for s in r.scores if s.dataset == "wiki-sample")
+    for method, sparsity, score, factor in rows:
+        if method == "dense":
+            assert score == shown(dense)
+            continue
+        values = {
+            result.spec.seed: score.value
+            for result in sorted(results, key=lambda result: result.created_at)
+            for score in result.scores
+            if score.protocol == "wiki-sample/held-out/512/v1" and score.metric == "token_ppl"
+            if (result.spec.method, result.spec.sparsity) == (method, sparsity)
+            if result.spec.within_block in ("joint", None)
+            if (result.spec.calibration or "c4-sample/rest") == "c4-sample/rest"
+            if is_default(result)
+        }
+        mean = statistics.fmean(values.values())
+        spread = f" ± {statistics.stdev(values.values()):.2f}" if len(values) > 1 else ""
+        assert score == shown(mean) + spread, method
+        assert factor == f"{mean / dense:.2f}", method
+
+
+def is_default(result) -> bool:
+    options = METHODS.resolve_options(result.spec.method, {}, seed=result.spec.seed)
+    if result.spec.method == "maskllm":  # options of the preset are filled in
+        from prunebench.pruners.maskllm.presets import PRESETS
+
+        options |= PRESETS["laptop"] | {"train_data": "c4-sample/rest"}
+    return result.method.options == options
 
 
 def test_the_example_method_passes_the_contract(tmp_path, monkeypatch):
-    code = re.search(r"```python\n# my_method.py\n(.*?)```", README, re.DOTALL)[1]
-    (tmp_path / "my_method.py").write_text(code)
+    (tmp_path / "my_method.py").write_text(example_method())
     monkeypatch.chdir(tmp_path)
     pruner = METHODS.make(
         "my_method:Mine", METHODS.resolve_options("my_method:Mine", {"power": "0.7"}, seed=0)
@@ -63,23 +219,87 @@ def test_the_example_method_passes_the_contract(tmp_path, monkeypatch):
     assert [str(o) for o in check_pruner(pruner) if not o.passed] == []
 
 
+def example_method() -> str:
+    return re.search(r"```python\n# my_method.py\n(.*?)```", README, re.DOTALL)[1]
+
+
+def test_the_entry_points_that_pages_name_are_those_that_are_read():
+    for text in (README, METHODS_PAGE):
+        assert METHODS.entry_points in text
+    assert "prunebench.allocators" in METHODS_PAGE
+
+
 def test_the_example_recipe_is_valid(tmp_path):
     path = tmp_path / "r.toml"
-    path.write_text(re.search(r"```toml\n(.*?)```", README, re.DOTALL)[1])
+    path.write_text(re.search(r"```toml\n(.*?)```", RECIPES, re.DOTALL)[1])
     recipe = read_recipe(path, complete=True)
     assert (len(recipe.cells), len(recipe.expectations)) == (4, 2)
+    assert "ppl_seqlen" in RUN_KEYS
 
 
-def test_every_recipe_and_the_number_of_published_values_are_in_the_readme():
+def test_every_recipe_and_the_number_of_published_values_are_in_the_docs():
     for path in sorted((ROOT / "recipes").glob("*.toml")):
-        assert f"| `recipes/{path.name}` |" in README
+        assert f"| `recipes/{path.name}` |" in RECIPES
         assert f"reproduce-{path.stem}:" in (ROOT / "Makefile").read_text("utf-8")
-    assert f"{len(published_values()):,} values of" in README
+    assert f"{len(published_values()):,} values of" in RECIPES
 
 
-def test_no_placeholder_is_left():
-    assert "@@" not in README
-    assert "TODO" not in README
+def test_presets_and_backends_are_those_of_the_code():
+    from prunebench.pruners.maskllm.presets import PRESETS
+    from prunebench.sparse24.backends.table import backends
+
+    for name, preset in PRESETS.items():
+        steps, batch, length = (preset[key] for key in ("steps", "batch", "train_seqlen"))
+        assert f"| `{name}` | {steps:,} x {batch} x {length:,} |" in MASKLLM
+    assert set(re.findall(r"^\| `(\w+)` \| (?!what)", BACKENDS, re.MULTILINE)) == set(backends())
+
+
+NOT_RUN = {
+    "--method maskllm": "learns for minutes; tests/maskllm runs it",
+    "sweep ": "its cells prune real models; tests/sweep runs such",
+    "models fetch": "needs the hub",
+    "--push": "needs an account of the hub",
+    "torchrun": "needs eight GPUs",
+}
+REPLACED = {"-M", "--model", "--calibration", "--ppl", "--tasks", "--limit"}
+
+
+def on_the_tiny_model(words: list[str], tiny_run: list[str]) -> list[str]:
+    """Return a `run` of a page with the tiny model and its texts in place of the real ones."""
+    kept, tiny = [], tiny_run[1:-2]  # without `run` and --results-dir
+    pairs = iter(words)
+    for word in pairs:
+        if word not in REPLACED:
+            kept.append(word)
+        elif (value := next(pairs)).startswith("tokens:"):
+            kept += [word, value]
+            tiny = [*tiny[:2], *tiny[4:]]  # without --calibration
+    return [*kept, *tiny]
+
+
+@pytest.fixture
+def folder(cli, tmp_path):
+    """A working directory like a clone's."""
+    work = tmp_path / "work"
+    shutil.copytree(ROOT / "results", work / "results")
+    (work / "recipes").symlink_to(ROOT / "recipes")
+    (work / "my_method.py").write_text(example_method())
+    return work
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if commands_of(page)], ids=page_id)
+@pytest.mark.slow
+def test_the_commands_of_a_page_work_one_after_the_other(page, cli, folder, tiny_run):
+    for line in commands_of(page):
+        if any(part in line for part in NOT_RUN):
+            continue
+        words = shlex.split(line)[1:]
+        if words[0] == "run":
+            words = on_the_tiny_model(words, tiny_run)
+        if words[:2] in (["report", "-o"], ["export", "out/"]):
+            words.append("--force")
+        # no paper has values of the models in the committed results: said so, exit code 3
+        cli(*words, code=3 if "--published" in words else 0)
 
 
 def test_texts_name_their_licence_and_where_they_come_from():
