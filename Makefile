@@ -14,7 +14,7 @@ LEARN := $(BIN)/prunebench run --method maskllm --sparsity 2:4 --calibration c4@
 REPRODUCE := $(addprefix reproduce-,laptop allocation domain wanda sparsegpt gblm alps scheduler maskllm maskllm-laptop)
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-real test-browser test-cluster lint check docs bench bench-gpu bench-gpu-report bench-maskllm-gpu clean reproduce-transfer $(REPRODUCE)
+.PHONY: help install demo test test-real test-browser test-cluster lint check docs site bench bench-gpu bench-gpu-report bench-maskllm-gpu clean reproduce-transfer $(REPRODUCE)
 
 help:  ## say what there is
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 30
@@ -62,6 +62,13 @@ check: lint test  ## format, lint, types and the default tests
 
 docs: install  ## write docs/cli.md from the commands
 	$(BIN)/python docs/generate_cli.py
+
+site: $(BIN)/.site  ## the README and docs as a site in build/site (installs mkdocs-material)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+$(BIN)/.site: $(BIN)/.installed
+	$(BIN)/pip install -q -c constraints.txt -e '.[docs]'
+	touch $@
 
 bench: install  ## measure every promised figure (ONLY=name for some)
 	$(BIN)/python -m benchmarks --only "$(ONLY)"

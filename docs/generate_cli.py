@@ -31,8 +31,8 @@ HEADER = """\
 <!-- Written by `make docs` from the commands themselves; a test fails where it is not fresh. -->
 
 `prunebench COMMAND --help` says the same in a terminal. Data goes to stdout, progress to stderr;
-`--json` prints one document. A recipe holds options of `run` by their names, with underscores: see
-[recipes](recipes.md).
+`--json` prints one document. Where the environment can set an option, the variable ends its row. A
+recipe holds options of `run` by their names, with underscores: see [recipes](recipes.md).
 """
 
 FOOTER = """\
@@ -118,13 +118,13 @@ def _section(name: str, command: Any) -> list[str]:
     lines = [f"## {name}", "", f"```\n{usage}\n```", "", about.replace("<", "&lt;"), ""]
     if arguments:
         rows = [[_code(_placeholder(p)), *_facts(p)] for p in arguments]
-        lines += _table(["argument", "default", "environment", "what"], rows)
+        lines += _table(["argument", "default", "what"], rows)
     panels: dict[str, list[list[str]]] = {}
     for option in options:
         panels.setdefault(option.rich_help_panel or "", []).append(_option(option))
     for panel, rows in panels.items():
         lines += [f"**{panel}**", ""] if panel else []
-        lines += _table(["option", "default", "environment", "what"], rows)
+        lines += _table(["option", "default", "what"], rows)
     return lines
 
 
@@ -135,7 +135,7 @@ def _option(option: Any) -> list[str]:
 
 
 def _facts(parameter: Any) -> list[str]:
-    """Return default, variable and help of a parameter."""
+    """Return default and help of a parameter, its environment variable included."""
     about = RUN_OPTIONS.get(parameter.name) if parameter.rich_help_panel else None
     text, default = parameter.help or "", ""
     if about:
@@ -147,7 +147,8 @@ def _facts(parameter: Any) -> list[str]:
         default = "required"
     elif parameter.show_default and parameter.default not in (None, False, ()):
         default = str(parameter.default)
-    return [_cell(default), _code(parameter.envvar or ""), _cell(text)]
+    variable = f" {_code(parameter.envvar)}" if parameter.envvar else ""
+    return [_cell(default), _cell(text) + variable]
 
 
 def _placeholder(parameter: Any) -> str:

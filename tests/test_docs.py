@@ -5,6 +5,7 @@ import runpy
 import shlex
 import shutil
 import statistics
+from collections import defaultdict
 from pathlib import Path
 
 import pytest
@@ -15,10 +16,14 @@ from prunebench.allocators import BUILTIN as ALLOCATORS
 from prunebench.calibration.texts import texts
 from prunebench.cli import app
 from prunebench.errors import PrunebenchError
+from prunebench.options import options_of
 from prunebench.pruners import BUILTIN, METHODS
+from prunebench.pruners.maskllm.presets import PRESETS
 from prunebench.results.published import published_values
 from prunebench.results.store import ResultStore
 from prunebench.run_options import RUN_KEYS, RUN_OPTIONS
+from prunebench.sparse24.backends.table import backends
+from prunebench.spec import RunSpec
 from prunebench.sweep.recipe import read_recipe
 from prunebench.testing import check_pruner
 
@@ -26,11 +31,11 @@ ROOT = Path(__file__).parent.parent
 PAGES = sorted(
     [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *ROOT.glob("docs/*.md")]
 )
-README, CLI, METHODS_PAGE, MASKLLM, RECIPES, BACKENDS = (
+README, CLI, METHODS_PAGE, MASKLLM, RECIPES, BACKENDS, FINDINGS = (
     (ROOT / name).read_text("utf-8")
     for name in (
         "README.md", "docs/cli.md", "docs/methods.md", "docs/maskllm.md", "docs/recipes.md",
-        "docs/sparse24.md",
+        "docs/sparse24.md", "docs/findings.md",
     )
 )  # fmt: skip
 
@@ -169,44 +174,87 @@ def test_make_targets_in_the_pages_exist():
     assert {"demo", "install", "check", "test", "test-real", "bench", "docs"} <= named
 
 
-def shown(value: float) -> str:
-    return f"{value:.2f}" if value < 100 else f"{value:.1f}" if value < 1000 else f"{value:,.0f}"
+def groups() -> dict[tuple, list]:
+    """Return the committed results, those that differ only in seed together."""
+    grouped = defaultdict(list)
+    for result in ResultStore(ROOT / "results").read()[0]:
+        cell = {name for name, option in options_of(RunSpec).items() if option.about.cell}
+        spec = result.spec.model_dump(include=cell - {"method_options"})
+        options = {key: value for key, value in result.method.options.items() if key != "seed"}
+        texts = {score.protocol for score in result.scores if score.metric == "token_ppl"}
+        for text in texts:
+            grouped[(text, str(spec), str(options))].append(result)
+    return grouped
 
 
-def test_the_numbers_of_the_readme_are_those_of_the_results():
-    results, _ = ResultStore(ROOT / "results").read()
-    rows = re.findall(
-        r"^\| `([\w-]+)` \| ([\d.:-]+) \| ([^|]*) \| ([^|]*) \|", README, re.MULTILINE
-    )
-    assert len(rows) > 10
-    dense = next(s.dense_value for r in results for s in r.scores if s.dataset == "wiki-sample")
-    for method, sparsity, score, factor in rows:
-        if method == "dense":
-            assert score == shown(dense)
-            continue
-        values = {
-            result.spec.seed: score.value
-            for result in sorted(results, key=lambda result: result.created_at)
-            for score in result.scores
-            if score.protocol == "wiki-sample/held-out/512/v1" and score.metric == "token_ppl"
-            if (result.spec.method, result.spec.sparsity) == (method, sparsity)
-            if result.spec.within_block in ("joint", None)
-            if (result.spec.calibration or "c4-sample/rest") == "c4-sample/rest"
-            if is_default(result)
-        }
-        mean = statistics.fmean(values.values())
-        spread = f" ± {statistics.stdev(values.values()):.2f}" if len(values) > 1 else ""
-        assert score == shown(mean) + spread, method
-        assert factor == f"{mean / dense:.2f}", method
+def spread_of(protocol: str, results: list) -> tuple[float, float | None]:
+    """Return mean and standard deviation of a perplexity over seeds, one result each."""
+    values = {
+        result.spec.seed: score.value
+        for result in sorted(results, key=lambda result: result.created_at)
+        for score in result.scores
+        if (score.protocol, score.metric) == (protocol, "token_ppl")
+    }
+    several = statistics.stdev(values.values()) if len(values) > 1 else None
+    return statistics.fmean(values.values()), several
+
+
+def shown(mean: float, spread: float | None) -> str:
+    text = f"{mean:.2f}" if mean < 100 else f"{mean:.1f}" if mean < 1000 else f"{mean:,.0f}"
+    return text if spread is None else f"{text} ± {spread:.2f}"
 
 
 def is_default(result) -> bool:
     options = METHODS.resolve_options(result.spec.method, {}, seed=result.spec.seed)
     if result.spec.method == "maskllm":  # options of the preset are filled in
-        from prunebench.pruners.maskllm.presets import PRESETS
-
         options |= PRESETS["laptop"] | {"train_data": "c4-sample/rest"}
     return result.method.options == options
+
+
+def test_the_numbers_of_the_readme_are_those_of_the_results():
+    wiki = "wiki-sample/held-out/512/v1"
+    means = {}
+    for (protocol, *_), results in groups().items():
+        spec = results[0].spec
+        if protocol != wiki or not is_default(results[0]) or spec.within_block == "sequential":
+            continue
+        if spec.calibration in (None, "c4-sample/rest"):
+            means[spec.method, spec.sparsity] = spread_of(protocol, results)
+    dense = means["dense", "0"][0]
+    rows = re.findall(
+        r"^\| `([\w-]+)` \| ([\d.:-]+) \| ([^|]*) \| ([^|]*) \|", README, re.MULTILINE
+    )
+    assert len(rows) > 10
+    for method, sparsity, score, factor in rows:
+        mean, spread = means[method, "0" if method == "dense" else sparsity]
+        assert score == shown(mean, spread), method
+        assert factor == f"{mean / dense:.2f}", method
+
+
+def test_the_numbers_of_the_findings_are_those_of_the_results():
+    printed = set()
+    for (protocol, *_), results in groups().items():
+        mean, spread = spread_of(protocol, results)
+        printed |= {f"{mean:.1f}", f"{mean:.2f}", f"{mean:,.0f}"}
+        if spread is not None:
+            printed |= {f"{mean:.1f} ± {spread:.1f}", f"{mean:,.0f} ± {spread:.0f}"}
+            printed |= {f"{mean:,.0f} ± {round(spread, -1):.0f}"}
+        for result in results:
+            for score in result.scores:
+                printed |= {f"{score.value:.1f}", f"{score.value:.2f}", f"{score.value:,.0f}"}
+                printed |= {f"{score.dense_value:.2f}"}
+                for value, error in (
+                    (score.value, score.stderr),
+                    (score.dense_value, score.dense_stderr),
+                ):
+                    printed |= {f"{100 * value:.1f}% ± {100 * (error or 0):.1f}"}
+    tables = [line for line in FINDINGS.splitlines() if line.startswith("| ")]
+    numbers = [n for line in tables for n in re.findall(r"[\d,.]+%? ± [\d.]+", line)]
+    assert len(numbers) > 20
+    assert set(numbers) <= printed
+    kept = re.findall(r"^\| (?:`|the preset).*? \| \**([\d.]+)\** \|", FINDINGS, re.MULTILINE)
+    assert len(kept) == 12
+    assert set(kept) <= printed
 
 
 def test_the_example_method_passes_the_contract(tmp_path, monkeypatch):
@@ -245,9 +293,6 @@ def test_every_recipe_and_the_number_of_published_values_are_in_the_docs():
 
 
 def test_presets_and_backends_are_those_of_the_code():
-    from prunebench.pruners.maskllm.presets import PRESETS
-    from prunebench.sparse24.backends.table import backends
-
     for name, preset in PRESETS.items():
         steps, batch, length = (preset[key] for key in ("steps", "batch", "train_seqlen"))
         assert f"| `{name}` | {steps:,} x {batch} x {length:,} |" in MASKLLM
