@@ -15,7 +15,7 @@ from prunebench.allocators.allocation import Allocator
 from prunebench.calibration.texts import check_text_name, placed
 from prunebench.errors import UsageError
 from prunebench.models.masks import require_masks_named
-from prunebench.models.source import CatalogEntry, find_model
+from prunebench.models.source import CatalogEntry, ModelSource, find_model
 from prunebench.options import options_of
 from prunebench.pruners import METHODS
 from prunebench.pruners.layer import DependsOnModel, Pruner
@@ -40,13 +40,18 @@ class NamedSpec:
     sparsity: Sparsity
 
 
-def check_names(spec: RunSpec, setup: Setup) -> NamedSpec:
+def check_names(spec: RunSpec, setup: Setup, source: ModelSource | None = None) -> NamedSpec:
     """Fill in all options, and refuse unknown methods, options, models, texts and tasks.
+
+    Args:
+        spec: With names.
+        setup: Where the run happens.
+        source: Of the model, where it is not what `spec.model` names.
 
     Raises:
         PrunebenchError: The first thing that is wrong.
     """
-    entry = find_model(spec.model).entry
+    entry = (source or find_model(spec.model)).entry
     pruner, allocator, sparsity, fields = _resolve_method(spec, entry)
     # with the fields filled in: a method without data has no calibration to check
     _check_texts(spec.model_copy(update=fields))

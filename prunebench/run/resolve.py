@@ -120,10 +120,32 @@ def resolve(spec: RunSpec, setup: Setup) -> ResolvedSpec:
         # the dense copy of an FP8 checkpoint is float32, and the model is not
         stored=StoredDtype.of(fetched.path) if is_fp8(fetched.path) else None,
     )
+    return identify_contents(
+        named, setup, store=store, progress=progress, devices=devices, model=model, dtype=dtype,
+        started=started,
+    )  # fmt: skip
+
+
+def identify_contents(
+    named: NamedSpec,
+    setup: Setup,
+    *,
+    store: ResultStore,
+    progress: StageTimer,
+    devices: tuple[torch.device, ...],
+    model: LocalModel,
+    dtype: DtypeChoice,
+    started: float,
+) -> ResolvedSpec:
+    """Replace the names of a spec by contents, for a model that is on this machine.
+
+    Raises:
+        PrunebenchError: The first thing that is wrong.
+    """
     calibration, calibration_fields = _identify_calibration(named.spec)
     training_text = _identify_training(named)
     fields: Fields = {
-        "model": source.id,
+        "model": model.source.id,
         # commit, not branch: `main` moves, and equal hashes must mean equal weights
         "model_revision": model.revision,
         "dtype": dtype.dtype,
