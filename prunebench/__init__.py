@@ -14,24 +14,24 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from prunebench.api import Perplexity as Perplexity
-    from prunebench.api import PruningReport as PruningReport
-    from prunebench.api import fetch_model as fetch_model
-    from prunebench.api import perplexity as perplexity
-    from prunebench.api import prune as prune
+    from prunebench.api.models import fetch_model as fetch_model
+    from prunebench.api.pruning import PruningReport as PruningReport
+    from prunebench.api.pruning import prune as prune
+    from prunebench.api.scoring import Perplexity as Perplexity
+    from prunebench.api.scoring import perplexity as perplexity
     from prunebench.errors import PrunebenchError as PrunebenchError
     from prunebench.results.frame import load_results as load_results
 
 __version__ = "0.1.0"
 
 _HOMES = {
-    "Perplexity": "api",
+    "Perplexity": "api.scoring",
     "PrunebenchError": "errors",
-    "PruningReport": "api",
-    "fetch_model": "api",
+    "PruningReport": "api.pruning",
+    "fetch_model": "api.models",
     "load_results": "results.frame",
-    "perplexity": "api",
-    "prune": "api",
+    "perplexity": "api.scoring",
+    "prune": "api.pruning",
 }
 """The module of every member."""
 
@@ -58,4 +58,4 @@ if not TYPE_CHECKING:  # a type checker would take any name for a member
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    return [*__all__]

@@ -96,7 +96,7 @@ def test_the_root_imports_the_api_for_type_checkers_only():
     (checked,) = [node for node in tree.body if isinstance(node, ast.If) and node.body[1:]]
     assert ast.unparse(checked.test) == "TYPE_CHECKING"
     of_types = imported(ast.Module(checked.body, []))
-    assert {"prunebench.api.prune", "prunebench.results.frame.load_results"} <= of_types
+    assert {"prunebench.api.pruning.prune", "prunebench.results.frame.load_results"} <= of_types
     rest = imported(ast.Module([node for node in tree.body if node is not checked], []))
     assert not {name for name in rest if name.startswith("prunebench")}
 

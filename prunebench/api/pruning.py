@@ -1,12 +1,4 @@
-"""The Python API: prune and score a model that the caller holds, exactly as a run does.
-
-    import prunebench
-
-    report = prunebench.prune(model, tokenizer, method="wanda", sparsity="2:4", calibration="c4")
-    prunebench.perplexity(model, tokenizer, "wiki", seqlen=2048).value
-
-docs/python.md shows a whole notebook.
-"""
+"""`prunebench.prune`: prune a model that the caller holds, as a run prunes what it loads."""
 
 from __future__ import annotations
 
@@ -14,21 +6,15 @@ import contextlib
 import inspect
 import tempfile
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from prunebench.calibration.given import cut_tokens, text_name, token_ids_of
-from prunebench.calibration.texts import check_text_name, placed
-from prunebench.calibration.vocabulary import require_known, vocabulary_size
+from prunebench.api.given import text_name, token_ids_of
+from prunebench.api.models import usable_model
 from prunebench.errors import PrunebenchError, UsageError, nearest
-from prunebench.evaluate.perplexity import METRIC, prepare_perplexity
-from prunebench.models.in_memory import evaluation_mode, require_causal, source_of
-from prunebench.models.load import require_context
-from prunebench.models.source import fetch_model as fetch
-from prunebench.models.source import find_model
 from prunebench.progress import Progress, Silent, quiet_libraries
 from prunebench.results.schema import (
     AllocationBlock,
@@ -49,7 +35,7 @@ from prunebench.run.result import (
     build_training_block,
 )
 from prunebench.run_options import RUN_OPTIONS, spec_of, with_defaults
-from prunebench.spec import Bos, RunSpec
+from prunebench.spec import RunSpec
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -130,7 +116,7 @@ class PruningReport:
             "zeros": f"{zeros:,} of {size:,} ({self.realised_ratio:.3%})",
             "layers": f"{len(self.layers)}",
             "before": f"{self.zeros_before:,} ({self.zeros_before / size:.3%})",
-            "seconds": f"{self.seconds:.1f}",
+            "seconds": f"{self.seconds:.2f}",
             "events": ", ".join(events) or "none",
             "weights": f"sha256 {self.weights_sha256[:16]}...",
         }
@@ -139,29 +125,6 @@ class PruningReport:
         title = f"PruningReport: {self.spec.method} {self.spec.sparsity} on {self.spec.model}"
         rows = [f"  {name:8} {text}" for name, text in lines.items()]
         return "\n".join([title, *rows, *(f"  note     {note.strip()}" for note in self.notes)])
-
-
-@dataclass(frozen=True)
-class Perplexity:
-    """A perplexity under its protocol; only values of one protocol can be compared.
-
-    Attributes:
-        value: exp of the mean loss.
-        stderr: Standard error over the windows; None for a single window.
-        protocol: What was scored and how, e.g. `wiki-sample/held-out/512/v1`.
-        origin: Where the text came from.
-        targets: Number of predicted tokens.
-        tokens_sha256: Hash of the windows.
-        window_losses: Mean loss of every window, in nats a token.
-    """
-
-    value: float
-    stderr: float | None
-    protocol: str
-    origin: str
-    targets: int
-    tokens_sha256: str
-    window_losses: tuple[float, ...] = field(repr=False)
 
 
 def prune(
@@ -208,6 +171,22 @@ def prune(
         CheckFailed: The weights do not have the sparsity that was asked for: load them again.
         OutOfMemory: The last line of the message says whether weights have changed, here and for
             every other error after the first checks.
+
+    Example:
+        >>> import prunebench
+        >>> from prunebench.testing import tiny_model, tiny_tokens
+        >>> model = tiny_model("llama")
+        >>> report = prunebench.prune(
+        ...     model, method="wanda", sparsity="2:4", calibration=tiny_tokens()
+        ... )
+        >>> report.realised_ratio, len(report.layers), report.events
+        (0.5, 21, [])
+        >>> report.to_frame()[["requested", "ratio"]].drop_duplicates().values.tolist()
+        [['2:4', 0.5]]
+        >>> prunebench.prune(model, method="magnitude", sparsity="2:5")
+        Traceback (most recent call last):
+            ...
+        prunebench.errors.IncompatibleData: model.layers.0.self_attn.q_proj has 32 inputs...
     """
     unknown = sorted(options.keys() - _OPTIONS.keys())
     if unknown:
@@ -218,7 +197,7 @@ def prune(
     with (
         tempfile.TemporaryDirectory(prefix="prunebench-") as folder,
         quiet_libraries(),
-        _usable(model),
+        usable_model(model),
     ):
         if calibration is not None:
             given["calibration"] = _calibration_name(calibration, Path(folder), options)
@@ -255,103 +234,6 @@ def _report(held: HeldPlan, pruned: Pruned, notes: list[str], halvings: list[str
         notes=tuple(notes),
         halved_batches=tuple(halvings),
     )
-
-
-def perplexity(
-    model: nn.Module,
-    tokenizer: Any = None,
-    text: Any = "wiki",
-    *,
-    seqlen: int = 512,
-    tokens: int | None = None,
-    bos: Bos = "text",
-    progress: Progress | None = None,
-) -> Perplexity:
-    """Return the perplexity of a model on a text, as `prunebench run --ppl` measures it.
-
-    Args:
-        model: A causal language model of transformers, on one device; dense, pruned or quantized.
-        tokenizer: Of the model; may be None for token ids.
-        text: A name of `prunebench list texts`, `file:PATH`, `tokens:PATH`, a text, a list of
-            texts, or token ids: integers [windows, seqlen], or [tokens], which are cut into
-            windows. A string without white space is a name.
-        seqlen: Tokens in a window (`--ppl-seqlen`); token ids [windows, seqlen] bring their own.
-        tokens: Score only the first so many tokens (`--ppl-tokens`).
-        bos: `window` where every window begins with BOS, as Gemma needs (`--ppl-bos`).
-        progress: Called with the stage; by default nothing is shown.
-
-    Raises:
-        UsageError: The text is unknown, or a window is longer than the model's context.
-        MissingResource: The text cannot be had here.
-        IncompatibleData: The model cannot be scored, the text is too short or has tokens that the
-            model does not know, or the loss is not finite.
-    """
-    progress = progress or Silent()
-    with (
-        tempfile.TemporaryDirectory(prefix="prunebench-") as folder,
-        quiet_libraries(),
-        _usable(model),
-        memory_errors(next(model.parameters()).device, trains=False),
-    ):
-        name = text_name(cut_tokens(text, seqlen), Path(folder))
-        check_text_name(name, use="evaluation")
-        if tokenizer is None and not name.startswith("tokens:"):
-            raise UsageError(
-                "a text is scored, and there is no tokenizer",
-                fix="give the tokenizer of the model, or token ids",
-            )
-        task = prepare_perplexity(
-            placed(name, model=source_of(model).kind),
-            tokenizer,
-            seqlen=seqlen,
-            limit_tokens=tokens,
-            vocabulary=vocabulary_size(model),
-            progress=progress,
-            bos=bos,
-        )
-        require_context(model.config, task.windows.shape[1], option="ppl-seqlen")
-        require_known(
-            task.windows, vocabulary=vocabulary_size(model), source=task.dataset,
-            tokenizer=tokenizer,
-        )  # fmt: skip
-        with progress.stage("score", total=task.units, detail=name, unit=task.unit) as advance:
-            (outcome,) = task.score(model, advance=advance)
-    measure = outcome.measures[METRIC]
-    return Perplexity(
-        value=measure.value,
-        stderr=measure.stderr,
-        protocol=outcome.protocol,
-        origin=outcome.origin,
-        targets=outcome.targets,
-        tokens_sha256=outcome.sha256,
-        window_losses=tuple(item.values["nll"] for item in outcome.items),
-    )
-
-
-def fetch_model(name: str, *, progress: Progress | None = None) -> Path:
-    """Return the folder of a model, downloaded or converted first if needed.
-
-    Args:
-        name: An alias of `prunebench list models`, org/name of the hub, or a .gguf file.
-        progress: Called with the stages; by default nothing is shown.
-
-    Raises:
-        UsageError: The name is unknown.
-        MissingResource: It cannot be downloaded.
-    """
-    with quiet_libraries():
-        return fetch(find_model(name), progress or Silent()).path
-
-
-# ---------------------------------------------------------------- the model
-
-
-@contextlib.contextmanager
-def _usable(model: nn.Module) -> Iterator[None]:
-    """Refuse what is no causal language model, and evaluate it as a run does."""
-    require_causal(model)
-    with evaluation_mode(model):
-        yield
 
 
 @contextlib.contextmanager

@@ -1,4 +1,4 @@
-"""Texts, documents and token ids that a caller of the Python API holds, under names as runs take them.
+"""Texts, documents and token ids that a caller holds, under names as a run takes them.
 
 They are written to a folder of the call: a run reads them back as it reads a user's file, so that
 equal content gives equal windows and the same origin.
