@@ -86,7 +86,8 @@ def require_prunable(model: Any) -> None:
     """Refuse weights that cannot be pruned in place; to be called after `require_causal`.
 
     Raises:
-        IncompatibleData: They are quantized, or adapters are attached; says what to do.
+        IncompatibleData: They are quantized, computed from others, or adapters are attached; says
+            what to do.
     """
     # a merged adapter is part of the weights; another one adds to every pruned matrix
     if getattr(model, "peft_config", None) or getattr(model, "_hf_peft_config_loaded", False):
@@ -96,33 +97,42 @@ def require_prunable(model: Any) -> None:
         )  # fmt: skip
     if getattr(model, "is_quantized", False) or getattr(model, "hf_quantizer", None):
         raise _refused(model, "its weights are quantized", "load the model unquantized")
+    for name, module in model.named_modules():
+        # torch.nn.utils.prune and parametrizations compute the weight anew in each forward pass
+        if isinstance(module, nn.Linear) and "weight" not in module._parameters:
+            raise _refused(
+                model, f"{name}.weight is computed from another parameter",
+                "make it permanent first: torch.nn.utils.prune.remove, or "
+                "torch.nn.utils.parametrize.remove_parametrizations",
+            )  # fmt: skip
 
 
 def require_linears(model: nn.Module, linears: list[Linear]) -> str:
-    """Refuse matrices that are computed from others, or stored in a dtype that no run has.
+    """Refuse matrices of several dtypes, or of one that no run has.
 
     Returns:
         Their dtype, one of `spec.DTYPES`.
 
     Raises:
-        IncompatibleData: Names the first such matrix.
+        IncompatibleData: Names the dtypes.
     """
-    for linear in linears:
-        # torch.nn.utils.prune and parametrizations compute the weight anew in each forward pass
-        if linear.attribute not in linear.module._parameters:
-            raise _refused(
-                model, f"{linear.parameter_name} is computed from another parameter",
-                "make it permanent first: torch.nn.utils.prune.remove, or "
-                "torch.nn.utils.parametrize.remove_parametrizations",
-            )  # fmt: skip
     dtypes = {str(linear.stored.dtype).removeprefix("torch.") for linear in linears}
     if len(dtypes) > 1 or not dtypes <= set(DTYPES):
         raise _refused(
             model,
             f"its matrices are {' and '.join(sorted(dtypes))}",
-            f"use one of {', '.join(DTYPES)}, as in model.to(torch.bfloat16)",
+            f"load it with dtype= one of {', '.join(DTYPES)}",
         )
     return dtypes.pop()
+
+
+def note_on_buffers(model: nn.Module) -> str:
+    """Return a warning where `model.to(dtype)` has rounded buffers that a run has in float32."""
+    for name, buffer in model.named_buffers():
+        if name.endswith("inv_freq") and buffer.dtype in (torch.bfloat16, torch.float16):
+            dtype = str(buffer.dtype).removeprefix("torch.")
+            return f"{name} is {dtype}: load the model with dtype=torch.{dtype} instead of .to()"
+    return ""
 
 
 def _refused(model: nn.Module, where: str, fix: str) -> IncompatibleData:

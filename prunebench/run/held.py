@@ -12,6 +12,7 @@ from torch import nn
 from prunebench.distributed import world_size
 from prunebench.errors import UsageError
 from prunebench.models.in_memory import (
+    note_on_buffers,
     require_causal,
     require_linears,
     require_prunable,
@@ -63,6 +64,9 @@ def plan_for_model(model: Any, tokenizer: Any, spec: RunSpec, progress: Progress
         source = source_of(model)
         linears = find_linears(model)
         dtype = require_linears(model, linears)
+        note = note_on_buffers(model)
+        if note:
+            timer.note(note)
         spec = spec.model_copy(update={"model": source.id, "dtype": dtype, "ppl": ()})
         # weights in memory: what a run calls resident
         device = next(model.parameters()).device
