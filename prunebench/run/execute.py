@@ -34,6 +34,7 @@ from prunebench.models.hashing import hash_weights
 from prunebench.models.journal import RunJournal
 from prunebench.models.linears import Linear, find_linears
 from prunebench.models.measure import Measured, measure_linear, require_met, require_total
+from prunebench.models.pruned_block import RecoveredBlock, Recovery
 from prunebench.models.pruner_inputs import PrunerInputs
 from prunebench.models.walker import BlockWalker
 from prunebench.models.weights import weights_of
@@ -46,12 +47,21 @@ from prunebench.results.schema import Result
 from prunebench.run.failures import failures_are_filed, memory_errors, record_halvings
 from prunebench.run.packed import packed_weights
 from prunebench.run.plan import Plan, prepare
+from prunebench.run.recover import (
+    copy_weights,
+    note_useless,
+    recover_apart,
+    recovery_of,
+    require_recovered,
+    zeros_beyond,
+)
 from prunebench.run.result import (
     build_allocation_block,
     build_cost_block,
     build_identity,
     build_method_block,
     build_model_block,
+    build_recovery_block,
     build_score_blocks,
     build_sparsity_block,
     build_training_block,
@@ -127,13 +137,14 @@ def _execute(plan: Plan) -> Result:
         with _stopwatch(journal) as prune_seconds:
             allocation = _allocate(plan, model, linears, journal)
             requested = layer_sparsities(plan.sparsity, allocation, linears)
-            report = _prune(plan, model, requested)
+            report, recovered = _prune(plan, model, requested)
         with progress.stage("measure", detail="sparsity of every layer"):
             evaluated_sha256, measured = _hash_and_measure(model, linears, requested)
             # what was asked for is checked on the weights themselves, not on what the method
             # reports; zeros of the dense model may come on top
-            require_met(measured, zeros, requested, beyond=report.zeros_beyond)
-            require_total(measured, zeros, plan.sparsity, beyond=report.zeros_beyond)
+            beyond = zeros_beyond(report, recovered)
+            require_met(measured, zeros, requested, beyond=beyond)
+            require_total(measured, zeros, plan.sparsity, beyond=beyond)
         with packed_weights(plan, model, linears) as execution:
             outcomes = score_pruned(plan, model, dense_sha256 if is_dense else None, journal)
             diverged = score_divergence(plan, model, references)
@@ -145,12 +156,13 @@ def _execute(plan: Plan) -> Result:
             calibration=plan.calibration,
             training=build_training_block(plan, report),
             allocation=build_allocation_block(spec, allocation),
+            recovery=(recovery := build_recovery_block(spec, recovered)),
             sparsity=build_sparsity_block(plan, measured, report, allocation),
             scores=build_score_blocks([*outcomes, *diverged], [*dense, *map(at_dense, diverged)]),
             execution=execution,
             cost=build_cost_block(
                 plan,
-                prune_seconds(),
+                prune_seconds() - (recovery.seconds if recovery else 0.0),
                 starts=journal.state.starts if journal else 1,
                 halvings=halvings,
             ),
@@ -227,7 +239,10 @@ def _allocate(
     return allocation
 
 
-def _prune(plan: Plan, model: nn.Module, requested: dict[str, Sparsity]) -> PruneReport:
+def _prune(
+    plan: Plan, model: nn.Module, requested: dict[str, Sparsity]
+) -> tuple[PruneReport, list[RecoveredBlock]]:
+    """Prune the model, with the recovery of each block."""
     # resumed blocks must be in place before the walk: later blocks see their outputs
     restore_finished_blocks(plan, model)
     gradients, norm = None, plan.pruner.needs.gradients
@@ -239,9 +254,21 @@ def _prune(plan: Plan, model: nn.Module, requested: dict[str, Sparsity]) -> Prun
             "gradients", total=samples, detail=detail, unit="windows"
         ) as advance:
             gradients = gradient_norms(model, plan.windows.token_ids, norm=norm, advance=advance)
+    recovery, learns = recovery_of(plan), plan.training is not None
     detail = f"{plan.spec.method} {plan.sparsity}"
-    with _walk(plan, model, "prune", detail, gradients) as walker:
-        return plan.pruner.prune(walker, requested)
+    if recovery and not learns:
+        detail += f", each block then by {plan.spec.recover}"
+    # a method that learns changes all blocks at its end: a second walk begins at the dense weights
+    dense = copy_weights(model) if recovery and learns and rank() == 0 else None
+    with _walk(plan, model, "prune", detail, gradients, None if learns else recovery) as walker:
+        report = plan.pruner.prune(walker, requested)
+    if dense is not None:
+        with _walk(plan, model, "recover", plan.spec.recover, None, recovery) as walker:
+            recover_apart(walker, dense)
+    if recovery and (dense is not None or not learns):
+        require_recovered(plan, walker)
+        note_useless(plan, walker.recovered)
+    return report, walker.recovered
 
 
 @contextmanager
@@ -264,7 +291,12 @@ def _stopwatch(journal: RunJournal | None) -> Iterator[Callable[[], float]]:
 
 @contextmanager
 def _walk(
-    plan: Plan, model: nn.Module, stage: str, detail: str, gradients: GradientNorms | None = None
+    plan: Plan,
+    model: nn.Module,
+    stage: str,
+    detail: str,
+    gradients: GradientNorms | None = None,
+    recovery: Recovery | None = None,
 ) -> Iterator[BlockWalker]:
     """Open a block walker over the calibration tokens, as one stage of the run."""
     total, unit = max(linear.block_index for linear in plan.linears) + 1, "blocks"
@@ -279,6 +311,7 @@ def _walk(
             within_block=plan.spec.within_block or "joint",
             devices=plan.devices,
             inputs=PrunerInputs(gradients, _training(plan, model, advance), plan.masks),
+            recovery=recovery,
             advance=advance,
         )
 
