@@ -16,7 +16,7 @@ LEVELS = [
     {"calibration"},
     {"models"},
     {"evaluate", "pruners", "sparse24"},
-    {"allocators", "run_options"},
+    {"allocators", "recovery", "run_options"},
     {"checkpoints", "plugin", "testing"},
     {"bench", "run"},
     {"api", "sweep"},

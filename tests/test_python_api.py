@@ -46,8 +46,9 @@ def words_of(options):
     for name, value in options.items():
         if name == "method_options":
             words += [word for k, v in value.items() for word in ("--set", f"{k}={v}")]
-        elif name == "allocation_options":
-            words += [word for k, v in value.items() for word in ("--set", f"allocation.{k}={v}")]
+        elif name.endswith("_options"):
+            kind = name.removesuffix("_options")
+            words += [word for k, v in value.items() for word in ("--set", f"{kind}.{k}={v}")]
         else:
             words += [f"--{name.replace('_', '-')}", str(value)]
     return words
@@ -67,6 +68,8 @@ SPECS = [
     {"method": "scheduler", "sparsity": "0.7"},
     {"method": "maskllm", "method_options": TRAINING},
     {"method": "dense"},
+    {"method": "magnitude", "sparsity": "2:4", "recover": "block",
+     "recover_options": {"epochs": 1, "held_out": 0.5}},
 ]  # fmt: skip
 
 
@@ -438,9 +441,8 @@ def test_the_options_of_prune_are_those_of_the_option_table():
     }
     assert named <= parameters.keys()
     assert parameters["calibration_samples"].default == RUN_OPTIONS["calibration_samples"].value
-    assert {"model", "tokenizer", "method_options", "allocation_options", "progress"} == (
-        parameters.keys() - named
-    )
+    tables = {"method_options", "allocation_options", "recover_options"}
+    assert {"model", "tokenizer", "progress", *tables} == parameters.keys() - named
     score = inspect.signature(prunebench.perplexity).parameters
     for name in ("seqlen", "tokens", "bos"):
         assert score[name].default == RUN_OPTIONS[f"ppl_{name}"].value

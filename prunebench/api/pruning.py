@@ -16,6 +16,7 @@ from prunebench.api.given import text_name, token_ids_of
 from prunebench.api.models import usable_model
 from prunebench.errors import PrunebenchError, UsageError, nearest
 from prunebench.progress import Progress, Silent, quiet_libraries
+from prunebench.results.recovery_schema import RecoveryBlock
 from prunebench.results.schema import (
     AllocationBlock,
     CalibrationBlock,
@@ -31,6 +32,7 @@ from prunebench.run.pruning import Pruned, prune_model
 from prunebench.run.result import (
     build_allocation_block,
     build_method_block,
+    build_recovery_block,
     build_sparsity_block,
     build_training_block,
 )
@@ -59,6 +61,7 @@ class PruningReport:
         calibration: Source and hash of the calibration tokens; None for a method without data.
         allocation: How the ratio was spread over the layers; None if it is uniform.
         training: Curve and text of a method that learns, else None.
+        recovery: What was trained after pruning, block by block; None without `recover`.
         dense_sha256: Hash of the weights before (name, dtype, shape and bytes of every parameter).
         weights_sha256: The same hash afterwards, `evaluated_sha256` in the result of a run.
         zeros_before: Zeros among the prunable weights before.
@@ -74,6 +77,7 @@ class PruningReport:
     calibration: CalibrationBlock | None
     allocation: AllocationBlock | None
     training: TrainingBlock | None
+    recovery: RecoveryBlock | None
     dense_sha256: str
     weights_sha256: str
     zeros_before: int
@@ -131,11 +135,12 @@ def prune(
     model: nn.Module,
     tokenizer: Any = None,
     *,
-    method: str,
+    method: str | type,
     sparsity: str | float | None = None,
     calibration: Any = None,
     method_options: dict[str, Any] | None = None,
     allocation_options: dict[str, Any] | None = None,
+    recover_options: dict[str, Any] | None = None,
     progress: Progress | None = None,
     **options: Any,
 ) -> PruningReport:
@@ -148,7 +153,8 @@ def prune(
         model: A causal language model of transformers, on one device, unquantized, in float32,
             bfloat16 or float16.
         tokenizer: Of the model; may be None if no text is read.
-        method: A name of `prunebench list methods`, or `module:Class`.
+        method: A name of `prunebench list methods`, `module:Class`, or a class of your own, see
+            `prunebench.plugin`.
         sparsity: Share of zeros in [0, 1), or N:M (keep N of every M inputs); by default the
             method's.
         calibration: A name of `prunebench list texts`, `file:PATH`, `tokens:PATH`, a text, a list
@@ -156,6 +162,7 @@ def prune(
             white space is a name.
         method_options: Options of the method, as `--set` takes them.
         allocation_options: Options of the allocator.
+        recover_options: Options of the recovery.
         progress: Called with the stages; by default nothing is shown.
         **options: Further options of `prunebench run` by their names, e.g.
             `calibration_samples=128, seqlen=2048, within_block="sequential", seed=1`.
@@ -191,7 +198,7 @@ def prune(
     unknown = sorted(options.keys() - _OPTIONS.keys())
     if unknown:
         raise UsageError(f"prune has no option {unknown[0]!r}", fix=nearest(unknown[0], _OPTIONS))
-    given = {"method": method, **options}
+    given = {"method": _method_name(method), **options}
     given |= {} if sparsity is None else {"sparsity": sparsity}
     notes = _Notes(progress or Silent())
     with (
@@ -201,8 +208,10 @@ def prune(
     ):
         if calibration is not None:
             given["calibration"] = _calibration_name(calibration, Path(folder), options)
-        nested = {"allocation": allocation_options} if allocation_options else {}
-        spec = spec_of(with_defaults({**given, "set": {**(method_options or {}), **nested}}))
+        # as the tables [set], [set.allocation] and [set.recover] of a recipe
+        nested = {"allocation": allocation_options, "recover": recover_options}
+        tables = {name: table for name, table in nested.items() if table}
+        spec = spec_of(with_defaults({**given, "set": {**(method_options or {}), **tables}}))
         held = plan_for_model(model, tokenizer, spec, notes)
         halvings: list[str] = []
         trains = held.plan.training is not None
@@ -226,6 +235,7 @@ def _report(held: HeldPlan, pruned: Pruned, notes: list[str], halvings: list[str
         calibration=plan.calibration,
         allocation=build_allocation_block(plan.spec, pruned.allocation),
         training=build_training_block(plan, report),
+        recovery=build_recovery_block(plan.spec, pruned.recovered),
         dense_sha256=held.sha256,
         weights_sha256=pruned.sha256,
         zeros_before=sum(held.zeros.values()),
@@ -269,6 +279,20 @@ class _Notes:
 
 
 # ---------------------------------------------------------------- texts
+
+
+def _method_name(method: str | type) -> str:
+    """Return the name of a method; that of a class is `module:Class`."""
+    if isinstance(method, str):
+        return method
+    name = getattr(method, "__qualname__", None)
+    if not isinstance(method, type) or name is None or "." in name:
+        raise UsageError(
+            f"{name or type(method).__name__} is no name and no class of a module",
+            where="a result names its method as module:Class",
+            fix="define the class at the top of a module or of a notebook cell",
+        )
+    return f"{method.__module__}:{name}"
 
 
 def _calibration_name(calibration: Any, folder: Path, options: dict[str, Any]) -> str:

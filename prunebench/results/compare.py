@@ -247,7 +247,11 @@ def _tells_apart(name: str, cells: list[Cell]) -> bool:
     return len(values - {"null"}) > (0 if name.endswith("_options") else 1)
 
 
-_OWNERS = {"method_options": "method", "allocation_options": "allocation"}
+_OWNERS = {
+    "method_options": "method",
+    "allocation_options": "allocation",
+    "recover_options": "recover",
+}
 
 
 def _with_shown(cells: list[Cell]) -> tuple[list[Cell], dict[str, dict[str, Any]]]:
@@ -273,7 +277,7 @@ def _with_shown(cells: list[Cell]) -> tuple[list[Cell], dict[str, dict[str, Any]
 
 
 def _owner(cell: Cell, owner: str) -> str | None:
-    return cell.method if owner == "method" else cell.settings["allocation"]
+    return cell.method if owner == "method" else cell.settings[owner]
 
 
 def _varying(rows: Sequence[Mapping[str, Any]]) -> tuple[set[str], dict[str, Any]]:

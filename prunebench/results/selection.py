@@ -91,12 +91,11 @@ def _value(key: str, result: Result) -> object:
 
 
 def options_of_result(result: Result) -> dict[str, object]:
-    """Return the options of method and allocator, named as in `--set`."""
+    """Return the options of method, allocator and recoverer, named as in `--set`."""
     spec = result.spec
     options: dict[str, object] = {k: v for k, v in spec.method_options.items() if k != "seed"}
-    return options | {
-        f"allocation.{name}": value for name, value in spec.allocation_options.items()
-    }
+    options |= {f"allocation.{name}": value for name, value in spec.allocation_options.items()}
+    return options | {f"recover.{name}": value for name, value in spec.recover_options.items()}
 
 
 def _matches(value: object, patterns: Iterable[str]) -> bool:

@@ -119,6 +119,8 @@ def inputs_for(resolved: ResolvedSpec, model: torch.nn.Module, config: Any, toke
     if windows is not None:
         # again, with the real length: that of a file of tokens is known only now
         require_context(config, windows.token_ids.shape[1], option="seqlen")
+        if resolved.recoverer is not None:
+            resolved.recoverer.check(samples=len(windows.token_ids))
     texts = _prepare_texts(resolved, tokenizer, vocabulary)
     tasks = _prepare_tasks(resolved, tokenizer, vocabulary)
     masks = _open_masks(resolved, linears)

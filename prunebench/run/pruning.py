@@ -24,12 +24,21 @@ from prunebench.models.hashing import hash_weights
 from prunebench.models.journal import RunJournal
 from prunebench.models.linears import Linear
 from prunebench.models.measure import Measured, measure_linear, require_met, require_total
+from prunebench.models.pruned_block import RecoveredBlock, Recovery
 from prunebench.models.pruner_inputs import PrunerInputs
 from prunebench.models.walker import BlockWalker
 from prunebench.progress import Advance
 from prunebench.pruners.protocol import PruneReport
 from prunebench.pruners.training import CurvePoint
 from prunebench.run.plan import Plan
+from prunebench.run.recover import (
+    copy_weights,
+    note_useless,
+    recover_apart,
+    recovery_of,
+    require_recovered,
+    zeros_beyond,
+)
 from prunebench.run.resume import restore_finished_blocks
 from prunebench.run.scoring import score_prior
 from prunebench.sparsity import Sparsity
@@ -42,13 +51,15 @@ class Pruned:
     Attributes:
         allocation: The ratio of every layer.
         report: Of the method.
+        recovered: Of the blocks that were trained after pruning, if any were.
         measured: Counts of every matrix, in the model's order.
         sha256: Hash of the pruned weights.
-        seconds: Of allocator and method, earlier starts of this run included.
+        seconds: Of allocator and method, earlier starts of this run included; without recovery.
     """
 
     allocation: Allocation
     report: PruneReport
+    recovered: list[RecoveredBlock]
     measured: list[Measured]
     sha256: str
     seconds: float
@@ -77,14 +88,16 @@ def prune_model(
     with _stopwatch(journal) as prune_seconds:
         allocation = _allocate(plan, model, linears, journal)
         requested = layer_sparsities(plan.sparsity, allocation, linears)
-        report = prune_linears(plan, model, requested)
+        report, recovered = prune_linears(plan, model, requested)
     with plan.progress.stage("measure", detail="sparsity of every layer"):
         sha256, measured = _hash_and_measure(model, linears, requested)
         # what was asked for is checked on the weights themselves, not on what the method
         # reports; zeros of the dense model may come on top
-        require_met(measured, zeros, requested, beyond=report.zeros_beyond)
-        require_total(measured, zeros, plan.sparsity, beyond=report.zeros_beyond)
-    return Pruned(allocation, report, measured, sha256, prune_seconds())
+        beyond = zeros_beyond(report, recovered)
+        require_met(measured, zeros, requested, beyond=beyond)
+        require_total(measured, zeros, plan.sparsity, beyond=beyond)
+    seconds = prune_seconds() - sum(block.seconds for block in recovered)
+    return Pruned(allocation, report, recovered, measured, sha256, seconds)
 
 
 def hash_and_count_zeros(
@@ -144,8 +157,10 @@ def _allocate(
     return allocation
 
 
-def prune_linears(plan: Plan, model: nn.Module, requested: dict[str, Sparsity]) -> PruneReport:
-    """Collect gradients where the method reads them, and prune every linear to its sparsity."""
+def prune_linears(
+    plan: Plan, model: nn.Module, requested: dict[str, Sparsity]
+) -> tuple[PruneReport, list[RecoveredBlock]]:
+    """Prune every linear to its sparsity, with the recovery of each block."""
     # resumed blocks must be in place before the walk: later blocks see their outputs
     restore_finished_blocks(plan, model)
     gradients, norm = None, plan.pruner.needs.gradients
@@ -157,9 +172,21 @@ def prune_linears(plan: Plan, model: nn.Module, requested: dict[str, Sparsity]) 
             "gradients", total=samples, detail=detail, unit="windows"
         ) as advance:
             gradients = gradient_norms(model, plan.windows.token_ids, norm=norm, advance=advance)
+    recovery, learns = recovery_of(plan), plan.training is not None
     detail = f"{plan.spec.method} {plan.sparsity}"
-    with _walk(plan, model, "prune", detail, gradients) as walker:
-        return plan.pruner.prune(walker, requested)
+    if recovery and not learns:
+        detail += f", each block then by {plan.spec.recover}"
+    # a method that learns changes all blocks at its end: a second walk begins at the dense weights
+    dense = copy_weights(model) if recovery and learns and rank() == 0 else None
+    with _walk(plan, model, "prune", detail, gradients, None if learns else recovery) as walker:
+        report = plan.pruner.prune(walker, requested)
+    if dense is not None:
+        with _walk(plan, model, "recover", plan.spec.recover, None, recovery) as walker:
+            recover_apart(walker, dense)
+    if recovery and (dense is not None or not learns):
+        require_recovered(plan, walker)
+        note_useless(plan, walker.recovered)
+    return report, walker.recovered
 
 
 @contextmanager
@@ -182,7 +209,12 @@ def _stopwatch(journal: RunJournal | None) -> Iterator[Callable[[], float]]:
 
 @contextmanager
 def _walk(
-    plan: Plan, model: nn.Module, stage: str, detail: str, gradients: GradientNorms | None = None
+    plan: Plan,
+    model: nn.Module,
+    stage: str,
+    detail: str,
+    gradients: GradientNorms | None = None,
+    recovery: Recovery | None = None,
 ) -> Iterator[BlockWalker]:
     """Open a block walker over the calibration tokens, as one stage of the run."""
     total, unit = max(linear.block_index for linear in plan.linears) + 1, "blocks"
@@ -197,6 +229,7 @@ def _walk(
             within_block=plan.spec.within_block or "joint",
             devices=plan.devices,
             inputs=PrunerInputs(gradients, _training(plan, model, advance), plan.masks),
+            recovery=recovery,
             advance=advance,
         )
 

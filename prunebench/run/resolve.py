@@ -32,6 +32,7 @@ from prunebench.models.masks import masks_origin
 from prunebench.models.source import LocalModel, fetch_model, find_model
 from prunebench.progress import StageTimer
 from prunebench.pruners.protocol import Pruner
+from prunebench.recovery.protocol import Recoverer
 from prunebench.results.store import ResultStore
 from prunebench.run.dtype import DtypeChoice, StoredDtype, choose_dtype
 from prunebench.run.names import (
@@ -61,6 +62,7 @@ class ResolvedSpec:
         dtype: The dtype of the weights, with the reason.
         pruner: The method with its options.
         allocator: Spreads the sparsity over the layers; None where a file does.
+        recoverer: Trains the kept weights afterwards, if anything does.
         sparsity: The target.
         calibration_text: Identity of the calibration text; None for a file of tokens.
         training_text: Identity of the training text, if any.
@@ -77,6 +79,7 @@ class ResolvedSpec:
     dtype: DtypeChoice
     pruner: Pruner
     allocator: Allocator | None
+    recoverer: Recoverer | None
     sparsity: Sparsity
     calibration_text: TextIdentity | None
     training_text: TextIdentity | None
@@ -170,6 +173,7 @@ def identify_contents(
         dtype=dtype,
         pruner=named.pruner,
         allocator=named.allocator,
+        recoverer=named.recoverer,
         sparsity=named.sparsity,
         calibration_text=calibration,
         training_text=training_text,
