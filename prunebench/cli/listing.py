@@ -14,19 +14,18 @@ if TYPE_CHECKING:
     from prunebench.registry import Registry
 
 _Row = dict[str, object]
-_KINDS = ("methods", "allocators", "models", "texts")
+_KINDS = ("methods", "allocators", "recoverers", "models", "texts")
 
 
 def list_command(
     kind: Annotated[str, typer.Argument(help=f"One of {', '.join(_KINDS)}.")] = "methods",
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """List methods, allocators, models or texts."""
+    """List methods, allocators, recoverers, models or texts."""
     if kind not in _KINDS:
         raise UsageError(f"there is no list of {kind!r}", fix=nearest(kind, _KINDS))
-    rows = {"methods": _methods, "allocators": _allocators, "models": _models, "texts": _texts}[
-        kind
-    ]()
+    listings = (_methods, _allocators, _recoverers, _models, _texts)
+    rows = dict(zip(_KINDS, listings, strict=True))[kind]()
     if as_json:
         typer.echo(json.dumps(rows, indent=1))
         return
@@ -68,18 +67,28 @@ def _methods() -> list[_Row]:
 
 
 def _allocators() -> list[_Row]:
-    from prunebench.allocators import ALLOCATORS, BUILTIN
+    from prunebench.allocators import ALLOCATORS
 
-    outside = ALLOCATORS.plugins()
+    return _registered(ALLOCATORS)
+
+
+def _recoverers() -> list[_Row]:
+    from prunebench.recovery import RECOVERERS
+
+    return _registered(RECOVERERS)
+
+
+def _registered(registry: Registry[Any]) -> list[_Row]:
+    outside = registry.plugins()
     return [
         {
             "name": name,
-            "about": _about_plugin(name, ALLOCATORS) if name in outside else row.about,
+            "about": _about_plugin(name, registry) if name in outside else row.about,
             "paper": row.paper,
             "data": row.data,
             "from": row.distribution,
         }
-        for name, row in {**BUILTIN, **outside}.items()
+        for name, row in {**registry.builtin, **outside}.items()
     ]
 
 

@@ -20,6 +20,8 @@ _FROM_ZERO = ("kl_divergence", "top1_changed")  # the dense model has 0: the val
 _SETTING_NAMES = {
     "method_options": "options",
     "allocation_options": "allocation options",
+    "recover": "recovery",
+    "recover_options": "recovery options",
     "within_block": "within block",
     "calibration_samples": "samples",
     "calibration_bos": "calibration BOS",
