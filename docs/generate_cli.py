@@ -20,6 +20,8 @@ from prunebench.cli import app
 from prunebench.pruners import BUILTIN as BUILTIN_METHODS
 from prunebench.pruners import METHODS
 from prunebench.pruners.maskllm.presets import PRESETS
+from prunebench.recovery import BUILTIN as BUILTIN_RECOVERERS
+from prunebench.recovery import RECOVERERS
 from prunebench.registry import Registry
 from prunebench.run_options import RUN_OPTIONS
 
@@ -95,6 +97,11 @@ def page() -> str:
         "Given as `--set allocation.KEY=VALUE`.",
         "",
         *_registry_sections(ALLOCATORS, BUILTIN_ALLOCATORS),
+        "## Options of recoverers",
+        "",
+        "Given as `--set recover.KEY=VALUE`.",
+        "",
+        *_registry_sections(RECOVERERS, BUILTIN_RECOVERERS),
     ]
     return "\n".join([*lines, FOOTER])
 

@@ -19,6 +19,8 @@ from prunebench.errors import PrunebenchError
 from prunebench.options import options_of
 from prunebench.pruners import BUILTIN, METHODS
 from prunebench.pruners.maskllm.presets import PRESETS
+from prunebench.recovery import BUILTIN as RECOVERER_ROWS
+from prunebench.recovery import RECOVERERS
 from prunebench.results.published import published_values
 from prunebench.results.store import ResultStore
 from prunebench.run_options import RUN_KEYS, RUN_OPTIONS
@@ -26,6 +28,7 @@ from prunebench.sparse24.backends.table import backends
 from prunebench.spec import RunSpec
 from prunebench.sweep.recipe import read_recipe
 from prunebench.testing import check_pruner
+from tests.test_layers import LEVELS
 
 ROOT = Path(__file__).parent.parent
 PAGES = sorted(
@@ -88,10 +91,16 @@ def test_options_that_a_page_names_exist(page):
     text = page.read_text("utf-8")
     flags = set(re.findall(r"(?<![\w-])--[a-z][a-z0-9-]+(?![\w*-])", text))
     assert flags <= all_flags() | OF_OTHERS
-    methods = {key for name in BUILTIN for key in METHODS.resolve_options(name, {}, seed=0)}
-    allocators = {k for n in ALLOCATORS for k in REGISTRY.resolve_options(n, {}, seed=0)}
-    for allocation, key in re.findall(r"--set (allocation\.)?([a-z_0-9]+)=", text):
-        assert key in (allocators if allocation else methods | {"power"}), key
+    keys = {
+        kind: {key for name in names for key in registry.resolve_options(name, {}, seed=0)}
+        for kind, registry, names in (
+            ("", METHODS, BUILTIN),
+            ("allocation.", REGISTRY, ALLOCATORS),
+            ("recover.", RECOVERERS, RECOVERER_ROWS),
+        )
+    }
+    for kind, key in re.findall(r"--set ((?:allocation|recover)\.)?([a-z_0-9]+)=", text):
+        assert key in keys[kind] | {"power"}, key  # power: of the example
 
 
 def test_the_page_of_commands_is_fresh():
@@ -120,7 +129,7 @@ def test_every_method_allocator_and_command_has_its_row():
         words = {True: "yes", False: "no"}
         assert cells[-2:] == [words[row.data], words[row.updates]], name
         assert not row.paper or f"https://arxiv.org/abs/{row.paper}" in cells[2], name
-    for name in ALLOCATORS:
+    for name in [*ALLOCATORS, *RECOVERER_ROWS]:
         assert f"\n| `{name}` |" in METHODS_PAGE
     for name in get_command(app).commands:
         assert f"`{name}`" in README
@@ -274,7 +283,17 @@ def example_method() -> str:
 def test_the_entry_points_that_pages_name_are_those_that_are_read():
     for text in (README, METHODS_PAGE):
         assert METHODS.entry_points in text
-    assert "prunebench.allocators" in METHODS_PAGE
+    for registry in (REGISTRY, RECOVERERS):
+        assert registry.entry_points in METHODS_PAGE
+
+
+def test_the_page_of_the_architecture_has_every_folder_and_level():
+    page = (ROOT / "docs" / "architecture.md").read_text("utf-8")
+    for folder in (ROOT / "prunebench").glob("*/__init__.py"):
+        assert f"\n  {folder.parent.name}/ " in page, folder.parent.name
+    block = re.search(r"import those above it:\n\n```\n(.*?)```", page, re.DOTALL)[1]
+    levels = [set(line.split(", ")) for line in block.splitlines()]
+    assert levels == [names - {"__init__"} for names in LEVELS[:-1]]
 
 
 def test_the_example_recipe_is_valid(tmp_path):
