@@ -17,7 +17,7 @@ REPRODUCE := $(addprefix reproduce-,laptop allocation domain wanda sparsegpt gbl
 .PHONY: help install demo test test-real test-browser test-cluster lint check docs site bench bench-gpu bench-gpu-report bench-maskllm-gpu clean reproduce-transfer $(REPRODUCE)
 
 help:  ## say what there is
-	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 30
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 32
 
 $(BIN)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed")'

@@ -280,6 +280,24 @@ def example_method() -> str:
     return re.search(r"```python\n# my_method.py\n(.*?)```", README, re.DOTALL)[1]
 
 
+def test_the_python_of_the_readme_runs(tiny_folder, text_file, eval_file, monkeypatch):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    code = re.search(r"```python\n(import prunebench\n.*?)```", README, re.DOTALL)[1]
+    assert 'calibration="c4"' in code
+    monkeypatch.chdir(ROOT)
+    model = AutoModelForCausalLM.from_pretrained(tiny_folder)
+    model.config.max_position_embeddings = 2048
+    names = {
+        "model": model,
+        "tokenizer": AutoTokenizer.from_pretrained(tiny_folder),
+        "text": eval_file.read_text("utf-8"),
+    }
+    exec(code.replace('"c4"', repr(f"file:{text_file}")), names)
+    assert names["report"].realised_ratio == 0.5
+    assert len(names["df"]) > 100
+
+
 def test_the_entry_points_that_pages_name_are_those_that_are_read():
     for text in (README, METHODS_PAGE):
         assert METHODS.entry_points in text
