@@ -135,6 +135,29 @@ class TaskMean:
         )
 
 
+@dataclass(frozen=True)
+class Ranking:
+    """A score that rows can be ranked by: one column of a table, or a mean over tasks."""
+
+    key: str
+    score_of: ScoreOf
+    columns: tuple[str, ...]
+
+    @classmethod
+    def of_column(cls, column: str) -> Ranking:
+        """Rank by a column of a table, `metric protocol`."""
+        return cls(column, lambda cell: cell.scores.get(column), (column,))
+
+    @classmethod
+    def of_mean(cls, mean: TaskMean) -> Ranking:
+        """Rank by a mean over tasks."""
+        return cls(f"{mean.metric} {mean.asked}", mean.of, mean.columns)
+
+    def of_any(self, cells: Iterable[Cell]) -> CellScore:
+        """Return the first score that there is; there is one."""
+        return next(score for cell in cells if (score := self.score_of(cell)))
+
+
 def column_of_mean(key: str, mean: TaskMean, *, rank: int) -> Column:
     """Return the column of a mean over tasks, without its error: it stands beside the ranking."""
 
