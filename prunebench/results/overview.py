@@ -134,26 +134,33 @@ def require_column(key: str, blocks: Iterable[Block]) -> None:
 
 
 def _rankings(table: Table) -> list[tuple[Ranking, list[Cell]]]:
-    """Return by what the rows are ranked; every pruned row is in one of the rankings, or more."""
+    """Return by what the rows are ranked, and which: no row is left out.
+
+    Every perplexity ranks the rows that have it (only the leading one, where there is one); the
+    others are ranked by a mean over tasks, or by whatever score they have.
+    """
     means = [Ranking.of_mean(mean) for mean in task_means(table.cells)]
-    columns = [Ranking.of_column(column) for column in table.columns]
-    perplexities = [r for r in columns if r.key.partition(" ")[0].endswith("_ppl")]
-    if table.ranked_by is not None:
-        perplexities = [Ranking.of_column(table.ranked_by)]
-    others = [*means, *columns]
-    taken: list[tuple[Ranking, list[Cell]]] = []
+    others = [Ranking.of_column(c) for c in table.columns if c not in _leading(table)]
     left = [cell for cell in table.cells if cell.method != "dense"] or list(table.cells)
-    for ranking in [*perplexities, *others]:
-        # a perplexity has a block of its own; what no perplexity ranks is ranked by what it has
-        pool = table.cells if ranking in perplexities else left
-        cells = [cell for cell in pool if cell.method != "dense" and ranking.score_of(cell)]
-        if not cells and left and all(cell.method == "dense" for cell in left):
-            cells = [cell for cell in left if ranking.score_of(cell)]
-        if cells:
-            ranked = set(map(id, cells))
-            left = [cell for cell in left if id(cell) not in ranked]
-            taken.append((ranking, cells))
-    return taken
+    rankings = []
+    for column in _leading(table):
+        ranking = Ranking.of_column(column)
+        if cells := [cell for cell in left if ranking.score_of(cell)]:
+            rankings.append((ranking, cells))
+    ranked = {id(cell) for _, cells in rankings for cell in cells}
+    left = [cell for cell in left if id(cell) not in ranked]
+    for ranking in [*means, *others]:
+        if cells := [cell for cell in left if ranking.score_of(cell)]:
+            rankings.append((ranking, cells))
+            left = [cell for cell in left if not ranking.score_of(cell)]
+    return rankings
+
+
+def _leading(table: Table) -> list[str]:
+    """Return the columns that rank all rows that have them."""
+    if table.ranked_by is not None:
+        return [table.ranked_by]
+    return [column for column in table.columns if column.partition(" ")[0].endswith("_ppl")]
 
 
 def _block(
@@ -279,8 +286,8 @@ def _columns(table: Table, ranking: Ranking, cells: Sequence[Cell], names: Names
         columns.append(column_of_mean(key, mean, rank=rank))
     folded = {column for mean in task_means(table.cells) for column in mean.columns}
     for column in table.columns:
-        if column == ranking.key:
-            continue
+        if column == ranking.key or column in _leading(table):
+            continue  # it ranks a block of its own
         key = names.of_column(column)
         score_of = Ranking.of_column(column).score_of
         name = f"ppl {key}" if column.startswith("token_ppl ") else key
