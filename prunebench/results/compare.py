@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -80,6 +81,7 @@ class Cell:
     realised_ratio: float
     prune_seconds: float | None
     devices: tuple[str, ...]
+    cpu_threads: tuple[int, ...]
     result_ids: tuple[str, ...]
     bench: CellBench | None = None
     shown: dict[str, Any] = field(default_factory=dict)
@@ -158,7 +160,10 @@ def _records(frame: DataFrame) -> list[dict[str, Any]]:
 
 
 def _score(row: Mapping[str, Any]) -> CellScore:
-    return CellScore(**{name: row[name] for name in _SCORE_FIELDS})
+    fields = {name: row[name] for name in _SCORE_FIELDS}
+    # NaN is missing for pandas; here it is what a broken model got
+    fields["mean"] = math.nan if fields["mean"] is None else fields["mean"]
+    return CellScore(**fields)
 
 
 def _dense_cell(rows: DataFrame, runs: Mapping[str, Mapping[str, Any]]) -> Cell:
@@ -178,6 +183,7 @@ def _dense_cell(rows: DataFrame, runs: Mapping[str, Mapping[str, Any]]) -> Cell:
         realised_ratio=0.0,
         prune_seconds=None,
         devices=(),
+        cpu_threads=(),
         result_ids=tuple(sorted(id_ for run in own for id_ in run["result_ids"])),
     )
 
@@ -193,6 +199,7 @@ def _cell(run: Mapping[str, Any], scores: dict[str, CellScore]) -> Cell:
         realised_ratio=run["realised_ratio"],
         prune_seconds=run["prune_seconds"],
         devices=run["devices"],
+        cpu_threads=run["threads"],
         result_ids=run["result_ids"],
         bench=CellBench.of(run) if run["storage"] is not None else None,
     )
