@@ -1,6 +1,5 @@
 """docs/python.md is a notebook: every block of it runs, in order, in one namespace."""
 
-import os
 import re
 import sys
 import types
@@ -50,7 +49,7 @@ def test_every_block_runs_on_a_tiny_model(notebook, tmp_path, byte_tokenizer, mo
     assert "did you mean 'wanda'?" in printed
     assert list(module.table.loc["wanda"].dropna())
     assert len(module.rows) == 3
-    assert {"pruned", "methods.svg", "my-results"} <= set(os.listdir())
+    assert {"pruned", "methods.svg", "my-results"} <= {path.name for path in Path().iterdir()}
 
 
 @pytest.mark.real
