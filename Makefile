@@ -61,8 +61,8 @@ lint: install
 
 check: lint test  ## format, lint, types and the default tests
 
-docs: install  ## write docs/cli.md from the commands
-	$(BIN)/python docs/generate_cli.py
+docs: install  ## write docs/cli.md from the commands, and the table in the README from the results
+	$(BIN)/python docs/generate.py
 
 site: $(BIN)/.site  ## the README and docs as a site in build/site (installs mkdocs-material)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict

@@ -1,6 +1,7 @@
-"""Write docs/cli.md from the commands and their options; `make docs` runs it.
+"""Write docs/cli.md from the commands and their options, and the README's table from the results.
 
-Typer's own generator sees commands that are imported when they are called as empty.
+`make docs` runs it. Typer's own generator sees commands that are imported when they are called as
+empty.
 """
 
 from __future__ import annotations
@@ -8,11 +9,13 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import re
+import shlex
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from typer.main import get_command
+from typer.testing import CliRunner
 
 from prunebench.allocators import ALLOCATORS
 from prunebench.allocators import BUILTIN as BUILTIN_ALLOCATORS
@@ -25,7 +28,8 @@ from prunebench.recovery import RECOVERERS
 from prunebench.registry import Registry
 from prunebench.run_options import RUN_OPTIONS
 
-PAGE = Path(__file__).parent / "cli.md"
+ROOT = Path(__file__).parent.parent
+PAGE, README = ROOT / "docs" / "cli.md", ROOT / "README.md"
 
 HEADER = """\
 # Commands and options
@@ -72,6 +76,23 @@ command has it, shows the traceback.
 | `HF_HUB_OFFLINE=1` | use only what lies in the cache of the Hugging Face hub |
 | `NO_COLOR=1` | no colors |
 """
+
+
+def readme() -> str:
+    """Return the README with the table as `compare` prints it at 80 columns."""
+
+    def output(match: re.Match[str]) -> str:
+        words = [*shlex.split(match[2]), "--results-dir", str(ROOT / "results")]
+        outcome = CliRunner().invoke(app, words, env={"COLUMNS": "80", "NO_COLOR": "1"})
+        if outcome.exit_code:
+            raise RuntimeError(outcome.output)
+        lines = [line.rstrip() for line in outcome.stdout.splitlines()]
+        return "\n".join([match[1], *lines]).rstrip() + "\n```"
+
+    text = README.read_text(encoding="utf-8")
+    return re.sub(
+        r"(    prunebench (compare [^#\n]*?)\n\n```text)\n.*?\n```", output, text, flags=re.S
+    )
 
 
 def page() -> str:
@@ -232,3 +253,4 @@ def _table(heads: list[str], rows: list[list[str]]) -> list[str]:
 
 if __name__ == "__main__":
     PAGE.write_text(page(), encoding="utf-8")
+    README.write_text(readme(), encoding="utf-8")
