@@ -322,7 +322,8 @@ REPLACED = {"-M", "--model", "--calibration", "--ppl", "--tasks", "--limit"}
 
 def on_the_tiny_model(words: list[str], tiny_run: list[str]) -> list[str]:
     """Return a `run` of a page with the tiny model and its texts in place of the real ones."""
-    kept, tiny = [], tiny_run[1:-2]  # without `run` and --results-dir
+    # without `run` and --results-dir; recovery holds out an eighth of the windows
+    kept, tiny = [], [*tiny_run[1:-2], "--calibration-samples", "8"]
     pairs = iter(words)
     for word in pairs:
         if word not in REPLACED:
