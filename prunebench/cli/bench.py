@@ -9,7 +9,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from prunebench.cli.console import wide_console
+from prunebench.cli.console import (
+    hanging,
+    print_columns,
+    print_hanging,
+    terminal_width,
+)
 from prunebench.cli.exit_codes import command_line, say
 from prunebench.cli.progress import choose_progress
 from prunebench.errors import UsageError, nearest
@@ -119,15 +124,16 @@ def _print_summary(report: Bench, result: Any, saved_path: Path | None) -> None:
     if not report.quality:
         typer.echo("  quality: unknown, the folder holds no result")
     for score in report.quality:
-        line = f"  {column_title(f'{score.metric} {score.protocol}')}  {number(score.value)}"
-        typer.echo(line + (f"  (dense {number(score.dense_value)})" if score.dense_value else ""))
+        line = f"{column_title(f'{score.metric} {score.protocol}')}  {number(score.value)}"
+        dense = f"  (dense {number(score.dense_value)})" if score.dense_value else ""
+        print_hanging("  ", line + dense)
     for line in _storage_lines(report):
         typer.echo(line)
     if report.speed == "measured":
         _print_layers(report)
         _print_cases(report)
     else:
-        typer.echo(f"  speed: {report.speed}")
+        print_hanging("  speed: ", report.speed)
     for warning in report.environment["warnings"]:
         say(f"warning: {warning}")
     if saved_path:
@@ -142,10 +148,9 @@ def _storage_lines(report: Bench) -> list[str]:
         if size is not None and size < store.dense_bytes:
             saved = store.dense_bytes - size
             alone = (store.pruned_bytes - saved) / store.pruned_bytes
-            lines.append(
-                f"  bytes, {name:<11} {size:>15,}  {size / store.dense_bytes:.4f}  computed; "
-                f"pruned matrices alone {alone:.4f}"
-            )
+            start = f"  bytes, {name:<11} {size:>15,}  {size / store.dense_bytes:.4f}  "
+            text = f"computed; pruned matrices alone {alone:.4f}"
+            lines += hanging(start, text, terminal_width())
     if report.resident_bytes is not None:
         share = report.resident_bytes / store.dense_bytes
         lines.append(f"  bytes, in memory   {report.resident_bytes:>15,}  {share:.4f}  measured")
@@ -153,23 +158,24 @@ def _storage_lines(report: Bench) -> list[str]:
 
 
 def _print_layers(report: Bench) -> None:
-    import rich.box
-    from rich.table import Table
-
-    table = Table(box=rich.box.SIMPLE_HEAD, pad_edge=False)
-    for title in ("layer", "shape", "tokens", "backend", "times dense", "spread", "TB/s", "dense"):
-        table.add_column(title, justify="left" if title in ("layer", "backend") else "right")
+    titles = ("layer", "shape", "tokens", "times dense", "spread", "TB/s", "dense", "backend")
+    rows = []
     for layer in report.layers:
         ratio, rate = layer["ratio"], layer["bytes_per_second"]
         cache = " (cache!)" if layer["cache_suspected"] else ""
-        table.add_row(
-            f"{layer['model']} {layer['layer']}", f"{layer['rows']} x {layer['width']}",
-            f"{layer['tokens']:,}", layer["backend"] or "-",
-            f"{ratio['median']:.2f}" if ratio else "-",
-            f"{ratio['low']:.2f}-{ratio['high']:.2f}" if ratio else "-",
-            f"{rate / 1e12:.2f}{cache}" if rate else "-", layer["dense"] or "-",
-        )  # fmt: skip
-    wide_console().print(table)
+        rows.append(
+            [
+                f"{layer['model']} {layer['layer']}",
+                f"{layer['rows']} x {layer['width']}",
+                f"{layer['tokens']:,}",
+                f"{ratio['median']:.2f}" if ratio else "-",
+                f"{ratio['low']:.2f}-{ratio['high']:.2f}" if ratio else "-",
+                f"{rate / 1e12:.2f}{cache}" if rate else "-",
+                layer["dense"] or "-",
+                layer["backend"] or "-",
+            ]
+        )
+    print_columns(titles, rows, right=titles[1:7])
 
 
 def _print_cases(report: Bench) -> None:
@@ -177,7 +183,7 @@ def _print_cases(report: Bench) -> None:
         where = f"  {case['case']}, batch {case['batch']}, {case['context']:,} tokens"
         ratio = case["ratio"]
         if ratio is None:
-            typer.echo(f"{where}: not measured: {case['skipped']}")
+            print_hanging(f"{where}: ", f"not measured: {case['skipped']}")
             continue
         rate = case["tokens_per_second"]
         typer.echo(
@@ -197,8 +203,8 @@ def _print_explained(rows: list[Explained], *, as_json: bool) -> None:
             typer.echo(f"{row.layer}{shape}")
         last = row.layer
         if not row.tokens:
-            typer.echo(f"  dense: {row.why}")
+            print_hanging("  dense: ", row.why)
             continue
-        typer.echo(f"  {row.tokens:>5,} tokens: {row.backend}, {row.why}")
+        print_hanging(f"  {row.tokens:>5,} tokens: ", f"{row.backend}, {row.why}")
         for name, reason in row.why_not.items():
-            typer.echo(f"        not {name}: {reason}")
+            print_hanging(f"        not {name}: ", reason)

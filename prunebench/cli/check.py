@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from prunebench.cli.console import print_hanging
 from prunebench.errors import CheckFailed
 
 
@@ -38,7 +39,7 @@ def check_command(
         mark = "ok    " if outcome.passed else "FAILED"
         typer.echo(f"{mark}  {outcome.model:<10}  {outcome.check}")
         if outcome.failure:
-            typer.echo(f"        {outcome.failure}")
+            print_hanging("        ", outcome.failure)
     failed = sum(not outcome.passed for outcome in outcomes)
     if failed:
         raise CheckFailed(
