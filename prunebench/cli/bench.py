@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -149,7 +150,7 @@ def _storage_lines(report: Bench) -> list[str]:
             saved = store.dense_bytes - size
             alone = (store.pruned_bytes - saved) / store.pruned_bytes
             start = f"  bytes, {name:<11} {size:>15,}  {size / store.dense_bytes:.4f}  "
-            text = f"computed; pruned matrices alone {alone:.4f}"
+            text = f"computed; pruned alone {alone:.4f}"
             lines += hanging(start, text, terminal_width())
     if report.resident_bytes is not None:
         share = report.resident_bytes / store.dense_bytes
@@ -196,15 +197,56 @@ def _print_explained(rows: list[Explained], *, as_json: bool) -> None:
     if as_json:
         typer.echo(json.dumps([dataclasses.asdict(row) for row in rows], indent=1))
         return
-    last = ""
+    for layers, shape, text in _alike(rows):
+        print_hanging("", f"{', '.join(layers)}  {shape}")
+        for prefix, reason in text:
+            print_hanging(prefix, reason)
+    typer.echo("* is the number of a block; --json lists every layer by itself")
+
+
+def _alike(rows: list[Explained]) -> list[tuple[list[str], str, list[tuple[str, str]]]]:
+    """Group layers of one shape that run alike; names have `*` for blocks that are all alike."""
+    explained: dict[str, list[Explained]] = {}
     for row in rows:
-        if row.layer != last:
-            shape = f"  {row.shape[0]} x {row.shape[1]}" if row.tokens else ""
-            typer.echo(f"{row.layer}{shape}")
-        last = row.layer
-        if not row.tokens:
-            print_hanging("  dense: ", row.why)
+        explained.setdefault(row.layer, []).append(row)
+    groups: dict[str, tuple[list[str], str, list[tuple[str, str]]]] = {}
+    for layer, of_layer in explained.items():
+        lines = _explain_lines(of_layer)
+        shape = " x ".join(map(str, of_layer[0].shape)) if of_layer[0].tokens else ""
+        groups.setdefault(f"{shape} {lines}", ([], shape, lines))[0].append(layer)
+    starred = {layer: re.sub(r"(?<=\.)\d+(?=\.)", "*", layer) for layer in explained}
+    # a name whose blocks are not all in one group is no name of this group
+    homes: dict[str, set[str]] = {}
+    for key, (layers, _, _) in groups.items():
+        for layer in layers:
+            homes.setdefault(starred[layer], set()).add(key)
+    return [
+        (
+            list(
+                dict.fromkeys(
+                    starred[layer] if len(homes[starred[layer]]) == 1 else layer for layer in layers
+                )
+            ),
+            shape,
+            lines,
+        )
+        for layers, shape, lines in groups.values()
+    ]
+
+
+def _explain_lines(rows: list[Explained]) -> list[tuple[str, str]]:
+    """Return prefix and text of each line; sizes of a batch that run alike share one."""
+    tokens: dict[tuple[str, ...], list[int]] = {}
+    for row in rows:
+        key = (row.backend or "", row.why, *(f"{k}: {why}" for k, why in row.why_not.items()))
+        tokens.setdefault(key, []).append(row.tokens)
+    lines = []
+    for (backend, why, *others), sizes in tokens.items():
+        if not sizes[0]:
+            lines.append(("  dense: ", why))
             continue
-        print_hanging(f"  {row.tokens:>5,} tokens: ", f"{row.backend}, {row.why}")
-        for name, reason in row.why_not.items():
-            print_hanging(f"        not {name}: ", reason)
+        lines.append(
+            (f"  {', '.join(f'{size:,}' for size in sizes)} tokens: ", f"{backend}, {why}")
+        )
+        lines += [("    not ", other) for other in others]
+    return lines

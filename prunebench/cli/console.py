@@ -55,13 +55,19 @@ def wrap(words: Sequence[str], width: int | None, *, end: str = "") -> list[str]
 
 
 def hanging(prefix: str, text: str, width: int | None) -> list[str]:
-    """Return the lines of a text that stands behind `prefix` on each; blank but on the first."""
+    """Return the lines of a text that stands behind `prefix` on each; blank but on the first.
+
+    A text with a word too long for that (a path) stands below the prefix.
+    """
     from rich.cells import cell_len
 
     indent = cell_len(prefix)
     if width is None:
         return [prefix + text]
-    first, *rest = wrap(text.split(), width - indent)
+    words = text.split()
+    if indent > 4 and any(cell_len(word) > width - indent for word in words):
+        return [prefix.rstrip(), *("    " + line for line in wrap(words, width - 4))]
+    first, *rest = wrap(words, width - indent)
     return [prefix + first, *(" " * indent + line for line in rest)]
 
 
@@ -103,30 +109,26 @@ def _column_lines(
     from rich.cells import cell_len
 
     lines = [titles, *rows]
-    *sizes, last = [max(map(cell_len, column)) for column in zip(*lines, strict=True)]
-    taken = sum(sizes) + 2 * len(sizes)
-    fits = width is None or taken + last <= width
-    longest = max((cell_len(word) for line in lines for word in line[-1].split()), default=0)
-    below = not fits and width is not None and width - taken < max(_LEAST, longest)
+    sizes = [max(map(cell_len, column)) for column in zip(*lines, strict=True)]
+    taken = sum(sizes[:-1]) + 2 * (len(sizes) - 1)
+    fits = width is None or taken + sizes[-1] <= width
+    # too narrow for a last column: it stands below its row
+    below = not fits and width is not None and width - taken < _LEAST
     for line in lines:
         cells = [
             " " * (size - cell_len(text)) + text
-            if title in right
+            if title in right and (fits or number + 1 < len(sizes))
             else text + " " * (size - cell_len(text))
-            for title, text, size in zip(titles, line, sizes, strict=False)
+            for number, (title, text, size) in enumerate(zip(titles, line, sizes, strict=True))
         ]
-        prefix = "".join(f"{cell}  " for cell in cells)
-        text = line[-1]
-        if titles[-1] in right and fits:
-            text = " " * (last - cell_len(text)) + text
+        prefix = "".join(f"{cell}  " for cell in cells[:-1])
         if fits:
-            yield prefix + text
-        elif below:
-            # the name alone where even the other columns do not fit
-            head, *others = wrap([cell.strip() for cell in cells], width)
-            yield prefix.rstrip() if cell_len(prefix.rstrip()) <= (width or 0) else head
-            if cell_len(prefix.rstrip()) > (width or 0):
-                yield from (f"    {other}" for other in others)
-            yield from hanging("    ", text, width)
+            yield prefix + cells[-1]
+        elif not below or cell_len(line[-1]) <= (width or 0) - taken:
+            yield from hanging(prefix, line[-1], width)
         else:
-            yield from hanging(prefix, text, width)
+            first, *others = wrap([cell.strip() for cell in cells[:-1]], width)
+            aligned = taken - 2 <= (width or 0)
+            yield prefix if aligned else first
+            yield from [] if aligned else [f"    {other}" for other in others]
+            yield from hanging("    ", line[-1], width)

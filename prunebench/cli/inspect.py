@@ -155,7 +155,9 @@ def _verdict(row: TensorFacts) -> str:
     if row.violations is None:
         return "-"
     if row.first_violation is not None:
-        return f"no: {row.violations:,} groups, first {_place(row)}"
+        # in a matrix that was never pruned, the place says nothing
+        first = f", first {_place(row)}" if row.is_pruned else ""
+        return f"no: {row.violations:,} groups{first}"
     # GPT-2's Conv1D stores [in, out]: there, groups run down the rows
     return "yes" if row.axis == -1 else "yes, stored as [in, out]"
 
