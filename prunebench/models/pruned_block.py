@@ -7,6 +7,7 @@ block. A recoverer trains the kept weights of one block at a time (`BlockWalker`
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol, runtime_checkable
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from prunebench.models.linears import Linear
+from prunebench.models.out_of_memory import is_out_of_memory, report_halved
 from prunebench.models.replay import BlockCall
 
 Target = Literal["dense", "local"]
@@ -103,14 +105,17 @@ class PrunedBlock:
             windows: Their indices.
             batch: Windows that run at a time.
         """
-        total, count = 0.0, 0
-        for start in range(0, len(windows), batch):
-            for part in self.batch.parts(windows[start : start + batch]):
-                output = self.call(part).run(self.module, self.inputs(part))
-                difference = output.to(torch.float32) - self.targets(part).to(torch.float32)
-                total += float(difference.square().sum(dtype=torch.float64))
-                count += difference.numel()
-        return total / count
+        squares = [
+            self.batch.sum(self._squares, windows[start : start + batch])
+            for start in range(0, len(windows), batch)
+        ]
+        return math.fsum(squares) / len(windows)
+
+    def _squares(self, windows: Sequence[int]) -> float:
+        """Return the sum over some windows of the mean squared error of each."""
+        output = self.call(windows).run(self.module, self.inputs(windows))
+        difference = output.to(torch.float32) - self.targets(windows).to(torch.float32)
+        return float(difference.square().mean(dtype=torch.float64)) * len(windows)
 
 
 @dataclass
@@ -119,10 +124,35 @@ class WindowBatch:
 
     size: int | None = None
 
-    def parts(self, windows: Sequence[int]) -> list[Sequence[int]]:
-        """Split windows into parts that fit."""
-        size = self.size or max(1, len(windows))
-        return [windows[start : start + size] for start in range(0, len(windows), size)]
+    def sum(
+        self,
+        function: Callable[[Sequence[int]], float],
+        windows: Sequence[int],
+        *,
+        restart: Callable[[], None] = lambda: None,
+    ) -> float:
+        """Return the sum of a function over the windows, in parts that fit.
+
+        Args:
+            function: Takes some windows.
+            windows: All of them.
+            restart: Called before the first part, and again after memory has run out.
+
+        Raises:
+            RuntimeError: A single window runs out of memory; the device's own error.
+        """
+        while True:
+            size = self.size or max(1, len(windows))
+            restart()
+            try:
+                starts = range(0, len(windows), size)
+                return math.fsum(function(windows[start : start + size]) for start in starts)
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error) or min(size, len(windows)) == 1:
+                    raise
+            # outside the except clause, whose traceback keeps the failed tensors alive
+            self.size = (min(size, len(windows)) + 1) // 2
+            report_halved("recovery", self.size)
 
 
 @runtime_checkable

@@ -32,7 +32,7 @@ from torch import Tensor
 
 from prunebench.errors import IncompatibleData, UsageError
 from prunebench.models.linears import Linear
-from prunebench.models.out_of_memory import is_out_of_memory, report_halved
+from prunebench.models.out_of_memory import is_out_of_memory
 from prunebench.models.pruned_block import PrunedBlock, RecoveredBlock, Target
 from prunebench.recovery.masked_weights import MaskedWeights
 from prunebench.recovery.protocol import BlockRecoverer, RecoveryCost
@@ -196,21 +196,20 @@ class _Training:
 
     def _step(self, optimizer: torch.optim.Optimizer, windows: Sequence[int]) -> float:
         """Make one step; return its mean squared error."""
-        batch = self._pruned.batch
-        while True:
-            parts = batch.parts(windows)
-            try:
-                optimizer.zero_grad(set_to_none=True)
-                loss = sum(self._backward(part, len(windows)) for part in parts)
-                break
-            except (RuntimeError, MemoryError) as error:
-                if not is_out_of_memory(error):
-                    raise self._undifferentiable(error) from error
-                if len(parts[0]) == 1:
-                    raise
-            # outside the except clause, whose traceback keeps the failed tensors alive
-            batch.size = (len(parts[0]) + 1) // 2
-            report_halved("recovery", batch.size)
+        try:
+            loss = self._pruned.batch.sum(
+                lambda part: self._backward(part, len(windows)),
+                windows,
+                restart=lambda: optimizer.zero_grad(set_to_none=True),
+            )
+        except RuntimeError as error:
+            if is_out_of_memory(error) or self._losses:
+                raise
+            raise IncompatibleData(
+                f"{type(self._pruned.module).__name__} cannot be trained",
+                where=f"{type(error).__name__}: {error}".split("\n")[0],
+                fix="leave --recover out, or report this architecture",
+            ) from error
         self._losses.append(loss)
         if math.isfinite(loss):
             self._weights.mask_gradients()
@@ -246,15 +245,6 @@ class _Training:
     def _failed(self, event: str) -> RecoveredBlock:
         """End the training: what stays is the best that was measured, at worst the start."""
         return self._note(event=event)
-
-    def _undifferentiable(self, error: BaseException) -> BaseException:
-        if self._losses:
-            return error
-        return IncompatibleData(
-            f"{type(self._pruned.module).__name__} cannot be trained",
-            where=f"{type(error).__name__}: {error}".split("\n")[0],
-            fix="leave --recover out, or report this architecture",
-        )
 
     def _note(self, **changes: object) -> RecoveredBlock:
         self._record = dataclasses.replace(self._record, **changes)  # type: ignore[arg-type]
