@@ -89,7 +89,7 @@ def test_a_block_of_one_matrix_meets_masked_least_squares():
     weight = block.module.proj.weight.double()
     torch.testing.assert_close(weight, solved, atol=0.05, rtol=0.05)
     least = (x @ solved.T - y).square().mean()
-    assert least <= (x @ weight.T - y).square().mean() < 1.001 * least
+    assert least <= (x @ weight.T - y).square().mean() < 1.005 * least
     assert torch.equal(block.module.proj.weight != 0, keep)
     assert record.held_out_after < 0.7 * record.held_out_before
     assert record.steps == 40 * 7 and record.tokens == 40 * 28 * 24
