@@ -98,24 +98,38 @@ class PrunedBlock:
         return next(self.module.parameters()).device
 
     @torch.no_grad()
-    def error(self, windows: Sequence[int], batch: int) -> float:
+    def error(self, windows: Sequence[int], batch: int, *, relative: bool = False) -> float:
         """Return the mean squared error of the block as it is, over some windows.
 
         Args:
             windows: Their indices.
             batch: Windows that run at a time.
+            relative: See `squared_error`.
         """
-        squares = [
-            self.batch.sum(self._squares, windows[start : start + batch])
-            for start in range(0, len(windows), batch)
-        ]
-        return math.fsum(squares) / len(windows)
 
-    def _squares(self, windows: Sequence[int]) -> float:
-        """Return the sum over some windows of the mean squared error of each."""
-        output = self.call(windows).run(self.module, self.inputs(windows))
-        difference = output.to(torch.float32) - self.targets(windows).to(torch.float32)
-        return float(difference.square().mean(dtype=torch.float64)) * len(windows)
+        def summed(part: Sequence[int]) -> float:
+            output = self.call(part).run(self.module, self.inputs(part))
+            error = squared_error(output, self.targets(part), relative=relative)
+            return float(error) * len(part)
+
+        parts = (windows[start : start + batch] for start in range(0, len(windows), batch))
+        return math.fsum(self.batch.sum(summed, part) for part in parts) / len(windows)
+
+
+def squared_error(output: Tensor, target: Tensor, *, relative: bool) -> Tensor:
+    """Return the mean squared error in float32, a scalar.
+
+    Args:
+        output: (windows, seqlen, hidden).
+        target: (windows, seqlen, hidden).
+        relative: Whether the error of each token is divided by the mean square of its target: a
+            token with massive activations then counts as much as any other.
+    """
+    target = target.to(torch.float32)
+    squares = (output.to(torch.float32) - target).square()
+    if relative:
+        squares = squares.mean(-1) / target.square().mean(-1)  # [windows, seqlen]
+    return squares.mean()
 
 
 @dataclass
