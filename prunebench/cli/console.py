@@ -83,7 +83,14 @@ def print_command(prefix: str, words: Sequence[str]) -> None:
 
     width = terminal_width()
     room = None if width is None else width - len(prefix)
-    lines = wrap([shlex.quote(word) for word in words], room, end=" \\")
+    units: list[str] = []
+    for word in map(shlex.quote, words):
+        # a value stays beside its flag
+        if units and units[-1].startswith("--") and " " not in units[-1] and word[0] != "-":
+            units[-1] += f" {word}"
+        else:
+            units.append(word)
+    lines = wrap(units, room, end=" \\")
     for number, line in enumerate(lines):
         typer.echo((" " * len(prefix) if number else prefix) + line)
 

@@ -47,6 +47,9 @@ def print_dry_run(spec: RunSpec, setup: Any, *, as_json: bool) -> None:
             f"{windows.samples} x {windows.seqlen} tokens of {windows.text}{bos}",
         )
         print_hanging("              from ", windows.origin)
+    if plan.recoverer is not None:
+        options = ", ".join(f"{name}={value}" for name, value in plan.spec.recover_options.items())
+        print_hanging("  recovery    ", f"{plan.spec.recover}: {options}")
     for text in plan.texts:
         print_hanging("  perplexity  ", f"{text.protocol}, {text.targets:,} targets")
         print_hanging("              from ", text.origin)
