@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from prunebench.registry import Registry
 
 _Row = dict[str, object]
+_COLUMNS = ("name", "paper", "data", "updates", "size", "dtype", "for", "source")
+_ANY = "any ratio, any N:M"
 _KINDS = ("methods", "allocators", "recoverers", "models", "texts")
 
 
@@ -29,8 +31,25 @@ def list_command(
     if as_json:
         typer.echo(json.dumps(rows, indent=1))
         return
-    texts = [[_text(value) for value in row.values()] for row in rows]
-    print_columns(list(rows[0]), texts, unbroken=("name", "paper", "source"))
+    shown = [_shown(row) for row in rows]
+    texts = [[_text(value) for value in row.values()] for row in shown]
+    print_columns(list(shown[0]), texts)
+
+
+def _shown(row: _Row) -> _Row:
+    """Return the columns of a table of 80 columns, the longest text last; --json has all."""
+    columns = {name: row[name] for name in _COLUMNS if name in row}
+    if columns.get("for") == "calibration, evaluation":
+        columns["for"] = "both"
+    notes = [row["licence"], row["about"]] if "size" in row else [row["about"], row.get("licence")]
+    if row.get("patterns") not in (None, _ANY):
+        notes.append(f"sparsity: {row['patterns']}")
+    if row.get("bos") == "window":
+        notes.append("BOS in every window")
+    # our own methods need no package name in each row
+    if "from" in row and not str(row["from"]).startswith("prunebench "):
+        notes.append(f"from {row['from']}")
+    return {**columns, "about": "; ".join(str(note) for note in notes if note)}
 
 
 def _text(value: object) -> str:
@@ -112,6 +131,7 @@ def _models() -> list[_Row]:
             "bos": entry.bos,
             "licence": entry.licence + (" (gated)" if entry.gated else ""),
             "source": entry.hub or entry.wheel,
+            "about": entry.about,
         }
         for name, entry in catalog().items()
     ]

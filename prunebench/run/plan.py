@@ -106,14 +106,13 @@ def inputs_for(resolved: ResolvedSpec, model: torch.nn.Module, config: Any, toke
         PrunebenchError: The first thing that is wrong.
     """
     # `spec` holds contents (hashes, origins), `named` where to find them; files are read by name
-    progress, named = resolved.progress, resolved.named
-    with progress.stage("check", detail="windows and widths"):
-        _require_contexts(named, config)
-        _check_bos(resolved, config, tokenizer)
-        linears = find_linears(model)
-        for linear in linears:
-            resolved.sparsity.require_width(linear.in_features, name=linear.name)
-        allocation = _read_allocation(resolved, linears)
+    named = resolved.named
+    _require_contexts(named, config)
+    _check_bos(resolved, config, tokenizer)
+    linears = find_linears(model)
+    for linear in linears:
+        resolved.sparsity.require_width(linear.in_features, name=linear.name)
+    allocation = _read_allocation(resolved, linears)
     vocabulary = vocabulary_size(model)
     windows, calibration = _calibrate(resolved, tokenizer, vocabulary)
     if windows is not None:
