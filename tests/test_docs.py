@@ -22,7 +22,7 @@ from prunebench.pruners.maskllm.presets import PRESETS
 from prunebench.recovery import BUILTIN as RECOVERER_ROWS
 from prunebench.recovery import RECOVERERS
 from prunebench.results.published import published_values
-from prunebench.results.store import ResultStore
+from prunebench.results.store import ResultStore, read_result
 from prunebench.run_options import RUN_KEYS, RUN_OPTIONS
 from prunebench.sparse24.backends.table import backends
 from prunebench.spec import RunSpec
@@ -173,6 +173,16 @@ def test_the_readme_stays_short():
     assert len(lines) <= 220
     assert "make demo" in "\n".join(lines[:10])
     assert any(line.startswith("2:4 ") for line in lines[:30])
+
+
+def test_the_example_of_a_run_is_a_result():
+    (path,) = re.findall(r"saved to (results/\S+)", README)
+    result = read_result(ROOT / path)
+    (score,) = result.scores
+    assert f"{score.value:.1f}  (dense {score.dense_value:.2f}, " in README
+    assert f"pruned in {result.cost.prune_seconds:.1f} s\n" in README
+    assert f"  {result.cost.total_seconds:.0f} s in all, " in README
+    assert f"peak memory {result.cost.peak_rss_bytes / 1e9:.2f} GB\n" in README
 
 
 def test_make_targets_in_the_pages_exist():
