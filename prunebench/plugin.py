@@ -6,8 +6,8 @@ Subclass `LayerPruner` (one matrix at a time) or `GroupPruner` (the linears that
 implement `Pruner`; implement `Allocator` to spread a ratio over the layers. A class is used as
 `module:Class`, or under a name that a package declares as entry point: groups `prunebench.pruners`
 and `prunebench.allocators`. `prunebench check NAME` runs the contract tests on a method, and so
-does `prunebench.testing.check_pruner`. To train the kept
-weights afterwards, subclass `BlockRecoverer`; `prunebench check recover:NAME` checks it.
+does `prunebench.testing.check_pruner`. To train the kept weights afterwards, subclass
+`BlockRecoverer`; `prunebench check recover:NAME` checks it.
 """
 
 from __future__ import annotations
