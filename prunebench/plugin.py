@@ -3,27 +3,47 @@
     from prunebench.plugin import LayerPruner, Needs, keep_rows
 
 Subclass `LayerPruner` (one matrix at a time) or `GroupPruner` (the linears that read one input), or
-implement `Pruner`. `prunebench check NAME` runs the contract tests on the result.
+implement `Pruner`; implement `Allocator` to spread a ratio over the layers. A class is used as
+`module:Class`, or under a name that a package declares as entry point: groups `prunebench.pruners`
+and `prunebench.allocators`. `prunebench check NAME` runs the contract tests on a method, and so
+does `prunebench.testing.check_pruner`. To train the kept weights afterwards, subclass
+`BlockRecoverer`; `prunebench check recover:NAME` checks it.
 """
 
 from __future__ import annotations
 
+from prunebench.allocators.allocation import Allocation, Allocator
 from prunebench.calibration.stats import InputStats
+from prunebench.errors import IncompatibleData, UsageError
+from prunebench.models.linears import Linear
+from prunebench.models.walker import BlockWalker, LinearGroup
 from prunebench.pruners.keep import keep_group, keep_largest, keep_matrix, keep_rows
 from prunebench.pruners.layer import GroupPruner, LayerPruner
 from prunebench.pruners.protocol import LayerEvent, Needs, Pruned, Pruner, PruneReport
+from prunebench.recovery.protocol import BlockRecoverer, PrunedBlock, RecoveredBlock, Recoverer
 from prunebench.sparsity import Sparsity
 
 __all__ = [
+    "Allocation",
+    "Allocator",
+    "BlockRecoverer",
+    "BlockWalker",
     "GroupPruner",
+    "IncompatibleData",
     "InputStats",
     "LayerEvent",
     "LayerPruner",
+    "Linear",
+    "LinearGroup",
     "Needs",
     "PruneReport",
     "Pruned",
+    "PrunedBlock",
     "Pruner",
+    "RecoveredBlock",
+    "Recoverer",
     "Sparsity",
+    "UsageError",
     "keep_group",
     "keep_largest",
     "keep_matrix",

@@ -21,7 +21,8 @@ RUN_KEYS: dict[str, tuple[type, ...]] = {
 } | {"set": (dict,)}
 """What a recipe may hold, and the types it may give."""
 
-_ALLOCATION = "allocation."  # prefix of the allocator's options in --set
+_PREFIXES = {"allocation_options": "allocation.", "recover_options": "recover."}
+"""How the options of the allocator and of the recoverer begin in --set."""
 
 
 def with_defaults(given: Mapping[str, Any]) -> dict[str, Any]:
@@ -58,9 +59,13 @@ def with_defaults(given: Mapping[str, Any]) -> dict[str, Any]:
     # after the names were split; `given` tells whether --ppl-seqlen was the user's
     _expand_text_preset(values, given)
     words = read_options(given.get("set", ()))
-    of_allocation = {k for k in words if k.startswith(_ALLOCATION)}
-    values["method_options"] = {k: v for k, v in words.items() if k not in of_allocation}
-    values["allocation_options"] = {k.removeprefix(_ALLOCATION): words[k] for k in of_allocation}
+    for field, prefix in _PREFIXES.items():
+        values[field] = {
+            key.removeprefix(prefix): words.pop(key)
+            for key in list(words)
+            if key.startswith(prefix)
+        }
+    values["method_options"] = words
     return values
 
 
@@ -102,14 +107,21 @@ def _expand_text_preset(values: dict[str, Any], given: Mapping[str, Any]) -> Non
 
 
 def read_options(given: Any) -> dict[str, Any]:
-    """Read the words of --set, or the table [set] of a recipe, which may hold [set.allocation]."""
+    """Read the words of --set, or the table [set] of a recipe with its inner tables.
+
+    [set.allocation] and [set.recover] hold the options of the allocator and of the recoverer.
+    """
     if isinstance(given, dict):
-        nested = given.get("allocation")
-        inner = nested if isinstance(nested, dict) else {}
-        # a method may have an option of its own called `allocation`; only a non-empty table is the
-        # allocator's
-        flat = {k: v for k, v in given.items() if k != "allocation" or v is not nested or not inner}
-        return flat | {f"{_ALLOCATION}{k}": v for k, v in inner.items()}
+        flat: dict[str, Any] = {}
+        prefixes = {prefix.removesuffix("."): prefix for prefix in _PREFIXES.values()}
+        for key, value in given.items():
+            # a method may have an option of its own called `allocation`; only a non-empty table is
+            # the allocator's
+            if key in prefixes and isinstance(value, dict) and value:
+                flat |= {f"{prefixes[key]}{name}": inner for name, inner in value.items()}
+            else:
+                flat[key] = value
+        return flat
     options: dict[str, Any] = {}
     for word in given:
         key, equals, value = word.partition("=")

@@ -33,6 +33,7 @@ Placement = Literal["device", "cpu", "disk"]
 
 DTYPES: tuple[str, ...] = get_args(Dtype)
 AUTO = "auto"  # as a dtype: what suits the checkpoint and the device; no result is filed with it
+NO_RECOVERY = "none"  # as `recover`: the weights stay as the method leaves them
 BOS_WINDOW = "bos-window"  # part of a protocol's id where every window begins with BOS
 
 
@@ -90,6 +91,16 @@ class RunSpec(BaseModel):
     ] = "uniform"  # fmt: skip
     allocation_options: Annotated[
         dict[str, OptionValue], Option(given=False, cell=True, shown=True)
+    ] = {}
+    recover: Annotated[
+        str,
+        Option(
+            "How the kept weights are trained after pruning, the zeros untouched: none, a name of "
+            "`prunebench list recoverers`, or module:Class.", cell=True, shown=True, since=2,
+        ),
+    ] = NO_RECOVERY  # fmt: skip
+    recover_options: Annotated[
+        dict[str, OptionValue], Option(given=False, cell=True, shown=True, since=2)
     ] = {}
     within_block: Annotated[
         WithinBlock | None,

@@ -16,10 +16,10 @@ LEVELS = [
     {"calibration"},
     {"models"},
     {"evaluate", "pruners", "sparse24"},
-    {"allocators", "run_options"},
+    {"allocators", "recovery", "run_options"},
     {"checkpoints", "plugin", "testing"},
     {"bench", "run"},
-    {"sweep"},
+    {"api", "sweep"},
     {"cli"},
     {"__main__"},
 ]
@@ -57,6 +57,7 @@ def edges() -> dict[str, set[str]]:
         name: {other for other in imported(ast.parse(path.read_text("utf-8"))) if other in MODULES}
         - {name, name.rpartition(".")[0]}  # a package's page says what it is, and imports lazily
         for name, path in MODULES.items()
+        if name != "prunebench"  # its page too, see below
     }
 
 
@@ -72,6 +73,8 @@ def circles(graph: dict[str, set[str]]) -> list[str]:
 @pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
 def test_imports_point_down(path):
     package = component(path)
+    if path == ROOT / "__init__.py":
+        return  # the API: see below
     assert package in LEVEL_OF, f"{package} has no level: give it one"
     for name in imported(ast.parse(path.read_text("utf-8"))):
         parts = name.split(".")
@@ -86,6 +89,16 @@ def test_imports_point_down(path):
 def test_no_module_imports_itself_in_a_circle():
     assert circles(edges()) == []
     assert circles({"a": {"b"}, "b": {"c"}, "c": {"a"}, "d": {"a"}}) == ["a", "b", "c", "d"]
+
+
+def test_the_root_imports_the_api_for_type_checkers_only():
+    tree = ast.parse((ROOT / "__init__.py").read_text("utf-8"))
+    (checked,) = [node for node in tree.body if isinstance(node, ast.If) and node.body[1:]]
+    assert ast.unparse(checked.test) == "TYPE_CHECKING"
+    of_types = imported(ast.Module(checked.body, []))
+    assert {"prunebench.api.pruning.prune", "prunebench.results.frame.load_results"} <= of_types
+    rest = imported(ast.Module([node for node in tree.body if node is not checked], []))
+    assert not {name for name in rest if name.startswith("prunebench")}
 
 
 def test_the_root_stays_small():

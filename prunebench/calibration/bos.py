@@ -105,7 +105,7 @@ def check_bos(
             require_bos(tokenizer, f"{option} window")
     missing = [f"{option} window" for option, bos in options.items() if bos == "text"]
     needed = always or needs_window(config)
-    if not missing or not needed or tokenizer.bos_token_id is None:
+    if not missing or not needed or getattr(tokenizer, "bos_token_id", None) is None:
         return ""
     return (
         f"{config.model_type} needs BOS in each window: add {' '.join(missing)} "

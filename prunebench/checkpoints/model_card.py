@@ -140,6 +140,13 @@ def _about(result: Result, storage: str) -> list[str]:
         lines.append(
             f"- spread over the layers by `{allocation.name}`: {_options(allocation.options)}"
         )
+    if result.recovery:
+        recovery = result.recovery
+        lines.append(
+            f"- kept weights trained afterwards by `{recovery.name}` in "
+            f"{recovery.recovered_blocks} of {len(recovery.blocks)} blocks, the zeros untouched: "
+            f"{_options(recovery.options)}"
+        )
     if result.spec.within_block:
         lines.append(f"- within a block: {result.spec.within_block}")
     if result.calibration:

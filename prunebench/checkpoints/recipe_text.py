@@ -51,6 +51,8 @@ def recipe_text(result: Result) -> str:
         lines += ["", "[set]", *_toml(options)]
     if spec.allocation_options and spec.allocation != "file":
         lines += ["", "[set.allocation]", *_toml(spec.allocation_options)]
+    if spec.recover_options:
+        lines += ["", "[set.recover]", *_toml(spec.recover_options)]
     return "\n".join([*lines, ""])
 
 

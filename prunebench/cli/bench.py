@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from prunebench.cli.console import wide_console
+from prunebench.cli.console import (
+    hanging,
+    print_columns,
+    print_hanging,
+    terminal_width,
+)
 from prunebench.cli.exit_codes import command_line, say
 from prunebench.cli.progress import choose_progress
 from prunebench.errors import UsageError, nearest
@@ -119,15 +125,16 @@ def _print_summary(report: Bench, result: Any, saved_path: Path | None) -> None:
     if not report.quality:
         typer.echo("  quality: unknown, the folder holds no result")
     for score in report.quality:
-        line = f"  {column_title(f'{score.metric} {score.protocol}')}  {number(score.value)}"
-        typer.echo(line + (f"  (dense {number(score.dense_value)})" if score.dense_value else ""))
+        line = f"{column_title(f'{score.metric} {score.protocol}')}  {number(score.value)}"
+        dense = f"  (dense {number(score.dense_value)})" if score.dense_value else ""
+        print_hanging("  ", line + dense)
     for line in _storage_lines(report):
         typer.echo(line)
     if report.speed == "measured":
         _print_layers(report)
         _print_cases(report)
     else:
-        typer.echo(f"  speed: {report.speed}")
+        print_hanging("  speed: ", report.speed)
     for warning in report.environment["warnings"]:
         say(f"warning: {warning}")
     if saved_path:
@@ -142,10 +149,9 @@ def _storage_lines(report: Bench) -> list[str]:
         if size is not None and size < store.dense_bytes:
             saved = store.dense_bytes - size
             alone = (store.pruned_bytes - saved) / store.pruned_bytes
-            lines.append(
-                f"  bytes, {name:<11} {size:>15,}  {size / store.dense_bytes:.4f}  computed; "
-                f"pruned matrices alone {alone:.4f}"
-            )
+            start = f"  bytes, {name:<11} {size:>15,}  {size / store.dense_bytes:.4f}  "
+            text = f"computed; pruned alone {alone:.4f}"
+            lines += hanging(start, text, terminal_width())
     if report.resident_bytes is not None:
         share = report.resident_bytes / store.dense_bytes
         lines.append(f"  bytes, in memory   {report.resident_bytes:>15,}  {share:.4f}  measured")
@@ -153,23 +159,24 @@ def _storage_lines(report: Bench) -> list[str]:
 
 
 def _print_layers(report: Bench) -> None:
-    import rich.box
-    from rich.table import Table
-
-    table = Table(box=rich.box.SIMPLE_HEAD, pad_edge=False)
-    for title in ("layer", "shape", "tokens", "backend", "times dense", "spread", "TB/s", "dense"):
-        table.add_column(title, justify="left" if title in ("layer", "backend") else "right")
+    titles = ("layer", "shape", "tokens", "times dense", "spread", "TB/s", "dense", "backend")
+    rows = []
     for layer in report.layers:
         ratio, rate = layer["ratio"], layer["bytes_per_second"]
         cache = " (cache!)" if layer["cache_suspected"] else ""
-        table.add_row(
-            f"{layer['model']} {layer['layer']}", f"{layer['rows']} x {layer['width']}",
-            f"{layer['tokens']:,}", layer["backend"] or "-",
-            f"{ratio['median']:.2f}" if ratio else "-",
-            f"{ratio['low']:.2f}-{ratio['high']:.2f}" if ratio else "-",
-            f"{rate / 1e12:.2f}{cache}" if rate else "-", layer["dense"] or "-",
-        )  # fmt: skip
-    wide_console().print(table)
+        rows.append(
+            [
+                f"{layer['model']} {layer['layer']}",
+                f"{layer['rows']} x {layer['width']}",
+                f"{layer['tokens']:,}",
+                f"{ratio['median']:.2f}" if ratio else "-",
+                f"{ratio['low']:.2f}-{ratio['high']:.2f}" if ratio else "-",
+                f"{rate / 1e12:.2f}{cache}" if rate else "-",
+                layer["dense"] or "-",
+                layer["backend"] or "-",
+            ]
+        )
+    print_columns(titles, rows, right=titles[1:7])
 
 
 def _print_cases(report: Bench) -> None:
@@ -177,7 +184,7 @@ def _print_cases(report: Bench) -> None:
         where = f"  {case['case']}, batch {case['batch']}, {case['context']:,} tokens"
         ratio = case["ratio"]
         if ratio is None:
-            typer.echo(f"{where}: not measured: {case['skipped']}")
+            print_hanging(f"{where}: ", f"not measured: {case['skipped']}")
             continue
         rate = case["tokens_per_second"]
         typer.echo(
@@ -190,15 +197,56 @@ def _print_explained(rows: list[Explained], *, as_json: bool) -> None:
     if as_json:
         typer.echo(json.dumps([dataclasses.asdict(row) for row in rows], indent=1))
         return
-    last = ""
+    for layers, shape, text in _alike(rows):
+        print_hanging("", f"{', '.join(layers)}  {shape}")
+        for prefix, reason in text:
+            print_hanging(prefix, reason)
+    typer.echo("* is the number of a block; --json lists every layer by itself")
+
+
+def _alike(rows: list[Explained]) -> list[tuple[list[str], str, list[tuple[str, str]]]]:
+    """Group layers of one shape that run alike; names have `*` for blocks that are all alike."""
+    explained: dict[str, list[Explained]] = {}
     for row in rows:
-        if row.layer != last:
-            shape = f"  {row.shape[0]} x {row.shape[1]}" if row.tokens else ""
-            typer.echo(f"{row.layer}{shape}")
-        last = row.layer
-        if not row.tokens:
-            typer.echo(f"  dense: {row.why}")
+        explained.setdefault(row.layer, []).append(row)
+    groups: dict[str, tuple[list[str], str, list[tuple[str, str]]]] = {}
+    for layer, of_layer in explained.items():
+        lines = _explain_lines(of_layer)
+        shape = " x ".join(map(str, of_layer[0].shape)) if of_layer[0].tokens else ""
+        groups.setdefault(f"{shape} {lines}", ([], shape, lines))[0].append(layer)
+    starred = {layer: re.sub(r"(?<=\.)\d+(?=\.)", "*", layer) for layer in explained}
+    # a name whose blocks are not all in one group is no name of this group
+    homes: dict[str, set[str]] = {}
+    for key, (layers, _, _) in groups.items():
+        for layer in layers:
+            homes.setdefault(starred[layer], set()).add(key)
+    return [
+        (
+            list(
+                dict.fromkeys(
+                    starred[layer] if len(homes[starred[layer]]) == 1 else layer for layer in layers
+                )
+            ),
+            shape,
+            lines,
+        )
+        for layers, shape, lines in groups.values()
+    ]
+
+
+def _explain_lines(rows: list[Explained]) -> list[tuple[str, str]]:
+    """Return prefix and text of each line; sizes of a batch that run alike share one."""
+    tokens: dict[tuple[str, ...], list[int]] = {}
+    for row in rows:
+        key = (row.backend or "", row.why, *(f"{k}: {why}" for k, why in row.why_not.items()))
+        tokens.setdefault(key, []).append(row.tokens)
+    lines = []
+    for (backend, why, *others), sizes in tokens.items():
+        if not sizes[0]:
+            lines.append(("  dense: ", why))
             continue
-        typer.echo(f"  {row.tokens:>5,} tokens: {row.backend}, {row.why}")
-        for name, reason in row.why_not.items():
-            typer.echo(f"        not {name}: {reason}")
+        lines.append(
+            (f"  {', '.join(f'{size:,}' for size in sizes)} tokens: ", f"{backend}, {why}")
+        )
+        lines += [("    not ", other) for other in others]
+    return lines

@@ -32,12 +32,11 @@ def collect(ctx: typer.Context, recipe: Path | None) -> tuple[dict[str, Any], di
             explicit[key] = read[key]
             sources[key] = f"recipe {recipe}"
     values = with_defaults(explicit)
-    # `set` is split into the options of the method and of the allocator
+    # `set` is split into the options of the method, of the allocator and of the recoverer
     order = [key for key in RUN_KEYS if key != "set"]
-    sources = {key: sources.get(key, "default") for key in order} | {
-        "method_options": sources.get("set", "default"),
-        "allocation_options": sources.get("set", "default"),
-    }
+    sources = {key: sources.get(key, "default") for key in order} | dict.fromkeys(
+        ("method_options", "allocation_options", "recover_options"), sources.get("set", "default")
+    )
     return values, sources
 
 

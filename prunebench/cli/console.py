@@ -1,10 +1,13 @@
-"""The console that tables are printed to."""
+"""What is printed to stdout: as wide as the terminal at most, and no word broken.
+
+A file or a pipe has no width: there, a row is one line.
+"""
 
 from __future__ import annotations
 
 import shutil
 import sys
-from collections.abc import Container, Sequence
+from collections.abc import Container, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import typer
@@ -13,6 +16,13 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 _PIPE_WIDTH = 200  # a file or pipe has no width; rich would wrap everything at 80
+_LEAST = 16  # a narrower last column is printed under its row instead
+
+
+def terminal_width(*, err: bool = False) -> int | None:
+    """Return the columns of the terminal; None where stdout (or stderr) is none."""
+    stream = sys.stderr if err else sys.stdout
+    return shutil.get_terminal_size().columns if stream.isatty() else None
 
 
 def wide_console() -> Console:
@@ -23,29 +33,109 @@ def wide_console() -> Console:
     return Console(highlight=False, markup=False, width=width)
 
 
+def wrap(words: Sequence[str], width: int | None, *, end: str = "") -> list[str]:
+    """Join words to lines of at most `width` columns; a longer word has a line of its own.
+
+    Args:
+        words: None of them is broken.
+        width: None puts all on one line.
+        end: What every line but the last ends with.
+    """
+    from rich.cells import cell_len
+
+    lines = [""]
+    for word in words:
+        joined = f"{lines[-1]} {word}" if lines[-1] else word
+        if width is None or not lines[-1] or cell_len(joined) + cell_len(end) <= width:
+            lines[-1] = joined
+        else:
+            lines[-1] += end
+            lines.append(word)
+    return lines
+
+
+def hanging(prefix: str, text: str, width: int | None) -> list[str]:
+    """Return the lines of a text that stands behind `prefix` on each; blank but on the first.
+
+    A text with a word too long for that (a path) stands below the prefix.
+    """
+    from rich.cells import cell_len
+
+    indent = cell_len(prefix)
+    if width is None:
+        return [prefix + text]
+    words = text.split()
+    if indent > 4 and any(cell_len(word) > width - indent for word in words):
+        return [prefix.rstrip(), *("    " + line for line in wrap(words, width - 4))]
+    first, *rest = wrap(words, width - indent)
+    return [prefix + first, *(" " * indent + line for line in rest)]
+
+
+def print_hanging(prefix: str, text: str, *, err: bool = False) -> None:
+    """Print a text behind `prefix`, wrapped between words on a terminal."""
+    for line in hanging(prefix, text, terminal_width(err=err)):
+        typer.echo(line, err=err)
+
+
+def print_command(prefix: str, words: Sequence[str]) -> None:
+    """Print a command behind `prefix`; on a terminal over several lines, to be copied as it is."""
+    import shlex
+
+    width = terminal_width()
+    room = None if width is None else width - len(prefix)
+    units: list[str] = []
+    for word in map(shlex.quote, words):
+        # a value stays beside its flag
+        if units and units[-1].startswith("--") and " " not in units[-1] and word[0] != "-":
+            units[-1] += f" {word}"
+        else:
+            units.append(word)
+    lines = wrap(units, room, end=" \\")
+    for number, line in enumerate(lines):
+        typer.echo((" " * len(prefix) if number else prefix) + line)
+
+
 def print_columns(
-    titles: Sequence[str], rows: Sequence[Sequence[str]], *, unbroken: Container[str]
+    titles: Sequence[str], rows: Sequence[Sequence[str]], *, right: Container[str] = ()
 ) -> None:
-    """Print rows under bold titles; columns that are not `unbroken` fold on a narrow terminal."""
+    """Print rows under bold titles; on a terminal the last column wraps between words.
+
+    Args:
+        titles: One for every column.
+        rows: The cells.
+        right: Titles of columns that are aligned to the right.
+    """
+    width = terminal_width()
+    for number, line in enumerate(_column_lines(titles, rows, right, width)):
+        typer.secho(line.rstrip(), bold=number == 0)
+
+
+def _column_lines(
+    titles: Sequence[str], rows: Sequence[Sequence[str]], right: Container[str], width: int | None
+) -> Iterator[str]:
     from rich.cells import cell_len
 
     lines = [titles, *rows]
-    widths = [max(map(cell_len, column)) for column in zip(*lines, strict=True)]
-    needed = sum(widths) + 2 * (len(widths) - 1)
-    if not sys.stdout.isatty() or needed <= shutil.get_terminal_size().columns:
-        # nothing to fold: rich's console and layout would take a third of the time of `list`
-        for i, line in enumerate(lines):
-            padded = [
-                text + " " * (width - cell_len(text))
-                for text, width in zip(line, widths, strict=True)
-            ]
-            typer.secho("  ".join(padded).rstrip(), bold=i == 0)
-        return
-    from rich.table import Table
-
-    grid = Table(box=None, pad_edge=False, header_style="bold")
-    for title in titles:
-        grid.add_column(title, overflow="fold", no_wrap=title in unbroken)
-    for row in rows:
-        grid.add_row(*row)
-    wide_console().print(grid)
+    sizes = [max(map(cell_len, column)) for column in zip(*lines, strict=True)]
+    taken = sum(sizes[:-1]) + 2 * (len(sizes) - 1)
+    fits = width is None or taken + sizes[-1] <= width
+    # too narrow for a last column: it stands below its row
+    below = not fits and width is not None and width - taken < _LEAST
+    for line in lines:
+        cells = [
+            " " * (size - cell_len(text)) + text
+            if title in right and (fits or number + 1 < len(sizes))
+            else text + " " * (size - cell_len(text))
+            for number, (title, text, size) in enumerate(zip(titles, line, sizes, strict=True))
+        ]
+        prefix = "".join(f"{cell}  " for cell in cells[:-1])
+        if fits:
+            yield prefix + cells[-1]
+        elif not below or cell_len(line[-1]) <= (width or 0) - taken:
+            yield from hanging(prefix, line[-1], width)
+        else:
+            first, *others = wrap([cell.strip() for cell in cells[:-1]], width)
+            aligned = taken - 2 <= (width or 0)
+            yield prefix if aligned else first
+            yield from [] if aligned else [f"    {other}" for other in others]
+            yield from hanging("    ", line[-1], width)

@@ -12,6 +12,7 @@ from typing import Annotated, Literal
 
 import typer
 
+from prunebench.cli.console import print_hanging
 from prunebench.errors import CheckFailed, PrunebenchError
 
 _PACKAGES = ("torch", "transformers", "datasets", "lm-eval", "safetensors", "huggingface_hub")
@@ -38,7 +39,7 @@ def doctor_command(
         typer.echo(json.dumps([asdict(finding) for finding in findings], indent=1))
     else:
         for finding in findings:
-            typer.echo(f"{finding.state:<8} {finding.name:<16} {finding.found}")
+            print_hanging(f"{finding.state:<8} {finding.name:<16} ", finding.found)
     problems = sum(finding.state == "problem" for finding in findings)
     if problems:
         raise CheckFailed(f"{problems} problems have to be solved before a run can work")

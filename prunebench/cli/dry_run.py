@@ -9,6 +9,7 @@ from typing import Any
 import typer
 
 from prunebench.cli.clean import print_kept
+from prunebench.cli.console import print_hanging
 from prunebench.distributed import world_size
 from prunebench.errors import UsageError
 from prunebench.models.source import find_model, local_path
@@ -41,13 +42,17 @@ def print_dry_run(spec: RunSpec, setup: Any, *, as_json: bool) -> None:
     if plan.calibration:
         windows = plan.calibration
         bos = ", BOS in each window" if windows.bos == "window" else ""
-        typer.echo(
-            f"  calibration {windows.samples} x {windows.seqlen} tokens of {windows.text}{bos}"
+        print_hanging(
+            "  calibration ",
+            f"{windows.samples} x {windows.seqlen} tokens of {windows.text}{bos}",
         )
-        typer.echo(f"              from {windows.origin}")
+        print_hanging("              from ", windows.origin)
+    if plan.recoverer is not None:
+        options = ", ".join(f"{name}={value}" for name, value in plan.spec.recover_options.items())
+        print_hanging("  recovery    ", f"{plan.spec.recover}: {options}")
     for text in plan.texts:
-        typer.echo(f"  perplexity  {text.protocol}, {text.targets:,} targets")
-        typer.echo(f"              from {text.origin}")
+        print_hanging("  perplexity  ", f"{text.protocol}, {text.targets:,} targets")
+        print_hanging("              from ", text.origin)
     for task in plan.tasks:
         typer.echo(f"  accuracy    {task.name}, {task.units:,} documents")
     estimate = None
@@ -81,7 +86,8 @@ def _print_forecast(plan: Any) -> Any:
     ):
         if parts:
             typer.echo(f"  {name:<11} {gigabytes(total)} at the peak, {gigabytes(free)} free")
-            for what, size in sorted(parts.items(), key=lambda item: -item[1]):
+            used = {what: size for what, size in parts.items() if size}
+            for what, size in sorted(used.items(), key=lambda item: -item[1]):
                 typer.echo(f"              {gigabytes(size):>10}  {what}")
     if need.disk:
         typer.echo(
@@ -89,7 +95,7 @@ def _print_forecast(plan: Any) -> Any:
         )
     if result.seconds:
         stages = ", ".join(f"{name} {duration(s)}" for name, s in result.seconds.items())
-        typer.echo(f"  time        {stages} (estimated from a probe)")
+        print_hanging("  time        ", f"{stages} (estimated from a probe)")
     else:
         typer.echo("  time        not estimated: this method cannot be probed")
     return result
@@ -114,22 +120,22 @@ def _print_training(plan: Any) -> None:
     if result is None:
         return
     data, text = plan.training, plan.training_text
-    typer.echo(f"  training    {result.tokens:,} tokens of {text.name}")
+    print_hanging("  training    ", f"{result.tokens:,} tokens of {text.name}")
     typer.echo(
         f"              {len(data.train):,} windows of {data.train.shape[1]}, "
         f"{len(data.held_out)} more are held out"
     )
-    typer.echo(f"              from {text.origin}")
+    print_hanging("              from ", text.origin)
     for name, size in result.memory.items():
         typer.echo(f"  memory      {size / 1e9:8.2f} GB  {name}")
     total = sum(result.memory.values())
     typer.echo(f"              {total / 1e9:8.2f} GB  in all, in each process")
     if result.seconds is not None:
-        typer.echo(
-            f"  time        about {_duration(result.seconds)} for the steps, by a probe of this "
-            "machine's products and mask passes;"
+        print_hanging(
+            "  time        ",
+            f"about {_duration(result.seconds)} for the steps, by a probe of this machine's "
+            "products and mask passes; loading, the prior and the scores come on top",
         )
-        typer.echo("              loading, the prior and the scores come on top")
 
 
 def _duration(seconds: float) -> str:

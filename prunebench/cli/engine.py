@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from prunebench.cli.console import print_hanging
 from prunebench.cli.exit_codes import say
 from prunebench.errors import UsageError, nearest
 from prunebench.sweep.cell import RecipeCell
@@ -32,7 +33,8 @@ class Voice:
     def tell(self, cell: RecipeCell, text: str) -> None:
         """Print the outcome of a cell, or that it starts."""
         if not self._quiet:
-            say(f"{self._place[cell.number]} {cell.name}" + (f": {text}" if text else ""))
+            text = cell.name + (f": {text}" if text else "")
+            print_hanging(f"{self._place[cell.number]} ", text, err=True)
 
     def show(self, number: int, line: str) -> None:
         """Print a line of a cell's process."""

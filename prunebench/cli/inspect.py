@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from prunebench.cli.console import wide_console
+from prunebench.cli.console import print_columns, print_hanging
 from prunebench.errors import CheckFailed, MissingResource, PrunebenchError, UsageError
 from prunebench.sparsity import Sparsity
 
@@ -74,7 +74,7 @@ def inspect_command(
         _print_rows([row for row in rows if row in shown or row in bad], sparsity)
         left_out = [row.name for row in matrices if row not in shown and row not in bad]
         for line in _summary(totals, sparsity, left_out):
-            typer.echo(line)
+            print_hanging("", line)
         if kind != "dense":
             typer.echo(f"stored as {kind}; shown as the dense weights that it holds")
         for name, dtype in unread.items():
@@ -120,27 +120,44 @@ def _find(name: str) -> Path:
 
 
 def _print_rows(rows: Sequence[TensorFacts], pattern: Sparsity) -> None:
-    import rich.box
-    from rich.table import Table
-
     if not rows:
         return
-    grid = Table(box=rich.box.SIMPLE_HEAD, pad_edge=False)
-    for title in ("matrix", "shape", "dtype", "zeros", "-0.0", "not finite", f"{pattern} holds"):
-        grid.add_column(title, justify="left" if title in ("matrix", "dtype") else "right")
-    for row in rows:
-        grid.add_row(
-            row.name, " x ".join(map(str, row.shape)), row.dtype, f"{row.zeros / row.size:.2%}",
-            f"{row.negative_zeros:,}", f"{row.non_finite:,}", _verdict(row),
-        )  # fmt: skip
-    wide_console().print(grid)
+    # a column in which every row says the same is left out, and stands in the last line
+    dtypes = {row.dtype for row in rows}
+    columns = {
+        "matrix": [row.name for row in rows],
+        "shape": [" x ".join(map(str, row.shape)) for row in rows],
+        "dtype": [row.dtype for row in rows] if len(dtypes) > 1 else [],
+        "zeros": [f"{row.zeros / row.size:.2%}" for row in rows],
+        "-0.0": [f"{row.negative_zeros:,}" for row in rows],
+        "not finite": [f"{row.non_finite:,}" for row in rows],
+    }
+    shown = {
+        title: cells
+        for title, cells in columns.items()
+        if cells and (title not in ("-0.0", "not finite") or set(cells) != {"0"})
+    } | {f"{pattern} holds": [_verdict(row) for row in rows]}
+    print_columns(
+        list(shown),
+        list(zip(*shown.values(), strict=True)),
+        right=("shape", "zeros", "-0.0", "not finite"),
+    )
+    same = [f"all {next(iter(dtypes))}"] if len(dtypes) == 1 else []
+    same += [f"no {title}" for title in ("-0.0", "NaN or infinity") if _absent(title, shown)]
+    typer.echo(", ".join(same))
+
+
+def _absent(title: str, shown: Mapping[str, object]) -> bool:
+    return {"NaN or infinity": "not finite"}.get(title, title) not in shown
 
 
 def _verdict(row: TensorFacts) -> str:
     if row.violations is None:
         return "-"
     if row.first_violation is not None:
-        return f"no: {row.violations:,} groups, first {_place(row)}"
+        # in a matrix that was never pruned, the place says nothing
+        first = f", first {_place(row)}" if row.is_pruned else ""
+        return f"no: {row.violations:,} groups{first}"
     # GPT-2's Conv1D stores [in, out]: there, groups run down the rows
     return "yes" if row.axis == -1 else "yes, stored as [in, out]"
 

@@ -14,24 +14,42 @@ if TYPE_CHECKING:
     from prunebench.registry import Registry
 
 _Row = dict[str, object]
-_KINDS = ("methods", "allocators", "models", "texts")
+_COLUMNS = ("name", "paper", "data", "updates", "size", "dtype", "for", "source")
+_ANY = "any ratio, any N:M"
+_KINDS = ("methods", "allocators", "recoverers", "models", "texts")
 
 
 def list_command(
     kind: Annotated[str, typer.Argument(help=f"One of {', '.join(_KINDS)}.")] = "methods",
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """List methods, allocators, models or texts."""
+    """List methods, allocators, recoverers, models or texts."""
     if kind not in _KINDS:
         raise UsageError(f"there is no list of {kind!r}", fix=nearest(kind, _KINDS))
-    rows = {"methods": _methods, "allocators": _allocators, "models": _models, "texts": _texts}[
-        kind
-    ]()
+    listings = (_methods, _allocators, _recoverers, _models, _texts)
+    rows = dict(zip(_KINDS, listings, strict=True))[kind]()
     if as_json:
         typer.echo(json.dumps(rows, indent=1))
         return
-    texts = [[_text(value) for value in row.values()] for row in rows]
-    print_columns(list(rows[0]), texts, unbroken=("name", "paper", "source"))
+    shown = [_shown(row) for row in rows]
+    texts = [[_text(value) for value in row.values()] for row in shown]
+    print_columns(list(shown[0]), texts)
+
+
+def _shown(row: _Row) -> _Row:
+    """Return the columns of a table of 80 columns, the longest text last; --json has all."""
+    columns = {name: row[name] for name in _COLUMNS if name in row}
+    if columns.get("for") == "calibration, evaluation":
+        columns["for"] = "both"
+    notes = [row["licence"], row["about"]] if "size" in row else [row["about"], row.get("licence")]
+    if row.get("patterns") not in (None, _ANY):
+        notes.append(f"sparsity: {row['patterns']}")
+    if row.get("bos") == "window":
+        notes.append("BOS in every window")
+    # our own methods need no package name in each row
+    if "from" in row and not str(row["from"]).startswith("prunebench "):
+        notes.append(f"from {row['from']}")
+    return {**columns, "about": "; ".join(str(note) for note in notes if note)}
 
 
 def _text(value: object) -> str:
@@ -68,18 +86,28 @@ def _methods() -> list[_Row]:
 
 
 def _allocators() -> list[_Row]:
-    from prunebench.allocators import ALLOCATORS, BUILTIN
+    from prunebench.allocators import ALLOCATORS
 
-    outside = ALLOCATORS.plugins()
+    return _registered(ALLOCATORS)
+
+
+def _recoverers() -> list[_Row]:
+    from prunebench.recovery import RECOVERERS
+
+    return _registered(RECOVERERS)
+
+
+def _registered(registry: Registry[Any]) -> list[_Row]:
+    outside = registry.plugins()
     return [
         {
             "name": name,
-            "about": _about_plugin(name, ALLOCATORS) if name in outside else row.about,
+            "about": _about_plugin(name, registry) if name in outside else row.about,
             "paper": row.paper,
             "data": row.data,
             "from": row.distribution,
         }
-        for name, row in {**BUILTIN, **outside}.items()
+        for name, row in {**registry.builtin, **outside}.items()
     ]
 
 
@@ -103,6 +131,7 @@ def _models() -> list[_Row]:
             "bos": entry.bos,
             "licence": entry.licence + (" (gated)" if entry.gated else ""),
             "source": entry.hub or entry.wheel,
+            "about": entry.about,
         }
         for name, entry in catalog().items()
     ]

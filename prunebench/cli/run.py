@@ -26,7 +26,8 @@ def run_command(
         list[str] | None,
         typer.Option(
             "--set", metavar="KEY=VALUE", rich_help_panel=RUN,
-            help="An option of the method, or allocation.KEY=VALUE; may be repeated.",
+            help="An option of the method, or allocation.KEY=VALUE, or recover.KEY=VALUE; "
+            "may be repeated.",
         ),
     ] = None,
     recipe: Annotated[

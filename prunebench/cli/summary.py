@@ -7,6 +7,7 @@ from typing import Any
 
 import typer
 
+from prunebench.results.recovery_schema import RecoveryBlock
 from prunebench.results.render import column_title, number
 from prunebench.results.schema import ExecutionBlock, Result
 
@@ -28,6 +29,8 @@ def print_summary(result: Result, path: Path, setup: Any, *, masks: str | None =
     title = name if name == "dense" else f"{name} {result.spec.sparsity}"
     if result.spec.allocation != "uniform":
         title += f", spread by {result.spec.allocation}"
+    if result.recovery:
+        title += f", then {result.spec.recover}"
     typer.echo(f"{title} on {result.spec.model}")
     for score in result.scores:
         line = f"  {column_title(f'{score.metric} {score.protocol}')}  {number(score.value)}"
@@ -46,6 +49,8 @@ def print_summary(result: Result, path: Path, setup: Any, *, masks: str | None =
             f"  {sparsity.realised_ratio:.2%} of {result.model.prunable_parameters:,} weights "
             f"are zero, pruned in {cost.prune_seconds:.1f} s"
         )
+    if result.recovery:
+        _print_recovery(result.recovery)
     if masks:
         _print_masks(result, masks)
     if result.execution:
@@ -66,6 +71,19 @@ def print_summary(result: Result, path: Path, setup: Any, *, masks: str | None =
         if place:
             typer.echo(f"  {kind} saved to {place}")
     typer.echo(f"  saved to {path}")
+
+
+def _print_recovery(recovery: RecoveryBlock) -> None:
+    """Print the held-out error of all blocks before and after, and what it took."""
+    before, after = recovery.held_out_before, recovery.held_out_after
+    line = f"  recovered by {recovery.name}"
+    if before and after is not None:
+        change = after / before - 1
+        line += f": held-out error {before:.4g} -> {after:.4g} ({change:+.0%}, mean of the blocks)"
+    line += f", in {recovery.recovered_blocks} of {len(recovery.blocks)} blocks"
+    typer.echo(f"{line}, {recovery.seconds:.1f} s")
+    if not recovery.recovered_blocks:
+        typer.echo("  warning: the recovery kept nothing; these are the weights of the method")
 
 
 def _print_masks(result: Result, masks: str) -> None:

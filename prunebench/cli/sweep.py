@@ -13,13 +13,15 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from prunebench.cli.compare import print_tables
+from prunebench.cli.console import print_command, print_hanging
 from prunebench.cli.engine import Voice, check_engine, open_engine
 from prunebench.cli.exit_codes import command_line, say
 from prunebench.cli.progress import choose_progress
 from prunebench.cli.published import print_twins, twin_record
+from prunebench.cli.table import print_overview
 from prunebench.errors import CheckFailed, PrunebenchError, SomeCellsFailed
 from prunebench.results.compare import compare
+from prunebench.results.overview import overview
 from prunebench.results.published import Twin, find_twins
 from prunebench.results.render import column_title, value_text
 from prunebench.sweep.cell import RecipeCell
@@ -67,14 +69,14 @@ def _checked(path: Path) -> Recipe:
 
 def _print_checked(recipe: Recipe) -> None:
     models = dict.fromkeys(cell.values["model"] for cell in recipe.cells)
-    typer.echo(f"{recipe.path}: {recipe.about}")
-    typer.echo(f"  {_count(len(recipe.cells), 'cell')} on {', '.join(models)}")
+    print_hanging(f"{recipe.path}: ", recipe.about)
+    print_hanging(f"  {_count(len(recipe.cells), 'cell')} on ", ", ".join(models))
     typer.echo(f"  {_count(len(recipe.expectations), 'expected value')}")
     if recipe.gpu_memory_gb:
         sizes = ", ".join(f"{name} {size:g} GB" for name, size in recipe.gpu_memory_gb.items())
-        typer.echo(f"  GPU memory (computed): {sizes}")
+        print_hanging("  GPU memory (computed): ", sizes)
     if recipe.time:
-        typer.echo(f"  time: {recipe.time}")
+        print_hanging("  time: ", recipe.time)
 
 
 def sweep_command(
@@ -271,9 +273,9 @@ def _print_summary(
     results = [outcome.result for outcome in outcomes if outcome.result]
     if dry_run:
         for outcome in outcomes:
-            typer.echo(f"{outcome.state:<8}  {shlex.join(sweep.command(outcome.cell))}")
+            print_command(f"{outcome.state:<8}  ", sweep.command(outcome.cell))
     elif results:
-        print_tables(compare(results))
+        print_overview(overview(compare(results), every_setting=True))
     if twins:
         print_twins(
             twins, title="expected by the recipe",

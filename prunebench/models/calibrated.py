@@ -39,6 +39,9 @@ class Calibration:
             of memory.
         part: Sequences in a part.
         samples: Sequences in the calibration set.
+        seqlen: Tokens of one.
+        model: The model.
+        device: The model's device.
         leaves_tensors: Whether blocks put tensors into the arguments of later ones.
     """
 
@@ -58,15 +61,17 @@ class Calibration:
         self.plans = plans
         self.hidden = hidden
         self.part = part
-        self.samples = len(token_ids)
+        self.samples, self.seqlen = token_ids.shape
         self.later = later
         self.leaves_tensors = any(plan.leaves_tensors for plan in plans)
         self._hessian = hessian
-        self._model = model
+        self.model = model
+        self.device = devices[0]
         self._blocks = blocks
         self._token_ids = token_ids
         self._devices = devices
         self._workspace: Workspace = {}
+        self._call_of: dict[tuple[int, ...], list[BlockCall]] = {}
         self._rows = [len(batch) for batch in torch.split(token_ids, part)]  # fixed; parts halve
         calls: list[list[list[BlockCall]]] = []
         for batch in torch.split(token_ids, part):
@@ -122,24 +127,50 @@ class Calibration:
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     @torch.no_grad()
-    def propagate(self, replicas: BlockReplicas, index: int) -> None:
-        """Run a block on all batches; `hidden` then holds the inputs of the next block."""
-        for batch in range(len(self.hidden)):
+    def propagate(
+        self,
+        replicas: BlockReplicas,
+        index: int,
+        *,
+        source: Activations | None = None,
+        into: Activations | None = None,
+    ) -> None:
+        """Run a block on all batches.
+
+        Args:
+            replicas: The block.
+            index: Its index.
+            source: Its inputs; by default `hidden`.
+            into: Where its outputs go; by default `hidden`, which then holds the inputs of the next
+                block.
+        """
+        source = self.hidden if source is None else source
+        into = self.hidden if into is None else into
+        for batch in range(len(source)):
             while True:
                 try:
-                    hidden = self.hidden[batch]
-                    self.hidden[batch] = self.forward(replicas, index, batch, hidden)
+                    hidden = source[batch]
+                    into[batch] = self.forward(replicas, index, batch, hidden)
                     break
                 except (RuntimeError, MemoryError) as error:
                     if not is_out_of_memory(error) or not self.can_halve():
                         raise
                 self.halve()  # outside the except clause, whose traceback keeps tensors alive
 
+    def call_of(self, windows: tuple[int, ...]) -> list[BlockCall]:
+        """Return the arguments of every block for some windows that run together."""
+        if windows not in self._call_of:
+            calls = self._record(self._token_ids[list(windows)])[1]
+            # the arguments of as many windows are mostly equal: one copy
+            alike = (known for key, known in self._call_of.items() if len(key) == len(windows))
+            self._call_of[windows] = share_arguments(calls, next(alike, calls))
+        return self._call_of[windows]
+
     def _record(self, token_ids: Tensor) -> tuple[Tensor, list[BlockCall]]:
         """Return the first block's input and every block's arguments."""
         returns = [plan.returns for plan in self.plans]
         ids = token_ids.to(self._devices[0])
-        return record_calls(self._model, self._blocks, ids, returns_tuple=returns)
+        return record_calls(self.model, self._blocks, ids, returns_tuple=returns)
 
     def _to_devices(self, calls: list[list[list[BlockCall]]]) -> list[list[list[BlockCall]]]:
         """Return the calls with the arguments of every batch on the device where it will run."""

@@ -137,6 +137,17 @@ class DiskWeights:
         """Return the saved activations before a block of an interrupted run, if any."""
         return self.journal.hidden_before(index)
 
+    @contextlib.contextmanager
+    def unpruned(self) -> Iterator[None]:
+        """Open blocks with their dense weights inside; nothing may be saved there."""
+        self._drop_prefetched()
+        pruned, self._pruned = self._pruned, {}
+        try:
+            yield
+        finally:
+            self._drop_prefetched()
+            self._pruned = pruned
+
     def activations(self, device: torch.device) -> Activations:
         """Return an empty store for hidden states: on `device`, or as the run's placement says."""
         if self._placement == "disk":

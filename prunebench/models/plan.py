@@ -182,6 +182,20 @@ def _is_expert(block: nn.Module, linear: Linear, inputs: dict[Linear, list[Tenso
     return False
 
 
+def why_not_sequential(plan: BlockPlan, *, used_later: bool) -> str:
+    """Return why the linears of a block cannot be pruned one after the other; empty if they can.
+
+    All batches must pause at the same linears, in the same order, once each.
+    """
+    if plan.by_product:
+        return "a layer is not called as a module"
+    if plan.dynamic:
+        return "which experts run depends on the text"
+    if used_later:
+        return "later blocks use its weights again"
+    return "a layer runs twice" if plan.repeated else ""
+
+
 def _unaccounted(linear: Linear, reason: str) -> IncompatibleData:
     return IncompatibleData(
         f"{linear.name} cannot be pruned with statistics of its input",

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from prunebench.errors import IncompatibleData
 
@@ -54,23 +54,23 @@ class BlockCall:
     def to(self, device: torch.device, copies: Copies) -> BlockCall:
         """Return the call with its tensors on `device`.
 
-        Args:
-            device: The target device.
-            copies: Tensors that were copied there before; shared arguments are copied once.
+        `copies` has the tensors that were copied there before: shared ones are copied once.
         """
 
-        def moved(value: Any) -> Any:
-            if isinstance(value, Tensor):
-                if id(value) not in copies:
-                    copies[id(value)] = (value, value.to(device))
-                return copies[id(value)][1]
-            if isinstance(value, tuple | list):
-                return type(value)(map(moved, value))
-            if isinstance(value, dict):
-                return {name: moved(item) for name, item in value.items()}
-            return value
+        def moved(tensor: Tensor) -> Tensor:
+            if id(tensor) not in copies:
+                copies[id(tensor)] = (tensor, tensor.to(device))
+            return copies[id(tensor)][1]
 
-        return BlockCall(moved(self.args), moved(self.kwargs), self.keyword)
+        return self._mapped(moved)
+
+    def cast(self, dtype: torch.dtype) -> BlockCall:
+        """Return the call with its floating-point tensors in `dtype`."""
+        return self._mapped(lambda x: x.to(dtype) if x.is_floating_point() else x)
+
+    def _mapped(self, change: Callable[[Tensor], Tensor]) -> BlockCall:
+        args, kwargs = tree_map_only(Tensor, change, (self.args, self.kwargs))
+        return BlockCall(args, kwargs, self.keyword)
 
     def count_tensors(self) -> int:
         """Count the tensors in the arguments; a block may add some to mappings and lists."""
@@ -84,7 +84,7 @@ class BlockCall:
 
         return count((self.args, self.kwargs))
 
-    def run(self, block: nn.Module, hidden: Tensor) -> Tensor:
+    def run(self, block: Callable[..., Any], hidden: Tensor) -> Tensor:
         """Call the block; return its hidden state, (samples, seqlen, hidden)."""
         if self.keyword:
             return hidden_of(block(**{self.keyword: hidden}, **self.kwargs))

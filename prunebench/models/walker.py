@@ -10,11 +10,13 @@ before it already pruned:
   pass does both and the statistics are those of the pruned model's inputs. The calibration batches
   run as greenlets that pause before each linear (see `_sequential`): the working set of a batch
   stays in cache, and nothing is computed twice.
+
+With a recovery (`models.streams`) the dense block also runs over the dense stream before it is
+pruned, and is trained after; then one pass computes the inputs of block b+1, in both orders.
 """
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -27,13 +29,16 @@ from torch import Tensor, nn
 from prunebench.calibration.stats import InputStats, StatsAccumulator
 from prunebench.errors import IncompatibleData, UsageError
 from prunebench.models.calibrated import Calibration
+from prunebench.models.collect import collect, collect_later
 from prunebench.models.gradients import GradientNorms
 from prunebench.models.linears import Linear, find_blocks, find_linears, find_repeats
 from prunebench.models.out_of_memory import is_out_of_memory
-from prunebench.models.plan import check_replay, separate_later_uses
+from prunebench.models.plan import check_replay, separate_later_uses, why_not_sequential
+from prunebench.models.pruned_block import RecoveredBlock, Recovery
 from prunebench.models.pruner_inputs import PrunerInputs
-from prunebench.models.replay import Stop, plain_inference, require_run
+from prunebench.models.replay import plain_inference, require_run
 from prunebench.models.replicas import BlockReplicas
+from prunebench.models.streams import Streams, recovered_blocks, restore_streams, with_dense
 from prunebench.models.weights import ResidentWeights, WeightStore, weights_of
 from prunebench.spec import WithinBlock
 
@@ -69,6 +74,7 @@ class BlockWalker:
         devices: Where the calibration batches run, round-robin; the first is the model's device,
             which is also the default.
         inputs: What the method needs besides statistics.
+        recovery: Trains the kept weights of each block after it is pruned.
         batch_tokens: Tokens run through a block at a time; by default `BATCH_TOKENS` of the device.
         advance: Called with 1 after each block, and once with the number of restored blocks.
 
@@ -87,6 +93,7 @@ class BlockWalker:
         activation_device: torch.device | None = None,
         devices: Sequence[torch.device] = (),
         inputs: PrunerInputs | None = None,
+        recovery: Recovery | None = None,
         batch_tokens: int | None = None,
         advance: Callable[[int], None] = lambda done: None,
     ) -> None:
@@ -96,6 +103,7 @@ class BlockWalker:
         self._repeats = find_repeats(model, self.linears)
         self.within_block = within_block
         self.inputs = inputs or PrunerInputs()
+        self._recovery = recovery
         self._token_ids = token_ids
         self.notes: list[list[Any]] = []
         self._weights = weights or weights_of(model)
@@ -108,6 +116,11 @@ class BlockWalker:
     def linears_of(self, index: int) -> list[Linear]:
         """Return the prunable linears of one block."""
         return [linear for linear in self.linears if linear.block_index == index]
+
+    @property
+    def recovered(self) -> list[RecoveredBlock]:
+        """What the recovery did, by block, restored blocks included."""
+        return recovered_blocks(self.notes)
 
     def first_windows(self, count: int) -> Int[Tensor, "samples seqlen"]:
         """Return the first calibration windows, (count, seqlen), on the model's device.
@@ -143,36 +156,35 @@ class BlockWalker:
             UsageError: Statistics are requested, but there are no calibration tokens.
             IncompatibleData: The architecture cannot be replayed, or activations are not finite.
         """
-        if stats and self._token_ids is None:
+        recovery = self._recovery if write else None
+        if (stats or recovery) and self._token_ids is None:
             raise UsageError("this method needs calibration data", fix="give --calibration")
         order = within_block or self.within_block
         with plain_inference(self.model):
-            calibration = self._prepare(hessian=hessian) if stats else None
+            calibration = self._prepare(hessian=hessian) if stats or recovery else None
             # without statistics nothing has run the model yet; from disk it would take too long
-            if write and not stats and isinstance(self._weights, ResidentWeights):
+            if write and calibration is None and isinstance(self._weights, ResidentWeights):
                 require_run(self.model, self.blocks)
-            if calibration is not None and order != "joint":
+            if stats and calibration is not None and order != "joint":
                 order = self._static_order(calibration, order)
+            streams = self._open_streams(recovery, calibration)
             self.notes = [list(notes) for notes in self._weights.finished] if write else []
             start = len(self.notes)
-            self._restore_hidden(start, calibration)
+            restore_streams(self._weights, start, calibration, streams, self._replicate)
+            self._advance(start)
             for index in range(start, len(self.blocks)):
                 self.notes.append([])
                 with self._weights.open_block(index) as block:
                     if calibration is None:
-                        yield LinearGroup(
-                            tuple(self.linears_of(index)), None, self.inputs.gradients
-                        )
-                    elif order == "joint":
-                        yield from self._joint(self._replicate(block, index), index, calibration)
+                        yield self._whole_block(index)
                     else:
-                        yield from self._sequential(
-                            self._replicate(block, index), index, calibration
-                        )
+                        how = order if stats else None
+                        yield from self._visit(block, index, calibration, how, streams)
                     if write:
                         is_last = index + 1 == len(self.blocks)
                         hidden = calibration.hidden if calibration and not is_last else None
-                        self._weights.save_block(index, notes=self.notes[index], hidden=hidden)
+                        saved = None if hidden is None else with_dense(hidden, streams)
+                        self._weights.save_block(index, notes=self.notes[index], hidden=saved)
                 self._advance(1)
 
     def survey(self, *, hessian: bool = False) -> Generator[LinearGroup]:
@@ -211,17 +223,12 @@ class BlockWalker:
         linears = [*self.linears_of(index), *self._repeats_in(index)]
         return BlockReplicas(block, linears, self._devices)
 
-    def _restore_hidden(self, start: int, data: Calibration | None) -> None:
-        """Restore the activations before block `start`: read them, or run the finished blocks."""
-        if data is not None and 0 < start < len(self.blocks):
-            # tensors that blocks left in their arguments are not saved: run the blocks again
-            saved = None if data.leaves_tensors else self._weights.saved_hidden(start)
-            for batch, hidden in enumerate(saved or ()):
-                data.hidden[batch] = hidden
-            for index in range(0 if saved is None else start, start):
-                with self._weights.open_block(index) as block:
-                    data.propagate(self._replicate(block, index), index)
-        self._advance(start)
+    def _open_streams(self, recovery: Recovery | None, data: Calibration | None) -> Streams | None:
+        """Return the dense stream of a recovery; None without one."""
+        if recovery is None or data is None:
+            return None
+        store = self._weights.activations(self._activation_device)
+        return Streams(recovery, data, store, repeats=self._repeats)
 
     def _static_order(self, data: Calibration, order: str) -> WithinBlock:
         """Return sequential; joint if `order` is cheapest and sequential is not possible.
@@ -230,11 +237,7 @@ class BlockWalker:
             IncompatibleData: `order` is sequential, and the architecture does not allow it.
         """
         for index, plan in enumerate(data.plans):
-            # all batches must pause at the same linears, in the same order, once each
-            reason = "a layer runs twice" if plan.repeated else ""
-            reason = "later blocks use its weights again" if data.later[index] else reason
-            reason = "which experts run depends on the text" if plan.dynamic else reason
-            reason = "a layer is not called as a module" if plan.by_product else reason
+            reason = why_not_sequential(plan, used_later=bool(data.later[index]))
             if reason and order == "cheapest":
                 return "joint"
             if reason:
@@ -246,17 +249,47 @@ class BlockWalker:
                 )
         return "sequential"
 
-    # ------------------------------------------------------------ the two orders
+    # ------------------------------------------------------------ one block
+
+    def _whole_block(self, index: int) -> LinearGroup:
+        """Return all linears of a block, without statistics."""
+        return LinearGroup(tuple(self.linears_of(index)), None, self.inputs.gradients)
+
+    def _visit(
+        self,
+        block: nn.Module,
+        index: int,
+        data: Calibration,
+        order: WithinBlock | Literal["cheapest"] | None,
+        streams: Streams | None,
+    ) -> Generator[LinearGroup]:
+        """Yield a block's groups, have it recovered, and compute the inputs of the next block."""
+        replicas = self._replicate(block, index)
+        if streams is not None:
+            streams.advance(replicas, index, self.linears_of(index))
+        if order is None:
+            yield self._whole_block(index)
+        elif order == "joint":
+            yield from self._joint(replicas, index, data)
+        else:
+            yield from self._sequential(replicas, index, data, propagates=streams is None)
+        if streams is not None:
+            del replicas  # copies on other devices, of weights that now change
+            note = streams.recover(block, index, self.linears_of(index), self.notes[:index])
+            self.notes[index].append(note)
+            replicas = self._replicate(block, index)
+        if index + 1 < len(self.blocks) and (streams is not None or order == "joint"):
+            data.propagate(replicas, index)
 
     def _joint(
         self, replicas: BlockReplicas, index: int, data: Calibration
     ) -> Generator[LinearGroup]:
-        """Yield a block's groups after all statistics are collected, then run the pruned block."""
+        """Yield a block's groups after all statistics are collected."""
         groups = data.plans[index].groups
         while True:
             try:
-                accumulators = self._collect(replicas, index, data)
-                self._collect_later(replicas, index, data, accumulators)
+                accumulators = collect(replicas, index, data)
+                collect_later(self._chain(replicas, index, data), index, data, accumulators)
                 break
             except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error) or not data.can_halve():
@@ -267,79 +300,20 @@ class BlockWalker:
         for members in groups:
             yield self._group(members, accumulators.pop(0), data)  # pop frees a large Hessian
             replicas.broadcast_weights(members)
-        if index + 1 < len(self.blocks):
-            data.propagate(replicas, index)
 
-    def _collect(
-        self, replicas: BlockReplicas, index: int, data: Calibration
-    ) -> list[StatsAccumulator]:
-        """Run the block on all batches; return an accumulator for each group of its plan."""
-        plan = data.plans[index]
-        accumulators = [data.accumulator() for _ in plan.groups]
-        slot = {members[0]: i for i, members in enumerate(plan.groups)}
-        varies = plan.dynamic or plan.repeated
-        # In a static block nothing after the input of the last group is needed: stop there.
-        last = None if varies or not plan.groups else plan.groups[-1][0]
-        # After `halve` the inputs of a batch's parts are added as one tensor: the same rounding.
-        pending: dict[int, list[Tensor]] = {}
-
-        def hook(linear: Linear, inputs: Tensor) -> None:
-            if len(parts) == 1 or varies:
-                accumulators[slot[linear]].add(inputs)
-            else:
-                pending.setdefault(slot[linear], []).append(inputs.flatten(0, -2))  # [tokens, in]
-            if linear is last:
-                raise Stop
-
-        with torch.no_grad(), replicas.capture_inputs(list(slot), hook, by_product=plan.by_product):
-            for batch, hidden in enumerate(data.hidden):
-                parts = data.calls[batch]
-                block, device = replicas.at(batch)
-                for call, rows in data.parts(batch, hidden):
-                    with contextlib.suppress(Stop):
-                        call[index].run(block, rows.to(device))
-                for number in sorted(pending):
-                    accumulators[number].add(torch.cat(pending.pop(number)))
-        return accumulators
-
-    def _collect_later(
-        self,
-        replicas: BlockReplicas,
-        index: int,
-        data: Calibration,
-        accumulators: list[StatsAccumulator],
-    ) -> None:
-        """Add the inputs of a block's matrices in the later blocks that share them.
-
-        The blocks from this one to the last of those are run as they are now, not yet pruned.
-        """
-        uses = data.later[index]
-        if not uses:
-            return
-        stop = max(use.leader.block_index for use in uses) + 1
-        chain = [
-            replicas,
-            *(self._replicate(self.blocks[number], number) for number in range(index + 1, stop)),
-        ]
-        slots = {use.leader: use.slots for use in uses}
-
-        def hook(leader: Linear, inputs: Tensor) -> None:
-            for slot in slots[leader]:
-                accumulators[slot].add(inputs)
-
-        with torch.no_grad(), contextlib.ExitStack() as hooks:
-            for number, later in enumerate(chain[1:], index + 1):
-                leaders = [leader for leader in slots if leader.block_index == number]
-                by_product = data.plans[number].by_product
-                hooks.enter_context(later.capture_inputs(leaders, hook, by_product=by_product))
-            for batch, hidden in enumerate(data.hidden):
-                for number, current in enumerate(chain, index):
-                    hidden = data.forward(current, number, batch, hidden)
+    def _chain(self, replicas: BlockReplicas, index: int, data: Calibration) -> list[BlockReplicas]:
+        """Return the blocks from this one to the last that shares a matrix with it, as they are."""
+        stop = max((use.leader.block_index for use in data.later[index]), default=index) + 1
+        later = (self._replicate(self.blocks[number], number) for number in range(index + 1, stop))
+        return [replicas, *later]
 
     def _sequential(
-        self, replicas: BlockReplicas, index: int, data: Calibration
+        self, replicas: BlockReplicas, index: int, data: Calibration, *, propagates: bool
     ) -> Generator[LinearGroup]:
-        """Yield each group of a block when all batches have reached its input."""
+        """Yield each group of a block when all batches have reached its input.
+
+        With `propagates` the outputs become the inputs of the next block.
+        """
         # Each batch is one forward pass of the block, paused at the input of one linear:
         #
         #     walker                       batch 0                      batch 1
@@ -360,7 +334,7 @@ class BlockWalker:
         def hook(linear: Linear, inputs: Tensor) -> None:
             walker.switch((linear, inputs))
 
-        is_last = index + 1 == len(self.blocks)
+        is_needed = index + 1 < len(self.blocks) and propagates
         try:
             with replicas.capture_inputs([members[0] for members in plan.groups], hook):
                 for members in plan.groups:
@@ -374,7 +348,7 @@ class BlockWalker:
                     replicas.broadcast_weights(members)
                     del accumulator
                 with torch.no_grad():
-                    for i, batch in enumerate([] if is_last else passes):
+                    for i, batch in enumerate(passes if is_needed else []):
                         data.hidden[i] = batch.switch()  # [samples, seqlen, hidden]
         finally:
             for batch in filter(None, passes):  # a greenlet is true while paused: unwind its frames

@@ -61,6 +61,9 @@ class WeightStore(Protocol):
     def saved_hidden(self, index: int) -> list[Tensor] | None:
         """Return the saved activations before block `index` of an interrupted run, if any."""
 
+    def unpruned(self) -> AbstractContextManager[None]:
+        """Return a context in which blocks open with their dense weights; nothing may be saved."""
+
     def activations(self, device: torch.device) -> Activations:
         """Return an empty store for hidden states between blocks."""
 
@@ -87,6 +90,10 @@ class ResidentWeights:
     def saved_hidden(self, index: int) -> list[Tensor] | None:
         """Return None: nothing is saved."""
         return None
+
+    def unpruned(self) -> AbstractContextManager[None]:
+        """Do nothing: no block is finished when a walk begins."""
+        return contextlib.nullcontext()
 
     def activations(self, device: torch.device) -> Activations:
         """Return an empty store in the memory of `device`."""

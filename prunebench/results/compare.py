@@ -10,24 +10,30 @@ seeds, or, with a single seed, that of the documents.
 
 from __future__ import annotations
 
+import dataclasses
 import json
-import statistics
+import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 from prunebench.options import options_of
 from prunebench.results.bench_schema import Bench
 from prunebench.results.cell_score import CellScore
-from prunebench.results.schema import Result, Score
-from prunebench.results.selection import Selection, nothing_selected
+from prunebench.results.fold import fold_dense, fold_runs, fold_scores
+from prunebench.results.frame import frame_of
+from prunebench.results.schema import Result
+from prunebench.results.selection import Selection
 from prunebench.sparsity import Sparsity
 from prunebench.spec import RunSpec
 
+if TYPE_CHECKING:
+    from pandas import DataFrame
+
 _OPTIONS = options_of(RunSpec)
 _SETTINGS = tuple(name for name, option in _OPTIONS.items() if option.about.shown)
-_NOT_OF_A_CELL = {name for name, option in _OPTIONS.items() if not option.about.cell}
+_SCORE_FIELDS = tuple(row.name for row in dataclasses.fields(CellScore))
 
 
 @dataclass(frozen=True)
@@ -51,17 +57,12 @@ class CellBench:
     gpu: str | None
 
     @classmethod
-    def of(cls, bench: Bench) -> CellBench:
-        """Take what a table shows."""
-        form, size = bench.storage.best
+    def of(cls, run: Mapping[str, Any]) -> CellBench:
+        """Take the fields from a row of `fold_runs`."""
         return cls(
-            form=form,
-            bytes_ratio=size / bench.storage.dense_bytes,
-            decode=bench.decode.median if bench.decode else None,
-            prefill=bench.prefill.median if bench.prefill else None,
-            speed=bench.speed,
-            gpu=bench.environment.get("gpu"),
-        )
+            run["storage"], run["bytes_ratio"], run["decode_speedup"], run["prefill_speedup"],
+            run["speed"], run["gpu"],
+        )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -70,8 +71,6 @@ class Cell:
 
     `shown` are the settings as a table shows them: of options, those in which rows of the same
     method (or allocator) differ, without what most of three and more rows have (`Table.usual`).
-    `prune_seconds` is the median of its runs: a run beside other work may take ten times as long,
-    and a mean would tell of that work.
     """
 
     model: str
@@ -82,6 +81,7 @@ class Cell:
     realised_ratio: float
     prune_seconds: float | None
     devices: tuple[str, ...]
+    cpu_threads: tuple[int, ...]
     result_ids: tuple[str, ...]
     bench: CellBench | None = None
     shown: dict[str, Any] = field(default_factory=dict)
@@ -133,76 +133,81 @@ def compare(
     Raises:
         MissingResource: No finished result is selected.
     """
-    selection = selection or Selection()
-    chosen = [r for r in results if r.status == "ok" and selection.takes(r)]
-    chosen = [r for r in chosen if any(map(selection.takes_score, r.scores))]
-    if not chosen:
-        raise nothing_selected([r for r in results if r.status == "ok"], selection)
-    tables = []
-    for model in sorted({r.spec.model for r in chosen}):
-        of_model = [r for r in chosen if r.spec.model == model]
-        cells = _with_dense([_fold(group, selection, benches or {}) for group in _cells(of_model)])
-        tables.append(_table(model, cells))
-    return tables
+    return compare_frame(frame_of(results, selection, benches))
 
 
-def _cells(results: Sequence[Result]) -> list[list[Result]]:
-    """Group results that differ in seed and evaluation only, oldest first."""
-    groups: dict[str, list[Result]] = {}
-    for result in sorted(results, key=lambda r: (r.created_at, r.id)):
-        spec = result.spec.model_dump(mode="json", exclude=_NOT_OF_A_CELL)
-        # a method may have a seed of its own: it varies a cell as the run's seed does
-        spec["method_options"].pop("seed", None)
-        groups.setdefault(json.dumps(spec, sort_keys=True), []).append(result)
-    return list(groups.values())
+def compare_frame(frame: DataFrame) -> list[Table]:
+    """Fold scores, as `load_results` gives them, into one table a model."""
+    scores = fold_scores(frame)
+    dense = fold_dense(scores)
+    runs = {str(run["cell"]): run for run in _records(fold_runs(frame).reset_index())}
+    of_cell: dict[str, dict[str, CellScore]] = {cell: {} for cell in runs}
+    for row in _records(scores.sort_values(["metric", "protocol"], kind="stable")):
+        of_cell[row["cell"]][f"{row['metric']} {row['protocol']}"] = _score(row)
+    cells = [_dense_cell(rows, runs) for _, rows in dense.groupby(_DENSE, sort=False)]
+    cells += [_cell(run, of_cell[cell]) for cell, run in runs.items() if run["method"] != "dense"]
+    models = sorted({cell.model for cell in cells})
+    return [_table(model, [cell for cell in cells if cell.model == model]) for model in models]
 
 
-def _fold(results: list[Result], selection: Selection, benches: Mapping[str, Bench]) -> Cell:
-    values: dict[str, dict[int, Score]] = {}  # column, seed; later results replace earlier ones
-    for result in results:
-        for score in filter(selection.takes_score, result.scores):
-            values.setdefault(f"{score.metric} {score.protocol}", {})[result.spec.seed] = score
-    first = results[0].spec
-    seconds = [r.cost.prune_seconds for r in results if r.cost]
-    options = {k: v for k, v in first.method_options.items() if k != "seed"}
-    settings = {name: getattr(first, name) for name in _SETTINGS} | {"method_options": options}
-    if first.calibration is None and results[0].training is None:
-        settings["calibration_bos"] = None  # it reads no windows
-    # results come oldest first: take the newest that has a bench
-    bench = next((benches[r.id] for r in reversed(results) if r.id in benches), None)
-    ratios = [r.sparsity.realised_ratio for r in results if r.sparsity]
+_DENSE = ["model", "dtype", "model_revision"]  # what has dense scores of its own
+
+
+def _records(frame: DataFrame) -> list[dict[str, Any]]:
+    """Return the rows as plain values; what is missing is None."""
+    plain = frame.astype(object)
+    return cast("list[dict[str, Any]]", plain.where(frame.notna(), None).to_dict("records"))
+
+
+def _score(row: Mapping[str, Any]) -> CellScore:
+    fields = {name: row[name] for name in _SCORE_FIELDS}
+    # NaN is missing for pandas; here it is what a broken model got
+    fields["mean"] = math.nan if fields["mean"] is None else fields["mean"]
+    return CellScore(**fields)
+
+
+def _dense_cell(rows: DataFrame, runs: Mapping[str, Mapping[str, Any]]) -> Cell:
+    records = _records(rows.sort_values(["metric", "protocol"], kind="stable"))
+    first = records[0]
+    settings = dict.fromkeys(_SETTINGS) | {name: first[name] for name in _DENSE[1:]}
+    own = [
+        run for run in runs.values()
+        if run["method"] == "dense" and all(run[name] == first[name] for name in _DENSE)
+    ]  # fmt: skip
     return Cell(
-        model=first.model,
-        method=first.method,
-        sparsity=first.sparsity,
+        model=first["model"],
+        method="dense",
+        sparsity="0",
         settings=settings,
-        scores={column: CellScore.of(list(s.values())) for column, s in sorted(values.items())},
-        realised_ratio=statistics.fmean(ratios),
-        prune_seconds=statistics.median(seconds) if seconds else None,
-        devices=tuple(sorted({r.hardware.device for r in results})),
-        result_ids=tuple(sorted(r.id for r in results)),
-        bench=CellBench.of(bench) if bench else None,
+        scores={f"{row['metric']} {row['protocol']}": _score(row) for row in records},
+        realised_ratio=0.0,
+        prune_seconds=None,
+        devices=(),
+        cpu_threads=(),
+        result_ids=tuple(sorted(id_ for run in own for id_ in run["result_ids"])),
     )
 
 
-def _with_dense(cells: list[Cell]) -> list[Cell]:
-    """Add a dense row for every dtype and revision that has none, from what its rows measured."""
-    # every run scores its dense model too, so a dense row needs no run of its own
-    rows: dict[tuple[Any, ...], Cell] = {}
-    for cell in cells:
-        # the same model in another dtype or revision has other dense scores
-        key = (cell.settings["dtype"], cell.settings["model_revision"])
-        row = rows.get(key)
-        scores = dict(row.scores) if row else {}
-        for column, score in cell.scores.items():
-            dense = score.of_dense()
-            # a run of the dense model itself counts more than what was measured beside a pruned one
-            if dense and (column not in scores or cell.method == "dense"):
-                scores[column] = dense
-        settings = dict.fromkeys(_SETTINGS) | {"dtype": key[0], "model_revision": key[1]}
-        ids = cell.result_ids if cell.method == "dense" else (row.result_ids if row else ())
-        rows[key] = Cell(cell.model, "dense", "0", settings, scores, 0.0, None, (), ids)
-    return [*rows.values(), *(cell for cell in cells if cell.method != "dense")]
+def _cell(run: Mapping[str, Any], scores: dict[str, CellScore]) -> Cell:
+    settings = {name: _setting(name, run[name]) for name in _SETTINGS}
+    return Cell(
+        model=run["model"],
+        method=run["method"],
+        sparsity=run["sparsity"],
+        settings=settings,
+        scores=scores,
+        realised_ratio=run["realised_ratio"],
+        prune_seconds=run["prune_seconds"],
+        devices=run["devices"],
+        cpu_threads=run["threads"],
+        result_ids=run["result_ids"],
+        bench=CellBench.of(run) if run["storage"] is not None else None,
+    )
+
+
+def _setting(name: str, value: Any) -> Any:
+    """Return a setting as its option has it; the table holds those of several values as JSON."""
+    return json.loads(value) if _OPTIONS[name].kind in (dict, tuple) and value else value
 
 
 def _table(model: str, cells: list[Cell]) -> Table:
@@ -217,8 +222,6 @@ def _table(model: str, cells: list[Cell]) -> Table:
     ranked_by = leading[0] if len(leading) == 1 else None
     # False sorts before True: the ranking column is first
     columns = tuple(sorted(used, key=lambda column: (column != ranked_by, -used[column], column)))
-    for column in columns:
-        cells = _mark_best(cells, column)
 
     def row_order(cell: Cell) -> tuple[Any, ...]:
         score = cell.scores.get(ranked_by) if ranked_by else None
@@ -251,7 +254,11 @@ def _tells_apart(name: str, cells: list[Cell]) -> bool:
     return len(values - {"null"}) > (0 if name.endswith("_options") else 1)
 
 
-_OWNERS = {"method_options": "method", "allocation_options": "allocation"}
+_OWNERS = {
+    "method_options": "method",
+    "allocation_options": "allocation",
+    "recover_options": "recover",
+}
 
 
 def _with_shown(cells: list[Cell]) -> tuple[list[Cell], dict[str, dict[str, Any]]]:
@@ -277,7 +284,7 @@ def _with_shown(cells: list[Cell]) -> tuple[list[Cell], dict[str, dict[str, Any]
 
 
 def _owner(cell: Cell, owner: str) -> str | None:
-    return cell.method if owner == "method" else cell.settings["allocation"]
+    return cell.method if owner == "method" else cell.settings[owner]
 
 
 def _varying(rows: Sequence[Mapping[str, Any]]) -> tuple[set[str], dict[str, Any]]:
@@ -293,30 +300,3 @@ def _varying(rows: Sequence[Mapping[str, Any]]) -> tuple[set[str], dict[str, Any
             if len(rows) > 2 and 2 * count > len(rows):
                 usual[key] = json.loads(word)
     return varying, usual
-
-
-def _mark_best(cells: list[Cell], column: str) -> list[Cell]:
-    """Mark the best value among the pruned rows of each sparsity, and what equals it in effect."""
-    # first pass: the best score of every sparsity
-    best: dict[str, CellScore] = {}
-    row_counts: dict[str, int] = {}
-    for cell in cells:
-        score = cell.scores.get(column)
-        if score is None or cell.method == "dense":
-            continue
-        row_counts[cell.sparsity] = row_counts.get(cell.sparsity, 0) + 1
-        if cell.sparsity not in best or score.loss < best[cell.sparsity].loss:
-            best[cell.sparsity] = score
-    # second pass: mark it, and the scores inside its noise; `is`, so that of two equal values
-    # only the first is the best
-    marked = []
-    for cell in cells:
-        score = cell.scores.get(column)
-        if score is not None and cell.method != "dense" and row_counts[cell.sparsity] > 1:
-            top = best[cell.sparsity]
-            score = replace(
-                score, best=score is top, within_noise=score is not top and score.in_noise_of(top)
-            )
-            cell = replace(cell, scores={**cell.scores, column: score})
-        marked.append(cell)
-    return marked

@@ -21,7 +21,7 @@ from prunebench.errors import UsageError
 from prunebench.results.cell_score import CellScore
 from prunebench.results.compare import Cell, Table
 from prunebench.sparsity import Sparsity
-from prunebench.spec import BOS_WINDOW
+from prunebench.spec import BOS_WINDOW, NO_RECOVERY
 
 TOLERANCE = {"token_ppl": 0.02, "acc": 0.01}
 """How far a faithful run may be off: of a perplexity 2 %, of an accuracy one point."""
@@ -76,6 +76,7 @@ class PublishedValue:
         paper: arXiv number; empty for a value that was measured.
         table: Where in the paper.
         allocation: How the ratio is spread over the layers.
+        recover: How the kept weights were trained afterwards; papers' tables hold none of it.
     """
 
     method: str
@@ -90,6 +91,7 @@ class PublishedValue:
     paper: str = ""
     table: str = ""
     allocation: str = "uniform"
+    recover: str = NO_RECOVERY
 
     @property
     def dataset(self) -> str:
@@ -256,8 +258,12 @@ def find_twins(
 
 def _ours(cell: Cell, value: PublishedValue) -> tuple[float, float | None] | None:
     """Return our mean and its deviation over seeds, or None where there is no such score."""
-    cell_key = (cell.method, cell.sparsity, cell.settings["allocation"] or "uniform")
-    if cell_key != (value.method, value.sparsity, value.allocation):
+    settings = cell.settings
+    cell_key = (
+        cell.method, cell.sparsity, settings["allocation"] or "uniform",
+        settings["recover"] or NO_RECOVERY,
+    )  # fmt: skip
+    if cell_key != (value.method, value.sparsity, value.allocation, value.recover):
         return None
     if value.tasks == (value.dataset,):
         score = _score(cell, value)

@@ -11,6 +11,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
+from prunebench.results.recovery_schema import RecoveryBlock
 from prunebench.spec import AUTO, Bos, OptionValue, RunSpec
 
 SCHEMA_VERSION: Literal[1] = 1
@@ -256,6 +257,8 @@ class ExecutionBlock(_Block):
 class CostBlock(_Block):
     """What the run took. `prune_seconds` includes collecting statistics, not loading or scoring.
 
+    The seconds of a recovery are in its own block, and in the stage `prune`.
+
     Attributes:
         weights: Where they were: in memory, or on disk and read a block at a time; null in results
             of before there was a choice (in memory).
@@ -317,6 +320,8 @@ class Result(_Block):
     allocation: AllocationBlock | None = None
     calibration: CalibrationBlock | None = None
     training: TrainingBlock | None = None
+    # left out where there is none: rows of before there was recovery keep their bytes
+    recovery: RecoveryBlock | None = Field(default=None, exclude_if=lambda block: block is None)
     sparsity: SparsityBlock | None = None
     scores: list[Score] = []
     execution: ExecutionBlock | None = None

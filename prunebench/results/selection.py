@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 
 from prunebench.errors import MissingResource, UsageError, nearest
 from prunebench.options import options_of
+from prunebench.results.names import short_protocol
 from prunebench.results.schema import Result, Score
 from prunebench.spec import RunSpec
 
@@ -78,6 +79,7 @@ class Selection:
         """Whether a score is selected."""
         return all(
             _matches(getattr(score, key), self.filters[key])
+            or (key == "protocol" and _matches(short_protocol(score.protocol), self.filters[key]))
             for key in _SCORE_KEYS
             if key in self.filters
         )
@@ -87,16 +89,15 @@ def _value(key: str, result: Result) -> object:
     """Return what a result has under a selector's key; an option that it has not is `-`."""
     if key in _SELECTORS:
         return _SELECTORS[key](result)
-    return _options_of(result).get(key.removeprefix(OPTION), "-")
+    return options_of_result(result).get(key.removeprefix(OPTION), "-")
 
 
-def _options_of(result: Result) -> dict[str, object]:
-    """Return the options of method and allocator, named as in `--set`."""
+def options_of_result(result: Result) -> dict[str, object]:
+    """Return the options of method, allocator and recoverer, named as in `--set`."""
     spec = result.spec
     options: dict[str, object] = {k: v for k, v in spec.method_options.items() if k != "seed"}
-    return options | {
-        f"allocation.{name}": value for name, value in spec.allocation_options.items()
-    }
+    options |= {f"allocation.{name}": value for name, value in spec.allocation_options.items()}
+    return options | {f"recover.{name}": value for name, value in spec.recover_options.items()}
 
 
 def _matches(value: object, patterns: Iterable[str]) -> bool:
@@ -123,7 +124,7 @@ def nothing_selected(finished: Sequence[Result], selection: Selection) -> Missin
     # each selector by itself; if each matches something, it is their combination that does not
     for key, patterns in selection.filters.items() if finished else ():
         if key.startswith(OPTION):
-            names = {OPTION + name for result in finished for name in _options_of(result)}
+            names = {OPTION + name for result in finished for name in options_of_result(result)}
             if key not in names:
                 return MissingResource(
                     f"no result has an option {key}", where=where, fix=nearest(key, names)
@@ -147,6 +148,8 @@ def _values(key: str, results: Sequence[Result]) -> dict[str, object]:
     """Return all values that a selector's key has in some results, by what they are called."""
     if key in _SCORE_KEYS:
         values = [getattr(score, key) for result in results for score in result.scores]
+        if key == "protocol":
+            values += [short_protocol(value) for value in values]
     else:
         values = [_value(key, result) for result in results]
     return {str(value): value for value in values}

@@ -15,13 +15,15 @@ from prunebench.allocators.allocation import Allocator
 from prunebench.calibration.texts import check_text_name, placed
 from prunebench.errors import UsageError
 from prunebench.models.masks import require_masks_named
-from prunebench.models.source import CatalogEntry, find_model
+from prunebench.models.source import CatalogEntry, ModelSource, find_model
 from prunebench.options import options_of
 from prunebench.pruners import METHODS
 from prunebench.pruners.layer import DependsOnModel, Pruner
+from prunebench.recovery import RECOVERERS
+from prunebench.recovery.protocol import Recoverer
 from prunebench.sparse24.backends.table import require_backend
 from prunebench.sparsity import Sparsity
-from prunebench.spec import RunSpec, Setup
+from prunebench.spec import NO_RECOVERY, RunSpec, Setup
 
 Fields = dict[str, Any]
 """Fields of a spec that a step fills in."""
@@ -31,23 +33,32 @@ Fields = dict[str, Any]
 class NamedSpec:
     """A spec whose names have been checked; nothing is read or fetched.
 
-    `allocator` is None if the ratios come from a file.
+    `allocator` is None if the ratios come from a file, `recoverer` if nothing is recovered.
     """
 
     spec: RunSpec
     pruner: Pruner
     allocator: Allocator | None
+    recoverer: Recoverer | None
     sparsity: Sparsity
 
 
-def check_names(spec: RunSpec, setup: Setup) -> NamedSpec:
+def check_names(spec: RunSpec, setup: Setup, source: ModelSource | None = None) -> NamedSpec:
     """Fill in all options, and refuse unknown methods, options, models, texts and tasks.
+
+    Args:
+        spec: With names.
+        setup: Where the run happens.
+        source: Of the model, where it is not what `spec.model` names.
 
     Raises:
         PrunebenchError: The first thing that is wrong.
     """
-    entry = find_model(spec.model).entry
-    pruner, allocator, sparsity, fields = _resolve_method(spec, entry)
+    entry = (source or find_model(spec.model)).entry
+    # first: what it reads decides whether the spec has calibration data
+    recoverer, recover_options = _resolve_recoverer(spec)
+    pruner, allocator, sparsity, fields = _resolve_method(spec, entry, recoverer)
+    fields["recover_options"] = recover_options
     # with the fields filled in: a method without data has no calibration to check
     _check_texts(spec.model_copy(update=fields))
     if pruner.needs.training is not None:
@@ -55,11 +66,11 @@ def check_names(spec: RunSpec, setup: Setup) -> NamedSpec:
     if pruner.needs.masks is not None:
         require_masks_named(pruner.needs.masks)
     fields |= _check_tasks(spec, setup)
-    return NamedSpec(spec.model_copy(update=fields), pruner, allocator, sparsity)
+    return NamedSpec(spec.model_copy(update=fields), pruner, allocator, recoverer, sparsity)
 
 
 def _resolve_method(
-    spec: RunSpec, entry: CatalogEntry | None
+    spec: RunSpec, entry: CatalogEntry | None, recoverer: Recoverer | None
 ) -> tuple[Pruner, Allocator | None, Sparsity, Fields]:
     """Fill in all options, and set to null what the method does not read."""
     row = METHODS.find(spec.method)
@@ -91,12 +102,13 @@ def _resolve_method(
     # options that nothing reads get one value: equal work must have an equal hash
     if not spec.ppl:
         fields["ppl_bos"] = "text"
-    allocator_reads = allocator is not None and allocator.needs.tokens
+    others = [other for other in (allocator, recoverer) if other is not None]
+    others_read = any(other.needs.tokens for other in others)
     # the order matters only to a method that reads inputs
     if not pruner.needs.calibration:
         fields["within_block"] = None
     # magnitude with another --calibration-samples is the same run, and must find the same result
-    if not (pruner.needs.tokens or allocator_reads):
+    if not (pruner.needs.tokens or others_read):
         learns = pruner.needs.training is not None  # calibration_bos applies to its windows too
         fields |= {
             name: None if option.nullable else option.value
@@ -119,6 +131,31 @@ def _resolve_allocator(spec: RunSpec) -> tuple[Allocator | None, dict[str, Any]]
     allocator: Allocator = ALLOCATORS.make(name, options)
     allocator.check(Sparsity.parse(spec.sparsity).ratio)
     return allocator, options
+
+
+def _resolve_recoverer(spec: RunSpec) -> tuple[Recoverer | None, dict[str, Any]]:
+    """Return the recoverer and its options, all filled in.
+
+    Raises:
+        UsageError: There is nothing to recover, or an option is unknown or out of range.
+    """
+    name = spec.recover
+    if name == NO_RECOVERY:
+        if spec.recover_options:
+            raise UsageError(
+                f"--set recover.{next(iter(spec.recover_options))} goes with --recover",
+                fix="as in --recover block",
+            )
+        return None, {}
+    if not METHODS.find(spec.method).prunes:
+        raise UsageError(
+            f"--recover {name} does not go with the method {spec.method}",
+            where="nothing is pruned, so there is nothing to recover",
+            fix="choose a method that prunes, or leave --recover out",
+        )
+    options = RECOVERERS.resolve_options(name, spec.recover_options, seed=spec.seed)
+    recoverer: Recoverer = RECOVERERS.make(name, options)
+    return recoverer, options
 
 
 def _check_texts(spec: RunSpec) -> None:

@@ -81,28 +81,45 @@ def load_inputs(resolved: ResolvedSpec) -> Plan:
     Raises:
         PrunebenchError: The first thing that is wrong.
     """
-    # `spec` holds contents (hashes, origins), `named` where to find them; files are read by name
-    progress, named = resolved.progress, resolved.named
     for note in resolved.dtype.notes:
-        progress.note(f"  {note}")
-    with progress.stage("check", detail="config, tokenizer and sizes"):
+        resolved.progress.note(f"  {note}")
+    with resolved.progress.stage("check", detail="config, tokenizer and sizes"):
         config = _read_config(resolved)
-        _require_contexts(named, config)
         tokenizer = load_tokenizer(resolved.model.path)
-        _check_bos(resolved, config, tokenizer)
         # on the meta device: shapes of all weights, and no memory
         model = skeleton(config)
-        linears = find_linears(model)
         # before any text is fetched: only headers of files are read
         _check_files(resolved, model)
-        for linear in linears:
-            resolved.sparsity.require_width(linear.in_features, name=linear.name)
-        allocation = _read_allocation(resolved, linears)
+    return inputs_for(resolved, model, config, tokenizer)
+
+
+def inputs_for(resolved: ResolvedSpec, model: torch.nn.Module, config: Any, tokenizer: Any) -> Plan:
+    """Read and cut the inputs of a run, and check that they fit a model.
+
+    Args:
+        resolved: The spec.
+        model: On the meta device, or the model itself.
+        config: Of the model.
+        tokenizer: Of the model.
+
+    Raises:
+        PrunebenchError: The first thing that is wrong.
+    """
+    # `spec` holds contents (hashes, origins), `named` where to find them; files are read by name
+    named = resolved.named
+    _require_contexts(named, config)
+    _check_bos(resolved, config, tokenizer)
+    linears = find_linears(model)
+    for linear in linears:
+        resolved.sparsity.require_width(linear.in_features, name=linear.name)
+    allocation = _read_allocation(resolved, linears)
     vocabulary = vocabulary_size(model)
     windows, calibration = _calibrate(resolved, tokenizer, vocabulary)
     if windows is not None:
         # again, with the real length: that of a file of tokens is known only now
         require_context(config, windows.token_ids.shape[1], option="seqlen")
+        if resolved.recoverer is not None:
+            resolved.recoverer.check(samples=len(windows.token_ids))
     texts = _prepare_texts(resolved, tokenizer, vocabulary)
     tasks = _prepare_tasks(resolved, tokenizer, vocabulary)
     masks = _open_masks(resolved, linears)

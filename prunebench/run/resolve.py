@@ -32,6 +32,7 @@ from prunebench.models.masks import masks_origin
 from prunebench.models.source import LocalModel, fetch_model, find_model
 from prunebench.progress import StageTimer
 from prunebench.pruners.protocol import Pruner
+from prunebench.recovery.protocol import Recoverer
 from prunebench.results.store import ResultStore
 from prunebench.run.dtype import DtypeChoice, StoredDtype, choose_dtype
 from prunebench.run.names import (
@@ -61,6 +62,7 @@ class ResolvedSpec:
         dtype: The dtype of the weights, with the reason.
         pruner: The method with its options.
         allocator: Spreads the sparsity over the layers; None where a file does.
+        recoverer: Trains the kept weights afterwards, if anything does.
         sparsity: The target.
         calibration_text: Identity of the calibration text; None for a file of tokens.
         training_text: Identity of the training text, if any.
@@ -77,6 +79,7 @@ class ResolvedSpec:
     dtype: DtypeChoice
     pruner: Pruner
     allocator: Allocator | None
+    recoverer: Recoverer | None
     sparsity: Sparsity
     calibration_text: TextIdentity | None
     training_text: TextIdentity | None
@@ -120,10 +123,32 @@ def resolve(spec: RunSpec, setup: Setup) -> ResolvedSpec:
         # the dense copy of an FP8 checkpoint is float32, and the model is not
         stored=StoredDtype.of(fetched.path) if is_fp8(fetched.path) else None,
     )
+    return identify_contents(
+        named, setup, store=store, progress=progress, devices=devices, model=model, dtype=dtype,
+        started=started,
+    )  # fmt: skip
+
+
+def identify_contents(
+    named: NamedSpec,
+    setup: Setup,
+    *,
+    store: ResultStore,
+    progress: StageTimer,
+    devices: tuple[torch.device, ...],
+    model: LocalModel,
+    dtype: DtypeChoice,
+    started: float,
+) -> ResolvedSpec:
+    """Replace the names of a spec by contents, for a model that is on this machine.
+
+    Raises:
+        PrunebenchError: The first thing that is wrong.
+    """
     calibration, calibration_fields = _identify_calibration(named.spec)
     training_text = _identify_training(named)
     fields: Fields = {
-        "model": source.id,
+        "model": model.source.id,
         # commit, not branch: `main` moves, and equal hashes must mean equal weights
         "model_revision": model.revision,
         "dtype": dtype.dtype,
@@ -148,6 +173,7 @@ def resolve(spec: RunSpec, setup: Setup) -> ResolvedSpec:
         dtype=dtype,
         pruner=named.pruner,
         allocator=named.allocator,
+        recoverer=named.recoverer,
         sparsity=named.sparsity,
         calibration_text=calibration,
         training_text=training_text,

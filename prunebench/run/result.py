@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import platform
+import statistics
 import sys
 import time
 from datetime import UTC, datetime
@@ -20,8 +21,11 @@ from prunebench.allocators import ALLOCATORS, FILE
 from prunebench.allocators.allocation import Allocation
 from prunebench.evaluate.outcome import Outcome
 from prunebench.models.measure import Measured
+from prunebench.models.pruned_block import RecoveredBlock
 from prunebench.pruners import METHODS
 from prunebench.pruners.protocol import PruneReport
+from prunebench.recovery import RECOVERERS
+from prunebench.results.recovery_schema import BlockRow, RecoveryBlock
 from prunebench.results.samples import Sample
 from prunebench.results.schema import (
     AllocationBlock,
@@ -43,7 +47,7 @@ from prunebench.results.schema import (
 from prunebench.results.store import new_run_id
 from prunebench.run.plan import Plan
 from prunebench.run.resolve import ResolvedSpec
-from prunebench.spec import RunSpec
+from prunebench.spec import NO_RECOVERY, RunSpec
 
 
 def build_identity(resolved: ResolvedSpec, *, status: str) -> dict[str, Any]:
@@ -138,6 +142,43 @@ def build_training_block(plan: Plan, report: PruneReport) -> TrainingBlock | Non
             for metric, measure in score.measures.items()
         ],
     )
+
+
+def build_recovery_block(spec: RunSpec, blocks: list[RecoveredBlock]) -> RecoveryBlock | None:
+    """Describe the recovery, and the blocks in which trained weights stayed."""
+    if spec.recover == NO_RECOVERY:
+        return None
+    row = RECOVERERS.find(spec.recover)
+    measured = [
+        (block.held_out_before, block.held_out_after)
+        for block in blocks
+        if block.held_out_before and block.held_out_after
+    ]
+    names = BlockRow.model_fields
+    return RecoveryBlock(
+        name=spec.recover,
+        implementation=row.target,
+        version=row.distribution,
+        options=spec.recover_options,
+        paper=row.paper,
+        windows=max((block.windows for block in blocks), default=0),
+        held_out_windows=max((block.held_out_windows for block in blocks), default=0),
+        seqlen=spec.seqlen or 0,
+        tokens=max((block.tokens for block in blocks), default=0),
+        seconds=round(sum(block.seconds for block in blocks), 3),
+        recovered_blocks=sum(block.best_step > 0 for block in blocks),
+        held_out_before=_geometric_mean([before for before, _ in measured]),
+        held_out_after=_geometric_mean([after for _, after in measured]),
+        blocks=[
+            BlockRow(**{k: v for k, v in dataclasses.asdict(block).items() if k in names})
+            for block in blocks
+        ],
+    )
+
+
+def _geometric_mean(values: list[float]) -> float | None:
+    # the errors of early and late blocks differ by orders of magnitude
+    return statistics.geometric_mean(values) if values else None
 
 
 def build_sparsity_block(

@@ -11,7 +11,7 @@ from prunebench.evaluate.records import task_table
 from prunebench.results.published import PublishedValue
 from prunebench.results.selection import OPTION, matches_word
 from prunebench.run_options import spec_of
-from prunebench.spec import RunSpec
+from prunebench.spec import NO_RECOVERY, RunSpec
 
 
 @dataclass(frozen=True)
@@ -59,6 +59,8 @@ class RecipeCell:
             text += f" {values['sparsity']}"
         if values["allocation"] != "uniform":
             text += f", {values['allocation']}"
+        if values["recover"] != NO_RECOVERY:
+            text += f", then {values['recover']}"
         options = [
             f"{name}={option_word(option_value)}"
             for name, option_value in flat_options(self.given.get("set", {}))
@@ -97,7 +99,7 @@ class RecipeCell:
         options = self.values
         if any(
             options[key] != getattr(value, key)
-            for key in ("method", "sparsity", "model", "allocation")
+            for key in ("method", "sparsity", "model", "allocation", "recover")
         ):
             return False
         if value.metric == "token_ppl":

@@ -8,14 +8,15 @@ from typing import Any
 
 from prunebench.errors import UsageError, nearest
 from prunebench.results.published import PublishedValue, published_values
+from prunebench.spec import NO_RECOVERY
 from prunebench.sweep.cell import RecipeCell
 from prunebench.sweep.toml_source import Kinds, RecipeSource
 
 _NUMBER = (int, float)
 _EXPECT: dict[str, Kinds] = {
     "paper": str, "table": (str, list), "tolerance": _NUMBER, "metric": str, "model": str,
-    "method": str, "sparsity": (str, float, int), "allocation": str, "protocol": str,
-    "value": _NUMBER, "source": str,
+    "method": str, "sparsity": (str, float, int), "allocation": str, "recover": str,
+    "protocol": str, "value": _NUMBER, "source": str,
 }  # fmt: skip
 
 
@@ -56,7 +57,7 @@ def read_expectations(
 
 def _of_paper(entry: dict[str, Any], where: str) -> list[PublishedValue]:
     # a published table has its own values and protocols: two sources could disagree
-    wrong = set(entry) & {"value", "protocol", "allocation"}
+    wrong = set(entry) & {"value", "protocol", "allocation", "recover"}
     if wrong:
         raise UsageError(
             f"{min(wrong)!r} does not go with paper", where=where, fix="the table has the values"
@@ -97,6 +98,7 @@ def _measured(entry: dict[str, Any], cells: Sequence[RecipeCell], where: str) ->
         model=entry.get("model", cells[0].values["model"]),
         sparsity=str(entry["sparsity"]),
         allocation=entry.get("allocation", "uniform"),
+        recover=entry.get("recover", NO_RECOVERY),
         metric=entry.get("metric", "token_ppl"),
         protocol=entry["protocol"],
         value=float(entry["value"]),

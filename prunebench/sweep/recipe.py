@@ -228,5 +228,5 @@ def _cells(source: RecipeSource, options: Iterable[dict[str, Any]]) -> tuple[Rec
 
 
 def _brief(given: Mapping[str, Any]) -> str:
-    keys = ("method", "sparsity", "model", "allocation")
+    keys = ("method", "sparsity", "model", "allocation", "recover")
     return ", ".join(f"{key} {given[key]}" for key in keys if key in given)

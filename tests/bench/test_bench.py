@@ -249,7 +249,7 @@ def test_bench_without_a_gpu(cli, tiny_run, tmp_path, monkeypatch):
     outcome = cli("bench", "ck", *results)
     assert "speed: not measured (no CUDA device)" in outcome.stdout
     assert "magnitude 2:4 on tiny-llama" in outcome.stdout
-    assert "pruned matrices alone 0.5625" in outcome.stdout
+    assert "computed; pruned alone 0.5625" in outcome.stdout
     benches, damaged = read_benches(tmp_path / "results")
     (result,) = ResultStore(tmp_path / "results").read()[0]
     assert list(benches) == [result.id] and not damaged
@@ -262,8 +262,8 @@ def test_bench_without_a_gpu(cli, tiny_run, tmp_path, monkeypatch):
     again = json.loads(cli("bench", "packed", *results, "--json").stdout)
     assert again["storage"] == bench.storage.model_dump()
     text = cli("compare", *results).stdout
-    assert f"{size / bench.storage.dense_bytes:.3f} (2:4)" in text
-    assert "not measured" in text and "bytes" in text and "decode" in text
+    assert f"{size / bench.storage.dense_bytes:.2f}" in text and "bytes" in text
+    assert "speed not measured (no CUDA device)" in " ".join(text.split())
     lines = io.StringIO(cli("compare", *results, "--format", "csv").stdout)
     (row,) = (row for row in csv.DictReader(lines) if row["method"] == "magnitude")
     assert (row["storage"], row["speed"]) == ("2:4", "not measured (no CUDA device)")
@@ -279,7 +279,10 @@ def test_bench_without_a_gpu(cli, tiny_run, tmp_path, monkeypatch):
 def test_explain(cli, tiny_run, tmp_path):
     cli(*tiny_run, *BF16, "2:4")
     text = cli("bench", "ck", "--explain").stdout
-    assert text.count("not cslt: the device is cpu, not cuda") == 21 * 4
+    # layers of one shape run alike, at every number of tokens
+    assert text.count("not cslt: the device is cpu, not cuda") == 4
+    assert "model.layers.*.self_attn.q_proj, model.layers.*.self_attn.o_proj  32 x 32" in text
+    assert text.count("1, 8, 64, 2,048 tokens: reference") == 4
     rows = json.loads(cli("bench", "ck", "--explain", "--json").stdout)
     assert rows[0]["backend"] == "reference" and len(rows) == 84
 

@@ -1,7 +1,7 @@
 """Every causal language model of transformers: exact statistics and gradients, or refused by name.
 
 What is exact is said by others than the code under test: `tests.oracle` for the inputs of every
-linear, and autograd for the gradients. The README's list of architectures is what came out;
+linear, and autograd for the gradients. The list in docs/models.md is what came out;
 `python -m tests.models.test_oracle` writes it.
 """
 
@@ -17,7 +17,7 @@ from prunebench.errors import IncompatibleData
 from tests.oracle_checks import require_equal_gradients, require_equal_statistics
 from tests.tiny_architectures import NOT_BUILT, tiny_architecture
 
-README = Path(__file__).parents[2] / "README.md"
+PAGE = Path(__file__).parents[2] / "docs" / "models.md"
 BEGIN, END = (
     "<!-- architectures, from tests/models/test_oracle.py -->",
     "<!-- end of architectures -->",
@@ -72,7 +72,7 @@ def wrapped(line):
 
 
 def listing(outcomes):
-    """The README's list."""
+    """The list of the page."""
 
     def lines(reasons):
         named = defaultdict(list)
@@ -117,8 +117,8 @@ def outcomes():
 
 
 @pytest.mark.slow
-def test_every_architecture_is_exact_or_refused_by_name_and_the_readme_says_which(outcomes):
-    text = README.read_text("utf-8")
+def test_every_architecture_is_exact_or_refused_by_name_and_the_page_says_which(outcomes):
+    text = PAGE.read_text("utf-8")
     assert text[text.index(BEGIN) : text.index(END) + len(END)] == listing(outcomes)
 
 
@@ -129,8 +129,8 @@ def test_what_is_said_not_to_build_still_does_not(model_type):
         tiny_architecture(model_type)
 
 
-def test_the_list_in_the_readme_has_every_architecture_once():
-    text = README.read_text("utf-8")
+def test_the_list_in_the_docs_has_every_architecture_once():
+    text = PAGE.read_text("utf-8")
     section = text[text.index(BEGIN) : text.index(END)].replace("\n  ", " ")
     exact = re.search(r"autograd\.\n\n(.*?)\.\n\n", section, re.DOTALL)[1]
     exact = exact.replace("\n", " ").split(", ")
@@ -140,6 +140,6 @@ def test_the_list_in_the_readme_has_every_architecture_once():
 
 
 if __name__ == "__main__":
-    text = README.read_text("utf-8")
+    text = PAGE.read_text("utf-8")
     new = listing({name: outcome_of(name) for name in model_types() if name not in NOT_BUILT})
-    README.write_text(text[: text.index(BEGIN)] + new + text[text.index(END) + len(END) :])
+    PAGE.write_text(text[: text.index(BEGIN)] + new + text[text.index(END) + len(END) :])

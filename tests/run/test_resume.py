@@ -156,11 +156,11 @@ def numbers(result):
 
 
 def test_the_same_command_goes_on_and_says_what_it_kept(cli, tiny_run, tmp_path, monkeypatch):
-    from prunebench.run import execute as run
+    from prunebench.run import pruning
 
     command = [*tiny_run, "-m", "wanda", "--divergence", "--weights", "disk"]
     assert "nothing is saved" in cli(*command, "--resume-info").output
-    plain, stages = run.hash_weights, []
+    plain, stages = pruning.hash_weights, []
 
     def stopped(model, **options):
         stages.append(1)
@@ -168,7 +168,7 @@ def test_the_same_command_goes_on_and_says_what_it_kept(cli, tiny_run, tmp_path,
             raise KeyboardInterrupt
         return plain(model, **options)
 
-    monkeypatch.setattr(run, "hash_weights", stopped)
+    monkeypatch.setattr(pruning, "hash_weights", stopped)
     outcome = cli(*command, code=130)
     assert "3 finished blocks saved; rerun the same command to resume" in outcome.output
     monkeypatch.undo()

@@ -1,0 +1,136 @@
+"""Seeds folded into mean and deviation, the best of a sparsity, and what equals it in effect.
+
+Two scores are the same within noise where their means differ by at most two standard errors of
+what is known to vary: the seeds, or, of an accuracy of a single seed, the documents. Perplexities
+are compared as mean losses: they are exponentials, and their tails are heavy.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from pandas import DataFrame, Series
+
+NOISE_STANDARD_ERRORS = 2.0  # about 95% of a normal distribution
+_SCORE = ["cell", "metric", "protocol"]
+_RIVALS = ["model", "sparsity", "metric", "protocol"]
+_OF_CELL = ["model", "method", "sparsity", "dtype", "model_revision"]
+
+
+def fold_scores(frame: DataFrame) -> DataFrame:
+    """Return one row a cell, metric and protocol, cells in the order of their first run.
+
+    Columns: those of `CellScore`, and `cell`, `model`, `method`, `sparsity`, `dtype`,
+    `model_revision`, `protocol`.
+
+    Args:
+        frame: Scores, as `load_results` gives them.
+    """
+    counted = frame[frame["newest"]].copy()
+    counted["loss"] = _losses(counted)
+    groups = counted.groupby(_SCORE, sort=False)
+    scores = groups.agg(
+        **{name: (name, "first") for name in _OF_CELL},
+        values=("value", tuple),
+        mean=("value", "mean"),
+        std=("value", "std"),
+        seeds=("value", "size"),
+        finite=("value", "count"),
+        dense=("dense", "mean"),
+        stderr=("stderr", "mean"),
+        dense_stderr=("dense_stderr", "mean"),
+        higher_is_better=("higher_is_better", "first"),
+        loss=("loss", "mean"),
+        loss_std=("loss", "std"),
+    ).reset_index()
+    # pandas leaves a NaN out of a mean: one seed that gave NaN would be as if it had not been run
+    scores.loc[scores["finite"] < scores["seeds"], ["mean", "loss"]] = float("nan")
+    scores["error"] = _errors(scores)
+    return _with_best(scores)
+
+
+def fold_dense(scores: DataFrame) -> DataFrame:
+    """Return the dense model's scores by model, dtype and revision, from what all runs measured.
+
+    Every run scores its dense model too, so a dense row needs no run of its own; where there is
+    one, its values count.
+    """
+    measured = scores[scores["dense"].notna()]
+    # False sorts before True: a run of the dense model itself is first
+    own_first = measured.sort_values("method", key=lambda method: method != "dense", kind="stable")
+    rows = own_first.drop_duplicates(["model", "dtype", "model_revision", "metric", "protocol"])
+    return rows.assign(
+        method="dense", sparsity="0", values=rows["dense"].map(lambda value: (value,)),
+        mean=rows["dense"], std=float("nan"), stderr=rows["dense_stderr"], seeds=1,
+        best=False, within_noise=False,
+    )  # fmt: skip
+
+
+def fold_runs(frame: DataFrame) -> DataFrame:
+    """Return one row a cell: its settings, and the cost, devices and bench of its runs.
+
+    `prune_seconds` is the median: a run beside other work may take ten times as long, and a mean
+    would tell of that work. Bytes and speed are those of the newest run that has a bench.
+    """
+    runs = frame.drop_duplicates("result_id")
+    cells = runs.drop_duplicates("cell").set_index("cell")
+    groups = runs.groupby("cell", sort=False)
+    cells["realised_ratio"] = groups["realised_ratio"].mean()
+    cells["prune_seconds"] = groups["prune_seconds"].median()
+    cells["devices"] = groups["device"].unique().map(_sorted_tuple)
+    cells["threads"] = groups["cpu_threads"].unique().map(_sorted_tuple)
+    cells["result_ids"] = groups["result_id"].unique().map(_sorted_tuple)
+    benches = runs[runs["storage"].notna()].drop_duplicates("cell", keep="last").set_index("cell")
+    for name in BENCH:
+        cells[name] = benches[name].reindex(cells.index)
+    return cells
+
+
+def _sorted_tuple(values: Any) -> tuple[Any, ...]:
+    return tuple(sorted(values.tolist()))
+
+
+BENCH = ("storage", "bytes_ratio", "decode_speedup", "prefill_speedup", "speed", "gpu")
+
+
+def _losses(counted: DataFrame) -> Series:
+    """Return the values as they are compared: of a perplexity the logarithm."""
+    import numpy as np
+
+    # a value of 0 or less has no logarithm; then no seed of its cell is taken as one
+    smallest = counted.groupby(_SCORE, sort=False)["value"].transform("min")
+    logarithmic = counted["metric"].str.endswith("_ppl") & (smallest > 0)
+    positive = counted["value"].where(logarithmic.astype(bool), 1.0)
+    return counted["value"].where(~logarithmic.astype(bool), np.log(positive))
+
+
+def _errors(scores: DataFrame) -> Series:
+    """Return the standard error of each mean loss; NaN where nothing is known to vary."""
+    of_seeds = scores["loss_std"] / scores["seeds"] ** 0.5
+    # the spread of a perplexity over windows is no noise: all rows have the same windows
+    of_documents = scores["stderr"].where(scores["higher_is_better"])
+    return of_seeds.where(scores["seeds"] > 1, of_documents)
+
+
+def _with_best(scores: DataFrame) -> DataFrame:
+    """Mark the best of the pruned rows of each sparsity, and those that equal it in effect."""
+    import numpy as np
+
+    rivals = scores[scores["method"] != "dense"]
+    turned = rivals["mean"].where(~rivals["higher_is_better"], -rivals["mean"]).fillna(np.inf)
+    # stable, and the first of equals is kept: of two equal values only the first is the best
+    best = rivals.assign(turned=turned).sort_values("turned", kind="stable")
+    best = best.drop_duplicates(_RIVALS)
+    top = rivals[_RIVALS].merge(best[[*_RIVALS, "loss", "error"]], on=_RIVALS, how="left")
+    top.index = rivals.index
+    several = rivals.groupby(_RIVALS)["cell"].transform("size") > 1
+    both = np.hypot(rivals["error"].fillna(0.0), top["error"].fillna(0.0))
+    near = (rivals["loss"] - top["loss"]).abs() <= NOISE_STANDARD_ERRORS * both
+    # perplexities of a single seed: nothing is known to vary, so no tie is claimed
+    near &= rivals["error"].notna() | top["error"].notna()
+    is_best = rivals.index.isin(best.index)
+    scores["best"] = (several & is_best).reindex(scores.index, fill_value=False)
+    within = several & near & ~is_best
+    scores["within_noise"] = within.reindex(scores.index, fill_value=False)
+    return scores
