@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import typer
@@ -156,20 +156,22 @@ class _Fitted:
     """A column with the widths that its rows need: of a value, and of what follows ` ± `."""
 
     column: Column
+    texts: Mapping[int, str]  # by `id` of the line
     value: int
     error: int
     bar: int
 
     @classmethod
     def of(cls, column: Column, rows: Iterable[Line]) -> _Fitted:
-        parts = [column.text(line.cell).partition(" ± ") for line in rows]
+        texts = {id(line): column.text(line.cell) for line in rows}
+        parts = [text.partition(" ± ") for text in texts.values()]
         value = max([length(part[0]) for part in parts])
         error = max(length(part[1] + part[2]) for part in parts)
         value = max(value, length(column.title) - (0 if column.bar else error))
-        return cls(column, value, error, _BAR + 1 if column.bar else 0)
+        return cls(column, texts, value, error, _BAR + 1 if column.bar else 0)
 
     def without_bar(self) -> _Fitted:
-        return _Fitted(self.column, self.value, self.error, 0)
+        return _Fitted(self.column, self.texts, self.value, self.error, 0)
 
     @property
     def plain_total(self) -> int:
@@ -188,7 +190,7 @@ class _Fitted:
         return padded(self.column.title.rjust(over), self.total - 2)
 
     def cell(self, line: Line) -> str:
-        value, middle, error = self.column.text(line.cell).partition(" ± ")
+        value, middle, error = self.texts[id(line)].partition(" ± ")
         if self.column.words:
             return padded(value, self.value)
         text = " " * (self.value - length(value)) + padded(value + middle + error,
