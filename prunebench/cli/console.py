@@ -85,9 +85,11 @@ def print_command(prefix: str, words: Sequence[str]) -> None:
     room = None if width is None else width - len(prefix)
     units: list[str] = []
     for word in map(shlex.quote, words):
-        # a value stays beside its flag
-        if units and units[-1].startswith("--") and " " not in units[-1] and word[0] != "-":
-            units[-1] += f" {word}"
+        pair = f"{units[-1]} {word}" if units else ""
+        # a value stays beside its flag, where a line has room for both
+        is_value = pair.startswith("--") and " " not in units[-1] and word[0] != "-"
+        if is_value and (room is None or len(pair) <= room - len(" \\")):
+            units[-1] = pair
         else:
             units.append(word)
     lines = wrap(units, room, end=" \\")
