@@ -8,14 +8,9 @@ from __future__ import annotations
 import shutil
 import sys
 from collections.abc import Container, Iterator, Sequence
-from typing import TYPE_CHECKING
 
 import typer
 
-if TYPE_CHECKING:
-    from rich.console import Console
-
-_PIPE_WIDTH = 200  # a file or pipe has no width; rich would wrap everything at 80
 _LEAST = 16  # a narrower last column is printed under its row instead
 
 
@@ -23,14 +18,6 @@ def terminal_width(*, err: bool = False) -> int | None:
     """Return the columns of the terminal; None where stdout (or stderr) is none."""
     stream = sys.stderr if err else sys.stdout
     return shutil.get_terminal_size().columns if stream.isatty() else None
-
-
-def wide_console() -> Console:
-    """Return a console for stdout: as wide as the terminal, or wide enough not to wrap."""
-    from rich.console import Console
-
-    width = None if sys.stdout.isatty() else _PIPE_WIDTH
-    return Console(highlight=False, markup=False, width=width)
 
 
 def wrap(words: Sequence[str], width: int | None, *, end: str = "") -> list[str]:
