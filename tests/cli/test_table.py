@@ -202,6 +202,8 @@ def test_options_of_the_table(cli, folder):
     outcome = cli("compare", "--columns", "seed", *folder, code=2)
     assert "there is no column 'seed'" in outcome.output and "'seeds'" in outcome.output
     assert "there is no column 'x'" in cli("compare", "--sort", "x", *folder, code=2).output
+    outcome = cli("compare", "--columns", "seeds", "-f", "csv", *folder, code=2)
+    assert "--columns is an option of the table alone" in outcome.output
 
 
 # ---------------------------------------------------------------- other listings
