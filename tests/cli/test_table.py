@@ -10,7 +10,7 @@ import pytest
 
 from benchmarks.fixtures.generated import generate_results
 from prunebench.cli.compare import require_text
-from prunebench.cli.console import column_lines, length, printable, wrapped
+from prunebench.cli.fitting import column_lines, length, printable, wrapped
 from prunebench.cli.table import overview_lines
 from prunebench.errors import UsageError
 from prunebench.results.compare import compare
