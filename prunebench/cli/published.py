@@ -5,12 +5,13 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
+import sys
 from collections.abc import Sequence
 
 import typer
 
 from prunebench.cli.console import terminal_width
-from prunebench.cli.layout import print_rows, wrapped
+from prunebench.cli.fitting import print_fitted, wrapped
 from prunebench.errors import MissingResource
 from prunebench.results.compare import Table
 from prunebench.results.published import PublishedValue, Twin, find_twins, published_values
@@ -73,7 +74,7 @@ def print_twins(twins: Sequence[Twin], *, legend: str, title: str = "published")
             ]
             for twin in of_head
         ]  # fmt: skip
-        print_rows(
+        print_fitted(
             ["method", "sparsity", *numbers, "verdict", "source"], rows, right=numbers,
             unbroken=("method", "sparsity", *numbers, "verdict"),
             colors={"agrees": "green", "better": "cyan", "worse": "red"},

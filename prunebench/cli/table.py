@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import typer
 
-from prunebench.cli.layout import length, padded, printable, table_width, wrapped
+from prunebench.cli.fitting import length, padded, printable, table_width, wrapped
 from prunebench.results.columns import NAMED_RANK, SHOWN_RANK, Column
 from prunebench.results.finding import finding
 from prunebench.results.overview import Block, Line, Overview

@@ -34,7 +34,7 @@ def printable(text: str, encoding: str) -> str:
     return text
 
 
-def print_rows(
+def print_fitted(
     titles: Sequence[str], rows: Sequence[Sequence[str]], *, unbroken: Container[str],
     right: Container[str] = (), colors: Mapping[str, str] | None = None,
 ) -> None:  # fmt: skip
@@ -66,7 +66,7 @@ def column_lines(
     titles: Sequence[str], rows: Sequence[Sequence[str]], *, unbroken: Container[str],
     right: Container[str] = (), width: int | None = None,
 ) -> list[str]:  # fmt: skip
-    """Return what `print_rows` prints."""
+    """Return what `print_fitted` prints."""
     widths = [max(map(length, column)) for column in zip(titles, *rows, strict=True)]
     places = list(range(len(titles)))
     below: list[int] = []
