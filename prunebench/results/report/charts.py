@@ -54,6 +54,7 @@ def fill(
         "datasets": {name: list(datasets.get(name, ())) for name in ("rows", "published")},
         "config": vega_config(theme, paper=True),
         "width": PAPER_WIDTH,
+        "autosize": {"type": "fit-x", "contains": "padding"},
         "title": title or spec.get("title", ""),
     }
 
@@ -68,7 +69,6 @@ def _finish(chart: alt.LayerChart, *, height: Any) -> Spec:
         "params": [{"name": name, "value": None} for name in PARAMS],
         "width": "container",
         "height": height,
-        "autosize": {"type": "fit-x", "contains": "padding"},
     }
 
 
@@ -147,7 +147,7 @@ def trade_off(
         scale=alt.Scale(
             zero=against == "zeros",
             padding=14,
-            domainMax=_expr(f"1.15 * extent(pluck(data('rows'), '{against}'))[1]"),
+            domainMax=_expr(f"1.25 * extent(pluck(data('rows'), '{against}'))[1]"),
         ),
         axis=alt.Axis(format=x_format, tickCount=6, grid=False),
     )
@@ -182,7 +182,9 @@ def trade_off(
             x=x, y=alt.Y("low:Q", scale=y_scale), y2="high:Q",
             color=_method_color(methods),
         ),
-        base.mark_point(filled=True, opacity=1, xOffset=dodge, aria=False).encode(
+        base.mark_point(
+            filled=True, opacity=1, strokeWidth=1.3, xOffset=dodge, aria=False
+        ).encode(
             x=x, y=y, color=_method_color(methods), shape=_method_shape(methods), tooltip=tooltip,
             size=alt.condition("datum.beyond", alt.value(60), alt.value(90)),
             stroke=alt.condition(
@@ -194,10 +196,13 @@ def trade_off(
         .encode(x=x, y=y, color=_method_color(methods)),
         base.transform_filter("datum.best && !narrow")
         .transform_calculate(point="datum.method + ' ' + datum.sparsity")
-        .mark_text(align="left", dx=10, dy=9, fontSize=11, xOffset=dodge, aria=False)
+        .mark_text(
+            align="left", dx=9, dy=_expr("datum.pattern ? -8 : 9"), fontSize=11, xOffset=dodge,
+            aria=False,
+        )
         .encode(x=x, y=y, text="point:N", color=alt.value(_expr("ink"))),
-        dense.mark_text(align="left", baseline="bottom", dx=4, dy=-4, fontSize=11, aria=False)
-        .encode(x=alt.value(0), y=y, text="text:N", color=alt.value(_expr("muted"))),
+        dense.mark_text(align="right", baseline="bottom", dx=-2, dy=-3, fontSize=11, aria=False)
+        .encode(x=alt.value("width"), y=y, text="text:N", color=alt.value(_expr("muted"))),
         alt.Chart(alt.NamedData("published"))
         .mark_point(filled=False, size=70, strokeWidth=1.6, aria=False)
         .encode(
@@ -205,7 +210,7 @@ def trade_off(
             tooltip=[alt.Tooltip("name:N"), alt.Tooltip("text:N"), alt.Tooltip("source:N")],
         ),
     ]  # fmt: skip
-    return _finish(alt.layer(*layers), height=340)
+    return _finish(alt.layer(*layers), height=380)
 
 
 def _side_by_side(chart: alt.Chart, against: str, *, log: bool) -> Any:
@@ -347,7 +352,7 @@ def layer_map(title: str, *, log: bool, number_format: str) -> Spec:
     )  # fmt: skip
     legend = alt.Legend(
         title=title, direction="horizontal", gradientLength=_expr("narrow ? 160 : 260"),
-        format=number_format, tickCount=4,
+        format=number_format, tickCount=_expr("narrow ? 2 : 4"),
     )  # fmt: skip
     base = alt.Chart(alt.NamedData("rows")).encode(
         x=alt.X("block:O", title="block", axis=alt.Axis(labelAngle=0, labelOverlap=True)),

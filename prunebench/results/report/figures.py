@@ -118,14 +118,14 @@ def _layers(part: ModelPart) -> _Named:
 
 def _costs(part: ModelPart, report: Report) -> _Named:
     for number, machine in enumerate(sorted({cost.machine for cost in part.costs})):
-        for quantity, (title, _) in COSTS.items():
+        for quantity, (title, _, _) in COSTS.items():
             rows = [r for r in cost_rows(part, quantity, machine) if r.get("short")][:MAX_LINES]
             if rows:
-                heading = f"{title.partition(' in ')[0].capitalize()}, {machine}"
+                heading = f"{title}, {machine}"
                 spec = charts.fill(
                     cost_spec(quantity, _methods(report)), {"rows": rows}, title=heading
                 )
-                yield f"{slug(title.partition(' in ')[0])}-{number}", spec
+                yield f"{slug(title.lower())}-{number}", spec
 
 
 # ---------------------------------------------------------------- files

@@ -139,7 +139,7 @@ def _charts(report: Report) -> dict[str, Any]:
                 "title": title.partition(" in ")[0].capitalize(),
                 "spec": cost_spec(name, methods),
             }
-            for name, (title, _) in COSTS.items()
+            for name, (title, _, _) in COSTS.items()
             if any(name in cost_fields(cost) for part in report.models for cost in part.costs)
         },
         "curves": charts.learning_curves() if any(p.curves for p in report.models) else None,
@@ -170,9 +170,9 @@ def lines_spec(key: str, methods: tuple[str, ...]) -> charts.Spec:
 
 def cost_spec(quantity: str, methods: tuple[str, ...]) -> charts.Spec:
     """Return the specification of a chart of cost."""
-    title, log = COSTS[quantity]
+    _, unit, log = COSTS[quantity]
     return charts.lines(
-        f"{title}; lower is better", methods, log=log, bars=not log, dense=False,
+        f"{unit}; lower is better", methods, log=log, bars=not log, dense=False,
         number_format=",.4~g",
     )  # fmt: skip
 

@@ -179,11 +179,11 @@ def _published(value: PublishedValue, scale: Scale, order: int) -> Fields:
 # ---------------------------------------------------------------- cost, learning, layers
 
 COSTS = {
-    "seconds": ("prune time in seconds, log scale", True),
-    "host": ("peak memory of the host in GB", False),
-    "gpu": ("peak memory of the GPU in GB", False),
+    "seconds": ("Prune time", "seconds, log scale", True),
+    "host": ("Peak memory of the host", "GB", False),
+    "gpu": ("Peak memory of the GPU", "GB", False),
 }
-"""What runs cost: the title of the axis, and whether it is a log scale."""
+"""What runs cost: the quantity, the unit on the axis, and whether that is a log scale."""
 
 
 def cost_fields(cost: Cost) -> Fields:

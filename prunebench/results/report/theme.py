@@ -19,7 +19,7 @@ DARK = {
 THEMES = {"light": LIGHT, "dark": DARK}
 SHAPES = (
     "circle", "square", "triangle-up", "diamond", "cross", "triangle-down",
-    "M0,-1L.3,-.3L1,0L.3,.3L0,1L-.3,.3L-1,0L-.3,-.3Z", "M-1,-.6L0,-1L1,-.6L1,.6L0,1L-1,.6Z",
+    "M0,-1.4L.5,-.5L1.4,0L.5,.5L0,1.4L-.5,.5L-1.4,0L-.5,-.5Z", "M-1,-.6L0,-1L1,-.6L1,.6L0,1L-1,.6Z",
 )  # fmt: skip
 """Of points: the shapes of Vega, a star and a hexagon."""
 _SERIES = 8
