@@ -2,30 +2,26 @@
 
 from __future__ import annotations
 
-import re
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import Annotated
 
 import typer
 
-from prunebench.cli.console import wide_console
 from prunebench.cli.exit_codes import say
 from prunebench.cli.paired import compare_paired
 from prunebench.cli.published import compare_published
 from prunebench.cli.stored import require_results
+from prunebench.cli.table import print_overview
 from prunebench.errors import UsageError, nearest
 from prunebench.results import render
 from prunebench.results.bench_schema import read_benches
 from prunebench.results.compare import Table, compare
+from prunebench.results.overview import overview, require_column
 from prunebench.results.selection import Selection
 from prunebench.results.store import ResultStore
 
-if TYPE_CHECKING:
-    from rich.text import Text
-
-_TITLE_WIDTH = 27  # wiki-sample/held-out/512/v1 in one line, lm-eval/... in two
-_FORMATS = ("table", "md", "latex", "csv", "json")
+_FORMATS = ("table", "md", "latex", "csv", "json", "parquet")
 
 
 def compare_command(
@@ -43,6 +39,20 @@ def compare_command(
         str, typer.Option("--format", "-f", help=f"One of {', '.join(_FORMATS)}.")
     ] = "table",
     as_json: Annotated[bool, typer.Option("--json", help="The same as --format json.")] = False,
+    every_setting: Annotated[
+        bool,
+        typer.Option("--all", help="Show every setting of a method, and the dense model's row."),
+    ] = False,
+    columns: Annotated[
+        str, typer.Option(help="Which columns, split by commas, as the last line names them.")
+    ] = "",
+    sort: Annotated[
+        str, typer.Option(help="The column that orders the rows of a sparsity. (default: score)")
+    ] = "",
+    wide: Annotated[
+        bool,
+        typer.Option("--wide", help="Show all columns, wider than the terminal (| less -S)."),
+    ] = False,
     paired: Annotated[
         bool,
         typer.Option(
@@ -63,7 +73,7 @@ def compare_command(
         Path, typer.Option(envvar="PRUNEBENCH_RESULTS_DIR", help="Folder of the shared table.")
     ] = Path("results"),
 ) -> None:
-    """Show results side by side: dense first, mean and deviation over seeds, best in bold."""
+    """Show which method keeps how much at each sparsity, how sure that is, and what it cost."""
     if format_ not in _FORMATS:
         raise UsageError(f"unknown format {format_!r}", fix=nearest(format_, _FORMATS))
     if paired and published:
@@ -83,21 +93,43 @@ def compare_command(
     tables = compare(results, selection, benches)
     if published:
         _compare_published(tables, format_, as_json=as_json)
-    elif as_json or format_ == "json":
-        typer.echo(render.to_json(tables), nl=False)
-    elif format_ == "csv":
-        typer.echo(render.to_csv(tables), nl=False)
-    elif format_ == "md":
-        typer.echo(render.to_markdown(tables), nl=False)
-    elif format_ == "latex":
-        typer.echo(render.to_latex(tables), nl=False)
+    elif as_json or format_ != "table":
+        _print_document(tables, "json" if as_json else format_)
     else:
-        print_tables(tables)
+        _print_table(tables, every_setting=every_setting, columns=columns, sort=sort, wide=wide)
         failed = sum(result.status == "failed" for result in results)
         if failed:
             say(f"{failed} failed runs are not shown")
     if damaged:
         raise typer.Exit(4)
+
+
+def _print_document(tables: list[Table], format_: str) -> None:
+    """Print all cells, with all that is known of them."""
+    if format_ == "parquet":
+        if sys.stdout.isatty():
+            raise UsageError(
+                "parquet is no text", fix="add > FILE, as in --format parquet > rows.parquet"
+            )
+        typer.echo(render.to_parquet(tables), nl=False)
+        return
+    texts = {
+        "json": render.to_json, "csv": render.to_csv, "md": render.to_markdown,
+        "latex": render.to_latex,
+    }  # fmt: skip
+    typer.echo(texts[format_](tables), nl=False)
+
+
+def _print_table(
+    tables: list[Table], *, every_setting: bool, columns: str, sort: str, wide: bool
+) -> None:
+    keys = [key.strip() for key in columns.split(",") if key.strip()]
+    short = overview(
+        tables, every_setting=every_setting, dense_rows=every_setting or wide, sort=sort or None
+    )
+    for key in keys:
+        require_column(key, short.blocks)
+    print_overview(short, columns=keys, wide=wide)
 
 
 def _compare_paired(words: list[str], format_: str, results_dir: Path, *, as_json: bool) -> None:
@@ -110,71 +142,3 @@ def _compare_published(tables: list[Table], format_: str, *, as_json: bool) -> N
     if format_ not in ("table", "json"):
         raise UsageError(f"--published has no format {format_!r}", fix="use table or json")
     compare_published(tables, as_json=as_json or format_ == "json")
-
-
-def print_tables(tables: list[Table]) -> None:
-    """Print the tables on stdout, as wide as they need to be."""
-    import rich.box
-    import rich.table
-    from rich.cells import cell_len
-    from rich.text import Text
-
-    console = wide_console()
-    for table in tables:
-        grid = rich.table.Table(
-            title=table.model, title_justify="left", box=rich.box.SIMPLE_HEAD, pad_edge=False
-        )
-        titles = [_broken(title) for title in render.header(table)]
-        # NUL marks what is bold: it cannot occur in a text, where brackets or asterisks could
-        rows = [render.row(table, cell, bold=("\0", "\0")) for cell in table.cells]
-        widths = [
-            # cell_len and not len: a wide character takes two columns
-            max(cell_len(text.replace("\0", "")) for text in [*title.split("\n"), *texts])
-            for title, *texts in zip(titles, *rows, strict=True)
-        ]
-        # padding on both sides and a divider between columns
-        needed = sum(widths) + 3 * len(widths)
-        if not sys.stdout.isatty():
-            console.width = max(console.width, needed)  # a file or pipe has no width
-        fits = needed <= console.width
-        for i, (title, width) in enumerate(zip(titles, widths, strict=True)):
-            side: Literal["left", "right"] = "left" if i < render.text_columns(table) else "right"
-            if fits:  # rich would lay out every cell twice to find that
-                grid.add_column(title, justify=side, no_wrap=True, width=width)
-            else:
-                grid.add_column(title, justify=side, overflow="fold")
-        last = ""
-        for cell, texts in zip(table.cells, rows, strict=True):
-            if last and cell.sparsity != last:
-                grid.add_section()
-            last = cell.sparsity
-            grid.add_row(*map(_bold_between_marks, texts))
-        console.print(grid)
-        if table.ranked_by is None:
-            console.print(
-                f"{len(table.columns)} protocols: rows are not ranked. "
-                "Choose one with protocol=... to rank them.",
-                style="dim",
-            )
-    console.print(Text(render.legend(tables), style="dim"))
-
-
-def _broken(title: str) -> str:
-    """Put the metric above its protocol, and break that after slashes only."""
-    metric, _, protocol = title.partition(" ")
-    if "/" not in protocol:
-        return title
-    lines = [""]
-    for part in re.findall("[^/]+/?", protocol):
-        if len(lines[-1] + part) <= _TITLE_WIDTH:
-            lines[-1] += part
-        else:
-            lines.append(part)
-    return "\n".join([metric, *lines])
-
-
-def _bold_between_marks(text: str) -> Text:
-    from rich.text import Text
-
-    parts = text.split("\0")
-    return Text.assemble(*((part, "bold green" if i % 2 else "") for i, part in enumerate(parts)))

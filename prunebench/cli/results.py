@@ -11,6 +11,8 @@ from prunebench.cli.exit_codes import guarded, say
 from prunebench.errors import CheckFailed
 from prunebench.files import write_text
 from prunebench.results.compare import compare
+from prunebench.results.overview import overview
+from prunebench.results.overview_markdown import overview_markdown
 from prunebench.results.render import to_markdown
 from prunebench.results.schema import Result, json_schema
 from prunebench.results.store import ResultStore
@@ -19,6 +21,11 @@ TABLE_NAME = "TABLE.md"
 TABLE_HEAD = """# Results
 
 Rebuilt from the result files beside it by `prunebench results table`; do not edit.
+
+"""
+
+_ALL_HEAD = """
+# All settings and scores
 
 """
 
@@ -33,7 +40,8 @@ _Folder = Annotated[
 
 def table_text(results: list[Result]) -> str:
     """Return the text of `TABLE.md`, byte-stable for the same results."""
-    return TABLE_HEAD + to_markdown(compare(results))
+    tables = compare(results)
+    return TABLE_HEAD + overview_markdown(overview(tables)) + _ALL_HEAD + to_markdown(tables)
 
 
 def results_table(results_dir: _Folder = Path("results")) -> None:

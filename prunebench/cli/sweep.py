@@ -13,13 +13,14 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from prunebench.cli.compare import print_tables
 from prunebench.cli.engine import Voice, check_engine, open_engine
 from prunebench.cli.exit_codes import command_line, say
 from prunebench.cli.progress import choose_progress
 from prunebench.cli.published import print_twins, twin_record
+from prunebench.cli.table import print_overview
 from prunebench.errors import CheckFailed, PrunebenchError, SomeCellsFailed
 from prunebench.results.compare import compare
+from prunebench.results.overview import overview
 from prunebench.results.published import Twin, find_twins
 from prunebench.results.render import column_title, value_text
 from prunebench.sweep.cell import RecipeCell
@@ -273,7 +274,7 @@ def _print_summary(
         for outcome in outcomes:
             typer.echo(f"{outcome.state:<8}  {shlex.join(sweep.command(outcome.cell))}")
     elif results:
-        print_tables(compare(results))
+        print_overview(overview(compare(results), every_setting=True))
     if twins:
         print_twins(
             twins, title="expected by the recipe",

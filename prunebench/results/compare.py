@@ -80,6 +80,7 @@ class Cell:
     realised_ratio: float
     prune_seconds: float | None
     devices: tuple[str, ...]
+    cpu_threads: tuple[int, ...]
     result_ids: tuple[str, ...]
     bench: CellBench | None = None
     shown: dict[str, Any] = field(default_factory=dict)
@@ -178,6 +179,7 @@ def _dense_cell(rows: DataFrame, runs: Mapping[str, Mapping[str, Any]]) -> Cell:
         realised_ratio=0.0,
         prune_seconds=None,
         devices=(),
+        cpu_threads=(),
         result_ids=tuple(sorted(id_ for run in own for id_ in run["result_ids"])),
     )
 
@@ -193,6 +195,7 @@ def _cell(run: Mapping[str, Any], scores: dict[str, CellScore]) -> Cell:
         realised_ratio=run["realised_ratio"],
         prune_seconds=run["prune_seconds"],
         devices=run["devices"],
+        cpu_threads=run["threads"],
         result_ids=run["result_ids"],
         bench=CellBench.of(run) if run["storage"] is not None else None,
     )

@@ -7,13 +7,12 @@ are compared as mean losses: they are exponentials, and their tails are heavy.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from pandas import DataFrame, Series
 
-_NOISE_STANDARD_ERRORS = 2.0  # about 95% of a normal distribution
+NOISE_STANDARD_ERRORS = 2.0  # about 95% of a normal distribution
 _SCORE = ["cell", "metric", "protocol"]
 _RIVALS = ["model", "sparsity", "metric", "protocol"]
 _OF_CELL = ["model", "method", "sparsity", "dtype", "model_revision"]
@@ -80,6 +79,7 @@ def fold_runs(frame: DataFrame) -> DataFrame:
     cells["realised_ratio"] = groups["realised_ratio"].mean()
     cells["prune_seconds"] = groups["prune_seconds"].median()
     cells["devices"] = groups["device"].unique().map(_sorted_tuple)
+    cells["threads"] = groups["cpu_threads"].unique().map(_sorted_tuple)
     cells["result_ids"] = groups["result_id"].unique().map(_sorted_tuple)
     benches = runs[runs["storage"].notna()].drop_duplicates("cell", keep="last").set_index("cell")
     for name in BENCH:
@@ -87,8 +87,8 @@ def fold_runs(frame: DataFrame) -> DataFrame:
     return cells
 
 
-def _sorted_tuple(names: Iterable[str]) -> tuple[str, ...]:
-    return tuple(sorted(names))
+def _sorted_tuple(values: Any) -> tuple[Any, ...]:
+    return tuple(sorted(values.tolist()))
 
 
 BENCH = ("storage", "bytes_ratio", "decode_speedup", "prefill_speedup", "speed", "gpu")
@@ -126,7 +126,7 @@ def _with_best(scores: DataFrame) -> DataFrame:
     top.index = rivals.index
     several = rivals.groupby(_RIVALS)["cell"].transform("size") > 1
     both = np.hypot(rivals["error"].fillna(0.0), top["error"].fillna(0.0))
-    near = (rivals["loss"] - top["loss"]).abs() <= _NOISE_STANDARD_ERRORS * both
+    near = (rivals["loss"] - top["loss"]).abs() <= NOISE_STANDARD_ERRORS * both
     # perplexities of a single seed: nothing is known to vary, so no tie is claimed
     near &= rivals["error"].notna() | top["error"].notna()
     is_best = rivals.index.isin(best.index)

@@ -1,23 +1,25 @@
-"""Tables as text: Markdown, LaTeX, CSV, JSON, and the cells that the terminal shows."""
+"""Complete tables: Markdown, LaTeX, CSV, parquet, JSON, and the texts of their cells."""
 
 from __future__ import annotations
 
-import csv
 import dataclasses
 import io
 import json
 import math
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from prunebench.results.cell_score import CellScore
 from prunebench.results.compare import Cell, Table
 
+if TYPE_CHECKING:
+    from pandas import DataFrame
+
 MISSING = "-"
-_METRIC_NAMES = {"token_ppl": "ppl"}
+METRIC_NAMES = {"token_ppl": "ppl"}
 _RATIOS = ("acc", "acc_norm", "exact_match", "top1_changed")  # shown in percent
-_FROM_ZERO = ("kl_divergence", "top1_changed")  # the dense model has 0: the value is the difference
-_SETTING_NAMES = {
+FROM_ZERO = ("kl_divergence", "top1_changed")  # the dense model has 0: the value is the difference
+SETTING_NAMES = {
     "method_options": "options",
     "allocation_options": "allocation options",
     "within_block": "within block",
@@ -33,7 +35,11 @@ _LEGEND_BENCH = (
     "bytes: of the dense model's, computed; decode, prefill: times the speed of dense, both in one "
     "run (prunebench bench)"
 )
-_BENCH_FIELDS = ("form", "bytes_ratio", "decode", "prefill", "speed", "gpu")
+_BENCH_FIELDS = {
+    "storage": "form", "bytes_ratio": "bytes_ratio", "decode_speedup": "decode",
+    "prefill_speedup": "prefill", "speed": "speed", "gpu": "gpu",
+}  # fmt: skip
+_BENCH_NUMBERS = ("bytes_ratio", "decode_speedup", "prefill_speedup")
 _LEGEND_STDERR = "± of a single seed: standard error over documents"
 
 
@@ -45,11 +51,11 @@ def legend(tables: Sequence[Table]) -> str:
         parts.append(_LEGEND_STDERR)
     if any(table.has_bench for table in tables):
         parts.append(_LEGEND_BENCH)
-    parts += [f"{who} where it says nothing else: {words}" for who, words in _usual(tables)]
+    parts += [f"{who} where it says nothing else: {words}" for who, words in usual_texts(tables)]
     return "; ".join(parts)
 
 
-def _usual(tables: Sequence[Table]) -> list[tuple[str, str]]:
+def usual_texts(tables: Sequence[Table]) -> list[tuple[str, str]]:
     """Return what most rows of a method (or allocator) have, in words."""
     several = len(tables) > 1
     return [
@@ -61,7 +67,7 @@ def _usual(tables: Sequence[Table]) -> list[tuple[str, str]]:
 
 def header(table: Table) -> list[str]:
     """Return the column titles."""
-    settings = [_SETTING_NAMES.get(name, name) for name in table.settings]
+    settings = [SETTING_NAMES.get(name, name) for name in table.settings]
     scores = [column_title(column) for column in table.columns]
     bench = ["bytes", "decode", "prefill"] if table.has_bench else []
     return ["method", "sparsity", *settings, *scores, "zeros", *bench, "prune", "seeds"]
@@ -75,7 +81,7 @@ def text_columns(table: Table) -> int:
 def column_title(column: str) -> str:
     """Return `ppl wiki-sample/held-out/512/v1` for a column key."""
     metric, _, protocol = column.partition(" ")
-    return f"{_METRIC_NAMES.get(metric, metric)} {protocol}"
+    return f"{METRIC_NAMES.get(metric, metric)} {protocol}"
 
 
 def row(table: Table, cell: Cell, *, bold: tuple[str, str]) -> list[str]:
@@ -122,7 +128,7 @@ def score_text(score: CellScore | None, *, bold: tuple[str, str]) -> str:
 
 def against_dense(score: CellScore) -> str:
     """Return what was lost: the difference to dense, or of an accuracy the share that is left."""
-    if score.dense is None or score.mean == score.dense or score.metric in _FROM_ZERO:
+    if score.dense is None or score.mean == score.dense or score.metric in FROM_ZERO:
         return ""
     if score.metric in _RATIOS and score.higher_is_better:
         return f"{score.mean / score.dense:.1%} of dense" if score.dense else ""
@@ -153,13 +159,13 @@ def to_markdown(tables: Sequence[Table]) -> str:
     lines: list[str] = []
     for table in tables:
         titles = header(table)
-        lines += [f"## {_escape(table.model)}", ""]
-        lines.append("| " + " | ".join(map(_escape, titles)) + " |")
+        lines += [f"## {escape(table.model)}", ""]
+        lines.append("| " + " | ".join(map(escape, titles)) + " |")
         words = text_columns(table)
         lines.append("|" + "---|" * words + "---:|" * (len(titles) - words))
         for cell in table.cells:
             texts = row(table, cell, bold=("**", "**"))
-            lines.append("| " + " | ".join(map(_escape, texts)) + " |")
+            lines.append("| " + " | ".join(map(escape, texts)) + " |")
         lines.append("")
     return "\n".join([*lines, f"{legend(tables)}.", ""])
 
@@ -211,32 +217,52 @@ def _latex(text: str) -> str:
     return "".join(rf"\textbf{{{part}}}" if i % 2 else part for i, part in enumerate(escaped))
 
 
-def to_csv(tables: Sequence[Table]) -> str:
-    """Return long-form CSV: one line a cell and column, full precision."""
-    out = io.StringIO()
-    # csv ends lines with \r\n by default
-    writer = csv.writer(out, lineterminator="\n")
+def to_frame(tables: Sequence[Table]) -> DataFrame:
+    """Return all cells in long form, one row a cell and score, full precision."""
+    import pandas as pd
+
     names = sorted({name for table in tables for cell in table.cells for name in cell.settings})
-    titles = ["model", "method", "sparsity", *names, "metric", "protocol", "mean", "std", "seeds"]
-    writer.writerow(
-        [*titles, "dense", "best", "within_noise", "realised_ratio", "prune_seconds"]
-        + ["stderr", "dense_stderr", "higher_is_better"]
-        + ["storage", "bytes_ratio", "decode_speedup", "prefill_speedup", "speed", "gpu"]
-    )
-    for table in tables:
-        for cell in table.cells:
-            bench_fields = [getattr(cell.bench, name, None) for name in _BENCH_FIELDS]
-            for column, score in cell.scores.items():
-                metric, _, protocol = column.partition(" ")
-                settings = [setting_text(cell.settings[name], missing="") for name in names]
-                writer.writerow(
-                    [cell.model, cell.method, cell.sparsity, *settings, metric, protocol]
-                    + [score.mean, score.std, score.seeds, score.dense]
-                    + [score.best, score.within_noise, cell.realised_ratio, cell.prune_seconds]
-                    + [score.stderr, score.dense_stderr, score.higher_is_better]
-                    + bench_fields
-                )
-    return out.getvalue()
+    rows = []
+    for cell in (cell for table in tables for cell in table.cells):
+        settings = {name: setting_text(cell.settings[name], missing="") for name in names}
+        of_cell = {
+            "model": cell.model,
+            "method": cell.method,
+            "sparsity": cell.sparsity,
+            **settings,
+        }
+        cost = {"realised_ratio": cell.realised_ratio, "prune_seconds": cell.prune_seconds}
+        bench = {title: getattr(cell.bench, name, None) for title, name in _BENCH_FIELDS.items()}
+        origin = {
+            "devices": " ".join(cell.devices), "cpu_threads": " ".join(map(str, cell.cpu_threads)),
+            "result_ids": " ".join(cell.result_ids),
+        }  # fmt: skip
+        for column, score in cell.scores.items():
+            metric, _, protocol = column.partition(" ")
+            rows.append(
+                {**of_cell, "metric": metric, "protocol": protocol, "mean": score.mean,
+                 "std": score.std, "seeds": score.seeds, "dense": score.dense, "best": score.best,
+                 "within_noise": score.within_noise, **cost, "stderr": score.stderr,
+                 "dense_stderr": score.dense_stderr, "higher_is_better": score.higher_is_better,
+                 **bench, **origin}
+            )  # fmt: skip
+    frame = pd.DataFrame(rows)
+    # columns that are missing in every row have no type of their own
+    numbers = ["std", "dense", "prune_seconds", "stderr", "dense_stderr", *_BENCH_NUMBERS]
+    words = [title for title in _BENCH_FIELDS if title not in _BENCH_NUMBERS]
+    return frame.astype(dict.fromkeys(numbers, "float64") | dict.fromkeys(words, "string"))
+
+
+def to_csv(tables: Sequence[Table]) -> str:
+    """Return long-form CSV: one line a cell and score."""
+    return str(to_frame(tables).to_csv(index=False, lineterminator="\n"))
+
+
+def to_parquet(tables: Sequence[Table]) -> bytes:
+    """Return the rows of `to_csv` as a parquet file."""
+    buffer = io.BytesIO()
+    to_frame(tables).to_parquet(buffer, index=False)
+    return buffer.getvalue()
 
 
 def to_json(tables: Sequence[Table]) -> str:
@@ -257,6 +283,7 @@ def setting_text(value: Any, *, missing: str = MISSING) -> str:
     return text[:19] if text.startswith("sha256:") else text
 
 
-def _escape(text: str) -> str:
+def escape(text: str) -> str:
+    """Return a text that Markdown shows as it is, in a table too."""
     # a | would end the table's cell, a < could begin an HTML tag
     return text.replace("|", "\\|").replace("<", "&lt;")

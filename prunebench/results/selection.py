@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 
 from prunebench.errors import MissingResource, UsageError, nearest
 from prunebench.options import options_of
+from prunebench.results.names import short_protocol
 from prunebench.results.schema import Result, Score
 from prunebench.spec import RunSpec
 
@@ -78,6 +79,7 @@ class Selection:
         """Whether a score is selected."""
         return all(
             _matches(getattr(score, key), self.filters[key])
+            or (key == "protocol" and _matches(short_protocol(score.protocol), self.filters[key]))
             for key in _SCORE_KEYS
             if key in self.filters
         )
@@ -147,6 +149,8 @@ def _values(key: str, results: Sequence[Result]) -> dict[str, object]:
     """Return all values that a selector's key has in some results, by what they are called."""
     if key in _SCORE_KEYS:
         values = [getattr(score, key) for result in results for score in result.scores]
+        if key == "protocol":
+            values += [short_protocol(value) for value in values]
     else:
         values = [_value(key, result) for result in results]
     return {str(value): value for value in values}

@@ -1,0 +1,46 @@
+"""Short names for people: `wiki` for a protocol's id, `Wanda` for `my_package.pruners:Wanda`."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable
+
+from prunebench.options import options_of
+from prunebench.spec import RunSpec
+
+_USUAL_SEQLEN = options_of(RunSpec)["ppl_seqlen"].value
+_VERSION = re.compile(r"v[\d.]+")
+
+
+def short_protocol(protocol: str) -> str:
+    """Return `wiki` for `wiki-sample/held-out/512/v1`, `arc_easy` for a task's id.
+
+    The window is named where it is not the default of `--ppl-seqlen`: `wikitext2@2048`.
+    """
+    parts = protocol.split("/")
+    if parts[0] == "lm-eval" and len(parts) > 2:
+        return parts[1]
+    if len(parts) > 2 and parts[2].isdigit():
+        text, _, seqlen, *rest = parts
+        name = text.removesuffix("-raw").removesuffix("-sample")
+        name += "" if int(seqlen) == _USUAL_SEQLEN else f"@{seqlen}"
+        return "/".join([name, *(part for part in rest if not _VERSION.fullmatch(part))])
+    return protocol
+
+
+def short_text(name: str) -> str:
+    """Return `c4` for `c4-sample/rest`, the part of a text that is calibrated on."""
+    return name.removesuffix("/rest").removesuffix("-sample")
+
+
+def short_method(name: str) -> str:
+    """Return the class of a `module:Class`, and any other name as it is."""
+    return name.rpartition(":")[2]
+
+
+def short_names(names: Iterable[str], shorten: Callable[[str], str]) -> dict[str, str]:
+    """Return a short name for each; where two would share one, both keep the long one."""
+    names = list(dict.fromkeys(names))
+    counts = Counter(map(shorten, names))
+    return {name: shorten(name) if counts[shorten(name)] == 1 else name for name in names}
