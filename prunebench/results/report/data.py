@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from prunebench.results.bench_schema import Bench
 from prunebench.results.compare import Cell, Table, compare_frame
+from prunebench.results.finding import finding
 from prunebench.results.frame import frame_of
+from prunebench.results.overview import Line, Overview, overview
 from prunebench.results.published import PublishedValue, Twin, find_twins
-from prunebench.results.render import setting_text
 from prunebench.results.report.heat import HeatMap, heat_map
 from prunebench.results.schema import Result, TrainingPoint
 from prunebench.results.selection import Selection
@@ -27,11 +28,10 @@ class Row:
     """A cell of the table, as the charts and the provenance name it.
 
     Attributes:
-        setting: Its settings, without what most rows of the table share.
+        setting: In what it differs from what most rows of the table share.
         anchor: The place of its provenance in the page.
         order: Its place in the table.
-        short: Whether it is in the short table: the default of its method and sparsity, or better.
-        is_default: Whether it has the settings that most rows share.
+        short: Whether it is in the short table: the main setting, or a better one.
         results: Its results, newest first.
         counted: The ids of those that its values come from; others were repeated later.
     """
@@ -41,7 +41,6 @@ class Row:
     anchor: str
     order: int
     short: bool
-    is_default: bool
     results: tuple[Result, ...]
     counted: frozenset[str]
 
@@ -92,22 +91,22 @@ class ModelPart:
     """What the report has of one model.
 
     Attributes:
-        shared: The settings that most rows share, in words.
+        finding: A sentence about the rows of the short table; empty where none can be compared.
+        caption: What the rows of the short table share, in words.
         heat: Layers of the newest run of each row whose layers differ.
         heat_left_out: How many rows of that kind are not in `heat`.
-        defaults: The table of the default rows alone: among them the best is marked anew.
         published: Published values under the protocols of the table.
         twins: Those of them that a row of ours stands beside.
     """
 
     table: Table
     rows: tuple[Row, ...]
-    shared: str
+    finding: str
+    caption: str
     costs: tuple[Cost, ...]
     curves: tuple[Curve, ...]
     heat: HeatMap | None
     heat_left_out: int
-    defaults: Table
     published: tuple[PublishedValue, ...]
     twins: tuple[Twin, ...]
 
@@ -177,25 +176,24 @@ def _model_part(
     published: Sequence[PublishedValue],
 ) -> ModelPart:  # fmt: skip
     counted = frozenset(frame.loc[frame["newest"], "result_id"])
-    shared = shared_settings(table)
-    defaults, better = short_rows(table, shared)
+    short = overview([table])
+    settings = _settings(table)
+    in_short = {id(line.cell) for line in _lines(short)}
     rows = tuple(
         Row(
             cell=cell,
-            setting=_setting_words(table, cell, shared),
+            setting=settings.get(id(cell), ""),
             anchor=f"{anchor}r{i}",
             order=i,
-            short=cell.method == "dense" or i in defaults | better,
-            is_default=i in defaults,
+            short=cell.method == "dense" or id(cell) in in_short,
             results=tuple(_newest_first(by_id[id_] for id_ in cell.result_ids)),
             counted=counted & set(cell.result_ids),
         )
         for i, cell in enumerate(table.cells)
     )
     pruned = [row for row in rows if row.cell.method != "dense"]
-    in_order = sorted(
-        pruned, key=lambda row: not row.short
-    )  # stable: those of the short table first
+    # stable: the rows of the short table first
+    in_order = sorted(pruned, key=lambda row: not row.short)
     heat = heat_map([(row.name, row.anchor, row.results[0]) for row in in_order])
     values = tuple(
         value
@@ -205,95 +203,34 @@ def _model_part(
     return ModelPart(
         table=table,
         rows=rows,
-        shared=", ".join(
-            f"{name.replace('_', ' ')} {setting_text(value)}" for name, value in shared.items()
-        ),
+        finding=finding(short.blocks[0]),
+        caption=", ".join(short.blocks[0].caption),
         costs=_costs(frame, pruned),
         curves=tuple(curves_of(rows)),
         heat=heat.first(MAX_HEAT_RUNS) if heat else None,
         heat_left_out=max(0, len(heat.runs) - MAX_HEAT_RUNS) if heat else 0,
-        defaults=_table_of(frame, [row for row in rows if row.is_default], table),
         published=values,
         twins=tuple(find_twins([table], values)),
     )
 
 
-def _table_of(frame: DataFrame, rows: Sequence[Row], table: Table) -> Table:
-    """Return the table of some rows of a model."""
-    ids = {id_ for row in rows for id_ in row.cell.result_ids}
-    # without a pruned row, there is the dense one
-    return compare_frame(frame[frame["result_id"].isin(ids)])[0] if ids else table
+def _lines(table: Overview) -> Iterator[Line]:
+    for block in table.blocks:
+        for section in block.sections:
+            yield from section.lines
+
+
+def _settings(table: Table) -> dict[int, str]:
+    """Return in what each cell differs from what most rows have, by `id` of the cell."""
+    settings: dict[int, str] = {}
+    for line in _lines(overview([table], every_setting=True, dense_rows=True)):
+        # a cell that two scores rank keeps the words of the first
+        settings.setdefault(id(line.cell), " ".join(line.words[1:]))
+    return settings
 
 
 def _newest_first(results: Iterable[Result]) -> list[Result]:
     return sorted(results, key=lambda r: (r.created_at, r.id), reverse=True)
-
-
-# ---------------------------------------------------------------- rows
-
-
-def shared_settings(table: Table) -> dict[str, Any]:
-    """Return the settings that more than half of the pruned rows share, of those that differ."""
-    pruned = [cell for cell in table.cells if cell.method != "dense"]
-    shared = {}
-    for name in table.settings:
-        values = [cell.shown[name] for cell in pruned if cell.shown[name] is not None]
-        texts = [setting_text(value) for value in values]
-        for value, text in zip(values, texts, strict=True):
-            if not isinstance(value, dict) and 2 * texts.count(text) > len(pruned):
-                shared[name] = value
-                break
-    return shared
-
-
-def _setting_words(table: Table, cell: Cell, shared: Mapping[str, Any]) -> str:
-    values = [(name, cell.shown[name]) for name in table.settings]
-    return ", ".join(
-        _setting(name, value)
-        for name, value in values
-        if value is not None and (name not in shared or shared[name] != value)
-    )
-
-
-def _setting(name: str, value: object) -> str:
-    """Words speak for themselves, numbers need their name."""
-    text = setting_text(value)
-    return f"{name.replace('_', ' ')} {text}" if isinstance(value, int | float) else text
-
-
-def short_rows(table: Table, shared: Mapping[str, Any]) -> tuple[set[int], set[int]]:
-    """Return the places of the rows of the short table: defaults, and what is better than one.
-
-    The default of a method and sparsity is the row that departs least from what most rows share;
-    beside it stands the best of its other settings, if that one is better.
-    """
-    column = table.ranked_by
-    groups: dict[tuple[str, str], list[int]] = {}
-    for i, cell in enumerate(table.cells):
-        if cell.method != "dense":
-            groups.setdefault((cell.method, cell.sparsity), []).append(i)
-
-    def departs(i: int) -> tuple[int, int, int]:
-        cell = table.cells[i]
-        values = {name: cell.shown[name] for name in table.settings}
-        other = [n for n, v in values.items() if v is not None and shared.get(n, None) != v]
-        options = sum(len(v) for v in values.values() if isinstance(v, dict))
-        seeds = max((score.seeds for score in cell.scores.values()), default=0)
-        return (len(other) + options, -seeds, i)
-
-    def loss(i: int) -> float:
-        score = table.cells[i].scores.get(column) if column else None
-        return score.loss if score and not math.isnan(score.loss) else math.inf
-
-    defaults = {min(places, key=departs) for places in groups.values()}
-    best = {min(places, key=loss) for places in groups.values()}
-    better = {
-        i for i in best - defaults
-        for d in defaults
-        if (table.cells[i].method, table.cells[i].sparsity)
-        == (table.cells[d].method, table.cells[d].sparsity) and loss(i) < loss(d)
-    }  # fmt: skip
-    return defaults, better
 
 
 # ---------------------------------------------------------------- cost and learning

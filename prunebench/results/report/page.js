@@ -64,8 +64,11 @@ async function draw(figure) {
     narrow: plot.clientWidth < 430,
     columns: Math.max(2, Math.floor(plot.clientWidth / 110)),
   };
+  // a step a line, as a number: with a step, Vega-Lite warns that it cannot fit the height as well
+  const { step } = drawing.spec.height, lines = new Set(all.filter((row) => row.method !== "dense").map((row) => row.module ?? row.id));
   const spec = {
     ...drawing.spec,
+    height: step ? step * lines.size : drawing.spec.height,
     description: `${drawing.description} The values are in the table below.`,
     datasets: { rows: drawing.data, published: drawing.published },
     params: drawing.spec.params.map(({ name }) => ({ name, value: values[name] })),

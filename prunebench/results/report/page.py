@@ -13,7 +13,6 @@ from typing import Any
 from prunebench.results.render import column_title, legend, value_text
 from prunebench.results.report import charts
 from prunebench.results.report.data import ModelPart, Report, Row, held_out_score, machine_name
-from prunebench.results.report.findings import finding
 from prunebench.results.report.heat import HeatMap, HeatRun, loss_range, ratio_range
 from prunebench.results.report.libraries import charts_script, table_script
 from prunebench.results.report.payload import (
@@ -53,7 +52,7 @@ def render_page(report: Report) -> str:
     return environment.from_string(_file("page.html")).render(
         report=report,
         title=f"{clean(title)}: prunebench report",
-        findings=[finding(part) for part in models],
+        findings=[(clean(part.finding), clean(_sentence(part.caption))) for part in models],
         style=_file("page.css"),
         scripts=scripts,
         # the page's Content-Security-Policy lets only the scripts with these hashes run
@@ -188,6 +187,10 @@ def layer_spec(quantity: str) -> charts.Spec:
 # ---------------------------------------------------------------- data
 
 
+def _sentence(text: str) -> str:
+    return f"{text[:1].upper()}{text[1:]}." if text else ""
+
+
 def _model(part: ModelPart, texts: dict[str, int]) -> dict[str, Any]:
     columns = part.table.columns
     scales = {column: scale_of(part, column) for column in columns}
@@ -200,7 +203,6 @@ def _model(part: ModelPart, texts: dict[str, int]) -> dict[str, Any]:
         for column in columns
     }
     note = legend([part.table])
-    shared = f" Where a row says nothing else: {part.shared}." if part.shared else ""
     return {
         "name": clean(part.table.model),
         "column": part.column,
@@ -208,7 +210,7 @@ def _model(part: ModelPart, texts: dict[str, int]) -> dict[str, Any]:
             {"key": key, "title": clean(column_title(key)), "metric": metric_key(part, key)}
             for key in columns
         ],
-        "note": clean(f"{note[0].upper()}{note[1:]}.{shared}"),
+        "note": clean(_sentence(note)),
         "rows": [row_fields(row) for row in part.rows],
         "scores": scores,
         "published": {
