@@ -59,9 +59,10 @@ def fill(
     }
 
 
-def _finish(chart: alt.LayerChart, *, height: Any) -> Spec:
+def _finish(chart: alt.LayerChart | alt.FacetChart, *, height: Any) -> Spec:
     """Turn a chart into a specification with its parameters and size."""
-    spec: Spec = chart.to_dict()
+    # validation takes longer than all else; the tests validate every chart
+    spec: Spec = chart.to_dict(validate=False)
     # a chart has the colors of the page or of a paper, never Altair's own
     spec.pop("config", None)
     return spec | {
@@ -134,7 +135,7 @@ def trade_off(
 ) -> Spec:
     """Draw a score against zeros, bytes or speed, with dense, errors and the Pareto front.
 
-    Rows need `method`, `name`, `text`, `shown`, `low`, `high`, `loss`, `pattern`, `best` and the
+    Rows need `method`, `name`, `text`, `shown`, `low`, `high`, `pattern`, `best` and the
     field `against`.
     """
     import altair as alt
@@ -158,59 +159,73 @@ def trade_off(
         scale=y_scale,
         axis=alt.Axis(format=metric_format(metric), tickCount=6),
     )
-    pruned = alt.Chart(alt.NamedData("rows")).transform_filter("datum.method != 'dense'")
-    pruned = pruned.transform_filter(f"isValid(datum.{against})")
-    dense = alt.Chart(alt.NamedData("rows")).transform_filter("datum.method == 'dense'")
-    base = _side_by_side(pruned, against, log=log)
-    dodge = _expr("datum.dodge")
-    tooltip = [alt.Tooltip("name:N", title="row"), alt.Tooltip("text:N", title=metric)]
-    tooltip += [
-        alt.Tooltip(f"{against}:Q", title=x_title, format=".3~%" if x_format == "%" else "")
+    rows = alt.Chart(alt.NamedData("rows"))
+    pruned = rows.transform_filter(f"datum.method != 'dense' && isValid(datum.{against})")
+    front = _on_front(rows, against, higher_is_better=higher_is_better)
+    tooltip = [
+        alt.Tooltip("name:N", title="row"),
+        alt.Tooltip("text:N", title=metric_name(metric)),
+        alt.Tooltip(f"{against}:Q", title=x_title, format=".3~%" if x_format == "%" else ""),
     ]
-    front = _on_front(alt.Chart(alt.NamedData("rows")), against)
-    layers: list[Any] = [
+    layers = [
         front.mark_line(strokeWidth=6, strokeCap="round", color=_expr("front"), aria=False).encode(
             x=x, y=y, order=alt.Order(f"{against}:Q")
         ),
-        dense.mark_rule(strokeDash=[4, 3], color=_expr("muted"), aria=False).encode(y=y),
-        base.transform_filter("!datum.pattern")
+        *_dense_and_published(x, y, methods),
+        *_points(_side_by_side(pruned, against, log=log), x, y, methods, tooltip=tooltip, log=log),
+    ]
+    return _finish(alt.layer(*layers), height=380)
+
+
+def _points(
+    chart: Any, x: Any, y: Any, methods: Sequence[str], *, tooltip: Any, log: bool
+) -> list[Any]:
+    """Return the layers of the pruned rows: lines, errors, points, names of the best."""
+    import altair as alt
+
+    color, dodge = _method_color(methods), _expr("datum.dodge")
+    low = alt.Y("low:Q", scale=_open_scale(log=log))
+    rim = alt.condition("datum.pattern", alt.value(_expr("ink")), alt.value(_expr("back")))
+    return [
+        chart.transform_filter("!datum.pattern")
         .mark_line(strokeWidth=1.4, opacity=0.7, aria=False)
-        .encode(x=x, y=y, detail="series:N", color=_method_color(methods)),
-        base.transform_filter("isValid(datum.low)")
+        .encode(x=x, y=y, detail="series:N", color=color),
+        chart.transform_filter("isValid(datum.low)")
         .mark_rule(strokeWidth=1.4, xOffset=dodge, aria=False)
+        .encode(x=x, y=low, y2="high:Q", color=color),
+        chart.mark_point(filled=True, opacity=1, strokeWidth=1.3, xOffset=dodge, aria=False)
         .encode(
-            x=x, y=alt.Y("low:Q", scale=y_scale), y2="high:Q",
-            color=_method_color(methods),
-        ),
-        base.mark_point(
-            filled=True, opacity=1, strokeWidth=1.3, xOffset=dodge, aria=False
-        ).encode(
-            x=x, y=y, color=_method_color(methods), shape=_method_shape(methods), tooltip=tooltip,
+            x=x, y=y, color=color, shape=_method_shape(methods), tooltip=tooltip, stroke=rim,
             size=alt.condition("datum.beyond", alt.value(60), alt.value(90)),
-            stroke=alt.condition(
-                "datum.pattern", alt.value(_expr("ink")), alt.value(_expr("back"))
-            ),
         ),
-        base.transform_filter("datum.beyond")
+        chart.transform_filter("datum.beyond")
         .mark_text(text="↑", dy=-11, xOffset=dodge, fontSize=12, aria=False)
-        .encode(x=x, y=y, color=_method_color(methods)),
-        base.transform_filter("datum.best && !narrow")
+        .encode(x=x, y=y, color=color),
+        chart.transform_filter("datum.best && !narrow")
         .transform_calculate(point="datum.method + ' ' + datum.sparsity")
         .mark_text(
             align="left", dx=9, dy=_expr("datum.pattern ? -8 : 9"), fontSize=11, xOffset=dodge,
             aria=False,
         )
         .encode(x=x, y=y, text="point:N", color=alt.value(_expr("ink"))),
+    ]  # fmt: skip
+
+
+def _dense_and_published(x: Any, y: Any, methods: Sequence[str]) -> list[Any]:
+    """Return the layers of what the rows stand beside: the dense model, values of papers."""
+    import altair as alt
+
+    dense = alt.Chart(alt.NamedData("rows")).transform_filter("datum.method == 'dense'")
+    published = alt.Chart(alt.NamedData("published"))
+    return [
+        dense.mark_rule(strokeDash=[4, 3], color=_expr("muted"), aria=False).encode(y=y),
         dense.mark_text(align="right", baseline="bottom", dx=-2, dy=-3, fontSize=11, aria=False)
         .encode(x=alt.value("width"), y=y, text="text:N", color=alt.value(_expr("muted"))),
-        alt.Chart(alt.NamedData("published"))
-        .mark_point(filled=False, size=70, strokeWidth=1.6, aria=False)
-        .encode(
+        published.mark_point(filled=False, size=70, strokeWidth=1.6, aria=False).encode(
             x=x, y=y, color=_method_color(methods), shape=_method_shape(methods),
             tooltip=[alt.Tooltip("name:N"), alt.Tooltip("text:N"), alt.Tooltip("source:N")],
         ),
     ]  # fmt: skip
-    return _finish(alt.layer(*layers), height=380)
 
 
 def _side_by_side(chart: alt.Chart, against: str, *, log: bool) -> Any:
@@ -237,15 +252,19 @@ def _side_by_side(chart: alt.Chart, against: str, *, log: bool) -> Any:
     )  # fmt: skip
 
 
-def _on_front(chart: alt.Chart, against: str) -> Any:
-    """Keep the rows that no other one beats or equals in both; see `data.pareto_front`."""
+def _on_front(chart: alt.Chart, against: str, *, higher_is_better: bool) -> Any:
+    """Keep the rows that no other one beats in both: from the sparsest down, the best so far."""
     import altair as alt
 
     # fewer bytes are better, more zeros and more speed are
     order: Any = "ascending" if against == "bytes" else "descending"
     return (
-        chart.transform_filter(f"isValid(datum.{against}) && isValid(datum.shown)")
-        .transform_calculate(rounded=f"round(1000 * datum.{against})")
+        chart.transform_filter(f"isValid(datum.{against}) && !datum.beyond")
+        # ratios are rounded to 0.1%, as the realised ratios of one target differ a little
+        .transform_calculate(
+            rounded=f"round(1000 * datum.{against})",
+            loss="-datum.shown" if higher_is_better else "datum.shown",
+        )
         .transform_window(
             least="min(loss)", frame=[None, 0],
             sort=[alt.SortField("rounded", order), alt.SortField("loss", "ascending")],
@@ -268,70 +287,58 @@ def lines(
     """
     import altair as alt
 
-    # the label and the value stand in the key: an axis knows nothing else of its row
+    # the label and the value stand in the key: an axis has nothing else of its row
     key = f"datum.id + '{SEPARATOR}' + datum.line + '{SEPARATOR}' + datum.text"
     data = alt.Chart(alt.NamedData("rows")).transform_calculate(key=key)
     pruned = data.transform_filter("datum.method != 'dense'")
     reference = data.transform_filter("datum.method == 'dense'")
-
-    def y(part: int, orient: Any, limit: Any) -> Any:
-        return alt.Y(
-            "key:N",
-            title=None,
-            sort=alt.EncodingSortField("order", op="min"),
-            axis=alt.Axis(
-                orient=orient, domain=False, ticks=False, grid=False, labelLimit=limit,
-                labelExpr=f"split(datum.label, '{SEPARATOR}')[{part}]", labelPadding=8,
-            ),
-        )  # fmt: skip
-
-    label = y(1, "left", _expr("narrow ? 130 : 250"))
-    value = y(2, "right", 160)
+    label = _line_axis(1, "left", _expr("narrow ? 130 : 250"))
     scale = alt.Scale() if bars else _open_scale(log=log)
-    x = alt.X(
-        "shown:Q", title=title, scale=scale,
-        axis=alt.Axis(format=number_format, tickCount=_expr("narrow ? 3 : 6")),
-    )  # fmt: skip
+    ticks = alt.Axis(format=number_format, tickCount=_expr("narrow ? 3 : 6"))
+    x = alt.X("shown:Q", title=title, scale=scale, axis=ticks)
     color = _method_color(methods, legend=False)
     tooltip = [alt.Tooltip("name:N", title="row"), alt.Tooltip("text:N", title="value")]
     ours = pruned.transform_filter("!datum.hollow")
-    error_x = alt.X("low:Q", scale=scale)
-    rows = alt.layer(
-        *(
-            [
-                reference.mark_rule(strokeDash=[4, 3], color=_expr("ink"), aria=False).encode(x=x),
-                reference.mark_text(baseline="bottom", dy=-3, fontSize=11, aria=False).encode(
-                    x=x, y=alt.value(0), text="text:N", color=alt.value(_expr("muted"))
-                ),
-            ]
-            if dense
-            else []
-        ),
-        ours.mark_bar(height={"band": 0.6}, aria=False).encode(
-            x=x, y=label, color=color, tooltip=tooltip
-        )
-        if bars
-        else ours.mark_point(filled=True, size=75, opacity=1, aria=False).encode(
-            x=x, y=label, color=color, tooltip=tooltip, shape=_beyond_shape()
-        ),
+    if bars:
+        marks = ours.mark_bar(height={"band": 0.6}, aria=False)
+        marks = marks.encode(x=x, y=label, color=color, tooltip=tooltip)
+    else:
+        # an arrow where the value lies beyond the scale
+        shape = alt.condition("datum.beyond", alt.value("triangle-right"), alt.value("circle"))
+        marks = ours.mark_point(filled=True, size=75, opacity=1, aria=False)
+        marks = marks.encode(x=x, y=label, color=color, tooltip=tooltip, shape=shape)
+    layers = [
+        marks,
         pruned.transform_filter("datum.hollow")
         .mark_point(shape="diamond", size=75, strokeWidth=1.6, aria=False)
         .encode(x=x, y=label, color=color, tooltip=tooltip),
         pruned.transform_filter("isValid(datum.low)")
         .mark_rule(strokeWidth=1.6, aria=False)
-        .encode(x=error_x, x2="high:Q", y=label, color=alt.value(_expr("ink"))),
-    )
+        .encode(x=alt.X("low:Q", scale=scale), x2="high:Q", y=label,
+                color=alt.value(_expr("ink"))),
+    ]  # fmt: skip
+    if dense:
+        text = reference.mark_text(baseline="bottom", dy=-3, fontSize=11, aria=False).encode(
+            x=x, y=alt.value(0), text="text:N", color=alt.value(_expr("muted"))
+        )
+        rule = reference.mark_rule(strokeDash=[4, 3], color=_expr("ink"), aria=False).encode(x=x)
+        layers = [rule, text, *layers]
     # an invisible mark carries the axis of values on the right
-    values = pruned.mark_point(opacity=0, aria=False).encode(x=x, y=value)
+    values = pruned.mark_point(opacity=0, aria=False).encode(x=x, y=_line_axis(2, "right", 160))
     independent = alt.Resolve(axis={"y": "independent"})
-    return _finish(alt.layer(rows, values, resolve=independent), height={"step": 20})
+    chart = alt.layer(alt.layer(*layers), values, resolve=independent)
+    return _finish(chart, height={"step": 20})
 
 
-def _beyond_shape() -> Any:
-    """Return the shape channel of a dot; an arrow where its value lies beyond the scale."""
+def _line_axis(part: int, orient: Any, limit: Any) -> Any:
+    """Return the axis of the lines that shows a part of their key: the label or the value."""
     import altair as alt
 
-    return alt.condition("datum.beyond", alt.value("triangle-right"), alt.value("circle"))
+    axis = alt.Axis(
+        orient=orient, domain=False, ticks=False, grid=False, labelLimit=limit, labelPadding=8,
+        labelExpr=f"split(datum.label, '{SEPARATOR}')[{part}]",
+    )  # fmt: skip
+    return alt.Y("key:N", title=None, sort=alt.EncodingSortField("order", op="min"), axis=axis)
 
 
 # ---------------------------------------------------------------- layers, learning

@@ -20,7 +20,7 @@ from prunebench.results.selection import Selection
 if TYPE_CHECKING:
     from pandas import DataFrame
 
-MAX_HEAT_RUNS = 60  # of a page: each is some hundred numbers
+MAX_HEAT_RUNS = 40  # of a page: each is some hundred numbers
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,6 @@ class ModelPart:
         finding: A sentence about the rows of the short table; empty where none can be compared.
         caption: What the rows of the short table share, in words.
         heat: Layers of the newest run of each row whose layers differ.
-        heat_left_out: How many rows of that kind are not in `heat`.
         published: Published values under the protocols of the table.
         twins: Those of them that a row of ours stands beside.
     """
@@ -106,7 +105,6 @@ class ModelPart:
     costs: tuple[Cost, ...]
     curves: tuple[Curve, ...]
     heat: HeatMap | None
-    heat_left_out: int
     published: tuple[PublishedValue, ...]
     twins: tuple[Twin, ...]
 
@@ -194,7 +192,7 @@ def _model_part(
     pruned = [row for row in rows if row.cell.method != "dense"]
     # stable: the rows of the short table first
     in_order = sorted(pruned, key=lambda row: not row.short)
-    heat = heat_map([(row.name, row.anchor, row.results[0]) for row in in_order])
+    newest = [(row.name, row.anchor, row.results[0]) for row in in_order]
     values = tuple(
         value
         for value in published
@@ -207,8 +205,7 @@ def _model_part(
         caption=", ".join(short.blocks[0].caption),
         costs=_costs(frame, pruned),
         curves=tuple(curves_of(rows)),
-        heat=heat.first(MAX_HEAT_RUNS) if heat else None,
-        heat_left_out=max(0, len(heat.runs) - MAX_HEAT_RUNS) if heat else 0,
+        heat=heat_map(newest, at_most=MAX_HEAT_RUNS),
         published=values,
         twins=tuple(find_twins([table], values)),
     )

@@ -55,7 +55,7 @@ def figures_of(report: Report) -> tuple[list[Figure], int]:
         named = [*_scores(part, report), *_curves(part), *_layers(part), *_costs(part, report)]
         figures += [Figure(f"{slug(part.table.model)}-{name}", spec) for name, spec in named]
         if part.heat:
-            left_out += max(0, len(part.heat.runs) - MAX_HEAT_FILES) + part.heat_left_out
+            left_out += max(0, len(part.heat.runs) - MAX_HEAT_FILES) + part.heat.left_out
     return _with_unique_names(figures), left_out
 
 

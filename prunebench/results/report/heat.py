@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from prunebench.results.schema import LayerSparsity, Result
 
@@ -33,27 +33,32 @@ class HeatRun:
 
 @dataclass(frozen=True)
 class HeatMap:
-    """A grid of modules and blocks, and the runs that fill it, module after module."""
+    """A grid of modules and blocks, and the runs that fill it, module after module.
+
+    Attributes:
+        left_out: How many more runs there are.
+    """
 
     modules: tuple[str, ...]
     blocks: tuple[int, ...]
     runs: tuple[HeatRun, ...]
-
-    def first(self, count: int) -> HeatMap:
-        """Return a heat map of the first runs."""
-        return replace(self, runs=self.runs[:count])
+    left_out: int
 
 
-def heat_map(runs: Sequence[tuple[str, str, Result]]) -> HeatMap | None:
+def heat_map(
+    runs: Sequence[tuple[str, str, Result]], *, at_most: int | None = None
+) -> HeatMap | None:
     """Make a heat map of the runs whose layers differ: by allocation, or by a known loss.
 
     Args:
         runs: Name, place in the page, and result of each.
+        at_most: How many of them, the first ones; None for all.
     """
+    telling = [(name, anchor, result) for name, anchor, result in runs if _differs(result)]
     folded = {
         anchor: (name, _fold(result.sparsity.layers))
-        for name, anchor, result in runs
-        if result.sparsity and result.sparsity.layers and _differs(result)
+        for name, anchor, result in telling[:at_most]
+        if result.sparsity
     }
     # a set that keeps the order of the layers in the model
     places = dict.fromkeys(place for _, layers in folded.values() for place in layers)
@@ -66,12 +71,15 @@ def heat_map(runs: Sequence[tuple[str, str, Result]]) -> HeatMap | None:
     return HeatMap(
         modules=modules,
         blocks=blocks,
+        left_out=len(telling) - len(folded),
         runs=tuple(_run(name, anchor, layers, grid) for anchor, (name, layers) in folded.items()),
     )
 
 
 def _differs(result: Result) -> bool:
     layers = result.sparsity.layers if result.sparsity else []
+    if not layers:
+        return False
     return result.spec.allocation != "uniform" or any(layer.loss is not None for layer in layers)
 
 

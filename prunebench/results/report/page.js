@@ -353,7 +353,7 @@ function showProvenance(shown) {
 function fillProvenance(details, row) {
   const runs = model().runs[row.id] ?? [];
   if (!runs.length) details.append(element("p", "No run of its own: the dense model was scored in the runs of the other rows, under the same protocol."));
-  for (const { id, seed, command, counted, facts } of runs) {
+  for (const [id, seed, command, counted, date, spec, weights, scores, values, facts] of runs) {
     const section = element("section", "", { "aria-label": `Result ${id}` });
     const heading = element("h3", `seed ${seed} `);
     heading.append(element("code", id));
@@ -362,9 +362,12 @@ function fillProvenance(details, row) {
     button.append(element("span", ` the command of ${id}`, { class: "hidden" }));
     line.append(element("code", command, { tabindex: "0" }), button);
     const list = element("dl");
-    for (const [name, value] of Object.entries(facts)) {
+    const lines = [["scores", scores.map((place, i) => `${page.texts[place]}: ${values[i]}`).join("; ")], ["date", date],
+      ["spec hash", spec], ["hash of the scored weights", weights], ...facts.map((place, i) => [page.facts[i], page.texts[place]])];
+    for (const [name, value] of lines) {
+      if (!value) continue;
       const pair = element("div");
-      pair.append(element("dt", name), element("dd", typeof value === "number" ? page.texts[value] : value));
+      pair.append(element("dt", name), element("dd", value));
       list.append(pair);
     }
     section.append(heading, line, list);

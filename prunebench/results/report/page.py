@@ -77,6 +77,7 @@ def page_data(report: Report) -> dict[str, Any]:
         "themes": {
             name: {"config": vega_config(name), "params": theme_params(name)} for name in THEMES
         },
+        "facts": _SHARED,
         "texts": list(texts),
     }
 
@@ -114,8 +115,14 @@ def _scores(part: ModelPart, column: str) -> list[Any]:
 
 def axes_of(part: ModelPart) -> list[str]:
     """Return what quality can be set against: zeros, and bytes and speed where any is there."""
-    fields = [row_fields(row) for row in part.rows]
-    return [name for name in charts.X_AXES if name == "zeros" or any(name in f for f in fields)]
+    benches = [row.cell.bench for row in part.rows if row.cell.bench]
+    present = {
+        "zeros": True,
+        "bytes": bool(benches),
+        "decode": any(bench.decode for bench in benches),
+        "prefill": any(bench.prefill for bench in benches),
+    }
+    return [name for name in charts.X_AXES if present[name]]
 
 
 def _charts(report: Report) -> dict[str, Any]:
@@ -229,7 +236,7 @@ def _model(part: ModelPart, texts: dict[str, int]) -> dict[str, Any]:
             }
             for curve in part.curves
         ],
-        "heat": _heat(part.heat, part.heat_left_out) if part.heat else None,
+        "heat": _heat(part.heat) if part.heat else None,
         "runs": {
             row.anchor: [_provenance(row, result, texts) for result in row.results]
             for row in part.rows
@@ -257,14 +264,14 @@ def _twins(part: ModelPart) -> list[Fields]:
     return rows
 
 
-def _heat(heat: HeatMap, left_out: int) -> dict[str, Any]:
+def _heat(heat: HeatMap) -> dict[str, Any]:
     # a run with two telling maps is shown first: one with a loss, and layers that differ
     chosen = max(range(len(heat.runs)), key=lambda i: (_tells(heat.runs[i]), -i))
     return {
         "modules": list(map(clean, heat.modules)),
         "blocks": list(heat.blocks),
         "chosen": chosen,
-        "leftOut": left_out,
+        "leftOut": heat.left_out,
         "runs": [_heat_run(run) for run in heat.runs],
     }
 
@@ -293,48 +300,54 @@ def _heat_run(run: HeatRun) -> dict[str, Any]:
 # ---------------------------------------------------------------- provenance
 
 
-def _provenance(row: Row, result: Result, texts: dict[str, int]) -> dict[str, Any]:
-    """Return all that a reader needs to repeat a run, and to know that it is the same one.
+_SHARED = (
+    "hardware", "software", "method", "model revision", "hash of the dense weights", "calibration",
+    "hash of the calibration tokens",
+)  # fmt: skip
+"""Facts that many results have in common: a result holds their places in `texts`."""
 
-    A fact is a text, or the place of one in `texts`: most of them stand in many results.
-    """
+
+def _provenance(row: Row, result: Result, texts: dict[str, int]) -> list[Any]:
+    """Return all that a reader needs to repeat a run, and to know that it is the same one."""
     software = result.software
     libraries = [f"torch {software.torch}", f"transformers {software.transformers}"]
     if software.lm_eval:
         libraries.append(f"lm-eval {software.lm_eval}")
-    shared = {
+    facts = {
         "hardware": machine_name(result),
         "software": f"prunebench {software.prunebench}, python {software.python}, "
         + ", ".join(libraries),
     }
-    own = {
-        "scores": "; ".join(
-            f"{column_title(f'{score.metric} {score.protocol}')}: "
-            f"{value_text(score.metric, score.value)}"
-            for score in result.scores
-        ),
-        "date": result.created_at,
-        "spec hash": result.spec_id,
-    }
-    if result.model:
-        shared["model revision"] = f"{result.model.commit} ({result.model.source})"
-        shared["hash of the dense weights"] = result.model.dense_sha256
-        own["hash of the scored weights"] = result.model.evaluated_sha256
     if result.method:
-        shared["method"] = f"{result.method.implementation}, {result.method.version}"
+        facts["method"] = f"{result.method.implementation}, {result.method.version}"
+    if result.model:
+        facts["model revision"] = f"{result.model.commit} ({result.model.source})"
+        facts["hash of the dense weights"] = result.model.dense_sha256
     if result.calibration:
         calibration = result.calibration
-        shared["calibration"] = (
+        facts["calibration"] = (
             f"{calibration.text} from {calibration.origin}, {calibration.samples} x "
             f"{calibration.seqlen} tokens, seed {calibration.seed}"
         )
-        shared["hash of the calibration tokens"] = calibration.tokens_sha256
-    facts: dict[str, str | int] = {name: clean(text) for name, text in own.items()}
-    facts |= {name: texts.setdefault(clean(text), len(texts)) for name, text in shared.items()}
-    return {
-        "id": result.id,
-        "seed": result.spec.seed,
-        "command": clean(result.command),
-        "counted": result.id in row.counted,
-        "facts": facts,
+        facts["hash of the calibration tokens"] = calibration.tokens_sha256
+    places = [
+        texts.setdefault(clean(facts[name]), len(texts)) if name in facts else None
+        for name in _SHARED
+    ]
+    scores = {
+        f"{score.metric} {score.protocol}": value_text(score.metric, score.value)
+        for score in result.scores
     }
+    # a list, without names: there may be thousands of them
+    return [
+        result.id,
+        result.spec.seed,
+        clean(result.command),
+        int(result.id in row.counted),
+        result.created_at,
+        result.spec_id,
+        result.model.evaluated_sha256 if result.model else None,
+        [texts.setdefault(clean(column_title(column)), len(texts)) for column in scores],
+        list(scores.values()),
+        places,
+    ]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import math
-import unicodedata
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +21,7 @@ from prunebench.sparsity import Sparsity
 
 Fields = dict[str, Any]
 OFF_SCALE = 100.0  # a perplexity of more than so many times dense is drawn at the edge
+_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 _PLAIN = ("", "")  # nothing around the best
 
 
@@ -96,7 +97,7 @@ def score_fields(row: Row, score: CellScore, scale: Scale) -> Fields:
     error = None if beyond else score.error
     low = score.mean - error if error is not None else None
     if low is not None and scale.log and low <= 0:
-        low = shown / 10  # an error as large as its value: a log scale has no zero
+        low = shown  # an error as large as its value: a log scale has no zero
     return _present(
         text=f"dense {text}" if dense else text,
         relative=relative_text(score),
@@ -104,7 +105,6 @@ def score_fields(row: Row, score: CellScore, scale: Scale) -> Fields:
         shown=_short(shown),
         low=_short(low),
         high=_short(scale.shown(score.mean + error)) if error is not None else None,
-        loss=_short(-shown if score.higher_is_better else shown),
         beyond=beyond,
         best=score.best,
         tie=score.within_noise,
@@ -142,7 +142,7 @@ def _present(**fields: Any) -> Fields:
 
 def clean(text: str) -> str:
     """Return a text without control characters: XML, and so SVG, has none."""
-    return "".join(c if unicodedata.category(c) != "Cc" else "\ufffd" for c in text)
+    return _CONTROL.sub("\ufffd", text)
 
 
 def published_rows(part: ModelPart, column: str, *, first: int = 0) -> list[Fields]:
@@ -167,7 +167,6 @@ def _published(value: PublishedValue, scale: Scale, order: int) -> Fields:
         text=text,
         source=value.source,
         shown=_short(shown),
-        loss=_short(-shown if value.metric == "acc" else shown),
         low=_short(value.value - value.std) if value.std else None,
         high=_short(value.value + value.std) if value.std else None,
         beyond=value.value > scale.end,
