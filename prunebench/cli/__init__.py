@@ -29,7 +29,8 @@ class _Commands(LazyGroup):
         ),
         "compare": (
             "compare:compare_command",
-            "Show results side by side: dense first, mean and deviation over seeds, best in bold.",
+            "Show which method keeps how much at each sparsity, how sure that is, and what it "
+            "cost.",
         ),
         "report": (
             "report:report_command",

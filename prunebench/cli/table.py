@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import sys
-import textwrap
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -148,7 +148,9 @@ class _Layout:
         left = width - 1 - sum(fitted.total for fitted in shown)
         candidates = named or [c for c in every if c.column.rank < NAMED_RANK]
         hidden = [c.column.key for c in candidates if c.column.key not in keys_taken]
-        return cls(width, min(left, max(labels)), tuple(shown), tuple(hidden))
+        # labels that do not fit anyway need no wider column
+        label = max((size for size in labels if size <= left), default=min(left, least))
+        return cls(width, label, tuple(shown), tuple(hidden))
 
     def titles(self, section: str) -> str:
         """Return the line that begins a section, with the titles of the columns."""
@@ -242,22 +244,38 @@ def _wrapped(
     """
     lines: list[str] = []
     line = ""
-    for part in parts:
+
+    def add(text: str, middle: str) -> None:
+        nonlocal line
         begin = indent if lines else first
-        joined = f"{line}{between}{part}" if line else begin + part
-        if width is None or _length(joined) <= width:
-            line = joined
-            continue
-        if line:
+        if not line:
+            line = begin + text
+        elif width is None or _length(line + middle + text) <= width:
+            line += middle + text
+        else:
             lines.append(line)
-        # a word that is longer than a whole line is broken: there is no other way
-        pieces = textwrap.wrap(
-            part, width, initial_indent=indent if lines else first, subsequent_indent=indent,
-            break_on_hyphens=False,
-        )  # fmt: skip
-        lines += pieces[:-1]
-        line = pieces[-1] if pieces else ""
+            line = indent + text
+
+    for part in parts:
+        if width is None or _length(indent + part) <= width:
+            add(part, between)
+            continue
+        for i, word in enumerate(part.split()):
+            for j, piece in enumerate(_pieces(word, width - _length(indent or first))):
+                add(piece, "" if j else " " if i else between)
     return [*lines, line] if line else lines
+
+
+def _pieces(word: str, room: int) -> list[str]:
+    """Return a word in parts that fit a line: a path ends a line behind a slash, if it has to."""
+    pieces = [""]
+    for part in re.findall(r"[^/:=,.]*[/:=,.]|[^/:=,.]+", word) if _length(word) > room else [word]:
+        for text in [part] if _length(part) <= room else part:  # else character by character
+            if _length(pieces[-1] + text) <= room:
+                pieces[-1] += text
+            else:
+                pieces.append(text)
+    return pieces
 
 
 def _pad(text: str, width: int) -> str:

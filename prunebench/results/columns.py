@@ -77,7 +77,7 @@ def column_beside_dense(key: str, score_of: ScoreOf, *, higher_is_better: bool) 
     def bar(cell: Cell) -> float | None:
         # dense / perplexity is exp(-(loss - dense loss)): 1 is as good as dense
         ratio = value(cell)
-        if ratio is None:
+        if ratio is None or math.isnan(ratio):
             return None
         return min(1.0, -ratio if higher_is_better else 1.0 / ratio if ratio else 1.0)
 
@@ -133,6 +133,29 @@ class TaskMean:
             stderr=math.hypot(*errors) / every if len(errors) == every else None,
             higher_is_better=True,
         )
+
+
+@dataclass(frozen=True)
+class Ranking:
+    """A score that rows can be ranked by: one column of a table, or a mean over tasks."""
+
+    key: str
+    score_of: ScoreOf
+    columns: tuple[str, ...]
+
+    @classmethod
+    def of_column(cls, column: str) -> Ranking:
+        """Rank by a column of a table, `metric protocol`."""
+        return cls(column, lambda cell: cell.scores.get(column), (column,))
+
+    @classmethod
+    def of_mean(cls, mean: TaskMean) -> Ranking:
+        """Rank by a mean over tasks."""
+        return cls(f"{mean.metric} {mean.asked}", mean.of, mean.columns)
+
+    def of_any(self, cells: Iterable[Cell]) -> CellScore:
+        """Return the first score that there is; there is one."""
+        return next(score for cell in cells if (score := self.score_of(cell)))
 
 
 def column_of_mean(key: str, mean: TaskMean, *, rank: int) -> Column:
@@ -193,7 +216,7 @@ def columns_of_cost(cells: Iterable[Cell]) -> list[Column]:
         _column_of_words("gpu", lambda c: c.bench.gpu if c.bench else None, 31),
         _column_of_words("speed", lambda c: c.bench.speed if c.bench else None, 32),
         Column("seeds", "seeds", lambda c: str(seeds_of(c)), lambda c: -seeds_of(c), 4),
-        _column_of_words("device", lambda c: ", ".join(c.devices), 9 if several else 52),
+        _column_of_words("device", lambda c: ", ".join(c.devices), 9 if several else 61),
         _column_of_words("results", lambda c: " ".join(c.result_ids), 60),
     ]  # fmt: skip
     return [column for column in columns if any(column.text(cell) != MISSING for cell in cells)]

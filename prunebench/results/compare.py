@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -159,7 +160,10 @@ def _records(frame: DataFrame) -> list[dict[str, Any]]:
 
 
 def _score(row: Mapping[str, Any]) -> CellScore:
-    return CellScore(**{name: row[name] for name in _SCORE_FIELDS})
+    fields = {name: row[name] for name in _SCORE_FIELDS}
+    # NaN is missing for pandas; here it is what a broken model got
+    fields["mean"] = math.nan if fields["mean"] is None else fields["mean"]
+    return CellScore(**fields)
 
 
 def _dense_cell(rows: DataFrame, runs: Mapping[str, Mapping[str, Any]]) -> Cell:

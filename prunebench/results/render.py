@@ -255,7 +255,10 @@ def to_frame(tables: Sequence[Table]) -> DataFrame:
 
 def to_csv(tables: Sequence[Table]) -> str:
     """Return long-form CSV: one line a cell and score."""
-    return str(to_frame(tables).to_csv(index=False, lineterminator="\n"))
+    frame = to_frame(tables)
+    # the score of a broken model is not a missing one
+    frame["mean"] = frame["mean"].astype(object).fillna("nan")
+    return str(frame.to_csv(index=False, lineterminator="\n"))
 
 
 def to_parquet(tables: Sequence[Table]) -> bytes:

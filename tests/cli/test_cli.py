@@ -128,7 +128,7 @@ def test_sequential_is_another_cell(cli, tiny_run, tmp_path):
     cli(*tiny_run, "-m", "wanda")
     cli(*tiny_run, "-m", "wanda", "--within-block", "sequential")
     assert {r.spec.within_block for r in results_of(tmp_path)} == {"joint", "sequential"}
-    assert "within block" in cli("compare", "--results-dir", tmp_path / "results").stdout
+    assert "wanda sequential" in cli("compare", "--results-dir", tmp_path / "results").stdout
 
 
 def test_masks_are_packed_bits_of_what_was_kept(cli, tiny_run, tmp_path):
