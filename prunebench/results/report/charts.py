@@ -160,7 +160,6 @@ def trade_off(
         axis=alt.Axis(format=metric_format(metric), tickCount=6),
     )
     rows = alt.Chart(alt.NamedData("rows"))
-    pruned = rows.transform_filter(f"datum.method != 'dense' && isValid(datum.{against})")
     front = _on_front(rows, against, higher_is_better=higher_is_better)
     tooltip = [
         alt.Tooltip("name:N", title="row"),
@@ -172,7 +171,7 @@ def trade_off(
             x=x, y=y, order=alt.Order(f"{against}:Q")
         ),
         *_dense_and_published(x, y, methods),
-        *_points(_side_by_side(pruned, against, log=log), x, y, methods, tooltip=tooltip, log=log),
+        *_points(_side_by_side(rows, against, log=log), x, y, methods, tooltip=tooltip, log=log),
     ]
     return _finish(alt.layer(*layers), height=380)
 
@@ -229,13 +228,14 @@ def _dense_and_published(x: Any, y: Any, methods: Sequence[str]) -> list[Any]:
 
 
 def _side_by_side(chart: alt.Chart, against: str, *, log: bool) -> Any:
-    """Set points that would hide each other side by side, N:M to the right of their rivals."""
+    """Keep the pruned rows; set those that would hide each other side by side, N:M last."""
     import altair as alt
 
     position = "log(datum.shown)" if log else "datum.shown"
     return (
         chart.transform_calculate(position=position)
         .transform_joinaggregate(bottom="min(position)", top="max(position)")
+        .transform_filter(f"datum.method != 'dense' && isValid(datum.{against})")
         # 28 bands of the height and 40 of the width: about the size of a point
         .transform_calculate(
             band="floor(28 * (datum.position - datum.bottom) / (datum.top - datum.bottom))",
