@@ -135,7 +135,7 @@ def test_the_table_sorts_by_mouse_and_keyboard(browser):
     from selenium.webdriver.common.keys import Keys
 
     headings = browser.find_elements("css selector", "#table thead th")
-    (place,) = [i for i, h in enumerate(headings) if h.text.startswith("ppl wikitext2")]
+    (place,) = [i for i, h in enumerate(headings) if h.text.startswith("ppl ")]
 
     def perplexities():
         return [float(re.search(r"[\d.]+", text)[0]) for text in column(browser, place + 1)]
@@ -150,7 +150,8 @@ def test_the_table_sorts_by_mouse_and_keyboard(browser):
     assert perplexities() == sorted(before, reverse=True)
     headings[0].click()
     wait_for(lambda: headings[0].get_attribute("aria-sort") == "ascending")
-    assert column(browser, 1) == sorted(column(browser, 1))
+    methods = [text.split()[0] for text in column(browser, 1)]
+    assert methods == sorted(methods)
 
 
 def test_missing_values_stay_last(browser):
@@ -243,11 +244,14 @@ def test_the_heat_map_is_drawn_and_follows_the_choice(browser):
     names = texts_of(browser, "#run option")
     assert "sparsegpt 0.6 (owl)" in names
     choose(browser, "run", names[0])
-    wait_for(lambda: len(set(fills("layer-sparsity"))) <= 2)  # uniform, but for rounded counts
+    wait_for(lambda: len(set(fills("layer-sparsity"))) == 1)
     loss = fills("layer-loss")
     assert len(loss) == 7 * 3 and len(set(loss)) > 5
     choose(browser, "run", "sparsegpt 0.6 (owl)")
-    wait_for(lambda: len(set(fills("layer-sparsity"))) >= 3)
+    # the two ends of the scale: blocks that are spared and blocks that are pruned more
+    wait_for(lambda: len(set(fills("layer-sparsity"))) == 2)
+    spared, pruned = sorted(map(luminance, set(fills("layer-sparsity"))))
+    assert spared < 0.05 < 0.6 < pruned
     assert fills("layer-loss") != loss
     title = browser.find_element("css selector", "#layer-sparsity strong").text
     assert title == "Realised sparsity: sparsegpt 0.6 (owl)"
@@ -384,13 +388,20 @@ def test_everything_has_a_name_for_a_screen_reader(browser):
         drawn(browser, figure)
     tree = browser.execute_cdp_cmd("Accessibility.getFullAXTree", {})["nodes"]
     named = (
-        "button", "link", "image", "combobox", "region", "table", "search", "searchbox", "checkbox",
-        "group", "graphics-document",
-    )  # fmt: skip
+        "button",
+        "link",
+        "image",
+        "combobox",
+        "region",
+        "table",
+        "search",
+        "searchbox",
+        "checkbox",
+    )
     nameless = [
         node["role"]["value"]
         for node in tree
-        if node.get("role", {}).get("value") in named[:-2] + named[-1:]
+        if node.get("role", {}).get("value") in named
         and not node.get("ignored")
         and not node.get("name", {}).get("value")
     ]

@@ -82,10 +82,12 @@ async function draw(figure) {
     tooltip: { theme: dark.matches ? "dark" : "light" },
   });
   plot.querySelector("summary")?.setAttribute("aria-label", `Save ${drawing.title}`);
+  plot.querySelector("summary svg")?.setAttribute("aria-hidden", "true");
   view.addEventListener("click", (_, item) => item?.datum?.id && openRow(item.datum.id));
 }
 
 function fillData(figure) {
+  if (!drawings.has(figure)) return; // nothing to show of this model
   const details = figure.querySelector("details.data"), { data, published, columns, title } = drawings.get(figure);
   const box = details.querySelector("[role=region]");
   box.replaceChildren();
@@ -136,11 +138,13 @@ function showCharts() {
     data: published().length ? [...rows.filter((row) => row.method === "dense"), ...ours, ...published()].sort(beside) : [],
     description: "One line a value: published ones are hollow diamonds.",
   });
-  showCosts(new Map(shown.map((row) => [row.id, row])));
-  showCurves(new Set(shown.map((row) => row.id)));
+  // what follows has nothing to do with the score: rows that have none are there too
+  const known = new Map(model().rows.filter(passes).map((row) => [row.id, row]));
+  showCosts(known);
+  showCurves(known);
   showLayers();
   showPublished();
-  showProvenance(new Set(shown.map((row) => row.id)));
+  showProvenance(known);
 }
 
 // published values stand below ours of the same method and sparsity
