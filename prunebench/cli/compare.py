@@ -106,11 +106,8 @@ def compare_command(
 
 def _print_document(tables: list[Table], format_: str) -> None:
     """Print all cells, with all that is known of them."""
+    require_text(format_, terminal=sys.stdout.isatty())
     if format_ == "parquet":
-        if sys.stdout.isatty():
-            raise UsageError(
-                "parquet is no text", fix="add > FILE, as in --format parquet > rows.parquet"
-            )
         typer.echo(render.to_parquet(tables), nl=False)
         return
     texts = {
@@ -118,6 +115,14 @@ def _print_document(tables: list[Table], format_: str) -> None:
         "latex": render.to_latex,
     }  # fmt: skip
     typer.echo(texts[format_](tables), nl=False)
+
+
+def require_text(format_: str, *, terminal: bool) -> None:
+    """Raise UsageError where a terminal would be sent what is no text."""
+    if format_ == "parquet" and terminal:
+        raise UsageError(
+            "parquet is no text", fix="add > FILE, as in --format parquet > rows.parquet"
+        )
 
 
 def _print_table(

@@ -9,11 +9,12 @@ from pathlib import Path
 
 import typer
 
-from prunebench.cli.console import wide_console
+from prunebench.cli.console import print_columns
 from prunebench.cli.exit_codes import say
 from prunebench.errors import IncompatibleData, UsageError, nearest
+from prunebench.results.names import short_names, short_protocol
 from prunebench.results.paired import LEVEL, RESAMPLES, Comparison, Pairing, pair, read_sides
-from prunebench.results.render import MISSING, column_title, number
+from prunebench.results.render import MISSING, metric_name, number
 from prunebench.results.schema import Result
 from prunebench.results.selection import Selection
 from prunebench.results.store import Damaged, ResultStore, read_result
@@ -88,24 +89,26 @@ def _print_json(pairing: Pairing, ids: dict[str, str]) -> None:
 
 
 def _print_table(pairing: Pairing, titles: dict[str, str]) -> None:
-    import rich.box
-    from rich.table import Table
-
     for letter, title in titles.items():
         typer.echo(f"{letter}  {title}")
+    names = short_names((row.protocol for row in pairing.comparisons), short_protocol)
     several = len(pairing.comparisons) > 1
-    grid = Table(box=rich.box.SIMPLE_HEAD, pad_edge=False)
-    names = ["metric", "items", "A", "B", "A against B", "only A / only B right", "p"]
-    for i, name in enumerate([*names, *(["p (Holm)"] if several else []), "verdict"]):
-        grid.add_column(name, justify="left" if i == 0 or name == "verdict" else "right")
+    numbers = ["items", "A", "B", "A against B", "only A / only B right", "p"]
+    numbers += ["p (Holm)"] if several else []
+    rows = []
     for row in pairing.comparisons:
         ps = [_p(row.p), *([_p(row.p_holm)] if several else [])]
-        style = "" if row.verdict in ("A better", "B better") else "dim"
-        title = column_title(f"{row.metric} {row.protocol}")
-        grid.add_row(title, f"{row.items:,}", *_values(row), *ps, row.verdict, style=style)
-    if pairing.comparisons:
-        wide_console().print(grid)
-    for line in _notes(pairing):
+        title = f"{metric_name(row.metric)} {names[row.protocol]}"
+        rows.append([title, f"{row.items:,}", *_values(row), *ps, row.verdict])
+    if rows:
+        typer.echo("")
+        print_columns(
+            ["score", *numbers, "verdict"], rows, right=numbers,
+            unbroken=("score", "A", "B", "A against B", "verdict"),
+            colors={"A better": "green", "B better": "green"},
+        )  # fmt: skip
+        typer.echo("")
+    for line in [*_notes(pairing), *(f"{s} = {p}" for p, s in names.items() if s != p)]:
         say(line)
 
 

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
+import sys
 from collections.abc import Sequence
 
 import typer
 
-from prunebench.cli.console import wide_console
+from prunebench.cli.console import print_columns, terminal_width, wrapped
 from prunebench.errors import MissingResource
 from prunebench.results.compare import Table
 from prunebench.results.published import PublishedValue, Twin, find_twins, published_values
-from prunebench.results.render import MISSING, value_text
+from prunebench.results.render import MISSING, metric_name, value_text
 
 _LEGEND = (
     "difference: ours minus theirs; agrees: within {ppl:.0%} of a perplexity, {acc:.0f} point of "
@@ -49,40 +51,51 @@ def twin_record(twin: Twin) -> dict[str, object]:
 
 
 def print_twins(twins: Sequence[Twin], *, legend: str, title: str = "published") -> None:
-    """Print pairs of values as a table a model; `title` is what stands against ours."""
-    import rich.box
-    import rich.table
-    from rich.text import Text
+    """Print pairs of values, a table for every model, score and calibration of ours.
 
-    console = wide_console()
-    colors = {"agrees": "green", "better": "cyan", "worse": "red"}
-    for model in dict.fromkeys(twin.published.model for twin in twins):
-        grid = rich.table.Table(
-            title=f"{model}, {title}",
-            title_justify="left",
-            box=rich.box.SIMPLE_HEAD,
-            pad_edge=False,
-        )
-        for i, column in enumerate(
-            ("method", "sparsity", "score", "ours", "theirs", "difference", "verdict", "source")
-        ):
-            grid.add_column(column, justify="right" if 3 <= i <= 5 else "left", overflow="fold")
-        grid.add_column("our calibration", overflow="fold")
-        for twin in (t for t in twins if t.published.model == model):
-            value = twin.published
-            grid.add_row(
-                _method(value),
-                value.sparsity if value.method != "dense" else MISSING,
-                f"{'ppl' if value.metric == 'token_ppl' else value.metric} {value.protocol}",
-                _with_error(value.metric, twin.mean, twin.error),
-                _with_error(value.metric, value.value, value.std),
-                difference_text(twin),
-                Text(twin.verdict, colors[twin.verdict]),
-                value.source + (f" ({value.note})" if value.note else ""),
-                _calibration(twin),
-            )
-        console.print(grid)
-    console.print(Text(legend, style="dim"))
+    Args:
+        twins: The pairs.
+        legend: What the difference and the verdict mean.
+        title: What stands against ours.
+    """
+    width = terminal_width() if sys.stdout.isatty() else None
+    numbers = ("ours", "theirs", "difference")
+    for head, of_head in itertools.groupby(sorted(twins, key=_head), key=_head):
+        for line in wrapped([*head, title], width, indent="  "):
+            typer.secho(line, bold=True)
+        rows = [
+            [
+                _method(twin.published),
+                twin.published.sparsity if twin.published.method != "dense" else MISSING,
+                _with_error(twin.published.metric, twin.mean, twin.error),
+                _with_error(twin.published.metric, twin.published.value, twin.published.std),
+                difference_text(twin), twin.verdict, _source(twin.published),
+            ]
+            for twin in of_head
+        ]  # fmt: skip
+        print_columns(
+            ["method", "sparsity", *numbers, "verdict", "source"], rows, right=numbers,
+            unbroken=("method", "sparsity", *numbers, "verdict"),
+            colors={"agrees": "green", "better": "cyan", "worse": "red"},
+        )  # fmt: skip
+        typer.echo("")
+    for line in wrapped([legend], width):
+        typer.secho(line, dim=True)
+
+
+def _head(twin: Twin) -> tuple[str, ...]:
+    """Return what the rows of one table share."""
+    value = twin.published
+    calibration = _calibration(twin)
+    return (
+        value.model,
+        f"{metric_name(value.metric)} on {value.protocol}",
+        *([f"ours calibrated on {calibration}"] if calibration != MISSING else []),
+    )
+
+
+def _source(value: PublishedValue) -> str:
+    return value.source + (f" ({value.note})" if value.note else "")
 
 
 def difference_text(twin: Twin) -> str:

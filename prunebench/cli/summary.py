@@ -7,7 +7,8 @@ from typing import Any
 
 import typer
 
-from prunebench.results.render import column_title, number
+from prunebench.results.names import short_protocol
+from prunebench.results.render import metric_name, number, value_text
 from prunebench.results.schema import ExecutionBlock, Result
 
 _MASKS = {"masks": "masks applied", "prior": "the training began with masks"}
@@ -30,17 +31,18 @@ def print_summary(result: Result, path: Path, setup: Any, *, masks: str | None =
         title += f", spread by {result.spec.allocation}"
     typer.echo(f"{title} on {result.spec.model}")
     for score in result.scores:
-        line = f"  {column_title(f'{score.metric} {score.protocol}')}  {number(score.value)}"
+        short = short_protocol(score.protocol)
+        line = f"  {metric_name(score.metric)} {short}  {value_text(score.metric, score.value)}"
         if name != "dense" and score.dense_value:
             ratio = score.value / score.dense_value
-            line += f"  (dense {number(score.dense_value)}, {number(ratio)}x"
+            line += f"  (dense {value_text(score.metric, score.dense_value)}, {number(ratio)}x"
             before = [
-                number(prior.value)
+                value_text(prior.metric, prior.value)
                 for prior in (result.training.prior_scores if result.training else [])
                 if (prior.metric, prior.protocol) == (score.metric, score.protocol)
             ]
             line += "".join(f"; the prior {value}" for value in before) + ")"
-        typer.echo(line)
+        typer.echo(line + (f"  {score.protocol}" if short != score.protocol else ""))
     if name != "dense":
         typer.echo(
             f"  {sparsity.realised_ratio:.2%} of {result.model.prunable_parameters:,} weights "

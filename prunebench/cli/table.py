@@ -3,24 +3,20 @@
 from __future__ import annotations
 
 import os
-import re
-import shutil
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import typer
 
+from prunebench.cli.console import length, padded, printable, terminal_width, wrapped
 from prunebench.results.columns import NAMED_RANK, SHOWN_RANK, Column
 from prunebench.results.finding import finding
 from prunebench.results.overview import Block, Line, Overview
 
-_WIDTH_OF_A_PIPE = 100
-_LEAST_WIDTH = 80
 _BAR = 8
 _NEEDED_RANK = 4  # columns up to this rank come before long names
 _EIGHTHS = " ▏▎▍▌▋▊▉█"
-_ASCII = str.maketrans({"±": "+-", "·": "|", "█": "#", "×": "x", **dict.fromkeys("▏▎▍▌▋▊▉", "-")})
 
 
 @dataclass(frozen=True)
@@ -55,22 +51,6 @@ def print_overview(tables: Overview, *, columns: Sequence[str] = (), wide: bool 
         typer.echo(printable(text, encoding))
 
 
-def terminal_width() -> int:
-    """Return the columns of the terminal: 80 at the least, and 100 where there is none."""
-    if not sys.stdout.isatty() and not os.environ.get("COLUMNS"):
-        return _WIDTH_OF_A_PIPE
-    return max(_LEAST_WIDTH, shutil.get_terminal_size().columns)
-
-
-def printable(text: str, encoding: str) -> str:
-    """Return a text with what an encoding lacks (`±`, bars) as ASCII."""
-    try:
-        text.encode(encoding)
-    except (UnicodeEncodeError, LookupError):
-        return text.translate(_ASCII)
-    return text
-
-
 def overview_lines(
     tables: Overview, *, width: int | None, columns: Sequence[str] = ()
 ) -> list[_Styled]:
@@ -88,14 +68,14 @@ def overview_lines(
         layout = _Layout.of(block, width=width, keys=columns)
         layouts.append(layout)
         hidden |= dict.fromkeys(layout.hidden)
-        head = _wrapped([block.model, *block.caption], width, indent="  ")
+        head = wrapped([block.model, *block.caption], width, indent="  ")
         bold = len(block.model) if head[0].startswith(block.model) else 0
         lines += [_Styled(head[0], end=bold), *map(_Styled, head[1:])]
         for section in block.sections:
             lines.append(_Styled(layout.titles(section.title), end=len(section.title)))
             for line in section.lines:
                 lines += layout.row(line)
-        lines += map(_Styled, _wrapped([finding(block)], width, indent="  "))
+        lines += map(_Styled, wrapped([finding(block)], width, indent="  "))
         lines.append(_Styled(""))
     left_out = [f"hidden: {', '.join(hidden)} (--columns NAMES, --wide)"] if hidden else []
     settings = sum(block.hidden_settings for block in tables.blocks)
@@ -104,7 +84,7 @@ def overview_lines(
     bars = any(fitted.bar for layout in layouts for fitted in layout.columns)
     legend = [*tables.legend, *(["bar: what is left of dense"] if bars else [])]
     for texts in (legend, left_out):
-        lines += [_Styled(text, dim=True) for text in _wrapped(texts, width, indent="  ")]
+        lines += [_Styled(text, dim=True) for text in wrapped(texts, width, indent="  ")]
     return lines
 
 
@@ -120,7 +100,7 @@ class _Layout:
     @classmethod
     def of(cls, block: Block, *, width: int | None, keys: Sequence[str]) -> _Layout:
         rows = [line for section in block.sections for line in section.lines]
-        labels = [_length(" ".join(line.words)) for line in rows]
+        labels = [length(" ".join(line.words)) for line in rows]
         every = [_Fitted.of(column, rows) for column in block.columns]
         if width is None:
             named = [c for c in every if c.column.key in keys] if keys else every
@@ -129,7 +109,7 @@ class _Layout:
         named = [by_key[key] for key in keys if key in by_key]
         offered = named or [c for c in every if c.column.rank < SHOWN_RANK]
         # a method's name of more than half a line stands on a line of its own
-        names = [n for line in rows if (n := _length(line.words[0])) <= width // 2]
+        names = [n for line in rows if (n := length(line.words[0])) <= width // 2]
         least = max([16, *names])
         wanted = min(max(labels), max(least, int(0.28 * width)))
         taken: list[_Fitted] = []
@@ -155,15 +135,15 @@ class _Layout:
     def titles(self, section: str) -> str:
         """Return the line that begins a section, with the titles of the columns."""
         cells = "".join(f"  {fitted.title}" for fitted in self.columns)
-        return (_pad(section, self.label + 1) + cells).rstrip()
+        return (padded(section, self.label + 1) + cells).rstrip()
 
     def row(self, line: Line) -> list[_Styled]:
         """Return a row, and below it what of its name and settings has no place, and its note."""
         first, rest = _split(line.words, self.label)
         cells = "".join(f"  {fitted.cell(line)}" for fitted in self.columns)
-        text = (line.mark + _pad(first, self.label) + cells).rstrip()
+        text = (line.mark + padded(first, self.label) + cells).rstrip()
         row = _Styled(text, end=len(line.mark + first) if line.mark == "*" else 0, good=True)
-        texts = _wrapped(rest, self.width, between=" ", first="   ", indent="   ")
+        texts = wrapped(rest, self.width, between=" ", first="   ", indent="   ")
         below = [_Styled(text) for text in texts]
         # a name that is wider than its column has a line of its own, above the values
         lines = [row, *below] if first else [*below[:1], row, *below[1:]]
@@ -176,20 +156,22 @@ class _Fitted:
     """A column with the widths that its rows need: of a value, and of what follows ` ± `."""
 
     column: Column
+    texts: Mapping[int, str]  # by `id` of the line
     value: int
     error: int
     bar: int
 
     @classmethod
     def of(cls, column: Column, rows: Iterable[Line]) -> _Fitted:
-        parts = [column.text(line.cell).partition(" ± ") for line in rows]
-        value = max([_length(part[0]) for part in parts])
-        error = max(_length(part[1] + part[2]) for part in parts)
-        value = max(value, _length(column.title) - (0 if column.bar else error))
-        return cls(column, value, error, _BAR + 1 if column.bar else 0)
+        texts = {id(line): column.text(line.cell) for line in rows}
+        parts = [text.partition(" ± ") for text in texts.values()]
+        value = max([length(part[0]) for part in parts])
+        error = max(length(part[1] + part[2]) for part in parts)
+        value = max(value, length(column.title) - (0 if column.bar else error))
+        return cls(column, texts, value, error, _BAR + 1 if column.bar else 0)
 
     def without_bar(self) -> _Fitted:
-        return _Fitted(self.column, self.value, self.error, 0)
+        return _Fitted(self.column, self.texts, self.value, self.error, 0)
 
     @property
     def plain_total(self) -> int:
@@ -202,17 +184,17 @@ class _Fitted:
     @property
     def title(self) -> str:
         if self.column.words:
-            return _pad(self.column.title, self.value)
-        fits = _length(self.column.title) <= self.value
+            return padded(self.column.title, self.value)
+        fits = length(self.column.title) <= self.value
         over = self.value if fits else self.value + self.error
-        return _pad(self.column.title.rjust(over), self.total - 2)
+        return padded(self.column.title.rjust(over), self.total - 2)
 
     def cell(self, line: Line) -> str:
-        value, middle, error = self.column.text(line.cell).partition(" ± ")
+        value, middle, error = self.texts[id(line)].partition(" ± ")
         if self.column.words:
-            return _pad(value, self.value)
-        text = " " * (self.value - _length(value)) + _pad(value + middle + error,
-                                                          _length(value) + self.error)  # fmt: skip
+            return padded(value, self.value)
+        text = " " * (self.value - length(value)) + padded(value + middle + error,
+                                                          length(value) + self.error)  # fmt: skip
         if not self.bar or self.column.bar is None:
             return text
         return f"{text} {_bar(self.column.bar(line.cell))}"
@@ -229,63 +211,6 @@ def _split(words: Sequence[str], width: int) -> tuple[str, list[str]]:
     """Return as many whole words as fit, and the rest."""
     for count in range(len(words), 0, -1):
         text = " ".join(words[:count])
-        if _length(text) <= width:
+        if length(text) <= width:
             return text, list(words[count:])
     return "", list(words)
-
-
-def _wrapped(
-    parts: Sequence[str], width: int | None, *, between: str = " · ", first: str = "",
-    indent: str = "",
-) -> list[str]:  # fmt: skip
-    """Put parts one after the other; a line ends between parts, or else between words.
-
-    `first` is what the first line begins with, `indent` the others.
-    """
-    lines: list[str] = []
-    line = ""
-
-    def add(text: str, middle: str) -> None:
-        nonlocal line
-        begin = indent if lines else first
-        if not line:
-            line = begin + text
-        elif width is None or _length(line + middle + text) <= width:
-            line += middle + text
-        else:
-            lines.append(line)
-            line = indent + text
-
-    for part in parts:
-        if width is None or _length(indent + part) <= width:
-            add(part, between)
-            continue
-        for i, word in enumerate(part.split()):
-            for j, piece in enumerate(_pieces(word, width - _length(indent or first))):
-                add(piece, "" if j else " " if i else between)
-    return [*lines, line] if line else lines
-
-
-def _pieces(word: str, room: int) -> list[str]:
-    """Return a word in parts that fit a line: a path ends a line behind a slash, if it has to."""
-    pieces = [""]
-    for part in re.findall(r"[^/:=,.]*[/:=,.]|[^/:=,.]+", word) if _length(word) > room else [word]:
-        for text in [part] if _length(part) <= room else part:  # else character by character
-            if _length(pieces[-1] + text) <= room:
-                pieces[-1] += text
-            else:
-                pieces.append(text)
-    return pieces
-
-
-def _pad(text: str, width: int) -> str:
-    return text + " " * max(0, width - _length(text))
-
-
-def _length(text: str) -> int:
-    """Return how many columns of a terminal a text takes: a wide character takes two."""
-    if text.isascii():
-        return len(text)
-    from rich.cells import cell_len
-
-    return cell_len(text)

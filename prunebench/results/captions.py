@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from prunebench.options import options_of
-from prunebench.results.columns import Ranking, metric_name, plus_minus, task_means
+from prunebench.results.columns import Ranking, plus_minus, task_means
 from prunebench.results.compare import Cell, Table
 from prunebench.results.names import short_method, short_names, short_protocol, short_text
-from prunebench.results.render import SETTING_NAMES, setting_text, usual_texts
+from prunebench.results.render import SETTING_NAMES, metric_name, setting_text, usual_texts
 from prunebench.spec import RunSpec
 
 _OPTIONS = options_of(RunSpec)

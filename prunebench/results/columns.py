@@ -13,7 +13,6 @@ from prunebench.results.cell_score import CellScore
 from prunebench.results.compare import Cell, CellBench
 from prunebench.results.render import (
     FROM_ZERO,
-    METRIC_NAMES,
     MISSING,
     setting_text,
     value_text,
@@ -297,8 +296,3 @@ def duration(seconds: float | None) -> str:
             amount = seconds / size
             return f"{amount:.0f} {unit}" if amount >= 9.95 else f"{amount:.1f} {unit}"
     return f"{seconds:.1f} s" if seconds < 0.95 else f"{seconds:.0f} s"
-
-
-def metric_name(metric: str) -> str:
-    """Return what people call a metric."""
-    return METRIC_NAMES.get(metric, metric)

@@ -31,13 +31,12 @@ from prunebench.results.columns import (
     column_of_score,
     columns_of_cost,
     columns_of_settings,
-    metric_name,
     seeds_of,
     task_means,
 )
 from prunebench.results.compare import Cell, Table
 from prunebench.results.fold import NOISE_STANDARD_ERRORS
-from prunebench.results.render import SETTING_NAMES, value_text
+from prunebench.results.render import SETTING_NAMES, metric_name, value_text
 from prunebench.spec import RunSpec
 
 BESIDE_DENSE = "x_dense"

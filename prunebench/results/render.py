@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from pandas import DataFrame
 
 MISSING = "-"
-METRIC_NAMES = {"token_ppl": "ppl"}
+_METRIC_NAMES = {"token_ppl": "ppl"}
 _RATIOS = ("acc", "acc_norm", "exact_match", "top1_changed")  # shown in percent
 FROM_ZERO = ("kl_divergence", "top1_changed")  # the dense model has 0: the value is the difference
 SETTING_NAMES = {
@@ -81,7 +81,12 @@ def text_columns(table: Table) -> int:
 def column_title(column: str) -> str:
     """Return `ppl wiki-sample/held-out/512/v1` for a column key."""
     metric, _, protocol = column.partition(" ")
-    return f"{METRIC_NAMES.get(metric, metric)} {protocol}"
+    return f"{metric_name(metric)} {protocol}"
+
+
+def metric_name(metric: str) -> str:
+    """Return what people call a metric: `ppl` for `token_ppl`."""
+    return _METRIC_NAMES.get(metric, metric)
 
 
 def row(table: Table, cell: Cell, *, bold: tuple[str, str]) -> list[str]:

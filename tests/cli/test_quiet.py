@@ -97,7 +97,7 @@ def noisy(tiny_run, gguf_file, task_folder):
 def test_a_quiet_run_leaves_stderr_empty(cli, tiny_run, gguf_file, task_folder):
     outcome = cli(*noisy(tiny_run, gguf_file, task_folder), "-q")
     assert outcome.stderr == ""
-    assert "acc lm-eval/choose" in outcome.stdout and "model saved to out" in outcome.stdout
+    assert "acc choose" in outcome.stdout and "model saved to out" in outcome.stdout
 
 
 def test_a_run_that_is_not_quiet_shows_our_stages_and_no_bar_of_others(
