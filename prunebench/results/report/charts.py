@@ -9,8 +9,8 @@ specification, so both get the same picture.
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, ParamSpec, cast
 
 from prunebench.results.render import value_text
 from prunebench.results.report.theme import SHAPES, theme_params, vega_config
@@ -19,10 +19,12 @@ if TYPE_CHECKING:
     import altair as alt
 
 Spec = dict[str, Any]
+P = ParamSpec("P")
 SEPARATOR = "\u2063"  # invisible: between the id, the label and the value of a line
 PARAMS = ("ink", "muted", "front", "back", "methods", "narrow", "columns")
 PAPER_WIDTH = 480
 _DODGE = 10  # pixels between points that would hide each other
+_SPREAD = 36  # pixels that they take together at most
 X_AXES = {
     "zeros": ("share of zeros", "%"),
     "bytes": ("bytes, of the dense model's", "~g"),
@@ -30,6 +32,22 @@ X_AXES = {
     "prefill": ("prefill speed, times dense", "~g"),
 }
 """What quality is set against: the title of the axis, and the format of its ticks."""
+
+
+def _specification(build: Callable[P, Spec]) -> Callable[P, Spec]:
+    """Build a specification once for the same arguments, and without Altair's validation.
+
+    Validation takes longer than all else; the tests validate every specification.
+    """
+
+    @functools.wraps(build)
+    def without_validation(*args: P.args, **kwargs: P.kwargs) -> Spec:
+        from altair.utils.schemapi import debug_mode
+
+        with debug_mode(False):
+            return build(*args, **kwargs)
+
+    return cast("Callable[P, Spec]", functools.cache(without_validation))
 
 
 def fill(
@@ -61,7 +79,6 @@ def fill(
 
 def _finish(chart: alt.LayerChart | alt.FacetChart, *, height: Any) -> Spec:
     """Turn a chart into a specification with its parameters and size."""
-    # validation takes longer than all else; the tests validate every chart
     spec: Spec = chart.to_dict(validate=False)
     # a chart has the colors of the page or of a paper, never Altair's own
     spec.pop("config", None)
@@ -129,7 +146,7 @@ def value_title(metric: str, *, log: bool, higher_is_better: bool) -> str:
 # ---------------------------------------------------------------- quality against zeros
 
 
-@functools.cache
+@_specification
 def trade_off(
     metric: str, methods: tuple[str, ...], *, against: str, log: bool, higher_is_better: bool
 ) -> Spec:
@@ -245,9 +262,11 @@ def _side_by_side(chart: alt.Chart, against: str, *, log: bool) -> Any:
             number="row_number()", groupby=["band", "place"],
             sort=[alt.SortField("pattern"), alt.SortField("shown")],
         )
-        # 0, 1, -1, 2, ...
+        .transform_joinaggregate(count="count()", groupby=["band", "place"])
+        # 0, 1, -1, 2, ... steps; closer together where there are many
         .transform_calculate(
-            dodge=f"{_DODGE} * floor(datum.number / 2) * (datum.number % 2 ? -1 : 1)"
+            dodge=f"min({_DODGE}, {_SPREAD} / datum.count) * floor(datum.number / 2)"
+            " * (datum.number % 2 ? -1 : 1)"
         )
     )  # fmt: skip
 
@@ -276,7 +295,7 @@ def _on_front(chart: alt.Chart, against: str, *, higher_is_better: bool) -> Any:
 # ---------------------------------------------------------------- one line a row
 
 
-@functools.cache
+@_specification
 def lines(
     title: str, methods: tuple[str, ...], *, log: bool, number_format: str, dense: bool = True,
     bars: bool = False,
@@ -344,7 +363,7 @@ def _line_axis(part: int, orient: Any, limit: Any) -> Any:
 # ---------------------------------------------------------------- layers, learning
 
 
-@functools.cache
+@_specification
 def layer_map(title: str, *, log: bool, number_format: str) -> Spec:
     """Draw a quantity of one run: modules downwards, blocks to the right.
 
@@ -381,7 +400,7 @@ def layer_map(title: str, *, log: bool, number_format: str) -> Spec:
     )
 
 
-@functools.cache
+@_specification
 def learning_curves() -> Spec:
     """Draw held-out perplexities, on a log scale, against tokens; one line a training.
 

@@ -21,8 +21,12 @@ const model = () => page.models[state.model];
 const column = () => model().columns.find(({ key }) => key === state.column);
 
 function joined() {
-  const scores = model().scores[state.column];
-  return model().rows.filter(({ id }) => id in scores).map((row) => ({ ...row, ...scores[row.id] }));
+  const scores = model().scores[state.column], sign = column().metric.endsWith("+") ? -1 : 1;
+  const loss = ({ value }) => (typeof value === "number" ? sign * value : Infinity);
+  const sparsity = (row) => (row.method === "dense" ? -1 : row.ratio + (row.pattern ? 1e-6 : 0));
+  return model().rows.filter(({ id }) => id in scores).map((row) => ({ ...row, ...scores[row.id] }))
+    .sort((a, b) => sparsity(a) - sparsity(b) || (a.sparsity ?? "").localeCompare(b.sparsity ?? "") || loss(a) - loss(b) || a.order - b.order)
+    .map((row, order) => ({ ...row, order }));
 }
 
 function passes(row) {

@@ -52,13 +52,19 @@ def scale_of(part: ModelPart, column: str) -> Scale:
 
 
 def score_rows(part: ModelPart, column: str) -> list[Fields]:
-    """Return the rows of the table that have a score in a column, with that score."""
+    """Return the rows that have a score in a column, with that score, best first in a sparsity."""
     scale = scale_of(part, column)
+    scored = [row for row in part.rows if column in row.cell.scores]
+    scored.sort(key=lambda row: (row.cell.method != "dense", *row.cell.order, _loss(row, column)))
     return [
-        row_fields(row) | score_fields(row, row.cell.scores[column], scale)
-        for row in part.rows
-        if column in row.cell.scores
+        row_fields(row) | score_fields(row, row.cell.scores[column], scale) | {"order": place}
+        for place, row in enumerate(scored)
     ]
+
+
+def _loss(row: Row, column: str) -> float:
+    loss = row.cell.scores[column].loss
+    return math.inf if math.isnan(loss) else loss
 
 
 def row_fields(row: Row) -> Fields:
