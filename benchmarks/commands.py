@@ -73,7 +73,7 @@ def compare_2000() -> list[Figure]:
 @figure("report-2000")
 def report_2000() -> list[Figure]:
     """The page of the same results."""
-    return [_with_2000_results("report-2000", 10, ["report", "--force", "-o", "report.html"])]
+    return [_with_2000_results("report-2000", 6, ["report", "--force", "-o", "report.html"])]
 
 
 def _with_2000_results(name: str, limit: float, arguments: list[str]) -> Figure:

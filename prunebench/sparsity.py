@@ -8,6 +8,7 @@ count kept ones); here N is always the number that is kept, so 1:4 prunes 75%.
 
 from __future__ import annotations
 
+import functools
 import math
 import re
 from dataclasses import dataclass
@@ -56,6 +57,7 @@ class Sparsity:
         return cls(ratio=float(1 - Fraction(kept, group)), kept=kept, group=group)
 
     @classmethod
+    @functools.cache  # a table of 2,000 results asks thousands of times for the same few
     def parse(cls, text: str) -> Sparsity:
         """Read "0.5", "50%" or "2:4"; several, split by commas, must say the same.
 

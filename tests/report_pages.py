@@ -1,6 +1,8 @@
 """Results for the report, and its page as a browser would read it."""
 
 import itertools
+import json
+import re
 from html.parser import HTMLParser
 
 from benchmarks.fixtures.generated import generate_result
@@ -48,6 +50,17 @@ def with_training(seed, held_out):
 
 def page_of(results, **how):
     return render_page(build_report(results, **how))
+
+
+def data_of(page):
+    """What the page's script reads."""
+    return json.loads(re.search(r'id="data">(.*?)</script>', page, re.DOTALL)[1])
+
+
+def scored(model, column=0):
+    """The rows of a model with their scores in a column, as the page's script joins them."""
+    scores = model["scores"][model["columns"][column]["key"]]
+    return [row | scores[row["id"]] for row in model["rows"] if row["id"] in scores]
 
 
 class Page(HTMLParser):

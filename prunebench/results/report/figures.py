@@ -2,42 +2,143 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from prunebench.errors import MissingResource, SaveError
+from prunebench.errors import SaveError
 from prunebench.files import atomic_file, require_writable, write_text
-from prunebench.results.report.drawing import LIGHT, Box, Drawing, Line, Mark, Shape, to_svg
+from prunebench.results.render import column_title
+from prunebench.results.report import charts
+from prunebench.results.report.data import ModelPart, Report
+from prunebench.results.report.page import (
+    LAYER_TITLES,
+    MAX_CURVES,
+    axes_of,
+    cost_spec,
+    layer_spec,
+    lines_spec,
+    metric_key,
+    trade_off_spec,
+)
+from prunebench.results.report.payload import (
+    COSTS,
+    Fields,
+    clean,
+    cost_rows,
+    curve_rows,
+    heat_rows,
+    published_rows,
+    score_rows,
+)
+from prunebench.spec import slug
 
 FORMATS = ("pdf", "svg", "png")
-_POINTS = 0.75  # of a pixel
-_SETTINGS: Any = {
-    "pdf.fonttype": 42,  # letters stay letters
-    "svg.fonttype": "none",
-    "svg.hashsalt": "prunebench",
-    "text.parse_math": False,  # a $ in a name is a $
-    "font.family": "sans-serif",
-    "font.sans-serif": ["Arial", "Liberation Sans", "DejaVu Sans"],
-}
+MAX_HEAT_FILES = 12
+MAX_LINES = 60  # more rows than these are not readable in one figure
+_PNG_SCALE = 300 / 72  # 300 dots an inch
 
 
-def require_figures(folder: Path, names: Sequence[str], *, force: bool) -> None:
-    """Find out before the work whether figures can be made and written.
+@dataclass(frozen=True)
+class Figure:
+    """A chart with its data, and the name of its files."""
+
+    name: str
+    spec: charts.Spec
+
+
+def figures_of(report: Report) -> tuple[list[Figure], int]:
+    """Return the figures of a report, and how many heat maps are left out."""
+    figures: list[Figure] = []
+    left_out = 0
+    for part in report.models:
+        named = [*_scores(part, report), *_curves(part), *_layers(part), *_costs(part, report)]
+        figures += [Figure(f"{slug(part.table.model)}-{name}", spec) for name, spec in named]
+        if part.heat:
+            left_out += max(0, len(part.heat.runs) - MAX_HEAT_FILES) + part.heat.left_out
+    return _with_unique_names(figures), left_out
+
+
+def _with_unique_names(figures: Sequence[Figure]) -> list[Figure]:
+    # slugs drop punctuation, so two protocols may give the same file name
+    unique: dict[str, Figure] = {}
+    for figure in figures:
+        name, number = figure.name, 2
+        while name in unique:
+            name, number = f"{figure.name}-{number}", number + 1
+        unique[name] = Figure(name, figure.spec)
+    return list(unique.values())
+
+
+_Named = Iterator[tuple[str, charts.Spec]]
+
+
+def _methods(report: Report) -> tuple[str, ...]:
+    return tuple(map(clean, report.methods))
+
+
+def _scores(part: ModelPart, report: Report) -> _Named:
+    for column in part.table.columns:
+        rows = [row for row in score_rows(part, column) if row.get("short")]
+        published = published_rows(part, column, first=len(part.rows))
+        if all(row["method"] == "dense" for row in rows):
+            continue
+        key, title = metric_key(part, column), clean(column_title(column))
+        metric, _, protocol = column.partition(" ")
+        name = slug(f"{metric}-{protocol}")
+        for against in axes_of(part):
+            spec = trade_off_spec(key, _methods(report), against)
+            values = {"rows": rows, "published": published if against == "zeros" else []}
+            heading = f"{title} against {charts.X_AXES[against][0]}"
+            yield f"{name}-against-{against}", charts.fill(spec, values, title=heading)
+        spec = lines_spec(key, _methods(report))
+        lines: list[Fields] = [*rows[: MAX_LINES + 1], *published[:MAX_LINES]]
+        yield f"{name}-by-method", charts.fill(spec, {"rows": lines}, title=title)
+
+
+def _curves(part: ModelPart) -> _Named:
+    points = [row for curve in part.curves[:MAX_CURVES] for row in curve_rows(curve)]
+    if points:
+        title = "Perplexity of the hard mask on held-out training text"
+        yield (
+            "learning-curves",
+            charts.fill(charts.learning_curves(), {"rows": points}, title=title),
+        )
+
+
+def _layers(part: ModelPart) -> _Named:
+    for run in part.heat.runs[:MAX_HEAT_FILES] if part.heat else ():
+        for quantity, title in LAYER_TITLES.items():
+            rows = heat_rows(part.heat, run, quantity) if part.heat else []
+            if rows:
+                name = f"{slug(run.name)}-layer-{'sparsity' if quantity == 'ratio' else 'loss'}"
+                heading = f"{title}: {clean(run.name)}"
+                yield name, charts.fill(layer_spec(quantity), {"rows": rows}, title=heading)
+
+
+def _costs(part: ModelPart, report: Report) -> _Named:
+    for number, machine in enumerate(sorted({cost.machine for cost in part.costs})):
+        for quantity, (title, _, _) in COSTS.items():
+            rows = [r for r in cost_rows(part, quantity, machine) if r.get("short")][:MAX_LINES]
+            if rows:
+                heading = f"{title}, {machine}"
+                spec = charts.fill(
+                    cost_spec(quantity, _methods(report)), {"rows": rows}, title=heading
+                )
+                yield f"{slug(title.lower())}-{number}", spec
+
+
+# ---------------------------------------------------------------- files
+
+
+def require_figures(folder: Path, figures: Sequence[Figure], *, force: bool) -> None:
+    """Find out before the work whether figures can be written.
 
     Raises:
-        MissingResource: matplotlib is not installed.
         SaveError: The folder cannot be written to, or holds one of the files and not `force`.
     """
-    if importlib.util.find_spec("matplotlib") is None:
-        raise MissingResource(
-            "matplotlib is not installed",
-            where="figures for a paper are drawn by it",
-            fix="pip install 'prunebench[report]'",
-        )
     require_writable(folder)
-    taken = [path for name in names for path in _paths(folder, name) if path.exists()]
+    taken = [path for figure in figures for path in _paths(folder, figure) if path.exists()]
     if taken and not force:
         raise SaveError(
             f"{taken[0]} exists already",
@@ -46,86 +147,35 @@ def require_figures(folder: Path, names: Sequence[str], *, force: bool) -> None:
         )
 
 
-def write_figures(folder: Path, drawings: Sequence[tuple[str, Drawing]]) -> list[Path]:
-    """Write every drawing in every format under its name; the same ones give the same bytes.
+def write_figures(folder: Path, figures: Sequence[Figure]) -> list[Path]:
+    """Write every figure in every format under its name.
+
+    The same figures give the same SVG and PNG; a PDF has its parts in another order each time.
 
     Raises:
         SaveError: A file could not be written.
     """
+    import vl_convert
+
     written = []
-    for name, drawing in drawings:
-        for path in _paths(folder, name):
+    for figure in figures:
+        # one conversion gives the picture, the other formats are made from it
+        svg = vl_convert.vegalite_to_svg(figure.spec)
+        for path in _paths(folder, figure):
             if path.suffix == ".svg":
-                write_text(path, to_svg(drawing, themed=False) + "\n")
+                write_text(path, svg + "\n")
             else:
-                _write(path, drawing)
+                is_pdf = path.suffix == ".pdf"
+                content = (
+                    vl_convert.svg_to_pdf(svg)
+                    if is_pdf
+                    else vl_convert.svg_to_png(svg, scale=_PNG_SCALE)
+                )
+                with atomic_file(path) as part:
+                    part.write_bytes(content)
             written.append(path)
     return written
 
 
-def _paths(folder: Path, name: str) -> Iterator[Path]:
-    return (folder / f"{name}.{suffix}" for suffix in FORMATS)
-
-
-def _write(path: Path, drawing: Drawing) -> None:
-    import matplotlib as mpl
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    kind = path.suffix[1:]
-    with mpl.rc_context(_SETTINGS):
-        size = (drawing.width * _POINTS / 72, drawing.height * _POINTS / 72)  # inches
-        figure = Figure(figsize=size, facecolor=LIGHT["back"])
-        # without pyplot: no display is needed, and no figure stays in its global list
-        FigureCanvasAgg(figure)
-        axes = figure.add_axes((0, 0, 1, 1))
-        axes.set(xlim=(0, drawing.width), ylim=(drawing.height, 0))  # y downwards, as in SVG
-        axes.axis("off")
-        # zorder by place in the list: matplotlib would draw all patches below all lines
-        for order, shape in enumerate(drawing.shapes):
-            _draw(axes, shape, order)
-        # a date or a version in the file would make equal figures differ
-        metadata = {"pdf": {"CreationDate": None}, "png": {"Software": None}}[kind]
-        with atomic_file(path) as part:
-            figure.savefig(part, format=kind, dpi=300, metadata=metadata)
-
-
-def _color(name: str) -> str:
-    return name if name.startswith("#") else LIGHT[name]
-
-
-def _draw(axes: Any, shape: Shape, order: int) -> None:
-    from matplotlib.lines import Line2D
-    from matplotlib.patches import Polygon, Rectangle
-
-    if isinstance(shape, Line):
-        # matplotlib's dashes are in line widths, SVG's in pixels
-        dash: Any = (0, tuple(d / shape.width for d in shape.dash)) if shape.dash else "solid"
-        axes.add_line(
-            Line2D(
-                *zip(*shape.points, strict=True), color=_color(shape.color), linestyle=dash,
-                linewidth=shape.width * _POINTS, zorder=order,
-            )
-        )  # fmt: skip
-    elif isinstance(shape, Box):
-        axes.add_patch(
-            Rectangle(
-                (shape.x, shape.y), shape.width, shape.height, color=_color(shape.color),
-                alpha=shape.opacity, linewidth=0, zorder=order,
-            )
-        )  # fmt: skip
-    elif isinstance(shape, Mark):
-        stroke = shape.color if shape.hollow else "ink" if shape.outlined else "back"
-        axes.add_patch(
-            Polygon(
-                shape.corners, facecolor=_color("back" if shape.hollow else shape.color),
-                edgecolor=_color(stroke), zorder=order,
-                linewidth=(1.6 if shape.hollow or shape.outlined else 0.8) * _POINTS,
-            )
-        )  # fmt: skip
-    else:
-        axes.text(
-            shape.x, shape.y, shape.text, color=_color(shape.color), zorder=order,
-            fontsize=shape.size * _POINTS, fontweight="bold" if shape.bold else "normal",
-            ha={"start": "left", "middle": "center", "end": "right"}[shape.anchor], va="baseline",
-        )  # fmt: skip
+def _paths(folder: Path, figure: Figure) -> Iterator[Path]:
+    return (folder / f"{figure.name}.{suffix}" for suffix in FORMATS)

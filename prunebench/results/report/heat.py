@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ from prunebench.results.schema import LayerSparsity, Result
 _BLOCK = re.compile(r"^(?:.*?\.)?(\d+)\.(.+)$")
 # mlp.experts.7.w1 -> mlp.experts.*.w1
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.|$)")
+_MIN_RANGE = 0.01  # realised ratios that differ by less than this are all of one color
 
 
 @dataclass(frozen=True)
@@ -19,30 +21,44 @@ class HeatRun:
     """One run: a value for every module (row) and block (column), None where it has no such layer.
 
     Attributes:
+        anchor: The place of its row in the page.
         losses: Empty where no loss is known.
     """
 
     name: str
-    result_id: str
+    anchor: str
     ratios: tuple[float | None, ...]
     losses: tuple[float | None, ...]
 
 
 @dataclass(frozen=True)
 class HeatMap:
-    """A grid of modules and blocks, and the runs that fill it, module after module."""
+    """A grid of modules and blocks, and the runs that fill it, module after module.
+
+    Attributes:
+        left_out: How many more runs there are.
+    """
 
     modules: tuple[str, ...]
     blocks: tuple[int, ...]
     runs: tuple[HeatRun, ...]
+    left_out: int
 
 
-def heat_map(runs: Sequence[tuple[str, Result]]) -> HeatMap | None:
-    """Make a heat map of the runs whose layers differ: by allocation, or by a known loss."""
+def heat_map(
+    runs: Sequence[tuple[str, str, Result]], *, at_most: int | None = None
+) -> HeatMap | None:
+    """Make a heat map of the runs whose layers differ: by allocation, or by a known loss.
+
+    Args:
+        runs: Name, place in the page, and result of each.
+        at_most: How many of them, the first ones; None for all.
+    """
+    telling = [(name, anchor, result) for name, anchor, result in runs if _differs(result)]
     folded = {
-        result.id: (name, _fold(result.sparsity.layers))
-        for name, result in runs
-        if result.sparsity and result.sparsity.layers and _differs(result)
+        anchor: (name, _fold(result.sparsity.layers))
+        for name, anchor, result in telling[:at_most]
+        if result.sparsity
     }
     # a set that keeps the order of the layers in the model
     places = dict.fromkeys(place for _, layers in folded.values() for place in layers)
@@ -55,14 +71,15 @@ def heat_map(runs: Sequence[tuple[str, Result]]) -> HeatMap | None:
     return HeatMap(
         modules=modules,
         blocks=blocks,
-        runs=tuple(
-            _run(name, result_id, layers, grid) for result_id, (name, layers) in folded.items()
-        ),
+        left_out=len(telling) - len(folded),
+        runs=tuple(_run(name, anchor, layers, grid) for anchor, (name, layers) in folded.items()),
     )
 
 
 def _differs(result: Result) -> bool:
     layers = result.sparsity.layers if result.sparsity else []
+    if not layers:
+        return False
     return result.spec.allocation != "uniform" or any(layer.loss is not None for layer in layers)
 
 
@@ -91,7 +108,7 @@ def _fold(layers: Sequence[LayerSparsity]) -> dict[tuple[str, int], _Place]:
 
 def _run(
     name: str,
-    result_id: str,
+    anchor: str,
     layers: dict[tuple[str, int], _Place],
     grid: Sequence[tuple[str, int]],
 ) -> HeatRun:
@@ -99,10 +116,28 @@ def _run(
     losses = tuple(place.loss if place else None for place in layer_places)
     return HeatRun(
         name=name,
-        result_id=result_id,
+        anchor=anchor,
         # weighted by the size of the matrices, unlike a mean of their ratios
         ratios=tuple(
             place.zeros / place.size if place and place.size else None for place in layer_places
         ),
         losses=losses if any(loss is not None for loss in losses) else (),
     )
+
+
+def ratio_range(run: HeatRun) -> tuple[float, float]:
+    """Return the ends of the color scale of realised sparsity: as narrow as the run's own range."""
+    finite = [value for value in run.ratios if value is not None]
+    low, high = min(finite), max(finite)
+    room = max(0.0, _MIN_RANGE - (high - low)) / 2
+    return low - room, high + room
+
+
+def loss_range(run: HeatRun) -> tuple[float, float] | None:
+    """Return the ends of the logarithmic color scale of layer loss; None where none is above 0."""
+    finite = [value for value in run.losses if value is not None and 0 < value < math.inf]
+    if not finite:
+        return None
+    low, high = min(finite), max(finite)
+    # a log scale needs two different ends
+    return low, high if high > low else low * 10

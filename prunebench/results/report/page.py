@@ -1,106 +1,85 @@
-"""The page: what the template needs, in words and shapes, and the template filled."""
+"""The page: the data and the specifications that its script works on, and the template filled."""
 
 from __future__ import annotations
 
 import base64
 import functools
 import hashlib
-import math
+import json
 from collections.abc import Sequence
-from dataclasses import dataclass
 from importlib import resources
 from typing import Any
 
-from prunebench.results.compare import Cell, Table
-from prunebench.results.published import PublishedValue
-from prunebench.results.render import (
-    column_title,
-    header,
-    legend,
-    row,
-    score_text,
-    setting_text,
-    text_columns,
-    value_text,
+from prunebench.results.render import column_title, legend, value_text
+from prunebench.results.report import charts
+from prunebench.results.report.data import ModelPart, Report, Row, held_out_score, machine_name
+from prunebench.results.report.heat import HeatMap, HeatRun, loss_range, ratio_range
+from prunebench.results.report.libraries import charts_script, table_script
+from prunebench.results.report.payload import (
+    COSTS,
+    Fields,
+    clean,
+    cost_fields,
+    in_range,
+    published_rows,
+    row_fields,
+    scale_of,
+    score_fields,
 )
-from prunebench.results.report.bar_chart import cost_bars, one_line_a_row
-from prunebench.results.report.curve_chart import curves_of, learning_curves
-from prunebench.results.report.data import (
-    ModelPart,
-    Report,
-    Row,
-    ScoreFigure,
-    machine_name,
-)
-from prunebench.results.report.drawing import DARK, LIGHT, Drawing, heat_color, to_svg
-from prunebench.results.report.heat import HeatMap, HeatRun
-from prunebench.results.report.heat_chart import HeatScale, heat_chart, loss_scale, ratio_scale
-from prunebench.results.report.scatter_chart import against_sparsity
+from prunebench.results.report.theme import THEMES, theme_params, vega_config
 from prunebench.results.schema import Result
-from prunebench.spec import slug
 
-NOT_MEASURED = "not measured"
-MAX_CURVES = 8  # more lines than these cannot be distinguished in one figure
-_HEAT_STEPS = 64
-_MAX_HEAT_FILES = 12
-
-
-@dataclass(frozen=True)
-class Figure:
-    """A figure of the page with the data behind it; the first column of the data has links."""
-
-    drawing: Drawing
-    svg: str
-    caption: str
-    head: tuple[str, ...]
-    rows: tuple[tuple[str, tuple[str, ...]], ...]  # link, texts
+MAX_CURVES = 8  # more lines than these cannot be distinguished in one chart
+ERRORS = "Error bars: deviation over seeds, of a single accuracy the standard error."
+LAYER_TITLES = {"ratio": "Realised sparsity", "loss": "Reconstruction loss"}
 
 
 def render_page(report: Report) -> str:
-    """Return the page as HTML, the same bytes for the same report."""
+    """Return the page as HTML, the same bytes for the same report.
+
+    Raises:
+        MissingResource: The installed itables has no table that a page can use.
+    """
     import jinja2
 
     # StrictUndefined: a name that the template misspells is an error, not an empty text
     environment = jinja2.Environment(
         autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
     )
-    style, script = _file("page.css"), _file("page.js")
-    themes = {"light": LIGHT, "dark": DARK}
+    scripts = [charts_script(), table_script(), _file("page.js")]
+    models = report.models
+    title = f"Pruning {models[0].table.model}" if len(models) == 1 else "Pruned language models"
     return environment.from_string(_file("page.html")).render(
         report=report,
-        legend=legend([part.table for part in report.models]),
-        models=[_model(part, report.methods) for part in report.models],
-        style=style,
-        script=script,
-        # the page's Content-Security-Policy lets only the script with this hash run
-        script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
-        themes=themes,
-        palette=[heat_color(i / (_HEAT_STEPS - 1)) for i in range(_HEAT_STEPS)],
-        protocols=sorted({column for part in report.models for column in part.table.columns}),
-        not_measured=NOT_MEASURED,
+        title=f"{clean(title)}: prunebench report",
+        findings=[(clean(part.finding), clean(_sentence(part.caption))) for part in models],
+        style=_file("page.css"),
+        scripts=scripts,
+        # the page's Content-Security-Policy lets only the scripts with these hashes run
+        script_hashes=" ".join(map(_script_hash, scripts)),
+        themes=THEMES,
+        data=_embedded(page_data(report)),
     )
 
 
-def drawings_of(report: Report) -> tuple[list[tuple[str, Drawing]], int]:
-    """Return the figures of a report with names for files, and how many heat maps are left out."""
-    named: dict[str, Drawing] = {}
-    left_out = 0
-    for part in report.models:
-        figures = [*_score_figures(part, report.methods), *_curve_figures(part)]
-        drawings = [figure.drawing for figure in figures]
-        if part.heat:
-            runs = part.heat.runs[:_MAX_HEAT_FILES]
-            left_out += len(part.heat.runs) - len(runs)
-            drawings += [d for run in runs for d in _heat_drawings(part.heat, run, prefix=True)]
-        drawings += [figure.drawing for figure in _cost_figures(part, report.methods)]
-        for drawing in drawings:
-            # slugs drop punctuation, so two protocols may give the same file name
-            name = unique = f"{slug(part.table.model)}-{drawing.name}"
-            number = 2
-            while unique in named:
-                unique, number = f"{name}-{number}", number + 1
-            named[unique] = drawing
-    return list(named.items()), left_out
+def page_data(report: Report) -> dict[str, Any]:
+    """Return all that the page's script reads."""
+    texts: dict[str, int] = {}
+    models = [_model(part, texts) for part in report.models]
+    return {
+        "models": models,
+        "methods": list(map(clean, report.methods)),
+        "charts": _charts(report),
+        "against": {name: title for name, (title, _) in charts.X_AXES.items()},
+        "errors": ERRORS,
+        "layerTitles": LAYER_TITLES,
+        "maxCurves": MAX_CURVES,
+        "themes": {
+            name: {"config": vega_config(name), "params": theme_params(name)} for name in THEMES
+        },
+        "facts": _SHARED,
+        "texts": list(texts),
+    }
 
 
 @functools.cache
@@ -108,268 +87,242 @@ def _file(name: str) -> str:
     return resources.files(__package__).joinpath(name).read_text("utf-8")
 
 
-def _model(part: ModelPart, methods: Sequence[str]) -> dict[str, Any]:
+def _script_hash(script: str) -> str:
+    digest = hashlib.sha256(script.encode()).digest()
+    return f"'sha256-{base64.b64encode(digest).decode()}'"
+
+
+def _embedded(data: Any) -> str:
+    """Return JSON for a script element: no character in it begins a tag."""
+    # allow_nan: a NaN that slipped through would break the page in the browser, not here
+    text = json.dumps(data, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+    return text.replace("<", "\\u003c").replace("\u2028", "\\u2028").replace("\u2029", "\\u2029")
+
+
+# ---------------------------------------------------------------- charts
+
+
+def metric_key(part: ModelPart, column: str) -> str:
+    """Return what columns share that are drawn by one specification."""
+    metric = column.partition(" ")[0]
+    higher = _scores(part, column)[0].higher_is_better
+    return f"{metric}/{'log' if scale_of(part, column).log else 'linear'}/{'+' if higher else '-'}"
+
+
+def _scores(part: ModelPart, column: str) -> list[Any]:
+    return [row.cell.scores[column] for row in part.rows if column in row.cell.scores]
+
+
+def axes_of(part: ModelPart) -> list[str]:
+    """Return what quality can be set against: zeros, and bytes and speed where any is there."""
+    benches = [row.cell.bench for row in part.rows if row.cell.bench]
+    present = {
+        "zeros": True,
+        "bytes": bool(benches),
+        "decode": any(bench.decode for bench in benches),
+        "prefill": any(bench.prefill for bench in benches),
+    }
+    return [name for name in charts.X_AXES if present[name]]
+
+
+def _charts(report: Report) -> dict[str, Any]:
+    methods = tuple(map(clean, report.methods))
+    trade_off: dict[str, dict[str, charts.Spec]] = {}
+    lines: dict[str, charts.Spec] = {}
+    for part in report.models:
+        for column in part.table.columns:
+            key = metric_key(part, column)
+            for against in axes_of(part):
+                spec = trade_off_spec(key, methods, against)
+                trade_off.setdefault(key, {})[against] = spec
+            lines[key] = lines_spec(key, methods)
+    with_loss = any(run.losses for part in report.models if part.heat for run in part.heat.runs)
     return {
-        "part": part,
-        "head": header(part.table),
-        "words": text_columns(part.table),
-        "rows": [(row, _table_row(part.table, row.cell)) for row in part.rows],
-        "figures": [*_score_figures(part, methods), *_curve_figures(part)],
-        "heat": _heat(part.heat) if part.heat else None,
-        "costs": _cost_figures(part, methods),
-        "provenance": [(row, [_provenance(r) for r in row.results]) for row in part.rows],
+        "tradeOff": trade_off,
+        "lines": lines,
+        "costs": {
+            name: {
+                "title": title.partition(" in ")[0].capitalize(),
+                "spec": cost_spec(name, methods),
+            }
+            for name, (title, _, _) in COSTS.items()
+            if any(name in cost_fields(cost) for part in report.models for cost in part.costs)
+        },
+        "curves": charts.learning_curves() if any(p.curves for p in report.models) else None,
+        "layers": {
+            name: layer_spec(name)
+            for name in LAYER_TITLES
+            if any(part.heat for part in report.models) and (name == "ratio" or with_loss)
+        },
     }
 
 
-# ---------------------------------------------------------------- the table
+def trade_off_spec(key: str, methods: tuple[str, ...], against: str) -> charts.Spec:
+    """Return the specification of quality against zeros, bytes or speed."""
+    metric, scale, sign = key.split("/")
+    return charts.trade_off(
+        metric, methods, against=against, log=scale == "log", higher_is_better=sign == "+"
+    )
 
 
-def _table_row(table: Table, cell: Cell) -> list[dict[str, Any]]:
-    """Return the texts of `compare`, each with what it is sorted by."""
-    scores = [cell.scores.get(column) for column in table.columns]
-    settings = [cell.shown[name] for name in table.settings]
-    seeds = max((score.seeds for score in cell.scores.values()), default=None)
-    pruned = cell.method != "dense"
-    # in the order of `render.row`; a report has no benches, so their columns are never there
-    keys: list[Any] = [
-        cell.method,
-        cell.order[0],
-        *settings,
-        *(score.mean if score else None for score in scores),
-        cell.realised_ratio if pruned else None,
-        cell.prune_seconds,
-        seeds if pruned else None,
-    ]
-    noise = [False] * (2 + len(settings)) + [bool(s and s.within_noise) for s in scores]
-    noise += [False] * 3
-    # NUL marks bold: no text holds one, and escaping does not touch it
-    texts = row(table, cell, bold=("\0", "\0"))
-    return [
-        {
-            "text": text.replace("\0", "").removeprefix("~" if noisy else ""),
-            "best": "\0" in text,
-            "noise": noisy,
-            "parts": text.split("\0"),
-            "key": _sort_key(key),
+def lines_spec(key: str, methods: tuple[str, ...]) -> charts.Spec:
+    """Return the specification of a score with one line a row."""
+    metric, scale, sign = key.split("/")
+    title = charts.value_title(metric, log=scale == "log", higher_is_better=sign == "+")
+    return charts.lines(
+        title, methods, log=scale == "log", number_format=charts.metric_format(metric)
+    )
+
+
+def cost_spec(quantity: str, methods: tuple[str, ...]) -> charts.Spec:
+    """Return the specification of a chart of cost."""
+    _, unit, log = COSTS[quantity]
+    return charts.lines(
+        f"{unit}; lower is better", methods, log=log, bars=not log, dense=False,
+        number_format=",.4~g",
+    )  # fmt: skip
+
+
+def layer_spec(quantity: str) -> charts.Spec:
+    """Return the specification of a heat map."""
+    title = {"ratio": "share of zeros", "loss": "loss, log scale"}[quantity]
+    return charts.layer_map(
+        title, log=quantity == "loss", number_format=".1%" if quantity == "ratio" else ".3~g"
+    )
+
+
+# ---------------------------------------------------------------- data
+
+
+def _sentence(text: str) -> str:
+    return f"{text[:1].upper()}{text[1:]}." if text else ""
+
+
+def _model(part: ModelPart, texts: dict[str, int]) -> dict[str, Any]:
+    columns = part.table.columns
+    scales = {column: scale_of(part, column) for column in columns}
+    scores = {
+        column: {
+            row.anchor: score_fields(row, row.cell.scores[column], scales[column])
+            for row in part.rows
+            if column in row.cell.scores
         }
-        for text, key, noisy in zip(texts, keys, noise, strict=True)
-    ]
+        for column in columns
+    }
+    note = legend([part.table])
+    return {
+        "name": clean(part.table.model),
+        "column": part.column,
+        "columns": [
+            {"key": key, "title": clean(column_title(key)), "metric": metric_key(part, key)}
+            for key in columns
+        ],
+        "note": clean(_sentence(note)),
+        "rows": [row_fields(row) for row in part.rows],
+        "scores": scores,
+        "published": {
+            column: rows
+            for column in columns
+            if (rows := published_rows(part, column, first=len(part.rows)))
+        },
+        "twins": _twins(part),
+        "machines": sorted({cost.machine for cost in part.costs}),
+        "costs": [cost_fields(cost) for cost in part.costs],
+        "curves": [
+            {
+                "id": curve.row.anchor, "method": clean(curve.row.cell.method),
+                "training": clean(curve.name),
+                "points": [[p.step, p.tokens, held_out_score(p)] for p in curve.points],
+            }
+            for curve in part.curves
+        ],
+        "heat": _heat(part.heat) if part.heat else None,
+        "runs": {
+            row.anchor: [_provenance(row, result, texts) for result in row.results]
+            for row in part.rows
+        },
+    }  # fmt: skip
 
 
-def _sort_key(value: Any) -> str:
-    """Return a value as the page's script reads it: empty is last."""
-    if value is None or value != value:  # NaN is not equal to itself
-        return ""
-    if isinstance(value, float) and math.isinf(value):
-        return "Infinity" if value > 0 else "-Infinity"
-    return setting_text(value)
-
-
-# ---------------------------------------------------------------- figures
-
-
-def _score_figures(part: ModelPart, methods: Sequence[str]) -> list[Figure]:
-    drawn = [figure for figure in part.figures if figure.rows]
-    drawn.sort(key=lambda figure: figure.higher_is_better)  # perplexities first
-    return [_score_figure(figure, part, methods) for figure in drawn]
-
-
-def _score_figure(figure: ScoreFigure, part: ModelPart, methods: Sequence[str]) -> Figure:
-    if figure.higher_is_better or figure.at_one_sparsity:
-        drawing = one_line_a_row(figure, methods)
-        caption = "Error bars: deviation over seeds, of a single seed the standard error."
-    else:
-        drawing = against_sparsity(figure, methods)
-        caption = (
-            "Points that would hide each other stand side by side. "
-            "Error bars: deviation over seeds, of a single seed the standard error."
+def _twins(part: ModelPart) -> list[Fields]:
+    rows = []
+    for twin in part.twins:
+        value = twin.published
+        relative = value.metric == "token_ppl"
+        difference = (
+            f"{twin.difference:+.1%}" if relative else f"{100 * twin.difference:+.1f} points"
         )
-    if part.drawn_of:
-        caption += (
-            f" Of {part.drawn_of} rows, for each method and sparsity the one that is best in "
-            f"{column_title(part.ranked_by)}."
-        )
-    if figure.published:
-        caption += " Hollow marks are published values, not ours."
-    rows = [_score_data(figure, row) for row, _ in figure.rows]
-    dense = [row for row in part.rows if row.cell.method == "dense" and figure.dense]
-    rows = [*(_score_data(figure, row) for row in dense[:1]), *rows]
-    rows += [_published_data(point) for point in figure.published]
-    head = ("row", "zeros", "value", "seeds", "on the front" if not figure.higher_is_better else "")
-    return Figure(
-        drawing=drawing,
-        svg=to_svg(drawing, themed=True),
-        caption=caption,
-        head=head if head[-1] else head[:-1],
-        rows=tuple(
-            (link, texts if not figure.higher_is_better else texts[:-1]) for link, texts in rows
-        ),
-    )
-
-
-def _curve_figures(part: ModelPart) -> list[Figure]:
-    all_curves = curves_of(part.rows)
-    curves = all_curves[:MAX_CURVES]
-    if not curves:
-        return []
-    drawing = learning_curves(curves)
-    rows = tuple(
-        (curve.row.anchor, (curve.name, f"{p.step}", f"{p.tokens:,}", f"{p.held_out_ppl:.4g}"))
-        for curve in curves
-        for p in curve.points
-    )
-    caption = "Windows of the training text that were not learned from; step 0 is the prior."
-    if len(all_curves) > len(curves):
-        caption += (
-            f" The first {len(curves)} of {len(all_curves)} trainings, in the order of the table."
-        )
-    head = ("training", "step", "tokens", "held-out perplexity")
-    return [Figure(drawing, to_svg(drawing, themed=True), caption, head, rows)]
-
-
-def _score_data(figure: ScoreFigure, row: Row) -> tuple[str, tuple[str, ...]]:
-    score = row.cell.scores[figure.column]
-    on_front = "yes" if row.name in figure.front else "no"
-    ratio = f"{row.cell.realised_ratio:.1%}"
-    value = score_text(score, bold=("", ""))
-    return row.anchor, (row.name, ratio, value, str(score.seeds), on_front)
-
-
-def _published_data(point: PublishedValue) -> tuple[str, tuple[str, ...]]:
-    name = f"{point.method} {point.sparsity}, published in {point.source}"
-    return "", (name, "-", value_text(point.metric, point.value), "-", "-")
-
-
-def _cost_figures(part: ModelPart, methods: Sequence[str]) -> list[Figure]:
-    figures = []
-    for number, machine in enumerate(part.machines):
-        head = ("row", "prune time in s", "peak memory of host in GB", "peak memory of GPU in GB")
-        rows = tuple(
-            (
-                cost.row.anchor,
-                (
-                    cost.row.name,
-                    _plus_minus(cost.prune_seconds, cost.prune_seconds_std),
-                    _gigabytes(cost.peak_rss_bytes),
-                    _gigabytes(cost.peak_gpu_bytes),
-                    str(cost.runs),
-                    NOT_MEASURED,
-                ),
-            )
-            for cost in machine.costs
-        )
-        figures += [
-            Figure(drawing, to_svg(drawing, themed=True), "", (*head, "runs", "speed"), rows)
-            for drawing in cost_bars(machine, methods, number=number)
-        ]
-    return figures
-
-
-def _plus_minus(value: float | None, error: float | None) -> str:
-    if value is None:
-        return "-"
-    return f"{value:.1f}" + (f" ± {error:.1f}" if error is not None else "")
-
-
-def _gigabytes(value: float | None) -> str:
-    return "-" if value is None else f"{value / 1e9:.2f}"
-
-
-# ---------------------------------------------------------------- layer by layer
+        theirs = value_text(value.metric, value.value)
+        rows.append(
+            {
+                "method": clean(value.method), "sparsity": value.sparsity,
+                "score": clean(f"{value.metric} {value.protocol}"), "theirs": theirs,
+                "ours": value_text(value.metric, twin.mean), "difference": difference,
+                "verdict": twin.verdict, "source": value.source,
+            }
+        )  # fmt: skip
+    return rows
 
 
 def _heat(heat: HeatMap) -> dict[str, Any]:
-    """Return the first run with a loss as drawn, and all runs as data for the page's script."""
-    chosen = next((i for i, run in enumerate(heat.runs) if run.losses), 0)
-    data: list[dict[str, Any]] = [
-        {
-            "ratio": _quantity(run.ratios, ratio_scale(run)),
-            "loss": _quantity(run.losses, loss_scale(run)),
-        }
-        for run in heat.runs
-    ]
-    drawings = _heat_drawings(heat, heat.runs[chosen], prefix=False)
+    # a run with two telling maps is shown first: one with a loss, and layers that differ
+    chosen = max(range(len(heat.runs)), key=lambda i: (_tells(heat.runs[i]), -i))
     return {
-        "heat": heat,
+        "modules": list(map(clean, heat.modules)),
+        "blocks": list(heat.blocks),
         "chosen": chosen,
-        "charts": [
-            (kind, drawing, to_svg(drawing, themed=True), _grid(heat, data[chosen][kind]["texts"]))
-            # a run without a loss has one drawing only: zip stops there
-            for kind, drawing in zip(("ratio", "loss"), drawings, strict=False)
-        ],
-        "data": data,
+        "leftOut": heat.left_out,
+        "runs": [_heat_run(run) for run in heat.runs],
     }
 
 
-def _heat_drawings(heat: HeatMap, run: HeatRun, *, prefix: bool) -> list[Drawing]:
-    name = f"{slug(run.name)}-" if prefix else ""
-    of = f" of {run.name}" if prefix else ""
-    drawings = [
-        heat_chart(
-            heat, run.ratios, ratio_scale(run),
-            name=f"{name}layer-sparsity", title=f"Realised sparsity, layer by layer{of}",
-        )
-    ]  # fmt: skip
-    scale = loss_scale(run)
-    if scale:
-        title = f"Reconstruction loss, layer by layer{of}"
-        drawings.append(heat_chart(heat, run.losses, scale, name=f"{name}layer-loss", title=title))
-    return drawings
+def _tells(run: HeatRun) -> tuple[bool, bool]:
+    ratios = [value for value in run.ratios if value is not None]
+    return bool(run.losses), max(ratios) - min(ratios) > 0.01
 
 
-def _grid(heat: HeatMap, texts: Sequence[str]) -> list[tuple[str, list[tuple[int, str]]]]:
-    """Return the rows of the table behind a heat map: module, and key and text of each block."""
-    width = len(heat.blocks)
-    keys = [range(i * width, (i + 1) * width) for i in range(len(heat.modules))]
-    return [
-        (module, [(key, texts[key]) for key in row_keys])
-        for module, row_keys in zip(heat.modules, keys, strict=True)
-    ]
-
-
-def _quantity(values: Sequence[float | None], scale: HeatScale | None) -> dict[str, Any] | None:
-    if scale is None:
-        return None
-    return {
-        "colors": [
-            None if value is None else round(scale.share(value) * (_HEAT_STEPS - 1))
-            for value in values
-        ],
-        "texts": ["-" if value is None else scale.text(value) for value in values],
-        "low": scale.text(scale.low),
-        "middle": scale.text(scale.middle()),
-        "high": scale.text(scale.high),
-    }
+def _heat_run(run: HeatRun) -> dict[str, Any]:
+    fields: dict[str, Any] = {"id": run.anchor, "name": clean(run.name)}
+    quantities: Sequence[tuple[str, Sequence[float | None], tuple[float, float] | None, int]] = (
+        ("ratio", run.ratios, ratio_range(run), 4),
+        ("loss", run.losses, loss_range(run), 3),
+    )
+    for name, values, ends, digits in quantities:
+        if ends:
+            inside = [in_range(value, ends) for value in values]
+            fields[name] = {
+                "ends": list(ends),
+                "values": [None if v is None else float(f"{v:.{digits}g}") for v in inside],
+            }
+    return fields
 
 
 # ---------------------------------------------------------------- provenance
 
 
-def _provenance(result: Result) -> dict[str, Any]:
+_SHARED = (
+    "hardware", "software", "method", "model revision", "hash of the dense weights", "calibration",
+    "hash of the calibration tokens",
+)  # fmt: skip
+"""Facts that many results have in common: a result holds their places in `texts`."""
+
+
+def _provenance(row: Row, result: Result, texts: dict[str, int]) -> list[Any]:
     """Return all that a reader needs to repeat a run, and to know that it is the same one."""
     software = result.software
     libraries = [f"torch {software.torch}", f"transformers {software.transformers}"]
     if software.lm_eval:
         libraries.append(f"lm-eval {software.lm_eval}")
     facts = {
-        "scores": "; ".join(
-            f"{column_title(f'{score.metric} {score.protocol}')}: "
-            f"{value_text(score.metric, score.value)}"
-            for score in result.scores
-        ),
-        "date": result.created_at,
-        "spec hash": result.spec_id,
         "hardware": machine_name(result),
         "software": f"prunebench {software.prunebench}, python {software.python}, "
         + ", ".join(libraries),
     }
+    if result.method:
+        facts["method"] = f"{result.method.implementation}, {result.method.version}"
     if result.model:
         facts["model revision"] = f"{result.model.commit} ({result.model.source})"
         facts["hash of the dense weights"] = result.model.dense_sha256
-        facts["hash of the scored weights"] = result.model.evaluated_sha256
-    if result.method:
-        method = result.method
-        facts["method"] = f"{method.implementation}, {method.version}"
     if result.calibration:
         calibration = result.calibration
         facts["calibration"] = (
@@ -377,9 +330,24 @@ def _provenance(result: Result) -> dict[str, Any]:
             f"{calibration.seqlen} tokens, seed {calibration.seed}"
         )
         facts["hash of the calibration tokens"] = calibration.tokens_sha256
-    return {
-        "id": result.id,
-        "seed": result.spec.seed,
-        "command": result.command,
-        "facts": facts,
+    places = [
+        texts.setdefault(clean(facts[name]), len(texts)) if name in facts else None
+        for name in _SHARED
+    ]
+    scores = {
+        f"{score.metric} {score.protocol}": value_text(score.metric, score.value)
+        for score in result.scores
     }
+    # a list, without names: there may be thousands of them
+    return [
+        result.id,
+        result.spec.seed,
+        clean(result.command),
+        int(result.id in row.counted),
+        result.created_at,
+        result.spec_id,
+        result.model.evaluated_sha256 if result.model else None,
+        [texts.setdefault(clean(column_title(column)), len(texts)) for column in scores],
+        list(scores.values()),
+        places,
+    ]
