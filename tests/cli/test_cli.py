@@ -45,7 +45,7 @@ def test_the_options_of_run_are_a_decision():
         "--ppl", "--ppl-seqlen", "--ppl-tokens", "--ppl-bos", "--divergence", "--tasks",
         "--num-fewshot",
         "--limit", "--apply-chat-template", "--batch-size", "--include-path", "--log-samples",
-        "--seed", "--dtype", "--device", "--set", "--recover",
+        "--seed", "--dtype", "--device", "--set",
         "--save-model", "--save-masks", "--save-calibration", "--within-block", "--results-dir",
         "--recipe", "--dry-run", "--show-config", "--force", "--json", "--quiet", "--debug",
     }  # fmt: skip
