@@ -19,6 +19,7 @@ from prunebench.models.source import CatalogEntry, ModelSource, find_model
 from prunebench.options import options_of
 from prunebench.pruners import METHODS
 from prunebench.pruners.layer import DependsOnModel, Pruner
+from prunebench.pruners.protocol import Quantizes
 from prunebench.recovery import RECOVERERS
 from prunebench.recovery.protocol import Recoverer
 from prunebench.sparse24.backends.table import require_backend
@@ -59,6 +60,8 @@ def check_names(spec: RunSpec, setup: Setup, source: ModelSource | None = None) 
     recoverer, recover_options = _resolve_recoverer(spec)
     pruner, allocator, sparsity, fields = _resolve_method(spec, entry, recoverer)
     fields["recover_options"] = recover_options
+    if recoverer is not None:
+        _require_free_weights(spec, pruner)
     # with the fields filled in: a method without data has no calibration to check
     _check_texts(spec.model_copy(update=fields))
     if pruner.needs.training is not None:
@@ -156,6 +159,16 @@ def _resolve_recoverer(spec: RunSpec) -> tuple[Recoverer | None, dict[str, Any]]
     options = RECOVERERS.resolve_options(name, spec.recover_options, seed=spec.seed)
     recoverer: Recoverer = RECOVERERS.make(name, options)
     return recoverer, options
+
+
+def _require_free_weights(spec: RunSpec, pruner: Pruner) -> None:
+    """Refuse to train weights that were rounded to a grid: they would leave it."""
+    if isinstance(pruner, Quantizes) and pruner.quantize_bits is not None:
+        raise UsageError(
+            f"--recover {spec.recover} does not go with quantize_bits={pruner.quantize_bits}",
+            where="training moves the kept weights off the grid that they were rounded to",
+            fix="leave --recover or --set quantize_bits out",
+        )
 
 
 def _check_texts(spec: RunSpec) -> None:
