@@ -175,16 +175,11 @@ def pair(
             there.append(f"{name} {protocol}")
             if not (_matches(name, metrics) and _matches(protocol, protocols)):
                 continue
-            values = {value for pair_values in pairs for value in pair_values}
-            # a NaN fails both tests: the scores of a broken model are listed as uncompared
-            if metric == _LOSS and all(map(math.isfinite, values)):
-                row = _bootstrapped(protocol, pairs)
-            elif values <= {0.0, 1.0}:
-                row = _tested(metric, protocol, pairs, lower_is_better=metric in lower_is_better)
-            else:
+            row = _compared(metric, protocol, pairs, lower_is_better=metric in lower_is_better)
+            if row is None:
                 uncompared.append(f"{metric} {protocol}")
-                continue
-            rows.append(replace(row, only_a=only[0], only_b=only[1]))
+            else:
+                rows.append(replace(row, only_a=only[0], only_b=only[1]))
     if not rows and not uncompared:
         raise MissingResource(
             "nothing is selected",
@@ -193,6 +188,19 @@ def pair(
         )
     unmatched = {protocol: size for protocol, size in sizes.items() if protocol not in shared}
     return Pairing(tuple(correct(rows)), unmatched, tuple(uncompared))
+
+
+def _compared(
+    metric: str, protocol: str, pairs: list[tuple[float, float]], *, lower_is_better: bool
+) -> Comparison | None:
+    """Return the test that fits the values; None where there is none for them."""
+    values = {value for pair_values in pairs for value in pair_values}
+    # a NaN fails both tests: the scores of a broken model are listed as uncompared
+    if metric == _LOSS and all(map(math.isfinite, values)):
+        return _bootstrapped(protocol, pairs)
+    if values <= {0.0, 1.0}:
+        return _tested(metric, protocol, pairs, lower_is_better=lower_is_better)
+    return None
 
 
 def _pairs(a: Side, b: Side, keys: Sequence[Key]) -> dict[str, list[tuple[float, float]]]:

@@ -191,7 +191,6 @@ def plan_memory(
         on_gpu: Whether the compute device is a GPU.
         process: Bytes of this process before it loads anything.
     """
-    largest = max(sizes.blocks)
     token = hidden_size * dtype.itemsize  # bytes of one token's hidden state
     # hidden states of all calibration windows wait between blocks: [samples, seqlen, hidden]
     calibrating = work.samples * work.seqlen * token
@@ -202,19 +201,12 @@ def plan_memory(
     if work.reports:
         scoring += work.windows * work.window * token
     # in float32, whatever the dtype of the run
-    masters = round(work.copies * largest * 4 / dtype.itemsize)
+    masters = round(work.copies * max(sizes.blocks) * 4 / dtype.itemsize)
     stage = _largest_stage(
         footprint, work, calibrating=calibrating, scoring=scoring, method_peak=method_peak,
         masters=masters,
     )  # fmt: skip
-    device: dict[str, int] = {"embeddings, norms and head": sizes.outside}
-    host: dict[str, int] = {}
-    if weights == "resident":
-        device["blocks"] = sum(sizes.blocks)
-    else:
-        # two blocks: one is worked on while the next is read
-        device["the block at work"] = largest
-        (host if on_gpu else device)["the block that is read"] = largest
+    device, host = _weights(sizes, weights, on_gpu=on_gpu)
     # on a CPU, "cpu" and "device" are the same memory; on disk hidden states are memory-mapped
     place = {"device": device, "cpu": host if on_gpu else device, "disk": None}
     where = place[placement if weights == "disk" else "device"]
@@ -269,6 +261,21 @@ def _largest_stage(
         stages.append({STATES: calibrating, DENSE_STREAM: calibrating, **training})
     # the stages do not overlap: the one that takes most in all counts
     return max(stages, key=lambda parts: sum(parts.values()))
+
+
+def _weights(
+    sizes: Sizes, weights: Weights, *, on_gpu: bool
+) -> tuple[dict[str, int], dict[str, int]]:
+    """Return the bytes of the model's weights on the device, and in host memory beside a GPU."""
+    device: dict[str, int] = {"embeddings, norms and head": sizes.outside}
+    host: dict[str, int] = {}
+    if weights == "resident":
+        device["blocks"] = sum(sizes.blocks)
+    else:
+        # two blocks: one is worked on while the next is read
+        device["the block at work"] = max(sizes.blocks)
+        (host if on_gpu else device)["the block that is read"] = max(sizes.blocks)
+    return device, host
 
 
 def gigabytes(count: float) -> str:
