@@ -426,7 +426,7 @@ def learning_curves() -> Spec:
         alt.layer(
             base.mark_line(strokeWidth=1.6, aria=False),
             base.mark_point(filled=True, size=45, opacity=1, aria=False).encode(
-                shape=alt.Shape("training:N", sort=None, legend=alt.Legend(title=None, columns=1))
+                shape=alt.Shape("training:N", sort=None, legend=None)
             ),
         ),
         height=300,
