@@ -22,7 +22,6 @@ Spec = dict[str, Any]
 P = ParamSpec("P")
 SEPARATOR = "\u2063"  # invisible: between the id, the label and the value of a line
 PARAMS = ("ink", "muted", "front", "back", "methods", "narrow", "columns")
-PAPER_WIDTH = 480
 _DODGE = 10  # pixels between points that would hide each other
 _SPREAD = 36  # pixels that they take together at most
 X_AXES = {
@@ -56,11 +55,13 @@ def fill(
 ) -> Spec:  # fmt: skip
     """Return a specification with data and colors, for a figure in a paper."""
     rows = [row for name in ("rows", "published") for row in datasets.get(name, ())]
+    # a height of steps: lines with labels on both sides, or blocks side by side
+    width = 640 if isinstance(spec["height"], dict) else 480
     values: dict[str, Any] = {
         **theme_params(theme),
         "methods": sorted({row["method"] for row in rows if row.get("method", "dense") != "dense"}),
         "narrow": False,
-        "columns": PAPER_WIDTH // 110,
+        "columns": width // 110,
     }
     params = [
         {**param, "value": values[param["name"]]} if param["name"] in values else param
@@ -71,7 +72,7 @@ def fill(
         "params": params,
         "datasets": {name: list(datasets.get(name, ())) for name in ("rows", "published")},
         "config": vega_config(theme, paper=True),
-        "width": PAPER_WIDTH,
+        "width": width,
         "autosize": {"type": "fit-x", "contains": "padding"},
         "title": title or spec.get("title", ""),
     }
