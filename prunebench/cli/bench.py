@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from prunebench.cli.console import print_columns
+from prunebench.cli.console import wide_console
 from prunebench.cli.exit_codes import command_line, say
 from prunebench.cli.progress import choose_progress
 from prunebench.errors import UsageError, nearest
@@ -153,20 +153,23 @@ def _storage_lines(report: Bench) -> list[str]:
 
 
 def _print_layers(report: Bench) -> None:
-    titles = ["layer", "shape", "tokens", "backend", "times dense", "spread", "TB/s", "dense"]
-    rows = []
+    import rich.box
+    from rich.table import Table
+
+    table = Table(box=rich.box.SIMPLE_HEAD, pad_edge=False)
+    for title in ("layer", "shape", "tokens", "backend", "times dense", "spread", "TB/s", "dense"):
+        table.add_column(title, justify="left" if title in ("layer", "backend") else "right")
     for layer in report.layers:
         ratio, rate = layer["ratio"], layer["bytes_per_second"]
         cache = " (cache!)" if layer["cache_suspected"] else ""
-        rows.append([
+        table.add_row(
             f"{layer['model']} {layer['layer']}", f"{layer['rows']} x {layer['width']}",
             f"{layer['tokens']:,}", layer["backend"] or "-",
             f"{ratio['median']:.2f}" if ratio else "-",
             f"{ratio['low']:.2f}-{ratio['high']:.2f}" if ratio else "-",
             f"{rate / 1e12:.2f}{cache}" if rate else "-", layer["dense"] or "-",
-        ])  # fmt: skip
-    right = [title for title in titles if title not in ("layer", "backend")]
-    print_columns(titles, rows, right=right, unbroken=("layer", "tokens", "times dense"))
+        )  # fmt: skip
+    wide_console().print(table)
 
 
 def _print_cases(report: Bench) -> None:

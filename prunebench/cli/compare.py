@@ -78,6 +78,12 @@ def compare_command(
         raise UsageError(f"unknown format {format_!r}", fix=nearest(format_, _FORMATS))
     if paired and published:
         raise UsageError("--paired and --published are two different tables", fix="choose one")
+    short = {"--all": every_setting, "--columns": columns, "--sort": sort, "--wide": wide}
+    whole = paired or published or as_json or format_ != "table"
+    for option in (name for name, given in short.items() if given and whole):
+        raise UsageError(
+            f"{option} is an option of the table alone", fix="leave it out: other forms hold all"
+        )
     if not (paired and any(Path(word).is_file() for word in selectors or [])):
         require_results(results_dir)
     if paired:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from prunebench.cli.console import print_columns
+from prunebench.cli.console import wide_console
 from prunebench.errors import CheckFailed, MissingResource, PrunebenchError, UsageError
 from prunebench.sparsity import Sparsity
 
@@ -120,18 +120,20 @@ def _find(name: str) -> Path:
 
 
 def _print_rows(rows: Sequence[TensorFacts], pattern: Sparsity) -> None:
+    import rich.box
+    from rich.table import Table
+
     if not rows:
         return
-    numbers = ["shape", "zeros", "-0.0", "not finite"]
-    texts = [
-        [
-            row.name, row.dtype, " x ".join(map(str, row.shape)), f"{row.zeros / row.size:.2%}",
+    grid = Table(box=rich.box.SIMPLE_HEAD, pad_edge=False)
+    for title in ("matrix", "shape", "dtype", "zeros", "-0.0", "not finite", f"{pattern} holds"):
+        grid.add_column(title, justify="left" if title in ("matrix", "dtype") else "right")
+    for row in rows:
+        grid.add_row(
+            row.name, " x ".join(map(str, row.shape)), row.dtype, f"{row.zeros / row.size:.2%}",
             f"{row.negative_zeros:,}", f"{row.non_finite:,}", _verdict(row),
-        ]
-        for row in rows
-    ]  # fmt: skip
-    titles = ["matrix", "dtype", *numbers, f"{pattern} holds"]
-    print_columns(titles, texts, right=numbers, unbroken=("matrix", "zeros"))
+        )  # fmt: skip
+    wide_console().print(grid)
 
 
 def _verdict(row: TensorFacts) -> str:

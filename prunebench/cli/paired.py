@@ -9,8 +9,8 @@ from pathlib import Path
 
 import typer
 
-from prunebench.cli.console import print_columns
 from prunebench.cli.exit_codes import say
+from prunebench.cli.fitting import print_fitted
 from prunebench.errors import IncompatibleData, UsageError, nearest
 from prunebench.results.names import short_names, short_protocol
 from prunebench.results.paired import LEVEL, RESAMPLES, Comparison, Pairing, pair, read_sides
@@ -102,7 +102,7 @@ def _print_table(pairing: Pairing, titles: dict[str, str]) -> None:
         rows.append([title, f"{row.items:,}", *_values(row), *ps, row.verdict])
     if rows:
         typer.echo("")
-        print_columns(
+        print_fitted(
             ["score", *numbers, "verdict"], rows, right=numbers,
             unbroken=("score", "A", "B", "A against B", "verdict"),
             colors={"A better": "green", "B better": "green"},

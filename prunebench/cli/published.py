@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 import typer
 
-from prunebench.cli.console import print_columns, terminal_width, wrapped
+from prunebench.cli.fitting import print_fitted, terminal_width, wrapped
 from prunebench.errors import MissingResource
 from prunebench.results.compare import Table
 from prunebench.results.published import PublishedValue, Twin, find_twins, published_values
@@ -73,7 +73,7 @@ def print_twins(twins: Sequence[Twin], *, legend: str, title: str = "published")
             ]
             for twin in of_head
         ]  # fmt: skip
-        print_columns(
+        print_fitted(
             ["method", "sparsity", *numbers, "verdict", "source"], rows, right=numbers,
             unbroken=("method", "sparsity", *numbers, "verdict"),
             colors={"agrees": "green", "better": "cyan", "worse": "red"},

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import typer
 
-from prunebench.cli.console import length, padded, printable, terminal_width, wrapped
+from prunebench.cli.fitting import length, padded, printable, terminal_width, wrapped
 from prunebench.results.columns import NAMED_RANK, SHOWN_RANK, Column
 from prunebench.results.finding import finding
 from prunebench.results.overview import Block, Line, Overview
@@ -128,8 +128,9 @@ class _Layout:
         left = width - 1 - sum(fitted.total for fitted in shown)
         candidates = named or [c for c in every if c.column.rank < NAMED_RANK]
         hidden = [c.column.key for c in candidates if c.column.key not in keys_taken]
-        # labels that do not fit anyway need no wider column
-        label = max((size for size in labels if size <= left), default=min(left, least))
+        # a few long labels, part of which stands below their row, make no wider column
+        room = min(left, int(0.4 * width))
+        label = max((size for size in labels if size <= room), default=min(left, least))
         return cls(width, label, tuple(shown), tuple(hidden))
 
     def titles(self, section: str) -> str:

@@ -10,7 +10,7 @@ import pytest
 
 from benchmarks.fixtures.generated import generate_results
 from prunebench.cli.compare import require_text
-from prunebench.cli.console import column_lines, length, printable, wrapped
+from prunebench.cli.fitting import column_lines, length, printable, wrapped
 from prunebench.cli.table import overview_lines
 from prunebench.errors import UsageError
 from prunebench.results.compare import compare
@@ -202,6 +202,8 @@ def test_options_of_the_table(cli, folder):
     outcome = cli("compare", "--columns", "seed", *folder, code=2)
     assert "there is no column 'seed'" in outcome.output and "'seeds'" in outcome.output
     assert "there is no column 'x'" in cli("compare", "--sort", "x", *folder, code=2).output
+    outcome = cli("compare", "--columns", "seeds", "-f", "csv", *folder, code=2)
+    assert "--columns is an option of the table alone" in outcome.output
 
 
 # ---------------------------------------------------------------- other listings
