@@ -50,15 +50,14 @@ def _specification(build: Callable[P, Spec]) -> Callable[P, Spec]:
 
 
 def fill(
-    spec: Spec, datasets: Mapping[str, Sequence[Mapping[str, Any]]], *,
-    theme: str = "light", title: str = "",
-) -> Spec:  # fmt: skip
+    spec: Spec, datasets: Mapping[str, Sequence[Mapping[str, Any]]], *, title: str = ""
+) -> Spec:
     """Return a specification with data and colors, for a figure in a paper."""
     rows = [row for name in ("rows", "published") for row in datasets.get(name, ())]
     # a height of steps: lines with labels on both sides, or blocks side by side
     width = 640 if isinstance(spec["height"], dict) else 480
     values: dict[str, Any] = {
-        **theme_params(theme),
+        **theme_params("light"),
         "methods": sorted({row["method"] for row in rows if row.get("method", "dense") != "dense"}),
         "narrow": False,
         "columns": width // 110,
@@ -71,7 +70,7 @@ def fill(
         **spec,
         "params": params,
         "datasets": {name: list(datasets.get(name, ())) for name in ("rows", "published")},
-        "config": vega_config(theme, paper=True),
+        "config": vega_config("light", paper=True),
         "width": width,
         "autosize": {"type": "fit-x", "contains": "padding"},
         "title": title or spec.get("title", ""),
