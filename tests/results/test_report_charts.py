@@ -11,6 +11,7 @@ import vl_convert
 from prunebench.results.report import charts, libraries
 from prunebench.results.report.data import build_report
 from prunebench.results.report.figures import figures_of
+from prunebench.results.report.specification import fill
 from prunebench.results.report.theme import DARK, LIGHT, SHAPES, vega_config
 from tests.factories import make_result
 from tests.report_pages import EVIL, generated, mixed, with_training
@@ -27,7 +28,7 @@ def row(method, zeros, value, **more):
 def trade_off(rows, published=(), **how):
     how = {"against": "zeros", "log": True, "higher_is_better": False} | how
     spec = charts.trade_off("token_ppl", METHODS, **how)
-    return vl_convert.vegalite_to_svg(charts.fill(spec, {"rows": rows, "published": published}))
+    return vl_convert.vegalite_to_svg(fill(spec, {"rows": rows, "published": published}))
 
 
 def all_specs():
@@ -113,7 +114,7 @@ def test_a_line_has_its_label_and_its_value():
     rows = [row("wanda", 0.5, 40.0, line="0.5 wanda", text="40.00 ± 1.00", low=39.0, high=41.0)]
     rows.append(row("dense", 0.0, 20.0, line="dense", text="dense 20.00"))
     spec = charts.lines("perplexity", METHODS, log=True, number_format="~g")
-    svg = vl_convert.vegalite_to_svg(charts.fill(spec, {"rows": rows}, title="ppl"))
+    svg = vl_convert.vegalite_to_svg(fill(spec, {"rows": rows}, title="ppl"))
     texts = re.findall(r">([^<>]+)</text>", svg)
     assert {"0.5 wanda", "40.00 ± 1.00", "dense 20.00", "perplexity", "ppl"} <= set(texts)
     assert "dense" not in texts  # it is a line across, and no row

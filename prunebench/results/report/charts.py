@@ -8,21 +8,26 @@ specification, so both get the same picture.
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, ParamSpec, cast
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
-from prunebench.results.render import value_text
-from prunebench.results.report.theme import SHAPES, theme_params, vega_config
+from prunebench.results.report.specification import (
+    Spec,
+    expr,
+    finish,
+    method_color,
+    method_shape,
+    metric_format,
+    metric_name,
+    open_scale,
+    specification,
+    value_title,
+)
 
 if TYPE_CHECKING:
     import altair as alt
 
-Spec = dict[str, Any]
-P = ParamSpec("P")
 SEPARATOR = "\u2063"  # invisible: between the id, the label and the value of a line
-PARAMS = ("ink", "muted", "front", "back", "methods", "narrow", "columns")
-PAPER_WIDTH = 480
 _DODGE = 10  # pixels between points that would hide each other
 _SPREAD = 36  # pixels that they take together at most
 X_AXES = {
@@ -34,119 +39,10 @@ X_AXES = {
 """What quality is set against: the title of the axis, and the format of its ticks."""
 
 
-def _specification(build: Callable[P, Spec]) -> Callable[P, Spec]:
-    """Build a specification once for the same arguments, and without Altair's validation.
-
-    Validation takes longer than all else; the tests validate every specification.
-    """
-
-    @functools.wraps(build)
-    def without_validation(*args: P.args, **kwargs: P.kwargs) -> Spec:
-        from altair.utils.schemapi import debug_mode
-
-        with debug_mode(False):
-            return build(*args, **kwargs)
-
-    return cast("Callable[P, Spec]", functools.cache(without_validation))
-
-
-def fill(
-    spec: Spec, datasets: Mapping[str, Sequence[Mapping[str, Any]]], *,
-    theme: str = "light", title: str = "",
-) -> Spec:  # fmt: skip
-    """Return a specification with data and colors, for a figure in a paper."""
-    rows = [row for name in ("rows", "published") for row in datasets.get(name, ())]
-    values: dict[str, Any] = {
-        **theme_params(theme),
-        "methods": sorted({row["method"] for row in rows if row.get("method", "dense") != "dense"}),
-        "narrow": False,
-        "columns": PAPER_WIDTH // 110,
-    }
-    params = [
-        {**param, "value": values[param["name"]]} if param["name"] in values else param
-        for param in spec["params"]
-    ]
-    return {
-        **spec,
-        "params": params,
-        "datasets": {name: list(datasets.get(name, ())) for name in ("rows", "published")},
-        "config": vega_config(theme, paper=True),
-        "width": PAPER_WIDTH,
-        "autosize": {"type": "fit-x", "contains": "padding"},
-        "title": title or spec.get("title", ""),
-    }
-
-
-def _finish(chart: alt.LayerChart | alt.FacetChart, *, height: Any) -> Spec:
-    """Turn a chart into a specification with its parameters and size."""
-    spec: Spec = chart.to_dict(validate=False)
-    # a chart has the colors of the page or of a paper, never Altair's own
-    spec.pop("config", None)
-    return spec | {
-        # added here: Altair copies the whole chart for every parameter
-        "params": [{"name": name, "value": None} for name in PARAMS],
-        "width": "container",
-        "height": height,
-    }
-
-
-def _expr(text: str) -> Any:
-    import altair as alt
-
-    return alt.ExprRef(text)
-
-
-def _open_scale(*, log: bool) -> Any:
-    """Return a scale without a zero, with some room at its ends."""
-    import altair as alt
-
-    if log:
-        return alt.Scale(type="log", nice=False, padding=14)
-    return alt.Scale(zero=False, nice=False, padding=14)
-
-
-def _method_color(methods: Sequence[str], *, legend: bool = True) -> Any:
-    """Return the color channel: the same for a method in all charts of a report."""
-    import altair as alt
-
-    shown = alt.Legend(title=None, values=_expr("methods"), columns=_expr("columns"))
-    return alt.Color(
-        "method:N", scale=alt.Scale(domain=list(methods)), legend=shown if legend else None
-    )
-
-
-def _method_shape(methods: Sequence[str], *, legend: bool = True) -> Any:
-    import altair as alt
-
-    marks = [SHAPES[i % len(SHAPES)] for i in range(len(methods))]
-    shown = alt.Legend(title=None, values=_expr("methods"), columns=_expr("columns"))
-    return alt.Shape(
-        "method:N",
-        scale=alt.Scale(domain=list(methods), range=marks),
-        legend=shown if legend else None,
-    )
-
-
-def metric_format(metric: str) -> str:
-    """Return the format of an axis in the metric's own unit."""
-    return "%" if value_text(metric, 0.5).endswith("%") else ",.6~g"
-
-
-def metric_name(metric: str) -> str:
-    """Return what an axis calls a metric."""
-    return {"token_ppl": "perplexity"}.get(metric, metric.replace("_", " "))
-
-
-def value_title(metric: str, *, log: bool, higher_is_better: bool) -> str:
-    """Return the title of an axis of a metric."""
-    scale = ", log scale" if log else ""
-    return f"{metric_name(metric)}{scale}; {'higher' if higher_is_better else 'lower'} is better"
-
-
 # ---------------------------------------------------------------- quality against zeros
 
 
-@_specification
+@specification
 def trade_off(
     metric: str, methods: tuple[str, ...], *, against: str, log: bool, higher_is_better: bool
 ) -> Spec:
@@ -165,11 +61,11 @@ def trade_off(
         scale=alt.Scale(
             zero=against == "zeros",
             padding=14,
-            domainMax=_expr(f"1.25 * extent(pluck(data('rows'), '{against}'))[1]"),
+            domainMax=expr(f"1.25 * extent(pluck(data('rows'), '{against}'))[1]"),
         ),
         axis=alt.Axis(format=x_format, tickCount=6, grid=False),
     )
-    y_scale = _open_scale(log=log)
+    y_scale = open_scale(log=log)
     y = alt.Y(
         "shown:Q",
         title=value_title(metric, log=log, higher_is_better=higher_is_better),
@@ -184,13 +80,13 @@ def trade_off(
         alt.Tooltip(f"{against}:Q", title=x_title, format=".3~%" if x_format == "%" else ""),
     ]
     layers = [
-        front.mark_line(strokeWidth=6, strokeCap="round", color=_expr("front"), aria=False).encode(
+        front.mark_line(strokeWidth=6, strokeCap="round", color=expr("front"), aria=False).encode(
             x=x, y=y, order=alt.Order(f"{against}:Q")
         ),
         *_dense_and_published(x, y, methods),
         *_points(_side_by_side(rows, against, log=log), x, y, methods, tooltip=tooltip, log=log),
     ]
-    return _finish(alt.layer(*layers), height=380)
+    return finish(alt.layer(*layers), height=380)
 
 
 def _points(
@@ -199,9 +95,9 @@ def _points(
     """Return the layers of the pruned rows: lines, errors, points, names of the best."""
     import altair as alt
 
-    color, dodge = _method_color(methods), _expr("datum.dodge")
-    low = alt.Y("low:Q", scale=_open_scale(log=log))
-    rim = alt.condition("datum.pattern", alt.value(_expr("ink")), alt.value(_expr("back")))
+    color, dodge = method_color(methods), expr("datum.dodge")
+    low = alt.Y("low:Q", scale=open_scale(log=log))
+    rim = alt.condition("datum.pattern", alt.value(expr("ink")), alt.value(expr("back")))
     return [
         chart.transform_filter("!datum.pattern")
         .mark_line(strokeWidth=1.4, opacity=0.7, aria=False)
@@ -211,7 +107,7 @@ def _points(
         .encode(x=x, y=low, y2="high:Q", color=color),
         chart.mark_point(filled=True, opacity=1, strokeWidth=1.3, xOffset=dodge, aria=False)
         .encode(
-            x=x, y=y, color=color, shape=_method_shape(methods), tooltip=tooltip, stroke=rim,
+            x=x, y=y, color=color, shape=method_shape(methods), tooltip=tooltip, stroke=rim,
             size=alt.condition("datum.beyond", alt.value(60), alt.value(90)),
         ),
         chart.transform_filter("datum.beyond")
@@ -220,10 +116,10 @@ def _points(
         chart.transform_filter("datum.best && !narrow")
         .transform_calculate(point="datum.method + ' ' + datum.sparsity")
         .mark_text(
-            align="left", dx=9, dy=_expr("datum.pattern ? -8 : 9"), fontSize=11, xOffset=dodge,
+            align="left", dx=9, dy=expr("datum.pattern ? -8 : 9"), fontSize=11, xOffset=dodge,
             aria=False,
         )
-        .encode(x=x, y=y, text="point:N", color=alt.value(_expr("ink"))),
+        .encode(x=x, y=y, text="point:N", color=alt.value(expr("ink"))),
     ]  # fmt: skip
 
 
@@ -234,11 +130,11 @@ def _dense_and_published(x: Any, y: Any, methods: Sequence[str]) -> list[Any]:
     dense = alt.Chart(alt.NamedData("rows")).transform_filter("datum.method == 'dense'")
     published = alt.Chart(alt.NamedData("published"))
     return [
-        dense.mark_rule(strokeDash=[4, 3], color=_expr("muted"), aria=False).encode(y=y),
+        dense.mark_rule(strokeDash=[4, 3], color=expr("muted"), aria=False).encode(y=y),
         dense.mark_text(align="right", baseline="bottom", dx=-2, dy=-3, fontSize=11, aria=False)
-        .encode(x=alt.value("width"), y=y, text="text:N", color=alt.value(_expr("muted"))),
+        .encode(x=alt.value("width"), y=y, text="text:N", color=alt.value(expr("muted"))),
         published.mark_point(filled=False, size=70, strokeWidth=1.6, aria=False).encode(
-            x=x, y=y, color=_method_color(methods), shape=_method_shape(methods),
+            x=x, y=y, color=method_color(methods), shape=method_shape(methods),
             tooltip=[alt.Tooltip("name:N"), alt.Tooltip("text:N"), alt.Tooltip("source:N")],
         ),
     ]  # fmt: skip
@@ -295,7 +191,7 @@ def _on_front(chart: alt.Chart, against: str, *, higher_is_better: bool) -> Any:
 # ---------------------------------------------------------------- one line a row
 
 
-@_specification
+@specification
 def lines(
     title: str, methods: tuple[str, ...], *, log: bool, number_format: str, dense: bool = True,
     bars: bool = False,
@@ -311,11 +207,11 @@ def lines(
     data = alt.Chart(alt.NamedData("rows")).transform_calculate(key=key)
     pruned = data.transform_filter("datum.method != 'dense'")
     reference = data.transform_filter("datum.method == 'dense'")
-    label = _line_axis(1, "left", _expr("narrow ? 130 : 250"))
-    scale = alt.Scale() if bars else _open_scale(log=log)
-    ticks = alt.Axis(format=number_format, tickCount=_expr("narrow ? 3 : 6"))
+    label = _line_axis(1, "left", expr("narrow ? 130 : 250"))
+    scale = alt.Scale() if bars else open_scale(log=log)
+    ticks = alt.Axis(format=number_format, tickCount=expr("narrow ? 3 : 6"))
     x = alt.X("shown:Q", title=title, scale=scale, axis=ticks)
-    color = _method_color(methods, legend=False)
+    color = method_color(methods, legend=False)
     tooltip = [alt.Tooltip("name:N", title="row"), alt.Tooltip("text:N", title="value")]
     ours = pruned.transform_filter("!datum.hollow")
     if bars:
@@ -334,19 +230,19 @@ def lines(
         pruned.transform_filter("isValid(datum.low)")
         .mark_rule(strokeWidth=1.6, aria=False)
         .encode(x=alt.X("low:Q", scale=scale), x2="high:Q", y=label,
-                color=alt.value(_expr("ink"))),
+                color=alt.value(expr("ink"))),
     ]  # fmt: skip
     if dense:
         text = reference.mark_text(baseline="bottom", dy=-3, fontSize=11, aria=False).encode(
-            x=x, y=alt.value(0), text="text:N", color=alt.value(_expr("muted"))
+            x=x, y=alt.value(0), text="text:N", color=alt.value(expr("muted"))
         )
-        rule = reference.mark_rule(strokeDash=[4, 3], color=_expr("ink"), aria=False).encode(x=x)
+        rule = reference.mark_rule(strokeDash=[4, 3], color=expr("ink"), aria=False).encode(x=x)
         layers = [rule, text, *layers]
     # an invisible mark carries the axis of values on the right
     values = pruned.mark_point(opacity=0, aria=False).encode(x=x, y=_line_axis(2, "right", 160))
     independent = alt.Resolve(axis={"y": "independent"})
     chart = alt.layer(alt.layer(*layers), values, resolve=independent)
-    return _finish(chart, height={"step": 20})
+    return finish(chart, height={"step": 20})
 
 
 def _line_axis(part: int, orient: Any, limit: Any) -> Any:
@@ -363,7 +259,7 @@ def _line_axis(part: int, orient: Any, limit: Any) -> Any:
 # ---------------------------------------------------------------- layers, learning
 
 
-@_specification
+@specification
 def layer_map(title: str, *, log: bool, number_format: str) -> Spec:
     """Draw a quantity of one run: modules downwards, blocks to the right.
 
@@ -374,11 +270,11 @@ def layer_map(title: str, *, log: bool, number_format: str) -> Spec:
     end = "data('rows')[0]"
     scale = alt.Scale(
         scheme="viridis", type="log" if log else "linear",
-        domainMin=_expr(f"{end}.low"), domainMax=_expr(f"{end}.high"),
+        domainMin=expr(f"{end}.low"), domainMax=expr(f"{end}.high"),
     )  # fmt: skip
     legend = alt.Legend(
-        title=title, direction="horizontal", gradientLength=_expr("narrow ? 160 : 260"),
-        format=number_format, tickCount=_expr("narrow ? 2 : 4"),
+        title=title, direction="horizontal", gradientLength=expr("narrow ? 160 : 260"),
+        format=number_format, tickCount=expr("narrow ? 2 : 4"),
     )  # fmt: skip
     base = alt.Chart(alt.NamedData("rows")).encode(
         x=alt.X("block:O", title="block", axis=alt.Axis(labelAngle=0, labelOverlap=True)),
@@ -389,9 +285,9 @@ def layer_map(title: str, *, log: bool, number_format: str) -> Spec:
         ],
     )  # fmt: skip
     missing = base.transform_filter("!isValid(datum.value)")
-    return _finish(
+    return finish(
         alt.layer(
-            missing.mark_rect(color=_expr("front"), aria=False),
+            missing.mark_rect(color=expr("front"), aria=False),
             base.transform_filter("isValid(datum.value)")
             .mark_rect(aria=False)
             .encode(color=alt.Color("value:Q", scale=scale, legend=legend)),
@@ -400,7 +296,7 @@ def layer_map(title: str, *, log: bool, number_format: str) -> Spec:
     )
 
 
-@_specification
+@specification
 def learning_curves() -> Spec:
     """Draw held-out perplexities, on a log scale, against tokens; one line a training.
 
@@ -412,7 +308,7 @@ def learning_curves() -> Spec:
         x=alt.X("tokens:Q", title="tokens learned from", axis=alt.Axis(format="~s", grid=False)),
         y=alt.Y(
             "value:Q", title="held-out perplexity, log scale; lower is better",
-            scale=_open_scale(log=True),
+            scale=open_scale(log=True),
             axis=alt.Axis(format=metric_format("token_ppl"), tickCount=6),
         ),
         color=alt.Color("training:N", sort=None, legend=alt.Legend(title=None, columns=1)),
@@ -422,11 +318,11 @@ def learning_curves() -> Spec:
             alt.Tooltip("value:Q", format=".4~g", title="held-out perplexity"),
         ],
     )  # fmt: skip
-    return _finish(
+    return finish(
         alt.layer(
             base.mark_line(strokeWidth=1.6, aria=False),
             base.mark_point(filled=True, size=45, opacity=1, aria=False).encode(
-                shape=alt.Shape("training:N", sort=None, legend=alt.Legend(title=None, columns=1))
+                shape=alt.Shape("training:N", sort=None, legend=None)
             ),
         ),
         height=300,

@@ -275,7 +275,8 @@ def _machine_of(row: Row, result_id: str) -> str:
 def machine_name(result: Result) -> str:
     """Return device, processor and threads."""
     hardware = result.hardware
-    cpu = f"{hardware.cpu}, {hardware.cpu_threads} threads"
+    threads = "thread" if hardware.cpu_threads == 1 else "threads"
+    cpu = f"{hardware.cpu}, {hardware.cpu_threads} {threads}"
     if hardware.device == "cpu":
         return f"cpu: {cpu}"
     return f"{hardware.device}: {hardware.device_name} ({cpu})"

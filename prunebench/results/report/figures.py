@@ -31,6 +31,7 @@ from prunebench.results.report.payload import (
     published_rows,
     score_rows,
 )
+from prunebench.results.report.specification import Spec, fill
 from prunebench.spec import slug
 
 FORMATS = ("pdf", "svg", "png")
@@ -44,7 +45,7 @@ class Figure:
     """A chart with its data, and the name of its files."""
 
     name: str
-    spec: charts.Spec
+    spec: Spec
 
 
 def figures_of(report: Report) -> tuple[list[Figure], int]:
@@ -70,7 +71,7 @@ def _with_unique_names(figures: Sequence[Figure]) -> list[Figure]:
     return list(unique.values())
 
 
-_Named = Iterator[tuple[str, charts.Spec]]
+_Named = Iterator[tuple[str, Spec]]
 
 
 def _methods(report: Report) -> tuple[str, ...]:
@@ -90,10 +91,10 @@ def _scores(part: ModelPart, report: Report) -> _Named:
             spec = trade_off_spec(key, _methods(report), against)
             values = {"rows": rows, "published": published if against == "zeros" else []}
             heading = f"{title} against {charts.X_AXES[against][0]}"
-            yield f"{name}-against-{against}", charts.fill(spec, values, title=heading)
+            yield f"{name}-against-{against}", fill(spec, values, title=heading)
         spec = lines_spec(key, _methods(report))
         lines: list[Fields] = [*rows[: MAX_LINES + 1], *published[:MAX_LINES]]
-        yield f"{name}-by-method", charts.fill(spec, {"rows": lines}, title=title)
+        yield f"{name}-by-method", fill(spec, {"rows": lines}, title=title)
 
 
 def _curves(part: ModelPart) -> _Named:
@@ -102,7 +103,7 @@ def _curves(part: ModelPart) -> _Named:
         title = "Perplexity of the hard mask on held-out training text"
         yield (
             "learning-curves",
-            charts.fill(charts.learning_curves(), {"rows": points}, title=title),
+            fill(charts.learning_curves(), {"rows": points}, title=title),
         )
 
 
@@ -113,7 +114,7 @@ def _layers(part: ModelPart) -> _Named:
             if rows:
                 name = f"{slug(run.name)}-layer-{'sparsity' if quantity == 'ratio' else 'loss'}"
                 heading = f"{title}: {clean(run.name)}"
-                yield name, charts.fill(layer_spec(quantity), {"rows": rows}, title=heading)
+                yield name, fill(layer_spec(quantity), {"rows": rows}, title=heading)
 
 
 def _costs(part: ModelPart, report: Report) -> _Named:
@@ -122,9 +123,7 @@ def _costs(part: ModelPart, report: Report) -> _Named:
             rows = [r for r in cost_rows(part, quantity, machine) if r.get("short")][:MAX_LINES]
             if rows:
                 heading = f"{title}, {machine}"
-                spec = charts.fill(
-                    cost_spec(quantity, _methods(report)), {"rows": rows}, title=heading
-                )
+                spec = fill(cost_spec(quantity, _methods(report)), {"rows": rows}, title=heading)
                 yield f"{slug(title.lower())}-{number}", spec
 
 

@@ -176,9 +176,10 @@ function showCosts(shown) {
   }
   $("costs").replaceChildren(...figures.map(([figure]) => figure));
   for (const [figure, drawing] of figures) show(figure, { ...drawing, data: drawing.data });
+  const why = model().rows.find((row) => row.speed)?.speed; // of a bench without speed: the reason
   $("speed").textContent = model().rows.some((row) => row.decode || row.prefill)
     ? "Speed of the pruned models is in the table, measured beside dense in one run."
-    : `Speed of the pruned models: not measured${model().rows.some((row) => row.bytes) ? "; bytes are computed" : ""}.`;
+    : `Speed of the pruned models: not measured${why ? `, ${why}; bytes are computed` : ""}.`;
 }
 
 function costRow(cost, quantity, row) {

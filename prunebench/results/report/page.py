@@ -26,6 +26,7 @@ from prunebench.results.report.payload import (
     scale_of,
     score_fields,
 )
+from prunebench.results.report.specification import Spec, metric_format, value_title
 from prunebench.results.report.theme import THEMES, theme_params, vega_config
 from prunebench.results.schema import Result
 
@@ -127,8 +128,8 @@ def axes_of(part: ModelPart) -> list[str]:
 
 def _charts(report: Report) -> dict[str, Any]:
     methods = tuple(map(clean, report.methods))
-    trade_off: dict[str, dict[str, charts.Spec]] = {}
-    lines: dict[str, charts.Spec] = {}
+    trade_off: dict[str, dict[str, Spec]] = {}
+    lines: dict[str, Spec] = {}
     for part in report.models:
         for column in part.table.columns:
             key = metric_key(part, column)
@@ -157,7 +158,7 @@ def _charts(report: Report) -> dict[str, Any]:
     }
 
 
-def trade_off_spec(key: str, methods: tuple[str, ...], against: str) -> charts.Spec:
+def trade_off_spec(key: str, methods: tuple[str, ...], against: str) -> Spec:
     """Return the specification of quality against zeros, bytes or speed."""
     metric, scale, sign = key.split("/")
     return charts.trade_off(
@@ -165,16 +166,14 @@ def trade_off_spec(key: str, methods: tuple[str, ...], against: str) -> charts.S
     )
 
 
-def lines_spec(key: str, methods: tuple[str, ...]) -> charts.Spec:
+def lines_spec(key: str, methods: tuple[str, ...]) -> Spec:
     """Return the specification of a score with one line a row."""
     metric, scale, sign = key.split("/")
-    title = charts.value_title(metric, log=scale == "log", higher_is_better=sign == "+")
-    return charts.lines(
-        title, methods, log=scale == "log", number_format=charts.metric_format(metric)
-    )
+    title = value_title(metric, log=scale == "log", higher_is_better=sign == "+")
+    return charts.lines(title, methods, log=scale == "log", number_format=metric_format(metric))
 
 
-def cost_spec(quantity: str, methods: tuple[str, ...]) -> charts.Spec:
+def cost_spec(quantity: str, methods: tuple[str, ...]) -> Spec:
     """Return the specification of a chart of cost."""
     _, unit, log = COSTS[quantity]
     return charts.lines(
@@ -183,7 +182,7 @@ def cost_spec(quantity: str, methods: tuple[str, ...]) -> charts.Spec:
     )  # fmt: skip
 
 
-def layer_spec(quantity: str) -> charts.Spec:
+def layer_spec(quantity: str) -> Spec:
     """Return the specification of a heat map."""
     title = {"ratio": "share of zeros", "loss": "loss, log scale"}[quantity]
     return charts.layer_map(
