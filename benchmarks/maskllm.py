@@ -39,7 +39,7 @@ def _learner(model: Any, preset: str) -> Any:
     from prunebench.models.walker import BlockWalker
     from prunebench.pruners.maskllm.candidates import candidates
     from prunebench.pruners.maskllm.method import MaskLLM
-    from prunebench.pruners.maskllm.shards import Shards
+    from prunebench.training.shards import Shards
 
     method = MaskLLM(preset=preset, prior="scratch", batch=_WINDOWS, train_seqlen=512)
     learner = method.filled().learner(BlockWalker(model), None, candidates(2, 4), Shards())

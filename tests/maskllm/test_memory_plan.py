@@ -10,8 +10,8 @@ from prunebench.models.walker import BlockWalker
 from prunebench.pruners.maskllm import relaxation
 from prunebench.pruners.maskllm.candidates import candidates
 from prunebench.pruners.maskllm.memory_plan import MemoryPlan
-from prunebench.pruners.maskllm.shards import Shards
 from prunebench.testing import tiny_model, tiny_tokens
+from prunebench.training.shards import Shards
 from tests.mask_training import HALF, pruner_of
 
 

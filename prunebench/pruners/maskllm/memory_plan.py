@@ -21,12 +21,12 @@ from prunebench.models.linears import Linear, find_linears
 from prunebench.pruners.maskllm import dispatch
 from prunebench.pruners.maskllm.candidates import candidates
 from prunebench.pruners.maskllm.config import TrainingConfig
-from prunebench.pruners.maskllm.learn import batch_windows
 from prunebench.pruners.maskllm.optimise import Optimizer
 from prunebench.pruners.maskllm.relaxation import LayerLogits, Relaxation, WeightGradient
-from prunebench.pruners.maskllm.shards import Shards
 from prunebench.pruners.training import Forecast
 from prunebench.sparsity import Sparsity
+from prunebench.training.loop import batch_windows
+from prunebench.training.shards import Shards
 
 _GRAPH_COPIES = 1.5  # tensors of a block's graph per output of its linears (estimate)
 _PIECE_BYTES = 48 << 20  # temporaries of one piece of the logits, with its random bits
