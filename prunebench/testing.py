@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,9 +24,12 @@ from prunebench.models.hashing import hash_weights
 from prunebench.models.linears import find_linears
 from prunebench.models.load import quiet_transformers
 from prunebench.models.measure import measure_linear, require_met
+from prunebench.models.pruned_block import Recovery
 from prunebench.models.pruner_inputs import PrunerInputs
 from prunebench.models.walker import BlockWalker
+from prunebench.pruners.magnitude import Magnitude
 from prunebench.pruners.protocol import DependsOnModel, Pruner
+from prunebench.recovery.protocol import BlockRecoverer
 from prunebench.sparsity import Sparsity
 from prunebench.spec import WithinBlock
 
@@ -168,9 +171,10 @@ class _Trial:
     model: nn.Module
     sparsity: Sparsity
     within_block: WithinBlock = "joint"
+    recoverer: BlockRecoverer | None = None
 
     def run(self) -> nn.Module:
-        tokens = tiny_tokens()
+        tokens = tiny_tokens(samples=6 if self.recoverer is None else 16)
         gradients = None
         norm = self.pruner.needs.gradients
         if norm is not None:
@@ -183,6 +187,7 @@ class _Trial:
             token_ids=tokens,
             within_block=self.within_block,
             inputs=PrunerInputs(gradients=gradients, training=training),
+            recovery=Recovery(self.recoverer) if self.recoverer else None,
             # two windows of 24: statistics must add up over several batches
             batch_tokens=48,
         )
@@ -206,18 +211,77 @@ def check_pruner(
     """
     if sparsities is None:
         sparsities = tuple(sparsity for sparsity in SPARSITIES if _takes(pruner, sparsity))
+    checks = (
+        (architecture, name, check)
+        for architecture in architectures
+        for name, check in _checks(pruner, architecture, sparsities)
+    )
+    return _outcomes(checks)
+
+
+def _outcomes(checks: Iterable[tuple[str, str, Callable[[], None]]]) -> list[Outcome]:
+    """Run checks, (architecture, name, check) each; what one raises is its failure."""
     outcomes: list[Outcome] = []
-    for architecture in architectures:
-        for name, check in _checks(pruner, architecture, sparsities):
-            failure = ""
-            try:
-                check()
-            except PrunebenchError as error:
-                failure = str(error).replace("\n", "; ")
-            except Exception as error:  # a plug-in may raise anything: report it and continue
-                failure = f"{type(error).__name__}: {error}"
-            outcomes.append(Outcome(name, architecture, failure))
+    for architecture, name, check in checks:
+        failure = ""
+        try:
+            check()
+        except PrunebenchError as error:
+            failure = str(error).replace("\n", "; ")
+        except Exception as error:  # a plug-in may raise anything: report it and continue
+            failure = f"{type(error).__name__}: {error}"
+        outcomes.append(Outcome(name, architecture, failure))
     return outcomes
+
+
+def check_recoverer(
+    recoverer: BlockRecoverer,
+    *,
+    architectures: tuple[str, ...] = ("llama", "gpt2", "falcon"),
+    sparsities: tuple[str, ...] = ("0.5", "2:4"),
+) -> list[Outcome]:
+    """Run the contract that every recoverer must keep, on tiny models; nothing is raised.
+
+    Args:
+        recoverer: The recoverer, with its options.
+        architectures: Names of tiny models to run it on.
+        sparsities: Targets to which the models are pruned (by magnitude) before.
+    """
+    checks = (
+        (architecture, name, check)
+        for architecture in architectures
+        for name, check in _recovery_checks(recoverer, architecture, sparsities)
+    )
+    return _outcomes(checks)
+
+
+def _recovery_checks(
+    recoverer: BlockRecoverer, architecture: str, sparsities: tuple[str, ...]
+) -> Iterator[tuple[str, Callable[[], None]]]:
+    dense = tiny_model(architecture)
+
+    @functools.cache
+    def recovered(text: str, again: bool = False) -> nn.Module:
+        sparsity = Sparsity.parse(text)
+        return _Trial(Magnitude(), copy.deepcopy(dense), sparsity, recoverer=recoverer).run()
+
+    for text in sparsities:
+        reached = functools.partial(_reached_by, recovered, text, dense)
+        yield f"keeps the zeros of {text}", reached
+    half = sparsities[0]
+    norms = getattr(recoverer, "norms", False)
+    if not norms:
+        yield "leaves everything else alone", lambda: _check_rest(recovered(half), dense)
+    yield (
+        "same input, same weights",
+        lambda: _check_repeatable(recovered(half), recovered(half, again=True)),
+    )
+    yield "ratio 0 changes nothing", lambda: _check_identity(recovered("0"), dense)
+    yield "puts hooks and settings back", lambda: _check_clean(recovered(half), dense)
+
+
+def _reached_by(recovered: Callable[[str], nn.Module], text: str, dense: nn.Module) -> None:
+    _check_reached(recovered(text), dense, Sparsity.parse(text))
 
 
 def _takes(pruner: Pruner, sparsity: str) -> bool:

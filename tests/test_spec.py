@@ -12,7 +12,8 @@ def test_the_hash_follows_every_field():
     changes = {
         "method": "sparsegpt", "method_options": {"a": 1}, "model": "m", "model_revision": "r",
         "dtype": "bfloat16", "sparsity": "2:4", "allocation": "owl",
-        "allocation_options": {"a": 1}, "within_block": "sequential", "calibration": "wiki",
+        "allocation_options": {"a": 1}, "recover": "block",
+        "recover_options": {"a": 1}, "within_block": "sequential", "calibration": "wiki",
         "calibration_origin": "o", "calibration_samples": 1, "seqlen": 3, "ppl": ("c4",),
         "ppl_origins": ("o",), "ppl_seqlen": 3, "ppl_tokens": 5, "seed": 1, "divergence": True,
         "tasks": ("piqa",), "num_fewshot": 5, "limit": 10, "apply_chat_template": True,

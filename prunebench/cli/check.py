@@ -1,8 +1,8 @@
-"""`prunebench check`: does a pruning method keep its contract?"""
+"""`prunebench check`: does a pruning method or a recoverer keep its contract?"""
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -10,7 +10,9 @@ from prunebench.errors import CheckFailed
 
 
 def check_command(
-    method: Annotated[str, typer.Argument(help="A method's name, or module:Class.")],
+    method: Annotated[
+        str, typer.Argument(help="A method's name, module:Class, or recover:NAME for a recoverer.")
+    ],
     set_: Annotated[
         list[str] | None,
         typer.Option("--set", metavar="KEY=VALUE", help="An option of the method."),
@@ -23,17 +25,14 @@ def check_command(
         bool, typer.Option("--all", help="On every architecture, not only three.")
     ] = False,
 ) -> None:
-    """Run the public contract of a pruner on tiny random models."""
-    from prunebench.pruners import METHODS
+    """Run the public contract of a pruner or recoverer on tiny random models."""
     from prunebench.run_options import read_options
-    from prunebench.testing import ARCHITECTURES, check_pruner
+    from prunebench.testing import ARCHITECTURES
 
-    options = METHODS.resolve_options(method, read_options(set_ or []), seed=0)
-    pruner = METHODS.make(method, options)
-    scope = {"architectures": ARCHITECTURES} if all_architectures else {}
+    scope: dict[str, Any] = {"architectures": ARCHITECTURES} if all_architectures else {}
     if sparsity:
         scope["sparsities"] = tuple(sparsity)
-    outcomes = check_pruner(pruner, **scope)
+    outcomes = _outcomes(method, read_options(set_ or []), scope)
     for outcome in outcomes:
         mark = "ok    " if outcome.passed else "FAILED"
         typer.echo(f"{mark}  {outcome.model:<10}  {outcome.check}")
@@ -43,6 +42,23 @@ def check_command(
     if failed:
         raise CheckFailed(
             f"{method} fails {failed} of {len(outcomes)} checks",
-            fix="see prunebench.pruners.layer.Pruner for what a method must keep",
+            fix="see prunebench.plugin for what it must keep",
         )
     typer.echo(f"{method} passes all {len(outcomes)} checks")
+
+
+def _outcomes(name: str, given: dict[str, Any], scope: dict[str, Any]) -> list[Any]:
+    """Return the outcomes of the checks of a method, or of a recoverer (`recover:NAME`)."""
+    from prunebench.pruners import METHODS
+    from prunebench.recovery import RECOVERERS
+    from prunebench.testing import check_pruner, check_recoverer
+
+    kind, _, recoverer = name.partition(":")
+    if kind != "recover":
+        return check_pruner(
+            METHODS.make(name, METHODS.resolve_options(name, given, seed=0)), **scope
+        )
+    # as in `run`, its options may be written with their prefix
+    options = {key.removeprefix("recover."): value for key, value in given.items()}
+    resolved = RECOVERERS.resolve_options(recoverer, options, seed=0)
+    return check_recoverer(RECOVERERS.make(recoverer, resolved), **scope)

@@ -45,6 +45,9 @@ def print_dry_run(spec: RunSpec, setup: Any, *, as_json: bool) -> None:
             f"  calibration {windows.samples} x {windows.seqlen} tokens of {windows.text}{bos}"
         )
         typer.echo(f"              from {windows.origin}")
+    if plan.recoverer is not None:
+        options = ", ".join(f"{name}={value}" for name, value in plan.spec.recover_options.items())
+        typer.echo(f"  recovery    {plan.spec.recover}: {options}")
     for text in plan.texts:
         typer.echo(f"  perplexity  {text.protocol}, {text.targets:,} targets")
         typer.echo(f"              from {text.origin}")

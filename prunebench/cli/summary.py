@@ -79,7 +79,7 @@ def _print_recovery(recovery: RecoveryBlock) -> None:
     line = f"  recovered by {recovery.name}"
     if before and after is not None:
         change = after / before - 1
-        line += f": held-out error {number(before)} -> {number(after)} ({change:+.0%})"
+        line += f": held-out error {before:.4g} -> {after:.4g} ({change:+.0%}, mean of the blocks)"
     line += f", in {recovery.recovered_blocks} of {len(recovery.blocks)} blocks"
     typer.echo(f"{line}, {recovery.seconds:.1f} s")
     if not recovery.recovered_blocks:

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
@@ -26,6 +27,20 @@ from prunebench.models.taps import capture_inputs
 _LOSS_ROWS = 128  # tokens whose losses are computed at a time, see `evaluate.perplexity`
 
 
+class _NoScores(torch.autograd.Function):
+    """Attention that stores what the fused kernels store, and computes nothing."""
+
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        output = query.new_empty((*query.shape[:-1], value.shape[-1]))  # [..., tokens, head dim]
+        ctx.save_for_backward(query, key, value, output)
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, ...]:
+        return tuple(torch.empty_like(tensor) for tensor in ctx.saved_tensors[:3])
+
+
 class _FusedAttention(TorchFunctionMode):
     """Attention with the memory of the fused kernels: the output, but no score matrix."""
 
@@ -33,8 +48,8 @@ class _FusedAttention(TorchFunctionMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         if func is nn.functional.scaled_dot_product_attention:
-            query, value = args[0], args[2]
-            return query.new_empty((*query.shape[:-1], value.shape[-1]))  # [..., tokens, head dim]
+            apply: Any = _NoScores.apply
+            return apply(*args[:3])
         return func(*args, **(kwargs or {}))
 
 
@@ -90,12 +105,15 @@ class BlockFootprint:
         collecting: Running one block and collecting statistics.
         statistics: The complete statistics of one block.
         head: Computing logits from the last hidden state, and losses from them.
+        training: Running one block in float32 forward and backward, gradients included; 0 if it was
+            not counted.
     """
 
     running: int
     collecting: int
     statistics: int
     head: int
+    training: int = 0
 
 
 @torch.no_grad()
@@ -106,6 +124,7 @@ def count_footprint(
     calibration: tuple[int, int],
     scoring: tuple[int, int],
     hessian: bool,
+    trained: int = 0,
 ) -> BlockFootprint:
     """Count the memory that a batch takes, from the config alone.
 
@@ -115,6 +134,7 @@ def count_footprint(
         calibration: Shape of a calibration batch, (samples, seqlen).
         scoring: Shape of an evaluation batch, (samples, seqlen).
         hessian: Whether Gram matrices are collected.
+        trained: Windows of a training batch; 0 if no block is trained.
     """
     model = build_skeleton(config, dtype)
     prefix, blocks = find_blocks(model)
@@ -141,8 +161,29 @@ def count_footprint(
             last.clear()  # the last input would be counted as statistics
             # What still exists after the block: the accumulators and their workspace.
             statistics = collecting.now
+        training = 0
+        if trained:
+            hidden, call = _first_call(model, block, (trained, calibration[1]))
+            training = _training_peak(block, hidden, call)
     head = _head(config, dtype, scoring)
-    return BlockFootprint(plain.peak, collecting.peak, statistics, head)
+    return BlockFootprint(plain.peak, collecting.peak, statistics, head, training)
+
+
+def _training_peak(block: nn.Module, hidden: Tensor, call: BlockCall) -> int:
+    """Return the bytes of a forward and backward pass of a block in float32, with its gradients."""
+    values = {
+        name: parameter.to(torch.float32).requires_grad_(parameter.ndim > 1)
+        for name, parameter in block.named_parameters()
+    }
+    call, hidden = call.cast(torch.float32), hidden.to(torch.float32)
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        return functional_call(block, values, args, kwargs)
+
+    with Footprint() as footprint, torch.enable_grad():
+        output = call.run(run, hidden)
+        torch.autograd.backward([output.square().mean()])
+    return int(footprint.peak)
 
 
 def _put_zeros_outside(model: nn.Module, prefix: str) -> None:

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from prunebench.errors import IncompatibleData
 
@@ -54,9 +54,7 @@ class BlockCall:
     def to(self, device: torch.device, copies: Copies) -> BlockCall:
         """Return the call with its tensors on `device`.
 
-        Args:
-            device: The target device.
-            copies: Tensors that were copied there before; shared arguments are copied once.
+        `copies` has the tensors that were copied there before: shared ones are copied once.
         """
 
         def moved(tensor: Tensor) -> Tensor:
@@ -68,15 +66,10 @@ class BlockCall:
 
     def cast(self, dtype: torch.dtype) -> BlockCall:
         """Return the call with its floating-point tensors in `dtype`."""
-        return self._mapped(
-            lambda tensor: tensor.to(dtype) if tensor.is_floating_point() else tensor
-        )
+        return self._mapped(lambda x: x.to(dtype) if x.is_floating_point() else x)
 
     def _mapped(self, change: Callable[[Tensor], Tensor]) -> BlockCall:
-        args, kwargs = tree_map(
-            lambda value: change(value) if isinstance(value, Tensor) else value,
-            (self.args, self.kwargs),
-        )
+        args, kwargs = tree_map_only(Tensor, change, (self.args, self.kwargs))
         return BlockCall(args, kwargs, self.keyword)
 
     def count_tensors(self) -> int:

@@ -99,8 +99,9 @@ class Block(BlockRecoverer):
         parts = 2 if self.halves else 1
         training = 3 * self.epochs * (1 - held) * parts
         checking = held * (1 + self.epochs * self.checks * parts)
-        # master, gradient, two moments
-        return RecoveryCost(training + checking, copies=4 / parts, batch=self.batch)
+        # the masters of the other half are needed too, its moments are not
+        copies = 3 if parts == 1 else 2
+        return RecoveryCost(training + checking, copies=copies, batch=self.batch)
 
     def recover_block(self, pruned: PrunedBlock) -> RecoveredBlock:
         """Train the kept weights; the weights with the lowest held-out error stay."""

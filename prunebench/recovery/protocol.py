@@ -19,7 +19,7 @@ class RecoveryCost:
     Attributes:
         passes: Forward passes of the blocks over the calibration set; a backward pass counts as
             two. The dense stream is not included.
-        copies: float32 copies of a block's weights that exist at a time.
+        copies: float32 copies of a block's weights beside the gradient: master and moments.
         batch: Windows that run together with a graph.
     """
 
@@ -57,7 +57,7 @@ class BlockRecoverer(ABC):
 
     def cost(self, *, samples: int) -> RecoveryCost:
         """Return a guess: three epochs of forward and backward passes."""
-        return RecoveryCost(passes=9, copies=4, batch=1)
+        return RecoveryCost(passes=9, copies=3, batch=1)
 
     @abstractmethod
     def recover_block(self, pruned: PrunedBlock) -> RecoveredBlock:

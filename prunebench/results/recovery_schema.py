@@ -51,8 +51,9 @@ class RecoveryBlock(_Block):
         tokens: Tokens that were trained on, repeated ones counted again.
         seconds: Not part of `cost.prune_seconds`.
         recovered_blocks: Blocks in which trained weights stayed.
-        held_out_before: Sum of the blocks' held-out errors before; null where none was measured.
-        held_out_after: The same after, of the same blocks.
+        held_out_before: Geometric mean of the blocks' held-out errors before; null where none was
+            measured, or all are 0.
+        held_out_after: The same after, of the same blocks: their ratio is the mean ratio.
         blocks: One row a block of the model.
     """
 

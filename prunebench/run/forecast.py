@@ -25,6 +25,8 @@ from prunebench.models.walker import BATCH_TOKENS
 from prunebench.pruners import METHODS
 from prunebench.pruners.layer import GroupPruner
 from prunebench.run.memory import (
+    DENSE_STREAM,
+    STATES,
     MemoryNeed,
     Sizes,
     Workload,
@@ -71,7 +73,7 @@ def forecast(plan: Plan) -> Forecast:
     work = work_of(plan)
     footprint = count_footprint(
         config, dtype, calibration=(work.batch, max(2, work.seqlen)),
-        scoring=(work.scored, work.window), hessian=work.hessian,
+        scoring=(work.scored, work.window), hessian=work.hessian, trained=_trained_windows(plan),
     )  # fmt: skip
     groups = groups_of(plan.linears)  # (rows, width) of each
     cost = None
@@ -110,7 +112,16 @@ def work_of(plan: Plan) -> Workload:
         sequential=plan.spec.within_block == "sequential",
         hessian=plan.pruner.needs.hessian,
         reports=plan.spec.divergence,
+        recovers=plan.recoverer is not None and bool(samples),
+        copies=plan.recoverer.cost(samples=samples).copies if plan.recoverer and samples else 0.0,
     )
+
+
+def _trained_windows(plan: Plan) -> int:
+    """Return how many windows a recovery trains on at a time; 0 without one."""
+    if plan.recoverer is None or plan.windows is None:
+        return 0
+    return plan.recoverer.cost(samples=len(plan.windows.token_ids)).batch
 
 
 def groups_of(linears: list[Linear]) -> list[tuple[int, int]]:
@@ -158,6 +169,10 @@ def _seconds(
     if not dense:
         stages["baseline"] = scoring
         stages["prune"] = 3 * reading + passes * tokens * products / machine.flops + solving
+    if plan.recoverer is not None and work.recovers:
+        # one pass for the dense stream; sequential also needs one for the next block's inputs
+        extra = plan.recoverer.cost(samples=work.samples).passes + (2 if work.sequential else 1)
+        stages["recover"] = extra * tokens * products / machine.flops
     return stages | {"measure": reading, "score": scoring}
 
 
@@ -194,7 +209,7 @@ def _what_would_fit(plan: Plan, need: MemoryNeed) -> str:
     largest = max({**need.host, **need.device}.items(), key=lambda item: item[1])[0]
     if plan.weights == "resident" and largest == "blocks":
         return "use --weights disk"
-    if largest == "hidden states" and plan.weights == "disk":
+    if largest in (STATES, DENSE_STREAM) and plan.weights == "disk":
         return "use --activations disk, or fewer --calibration-samples"
     if plan.spec.within_block == "sequential":
         return "use --within-block joint, which has one batch at work at a time"

@@ -20,6 +20,8 @@ from prunebench.models.footprint import BlockFootprint
 from prunebench.models.linears import find_blocks
 from prunebench.spec import Placement, Weights
 
+STATES = "hidden states"
+DENSE_STREAM = "dense stream of the recovery"
 _HEADROOM = 1.2  # memory of pruning and scoring, relative to a resident model
 
 
@@ -120,6 +122,8 @@ class Workload:
         sequential: Whether each linear is pruned before it runs.
         hessian: Whether Gram matrices are collected.
         reports: Whether the dense model's outputs are kept for comparison.
+        recovers: Whether the blocks are trained after pruning, beside the dense stream.
+        copies: float32 copies of a block that the training holds beside the gradient.
     """
 
     samples: int
@@ -131,6 +135,8 @@ class Workload:
     sequential: bool
     hessian: bool
     reports: bool = False
+    recovers: bool = False
+    copies: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -203,10 +209,19 @@ def plan_memory(
     pruning = calibrating + max(running, footprint.statistics * bool(work.samples) + method_peak)
     # pruning and scoring do not overlap either: the stage that takes more in all counts
     judging = scoring + footprint.running + footprint.head
-    # (hidden states, everything else) of the larger stage
-    states, busy = max(
-        ((calibrating, pruning - calibrating), (scoring, judging - scoring)), key=sum
-    )
+    busy = "one batch, statistics, method"
+    stages = [
+        {STATES: calibrating, busy: pruning - calibrating},
+        {STATES: scoring, busy: judging - scoring},
+    ]
+    if work.recovers:
+        stages[0][DENSE_STREAM] = calibrating
+        # in float32, whatever the dtype of the run
+        masters = round(work.copies * largest * 4 / dtype.itemsize)
+        training = {"recovery: master, moments": masters, "recovery: batch": footprint.training}
+        stages.append({STATES: calibrating, DENSE_STREAM: calibrating, **training})
+    # the stages do not overlap: the one that takes most in all counts
+    stage = max(stages, key=lambda parts: sum(parts.values()))
     device: dict[str, int] = {"embeddings, norms and head": sizes.outside}
     host: dict[str, int] = {}
     if weights == "resident":
@@ -218,13 +233,16 @@ def plan_memory(
     # on a CPU, "cpu" and "device" are the same memory; on disk hidden states are memory-mapped
     place = {"device": device, "cpu": host if on_gpu else device, "disk": None}
     where = place[placement if weights == "disk" else "device"]
-    if where is not None:
-        where["hidden states"] = states
-    device["one batch, statistics, method"] = busy
+    for name, size in stage.items():
+        if name not in (STATES, DENSE_STREAM):
+            device[name] = size
+        elif where is not None:
+            where[name] = size
     (host if on_gpu else device)["Python and libraries"] = process
+    streams = calibrating * (2 if work.recovers else 1)
     # every pruned block, and hidden states twice: new ones are written before the old are removed
-    journal = sum(sizes.blocks) + 2 * calibrating if weights == "disk" else 0
-    mapped = max(calibrating, scoring) if weights == "disk" and placement == "disk" else 0
+    journal = sum(sizes.blocks) + 2 * streams if weights == "disk" else 0
+    mapped = max(streams, scoring) if weights == "disk" and placement == "disk" else 0
     return MemoryNeed(device, host, journal + mapped)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import platform
+import statistics
 import sys
 import time
 from datetime import UTC, datetime
@@ -151,7 +152,7 @@ def build_recovery_block(spec: RunSpec, blocks: list[RecoveredBlock]) -> Recover
     measured = [
         (block.held_out_before, block.held_out_after)
         for block in blocks
-        if block.held_out_before is not None and block.held_out_after is not None
+        if block.held_out_before and block.held_out_after
     ]
     names = BlockRow.model_fields
     return RecoveryBlock(
@@ -166,13 +167,18 @@ def build_recovery_block(spec: RunSpec, blocks: list[RecoveredBlock]) -> Recover
         tokens=max((block.tokens for block in blocks), default=0),
         seconds=round(sum(block.seconds for block in blocks), 3),
         recovered_blocks=sum(block.best_step > 0 for block in blocks),
-        held_out_before=sum(before for before, _ in measured) if measured else None,
-        held_out_after=sum(after for _, after in measured) if measured else None,
+        held_out_before=_geometric_mean([before for before, _ in measured]),
+        held_out_after=_geometric_mean([after for _, after in measured]),
         blocks=[
             BlockRow(**{k: v for k, v in dataclasses.asdict(block).items() if k in names})
             for block in blocks
         ],
     )
+
+
+def _geometric_mean(values: list[float]) -> float | None:
+    # the errors of early and late blocks differ by orders of magnitude
+    return statistics.geometric_mean(values) if values else None
 
 
 def build_sparsity_block(
