@@ -49,10 +49,13 @@ from prunebench.run.packed import packed_weights
 from prunebench.run.plan import Plan, prepare
 from prunebench.run.recover import (
     copy_weights,
+    dense_copies,
     note_useless,
     recover_apart,
+    recover_model,
     recovery_of,
     require_recovered,
+    trains,
     zeros_beyond,
 )
 from prunebench.run.result import (
@@ -99,7 +102,7 @@ def execute(plan: Plan) -> Result | None:
     Raises:
         PrunebenchError: Whatever a user can fix; a `failed` record is saved too.
     """
-    with process_group(device=str(plan.device), trains=plan.training is not None):
+    with process_group(device=str(plan.device), trains=trains(plan)):
         if rank() == 0:
             return _execute(plan)
         _assist(plan)
@@ -109,17 +112,19 @@ def execute(plan: Plan) -> Result | None:
 def _assist(plan: Plan) -> None:
     """Train together with rank 0, and save nothing."""
     with memory_errors(plan.device, trains=True):
-        model = open_model(plan, None)
-        _prune(plan, model, {linear.name: plan.sparsity for linear in find_linears(model)})
+        dense = dense_copies(plan, model := open_model(plan, None))
+        # a method that does not learn prunes in rank 0 alone
+        if plan.training is not None:
+            _prune(plan, model, {linear.name: plan.sparsity for linear in find_linears(model)})
+        recover_model(plan, model, dense)
 
 
 def _execute(plan: Plan) -> Result:
     spec, progress = plan.spec, plan.progress
     halvings: list[str] = []
-    trains = plan.training is not None
     with (
         failures_are_filed(plan) as row_is_filed,
-        memory_errors(plan.device, trains=trains),
+        memory_errors(plan.device, trains=trains(plan)),
         record_halvings(plan, halvings),
         open_run_state(plan) as journal,
     ):
@@ -134,15 +139,17 @@ def _execute(plan: Plan) -> Result:
         # before pruning: the dense weights are overwritten in place
         references = collect_dense_logits(plan, model)
         # the allocator is part of the method's cost; loading and scoring are not
+        dense_weights = dense_copies(plan, model)
         with _stopwatch(journal) as prune_seconds:
             allocation = _allocate(plan, model, linears, journal)
             requested = layer_sparsities(plan.sparsity, allocation, linears)
             report, recovered = _prune(plan, model, requested)
+        trained = recover_model(plan, model, dense_weights)
         with progress.stage("measure", detail="sparsity of every layer"):
             evaluated_sha256, measured = _hash_and_measure(model, linears, requested)
             # what was asked for is checked on the weights themselves, not on what the method
             # reports; zeros of the dense model may come on top
-            beyond = zeros_beyond(report, recovered)
+            beyond = zeros_beyond(report, recovered, trained)
             require_met(measured, zeros, requested, beyond=beyond)
             require_total(measured, zeros, plan.sparsity, beyond=beyond)
         with packed_weights(plan, model, linears) as execution:
@@ -156,13 +163,13 @@ def _execute(plan: Plan) -> Result:
             calibration=plan.calibration,
             training=build_training_block(plan, report),
             allocation=build_allocation_block(spec, allocation),
-            recovery=(recovery := build_recovery_block(spec, recovered)),
+            recovery=build_recovery_block(plan, recovered, trained),
             sparsity=build_sparsity_block(plan, measured, report, allocation),
             scores=build_score_blocks([*outcomes, *diverged], [*dense, *map(at_dense, diverged)]),
             execution=execution,
             cost=build_cost_block(
                 plan,
-                prune_seconds() - (recovery.seconds if recovery else 0.0),
+                prune_seconds() - sum(block.seconds for block in recovered),
                 starts=journal.state.starts if journal else 1,
                 halvings=halvings,
             ),
@@ -174,8 +181,8 @@ def _execute(plan: Plan) -> Result:
         # from here on an error (a full disk for --save-model) is an error of saving, and the row
         # stays valid
         row_is_filed()
-        if plan.training is not None:
-            plan.training.forget()
+        for training in filter(None, (plan.training, plan.recovery_training)):
+            training.forget()
         if plan.setup.log_samples:
             write_samples(plan.store.path_of(result), samples_of(outcomes, dense))
         _save_outputs(plan, model, linears, result, allocation)

@@ -161,8 +161,11 @@ class CheckpointStore:
         return {name: self._sharded(rows, total) for name, rows, total in loop.saved_tensors()}
 
     def _sharded(self, rows: Tensor, total: int) -> Any:
-        """Return the owned rows [k, rows, width] as a DTensor of all `total` rows."""
-        if self.shards.world == 1:
+        """Return the owned rows [k, rows, width] as a DTensor of all `total` rows.
+
+        With `total` 0 every process has the same tensor, and it is saved once.
+        """
+        if self.shards.world == 1 or not total:
             return rows
         from torch.distributed.device_mesh import init_device_mesh
         from torch.distributed.tensor import DTensor, Shard

@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor, nn
 
-from prunebench.models.backward import Backward
+from prunebench.models.backward import Backward, TokenLoss
 from prunebench.models.linears import Linear, find_blocks
 from prunebench.models.replay import plain_inference
 from prunebench.training.filled_weights import Fill, FilledWeights
@@ -71,6 +71,7 @@ class TrainingLoop(ABC, Generic[P]):
         seed: Of the order of the windows.
         micro_tokens: Tokens of a micro-batch: their activations are in memory at the same time.
         shards: This process among others.
+        loss: Of the logits; by default their cross-entropy.
 
     Attributes:
         done: Steps taken.
@@ -89,6 +90,7 @@ class TrainingLoop(ABC, Generic[P]):
         seed: int,
         micro_tokens: int,
         shards: Shards,
+        loss: TokenLoss | None = None,
     ) -> None:
         self.model = model
         self.steps = steps
@@ -99,7 +101,7 @@ class TrainingLoop(ABC, Generic[P]):
         self.done = 0
         self.progress: Progress[P] = Progress()
         self._store = FilledWeights(find_blocks(model)[1], linears, fill)
-        self._backward = Backward(model, linears, sums, self._store)
+        self._backward = Backward(model, linears, sums, self._store, loss)
         self._device = next(model.parameters()).device
 
     def learn(
@@ -168,7 +170,8 @@ class TrainingLoop(ABC, Generic[P]):
     def saved_tensors(self) -> Iterable[tuple[str, Tensor, int]]:
         """Yield every tensor of the state, for a checkpoint: its name, itself, its total rows.
 
-        Each is [k, rows, width], of the rows that this process owns.
+        Each is [k, rows, width], of the rows that this process owns; total 0 means that all
+        processes have the same.
         """
 
     @abstractmethod
