@@ -20,6 +20,7 @@ import benchmarks.disk
 import benchmarks.maskllm
 import benchmarks.packed
 import benchmarks.pruning
+import benchmarks.recovery
 import benchmarks.scoring
 import benchmarks.sweep
 import benchmarks.tasks  # noqa: F401  (they register their figures)

@@ -7,6 +7,7 @@ block. A recoverer trains the kept weights of one block at a time (`BlockWalker`
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol, runtime_checkable
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from prunebench.models.linears import Linear
+from prunebench.models.out_of_memory import is_out_of_memory, report_halved
 from prunebench.models.replay import BlockCall
 
 Target = Literal["dense", "local"]
@@ -96,21 +98,38 @@ class PrunedBlock:
         return next(self.module.parameters()).device
 
     @torch.no_grad()
-    def error(self, windows: Sequence[int], batch: int) -> float:
+    def error(self, windows: Sequence[int], batch: int, *, relative: bool = False) -> float:
         """Return the mean squared error of the block as it is, over some windows.
 
         Args:
             windows: Their indices.
             batch: Windows that run at a time.
+            relative: See `squared_error`.
         """
-        total, count = 0.0, 0
-        for start in range(0, len(windows), batch):
-            for part in self.batch.parts(windows[start : start + batch]):
-                output = self.call(part).run(self.module, self.inputs(part))
-                difference = output.to(torch.float32) - self.targets(part).to(torch.float32)
-                total += float(difference.square().sum(dtype=torch.float64))
-                count += difference.numel()
-        return total / count
+
+        def summed(part: Sequence[int]) -> float:
+            output = self.call(part).run(self.module, self.inputs(part))
+            error = squared_error(output, self.targets(part), relative=relative)
+            return float(error) * len(part)
+
+        parts = (windows[start : start + batch] for start in range(0, len(windows), batch))
+        return math.fsum(self.batch.sum(summed, part) for part in parts) / len(windows)
+
+
+def squared_error(output: Tensor, target: Tensor, *, relative: bool) -> Tensor:
+    """Return the mean squared error in float32, a scalar.
+
+    Args:
+        output: (windows, seqlen, hidden).
+        target: (windows, seqlen, hidden).
+        relative: Whether the error of each token is divided by the mean square of its target: a
+            token with massive activations then counts as much as any other.
+    """
+    target = target.to(torch.float32)
+    squares = (output.to(torch.float32) - target).square()
+    if relative:
+        squares = squares.mean(-1) / target.square().mean(-1)  # [windows, seqlen]
+    return squares.mean()
 
 
 @dataclass
@@ -119,10 +138,35 @@ class WindowBatch:
 
     size: int | None = None
 
-    def parts(self, windows: Sequence[int]) -> list[Sequence[int]]:
-        """Split windows into parts that fit."""
-        size = self.size or max(1, len(windows))
-        return [windows[start : start + size] for start in range(0, len(windows), size)]
+    def sum(
+        self,
+        function: Callable[[Sequence[int]], float],
+        windows: Sequence[int],
+        *,
+        restart: Callable[[], None] = lambda: None,
+    ) -> float:
+        """Return the sum of a function over the windows, in parts that fit.
+
+        Args:
+            function: Takes some windows.
+            windows: All of them.
+            restart: Called before the first part, and again after memory has run out.
+
+        Raises:
+            RuntimeError: A single window runs out of memory; the device's own error.
+        """
+        while True:
+            size = self.size or max(1, len(windows))
+            restart()
+            try:
+                starts = range(0, len(windows), size)
+                return math.fsum(function(windows[start : start + size]) for start in starts)
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error) or min(size, len(windows)) == 1:
+                    raise
+            # outside the except clause, whose traceback keeps the failed tensors alive
+            self.size = (min(size, len(windows)) + 1) // 2
+            report_halved("recovery", self.size)
 
 
 @runtime_checkable

@@ -28,12 +28,11 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from torch import Tensor
 
 from prunebench.errors import IncompatibleData, UsageError
 from prunebench.models.linears import Linear
-from prunebench.models.out_of_memory import is_out_of_memory, report_halved
-from prunebench.models.pruned_block import PrunedBlock, RecoveredBlock, Target
+from prunebench.models.out_of_memory import is_out_of_memory
+from prunebench.models.pruned_block import PrunedBlock, RecoveredBlock, Target, squared_error
 from prunebench.recovery.masked_weights import MaskedWeights
 from prunebench.recovery.protocol import BlockRecoverer, RecoveryCost
 
@@ -52,6 +51,8 @@ class Block(BlockRecoverer):
         schedule: How the rate falls to 0.
         target: The dense model's hidden state after the block, or the dense block's output of the
             pruned model's hidden state.
+        loss: The mean squared error, as in the papers; or relative to the mean square of each
+            token's target, so that tokens with massive activations count as any other.
         held_out: Share of the calibration windows that are not trained on and choose what stays.
         checks: How often in an epoch the held-out error is measured.
         norms: Whether the weights and biases of normalizations are trained too.
@@ -64,6 +65,7 @@ class Block(BlockRecoverer):
     batch: int = 2
     schedule: Literal["linear", "cosine"] = "linear"
     target: Target = "dense"
+    loss: Literal["mse", "relative"] = "mse"
     held_out: float = 0.125
     checks: int = 2
     norms: bool = False
@@ -106,7 +108,7 @@ class Block(BlockRecoverer):
     def recover_block(self, pruned: PrunedBlock) -> RecoveredBlock:
         """Train the kept weights; the weights with the lowest held-out error stay."""
         train, held = split(pruned.samples, self.held_out)
-        start = pruned.error(held, self.batch)
+        start = pruned.error(held, self.batch, relative=self.loss == "relative")
         if not math.isfinite(start):
             return RecoveredBlock(pruned.index, event="the block's output is not finite")
         record = RecoveredBlock(
@@ -156,6 +158,7 @@ class _Training:
             for start in range(0, len(train), options.batch)
         ]
         self._weights = MaskedWeights(pruned, linears, norms=norms)
+        self._is_relative = options.loss == "relative"
         self._scale = record.held_out_before or 1.0
         self._losses: list[float] = []  # mean squared error of each step
 
@@ -196,21 +199,20 @@ class _Training:
 
     def _step(self, optimizer: torch.optim.Optimizer, windows: Sequence[int]) -> float:
         """Make one step; return its mean squared error."""
-        batch = self._pruned.batch
-        while True:
-            parts = batch.parts(windows)
-            try:
-                optimizer.zero_grad(set_to_none=True)
-                loss = sum(self._backward(part, len(windows)) for part in parts)
-                break
-            except (RuntimeError, MemoryError) as error:
-                if not is_out_of_memory(error):
-                    raise self._undifferentiable(error) from error
-                if len(parts[0]) == 1:
-                    raise
-            # outside the except clause, whose traceback keeps the failed tensors alive
-            batch.size = (len(parts[0]) + 1) // 2
-            report_halved("recovery", batch.size)
+        try:
+            loss = self._pruned.batch.sum(
+                lambda part: self._backward(part, len(windows)),
+                windows,
+                restart=lambda: optimizer.zero_grad(set_to_none=True),
+            )
+        except RuntimeError as error:
+            if is_out_of_memory(error) or self._losses:
+                raise
+            raise IncompatibleData(
+                f"{type(self._pruned.module).__name__} cannot be trained",
+                where=f"{type(error).__name__}: {error}".split("\n")[0],
+                fix="leave --recover out, or report this architecture",
+            ) from error
         self._losses.append(loss)
         if math.isfinite(loss):
             self._weights.mask_gradients()
@@ -224,10 +226,9 @@ class _Training:
         call = pruned.call(windows).cast(torch.float32)
         inputs = pruned.inputs(windows).to(torch.float32)  # [windows, seqlen, hidden]
         with torch.enable_grad():
-            output: Tensor = call.run(self._weights, inputs)
-            difference = output.to(torch.float32) - pruned.targets(windows).to(torch.float32)
-            share = len(windows) / of
-            loss = difference.square().mean() * (share / self._scale)
+            output = call.run(self._weights, inputs)
+            error = squared_error(output, pruned.targets(windows), relative=self._is_relative)
+            loss = error * (len(windows) / of / self._scale)
         torch.autograd.backward([loss])
         return float(loss.detach()) * self._scale
 
@@ -236,7 +237,7 @@ class _Training:
         if not self._weights.are_finite:
             return False
         with self._weights.written() as trial:
-            error = self._pruned.error(self._held, self._options.batch)
+            error = self._pruned.error(self._held, self._options.batch, relative=self._is_relative)
             best = self._record.held_out_after
             trial.stays = best is not None and error < best
         if trial.stays:
@@ -246,15 +247,6 @@ class _Training:
     def _failed(self, event: str) -> RecoveredBlock:
         """End the training: what stays is the best that was measured, at worst the start."""
         return self._note(event=event)
-
-    def _undifferentiable(self, error: BaseException) -> BaseException:
-        if self._losses:
-            return error
-        return IncompatibleData(
-            f"{type(self._pruned.module).__name__} cannot be trained",
-            where=f"{type(error).__name__}: {error}".split("\n")[0],
-            fix="leave --recover out, or report this architecture",
-        )
 
     def _note(self, **changes: object) -> RecoveredBlock:
         self._record = dataclasses.replace(self._record, **changes)  # type: ignore[arg-type]

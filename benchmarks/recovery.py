@@ -1,0 +1,90 @@
+"""Figures of the recovery: its time against plain forward passes, and the memory it adds."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+from benchmarks.figures import (
+    Figure,
+    at_most,
+    default_model,
+    default_tokens,
+    figure,
+    noted,
+    plain_seconds,
+)
+
+METHOD, SPARSITY = "wanda", "2:4"
+
+
+def _prune(model: Any, tokens: Any, *, recoverer: Any = None) -> list[Any]:
+    """Prune the default model, joint, with or without recovery; return what the recovery did."""
+    from prunebench.models.pruned_block import Recovery
+    from prunebench.models.walker import BlockWalker
+    from prunebench.pruners import METHODS
+    from prunebench.sparsity import Sparsity
+
+    recovery = None if recoverer is None else Recovery(recoverer)
+    walker = BlockWalker(model, token_ids=tokens, within_block="joint", recovery=recovery)
+    target = Sparsity.parse(SPARSITY)
+    METHODS.make(METHOD, {}).prune(walker, {linear.name: target for linear in walker.linears})
+    return walker.recovered
+
+
+def _seconds(tokens: Any, *, recoverer: Any = None) -> float:
+    model = default_model()
+    plain_seconds(model, tokens[:2])  # warm
+    start_time = time.perf_counter()
+    _prune(model, tokens, recoverer=recoverer)
+    return time.perf_counter() - start_time
+
+
+@figure("recover-block")
+def recover_block() -> list[Figure]:
+    """Three epochs of `block` on top of the pruning, in units of two plain passes of the blocks."""
+    from prunebench.recovery.block import Block
+
+    tokens = default_tokens()
+    plain = plain_seconds(default_model(), tokens)
+    pruned = _seconds(tokens)
+    recovered = _seconds(tokens, recoverer=Block())
+    again = plain_seconds(default_model(), tokens)
+    ratio = (recovered - pruned) / (plain + again)
+    return [
+        at_most("recover-block", 5.5, "times two plain passes", [ratio]),
+        noted("recover-block-seconds", "s on top of the pruning", [recovered - pruned]),
+    ]
+
+
+@figure("recover-memory")
+def recover_memory() -> list[Figure]:
+    """Peak bytes of tensors that `block` adds to pruning, over its allowance.
+
+    The allowance is a block in float32 four times (master, gradient, two moments) and the dense
+    stream; the graph of a batch is counted from the config and comes on top.
+    """
+    import torch
+
+    from prunebench.models.footprint import Footprint, count_footprint
+    from prunebench.recovery.block import Block
+
+    tokens = default_tokens()[:8]
+    model = default_model()
+    block = sum(p.numel() for p in model.model.layers[0].parameters())
+    stream = tokens.numel() * model.config.hidden_size * 4
+    counted = count_footprint(
+        model.config, torch.float32, calibration=(2, tokens.shape[1]), scoring=(1, 8),
+        hessian=False, trained=2,
+    )  # fmt: skip
+    with Footprint() as pruning:
+        _prune(model, tokens)
+    model = default_model()
+    with Footprint() as recovering:
+        _prune(model, tokens, recoverer=Block(epochs=1, checks=1))
+    # `training` holds the gradients
+    allowed = pruning.peak + 3 * 4 * block + stream + counted.training
+    return [
+        at_most("recover-memory", 1.0, "of pruning, 4 blocks, stream", [recovering.peak / allowed]),
+        noted("recover-memory-bytes", "MB", [recovering.peak / 1e6]),
+    ]
