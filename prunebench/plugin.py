@@ -4,7 +4,8 @@
 
 Subclass `LayerPruner` (one matrix at a time) or `GroupPruner` (the linears that read one input), or
 implement `Pruner`. `prunebench check NAME` runs the contract tests on the result. To train the kept
-weights afterwards, subclass `BlockRecoverer`; `prunebench check recover:NAME` checks it.
+weights afterwards, subclass `BlockRecoverer`, or `ModelRecoverer` to train the whole model;
+`prunebench check recover:NAME` checks it.
 """
 
 from __future__ import annotations
@@ -13,7 +14,14 @@ from prunebench.calibration.stats import InputStats
 from prunebench.pruners.keep import keep_group, keep_largest, keep_matrix, keep_rows
 from prunebench.pruners.layer import GroupPruner, LayerPruner
 from prunebench.pruners.protocol import LayerEvent, Needs, Pruned, Pruner, PruneReport
-from prunebench.recovery.protocol import BlockRecoverer, PrunedBlock, RecoveredBlock, Recoverer
+from prunebench.recovery.protocol import (
+    BlockRecoverer,
+    ModelRecoverer,
+    ModelRecovery,
+    PrunedBlock,
+    RecoveredBlock,
+    Recoverer,
+)
 from prunebench.sparsity import Sparsity
 
 __all__ = [
@@ -22,6 +30,8 @@ __all__ = [
     "InputStats",
     "LayerEvent",
     "LayerPruner",
+    "ModelRecoverer",
+    "ModelRecovery",
     "Needs",
     "PruneReport",
     "Pruned",

@@ -111,7 +111,7 @@ def execute(plan: Plan) -> Result | None:
 
 def _assist(plan: Plan) -> None:
     """Train together with rank 0, and save nothing."""
-    with memory_errors(plan.device, trains=True):
+    with memory_errors(plan.device, trains=True, recovers=bool(plan.recovery_training)):
         dense = dense_copies(plan, model := open_model(plan, None))
         # a method that does not learn prunes in rank 0 alone
         if plan.training is not None:
@@ -124,7 +124,7 @@ def _execute(plan: Plan) -> Result:
     halvings: list[str] = []
     with (
         failures_are_filed(plan) as row_is_filed,
-        memory_errors(plan.device, trains=trains(plan)),
+        memory_errors(plan.device, trains=trains(plan), recovers=bool(plan.recovery_training)),
         record_halvings(plan, halvings),
         open_run_state(plan) as journal,
     ):
@@ -264,7 +264,7 @@ def _prune(
     recovery, learns = recovery_of(plan), plan.training is not None
     detail = f"{plan.spec.method} {plan.sparsity}"
     if recovery and not learns:
-        detail += f", each block then by {plan.spec.recover}"
+        detail += f", each block then by {plan.spec.recover.partition('+')[0]}"
     # a method that learns changes all blocks at its end: a second walk begins at the dense weights
     dense = copy_weights(model) if recovery and learns and rank() == 0 else None
     with _walk(plan, model, "prune", detail, gradients, None if learns else recovery) as walker:

@@ -57,6 +57,12 @@ def check_names(spec: RunSpec, setup: Setup) -> NamedSpec:
     learns = model_recoverer is not None
     pruner, allocator, sparsity, fields = _resolve_method(spec, entry, recoverer, learns=learns)
     fields["recover_options"] = recover_options
+    if model_recoverer is not None and not sparsity.ratio:
+        raise UsageError(
+            f"--recover {spec.recover} does not go with --sparsity {sparsity}",
+            where="nothing is pruned, so there is nothing to recover",
+            fix="choose a sparsity above 0, or leave --recover out",
+        )
     # with the fields filled in: a method without data has no calibration to check
     _check_texts(spec.model_copy(update=fields))
     learned_from = [pruner.needs.training]

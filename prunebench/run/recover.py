@@ -16,6 +16,7 @@ from prunebench.models.linears import find_linears
 from prunebench.models.pruned_block import RecoveredBlock, Recovery
 from prunebench.models.walker import BlockWalker
 from prunebench.pruners.protocol import PruneReport
+from prunebench.recovery import THEN
 from prunebench.recovery.protocol import BlockRecoverer, DistillPoint, ModelRecovery
 from prunebench.run.plan import Plan
 
@@ -49,8 +50,9 @@ def note_useless(plan: Plan, blocks: Sequence[RecoveredBlock]) -> None:
     """Warn if the training made every block worse, so that nothing of it stayed."""
     trained = [block for block in blocks if block.steps]
     if trained and not any(block.best_step for block in trained):
+        name = plan.spec.recover.partition(THEN)[0]
         plan.progress.note(
-            f"warning: {plan.spec.recover} kept nothing: no step lowered the held-out error of any "
+            f"warning: {name} kept nothing: no step lowered the held-out error of any "
             "block. Try a smaller --set recover.lr, or more calibration windows"
         )
 
