@@ -88,3 +88,49 @@ def recover_memory() -> list[Figure]:
         at_most("recover-memory", 1.0, "of pruning, 4 blocks, stream", [recovering.peak / allowed]),
         noted("recover-memory-bytes", "MB", [recovering.peak / 1e6]),
     ]
+
+
+@figure("recover-distill-step")
+def recover_distill_step() -> list[Figure]:
+    """A step of `distill`, of 1.35 dense training steps plus one forward pass, the same tokens."""
+    import torch
+
+    from benchmarks.maskllm import dense_step
+    from prunebench.models.linears import find_linears
+    from prunebench.models.replay import plain_inference
+    from prunebench.recovery.distill.loop import Distiller
+    from prunebench.recovery.distill.recoverer import Distill
+    from prunebench.recovery.distill.weights import FullWeight
+    from prunebench.training.shards import Shards
+
+    windows = 4
+    model, tokens = default_model(), default_tokens()[:windows]
+    dense = {linear.name: linear.stored.clone() for linear in find_linears(model)}
+    _prune(model, tokens)
+    weights = {}
+    for linear in find_linears(model):
+        weights[linear] = FullWeight(linear.stored.clone(), 0.2)
+        linear.stored.copy_(dense.pop(linear.name))
+    loop = Distiller(model, weights, Distill(batch=windows).filled(), Shards())
+    ratios, seconds = [], []
+    with plain_inference(model), torch.enable_grad():
+        loop._backward.prepare(tokens[:1, :128])
+        loop._step(0, tokens)
+        for step in range(1, 3):
+            before = dense_step(model, tokens)
+            start_time = time.perf_counter()
+            loop._step(step, tokens)
+            seconds.append(time.perf_counter() - start_time)
+            trained = (before + dense_step(model, tokens)) / 2
+            start_time = time.perf_counter()
+            with torch.no_grad():
+                for batch in tokens.split(2):
+                    model(input_ids=batch, use_cache=False)
+            forward = time.perf_counter() - start_time
+            ratios.append(seconds[-1] / (1.35 * trained + forward))
+    return [
+        at_most(
+            "recover-distill-step", 1.0, "of 1.35 dense training steps and a forward pass", ratios
+        ),
+        noted("recover-distill-step-seconds", "s", seconds),
+    ]

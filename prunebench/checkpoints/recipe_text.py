@@ -52,7 +52,13 @@ def recipe_text(result: Result) -> str:
     if spec.allocation_options and spec.allocation != "file":
         lines += ["", "[set.allocation]", *_toml(spec.allocation_options)]
     if spec.recover_options:
-        lines += ["", "[set.recover]", *_toml(spec.recover_options)]
+        options = dict(spec.recover_options)
+        if result.recovery is not None and result.recovery.training is not None:
+            training = result.recovery.training
+            text = _text_name(training.text, training.origin, notes)
+            key = next(key for key in options if key.rpartition(".")[2] == "data")
+            options[key] = text
+        lines += ["", "[set.recover]", *_toml(options)]
     return "\n".join([*lines, ""])
 
 
@@ -92,7 +98,11 @@ def _text_name(resolved: str, origin: str, notes: list[str]) -> str:
 
 
 def _toml(values: dict[str, Any]) -> list[str]:
-    return [f"{key} = {_toml_value(value)}" for key, value in values.items()]
+    # quoted: a dot in a bare key is a table of its own
+    return [
+        f"{json.dumps(key) if '.' in key else key} = {_toml_value(value)}"
+        for key, value in values.items()
+    ]
 
 
 def _toml_value(value: Any) -> str:
