@@ -54,8 +54,8 @@ def recipe_text(result: Result) -> str:
     if spec.recover_options:
         options = dict(spec.recover_options)
         if result.recovery is not None and result.recovery.training is not None:
-            training = result.recovery.training
-            text = _text_name(training.text, training.origin, notes)
+            trained = result.recovery.training
+            text = _text_name(trained.text, trained.origin, notes)
             key = next(key for key in options if key.rpartition(".")[2] == "data")
             options[key] = text
         lines += ["", "[set.recover]", *_toml(options)]

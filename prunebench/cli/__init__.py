@@ -35,7 +35,7 @@ class _Commands(LazyGroup):
             "report:report_command",
             "Write one page with tables, figures and provenance; it needs no network.",
         ),
-        "list": ("listing:list_command", "List methods, allocators, models or texts."),
+        "list": ("listing:list_command", "List methods, allocators, recoverers, models or texts."),
         "bench": (
             "bench:bench_command",
             "Measure a pruned checkpoint against the dense model: quality, bytes and speed.",
@@ -55,7 +55,7 @@ class _Commands(LazyGroup):
         ),
         "check": (
             "check:check_command",
-            "Run the public contract of a pruner on tiny random models.",
+            "Run the public contract of a pruner or recoverer on tiny random models.",
         ),
         "doctor": (
             "doctor:doctor_command",

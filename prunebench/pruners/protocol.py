@@ -107,6 +107,15 @@ class Pruner(Protocol):
 
 
 @runtime_checkable
+class Quantizes(Protocol):
+    """A pruner that may round the kept weights to a grid."""
+
+    @property
+    def quantize_bits(self) -> int | None:
+        """Bits of the grid; None if nothing is rounded."""
+
+
+@runtime_checkable
 class DependsOnModel(Protocol):
     """A pruner whose option defaults depend on the model."""
 

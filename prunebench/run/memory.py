@@ -201,27 +201,12 @@ def plan_memory(
     # the dense model's last hidden states, kept beside those of the pruned one
     if work.reports:
         scoring += work.windows * work.window * token
-    # sequential replays the block for each linear, so every batch's tensors exist at a time; joint
-    # drops a batch before the next
-    batches = math.ceil(work.samples / work.batch) if work.samples else 0
-    running = footprint.collecting * (batches if work.sequential else 1) if work.samples else 0
-    # running a batch and solving do not overlap: the larger of the two counts, not the sum
-    pruning = calibrating + max(running, footprint.statistics * bool(work.samples) + method_peak)
-    # pruning and scoring do not overlap either: the stage that takes more in all counts
-    judging = scoring + footprint.running + footprint.head
-    busy = "one batch, statistics, method"
-    stages = [
-        {STATES: calibrating, busy: pruning - calibrating},
-        {STATES: scoring, busy: judging - scoring},
-    ]
-    if work.recovers:
-        stages[0][DENSE_STREAM] = calibrating
-        # in float32, whatever the dtype of the run
-        masters = round(work.copies * largest * 4 / dtype.itemsize)
-        training = {"recovery: master, moments": masters, "recovery: batch": footprint.training}
-        stages.append({STATES: calibrating, DENSE_STREAM: calibrating, **training})
-    # the stages do not overlap: the one that takes most in all counts
-    stage = max(stages, key=lambda parts: sum(parts.values()))
+    # in float32, whatever the dtype of the run
+    masters = round(work.copies * largest * 4 / dtype.itemsize)
+    stage = _largest_stage(
+        footprint, work, calibrating=calibrating, scoring=scoring, method_peak=method_peak,
+        masters=masters,
+    )  # fmt: skip
     device: dict[str, int] = {"embeddings, norms and head": sizes.outside}
     host: dict[str, int] = {}
     if weights == "resident":
@@ -244,6 +229,46 @@ def plan_memory(
     journal = sum(sizes.blocks) + 2 * streams if weights == "disk" else 0
     mapped = max(streams, scoring) if weights == "disk" and placement == "disk" else 0
     return MemoryNeed(device, host, journal + mapped)
+
+
+def _largest_stage(
+    footprint: BlockFootprint,
+    work: Workload,
+    *,
+    calibrating: int,
+    scoring: int,
+    method_peak: int,
+    masters: int,
+) -> dict[str, int]:
+    """Return the bytes of the stage that takes most beside the weights, by what.
+
+    Args:
+        footprint: Of running a block.
+        work: What the run does.
+        calibrating: Hidden states of the calibration set.
+        scoring: Hidden states of the scored texts.
+        method_peak: What the method takes for its largest group of linears.
+        masters: float32 copies of a block in a recovery.
+    """
+    # sequential replays the block for each linear, so every batch's tensors exist at a time; joint
+    # drops a batch before the next
+    batches = math.ceil(work.samples / work.batch) if work.samples else 0
+    running = footprint.collecting * (batches if work.sequential else 1) if work.samples else 0
+    # running a batch and solving do not overlap: the larger of the two counts, not the sum
+    pruning = calibrating + max(running, footprint.statistics * bool(work.samples) + method_peak)
+    # pruning and scoring do not overlap either: the stage that takes more in all counts
+    judging = scoring + footprint.running + footprint.head
+    busy = "one batch, statistics, method"
+    stages = [
+        {STATES: calibrating, busy: pruning - calibrating},
+        {STATES: scoring, busy: judging - scoring},
+    ]
+    if work.recovers:
+        stages[0][DENSE_STREAM] = calibrating
+        training = {"recovery: master, moments": masters, "recovery: batch": footprint.training}
+        stages.append({STATES: calibrating, DENSE_STREAM: calibrating, **training})
+    # the stages do not overlap: the one that takes most in all counts
+    return max(stages, key=lambda parts: sum(parts.values()))
 
 
 def gigabytes(count: float) -> str:

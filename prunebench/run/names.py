@@ -19,6 +19,7 @@ from prunebench.models.source import CatalogEntry, find_model
 from prunebench.options import options_of
 from prunebench.pruners import METHODS
 from prunebench.pruners.layer import DependsOnModel, Pruner
+from prunebench.pruners.protocol import Quantizes
 from prunebench.recovery import RECOVERERS, join_options, resolve_parts
 from prunebench.recovery.protocol import ModelRecoverer, Recoverer
 from prunebench.sparse24.backends.table import require_backend
@@ -57,6 +58,8 @@ def check_names(spec: RunSpec, setup: Setup) -> NamedSpec:
     learns = model_recoverer is not None
     pruner, allocator, sparsity, fields = _resolve_method(spec, entry, recoverer, learns=learns)
     fields["recover_options"] = recover_options
+    if spec.recover != NO_RECOVERY:
+        _require_free_weights(spec, pruner)
     if model_recoverer is not None and not sparsity.ratio:
         raise UsageError(
             f"--recover {spec.recover} does not go with --sparsity {sparsity}",
@@ -191,6 +194,16 @@ def _resolve_recoverers(
 
 def _is_whole(recoverer: Any) -> bool:
     return isinstance(recoverer, ModelRecoverer)
+
+
+def _require_free_weights(spec: RunSpec, pruner: Pruner) -> None:
+    """Refuse to train weights that were rounded to a grid: they would leave it."""
+    if isinstance(pruner, Quantizes) and pruner.quantize_bits is not None:
+        raise UsageError(
+            f"--recover {spec.recover} does not go with quantize_bits={pruner.quantize_bits}",
+            where="training moves the kept weights off the grid that they were rounded to",
+            fix="leave --recover or --set quantize_bits out",
+        )
 
 
 def _check_texts(spec: RunSpec) -> None:

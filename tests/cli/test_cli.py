@@ -38,7 +38,8 @@ def test_every_command_and_option_has_help(name):
 def test_the_options_of_run_are_a_decision():
     names = {o for p in commands()["run"].params for o in p.opts if o.startswith("--")}
     assert names == {
-        "--method", "--model", "--sparsity", "--allocation", "--save-allocation", "--calibration",
+        "--method", "--model", "--sparsity", "--allocation", "--recover", "--save-allocation",
+        "--calibration",
         "--calibration-samples", "--seqlen", "--execute", "--backend", "--once",
         "--weights", "--activations", "--resume-info", "--calibration-bos",
         "--ppl", "--ppl-seqlen", "--ppl-tokens", "--ppl-bos", "--divergence", "--tasks",

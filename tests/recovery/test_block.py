@@ -239,6 +239,13 @@ def test_the_same_whatever_the_batches_of_the_walk():
     assert len(hashes) == 1
 
 
+def test_two_devices_give_the_bits_of_one():
+    single, double = tiny_model("llama"), tiny_model("llama")
+    recover(single, batch_tokens=24)
+    recover(double, batch_tokens=24, devices=[torch.device("cpu")] * 2)
+    assert hash_weights(single) == hash_weights(double)
+
+
 def test_another_seed_trains_in_another_order():
     walkers = [
         BlockWalker(
