@@ -45,7 +45,7 @@ def recipe_text(result: Result) -> str:
     options = dict(spec.method_options)
     if result.training is not None:
         training = result.training
-        options["train_data"] = _text_name(training.text, training.origin, notes)
+        options["train_data"] = _text_names(training.text, training.origin, notes)
     lines = [*(f"# {note}" for note in notes), *_toml(values)]
     if options:
         lines += ["", "[set]", *_toml(options)]
@@ -55,7 +55,7 @@ def recipe_text(result: Result) -> str:
         options = dict(spec.recover_options)
         if result.recovery is not None and result.recovery.training is not None:
             trained = result.recovery.training
-            text = _text_name(trained.text, trained.origin, notes)
+            text = _text_names(trained.text, trained.origin, notes)
             key = next(key for key in options if key.rpartition(".")[2] == "data")
             options[key] = text
         lines += ["", "[set.recover]", *_toml(options)]
@@ -95,6 +95,12 @@ def _text_name(resolved: str, origin: str, notes: list[str]) -> str:
     kind, ending = ("tokens", "safetensors") if resolved.startswith("tokens") else ("file", "txt")
     notes.append(f"{kind}:{digest}.{ending}: a file of your own, {origin}; put its path there")
     return f"{kind}:{digest}.{ending}"
+
+
+def _text_names(resolved: str, origin: str, notes: list[str]) -> str:
+    """Return the name of a training text, which may be several split by commas."""
+    pairs = zip(resolved.split(","), origin.split(","), strict=True)
+    return ",".join(_text_name(*pair, notes) for pair in pairs)
 
 
 def _toml(values: dict[str, Any]) -> list[str]:

@@ -12,6 +12,7 @@ import torch
 
 from prunebench.allocators import ALLOCATORS
 from prunebench.allocators.allocation import Allocator
+from prunebench.calibration.text_list import check_text_names, place_text_names
 from prunebench.calibration.texts import check_text_name, placed
 from prunebench.errors import UsageError
 from prunebench.models.masks import require_masks_named
@@ -60,6 +61,12 @@ def check_names(spec: RunSpec, setup: Setup) -> NamedSpec:
     fields["recover_options"] = recover_options
     if spec.recover != NO_RECOVERY:
         _require_free_weights(spec, pruner)
+    if model_recoverer is not None and getattr(recoverer, "norms", False):
+        raise UsageError(
+            f"--recover {spec.recover} does not go with recover.norms=true",
+            where="the training that follows needs the dense model, with its own norms",
+            fix="leave --set recover.norms out, or use --recover block alone",
+        )
     if model_recoverer is not None and not sparsity.ratio:
         raise UsageError(
             f"--recover {spec.recover} does not go with --sparsity {sparsity}",
@@ -72,7 +79,7 @@ def check_names(spec: RunSpec, setup: Setup) -> NamedSpec:
     if model_recoverer is not None:
         learned_from.append(model_recoverer.needs.training)
     for need in filter(None, learned_from):
-        check_text_name(need.text, use="calibration")
+        check_text_names(need.text)
     if pruner.needs.masks is not None:
         require_masks_named(pruner.needs.masks)
     fields |= _check_tasks(spec, setup)
@@ -242,9 +249,11 @@ def place_texts(spec: RunSpec, kind: str) -> RunSpec:
     ppl = tuple(placed(name, model=kind) for name in spec.ppl)
     options = dict(spec.method_options)
     if isinstance(options.get("train_data"), str):
-        options["train_data"] = placed(str(options["train_data"]), model=kind)
+        options["train_data"] = place_text_names(str(options["train_data"]), model=kind)
     recover = {
-        key: placed(value, model=kind) if is_text_option(key) and isinstance(value, str) else value
+        key: place_text_names(value, model=kind)
+        if is_text_option(key) and isinstance(value, str)
+        else value
         for key, value in spec.recover_options.items()
     }
     fields = {

@@ -13,6 +13,7 @@ import torch
 
 from prunebench.allocators.allocation import Allocation, load_allocation, require_sound
 from prunebench.calibration.bos import check_bos, require_begun
+from prunebench.calibration.text_list import load_texts
 from prunebench.calibration.texts import TextIdentity, load_text
 from prunebench.calibration.training import Training, training_windows
 from prunebench.calibration.vocabulary import require_known, vocabulary_size
@@ -209,7 +210,7 @@ def _prepare_training(
     with progress.stage("training", detail=need.text):
         source: Any = path_in(need.text)
         if not need.text.startswith("tokens:"):
-            source = load_text(need.text, use="calibration", progress=progress)
+            source = load_texts(need.text, progress=progress)
             _require_identity(source, text)
         training = training_windows(
             source, tokenizer, samples=need.samples, seqlen=need.seqlen, held_out=need.held_out,

