@@ -58,11 +58,16 @@ def print_dry_run(spec: RunSpec, setup: Any, *, as_json: bool) -> None:
         _print_training(plan, *_forecast_training(plan))
     else:
         estimate = _print_forecast(plan)
-    if plan.model_recoverer is not None:
-        _print_training(plan, *_forecast_recovery(plan))
+    trained = _forecast_recovery(plan) if plan.model_recoverer is not None else None
+    if trained:
+        _print_training(plan, *trained)
     typer.echo(f"  spec {plan.spec.spec_id}; nothing was loaded, nothing was written")
     if estimate:
         require_fits(plan, estimate)
+    if trained:
+        from prunebench.run.forecast import require_training_fits
+
+        require_training_fits(plan, trained[0].memory)
 
 
 def _print_forecast(plan: Any) -> Any:

@@ -91,13 +91,17 @@ def _print_recovery(recovery: RecoveryBlock) -> None:
 def _print_end_to_end(training: EndToEndBlock) -> None:
     """Print the held-out loss of the whole model before and after its training, and the cost."""
     before, after = training.before, training.after
-    line = f"  trained end to end: held-out loss {before.loss:.4f} -> {after.loss:.4f}"
+    line = f"  trained end to end: held-out loss {_loss(before.loss)} -> {_loss(after.loss)}"
     if before.kl is not None and after.kl is not None:
         line += f" (KL {before.kl:.4f} -> {after.kl:.4f})"
     line += f", step {training.best_step} of {training.steps}"
     typer.echo(f"{line}, {training.tokens:,} tokens of {training.text}, {training.seconds:.1f} s")
     if not training.best_step:
         typer.echo("  warning: the training kept nothing; these are the weights it began with")
+
+
+def _loss(value: float | None) -> str:
+    return "not finite" if value is None else f"{value:.4f}"
 
 
 def _print_masks(result: Result, masks: str) -> None:

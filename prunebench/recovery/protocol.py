@@ -94,13 +94,14 @@ class HeldOut:
     """What is measured on the held-out windows.
 
     Attributes:
-        loss: What is minimized, nats a token; the weights with the lowest stay.
-        ppl: Perplexity.
+        loss: What is minimized, nats a token; the weights with the lowest stay. None if it is not
+            finite.
+        ppl: Perplexity; None with the loss.
         kl: KL divergence from the dense model, nats a token; None without a teacher.
     """
 
-    loss: float
-    ppl: float
+    loss: float | None
+    ppl: float | None
     kl: float | None
 
 
@@ -165,6 +166,9 @@ class ModelRecoverer(ABC):
     @abstractmethod
     def check(self) -> None:
         """Raise `UsageError`, before any work, if this run cannot be."""
+
+    def check_model(self, model: nn.Module, data: Training) -> None:  # noqa: B027
+        """Raise `IncompatibleData`, before anything is pruned, if the model cannot be trained."""
 
     @abstractmethod
     def forecast(

@@ -46,13 +46,13 @@ class HeldOutValues(_Block):
     """What was measured on the held-out windows of an end-to-end training.
 
     Attributes:
-        loss: What was minimized, nats a token.
+        loss: What was minimized, nats a token; null if it was not finite.
         ppl: Perplexity.
         kl: KL divergence from the dense model, nats a token; null without a teacher.
     """
 
-    loss: float
-    ppl: float
+    loss: float | None
+    ppl: float | None
     kl: float | None
 
 

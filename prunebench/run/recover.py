@@ -105,7 +105,11 @@ def trains(plan: Plan) -> bool:
 
 def dense_copies(plan: Plan, model: nn.Module) -> dict[str, Tensor]:
     """Return copies of the dense weights for an end-to-end recovery; empty without one."""
-    return {} if plan.model_recoverer is None else copy_weights(model)
+    if plan.model_recoverer is None or plan.recovery_training is None:
+        return {}
+    # a model that cannot be trained is refused here, not after an hour of pruning
+    plan.model_recoverer.check_model(model, plan.recovery_training)
+    return copy_weights(model)
 
 
 def recover_model(plan: Plan, model: nn.Module, dense: dict[str, Tensor]) -> ModelRecovery | None:
@@ -149,8 +153,12 @@ def format_distill_point(point: DistillPoint, steps: int) -> str:
     held_out = point.held_out
     assert held_out is not None
     loss = "" if point.loss is None else f"loss {point.loss:.4f}, "
-    line = f"  step {point.step}: {loss}held-out loss {held_out.loss:.4f} (ppl {held_out.ppl:,.4g}"
-    line += ")" if held_out.kl is None else f", KL {held_out.kl:.4f})"
+    line = f"  step {point.step}: {loss}held-out loss "
+    if held_out.loss is None or held_out.ppl is None:
+        line += "not finite"
+    else:
+        line += f"{held_out.loss:.4f} (ppl {held_out.ppl:,.4g}"
+        line += ")" if held_out.kl is None else f", KL {held_out.kl:.4f})"
     line += f", {point.seconds:.0f} s"
     if 0 < point.step < steps:
         left = point.seconds / point.step * (steps - point.step)

@@ -192,6 +192,16 @@ def test_the_contract_of_recoverers_holds():
 # ---------------------------------------------------------------- trainings that stop
 
 
+def test_a_model_that_cannot_be_trained_is_refused_before_it_is_pruned():
+    model = tiny_model("llama")
+    layers = model.model.layers
+    layers[1].mlp.up_proj.weight = layers[0].mlp.up_proj.weight
+    data = Training(tiny_tokens(samples=8), tiny_tokens(samples=3, seed=1))
+    with pytest.raises(IncompatibleData, match="cannot be summed block by block") as caught:
+        distill_of().check_model(model, data)
+    assert caught.value.fix == "leave --recover distill out, or use --recover block"
+
+
 class Killed(BaseException):
     """Stands for the end of the process."""
 

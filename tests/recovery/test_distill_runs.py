@@ -209,6 +209,15 @@ def test_norms_that_were_trained_are_no_teachers(cli, tiny_run):
     assert "does not go with recover.norms=true" in output
 
 
+def test_a_training_that_does_not_fit_is_refused_by_the_dry_run(cli, tiny_run, monkeypatch):
+    from prunebench.run import forecast
+
+    monkeypatch.setattr(forecast, "require_fits", lambda plan, estimate: None)
+    monkeypatch.setattr(forecast, "free_memory", lambda device: 1000)
+    output = cli(*tiny_run, *distill(), "--dry-run", code=7).output
+    assert "--recover distill on" in output and "--set recover.rank=8" in output
+
+
 def test_an_order_that_cannot_be_run_is_refused(cli, tiny_run):
     for name in ("distill+block", "block+block", "distill+distill"):
         output = cli(*tiny_run, "-m", "magnitude", "--recover", name, code=2).output

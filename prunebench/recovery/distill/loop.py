@@ -176,19 +176,16 @@ class Distiller(TrainingLoop[DistillPoint]):
         loss, entropy, divergence = (
             value / targets for value in self.shards.sum(*(values if counts else (0.0,) * 3))
         )
-        finite = math.isfinite(loss)
-        measured = HeldOut(
-            loss=loss if finite else math.inf,
-            # exp(710) overflows
-            ppl=math.exp(min(entropy, 700.0)) if finite else math.inf,
-            kl=divergence if self._config.eta else None,
-        )
-        earlier = [point.held_out.loss for point in self.progress.curve if point.held_out]
+        # exp(710) overflows
+        finite = math.isfinite(loss) and entropy < 700
+        earlier = [point.held_out for point in self.progress.curve if point.held_out]
         # strictly better: of equal losses the earlier weights stay
-        if earlier and all(measured.loss < other for other in earlier):
+        if finite and earlier and all(x.loss is None or loss < x.loss for x in earlier):
             self.progress.best = self._snapshot()
             self.progress.best_step = self.done
-        return measured
+        if not finite:
+            return HeldOut(None, None, None)
+        return HeldOut(loss, math.exp(entropy), divergence if self._config.eta else None)
 
     def point(
         self, loss: float | None, measured: HeldOut | None, *, tokens: int, seconds: float

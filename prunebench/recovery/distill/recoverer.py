@@ -28,7 +28,10 @@ from torch import Tensor, nn
 
 from prunebench.calibration.training import Training
 from prunebench.distributed import world_size
+from prunebench.errors import IncompatibleData
+from prunebench.models.backward import Backward
 from prunebench.models.linears import Linear, find_linears
+from prunebench.models.replay import plain_inference
 from prunebench.pruners.protocol import Needs
 from prunebench.pruners.training import Forecast, TrainingNeeds
 from prunebench.recovery.distill.loop import Distiller
@@ -38,6 +41,7 @@ from prunebench.recovery.distill.weights import FullWeight, LowRankWeight, Train
 from prunebench.recovery.protocol import ModelRecoverer, ModelRecovery
 from prunebench.spec import OptionValue
 from prunebench.training.checkpoint import train_saved
+from prunebench.training.gradients import GradientSums
 from prunebench.training.shards import Shards
 
 
@@ -73,6 +77,22 @@ class Distill(Options, ModelRecoverer):
     def check(self) -> None:
         """Refuse batches of unequal shares."""
         self.filled().require_shares(world_size())
+
+    def check_model(self, model: nn.Module, data: Training) -> None:
+        """Refuse models whose blocks cannot be replayed with gradients.
+
+        Raises:
+            IncompatibleData: Blocks share weights, or pass each other more than the hidden state.
+        """
+        linears = find_linears(model)
+        sums = GradientSums(Shards(), torch.float32)
+        device = next(model.parameters()).device
+        try:
+            with plain_inference(model):
+                Backward(model, linears, sums).prepare(data.train[:1, :128].to(device))
+        except IncompatibleData as error:
+            error.fix = "leave --recover distill out, or use --recover block"
+            raise
 
     def forecast(
         self, model: nn.Module, *, dtype: torch.dtype, device: torch.device, processes: int
