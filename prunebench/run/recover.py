@@ -128,8 +128,9 @@ def recover_model(plan: Plan, model: nn.Module, dense: dict[str, Tensor]) -> Mod
             dist.broadcast(linear.stored, 0)
     need = plan.model_recoverer.needs.training
     steps = need.steps if need else 0
+    name = plan.spec.recover.rpartition(THEN)[2]
     with plan.progress.stage(
-        "recover", total=steps, detail=f"{plan.spec.recover}, end to end", unit="steps"
+        "recover", total=steps, detail=f"{name}, end to end", unit="steps"
     ) as advance:
 
         def report(point: DistillPoint) -> None:
@@ -152,17 +153,17 @@ def format_distill_point(point: DistillPoint, steps: int) -> str:
     """Format the measurements of a training step as one line."""
     held_out = point.held_out
     assert held_out is not None
-    loss = "" if point.loss is None else f"loss {point.loss:.4f}, "
+    loss = "" if point.loss is None else f"loss {point.loss:.3f}, "
     line = f"  step {point.step}: {loss}held-out loss "
     if held_out.loss is None or held_out.ppl is None:
         line += "not finite"
     else:
-        line += f"{held_out.loss:.4f} (ppl {held_out.ppl:,.4g}"
-        line += ")" if held_out.kl is None else f", KL {held_out.kl:.4f})"
+        line += f"{held_out.loss:.3f} (ppl {held_out.ppl:,.4g}"
+        line += ")" if held_out.kl is None else f", KL {held_out.kl:.3f})"
     line += f", {point.seconds:.0f} s"
     if 0 < point.step < steps:
         left = point.seconds / point.step * (steps - point.step)
-        line += f", about {left:.0f} s left" if left < 90 else f", about {left / 60:.0f} min left"
+        line += f", {left:.0f} s left" if left < 90 else f", {left / 60:.0f} min left"
     return line
 
 
