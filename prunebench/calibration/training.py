@@ -102,8 +102,7 @@ def training_windows(
         rows = Windows(windows[:count], packed=False)
     else:
         rows = pack_windows(source, tokenizer, samples=count, seqlen=seqlen, seed=seed, bos=bos)
-    have = len(rows.token_ids)
-    if have < held_out + least:
+    if (have := len(rows.token_ids)) < held_out + least:
         raise IncompatibleData(
             f"the training text has {have} windows of {seqlen} tokens",
             where=f"{held_out} are held out, and a step takes {least}",

@@ -33,7 +33,6 @@ from prunebench.models.masks import masks_origin
 from prunebench.models.source import LocalModel, fetch_model, find_model
 from prunebench.progress import StageTimer
 from prunebench.pruners.protocol import Pruner
-from prunebench.pruners.training import TrainingNeeds
 from prunebench.recovery.protocol import ModelRecoverer, Recoverer
 from prunebench.results.store import ResultStore
 from prunebench.run.dtype import DtypeChoice, StoredDtype, choose_dtype
@@ -131,9 +130,8 @@ def resolve(spec: RunSpec, setup: Setup) -> ResolvedSpec:
         stored=StoredDtype.of(fetched.path) if is_fp8(fetched.path) else None,
     )
     calibration, calibration_fields = _identify_calibration(named.spec)
-    training_text = _identify_training(named.pruner.needs.training)
-    whole = named.model_recoverer
-    recovery_text = _identify_training(whole.needs.training if whole else None)
+    training_text = _identify_training(named.pruner)
+    recovery_text = _identify_training(named.model_recoverer)
     fields: Fields = {
         "model": source.id,
         # commit, not branch: `main` moves, and equal hashes must mean equal weights
@@ -188,7 +186,8 @@ def _identify_calibration(spec: RunSpec) -> tuple[TextIdentity | None, Fields]:
     return text, {"calibration": text.name, "calibration_origin": text.origin}
 
 
-def _identify_training(need: TrainingNeeds | None) -> TextIdentity | None:
+def _identify_training(learner: Pruner | ModelRecoverer | None) -> TextIdentity | None:
+    need = learner.needs.training if learner else None
     if need is None:
         return None
     if need.text.startswith("tokens:"):
