@@ -18,7 +18,7 @@ _WINDOWS = 8  # of 512 tokens: 4,096 a step
 _ROUNDS = 2
 
 
-def _dense_step(model: Any, tokens: Any) -> float:
+def dense_step(model: Any, tokens: Any) -> float:
     """Forward and backward with weight gradients of the linears, no optimizer; two at a time."""
     from prunebench.models.linears import find_linears
 
@@ -39,7 +39,7 @@ def _learner(model: Any, preset: str) -> Any:
     from prunebench.models.walker import BlockWalker
     from prunebench.pruners.maskllm.candidates import candidates
     from prunebench.pruners.maskllm.method import MaskLLM
-    from prunebench.pruners.maskllm.shards import Shards
+    from prunebench.training.shards import Shards
 
     method = MaskLLM(preset=preset, prior="scratch", batch=_WINDOWS, train_seqlen=512)
     learner = method.filled().learner(BlockWalker(model), None, candidates(2, 4), Shards())
@@ -62,11 +62,11 @@ def maskllm_step() -> list[Figure]:
             learner._backward.prepare(tokens[:1, :128])
             learner._step(0, tokens)
             for step in range(1, 1 + _ROUNDS):
-                before = _dense_step(model, tokens)
+                before = dense_step(model, tokens)
                 start_time = time.perf_counter()
                 learner._step(step, tokens)
                 taken = time.perf_counter() - start_time
-                ratios.append(2 * taken / (before + _dense_step(model, tokens)))
+                ratios.append(2 * taken / (before + dense_step(model, tokens)))
         figures.append(at_most(f"maskllm-step-{preset}", 2.0, "of a dense step", ratios))
     figures.append(_mask_pass(learner))
     return figures

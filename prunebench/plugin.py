@@ -7,7 +7,8 @@ implement `Pruner`; implement `Allocator` to spread a ratio over the layers. A c
 `module:Class`, or under a name that a package declares as entry point: groups `prunebench.pruners`
 and `prunebench.allocators`. `prunebench check NAME` runs the contract tests on a method, and so
 does `prunebench.testing.check_pruner`. To train the kept weights afterwards, subclass
-`BlockRecoverer`; `prunebench check recover:NAME` checks it.
+`BlockRecoverer`, or `ModelRecoverer` to train the whole model; `prunebench check recover:NAME`
+checks it.
 """
 
 from __future__ import annotations
@@ -20,7 +21,14 @@ from prunebench.models.walker import BlockWalker, LinearGroup
 from prunebench.pruners.keep import keep_group, keep_largest, keep_matrix, keep_rows
 from prunebench.pruners.layer import GroupPruner, LayerPruner
 from prunebench.pruners.protocol import LayerEvent, Needs, Pruned, Pruner, PruneReport
-from prunebench.recovery.protocol import BlockRecoverer, PrunedBlock, RecoveredBlock, Recoverer
+from prunebench.recovery.protocol import (
+    BlockRecoverer,
+    ModelRecoverer,
+    ModelRecovery,
+    PrunedBlock,
+    RecoveredBlock,
+    Recoverer,
+)
 from prunebench.sparsity import Sparsity
 
 __all__ = [
@@ -35,6 +43,8 @@ __all__ = [
     "LayerPruner",
     "Linear",
     "LinearGroup",
+    "ModelRecoverer",
+    "ModelRecovery",
     "Needs",
     "PruneReport",
     "Pruned",

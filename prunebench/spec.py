@@ -96,7 +96,8 @@ class RunSpec(BaseModel):
         str,
         Option(
             "How the kept weights are trained after pruning, the zeros untouched: none, a name of "
-            "`prunebench list recoverers`, or module:Class.", cell=True, shown=True, since=2,
+            "`prunebench list recoverers`, module:Class, or two that follow, block+distill.",
+            cell=True, shown=True, since=2,
         ),
     ] = NO_RECOVERY  # fmt: skip
     recover_options: Annotated[

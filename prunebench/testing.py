@@ -29,7 +29,7 @@ from prunebench.models.pruner_inputs import PrunerInputs
 from prunebench.models.walker import BlockWalker
 from prunebench.pruners.magnitude import Magnitude
 from prunebench.pruners.protocol import DependsOnModel, Pruner
-from prunebench.recovery.protocol import BlockRecoverer
+from prunebench.recovery.protocol import BlockRecoverer, ModelRecoverer
 from prunebench.sparsity import Sparsity
 from prunebench.spec import WithinBlock
 
@@ -171,7 +171,7 @@ class _Trial:
     model: nn.Module
     sparsity: Sparsity
     within_block: WithinBlock = "joint"
-    recoverer: BlockRecoverer | None = None
+    recoverer: BlockRecoverer | ModelRecoverer | None = None
 
     def run(self) -> nn.Module:
         tokens = tiny_tokens(samples=6 if self.recoverer is None else 16)
@@ -187,11 +187,17 @@ class _Trial:
             token_ids=tokens,
             within_block=self.within_block,
             inputs=PrunerInputs(gradients=gradients, training=training),
-            recovery=Recovery(self.recoverer) if self.recoverer else None,
+            recovery=Recovery(self.recoverer)
+            if isinstance(self.recoverer, BlockRecoverer)
+            else None,
             # two windows of 24: statistics must add up over several batches
             batch_tokens=48,
         )
+        dense = {linear.name: linear.stored.clone() for linear in walker.linears}
         self.pruner.prune(walker, {linear.name: self.sparsity for linear in walker.linears})
+        if isinstance(self.recoverer, ModelRecoverer):
+            data = Training(tiny_tokens(samples=8), tiny_tokens(samples=2, seed=1))
+            self.recoverer.recover_model(self.model, dense, data)
         return self.model
 
 
@@ -235,7 +241,7 @@ def _outcomes(checks: Iterable[tuple[str, str, Callable[[], None]]]) -> list[Out
 
 
 def check_recoverer(
-    recoverer: BlockRecoverer,
+    recoverer: BlockRecoverer | ModelRecoverer,
     *,
     architectures: tuple[str, ...] = ("llama", "gpt2", "falcon"),
     sparsities: tuple[str, ...] = ("0.5", "2:4"),
@@ -256,7 +262,7 @@ def check_recoverer(
 
 
 def _recovery_checks(
-    recoverer: BlockRecoverer, architecture: str, sparsities: tuple[str, ...]
+    recoverer: BlockRecoverer | ModelRecoverer, architecture: str, sparsities: tuple[str, ...]
 ) -> Iterator[tuple[str, Callable[[], None]]]:
     dense = tiny_model(architecture)
 
@@ -276,7 +282,9 @@ def _recovery_checks(
         "same input, same weights",
         lambda: _check_repeatable(recovered(half), recovered(half, again=True)),
     )
-    yield "ratio 0 changes nothing", lambda: _check_identity(recovered("0"), dense)
+    # a training of the whole model is refused where nothing is pruned
+    if isinstance(recoverer, BlockRecoverer):
+        yield "ratio 0 changes nothing", lambda: _check_identity(recovered("0"), dense)
     yield "puts hooks and settings back", lambda: _check_clean(recovered(half), dense)
 
 

@@ -113,3 +113,15 @@ CPU = torch.device("cpu")
 
 def policy(**options):
     return Policy(CPU, **options)
+
+
+def peak_bytes(action):
+    """Return the most bytes that were allocated at a time while `action` ran."""
+    with torch.autograd.profiler.profile(profile_memory=True) as seen:
+        action()
+    events = [e for e in seen.kineto_results.events() if e.name() == "[memory]"]
+    running = peak = 0
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        running += event.nbytes()
+        peak = max(peak, running)
+    return peak

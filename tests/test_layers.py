@@ -15,6 +15,7 @@ LEVELS = [
     {"download", "registry", "results"},
     {"calibration"},
     {"models"},
+    {"training"},
     {"evaluate", "pruners", "sparse24"},
     {"allocators", "recovery", "run_options"},
     {"checkpoints", "plugin", "testing"},

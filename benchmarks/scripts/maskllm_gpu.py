@@ -158,7 +158,7 @@ class Bench:
         from prunebench.models.walker import BlockWalker
         from prunebench.pruners.maskllm.candidates import candidates
         from prunebench.pruners.maskllm.method import MaskLLM
-        from prunebench.pruners.maskllm.shards import Shards
+        from prunebench.training.shards import Shards
 
         tokens = self.window.shape[1]
         method = MaskLLM(preset="paper", prior="scratch", batch=1, train_seqlen=tokens, **options)

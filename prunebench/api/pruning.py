@@ -235,7 +235,7 @@ def _report(held: HeldPlan, pruned: Pruned, notes: list[str], halvings: list[str
         calibration=plan.calibration,
         allocation=build_allocation_block(plan.spec, pruned.allocation),
         training=build_training_block(plan, report),
-        recovery=build_recovery_block(plan.spec, pruned.recovered),
+        recovery=build_recovery_block(plan, pruned.recovered, pruned.trained),
         dense_sha256=held.sha256,
         weights_sha256=pruned.sha256,
         zeros_before=sum(held.zeros.values()),

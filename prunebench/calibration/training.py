@@ -62,6 +62,8 @@ def training_windows(
     seed: int,
     vocabulary: int,
     bos: Bos = "text",
+    text_option: str = "train_data",
+    seqlen_option: str = "train_seqlen",
 ) -> Training:
     """Cut a text into windows, or read them from a token file, and split off the held-out ones.
 
@@ -78,6 +80,8 @@ def training_windows(
         seed: Of the shuffling.
         vocabulary: Of the model, see `vocabulary_size`.
         bos: Whether every window begins with BOS.
+        text_option: How the text is named in --set, for messages.
+        seqlen_option: How the length is named in --set, for messages.
 
     Raises:
         IncompatibleData: The text is too short for both, or the windows of a token file do not
@@ -91,19 +95,18 @@ def training_windows(
             raise UsageError(
                 f"{source} has windows of {windows.shape[1]} tokens",
                 where=f"the training uses windows of {seqlen}",
-                fix=f"use --set train_seqlen={windows.shape[1]}",
+                fix=f"use --set {seqlen_option}={windows.shape[1]}",
             )
         require_begun(windows, tokenizer, bos, path=source)
         # A token file is not shuffled: its first windows are held out.
         rows = Windows(windows[:count], packed=False)
     else:
         rows = pack_windows(source, tokenizer, samples=count, seqlen=seqlen, seed=seed, bos=bos)
-    have = len(rows.token_ids)
-    if have < held_out + least:
+    if (have := len(rows.token_ids)) < held_out + least:
         raise IncompatibleData(
             f"the training text has {have} windows of {seqlen} tokens",
             where=f"{held_out} are held out, and a step takes {least}",
-            fix="use a longer text (--set train_data=NAME), or smaller --set train_seqlen, "
+            fix=f"use a longer text (--set {text_option}=NAME), or smaller --set {seqlen_option}, "
             "batch or held_out",
         )
     # [windows, seqlen] and [held, seqlen]; slices would both keep the whole tensor in memory

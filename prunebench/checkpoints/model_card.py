@@ -11,6 +11,7 @@ import re
 from collections.abc import Mapping
 
 from prunebench.models.source import CatalogEntry, catalog
+from prunebench.results.recovery_schema import RecoveryBlock
 from prunebench.results.schema import Result, Score
 
 _TASK = "text-generation"
@@ -143,9 +144,8 @@ def _about(result: Result, storage: str) -> list[str]:
     if result.recovery:
         recovery = result.recovery
         lines.append(
-            f"- kept weights trained afterwards by `{recovery.name}` in "
-            f"{recovery.recovered_blocks} of {len(recovery.blocks)} blocks, the zeros untouched: "
-            f"{_options(recovery.options)}"
+            f"- kept weights trained afterwards by `{recovery.name}`{_extent(recovery)}, the zeros "
+            f"untouched: {_options(recovery.options)}"
         )
     if result.spec.within_block:
         lines.append(f"- within a block: {result.spec.within_block}")
@@ -162,6 +162,20 @@ def _about(result: Result, storage: str) -> list[str]:
         kinds = ", ".join(sorted({event.kind for event in method.events}))
         lines.append(f"- {len(method.events)} notes of the method: {_text(kinds)}")
     return lines
+
+
+def _extent(recovery: RecoveryBlock) -> str:
+    """Return where trained weights stayed, and what the whole model was trained on."""
+    parts = []
+    if recovery.blocks:
+        parts.append(f"in {recovery.recovered_blocks} of {len(recovery.blocks)} blocks")
+    training = recovery.training
+    if training:
+        parts.append(
+            f"end to end on {training.tokens:,} tokens of {_text(training.text)} "
+            f"(step {training.best_step} of {training.steps})"
+        )
+    return " " + ", then ".join(parts)
 
 
 def _options(options: Mapping[str, object]) -> str:

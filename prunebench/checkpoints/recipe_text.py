@@ -45,14 +45,20 @@ def recipe_text(result: Result) -> str:
     options = dict(spec.method_options)
     if result.training is not None:
         training = result.training
-        options["train_data"] = _text_name(training.text, training.origin, notes)
+        options["train_data"] = _text_names(training.text, training.origin, notes)
     lines = [*(f"# {note}" for note in notes), *_toml(values)]
     if options:
         lines += ["", "[set]", *_toml(options)]
     if spec.allocation_options and spec.allocation != "file":
         lines += ["", "[set.allocation]", *_toml(spec.allocation_options)]
     if spec.recover_options:
-        lines += ["", "[set.recover]", *_toml(spec.recover_options)]
+        options = dict(spec.recover_options)
+        if result.recovery is not None and result.recovery.training is not None:
+            trained = result.recovery.training
+            text = _text_names(trained.text, trained.origin, notes)
+            key = next(key for key in options if key.rpartition(".")[2] == "data")
+            options[key] = text
+        lines += ["", "[set.recover]", *_toml(options)]
     return "\n".join([*lines, ""])
 
 
@@ -91,8 +97,18 @@ def _text_name(resolved: str, origin: str, notes: list[str]) -> str:
     return f"{kind}:{digest}.{ending}"
 
 
+def _text_names(resolved: str, origin: str, notes: list[str]) -> str:
+    """Return the name of a training text, which may be several split by commas."""
+    pairs = zip(resolved.split(","), origin.split(","), strict=True)
+    return ",".join(_text_name(*pair, notes) for pair in pairs)
+
+
 def _toml(values: dict[str, Any]) -> list[str]:
-    return [f"{key} = {_toml_value(value)}" for key, value in values.items()]
+    # quoted: a dot in a bare key is a table of its own
+    return [
+        f"{json.dumps(key) if '.' in key else key} = {_toml_value(value)}"
+        for key, value in values.items()
+    ]
 
 
 def _toml_value(value: Any) -> str:

@@ -13,7 +13,7 @@ from prunebench.cli.console import print_hanging
 from prunebench.distributed import world_size
 from prunebench.errors import UsageError
 from prunebench.models.source import find_model, local_path
-from prunebench.spec import RunSpec
+from prunebench.spec import NO_RECOVERY, RunSpec
 
 
 def print_dry_run(spec: RunSpec, setup: Any, *, as_json: bool) -> None:
@@ -47,7 +47,7 @@ def print_dry_run(spec: RunSpec, setup: Any, *, as_json: bool) -> None:
             f"{windows.samples} x {windows.seqlen} tokens of {windows.text}{bos}",
         )
         print_hanging("              from ", windows.origin)
-    if plan.recoverer is not None:
+    if plan.spec.recover != NO_RECOVERY:
         options = ", ".join(f"{name}={value}" for name, value in plan.spec.recover_options.items())
         print_hanging("  recovery    ", f"{plan.spec.recover}: {options}")
     for text in plan.texts:
@@ -57,12 +57,19 @@ def print_dry_run(spec: RunSpec, setup: Any, *, as_json: bool) -> None:
         typer.echo(f"  accuracy    {task.name}, {task.units:,} documents")
     estimate = None
     if plan.training is not None:
-        _print_training(plan)
+        _print_training(plan, *_forecast_training(plan))
     else:
         estimate = _print_forecast(plan)
+    trained = _forecast_recovery(plan) if plan.model_recoverer is not None else None
+    if trained:
+        _print_training(plan, *trained)
     typer.echo(f"  spec {plan.spec.spec_id}; nothing was loaded, nothing was written")
     if estimate:
         require_fits(plan, estimate)
+    if trained:
+        from prunebench.run.forecast import require_training_fits
+
+        require_training_fits(plan, trained[0].memory)
 
 
 def _print_forecast(plan: Any) -> Any:
@@ -101,13 +108,13 @@ def _print_forecast(plan: Any) -> Any:
     return result
 
 
-def _print_training(plan: Any) -> None:
-    """Print what a training will need."""
+def _forecast_training(plan: Any) -> tuple[Any, Any, Any]:
+    """Return what the training of a method will need, its windows and its text."""
     from prunebench.models.load import load_config, skeleton
     from prunebench.pruners.training import Forecasts
 
     if not isinstance(plan.pruner, Forecasts):
-        return
+        return None, None, None
     import torch
 
     result = plan.pruner.forecast(
@@ -117,10 +124,31 @@ def _print_training(plan: Any) -> None:
         device=plan.device,
         processes=world_size(),
     )
+    return result, plan.training, plan.training_text
+
+
+def _forecast_recovery(plan: Any) -> tuple[Any, Any, Any]:
+    """Return what the end-to-end recovery will need, its windows and its text."""
+    import torch
+
+    from prunebench.models.load import load_config, skeleton
+
+    result = plan.model_recoverer.forecast(
+        skeleton(load_config(plan.model.path)),
+        dtype=getattr(torch, plan.spec.dtype),
+        device=plan.device,
+        processes=world_size(),
+    )
+    return result, plan.recovery_training, plan.recovery_text
+
+
+def _print_training(plan: Any, result: Any, data: Any, text: Any) -> None:
+    """Print what a training will need: its forecast, windows and text."""
     if result is None:
         return
-    data, text = plan.training, plan.training_text
-    print_hanging("  training    ", f"{result.tokens:,} tokens of {text.name}")
+    of_method = data is plan.training
+    title = "training" if of_method else "end to end"
+    print_hanging(f"  {title:<11} ", f"{result.tokens:,} tokens of {text.name}")
     typer.echo(
         f"              {len(data.train):,} windows of {data.train.shape[1]}, "
         f"{len(data.held_out)} more are held out"
@@ -131,10 +159,12 @@ def _print_training(plan: Any) -> None:
     total = sum(result.memory.values())
     typer.echo(f"              {total / 1e9:8.2f} GB  in all, in each process")
     if result.seconds is not None:
+        products = "products and mask passes" if of_method else "products and updates"
+        before = "the prior" if of_method else "pruning"
         print_hanging(
             "  time        ",
             f"about {_duration(result.seconds)} for the steps, by a probe of this machine's "
-            "products and mask passes; loading, the prior and the scores come on top",
+            f"{products}; loading, {before} and the scores come on top",
         )
 
 

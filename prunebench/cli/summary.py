@@ -8,7 +8,7 @@ from typing import Any
 import typer
 
 from prunebench.results.names import short_protocol
-from prunebench.results.recovery_schema import RecoveryBlock
+from prunebench.results.recovery_schema import EndToEndBlock, RecoveryBlock
 from prunebench.results.render import metric_name, number, value_text
 from prunebench.results.schema import ExecutionBlock, Result
 
@@ -51,8 +51,10 @@ def print_summary(result: Result, path: Path, setup: Any, *, masks: str | None =
             f"  {sparsity.realised_ratio:.2%} of {result.model.prunable_parameters:,} weights "
             f"are zero, pruned in {cost.prune_seconds:.1f} s"
         )
-    if result.recovery:
+    if result.recovery and result.recovery.blocks:
         _print_recovery(result.recovery)
+    if result.recovery and result.recovery.training:
+        _print_end_to_end(result.recovery.training)
     if masks:
         _print_masks(result, masks)
     if result.execution:
@@ -78,7 +80,7 @@ def print_summary(result: Result, path: Path, setup: Any, *, masks: str | None =
 def _print_recovery(recovery: RecoveryBlock) -> None:
     """Print the held-out error of all blocks before and after, and what it took."""
     before, after = recovery.held_out_before, recovery.held_out_after
-    line = f"  recovered by {recovery.name}"
+    line = f"  recovered by {recovery.name.partition('+')[0]}"
     if before and after is not None:
         change = after / before - 1
         line += f": held-out error {before:.4g} -> {after:.4g} ({change:+.0%}, mean of the blocks)"
@@ -86,6 +88,22 @@ def _print_recovery(recovery: RecoveryBlock) -> None:
     typer.echo(f"{line}, {recovery.seconds:.1f} s")
     if not recovery.recovered_blocks:
         typer.echo("  warning: the recovery kept nothing; these are the weights of the method")
+
+
+def _print_end_to_end(training: EndToEndBlock) -> None:
+    """Print the held-out loss of the whole model before and after its training, and the cost."""
+    before, after = training.before, training.after
+    line = f"  trained end to end: held-out loss {_loss(before.loss)} -> {_loss(after.loss)}"
+    if before.kl is not None and after.kl is not None:
+        line += f" (KL {before.kl:.4f} -> {after.kl:.4f})"
+    line += f", step {training.best_step} of {training.steps}"
+    typer.echo(f"{line}, {training.tokens:,} tokens of {training.text}, {training.seconds:.1f} s")
+    if not training.best_step:
+        typer.echo("  warning: the training kept nothing; these are the weights it began with")
+
+
+def _loss(value: float | None) -> str:
+    return "not finite" if value is None else f"{value:.4f}"
 
 
 def _print_masks(result: Result, masks: str) -> None:

@@ -17,7 +17,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -40,6 +40,12 @@ from prunebench.models.weights import Blocks, ResidentWeights
 
 HEAD_ROWS = 128
 """Tokens whose logits exist at a time."""
+
+TokenLoss = Callable[[Tensor, Tensor, Tensor | None], tuple[float, Tensor]]
+"""Returns the summed loss of some tokens and its gradient by their logits, in float32.
+
+It takes logits [rows, vocabulary], targets [rows], and the logits of a teacher or None.
+"""
 
 _ROUNDING = 1 / 32
 """Largest relative difference between two matrix products of the same bfloat16 operands."""
@@ -70,6 +76,7 @@ class Backward:
         linears: The linears whose gradients are computed.
         sums: Accumulates the gradients.
         weights: Opens the blocks; by default the model's weights are in memory.
+        loss: Of the logits; by default their cross-entropy.
     """
 
     def __init__(
@@ -78,10 +85,12 @@ class Backward:
         linears: Sequence[Linear],
         sums: GradientSink,
         weights: Blocks | None = None,
+        loss: TokenLoss | None = None,
     ) -> None:
         self.model = model
         self.blocks = find_blocks(model)[1]
         self.sums = sums
+        self._loss: TokenLoss = loss or _cross_entropy
         self._weights: Blocks = weights or ResidentWeights(self.blocks)
         self._repeats = find_repeats(model, linears)
         self._by_block = [
@@ -156,7 +165,12 @@ class Backward:
                 handle.remove()
 
     def add(
-        self, windows: Int[Tensor, "windows seqlen"], *, batch: int = 1, scale: float = 1.0
+        self,
+        windows: Int[Tensor, "windows seqlen"],
+        *,
+        batch: int = 1,
+        scale: float = 1.0,
+        teacher: Sequence[Tensor] | None = None,
     ) -> float:
         """Add the gradient of the windows' mean loss, times `scale`; return that loss in nats.
 
@@ -164,13 +178,14 @@ class Backward:
             windows: Token windows, on the model's device.
             batch: Windows that run together.
             scale: Factor of the gradient.
+            teacher: What `last_hidden` returned of them, for a loss that compares.
         """
         batches = self._batches(windows, batch)
         outputs = self._forward(batches, keep=True)
         share = scale / (windows[:, 1:].numel() or 1)  # every token but the first is predicted
         losses, gradients = [], []
-        for current in batches:
-            loss, gradient = self._head(current.window, current.hidden, share)
+        for i, current in enumerate(batches):
+            loss, gradient = self._head(current, share, teacher[i] if teacher else None)
             losses.append(loss)
             gradients.append(gradient)  # [batch, seqlen, hidden]
         for index in reversed(range(len(self.blocks))):
@@ -186,11 +201,34 @@ class Backward:
         """Return the linears of a block that are called as modules, once each in a pass."""
         return [linear for linear in self._by_block[index] if linear not in self._by_autograd]
 
-    def losses(self, windows: Int[Tensor, "windows seqlen"], *, batch: int = 1) -> list[float]:
-        """Return the summed cross-entropy of every batch of windows, in nats; no gradients."""
+    def losses(
+        self,
+        windows: Int[Tensor, "windows seqlen"],
+        *,
+        batch: int = 1,
+        teacher: Sequence[Tensor] | None = None,
+    ) -> list[float]:
+        """Return the summed loss of every batch of windows, in nats; no gradients."""
         batches = self._batches(windows, batch)
         self._forward(batches, keep=False)
-        return [self._head(current.window, current.hidden, None)[0] for current in batches]
+        return [
+            self._head(current, None, teacher[i] if teacher else None)[0]
+            for i, current in enumerate(batches)
+        ]
+
+    def last_hidden(
+        self, windows: Int[Tensor, "windows seqlen"], weights: Blocks, *, batch: int = 1
+    ) -> list[Tensor]:
+        """Return the output of the last block for every batch, (batch, seqlen, hidden).
+
+        Args:
+            windows: Token windows, on the model's device.
+            weights: Opens the blocks with the weights of a teacher.
+            batch: Windows that run together.
+        """
+        batches = self._batches(windows, batch)
+        self._forward(batches, keep=False, weights=weights)
+        return [current.hidden for current in batches]
 
     def _batches(self, windows: Tensor, batch: int) -> list[_Batch]:
         batches = []
@@ -201,12 +239,15 @@ class Backward:
             batches.append(_Batch(window, hidden, calls))
         return batches
 
-    def _forward(self, batches: list[_Batch], *, keep: bool) -> list[Outputs]:
+    def _forward(
+        self, batches: list[_Batch], *, keep: bool, weights: Blocks | None = None
+    ) -> list[Outputs]:
         """Run all batches through all blocks; return each block's outputs of its linears.
 
         Args:
             batches: Their `hidden` advances to the output of the last block.
             keep: Whether inputs of blocks and outputs of linears are stored.
+            weights: Opens the blocks instead of the trained ones.
         """
         outputs: list[Outputs] = []
         for index in range(len(self.blocks)):
@@ -214,7 +255,7 @@ class Backward:
             recording = record_outputs(self._called(index), of_block, self._modified)
             with (
                 torch.no_grad(),
-                self._weights.open_block(index) as block,
+                (weights or self._weights).open_block(index) as block,
                 recording if keep else contextlib.nullcontext(),
             ):
                 for batch in batches:
@@ -224,42 +265,57 @@ class Backward:
             outputs.append(of_block)
         return outputs
 
-    def _head(self, window: Tensor, hidden: Tensor, share: float | None) -> tuple[float, Tensor]:
+    def _head(
+        self, batch: _Batch, share: float | None, teacher: Tensor | None
+    ) -> tuple[float, Tensor]:
         """Return the summed loss of a batch, and the gradient of `share` times it.
 
         Args:
-            window: Token ids, (batch, seqlen).
-            hidden: Output of the last block, (batch, seqlen, hidden).
+            batch: Its `hidden` is the output of the last block.
             share: Factor of the gradient; None where only the loss is needed.
+            teacher: Output of a teacher's last block, (batch, seqlen, hidden), if it has one.
 
         Returns:
-            The loss in nats, and the gradient by `hidden`, (batch, seqlen, hidden); `hidden`
-            itself without `share`.
+            The loss in nats, and the gradient by the hidden state, (batch, seqlen, hidden); the
+            hidden state itself without `share`.
         """
+        window, hidden = batch.window, batch.hidden
         leaf = hidden.detach().requires_grad_(share is not None)
         targets = window[:, 1:]  # [batch, seqlen - 1]
         length = targets.shape[1]
         # a model without `logits_to_keep` computes the logits of the whole batch at once
         step = max(1, HEAD_ROWS // len(window)) if self._some_logits else length
-        outputs = [leaf] * len(self.blocks)  # only the last block's is used
         losses = []
-        with (
-            blocks_giving(self.blocks, outputs, self._returns),
-            torch.set_grad_enabled(share is not None),
-        ):
-            for start in range(0, length, step):
-                rows = torch.arange(start, min(start + step, length), device=window.device)
-                options: dict[str, Any] = {"logits_to_keep": rows} if self._some_logits else {}
-                logits = self.model(input_ids=window, use_cache=False, **options).logits
-                # [batch, rows, vocabulary] -> [batch * rows, vocabulary]
-                logits = (logits if self._some_logits else logits[:, :-1]).flatten(0, 1)
-                loss, gradient = _loss_and_gradient(logits.detach(), targets[:, rows].flatten())
-                losses.append(loss)
-                if share is not None:
-                    gradient.mul_(share)
-                    # each slice adds its part to leaf.grad and frees its logits
-                    torch.autograd.backward([logits], [gradient.to(logits.dtype)])
+        for start in range(0, length, step):
+            rows = torch.arange(start, min(start + step, length), device=window.device)
+            reference = None
+            if teacher is not None:
+                with torch.no_grad():
+                    reference = self._logits(window, teacher, rows)
+            with torch.set_grad_enabled(share is not None):
+                logits = self._logits(window, leaf, rows)
+            loss, gradient = self._loss(logits.detach(), targets[:, rows].flatten(), reference)
+            losses.append(loss)
+            if share is not None:
+                gradient.mul_(share)
+                # each slice adds its part to leaf.grad and frees its logits
+                torch.autograd.backward([logits], [gradient.to(logits.dtype)])
         return math.fsum(losses), hidden if leaf.grad is None else leaf.grad
+
+    def _logits(self, window: Tensor, hidden: Tensor, rows: Tensor) -> Tensor:
+        """Return the logits of some positions, [batch * rows, vocabulary].
+
+        Args:
+            window: Token ids, (batch, seqlen).
+            hidden: Output of the last block, (batch, seqlen, hidden).
+            rows: The positions.
+        """
+        options: dict[str, Any] = {"logits_to_keep": rows} if self._some_logits else {}
+        outputs = [hidden] * len(self.blocks)  # only the last block's is used
+        with blocks_giving(self.blocks, outputs, self._returns):
+            logits: Tensor = self.model(input_ids=window, use_cache=False, **options).logits
+        # [batch, rows, vocabulary] -> [batch * rows, vocabulary]
+        return (logits if self._some_logits else logits[:, :-1]).flatten(0, 1)
 
     def _block(
         self,
@@ -291,8 +347,8 @@ class Backward:
         return leaf.grad
 
 
-def _loss_and_gradient(
-    logits: Float[Tensor, "rows vocabulary"], targets: Int[Tensor, " rows"]
+def _cross_entropy(
+    logits: Float[Tensor, "rows vocabulary"], targets: Int[Tensor, " rows"], teacher: Tensor | None
 ) -> tuple[float, Float[Tensor, "rows vocabulary"]]:
     """Return the summed cross-entropy and its gradient: softmax - 1 at the target, float32."""
     gradient = logits.to(torch.float32).log_softmax(-1)  # [rows, vocabulary]

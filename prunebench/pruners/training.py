@@ -23,6 +23,8 @@ class TrainingNeeds:
         held_out: Additional windows for model selection.
         least: Minimum number of windows.
         steps: Training steps, for the progress bar.
+        text_option: How the text is named in --set.
+        seqlen_option: How the length is named in --set.
     """
 
     text: str
@@ -31,6 +33,8 @@ class TrainingNeeds:
     held_out: int
     least: int
     steps: int
+    text_option: str = "train_data"
+    seqlen_option: str = "train_seqlen"
 
 
 @dataclass(frozen=True)

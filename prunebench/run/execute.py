@@ -28,6 +28,7 @@ from prunebench.run.failures import failures_are_filed, memory_errors, record_ha
 from prunebench.run.packed import packed_weights
 from prunebench.run.plan import Plan, prepare
 from prunebench.run.pruning import hash_and_count_zeros, prune_linears, prune_model
+from prunebench.run.recover import dense_copies, recover_model, trains
 from prunebench.run.result import (
     build_allocation_block,
     build_cost_block,
@@ -70,7 +71,7 @@ def execute(plan: Plan) -> Result | None:
     Raises:
         PrunebenchError: Whatever a user can fix; a `failed` record is saved too.
     """
-    with process_group(device=str(plan.device), trains=plan.training is not None):
+    with process_group(device=str(plan.device), trains=trains(plan)):
         if rank() == 0:
             return _execute(plan)
         _assist(plan)
@@ -79,18 +80,21 @@ def execute(plan: Plan) -> Result | None:
 
 def _assist(plan: Plan) -> None:
     """Train together with rank 0, and save nothing."""
-    with memory_errors(plan.device, trains=True):
-        model = open_model(plan, None)
-        prune_linears(plan, model, {linear.name: plan.sparsity for linear in find_linears(model)})
+    with memory_errors(plan.device, trains=True, recovers=bool(plan.recovery_training)):
+        dense = dense_copies(plan, model := open_model(plan, None))
+        # a method that does not learn prunes in rank 0 alone
+        if plan.training is not None:
+            sparsities = {linear.name: plan.sparsity for linear in find_linears(model)}
+            prune_linears(plan, model, sparsities)
+        recover_model(plan, model, dense)
 
 
 def _execute(plan: Plan) -> Result:
     spec, progress = plan.spec, plan.progress
     halvings: list[str] = []
-    trains = plan.training is not None
     with (
         failures_are_filed(plan) as row_is_filed,
-        memory_errors(plan.device, trains=trains),
+        memory_errors(plan.device, trains=trains(plan), recovers=bool(plan.recovery_training)),
         record_halvings(plan, halvings),
         open_run_state(plan) as journal,
     ):
@@ -117,7 +121,7 @@ def _execute(plan: Plan) -> Result:
             calibration=plan.calibration,
             training=build_training_block(plan, report),
             allocation=build_allocation_block(spec, allocation),
-            recovery=build_recovery_block(spec, pruned.recovered),
+            recovery=build_recovery_block(plan, pruned.recovered, pruned.trained),
             sparsity=build_sparsity_block(plan, pruned.measured, report, allocation),
             scores=build_score_blocks([*outcomes, *diverged], [*dense, *map(at_dense, diverged)]),
             execution=execution,
@@ -135,8 +139,8 @@ def _execute(plan: Plan) -> Result:
         # from here on an error (a full disk for --save-model) is an error of saving, and the row
         # stays valid
         row_is_filed()
-        if plan.training is not None:
-            plan.training.forget()
+        for training in filter(None, (plan.training, plan.recovery_training)):
+            training.forget()
         if plan.setup.log_samples:
             write_samples(plan.store.path_of(result), samples_of(outcomes, dense))
         _save_outputs(plan, model, linears, result, allocation)

@@ -26,8 +26,14 @@ def record_halvings(plan: Plan, halvings: list[str]) -> Iterator[None]:
 
 
 @contextmanager
-def memory_errors(device: torch.device, *, trains: bool) -> Iterator[None]:
-    """Turn an allocation failure into `OutOfMemory`, with what to try."""
+def memory_errors(device: torch.device, *, trains: bool, recovers: bool = False) -> Iterator[None]:
+    """Turn an allocation failure into `OutOfMemory`, with what to try.
+
+    Args:
+        device: Of the run.
+        trains: Whether the method or the recovery trains the whole model.
+        recovers: Whether the recovery does.
+    """
     try:
         yield
     # CUDA's error is a RuntimeError, and so is that of torch's CPU allocator
@@ -40,6 +46,8 @@ def memory_errors(device: torch.device, *, trains: bool) -> Iterator[None]:
             fix="use --weights disk, --within-block joint, --dtype bfloat16, fewer "
             "--calibration-samples, or a shorter --seqlen"
             if not trains
+            else "use --dtype bfloat16, --set recover.rank=8, or a smaller recover.micro_tokens"
+            if recovers
             else "use --dtype bfloat16, --set logit_dtype=bfloat16, --set state_dtype=int8, or a "
             "smaller --set micro_tokens",
         ) from error

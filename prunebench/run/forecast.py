@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import psutil
@@ -201,6 +202,27 @@ def require_fits(plan: Plan, expected: Forecast) -> None:
             f"{plan.spec.method} on {plan.spec.model} does not fit on the disk of the cache",
             where=f"{gigabytes(need.disk)} are needed, {gigabytes(expected.disk_free)} are free",
             fix="free space there, or set PRUNEBENCH_CACHE to a folder on another disk",
+        )
+
+
+def require_training_fits(plan: Plan, memory: Mapping[str, int]) -> None:
+    """Refuse an end-to-end recovery that does not fit, and name the options that make it fit.
+
+    Args:
+        plan: Of the run.
+        memory: Bytes by item.
+
+    Raises:
+        OutOfMemory: The device has too little memory.
+    """
+    size, free = sum(memory.values()) * _MARGIN, free_memory(plan.device)
+    if size > free:
+        raise OutOfMemory(
+            f"--recover {plan.spec.recover} on {plan.spec.model} does not fit",
+            where=f"{gigabytes(size)} are needed on {plan.device} with a tenth to spare, "
+            f"{gigabytes(free)} are free",
+            fix="use torchrun with more processes, --set recover.rank=8, --dtype bfloat16, or a "
+            "smaller recover.micro_tokens",
         )
 
 

@@ -12,6 +12,7 @@ import torch
 
 from prunebench.allocators import ALLOCATORS
 from prunebench.allocators.allocation import Allocator
+from prunebench.calibration.text_list import check_text_names, place_text_names
 from prunebench.calibration.texts import check_text_name, placed
 from prunebench.errors import UsageError
 from prunebench.models.masks import require_masks_named
@@ -20,8 +21,8 @@ from prunebench.options import options_of
 from prunebench.pruners import METHODS
 from prunebench.pruners.layer import DependsOnModel, Pruner
 from prunebench.pruners.protocol import Quantizes
-from prunebench.recovery import RECOVERERS
-from prunebench.recovery.protocol import Recoverer
+from prunebench.recovery import RECOVERERS, join_options, resolve_parts
+from prunebench.recovery.protocol import ModelRecoverer, Recoverer
 from prunebench.sparse24.backends.table import require_backend
 from prunebench.sparsity import Sparsity
 from prunebench.spec import NO_RECOVERY, RunSpec, Setup
@@ -34,13 +35,15 @@ Fields = dict[str, Any]
 class NamedSpec:
     """A spec whose names have been checked; nothing is read or fetched.
 
-    `allocator` is None if the ratios come from a file, `recoverer` if nothing is recovered.
+    `allocator` is None if the ratios come from a file, `recoverer` if no block is recovered after
+    it was pruned, `model_recoverer` if nothing is trained end to end afterwards.
     """
 
     spec: RunSpec
     pruner: Pruner
     allocator: Allocator | None
     recoverer: Recoverer | None
+    model_recoverer: ModelRecoverer | None
     sparsity: Sparsity
 
 
@@ -57,25 +60,46 @@ def check_names(spec: RunSpec, setup: Setup, source: ModelSource | None = None) 
     """
     entry = (source or find_model(spec.model)).entry
     # first: what it reads decides whether the spec has calibration data
-    recoverer, recover_options = _resolve_recoverer(spec)
-    pruner, allocator, sparsity, fields = _resolve_method(spec, entry, recoverer)
+    recoverer, model_recoverer, recover_options = _resolve_recoverers(spec)
+    learns = model_recoverer is not None
+    pruner, allocator, sparsity, fields = _resolve_method(spec, entry, recoverer, learns=learns)
     fields["recover_options"] = recover_options
-    if recoverer is not None:
+    if spec.recover != NO_RECOVERY:
         _require_free_weights(spec, pruner)
+    if model_recoverer is not None and getattr(recoverer, "norms", False):
+        raise UsageError(
+            f"--recover {spec.recover} does not go with recover.norms=true",
+            where="the training that follows needs the dense model, with its own norms",
+            fix="leave --set recover.norms out, or use --recover block alone",
+        )
+    if model_recoverer is not None and not sparsity.ratio:
+        raise UsageError(
+            f"--recover {spec.recover} does not go with --sparsity {sparsity}",
+            where="nothing is pruned, so there is nothing to recover",
+            fix="choose a sparsity above 0, or leave --recover out",
+        )
     # with the fields filled in: a method without data has no calibration to check
     _check_texts(spec.model_copy(update=fields))
-    if pruner.needs.training is not None:
-        check_text_name(pruner.needs.training.text, use="calibration")
+    learned_from = [pruner.needs.training]
+    if model_recoverer is not None:
+        learned_from.append(model_recoverer.needs.training)
+    for need in filter(None, learned_from):
+        check_text_names(need.text)
     if pruner.needs.masks is not None:
         require_masks_named(pruner.needs.masks)
     fields |= _check_tasks(spec, setup)
-    return NamedSpec(spec.model_copy(update=fields), pruner, allocator, recoverer, sparsity)
+    return NamedSpec(
+        spec.model_copy(update=fields), pruner, allocator, recoverer, model_recoverer, sparsity
+    )
 
 
 def _resolve_method(
-    spec: RunSpec, entry: CatalogEntry | None, recoverer: Recoverer | None
+    spec: RunSpec, entry: CatalogEntry | None, recoverer: Recoverer | None, *, learns: bool
 ) -> tuple[Pruner, Allocator | None, Sparsity, Fields]:
-    """Fill in all options, and set to null what the method does not read."""
+    """Fill in all options, and set to null what the method does not read.
+
+    `learns` says whether a recovery trains the whole model.
+    """
     row = METHODS.find(spec.method)
     options = METHODS.resolve_options(spec.method, spec.method_options, seed=spec.seed)
     pruner = METHODS.make(spec.method, options)
@@ -112,14 +136,15 @@ def _resolve_method(
         fields["within_block"] = None
     # magnitude with another --calibration-samples is the same run, and must find the same result
     if not (pruner.needs.tokens or others_read):
-        learns = pruner.needs.training is not None  # calibration_bos applies to its windows too
+        # calibration_bos and the seed apply to training windows too
+        trains = learns or pruner.needs.training is not None
         fields |= {
             name: None if option.nullable else option.value
             for name, option in options_of(RunSpec).items()
-            if option.about.role == "data" and not (learns and name == "calibration_bos")
+            if option.about.role == "data" and not (trains and name == "calibration_bos")
         }
         # nothing is sampled and the method has no seed: all seeds are one run
-        if "seed" not in options:
+        if "seed" not in options and not learns:
             fields["seed"] = 0
     return pruner, allocator, sparsity, fields
 
@@ -136,8 +161,10 @@ def _resolve_allocator(spec: RunSpec) -> tuple[Allocator | None, dict[str, Any]]
     return allocator, options
 
 
-def _resolve_recoverer(spec: RunSpec) -> tuple[Recoverer | None, dict[str, Any]]:
-    """Return the recoverer and its options, all filled in.
+def _resolve_recoverers(
+    spec: RunSpec,
+) -> tuple[Recoverer | None, ModelRecoverer | None, dict[str, Any]]:
+    """Return what recovers each block, what recovers the whole model, and all their options.
 
     Raises:
         UsageError: There is nothing to recover, or an option is unknown or out of range.
@@ -149,16 +176,36 @@ def _resolve_recoverer(spec: RunSpec) -> tuple[Recoverer | None, dict[str, Any]]
                 f"--set recover.{next(iter(spec.recover_options))} goes with --recover",
                 fix="as in --recover block",
             )
-        return None, {}
+        return None, None, {}
     if not METHODS.find(spec.method).prunes:
         raise UsageError(
             f"--recover {name} does not go with the method {spec.method}",
             where="nothing is pruned, so there is nothing to recover",
             fix="choose a method that prunes, or leave --recover out",
         )
-    options = RECOVERERS.resolve_options(name, spec.recover_options, seed=spec.seed)
-    recoverer: Recoverer = RECOVERERS.make(name, options)
-    return recoverer, options
+    parts = resolve_parts(name, spec.recover_options, seed=spec.seed)
+    blockwise: Recoverer | None = None
+    whole: ModelRecoverer | None = None
+    for number, (part, options) in enumerate(parts):
+        recoverer: Any = RECOVERERS.make(part, options)
+        if whole is not None or (blockwise is not None and not _is_whole(recoverer)):
+            raise UsageError(
+                f"--recover {name} is not an order that can be run",
+                where="what trains block by block does so while the model is pruned, and one "
+                "training of the whole model follows",
+                fix="as in --recover block+distill",
+            )
+        if _is_whole(recoverer):
+            whole = recoverer.for_run(spec.calibration)
+            whole.check()
+            parts[number] = (part, whole.options())
+        else:
+            blockwise = recoverer
+    return blockwise, whole, join_options(parts)
+
+
+def _is_whole(recoverer: Any) -> bool:
+    return isinstance(recoverer, ModelRecoverer)
 
 
 def _require_free_weights(spec: RunSpec, pruner: Pruner) -> None:
@@ -207,9 +254,23 @@ def place_texts(spec: RunSpec, kind: str) -> RunSpec:
     ppl = tuple(placed(name, model=kind) for name in spec.ppl)
     options = dict(spec.method_options)
     if isinstance(options.get("train_data"), str):
-        options["train_data"] = placed(str(options["train_data"]), model=kind)
-    fields = {"calibration": calibration, "ppl": ppl, "method_options": options}
+        options["train_data"] = place_text_names(str(options["train_data"]), model=kind)
+    recover = {
+        key: place_text_names(value, model=kind)
+        if is_text_option(key) and isinstance(value, str)
+        else value
+        for key, value in spec.recover_options.items()
+    }
+    fields = {
+        "calibration": calibration, "ppl": ppl, "method_options": options,
+        "recover_options": recover,
+    }  # fmt: skip
     return spec.model_copy(update=fields)
+
+
+def is_text_option(key: str) -> bool:
+    """Return whether an option of a recovery names a text: `data`, or `distill.data`."""
+    return key.rpartition(".")[2] == "data"
 
 
 def require_one_device(named: NamedSpec, devices: tuple[torch.device, ...]) -> None:
@@ -218,9 +279,11 @@ def require_one_device(named: NamedSpec, devices: tuple[torch.device, ...]) -> N
     Raises:
         UsageError: It is started as one process for each device instead.
     """
-    if len(devices) > 1 and named.pruner.needs.training is not None:
+    learners = [named.spec.method] * (named.pruner.needs.training is not None)
+    learners += [named.spec.recover] * (named.model_recoverer is not None)
+    if len(devices) > 1 and learners:
         raise UsageError(
-            f"{named.spec.method} does not learn on several --device of one process",
+            f"{learners[0]} does not learn on several --device of one process",
             fix=f"torchrun --nproc-per-node {len(devices)} -m prunebench run ...",
         )
 

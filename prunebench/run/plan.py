@@ -6,7 +6,6 @@ not divide is found here, in seconds, and not after the pruning.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -14,25 +13,26 @@ import torch
 
 from prunebench.allocators.allocation import Allocation, load_allocation, require_sound
 from prunebench.calibration.bos import check_bos, require_begun
+from prunebench.calibration.text_list import load_texts
 from prunebench.calibration.texts import TextIdentity, load_text
 from prunebench.calibration.training import Training, training_windows
 from prunebench.calibration.vocabulary import require_known, vocabulary_size
 from prunebench.calibration.windows import Windows, load_windows, sample_windows
-from prunebench.errors import CheckFailed, UsageError
+from prunebench.errors import CheckFailed
 from prunebench.evaluate.outcome import Evaluator
 from prunebench.evaluate.perplexity import PerplexityTask, prepare_perplexity
 from prunebench.files import cache_dir
 from prunebench.models.carried import require_carriable
-from prunebench.models.checkpoint_keys import check_tensors, match_keys
+from prunebench.models.checkpoint_keys import check_tensors
 from prunebench.models.linears import Linear, find_linears
 from prunebench.models.load import load_config, load_tokenizer, require_context, skeleton
 from prunebench.models.masks import Masks, open_masks
 from prunebench.models.safetensors_files import stored_tensors, weight_files
 from prunebench.models.stored_config import asked_attention
-from prunebench.pruners.protocol import Needs
+from prunebench.pruners.training import TrainingNeeds
 from prunebench.results.schema import CalibrationBlock
 from prunebench.run.dtype import StoredDtype
-from prunebench.run.memory import choose_weights, model_sizes
+from prunebench.run.place import place_weights
 from prunebench.run.resolve import ResolvedSpec, path_in, require_outputs, resolve
 from prunebench.spec import RunSpec, Setup, Weights
 
@@ -50,6 +50,7 @@ class Plan(ResolvedSpec):
         texts: Scored first.
         tasks: Scored after the texts.
         training: Training windows, for methods that train.
+        recovery_training: Training windows of `model_recoverer`.
         masks: The named masks, for methods that read them.
         weights: `resident` or `disk`.
     """
@@ -62,6 +63,7 @@ class Plan(ResolvedSpec):
     texts: list[PerplexityTask]
     tasks: list[Evaluator]
     training: Training | None
+    recovery_training: Training | None
     masks: Masks | None
     weights: Weights
 
@@ -123,12 +125,16 @@ def inputs_for(resolved: ResolvedSpec, model: torch.nn.Module, config: Any, toke
     texts = _prepare_texts(resolved, tokenizer, vocabulary)
     tasks = _prepare_tasks(resolved, tokenizer, vocabulary)
     masks = _open_masks(resolved, linears)
-    if resolved.pruner.needs.training is not None:
-        length = resolved.pruner.needs.training.seqlen
-        require_context(config, length, option="set train_seqlen")
-    training = _prepare_training(resolved, tokenizer, vocabulary)
-    _require_known(resolved, windows, texts, training, vocabulary, tokenizer)
-    weights = _place_weights(resolved, model, tasks)
+    need, recovery_need = resolved.pruner.needs.training, recovery_needs(resolved)
+    for wanted in filter(None, (need, recovery_need)):
+        require_context(config, wanted.seqlen, option=f"set {wanted.seqlen_option}")
+    training = _prepare_training(resolved, need, resolved.training_text, tokenizer, vocabulary)
+    recovery_training = _prepare_training(
+        resolved, recovery_need, resolved.recovery_text, tokenizer, vocabulary, "-recovery"
+    )
+    read = [(need, training), (recovery_need, recovery_training)]
+    _require_known(resolved, windows, texts, read, vocabulary, tokenizer)
+    weights = place_weights(resolved, model, tasks)
     if resolved.setup.save_model and weights == "resident":
         require_carriable(resolved.model.path, model)
     _require_same(resolved, calibration, texts, masks)
@@ -142,6 +148,7 @@ def inputs_for(resolved: ResolvedSpec, model: torch.nn.Module, config: Any, toke
         texts=texts,
         tasks=tasks,
         training=training,
+        recovery_training=recovery_training,
         masks=masks,
         weights=weights,
     )
@@ -171,7 +178,7 @@ def _check_bos(resolved: ResolvedSpec, config: Any, tokenizer: Any) -> None:
     entry = resolved.model.source.entry
     # the catalog names models that need BOS in every window
     always = entry is not None and entry.bos == "window"
-    learns = resolved.pruner.needs.training is not None
+    learns = bool(resolved.pruner.needs.training or recovery_needs(resolved))
     note = check_bos(resolved.named, config, tokenizer, always=always, learns=learns)
     if note:
         resolved.progress.note(f"  {note}")
@@ -201,36 +208,47 @@ def _open_masks(resolved: ResolvedSpec, linears: list[Linear]) -> Masks | None:
         return open_masks(name, linears, resolved.progress)
 
 
-def _prepare_training(resolved: ResolvedSpec, tokenizer: Any, vocabulary: int) -> Training | None:
-    """Cut the training text into windows."""
-    need, progress, spec = resolved.pruner.needs.training, resolved.progress, resolved.spec
+def recovery_needs(resolved: ResolvedSpec) -> TrainingNeeds | None:
+    """Return the windows that the end-to-end recovery trains on, if there is one."""
+    whole = resolved.model_recoverer
+    return whole.needs.training if whole else None
+
+
+def _prepare_training(
+    resolved: ResolvedSpec, need: TrainingNeeds | None, text: TextIdentity | None, tokenizer: Any,
+    vocabulary: int, suffix: str = "",
+) -> Training | None:  # fmt: skip
+    """Cut a training text into windows; `suffix` tells the folders of two trainings apart."""
+    progress, spec = resolved.progress, resolved.spec
     if need is None:
         return None
     with progress.stage("training", detail=need.text):
         source: Any = path_in(need.text)
         if not need.text.startswith("tokens:"):
-            source = load_text(need.text, use="calibration", progress=progress)
-            _require_identity(source, resolved.training_text)
+            source = load_texts(need.text, progress=progress)
+            _require_identity(source, text)
         training = training_windows(
             source, tokenizer, samples=need.samples, seqlen=need.seqlen, held_out=need.held_out,
             least=need.least, seed=spec.seed, vocabulary=vocabulary, bos=spec.calibration_bos,
+            text_option=need.text_option, seqlen_option=need.seqlen_option,
         )  # fmt: skip
     # named by the spec: the same command finds the state of its interrupted training
-    return replace(training, folder=cache_dir() / "training" / spec.spec_id)
+    return replace(training, folder=cache_dir() / "training" / f"{spec.spec_id}{suffix}")
 
 
 def _require_known(
     resolved: ResolvedSpec, windows: Windows | None, texts: list[PerplexityTask],
-    training: Training | None, vocabulary: int, tokenizer: Any,
+    trainings: list[tuple[TrainingNeeds | None, Training | None]], vocabulary: int, tokenizer: Any,
 ) -> None:  # fmt: skip
     """Refuse tokens that the model has no row for, but for those of tasks (`prepare_tasks`)."""
-    named, need = resolved.named, resolved.pruner.needs.training
+    named = resolved.named
     read = [(name, text.windows) for name, text in zip(named.ppl, texts, strict=True)]
     if windows is not None:
         read.append((named.calibration or "", windows.token_ids))
-    if training is not None and need is not None:
-        parts = (training.train, training.held_out)
-        read += [(need.text, part) for part in parts if part.numel()]  # none may be held out
+    for need, training in trainings:
+        if training is not None and need is not None:
+            parts = (training.train, training.held_out)
+            read += [(need.text, part) for part in parts if part.numel()]  # none may be held out
     for name, token_ids in read:
         require_known(token_ids, vocabulary=vocabulary, source=name, tokenizer=tokenizer)
 
@@ -293,57 +311,6 @@ def _prepare_tasks(resolved: ResolvedSpec, tokenizer: Any, vocabulary: int) -> l
             progress=resolved.progress,
         )
     return [*tasks]
-
-
-def _place_weights(
-    resolved: ResolvedSpec, model: torch.nn.Module, tasks: list[Evaluator]
-) -> Weights:
-    """Choose `resident` or `disk`, with a note for `disk`.
-
-    Raises:
-        UsageError: The method, the allocator or a task needs all weights in memory.
-        IncompatibleData: The checkpoint cannot be read a block at a time.
-    """
-    spec, choice = resolved.spec, resolved.setup.weights
-    if choice == "resident":
-        return "resident"
-    dtype = getattr(torch, spec.dtype)
-    # also for an explicit "disk": the facts are for the error message
-    chosen, facts = choose_weights(model_sizes(model, dtype), resolved.device)
-    if choice == "auto":
-        if chosen == "resident":
-            return "resident"
-        resolved.progress.note(f"weights stay on disk: {facts}")
-    reason = _why_resident(resolved, tasks)
-    if reason:
-        raise UsageError(
-            f"--weights disk does not go with {spec.method} here",
-            where=reason,
-            fix=f"use --weights resident ({facts}), or leave it out",
-        )
-    # from disk every tensor is read by its stored name, so each must have one
-    match_keys(model, stored_tensors(weight_files(resolved.model.path)), dtype=dtype)
-    return "disk"
-
-
-def _why_resident(resolved: ResolvedSpec, tasks: list[Evaluator]) -> str:
-    """Return why all weights must be in memory; empty if they need not be."""
-    spec, allocator = resolved.spec, resolved.allocator
-    needs: Sequence[Needs] = (
-        resolved.pruner.needs, *([] if allocator is None else [allocator.needs]),
-    )  # fmt: skip
-    reason = ""
-    if any(need.training is not None for need in needs):
-        reason = f"{spec.method} learns, and runs every block forward and backward in each step"
-    elif any(need.gradients is not None for need in needs):
-        reason = f"{spec.method} reads gradients, which need the whole model"
-    elif any(need.whole_model for need in needs):
-        reason = f"{spec.allocation} runs the whole model for every group of layers"
-    for task in tasks:
-        # each new token would read all blocks from disk again
-        if getattr(task, "generates", False):
-            reason = f"{task.name} makes the model write text, token by token"
-    return reason
 
 
 def _prepare_texts(resolved: ResolvedSpec, tokenizer: Any, vocabulary: int) -> list[PerplexityTask]:

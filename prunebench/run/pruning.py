@@ -30,11 +30,15 @@ from prunebench.models.walker import BlockWalker
 from prunebench.progress import Advance
 from prunebench.pruners.protocol import PruneReport
 from prunebench.pruners.training import CurvePoint
+from prunebench.recovery import THEN
+from prunebench.recovery.protocol import ModelRecovery
 from prunebench.run.plan import Plan
 from prunebench.run.recover import (
     copy_weights,
+    dense_copies,
     note_useless,
     recover_apart,
+    recover_model,
     recovery_of,
     require_recovered,
     zeros_beyond,
@@ -54,12 +58,14 @@ class Pruned:
         recovered: Of the blocks that were trained after pruning, if any were.
         measured: Counts of every matrix, in the model's order.
         sha256: Hash of the pruned weights.
+        trained: Of the whole model that was trained end to end, if it was.
         seconds: Of allocator and method, earlier starts of this run included; without recovery.
     """
 
     allocation: Allocation
     report: PruneReport
     recovered: list[RecoveredBlock]
+    trained: ModelRecovery | None
     measured: list[Measured]
     sha256: str
     seconds: float
@@ -84,20 +90,22 @@ def prune_model(
     Raises:
         PrunebenchError: A layer cannot be pruned, or has another sparsity than was asked for.
     """
+    dense = dense_copies(plan, model)
     # the allocator is part of the method's cost; loading and scoring are not
     with _stopwatch(journal) as prune_seconds:
         allocation = _allocate(plan, model, linears, journal)
         requested = layer_sparsities(plan.sparsity, allocation, linears)
         report, recovered = prune_linears(plan, model, requested)
+    trained = recover_model(plan, model, dense)
     with plan.progress.stage("measure", detail="sparsity of every layer"):
         sha256, measured = _hash_and_measure(model, linears, requested)
         # what was asked for is checked on the weights themselves, not on what the method
         # reports; zeros of the dense model may come on top
-        beyond = zeros_beyond(report, recovered)
+        beyond = zeros_beyond(report, recovered, trained)
         require_met(measured, zeros, requested, beyond=beyond)
         require_total(measured, zeros, plan.sparsity, beyond=beyond)
     seconds = prune_seconds() - sum(block.seconds for block in recovered)
-    return Pruned(allocation, report, recovered, measured, sha256, seconds)
+    return Pruned(allocation, report, recovered, trained, measured, sha256, seconds)
 
 
 def hash_and_count_zeros(
@@ -175,7 +183,7 @@ def prune_linears(
     recovery, learns = recovery_of(plan), plan.training is not None
     detail = f"{plan.spec.method} {plan.sparsity}"
     if recovery and not learns:
-        detail += f", each block then by {plan.spec.recover}"
+        detail += f", each block then by {plan.spec.recover.partition(THEN)[0]}"
     # a method that learns changes all blocks at its end: a second walk begins at the dense weights
     dense = copy_weights(model) if recovery and learns and rank() == 0 else None
     with _walk(plan, model, "prune", detail, gradients, None if learns else recovery) as walker:

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import closing
 
+import torch.distributed as dist
 from torch import Tensor, nn
 
+from prunebench.distributed import world_size
 from prunebench.errors import CheckFailed
 from prunebench.models.linears import find_linears
 from prunebench.models.pruned_block import RecoveredBlock, Recovery
 from prunebench.models.walker import BlockWalker
 from prunebench.pruners.protocol import PruneReport
-from prunebench.recovery.protocol import BlockRecoverer
+from prunebench.recovery import THEN
+from prunebench.recovery.protocol import BlockRecoverer, DistillPoint, ModelRecovery
 from prunebench.run.plan import Plan
 
 
@@ -46,8 +50,9 @@ def note_useless(plan: Plan, blocks: Sequence[RecoveredBlock]) -> None:
     """Warn if the training made every block worse, so that nothing of it stayed."""
     trained = [block for block in blocks if block.steps]
     if trained and not any(block.best_step for block in trained):
+        name = plan.spec.recover.partition(THEN)[0]
         plan.progress.note(
-            f"warning: {plan.spec.recover} kept nothing: no step lowered the held-out error of any "
+            f"warning: {name} kept nothing: no step lowered the held-out error of any "
             "block. Try a smaller --set recover.lr, or more calibration windows"
         )
 
@@ -93,9 +98,82 @@ def recover_apart(walker: BlockWalker, dense: dict[str, Tensor]) -> None:
                 linear.stored.copy_(pruned.pop(linear.name))
 
 
-def zeros_beyond(report: PruneReport, blocks: Sequence[RecoveredBlock]) -> Mapping[str, int]:
+def trains(plan: Plan) -> bool:
+    """Return whether the method or the recovery trains the whole model."""
+    return plan.training is not None or plan.recovery_training is not None
+
+
+def dense_copies(plan: Plan, model: nn.Module) -> dict[str, Tensor]:
+    """Return copies of the dense weights for an end-to-end recovery; empty without one."""
+    if plan.model_recoverer is None or plan.recovery_training is None:
+        return {}
+    # a model that cannot be trained is refused here, not after an hour of pruning
+    plan.model_recoverer.check_model(model, plan.recovery_training)
+    return copy_weights(model)
+
+
+def recover_model(plan: Plan, model: nn.Module, dense: dict[str, Tensor]) -> ModelRecovery | None:
+    """Train the pruned model end to end, in all processes together.
+
+    Args:
+        plan: Of the run.
+        model: Pruned in rank 0; in the other ranks only if the method learns.
+        dense: The dense weights; emptied.
+    """
+    if plan.model_recoverer is None or plan.recovery_training is None:
+        return None
+    if world_size() > 1:
+        for linear in find_linears(model):
+            # a view of a transposed or fused parameter is contiguous as stored
+            dist.broadcast(linear.stored, 0)
+    need = plan.model_recoverer.needs.training
+    steps = need.steps if need else 0
+    name = plan.spec.recover.rpartition(THEN)[2]
+    with plan.progress.stage(
+        "recover", total=steps, detail=f"{name}, end to end", unit="steps"
+    ) as advance:
+
+        def report(point: DistillPoint) -> None:
+            # point 0 is measured before the first step
+            advance(bool(point.step))
+            if point.held_out is not None:
+                plan.progress.note(format_distill_point(point, steps))
+
+        data = dataclasses.replace(plan.recovery_training, hear=report, note=plan.progress.note)
+        recovery = plan.model_recoverer.recover_model(model, dense, data)
+    if not recovery.best_step:
+        plan.progress.note(
+            "warning: the training kept nothing: no step lowered the held-out loss. "
+            "Try a smaller --set recover.lr, more steps, or more text (--set recover.data)"
+        )
+    return recovery
+
+
+def format_distill_point(point: DistillPoint, steps: int) -> str:
+    """Format the measurements of a training step as one line."""
+    held_out = point.held_out
+    assert held_out is not None
+    loss = "" if point.loss is None else f"loss {point.loss:.3f}, "
+    line = f"  step {point.step}: {loss}held-out loss "
+    if held_out.loss is None or held_out.ppl is None:
+        line += "not finite"
+    else:
+        line += f"{held_out.loss:.3f} (ppl {held_out.ppl:,.4g}"
+        line += ")" if held_out.kl is None else f", KL {held_out.kl:.3f})"
+    line += f", {point.seconds:.0f} s"
+    if 0 < point.step < steps:
+        left = point.seconds / point.step * (steps - point.step)
+        line += f", {left:.0f} s left" if left < 90 else f", {left / 60:.0f} min left"
+    return line
+
+
+def zeros_beyond(
+    report: PruneReport, blocks: Sequence[RecoveredBlock], trained: ModelRecovery | None
+) -> Mapping[str, int]:
     """Return the zeros beyond the target by matrix, those that the recovery added included."""
     total = Counter(report.zeros_beyond)
     for block in blocks:
         total.update(block.zeros)
+    if trained is not None:
+        total.update(trained.zeros)
     return dict(total)

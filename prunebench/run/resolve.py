@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 
 from prunebench.allocators.allocation import Allocator
+from prunebench.calibration.text_list import identify_texts
 from prunebench.calibration.texts import TextIdentity, identify_text
 from prunebench.calibration.windows import load_windows
 from prunebench.checkpoints.fp8 import is_fp8
@@ -32,7 +33,7 @@ from prunebench.models.masks import masks_origin
 from prunebench.models.source import LocalModel, fetch_model, find_model
 from prunebench.progress import StageTimer
 from prunebench.pruners.protocol import Pruner
-from prunebench.recovery.protocol import Recoverer
+from prunebench.recovery.protocol import ModelRecoverer, Recoverer
 from prunebench.results.store import ResultStore
 from prunebench.run.dtype import DtypeChoice, StoredDtype, choose_dtype
 from prunebench.run.names import (
@@ -40,6 +41,7 @@ from prunebench.run.names import (
     NamedSpec,
     check_names,
     check_packed,
+    is_text_option,
     place_texts,
     require_one_device,
 )
@@ -62,10 +64,12 @@ class ResolvedSpec:
         dtype: The dtype of the weights, with the reason.
         pruner: The method with its options.
         allocator: Spreads the sparsity over the layers; None where a file does.
-        recoverer: Trains the kept weights afterwards, if anything does.
+        recoverer: Trains the kept weights of each block after it was pruned, if anything does.
+        model_recoverer: Trains all kept weights at the end, if anything does.
         sparsity: The target.
         calibration_text: Identity of the calibration text; None for a file of tokens.
         training_text: Identity of the training text, if any.
+        recovery_text: Identity of the text that `model_recoverer` trains on.
         started: `time.perf_counter()` at the beginning.
     """
 
@@ -80,9 +84,11 @@ class ResolvedSpec:
     pruner: Pruner
     allocator: Allocator | None
     recoverer: Recoverer | None
+    model_recoverer: ModelRecoverer | None
     sparsity: Sparsity
     calibration_text: TextIdentity | None
     training_text: TextIdentity | None
+    recovery_text: TextIdentity | None
     started: float
 
     @property
@@ -146,7 +152,8 @@ def identify_contents(
         PrunebenchError: The first thing that is wrong.
     """
     calibration, calibration_fields = _identify_calibration(named.spec)
-    training_text = _identify_training(named)
+    training_text = _identify_training(named.pruner)
+    recovery_text = _identify_training(named.model_recoverer)
     fields: Fields = {
         "model": model.source.id,
         # commit, not branch: `main` moves, and equal hashes must mean equal weights
@@ -154,6 +161,7 @@ def identify_contents(
         "dtype": dtype.dtype,
         **_identify_allocation(named.spec),
         **_identify_method(named, training_text, progress),
+        **_identify_recovery(named.spec, recovery_text),
         **calibration_fields,
         **_identify_ppl(named.spec, model, progress),
     }
@@ -161,7 +169,7 @@ def identify_contents(
     resolved = named.spec.model_copy(update=fields)
     # now with the dtype that `auto` became
     check_packed(resolved, named.sparsity, backend=setup.backend, device=devices[0])
-    _require_unseen(resolved, training_text)
+    _require_unseen(resolved, training_text, recovery_text)
     return ResolvedSpec(
         spec=resolved,
         named=named.spec,
@@ -174,9 +182,11 @@ def identify_contents(
         pruner=named.pruner,
         allocator=named.allocator,
         recoverer=named.recoverer,
+        model_recoverer=named.model_recoverer,
         sparsity=named.sparsity,
         calibration_text=calibration,
         training_text=training_text,
+        recovery_text=recovery_text,
         started=started,
     )
 
@@ -198,8 +208,8 @@ def _identify_calibration(spec: RunSpec) -> tuple[TextIdentity | None, Fields]:
     return text, {"calibration": text.name, "calibration_origin": text.origin}
 
 
-def _identify_training(named: NamedSpec) -> TextIdentity | None:
-    need = named.pruner.needs.training
+def _identify_training(learner: Pruner | ModelRecoverer | None) -> TextIdentity | None:
+    need = learner.needs.training if learner else None
     if need is None:
         return None
     if need.text.startswith("tokens:"):
@@ -207,7 +217,7 @@ def _identify_training(named: NamedSpec) -> TextIdentity | None:
         digest = sha256_file(path_in(need.text))
         # 12 digits are enough to tell files apart in a table; the origin has all
         return TextIdentity(f"tokens-{digest[:12]}", "all", f"sha256:{digest}")
-    return identify_text(need.text, use="calibration")
+    return identify_texts(need.text)
 
 
 def _identify_ppl(spec: RunSpec, model: LocalModel, progress: StageTimer) -> Fields:
@@ -261,6 +271,14 @@ def _identify_method(
     return {"method_options": options}
 
 
+def _identify_recovery(spec: RunSpec, text: TextIdentity | None) -> Fields:
+    """Replace the training text of a recovery by its identity."""
+    if text is None:
+        return {}
+    options = spec.recover_options.items()
+    return {"recover_options": {k: text.name if is_text_option(k) else v for k, v in options}}
+
+
 def path_in(name: str) -> Path:
     """Return the path of a name such as `tokens:PATH` or `file:PATH`."""
     return Path(name.partition(":")[2]).expanduser()
@@ -269,7 +287,9 @@ def path_in(name: str) -> Path:
 # ---------------------------------------------------------------- checks
 
 
-def _require_unseen(spec: RunSpec, training_text: TextIdentity | None) -> None:
+def _require_unseen(
+    spec: RunSpec, training_text: TextIdentity | None, recovery_text: TextIdentity | None
+) -> None:
     """Refuse to score a text that was calibrated on or learned from."""
     # by content, so a copy of the text under another name is found as well
     scored = {origin for origin in spec.ppl_origins if origin.startswith("sha256:")}
@@ -279,12 +299,13 @@ def _require_unseen(spec: RunSpec, training_text: TextIdentity | None) -> None:
             where="a score on the calibration text says nothing",
             fix="use another text for --calibration or for --ppl",
         )
-    if training_text is not None and training_text.origin in scored:
-        raise UsageError(
-            "one text is learned from and evaluated on",
-            where="a score on the training text says nothing",
-            fix="use another text for --set train_data or for --ppl",
-        )
+    for text, option in ((training_text, "train_data"), (recovery_text, "recover.data")):
+        if text is not None and scored & set(text.origin.split(",")):
+            raise UsageError(
+                "one text is learned from and evaluated on",
+                where="a score on the training text says nothing",
+                fix=f"use another text for --set {option} or for --ppl",
+            )
 
 
 def require_outputs(setup: Setup, *, need_model_bytes: int) -> None:

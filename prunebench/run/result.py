@@ -24,8 +24,14 @@ from prunebench.models.measure import Measured
 from prunebench.models.pruned_block import RecoveredBlock
 from prunebench.pruners import METHODS
 from prunebench.pruners.protocol import PruneReport
-from prunebench.recovery import RECOVERERS
-from prunebench.results.recovery_schema import BlockRow, RecoveryBlock
+from prunebench.recovery import describe
+from prunebench.recovery.protocol import ModelRecovery
+from prunebench.results.recovery_schema import (
+    BlockRow,
+    DistillStep,
+    EndToEndBlock,
+    RecoveryBlock,
+)
 from prunebench.results.samples import Sample
 from prunebench.results.schema import (
     AllocationBlock,
@@ -144,11 +150,16 @@ def build_training_block(plan: Plan, report: PruneReport) -> TrainingBlock | Non
     )
 
 
-def build_recovery_block(spec: RunSpec, blocks: list[RecoveredBlock]) -> RecoveryBlock | None:
+def build_recovery_block(
+    plan: Plan, blocks: list[RecoveredBlock], trained: ModelRecovery | None
+) -> RecoveryBlock | None:
     """Describe the recovery, and the blocks in which trained weights stayed."""
+    spec = plan.spec
     if spec.recover == NO_RECOVERY:
         return None
-    row = RECOVERERS.find(spec.recover)
+    row = describe(spec.recover)
+    training = _build_end_to_end(plan, trained)
+    seconds = sum(block.seconds for block in blocks) + (training.seconds if training else 0.0)
     measured = [
         (block.held_out_before, block.held_out_after)
         for block in blocks
@@ -165,7 +176,7 @@ def build_recovery_block(spec: RunSpec, blocks: list[RecoveredBlock]) -> Recover
         held_out_windows=max((block.held_out_windows for block in blocks), default=0),
         seqlen=spec.seqlen or 0,
         tokens=max((block.tokens for block in blocks), default=0),
-        seconds=round(sum(block.seconds for block in blocks), 3),
+        seconds=round(seconds, 3),
         recovered_blocks=sum(block.best_step > 0 for block in blocks),
         held_out_before=_geometric_mean([before for before, _ in measured]),
         held_out_after=_geometric_mean([after for _, after in measured]),
@@ -173,6 +184,33 @@ def build_recovery_block(spec: RunSpec, blocks: list[RecoveredBlock]) -> Recover
             BlockRow(**{k: v for k, v in dataclasses.asdict(block).items() if k in names})
             for block in blocks
         ],
+        training=training,
+    )
+
+
+def _build_end_to_end(plan: Plan, trained: ModelRecovery | None) -> EndToEndBlock | None:
+    """Describe the training of the whole model."""
+    data, text = plan.recovery_training, plan.recovery_text
+    if trained is None or data is None or text is None:
+        return None
+    curve = [DistillStep(**dataclasses.asdict(point)) for point in trained.curve]
+    measured = {point.step: point.held_out for point in curve if point.held_out is not None}
+    return EndToEndBlock(
+        text=text.name,
+        origin=text.origin,
+        windows=len(data.train),
+        held_out_windows=len(data.held_out),
+        seqlen=data.train.shape[1],  # of [windows, seqlen]
+        tokens_sha256=data.sha256,
+        steps=curve[-1].step,
+        tokens=curve[-1].tokens,
+        seconds=round(curve[-1].seconds, 3),
+        best_step=trained.best_step,
+        resumed_step=trained.resumed,
+        processes=trained.processes,
+        before=measured[0],
+        after=measured[trained.best_step],
+        curve=curve,
     )
 
 

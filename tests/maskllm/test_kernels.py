@@ -18,12 +18,12 @@ if not torch.cuda.is_available():
 from prunebench.models.linears import find_linears
 from prunebench.pruners.maskllm import dispatch, noise, triton_ops
 from prunebench.pruners.maskllm.candidates import candidates
-from prunebench.pruners.maskllm.gradients import GradientSums
+from prunebench.pruners.maskllm.gradients import FactoredSums
 from prunebench.pruners.maskllm.moments import PackedMoments
 from prunebench.pruners.maskllm.optimise import Optimizer, sum_squares
 from prunebench.pruners.maskllm.relaxation import LayerLogits, Relaxation, WeightGradient
-from prunebench.pruners.maskllm.shards import Shards
 from prunebench.testing import tiny_model
+from prunebench.training.shards import Shards
 
 CPU = torch.device("cpu")
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -261,7 +261,7 @@ def test_products_of_bfloat16_are_summed_in_float32(device):
         torch.randn(512, n, generator=generator).to(BF16)
         for n in (linear.out_features, linear.in_features)
     )
-    sums = GradientSums(Shards(), FLOAT)
+    sums = FactoredSums(Shards(), FLOAT)
     sums.fetch([linear])
     sums.add_product(linear, outer.to(device), inputs.to(device))
     sums.release()

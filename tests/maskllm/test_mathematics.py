@@ -15,8 +15,8 @@ from prunebench.pruners.maskllm.relaxation import (
     slope_of_logits,
 )
 from prunebench.pruners.maskllm.schedule import Schedule
-from prunebench.pruners.maskllm.shards import Shards
 from prunebench.sparsity import Sparsity
+from prunebench.training.shards import Shards
 from tests.mask_training import HOW, generator, layer_of, slope_for
 
 # ------------------------------------------------------------ candidates and prior

@@ -10,21 +10,10 @@ from prunebench.models.walker import BlockWalker
 from prunebench.pruners.maskllm import relaxation
 from prunebench.pruners.maskllm.candidates import candidates
 from prunebench.pruners.maskllm.memory_plan import MemoryPlan
-from prunebench.pruners.maskllm.shards import Shards
 from prunebench.testing import tiny_model, tiny_tokens
+from prunebench.training.shards import Shards
+from tests.factories import peak_bytes
 from tests.mask_training import HALF, pruner_of
-
-
-def peak_bytes(action):
-    """Return the most bytes that were allocated at a time while `action` ran."""
-    with torch.autograd.profiler.profile(profile_memory=True) as seen:
-        action()
-    events = [e for e in seen.kineto_results.events() if e.name() == "[memory]"]
-    running = peak = 0
-    for event in sorted(events, key=lambda e: e.start_ns()):
-        running += event.nbytes()
-        peak = max(peak, running)
-    return peak
 
 
 @pytest.mark.parametrize(

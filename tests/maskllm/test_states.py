@@ -10,8 +10,8 @@ from prunebench.calibration.training import Training
 from prunebench.errors import IncompatibleData
 from prunebench.models.hashing import hash_weights
 from prunebench.pruners.maskllm.noise import gumbel
-from prunebench.pruners.maskllm.shards import Shards
 from prunebench.testing import tiny_tokens
+from prunebench.training.shards import Shards
 from tests.mask_training import learner_of, masks_of, one_block, train
 
 # ------------------------------------------------------------ states on disk

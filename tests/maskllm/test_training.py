@@ -19,8 +19,8 @@ from prunebench.pruners import METHODS
 from prunebench.pruners.maskllm import relaxation
 from prunebench.pruners.maskllm.noise import gumbel
 from prunebench.pruners.maskllm.optimise import Optimizer
-from prunebench.pruners.maskllm.shards import Shards
 from prunebench.testing import tiny_model, tiny_tokens
+from prunebench.training.shards import Shards
 from tests.mask_training import HALF, learner_of, masks_of, one_block, train
 
 # ------------------------------------------------------------ gradients

@@ -154,8 +154,9 @@ def test_a_dry_run_counts_it(cli, tiny_run):
 
 
 def test_recoverers_are_listed_and_shown(cli, tiny_run):
-    (row,) = json.loads(cli("list", "recoverers", "--json").stdout)
+    row, distill = json.loads(cli("list", "recoverers", "--json").stdout)
     assert (row["name"], row["paper"], row["data"]) == ("block", "2406.15524", True)
+    assert (distill["name"], distill["paper"]) == ("distill", "2407.20584")
     shown = cli(*tiny_run, "-m", "wanda", *RECOVER, "--show-config").output
     assert "recover_options" in shown and "'lr': '0.02'" in shown
 

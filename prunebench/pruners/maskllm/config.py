@@ -19,7 +19,7 @@ from prunebench.pruners.maskllm.moments import StateDtype
 from prunebench.pruners.maskllm.optimise import Kind, Optimizer
 from prunebench.pruners.maskllm.relaxation import LayerLogits
 from prunebench.pruners.maskllm.schedule import Schedule
-from prunebench.pruners.maskllm.shards import Shards
+from prunebench.training.shards import Shards
 
 
 @dataclass(frozen=True)

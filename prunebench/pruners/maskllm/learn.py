@@ -7,56 +7,28 @@ without the noise of the initial logits, so the result is never worse than the p
 
 from __future__ import annotations
 
-import functools
 import math
-import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from typing import Any
 
 import torch
-from jaxtyping import Int, Integer
 from torch import Tensor, nn
 
 from prunebench.errors import IncompatibleData
-from prunebench.models.backward import Backward
-from prunebench.models.linears import Linear, find_blocks
-from prunebench.models.replay import plain_inference
+from prunebench.models.linears import Linear
 from prunebench.pruners.maskllm import dispatch
 from prunebench.pruners.maskllm.candidates import mask_of
-from prunebench.pruners.maskllm.gradients import GradientSums
-from prunebench.pruners.maskllm.masked_weights import MaskedWeights
+from prunebench.pruners.maskllm.gradients import FactoredSums
 from prunebench.pruners.maskllm.optimise import Directions, Optimizer, sum_squares
 from prunebench.pruners.maskllm.relaxation import LayerLogits, Relaxation
 from prunebench.pruners.maskllm.schedule import Schedule
-from prunebench.pruners.maskllm.shards import Shards
 from prunebench.pruners.training import CurvePoint
-
-_CHECK_TOKENS = 128  # of the window on which `Backward` checks itself
-_CPU_BATCH_TOKENS = 1024  # activations of a larger batch leave the cache
-
-
-@dataclass
-class Progress:
-    """The state of the training.
-
-    Attributes:
-        best: The choices with the lowest held-out perplexity so far, by linear, of the rows that
-            this process owns.
-        curve: One point per step.
-        best_step: The step that `best` is from; 0 is the prior.
-    """
-
-    best: dict[str, Integer[Tensor, " groups"]] = field(default_factory=dict)
-    curve: list[CurvePoint] = field(default_factory=list)
-    best_step: int = 0
-
-    @property
-    def held_out(self) -> list[CurvePoint]:
-        """The points at which the held-out perplexity was measured."""
-        return [point for point in self.curve if point.held_out_ppl is not None]
+from prunebench.training.loop import TrainingLoop
+from prunebench.training.shards import Shards
 
 
-class Learner:
+class Learner(TrainingLoop[CurvePoint]):
     """Learns the masks of a model; its weights are frozen.
 
     Args:
@@ -86,61 +58,20 @@ class Learner:
         shards: Shards | None = None,
         gradient_dtype: torch.dtype = torch.float32,
     ) -> None:
-        self.model = model
         self.layers = dict(layers)
         self.prior = dict(prior)
         self.optimizer = optimizer
         self.schedule = schedule
-        self.seed = seed
         self.noise_samples = noise_samples
-        self.micro_tokens = micro_tokens
-        self.shards = shards or Shards()
-        self.done = 0
-        self.progress = Progress(best=dict(prior))
         self._groups = sum(linear.size // self._group(linear) for linear in self.layers)
-        self._sums = GradientSums(self.shards, gradient_dtype)
+        self._sums = FactoredSums(shards or Shards(), gradient_dtype)
         self._direction_sums: dict[Linear, Tensor] = {}  # over the draws of a step
         self._relaxation: Relaxation | None = None  # of the current draw
-        linears = list(self.layers)
-        self._store = MaskedWeights(find_blocks(model)[1], linears, self._soft)
-        self._backward = Backward(model, linears, self._sums, self._store)
-        self._device = next(model.parameters()).device
-
-    def learn(
-        self,
-        train: Int[Tensor, "windows seqlen"],
-        held_out: Int[Tensor, "held seqlen"],
-        *,
-        eval_every: int,
-        after_step: Callable[[CurvePoint], None] = lambda point: None,
-    ) -> Progress:
-        """Run the remaining steps.
-
-        Args:
-            train: Windows to train on; reshuffled every epoch.
-            held_out: Windows that select the best hard mask.
-            eval_every: Steps between two evaluations on them.
-            after_step: Called with every point of the curve.
-
-        Raises:
-            IncompatibleData: The loss or a gradient is not finite; the message names the step.
-        """
-        start_time = time.perf_counter()
-        if self.progress.curve:  # resumed: count the seconds before the interruption, too
-            start_time -= self.progress.curve[-1].seconds
-        with plain_inference(self.model):
-            # Checked before the first step: a model that cannot be replayed fails now, not hours
-            # later.
-            self._backward.prepare(train[:1, :_CHECK_TOKENS].to(self._device))
-            if not self.progress.curve:
-                self._record(0, None, self._measure(held_out), train, start_time, after_step)
-            for step in range(self.done, self.schedule.steps):
-                loss = self._step(step, train)
-                self.done = step + 1
-                last = self.done == self.schedule.steps
-                ppl = self._measure(held_out) if last or self.done % eval_every == 0 else None
-                self._record(self.done, loss, ppl, train, start_time, after_step)
-        return self.progress
+        super().__init__(
+            model, list(layers), self._sums, self._soft, steps=schedule.steps,
+            batch=schedule.batch, seed=seed, micro_tokens=micro_tokens, shards=shards or Shards(),
+        )  # fmt: skip
+        self.progress.best = dict(prior)
 
     # ------------------------------------------------------------ one step
 
@@ -153,7 +84,7 @@ class Learner:
             self._relaxation = self.schedule.relaxation(
                 step, seed=self.seed, draw=step * self.noise_samples + sample
             )
-            for batch in torch.split(part, max(1, self.micro_tokens // part.shape[1])):
+            for batch in self._micro_batches(part):
                 # The loss is a mean over all processes' windows; every micro-batch adds its share
                 # of it.
                 share = len(batch) / len(windows)
@@ -243,19 +174,6 @@ class Learner:
                 self._direction_sums[linear][:, part] += direction
         self._sums.forget()
 
-    def _windows(self, step: int, train: Tensor) -> Tensor:
-        """Return this process's windows of a step; an epoch uses every window once."""
-        first, count = step * self.schedule.batch, len(train)
-        places = torch.arange(first, first + self.schedule.batch)
-        epochs = places // count  # a step may cross into the next epoch
-        rows = [
-            _order(count, self.seed, epoch)[places[epochs == epoch] % count]
-            for epoch in sorted(set(epochs.tolist()))
-        ]
-        # Strided: the union over the processes is the same batch for any number of them.
-        indices = torch.cat(rows)[self.shards.rank :: self.shards.world]  # [batch / world]
-        return train[indices].to(self._device)
-
     # ------------------------------------------------------------ masks and measurements
 
     def _group(self, linear: Linear) -> int:
@@ -286,18 +204,16 @@ class Learner:
 
     def _measure(self, held_out: Tensor) -> float:
         """Return the held-out perplexity of the hard mask; store the mask if it is the best."""
-        share = list(range(len(held_out)))[self.shards.rank :: self.shards.world]
-        # a process without windows runs one all the same: the gathers are collective
-        windows = held_out[share or [0]].to(self._device)
+        windows, counts = self._held_out_share(held_out)
         # The same store and replay as in training, with hard masks in place of soft ones.
         self._store.fill = self._hard
         try:
             total = math.fsum(self._backward.losses(windows, batch=self._batch(windows)))
         finally:
             self._store.fill = self._soft
-        loss = self.shards.sum(total if share else 0.0)[0] / held_out[:, 1:].numel()
+        loss = self.shards.sum(total if counts else 0.0)[0] / held_out[:, 1:].numel()
         ppl = math.exp(min(loss, 700.0)) if math.isfinite(loss) else math.inf  # exp(710) overflows
-        scores = [point.held_out_ppl for point in self.progress.held_out]
+        scores = [point.held_out_ppl for point in self.progress.curve]
         # Strictly better: of equal masks the earlier one stays. The first, the prior's, always
         # counts.
         if all(ppl < score for score in scores if score is not None):
@@ -305,51 +221,47 @@ class Learner:
             self.progress.best_step = self.done
         return ppl
 
-    def _record(
-        self,
-        step: int,
-        loss: float | None,
-        ppl: float | None,
-        train: Tensor,
-        start_time: float,
-        after_step: Callable[[CurvePoint], None],
-    ) -> None:
+    def point(
+        self, loss: float | None, measured: Any, *, tokens: int, seconds: float
+    ) -> CurvePoint:
+        """Return the metrics after `done` steps; `measured` is the held-out perplexity."""
         # The point after `step` steps reports the schedule's values at that step, whose index is
         # step - 1.
-        relaxation = self.schedule.relaxation(max(step - 1, 0), seed=self.seed, draw=0)
+        relaxation = self.schedule.relaxation(max(self.done - 1, 0), seed=self.seed, draw=0)
         certain = math.fsum(dispatch.certainty(layer, relaxation) for layer in self.layers.values())
         changed = math.fsum(
             float((layer.choices() != self.prior[linear.name]).sum())
             for linear, layer in self.layers.items()
         )
         certain, changed = self.shards.sum(certain, changed)
-        point = CurvePoint(
-            step,
-            tokens=step * self.schedule.batch * train.shape[1],
+        return CurvePoint(
+            self.done,
+            tokens=tokens,
             loss=loss,
             temperature=relaxation.temperature,
             scale=relaxation.scale,
             certainty=certain / self._groups,
             changed=changed / self._groups,
-            held_out_ppl=ppl,
-            seconds=time.perf_counter() - start_time,
+            held_out_ppl=measured,
+            seconds=seconds,
         )
-        self.progress.curve.append(point)
-        after_step(point)
 
-    def _batch(self, windows: Tensor) -> int:
-        return batch_windows(len(windows), windows.shape[1], windows.device.type)
+    # ------------------------------------------------------------ saved states
 
+    def saved_tensors(self) -> Iterator[tuple[str, Tensor, int]]:
+        """Yield logits, moments and the best choices of every layer, [choices, rows, width]."""
+        for linear, layer in self.layers.items():
+            total = linear.out_features
+            named = {"logits": layer.logits, "best": self.progress.best[linear.name][None]}
+            named |= {name: packed.values for name, packed in layer.state.items()}
+            for name, tensor in named.items():
+                # [choices, groups] -> [choices, rows, width]
+                rows = tensor.view(len(tensor), layer.rows, layer.width)
+                yield f"{linear.name}.{name}", rows, total
+            for name, packed in layer.state.items():
+                if packed.scales.shape[1]:
+                    yield f"{linear.name}.{name}.scales", packed.scales[..., None], total
 
-def batch_windows(windows: int, seqlen: int, device: str) -> int:
-    """Return the windows of a batch: all, or on a CPU as many as stay in its cache."""
-    if device != "cpu":
-        return windows
-    return max(1, min(windows, _CPU_BATCH_TOKENS // seqlen))
-
-
-@functools.lru_cache(maxsize=2)  # a step asks for every window, and may cross into a new epoch
-def _order(count: int, seed: int, epoch: int) -> Tensor:
-    # A factor above any number of epochs: two seeds never share the order of an epoch.
-    generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
-    return torch.randperm(count, generator=generator)
+    def read_point(self, values: dict[str, Any]) -> CurvePoint:
+        """Return a point of the curve from its fields."""
+        return CurvePoint(**values)

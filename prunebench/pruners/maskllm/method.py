@@ -29,23 +29,23 @@ from torch import Tensor, nn
 
 from prunebench.calibration.training import Training
 from prunebench.distributed import world_size
-from prunebench.errors import IncompatibleData, SaveError, UsageError
+from prunebench.errors import IncompatibleData, UsageError
 from prunebench.models.linears import Linear
 from prunebench.models.masks import Masks
 from prunebench.models.source import CatalogEntry
 from prunebench.models.walker import BlockWalker
 from prunebench.pruners.maskllm.candidates import candidates, choose, mask_of, require_learnable
-from prunebench.pruners.maskllm.checkpoint import CheckpointStore
 from prunebench.pruners.maskllm.config import TrainingConfig
 from prunebench.pruners.maskllm.learn import Learner
 from prunebench.pruners.maskllm.memory_plan import MemoryPlan
 from prunebench.pruners.maskllm.options import PRIORS, Options, require_prior
 from prunebench.pruners.maskllm.presets import PRESETS
-from prunebench.pruners.maskllm.shards import Shards
 from prunebench.pruners.protocol import LayerEvent, Needs, Pruner, PruneReport
-from prunebench.pruners.training import CurvePoint, Forecast, TrainingNeeds, TrainingReport
+from prunebench.pruners.training import Forecast, TrainingNeeds, TrainingReport
 from prunebench.sparsity import Sparsity
 from prunebench.spec import OptionValue
+from prunebench.training.checkpoint import train_saved
+from prunebench.training.shards import Shards
 
 
 @dataclass(frozen=True)
@@ -149,26 +149,10 @@ def _learn(config: TrainingConfig, walker: BlockWalker, target: Sparsity) -> Pru
     prior = _prior(config.prior, walker, target, table)
     learner = config.learner(walker, prior, table, shards)
 
-    def after_step(point: CurvePoint) -> None:
-        data.hear(point)
-        last = point.step == learner.schedule.steps
-        if store is None or not (config.save_every and point.step):
-            return
-        if last or point.step % config.save_every == 0:
-            _save(store, learner, data)
-
     scores = _prior_scores(walker, learner, table, data) if prior else ()
-    store = CheckpointStore(data.folder, shards) if data.folder is not None else None
-    events = _resume(store, learner, data) if store is not None else ()
-    try:
-        learner.learn(
-            data.train, data.held_out, eval_every=config.eval_every, after_step=after_step
-        )
-    except IncompatibleData as error:
-        if store is not None and config.save_every:
-            _save(store, learner, data)
-            error.where += f", saved in {store.folder}"
-        raise
+    resumed = train_saved(learner, data, eval_every=config.eval_every, save_every=config.save_every)
+    # the result records the step that a training resumed from
+    events = (LayerEvent("all", "training resumed after step", float(resumed)),) if resumed else ()
     progress = learner.progress
     _write(walker, progress.best, table, shards)
     learned = TrainingReport(progress.best_step, shards.world, tuple(progress.curve), scores)
@@ -238,27 +222,6 @@ def _weights_put_back(walker: BlockWalker) -> Iterator[None]:
         for linear in walker.linears:
             # pop: each copy is freed as soon as it is back
             linear.stored.copy_(dense.pop(linear.name))
-
-
-def _resume(store: CheckpointStore, learner: Learner, data: Training) -> tuple[LayerEvent, ...]:
-    """Load the saved state of this run, if any; the result records the step resumed from."""
-    damage = store.restore(learner)
-    if damage:
-        data.note(f"  {damage}: training restarts from step 0")
-    if not learner.done:
-        return ()
-    data.note(f"  training resumed after step {learner.done}, saved in {store.folder}")
-    for point in learner.progress.curve:
-        data.hear(point)
-    return (LayerEvent("all", "training resumed after step", float(learner.done)),)
-
-
-def _save(store: CheckpointStore, learner: Learner, data: Training) -> None:
-    """Save the state; a full disk does not stop the training."""
-    try:
-        store.save(learner)
-    except SaveError as error:
-        data.note(f"  step {learner.done} could not be saved: {error.what} ({error.where})")
 
 
 def _prior_method(name: str) -> Pruner:

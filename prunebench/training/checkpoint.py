@@ -25,11 +25,11 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
+from prunebench.calibration.training import Training
 from prunebench.errors import IncompatibleData, SaveError
 from prunebench.files import explain_os_error, sha256_file
-from prunebench.pruners.maskllm.learn import Learner
-from prunebench.pruners.maskllm.shards import Shards
-from prunebench.pruners.training import CurvePoint
+from prunebench.training.loop import TrainingLoop
+from prunebench.training.shards import Shards
 
 _FACTS = "progress.json"
 
@@ -46,7 +46,7 @@ class CheckpointStore:
     folder: Path
     shards: Shards
 
-    def save(self, learner: Learner) -> None:
+    def save(self, loop: TrainingLoop[Any]) -> None:
         """Write the state; the previous one stays until this one is complete.
 
         Raises:
@@ -60,7 +60,7 @@ class CheckpointStore:
             part.mkdir(parents=True)
 
         def end() -> None:
-            _write_facts(part / _FACTS, self._facts(learner, hashes))
+            _write_facts(part / _FACTS, self._facts(loop, hashes))
             shutil.rmtree(old, ignore_errors=True)
             if state.exists():  # moved, not removed: a complete state exists at any time
                 state.rename(old)
@@ -70,7 +70,7 @@ class CheckpointStore:
         self._in_first_process(begin)
         try:
             with _in_one_process_if_alone():
-                save(self._tensors(learner), checkpoint_id=part, no_dist=self.shards.world == 1)
+                save(self._tensors(loop), checkpoint_id=part, no_dist=self.shards.world == 1)
         except CheckpointException as error:
             raise SaveError(
                 f"cannot write {self.folder}",
@@ -81,7 +81,7 @@ class CheckpointStore:
         hashes = self._hashes(part)
         self._in_first_process(end)
 
-    def restore(self, learner: Learner) -> str:
+    def restore(self, loop: TrainingLoop[Any]) -> str:
         """Load the state, if there is a complete one.
 
         Returns:
@@ -105,30 +105,30 @@ class CheckpointStore:
                 where=f"it was saved by the run {facts['run']}",
                 fix="move that folder back to where it was",
             )
-        # `load` writes in place, and `best` is at first the prior's own tensors: they must not
+        # `load` writes in place, and `best` is at first the start's own tensors: they must not
         # change.
-        learner.progress.best = {
-            name: torch.empty_like(best) for name, best in learner.progress.best.items()
+        loop.progress.best = {
+            name: torch.empty_like(best) for name, best in loop.progress.best.items()
         }
         try:
             with _in_one_process_if_alone():
-                load(self._tensors(learner), checkpoint_id=state, no_dist=self.shards.world == 1)
+                load(self._tensors(loop), checkpoint_id=state, no_dist=self.shards.world == 1)
         except (CheckpointException, OSError, ValueError, KeyError) as error:
             raise IncompatibleData(
                 f"the saved state in {self.folder} cannot be read",
                 where=_first_line(error),
                 fix="remove that folder: training then restarts from step 0",
             ) from error
-        learner.done, learner.progress.best_step = facts["done"], facts["best_step"]
-        learner.progress.curve = [CurvePoint(**point) for point in facts["curve"]]
+        loop.done, loop.progress.best_step = facts["done"], facts["best_step"]
+        loop.progress.curve = [loop.read_point(point) for point in facts["curve"]]
         return ""
 
-    def _facts(self, learner: Learner, hashes: dict[str, str]) -> dict[str, Any]:
+    def _facts(self, loop: TrainingLoop[Any], hashes: dict[str, str]) -> dict[str, Any]:
         return {
             "run": self.folder.name,
-            "done": learner.done,
-            "best_step": learner.progress.best_step,
-            "curve": [dataclasses.asdict(point) for point in learner.progress.curve],
+            "done": loop.done,
+            "best_step": loop.progress.best_step,
+            "curve": [dataclasses.asdict(point) for point in loop.progress.curve],
             "files": hashes,
         }
 
@@ -156,27 +156,16 @@ class CheckpointStore:
         dist.all_gather_object(shares, hashes)
         return {name: digest for share in shares for name, digest in share.items()}
 
-    def _tensors(self, learner: Learner) -> dict[str, Any]:
+    def _tensors(self, loop: TrainingLoop[Any]) -> dict[str, Any]:
         """Return every tensor of the state by name, sharded by rows of its layer."""
-        tensors: dict[str, Any] = {}
-        for linear, layer in learner.layers.items():
-            best = learner.progress.best[linear.name][None]  # [1, groups]
-            named = {"logits": layer.logits, "best": best}  # logits: [choices, groups]
-            named |= {name: packed.values for name, packed in layer.state.items()}
-            for name, tensor in named.items():
-                rows = tensor.view(len(tensor), layer.rows, layer.width)  # [choices, rows, width]
-                tensors[f"{linear.name}.{name}"] = self._sharded(rows, linear.out_features)
-            for name, packed in layer.state.items():
-                if packed.scales.shape[1]:
-                    rows = packed.scales[..., None]  # [choices, rows, 1]
-                    tensors[f"{linear.name}.{name}.scales"] = self._sharded(
-                        rows, linear.out_features
-                    )
-        return tensors
+        return {name: self._sharded(rows, total) for name, rows, total in loop.saved_tensors()}
 
     def _sharded(self, rows: Tensor, total: int) -> Any:
-        """Return the owned rows [choices, rows, width] as a DTensor of all `total` rows."""
-        if self.shards.world == 1:
+        """Return the owned rows [k, rows, width] as a DTensor of all `total` rows.
+
+        With `total` 0 every process has the same tensor, and it is saved once.
+        """
+        if self.shards.world == 1 or not total:
             return rows
         from torch.distributed.device_mesh import init_device_mesh
         from torch.distributed.tensor import DTensor, Shard
@@ -187,6 +176,67 @@ class CheckpointStore:
             rows, mesh, [Shard(1)], run_check=False, shape=shape,
             stride=(total * rows.shape[2], rows.shape[2], 1),
         )  # fmt: skip
+
+
+def train_saved(
+    loop: TrainingLoop[Any],
+    data: Training,
+    *,
+    eval_every: int,
+    save_every: int,
+) -> int:
+    """Train from the state that an earlier start has saved, if any, and save the state meanwhile.
+
+    Args:
+        loop: The training.
+        data: The windows, the folder of the states, and whom to call.
+        eval_every: Steps between two evaluations on the held-out windows.
+        save_every: Steps between two saved states; 0 for never.
+
+    Returns:
+        The step that the training resumed from; 0 if it did not.
+
+    Raises:
+        IncompatibleData: The loss or a gradient is not finite; the state before that is saved.
+    """
+    store = CheckpointStore(data.folder, loop.shards) if data.folder is not None else None
+    resumed = _resume(store, loop, data) if store is not None else 0
+
+    def after_step(point: Any) -> None:
+        data.hear(point)
+        if store is None or not (save_every and point.step):
+            return
+        if point.step == loop.steps or point.step % save_every == 0:
+            _save(store, loop, data)
+
+    try:
+        loop.learn(data.train, data.held_out, eval_every=eval_every, after_step=after_step)
+    except IncompatibleData as error:
+        if store is not None and save_every:
+            _save(store, loop, data)
+            error.where += f", saved in {store.folder}"
+        raise
+    return resumed
+
+
+def _resume(store: CheckpointStore, loop: TrainingLoop[Any], data: Training) -> int:
+    """Load the saved state of this run, if any; return the step it is from."""
+    damage = store.restore(loop)
+    if damage:
+        data.note(f"  {damage}: training restarts from step 0")
+    if loop.done:
+        data.note(f"  training resumed after step {loop.done}, saved in {store.folder}")
+        for point in loop.progress.curve:
+            data.hear(point)
+    return loop.done
+
+
+def _save(store: CheckpointStore, loop: TrainingLoop[Any], data: Training) -> None:
+    """Save the state; a full disk does not stop the training."""
+    try:
+        store.save(loop)
+    except SaveError as error:
+        data.note(f"  step {loop.done} could not be saved: {error.what} ({error.where})")
 
 
 @contextlib.contextmanager

@@ -1,6 +1,6 @@
-"""Masked weights of one block at a time, in a workspace that all blocks share.
+"""Trained weights of one block at a time, in a workspace that all blocks share.
 
-The dense weights are never written while masks are learned.
+The weights of the model itself, the dense ones, are never written during a training.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from prunebench.models.linears import Linear
 
 Fill = Callable[[Linear, Float[Tensor, "out in"]], None]
-"""Writes the masked weight of a linear into a contiguous tensor of the weight's dtype."""
+"""Writes the weight of a linear into a contiguous tensor of the weight's dtype."""
 
 
-class MaskedWeights:
+class FilledWeights:
     """A weight store whose blocks contain the weights that `fill` writes.
 
     Attributes:
@@ -44,7 +44,7 @@ class MaskedWeights:
 
     @contextlib.contextmanager
     def open_block(self, index: int) -> Iterator[nn.Module]:
-        """Replace the dense weights of a block by masked ones, and restore them at the end."""
+        """Replace the dense weights of a block by filled ones, and restore them at the end."""
         views: list[Tensor] = []
         start = 0
         for parameter, members in self._parameters[index]:

@@ -1,8 +1,8 @@
-"""Sharding of logits and moments over processes by rows; weights are replicated.
+"""Sharding of trained state and moments over processes by rows; weights are replicated.
 
 Every process owns an equal share of the rows of each matrix (split as `torch.chunk` does). It
-computes W~ of its rows, which are all-gathered; the gradients dL/dW~ are reduce-scattered back to
-the owners. The traffic per matrix is twice the size of the weight, and never the logits.
+computes the weights of its rows, which are all-gathered; their gradients are reduce-scattered back
+to the owners. The traffic per matrix is twice the size of the weight, and never the state.
 """
 
 from __future__ import annotations

@@ -1,0 +1,1 @@
+"""What trainings share: sharding, micro-batches, checkpoints and the loop over steps."""
