@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import math
+import statistics
 from dataclasses import dataclass
+
+NOISE_STANDARD_ERRORS = 2.0  # about 95% of a normal distribution
 
 
 @dataclass(frozen=True)
@@ -50,3 +54,24 @@ class CellScore:
         if self.std is None:
             return self.stderr if self.higher_is_better else None
         return self.std
+
+
+def within_noise(score: CellScore, best: CellScore) -> bool:
+    """Return whether two scores are the same within noise, as `fold` marks rows of a sparsity."""
+    logarithmic = score.metric.endswith("_ppl") and min(*score.values, *best.values) > 0
+    loss, error = _loss_and_error(score, logarithmic=logarithmic)
+    best_loss, best_error = _loss_and_error(best, logarithmic=logarithmic)
+    if error is None and best_error is None:
+        return False
+    both = math.hypot(error or 0.0, best_error or 0.0)
+    return abs(loss - best_loss) <= NOISE_STANDARD_ERRORS * both
+
+
+def _loss_and_error(score: CellScore, *, logarithmic: bool) -> tuple[float, float | None]:
+    """Return the mean as it is compared, and its standard error; None if nothing varies."""
+    losses = [math.log(value) if logarithmic else value for value in score.values]
+    mean = statistics.fmean(losses)
+    if len(losses) == 1:
+        return mean, score.stderr if score.higher_is_better else None
+    finite = all(map(math.isfinite, losses))
+    return mean, statistics.stdev(losses) / len(losses) ** 0.5 if finite else math.nan

@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 
+from prunebench.results.cell_score import CellScore, within_noise
+from prunebench.results.columns import Ranking
+from prunebench.results.compare import Cell
+from prunebench.results.names import kind_of_text
 from prunebench.results.overview import BESIDE_DENSE, Block, Line, Section
 from prunebench.results.render import MISSING
 
@@ -15,50 +20,82 @@ _WORDS = {"ppl": "perplexity", "acc": "accuracy"}
 def finding(block: Block) -> str:
     """Return which method is best at which sparsity; empty where nothing can be compared.
 
-    Of every method its best setting counts; what is inside the noise of the best is called so.
+    Methods are compared in their main settings. A setting that saw the kind of text that is scored
+    is none, unless all did. Better settings are named behind them.
     """
-    rows = [(section.title, _methods(block, section)) for section in block.sections]
-    rows = [(title, methods) for title, methods in rows if len(methods) > 1]
+    rows = [(section.title, *_methods(block, section)) for section in block.sections]
+    rows = [row for row in rows if len(row[1]) > 1]
     # sorted is stable: of as many methods, the lower sparsity
     most = sorted(rows, key=lambda row: -len(row[1]))[:_SPARSITIES]
-    parts = [_part(title, methods) for title, methods in rows if (title, methods) in most]
-    if not parts:
-        return ""
     metric = block.columns[0].title
     unit = "of" if block.higher_is_better else "times"
-    (title, best, rest), *others = parts
-    what = f"{unit} the {_WORDS.get(metric, metric)} of dense"
-    first = f"At {title} {best[0]} is best with {best[1]} {what}{rest}"
-    return "; ".join([first, *(f"at {t} {b[0]} with {b[1]}{r}" for t, b, r in others)]) + "."
+    verb, what = " is best", f" {unit} the {_WORDS.get(metric, metric)} of dense"
+    parts = []
+    for title, main, better in (row for row in rows if row in most):
+        best, *rest = main
+        text = f"at {title} {best.words[0]}{verb} with {_beside_dense(block, best)}{what}"
+        parts.append(text + _others(block, best, rest) + _better(block, better))
+        verb = what = ""  # said once
+    return f"A{'; '.join(parts)[1:]}." if parts else ""
 
 
-def _methods(block: Block, section: Section) -> list[tuple[Line, str]]:
-    """Return the best row of every method and what it is beside dense, the best of all first."""
-    score = block.columns[0]
-    beside = next((column for column in block.columns if column.key == BESIDE_DENSE), None)
-    if beside is None or not section.title:  # without a title, it is the dense model's
-        return []
+def _methods(block: Block, section: Section) -> tuple[list[Line], list[Line]]:
+    """Return the main row of every method, the best first, and the rows that beat all of those."""
+    if not section.title:  # the dense model's
+        return [], []
+    lines = [line for line in section.lines if _beside_dense(block, line) != MISSING]
+    lines.sort(key=lambda line: _loss(block, line))
+    neutral = [line for line in lines if not _saw_scored_text(line.cell, block.ranking)] or lines
+    main = [line for line in neutral if line.main]
+    if not main:
+        return [], []
+    better: dict[str, Line] = {}
+    for line in lines:
+        is_better = _loss(block, line) < _loss(block, main[0])
+        if is_better and not _equal(block, line, main[0]):
+            better.setdefault(line.words[0], line)
+    return main, list(better.values())
 
-    def loss(line: Line) -> float:
-        value = score.value(line.cell)
-        return value if isinstance(value, float) and value == value else math.inf
 
-    best: dict[str, tuple[Line, str]] = {}
-    for line in sorted(section.lines, key=loss):
-        text = beside.text(line.cell)
-        if text != MISSING:
-            best.setdefault(line.words[0], (line, text))
-    return list(best.values())
+def _others(block: Block, best: Line, rest: Iterable[Line]) -> str:
+    """Return the other methods in brackets."""
+    equal = [line for line in rest if _equal(block, line, best)]
+    apart = [line for line in rest if not _equal(block, line, best)]
+    words = []
+    if equal:
+        words.append(f"within noise of it: {', '.join(line.words[0] for line in equal)}")
+    texts = [f"{line.words[0]} {_beside_dense(block, line)}" for line in apart]
+    if texts:
+        words.append(", ".join(texts) if len(texts) <= _OTHERS else f"{texts[0]} to {texts[-1]}")
+    return f" ({'; '.join(words)})" if words else ""
 
 
-def _part(title: str, methods: list[tuple[Line, str]]) -> tuple[str, tuple[str, str], str]:
-    """Return the sparsity, the best method with its value, and the others in brackets."""
-    (best, value), *others = methods
-    equal = [line.words[0] for line, _ in others if line.mark == "~"]
-    apart = [f"{line.words[0]} {text}" for line, text in others if line.mark != "~"]
-    words = [f"within noise of it: {', '.join(equal)}"] if equal else []
-    if len(apart) > _OTHERS:
-        words.append(f"{apart[0]} to {apart[-1]}")
-    elif apart:
-        words.append(", ".join(apart))
-    return title, (" ".join(best.words), value), f" ({'; '.join(words)})" if words else ""
+def _better(block: Block, lines: list[Line]) -> str:
+    names = [f"{line.words[0]} reaches {_beside_dense(block, line)}" for line in lines[:_OTHERS]]
+    return f", with other settings {' and '.join(names)}" if names else ""
+
+
+def _beside_dense(block: Block, line: Line) -> str:
+    texts = [column.text(line.cell) for column in block.columns if column.key == BESIDE_DENSE]
+    return texts[0] if texts else MISSING
+
+
+def _score(block: Block, line: Line) -> CellScore:
+    return block.ranking.of_any([line.cell])
+
+
+def _loss(block: Block, line: Line) -> float:
+    loss = _score(block, line).loss
+    return math.inf if math.isnan(loss) else loss
+
+
+def _equal(block: Block, line: Line, best: Line) -> bool:
+    return within_noise(_score(block, line), _score(block, best))
+
+
+def _saw_scored_text(cell: Cell, ranking: Ranking) -> bool:
+    """Return whether a text that a cell was calibrated on or learned from is of a scored kind."""
+    scored = {kind_of_text(column.partition(" ")[2]) for column in ranking.columns}
+    options = cell.settings["method_options"] or {}
+    texts = [cell.settings["calibration"], options.get("train_data")]
+    return any(isinstance(text, str) and kind_of_text(text) in scored for text in texts)

@@ -9,10 +9,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from prunebench.results.cell_score import NOISE_STANDARD_ERRORS
+
 if TYPE_CHECKING:
     from pandas import DataFrame, Series
 
-NOISE_STANDARD_ERRORS = 2.0  # about 95% of a normal distribution
 _SCORE = ["cell", "metric", "protocol"]
 _RIVALS = ["model", "sparsity", "metric", "protocol"]
 _OF_CELL = ["model", "method", "sparsity", "dtype", "model_revision"]

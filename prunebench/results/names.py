@@ -34,6 +34,12 @@ def short_text(name: str) -> str:
     return name.removesuffix("/rest").removesuffix("-sample")
 
 
+def kind_of_text(name: str) -> str:
+    """Return `wiki` for a text and for a protocol that scores it, whatever part of it they take."""
+    # WikiText and wiki-sample are both of Wikipedia
+    return "wiki" if name.startswith("wiki") else short_text(name.split("/")[0])
+
+
 def short_method(name: str) -> str:
     """Return the class of a `module:Class`, and any other name as it is."""
     return name.rpartition(":")[2]

@@ -8,7 +8,6 @@ in the caption.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -22,7 +21,7 @@ from prunebench.results.captions import (
     setting_words,
     usual_settings,
 )
-from prunebench.results.cell_score import CellScore
+from prunebench.results.cell_score import CellScore, within_noise
 from prunebench.results.columns import (
     Column,
     Ranking,
@@ -35,7 +34,6 @@ from prunebench.results.columns import (
     task_means,
 )
 from prunebench.results.compare import Cell, Table
-from prunebench.results.fold import NOISE_STANDARD_ERRORS
 from prunebench.results.render import SETTING_NAMES, metric_name, value_text
 from prunebench.spec import RunSpec
 
@@ -52,12 +50,14 @@ class Line:
         mark: `*` for the best of its sparsity, `~` for what equals it within noise, or a blank.
         words: The method, and in what its setting differs from what most rows have.
         note: What stands below it: how many settings are not shown.
+        main: Whether it is the main setting of its method, not a better one beside it.
     """
 
     mark: str
     words: tuple[str, ...]
     cell: Cell
     note: str = ""
+    main: bool = False
 
 
 @dataclass(frozen=True)
@@ -74,12 +74,14 @@ class Block:
 
     Attributes:
         caption: What is compared, and what most rows share.
+        ranking: The score.
         columns: All that there are, in the order in which they are shown; the first is the score.
         hidden_settings: How many settings are not shown.
     """
 
     model: str
     caption: tuple[str, ...]
+    ranking: Ranking
     higher_is_better: bool
     columns: tuple[Column, ...]
     sections: tuple[Section, ...]
@@ -186,6 +188,7 @@ def _block(
     return Block(
         model=table.model,
         caption=tuple(caption),
+        ranking=ranking,
         higher_is_better=ranking.of_any([*pruned, *dense]).higher_is_better,
         columns=tuple(columns),
         sections=tuple(sections),
@@ -235,7 +238,8 @@ def _lines(
             # a setting that changes nothing gives equal scores, of which only the first is marked
             equal = {marks.get(id(other)) for other in of_method if loss(other) == loss(cell)}
             mark = "*" if "*" in equal else marks.get(id(cell), " ")
-            lines.append(Line(mark, words[id(cell)], cell, note if cell is main else ""))
+            is_main = cell is main
+            lines.append(Line(mark, words[id(cell)], cell, note if is_main else "", is_main))
     return lines
 
 
@@ -248,17 +252,10 @@ def _marks(cells: Sequence[Cell], ranking: Ranking) -> dict[int, str]:
     # a mean over tasks is no score of a result: its best was not marked when seeds were folded
     best = min(scores, key=lambda place: scores[place].loss)
     return {
-        place: "*" if place == best else "~" if _in_noise(score, scores[best]) else " "
+        place: "*" if place == best else "~" if within_noise(score, scores[best]) else " "
         for place, score in scores.items()
         if len(scores) > 1
     }
-
-
-def _in_noise(score: CellScore, best: CellScore) -> bool:
-    if score.error is None and best.error is None:
-        return False
-    both = math.hypot(score.error or 0.0, best.error or 0.0)
-    return abs(score.mean - best.mean) <= NOISE_STANDARD_ERRORS * both
 
 
 def _note(scores: Sequence[CellScore | None]) -> str:

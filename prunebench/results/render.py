@@ -6,7 +6,7 @@ import dataclasses
 import io
 import json
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from prunebench.results.cell_score import CellScore
@@ -84,6 +84,12 @@ def column_title(column: str) -> str:
     """Return `ppl wiki-sample/held-out/512/v1` for a column key."""
     metric, _, protocol = column.partition(" ")
     return f"{metric_name(metric)} {protocol}"
+
+
+def score_title(column: str, protocols: Mapping[str, str]) -> str:
+    """Return `ppl wiki` for a column key; `protocols` has the short names of protocols."""
+    metric, _, protocol = column.partition(" ")
+    return f"{metric_name(metric)} {protocols.get(protocol, protocol)}"
 
 
 def metric_name(metric: str) -> str:

@@ -1,15 +1,21 @@
 """The short table: which rows it has, in which order, and what is said about them."""
 
+from pathlib import Path
+
 import pytest
 
 from prunebench.errors import UsageError
+from prunebench.results.cell_score import within_noise
 from prunebench.results.columns import duration, plus_minus, task_means, times
 from prunebench.results.compare import compare
 from prunebench.results.finding import finding
 from prunebench.results.names import short_method, short_names, short_protocol
 from prunebench.results.overview import overview
 from prunebench.results.overview_markdown import overview_markdown
+from prunebench.results.store import ResultStore
 from tests.factories import make_result
+
+ROOT = Path(__file__).parents[2]
 
 WIKI2 = "wikitext2-raw/test/2048/v1"
 C4 = "c4/validation/2048/v1"
@@ -207,6 +213,55 @@ def test_the_sentence_is_computed_from_the_rows():
         "At 0.5 wanda is best with 2.00 times the perplexity of dense (magnitude 4.50); "
         "at 2:4 magnitude with 2.50 (wanda 3.00)."
     )
+
+
+def test_the_sentence_compares_main_settings_and_names_better_ones_by_their_method():
+    def row(method, value, **how):
+        return [make_result(method=method, value=value + seed / 10, seed=seed, **how)
+                for seed in range(2)]  # fmt: skip
+
+    results = [*row("wanda", 40.0), *row("alps", 36.0), *row("sparsegpt", 44.0)]
+    results.append(make_result(method="sparsegpt", value=30.0, calibration="wiki-sample/rest"))
+    trained = {"train_data": "wiki-sample/rest", "prior": "sha256:" + "a" * 64}
+    results.append(make_result(method="maskllm", value=28.0, method_options=trained))
+    (block,) = blocks_of(results)
+    assert rows_of(block)["0.5"][0][0].startswith("*maskllm")
+    assert finding(block) == (
+        "At 0.5 alps is best with 1.80 times the perplexity of dense (wanda 2.00, sparsegpt 2.20), "
+        "with other settings maskllm reaches 1.40 and sparsegpt reaches 1.50."
+    )
+    # what is inside the noise of the best main setting is no better one
+    near = make_result(method="wanda", value=36.0, within_block="sequential")
+    (block,) = blocks_of([*row("wanda", 40.0), *row("alps", 36.0), near])
+    assert "other settings" not in finding(block)
+
+
+def test_where_all_rows_saw_the_scored_kind_of_text_they_are_compared():
+    results = [make_result(method=m, value=v, calibration="wiki-sample/rest")
+               for m, v in (("wanda", 40.0), ("alps", 36.0))]  # fmt: skip
+    (block,) = blocks_of(results)
+    assert finding(block).startswith("At 0.5 alps is best with 1.80 times")
+
+
+def test_noise_between_two_scores_is_that_which_marks_rows():
+    results = [
+        make_result(method=method, value=value * (1 + spread * seed), seed=seed)
+        for method, value, spread in (("a", 40.0, 0.02), ("b", 41.0, 0.02), ("c", 43.0, 0.001),
+                                      ("d", 40.5, 0.0), ("e", 1e6, 0.5))
+        for seed in range(3)
+    ]  # fmt: skip
+    results += list(ResultStore(ROOT / "results").read(layers=False)[0])
+    compared = 0
+    for table in compare(results):
+        for column in table.columns:
+            for sparsity in {cell.sparsity for cell in table.cells if cell.method != "dense"}:
+                rivals = [c.scores[column] for c in table.cells
+                          if c.sparsity == sparsity and column in c.scores]  # fmt: skip
+                for best in (score for score in rivals if score.best):
+                    others = [score for score in rivals if score is not best]
+                    compared += len(others)
+                    assert all(within_noise(s, best) == s.within_noise for s in others)
+    assert compared > 50
 
 
 def test_where_nothing_can_be_compared_there_is_no_sentence():

@@ -9,6 +9,7 @@ from prunebench.errors import MissingResource
 from prunebench.results.bench_schema import Bench
 from prunebench.results.published import PublishedValue
 from prunebench.results.report.data import MAX_HEAT_RUNS, build_report
+from prunebench.results.report.figures import figures_of
 from prunebench.results.report.page import page_data, render_page
 from prunebench.results.selection import Selection
 from tests.factories import make_result
@@ -76,6 +77,18 @@ def test_the_table_has_the_values_of_compare():
     assert "best" not in other and "low" not in other and other["text"] == "90.00"
 
 
+def test_protocols_have_short_names_that_are_explained():
+    result = make_result(protocol="wiki-sample/held-out/512/v1")
+    model = data_for([result])["models"][0]
+    (column,) = model["columns"]
+    assert (column["title"], column["id"]) == ("ppl wiki", "ppl wiki-sample/held-out/512/v1")
+    assert "; wiki = wiki-sample/held-out/512/v1." in model["note"]
+    (figure,) = [f for f in figures_of(build_report([result]))[0] if "against" in f.name]
+    assert figure.spec["title"] == {
+        "text": "ppl wiki against share of zeros", "subtitle": "wiki = wiki-sample/held-out/512/v1",
+    }  # fmt: skip
+
+
 def test_what_cannot_be_told_from_the_best_is_marked():
     rows = [make_result(seed=s, value=40.0 + s) for s in (0, 1)]
     rows += [make_result(method="magnitude", seed=s, value=40.2 + s) for s in (0, 1)]
@@ -102,7 +115,7 @@ def test_the_short_table_has_the_main_setting_and_what_is_better():
 
 def test_accuracies_have_errors_and_the_share_of_dense():
     model = data_for(mixed())["models"][0]
-    (place,) = [i for i, c in enumerate(model["columns"]) if c["title"].startswith("acc lm-eval/p")]
+    (place,) = [i for i, c in enumerate(model["columns"]) if c["title"] == "acc piqa"]
     assert model["columns"][place]["metric"] == "acc/linear/+"
     dense, *rows = scored(model, place)
     assert dense["text"].startswith("dense 68.0%")

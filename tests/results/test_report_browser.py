@@ -1,11 +1,15 @@
 """The report in a real browser (`make test-browser`): it works, and it stays on this machine."""
 
+import itertools
 import json
 import re
 import shutil
+from importlib import resources
+from pathlib import Path
 
 import pytest
 
+from prunebench.results.columns import duration
 from prunebench.results.published import PublishedValue
 from prunebench.results.report.data import build_report
 from prunebench.results.report.page import render_page
@@ -190,10 +194,11 @@ def test_the_search_box_narrows_the_table(browser):
 
 def test_another_score_changes_the_table_and_the_charts(browser):
     titles = texts_of(browser, "#column option")
-    (accuracy,) = [title for title in titles if title.startswith("acc lm-eval/piqa")]
+    (accuracy,) = [title for title in titles if title == "acc piqa"]
     choose(browser, "column", accuracy)
     heading = browser.find_element("css selector", "#table thead th:nth-child(3)")
-    assert heading.text.replace("\n", " ").startswith("acc lm-eval/piqa")
+    assert heading.text.replace("\n", " ").startswith("acc piqa")
+    assert heading.get_attribute("title").startswith("acc lm-eval/piqa/")
     assert re.fullmatch(r"\d\d\.\d% ± \d\.\d.*", column(browser, 3)[1])
     wait_for(lambda: "acc; higher is better" in drawn(browser, "lines"))
     assert accuracy in browser.find_element("css selector", "#trade-off strong").text
@@ -219,7 +224,7 @@ def test_bytes_and_published_values_where_they_are_known(chromium, tmp_path):
     (tmp_path / "page.html").write_text(render_page(report), "utf-8")
     show(chromium)
     visit(chromium, tmp_path / "page.html")
-    choose(chromium, "column", f"ppl {WIKI}")
+    choose(chromium, "column", "ppl wikitext2@2048")
     assert "bytes, of the dense model's" not in drawn(chromium, "trade-off")
     chip(chromium, "bytes, of the dense model's")
     wait_for(lambda: "bytes, of the dense model's" in drawn(chromium, "trade-off"))
@@ -345,6 +350,82 @@ def test_a_phone_scrolls_only_downwards(browser):
     script = """return [...document.querySelectorAll(".plot svg")].filter((one) =>
         one.clientWidth > one.closest(".plot").clientWidth + 1).length"""
     assert browser.execute_script(script) == 0
+
+
+def outside(driver):
+    """The texts of charts that are cut, because they stand over the edge."""
+    script = """return [...document.querySelectorAll(".plot svg text")].filter((one) => {
+        const text = one.getBoundingClientRect(), all = one.closest("svg").getBoundingClientRect();
+        return text.width && (text.left < all.left - 1 || text.right > all.right + 1);
+    }).map((one) => one.textContent)"""
+    return driver.execute_script(script)
+
+
+@pytest.fixture(scope="module")
+def committed(tmp_path_factory):
+    """The page of the committed results."""
+    results = ResultStore(Path(__file__).parents[2] / "results").read()[0]
+    page = tmp_path_factory.mktemp("committed") / "page.html"
+    page.write_text(render_page(build_report(results)), "utf-8")
+    return page
+
+
+def test_a_phone_that_is_turned_has_the_whole_legend(chromium, committed):
+    show(chromium, width=844)
+    visit(chromium, committed)
+    assert "sparsegpt 0.6" in drawn(chromium, "trade-off")
+    show(chromium, width=390)
+    wait_for(lambda: "sparsegpt 0.6" not in drawn(chromium, "trade-off"))  # no room for names
+    assert {"maskllm", "wanda"} <= set(drawn(chromium, "trade-off"))
+    assert outside(chromium) == []
+
+
+def places(driver, selector):
+    script = """return [...document.querySelectorAll(arguments[0])].map((one) => {
+        const { x, y, width, height } = one.getBoundingClientRect();
+        return { text: one.textContent, x, y, width, height };
+    })"""
+    return driver.execute_script(script, selector)
+
+
+@pytest.mark.parametrize("width", [520, 900, 1280])
+def test_names_in_a_chart_do_not_overlap(chromium, committed, width):
+    show(chromium, width=width)
+    visit(chromium, committed)
+    drawn(chromium, "trade-off")
+    texts = places(chromium, "#trade-off svg .mark-text text")
+    names = [one for one in texts if re.fullmatch(r"[a-z]+ [\d.:]+", one["text"])]
+    assert {"sparsegpt 0.6", "sparsegpt 0.8", "maskllm 2:4"} <= {one["text"] for one in names}
+    for one, other in itertools.combinations(names, 2):
+        apart = (
+            one["x"] + one["width"] <= other["x"] or other["x"] + other["width"] <= one["x"]
+            or one["y"] + one["height"] <= other["y"] or other["y"] + other["height"] <= one["y"]
+        )  # fmt: skip
+        assert apart, (one, other)
+    assert outside(chromium) == []
+
+
+def test_times_are_written_as_compare_writes_them(chromium):
+    source = resources.files("prunebench.results.report").joinpath("page.js").read_text("utf-8")
+    function = re.search(r"^function duration.*?^}", source, re.M | re.S)[0]
+    times = [
+        0.0,
+        0.04,
+        0.85,
+        0.96,
+        1.2,
+        31.0,
+        59.96,
+        59.98,
+        76.0,
+        200.0,
+        593.0,
+        2011.0,
+        3599.0,
+        2e5,
+    ]
+    texts = chromium.execute_script(f"{function} return arguments[0].map(duration)", times)
+    assert texts == [duration(seconds) for seconds in times]
 
 
 def luminance(colour):

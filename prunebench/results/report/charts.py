@@ -84,13 +84,14 @@ def trade_off(
             x=x, y=y, order=alt.Order(f"{against}:Q")
         ),
         *_dense_and_published(x, y, methods),
-        *_points(_side_by_side(rows, against, log=log), x, y, methods, tooltip=tooltip, log=log),
-    ]
+        *_points(_side_by_side(rows, against, log=log), x, y, methods, against, tooltip=tooltip,
+                 log=log),
+    ]  # fmt: skip
     return finish(alt.layer(*layers), height=380)
 
 
 def _points(
-    chart: Any, x: Any, y: Any, methods: Sequence[str], *, tooltip: Any, log: bool
+    chart: Any, x: Any, y: Any, methods: Sequence[str], against: str, *, tooltip: Any, log: bool
 ) -> list[Any]:
     """Return the layers of the pruned rows: lines, errors, points, names of the best."""
     import altair as alt
@@ -113,13 +114,38 @@ def _points(
         chart.transform_filter("datum.beyond")
         .mark_text(text="↑", dy=-11, xOffset=dodge, fontSize=12, aria=False)
         .encode(x=x, y=y, color=color),
+        *_names_of_best(chart, x, y, against),
+    ]  # fmt: skip
+
+
+def _names_of_best(chart: Any, x: Any, y: Any, against: str) -> list[Any]:
+    """Return the layers of the names of the best: N:M on the left of its point, others right."""
+    import altair as alt
+
+    best = (
         chart.transform_filter("datum.best && !narrow")
-        .transform_calculate(point="datum.method + ' ' + datum.sparsity")
-        .mark_text(
-            align="left", dx=9, dy=expr("datum.pattern ? -8 : 9"), fontSize=11, xOffset=dodge,
-            aria=False,
+        .transform_calculate(point="datum.method + ' ' + datum.sparsity", side="!datum.pattern")
+        # of two names that would be one on the other, the better row has its name
+        .transform_window(
+            below="lag(position)", beside=f"lag({against})", groupby=["side"],
+            sort=[alt.SortField("position")],
         )
-        .encode(x=x, y=y, text="point:N", color=alt.value(expr("ink"))),
+        .transform_filter(
+            "!isValid(datum.below) || datum.position - datum.below > 0.05 * (datum.top"
+            " - datum.bottom)"
+            f" || abs(datum.{against} - datum.beside) > 0.25 * extent(pluck(data('rows'),"
+            f" '{against}'))[1]"
+        )
+    )  # fmt: skip
+    return [
+        best.transform_filter(f"{'' if on_the_left else '!'}datum.pattern")
+        .mark_text(
+            align="right" if on_the_left else "left", dx=-9 if on_the_left else 9,
+            dy=0 if on_the_left else 9, limit=expr("0.2 * width"), fontSize=11,
+            xOffset=expr("datum.dodge"), aria=False,
+        )
+        .encode(x=x, y=y, text="point:N", color=alt.value(expr("ink")))
+        for on_the_left in (True, False)
     ]  # fmt: skip
 
 

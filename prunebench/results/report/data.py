@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from prunebench.results.bench_schema import Bench
+from prunebench.results.captions import Names
 from prunebench.results.compare import Cell, Table, compare_frame
 from prunebench.results.finding import finding
 from prunebench.results.frame import frame_of
@@ -93,6 +94,7 @@ class ModelPart:
     Attributes:
         finding: A sentence about the rows of the short table; empty where none can be compared.
         caption: What the rows of the short table share, in words.
+        protocols: Short names by protocol.
         heat: Layers of the newest run of each row whose layers differ.
         published: Published values under the protocols of the table.
         twins: Those of them that a row of ours stands beside.
@@ -102,6 +104,7 @@ class ModelPart:
     rows: tuple[Row, ...]
     finding: str
     caption: str
+    protocols: Mapping[str, str]
     costs: tuple[Cost, ...]
     curves: tuple[Curve, ...]
     heat: HeatMap | None
@@ -203,6 +206,7 @@ def _model_part(
         rows=rows,
         finding=finding(short.blocks[0]),
         caption=", ".join(short.blocks[0].caption),
+        protocols=Names.of([table]).protocols,
         costs=_costs(frame, pruned),
         curves=tuple(curves_of(rows)),
         heat=heat_map(newest, at_most=MAX_HEAT_RUNS),

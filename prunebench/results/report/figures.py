@@ -8,7 +8,7 @@ from pathlib import Path
 
 from prunebench.errors import SaveError
 from prunebench.files import atomic_file, require_writable, write_text
-from prunebench.results.render import column_title
+from prunebench.results.render import score_title
 from prunebench.results.report import charts
 from prunebench.results.report.data import ModelPart, Report
 from prunebench.results.report.page import (
@@ -84,17 +84,20 @@ def _scores(part: ModelPart, report: Report) -> _Named:
         published = published_rows(part, column, first=len(part.rows))
         if all(row["method"] == "dense" for row in rows):
             continue
-        key, title = metric_key(part, column), clean(column_title(column))
+        key, title = metric_key(part, column), clean(score_title(column, part.protocols))
         metric, _, protocol = column.partition(" ")
+        # a picture in a paper has no tooltip: the whole id stands below the title
+        short = part.protocols[protocol]
+        subtitle = clean(f"{short} = {protocol}") if short != protocol else ""
         name = slug(f"{metric}-{protocol}")
         for against in axes_of(part):
             spec = trade_off_spec(key, _methods(report), against)
             values = {"rows": rows, "published": published if against == "zeros" else []}
             heading = f"{title} against {charts.X_AXES[against][0]}"
-            yield f"{name}-against-{against}", fill(spec, values, title=heading)
+            yield f"{name}-against-{against}", fill(spec, values, title=heading, subtitle=subtitle)
         spec = lines_spec(key, _methods(report))
         lines: list[Fields] = [*rows[: MAX_LINES + 1], *published[:MAX_LINES]]
-        yield f"{name}-by-method", fill(spec, {"rows": lines}, title=title)
+        yield f"{name}-by-method", fill(spec, {"rows": lines}, title=title, subtitle=subtitle)
 
 
 def _curves(part: ModelPart) -> _Named:

@@ -44,11 +44,13 @@ const observer = new IntersectionObserver((entries) => {
   for (const { isIntersecting, target } of entries) if (isIntersecting) draw(target);
 }, { rootMargin: "300px" });
 
-function show(figure, { spec, title, description, data, published = [], columns }) {
+function show(figure, { spec, title, hint = "", description, data, published = [], columns }) {
   figure.hidden = !data.some((row) => row.method !== "dense") && !published.length;
   if (figure.hidden) return;
   drawings.set(figure, { spec, title, description, data, published, columns, stale: true });
-  figure.querySelector("figcaption strong").textContent = title;
+  const heading = figure.querySelector("figcaption strong");
+  heading.textContent = title;
+  heading.title = hint;
   figure.querySelector("summary .hidden").textContent = ` of ${title}`;
   figure.querySelector("[role=region]").setAttribute("aria-label", `Data of ${title}`);
   fillData(figure);
@@ -60,13 +62,15 @@ async function draw(figure) {
   const drawing = drawings.get(figure);
   if (!drawing?.stale) return;
   drawing.stale = false;
-  const plot = figure.querySelector(".plot"), theme = page.themes[dark.matches ? "dark" : "light"];
+  const plot = figure.querySelector(".plot");
+  drawing.width = plot.clientWidth;
+  const theme = page.themes[dark.matches ? "dark" : "light"];
   const all = [...drawing.data, ...drawing.published];
   const values = {
     ...theme.params,
     methods: [...new Set(all.map((row) => row.method))].filter((name) => name && name !== "dense").sort(),
-    narrow: plot.clientWidth < 430,
-    columns: Math.max(2, Math.floor(plot.clientWidth / 110)),
+    narrow: drawing.width < 430,
+    columns: Math.max(2, Math.floor(drawing.width / 110)),
   };
   // a step a line, as a number: with a step, Vega-Lite warns that it cannot fit the height as well
   const { step } = drawing.spec.height, lines = new Set(all.filter((row) => row.method !== "dense").map((row) => row.module ?? row.id));
@@ -89,6 +93,17 @@ async function draw(figure) {
   plot.querySelector("summary svg")?.setAttribute("aria-hidden", "true");
   view.addEventListener("click", (_, item) => item?.datum?.id && openRow(item.datum.id));
 }
+
+// a chart follows its width by itself, but not the columns of its legend and which labels it has
+window.addEventListener("resize", () => {
+  for (const [figure, drawing] of drawings) {
+    const width = figure.querySelector(".plot").clientWidth;
+    if (drawing.stale || !width || width === drawing.width) continue;
+    drawing.stale = true;
+    observer.unobserve(figure);
+    observer.observe(figure);
+  }
+});
 
 function fillData(figure) {
   if (!drawings.has(figure)) return; // nothing to show of this model
@@ -121,24 +136,24 @@ const scoreColumns = () => [
 const published = () => (model().published[state.column] ?? []).filter(passes);
 
 function showCharts() {
-  const { key, title, metric } = column(), name = `${title}`;
+  const { title, id: hint, metric } = column();
   const shown = rows.filter(passes);
   show($("trade-off"), {
     spec: page.charts.tradeOff[metric][state.against], data: shown, columns: scoreColumns(),
-    published: state.against === "zeros" ? published() : [],
-    title: `${name} against ${page.against[state.against]}`,
+    published: state.against === "zeros" ? published() : [], hint,
+    title: `${title} against ${page.against[state.against]}`,
     description: "A point a row, the dense model as a dashed line, the Pareto front as a wide line.",
   });
   const lines = shown.slice(0, MAX_LINES + 1);
   show($("lines"), {
-    spec: page.charts.lines[metric], data: lines, title: name, columns: scoreColumns(),
+    spec: page.charts.lines[metric], data: lines, title, hint, columns: scoreColumns(),
     description: "One line a row with its value, and its deviation over seeds.",
   });
   $("lines").querySelector("figcaption span").textContent = (shown.length > lines.length
     ? `The first ${MAX_LINES} of ${shown.length - 1} rows: filter to see others. ` : "") + page.errors;
   const ours = shown.filter((row) => published().some((value) => value.method === row.method && value.sparsity === row.sparsity));
   show($("published-chart"), {
-    spec: page.charts.lines[metric], title: `${name}, published and ours`, columns: scoreColumns(),
+    spec: page.charts.lines[metric], title: `${title}, published and ours`, hint, columns: scoreColumns(),
     data: published().length ? [...rows.filter((row) => row.method === "dense"), ...ours, ...published()].sort(beside) : [],
     description: "One line a value: published ones are hollow diamonds.",
   });
@@ -188,9 +203,13 @@ function costRow(cost, quantity, row) {
   return { ...rest, ...cost, shown: value, text: costText(quantity, value), ...(several ? { low: cost.least, high: cost.most } : {}) };
 }
 
-function costText(quantity, value) {
-  if (quantity !== "seconds") return `${value.toFixed(2)} GB`;
-  return value >= 100 ? `${Math.round(value).toLocaleString("en")} s` : `${Number(value.toPrecision(3))} s`;
+const costText = (quantity, value) => (quantity === "seconds" ? duration(value) : `${value.toFixed(2)} GB`);
+
+function duration(seconds) {
+  for (const [size, unit] of [[86400, "d"], [3600, "h"], [60, "m"]]) {
+    if (seconds >= 0.9995 * size) return `${(seconds / size).toFixed(seconds / size >= 9.95 ? 0 : 1)} ${unit}`;
+  }
+  return `${seconds.toFixed(seconds < 0.95 ? 1 : 0)} s`;
 }
 const costColumns = [
   ["row", (row) => row.name], ["prune time in s", (row) => row.seconds],
@@ -248,9 +267,9 @@ function showPublished() {
     const lines = element("table"), head = lines.createTHead().insertRow(), body = lines.createTBody();
     const names = ["method", "sparsity", "score", "published", "ours", "difference", "", "source"];
     head.append(...names.map((name) => element("th", name, { scope: "col" })));
-    for (const { method, sparsity, score, theirs, ours, difference, verdict, source } of list) {
-      const texts = [sparsity, score, theirs, ours, difference, verdict, source];
-      body.insertRow().append(element("th", method, { scope: "row" }), ...texts.map((text) => element("td", text)));
+    for (const { method, sparsity, score, id, theirs, ours, difference, verdict, source } of list) {
+      const texts = [[sparsity], [score, { title: id }], [theirs], [ours], [difference], [verdict], [source]];
+      body.insertRow().append(element("th", method, { scope: "row" }), ...texts.map((text) => element("td", ...text)));
     }
     grid.append(lines);
   }
@@ -300,16 +319,16 @@ function columnsOf() {
     { title: "method", data: "name", cellType: "th", type: "string", className: "words",
       render: (name, kind, row) => (kind === "display" ? nameNode(row) : name) },
     { ...numeric("sparsity", (row) => row.sparsity, (row) => row.order), className: "words" },
-    { ...numeric(column().title, scoreText, (row) => row.value, scoreNode) },
+    { ...numeric(column().title, scoreText, (row) => row.value, scoreNode), hint: column().id },
     numeric("against dense", (row) => row.relative, (row) => row.value),
     numeric("zeros", (row) => (row.method === "dense" ? undefined : percent(row.zeros)), (row) => (row.method === "dense" ? undefined : row.zeros)),
     ...(has("bytes") ? [numeric("bytes", (row) => row.bytes && `${row.bytes.toFixed(3)} (${row.form})`, (row) => row.bytes)] : []),
     ...(has("bytes") ? ["decode", "prefill"].map((name) => numeric(name, times(name), (row) => row[name])) : []),
     numeric("prune", (row) => (row.seconds === undefined ? undefined : costText("seconds", row.seconds)), (row) => row.seconds),
     numeric("seeds", (row) => row.seeds, (row) => row.seeds),
-    ...others.map(({ key, title }) => {
+    ...others.map(({ key, title, id }) => {
       const score = (row) => ({ method: row.method, ...model().scores[key][row.id] });
-      return numeric(title, (row) => scoreText(score(row)), (row) => score(row).value, (row) => scoreNode(score(row)));
+      return { ...numeric(title, (row) => scoreText(score(row)), (row) => score(row).value, (row) => scoreNode(score(row))), hint: id };
     }),
   ];
 }
@@ -318,11 +337,12 @@ function buildTable() {
   table?.destroy();
   rows = joined();
   const columns = columnsOf(), head = element("thead"), line = head.insertRow();
-  line.append(...columns.map(({ title, className }) => element("th", title, { scope: "col", class: className })));
+  line.append(...columns.map(({ title, hint = "", className }) => element("th", title, { scope: "col", class: className, title: hint })));
   const caption = element("caption", `Comparison of ${model().name}`, { class: "hidden" });
   $("table").replaceChildren(caption, head, element("tbody"));
   for (const settings of columns) {
     delete settings.title; // the heading is there, as text
+    delete settings.hint;
     const { render } = settings;
     settings.render = (...words) => {
       const value = render(...words);
@@ -440,7 +460,7 @@ function chooseModel() {
   for (const finding of document.querySelectorAll(".finding")) finding.hidden = Number(finding.dataset.model) !== state.model;
   const { columns, rows: list, heat } = model();
   const select = $("column");
-  select.replaceChildren(...columns.map(({ key, title }) => element("option", title, { value: key })));
+  select.replaceChildren(...columns.map(({ key, title, id }) => element("option", title, { value: key, title: id })));
   state.column = columns.some(({ key }) => key === state.column) ? state.column : model().column;
   select.value = state.column;
   const pruned = list.filter((row) => row.method !== "dense"), names = new Set(pruned.map((row) => row.method));

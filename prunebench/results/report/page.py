@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from importlib import resources
 from typing import Any
 
-from prunebench.results.render import column_title, legend, value_text
+from prunebench.results.render import column_title, legend, score_title, value_text
 from prunebench.results.report import charts
 from prunebench.results.report.data import ModelPart, Report, Row, held_out_score, machine_name
 from prunebench.results.report.heat import HeatMap, HeatRun, loss_range, ratio_range
@@ -208,12 +208,17 @@ def _model(part: ModelPart, texts: dict[str, int]) -> dict[str, Any]:
         }
         for column in columns
     }
-    note = legend([part.table])
+    protocols = part.protocols
+    explained = [f"{short} = {long}" for long, short in protocols.items() if short != long]
+    note = "; ".join([legend([part.table]), *explained])
     return {
         "name": clean(part.table.model),
         "column": part.column,
         "columns": [
-            {"key": key, "title": clean(column_title(key)), "metric": metric_key(part, key)}
+            {
+                "key": key, "title": clean(score_title(key, protocols)),
+                "id": clean(column_title(key)), "metric": metric_key(part, key),
+            }
             for key in columns
         ],
         "note": clean(_sentence(note)),
@@ -252,10 +257,12 @@ def _twins(part: ModelPart) -> list[Fields]:
             f"{twin.difference:+.1%}" if relative else f"{100 * twin.difference:+.1f} points"
         )
         theirs = value_text(value.metric, value.value)
+        column = f"{value.metric} {value.protocol}"
         rows.append(
             {
                 "method": clean(value.method), "sparsity": value.sparsity,
-                "score": clean(f"{value.metric} {value.protocol}"), "theirs": theirs,
+                "score": clean(score_title(column, part.protocols)),
+                "id": clean(column_title(column)), "theirs": theirs,
                 "ours": value_text(value.metric, twin.mean), "difference": difference,
                 "verdict": twin.verdict, "source": value.source,
             }

@@ -13,8 +13,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from prunebench.results.cell_score import CellScore
+from prunebench.results.columns import duration, plus_minus, times
 from prunebench.results.published import PublishedValue
-from prunebench.results.render import against_dense, number, score_text, value_text
+from prunebench.results.render import against_dense, value_text
 from prunebench.results.report.data import Cost, Curve, ModelPart, Row, held_out_score
 from prunebench.results.report.heat import HeatMap, HeatRun, loss_range, ratio_range
 from prunebench.sparsity import Sparsity
@@ -22,7 +23,6 @@ from prunebench.sparsity import Sparsity
 Fields = dict[str, Any]
 OFF_SCALE = 100.0  # a perplexity of more than so many times dense is drawn at the edge
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
-_PLAIN = ("", "")  # nothing around the best
 
 
 @dataclass(frozen=True)
@@ -98,7 +98,7 @@ def score_fields(row: Row, score: CellScore, scale: Scale) -> Fields:
     """Return a score as text and as it is drawn; what is false or none is left out."""
     shown = scale.shown(score.mean)
     beyond = not score.mean <= scale.end  # so is NaN
-    text = score_text(score, bold=_PLAIN).removeprefix("~").partition(" (")[0]
+    text = plus_minus(score)
     dense = row.cell.method == "dense"
     error = None if beyond else score.error
     low = score.mean - error if error is not None else None
@@ -120,7 +120,7 @@ def score_fields(row: Row, score: CellScore, scale: Scale) -> Fields:
 def relative_text(score: CellScore) -> str:
     """Return a perplexity as times dense, an accuracy as the share that is left."""
     if score.metric.endswith("_ppl") and score.dense:
-        return f"{number(score.mean / score.dense)} x" if score.mean != score.dense else ""
+        return f"{times(score.mean / score.dense)} x" if score.mean != score.dense else ""
     return against_dense(score)
 
 
@@ -232,9 +232,7 @@ def cost_rows(part: ModelPart, quantity: str, machine: str) -> list[Fields]:
 
 def cost_text(quantity: str, value: float) -> str:
     """Return a cost as it stands beside its bar; the page's script writes the same."""
-    if quantity != "seconds":
-        return f"{value:.2f} GB"
-    return f"{value:,.0f} s" if value >= 100 else f"{value:.3g} s"
+    return duration(value) if quantity == "seconds" else f"{value:.2f} GB"
 
 
 def curve_rows(curve: Curve) -> list[Fields]:

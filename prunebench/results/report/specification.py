@@ -34,8 +34,9 @@ def specification(build: Callable[P, Spec]) -> Callable[P, Spec]:
 
 
 def fill(
-    spec: Spec, datasets: Mapping[str, Sequence[Mapping[str, Any]]], *, title: str = ""
-) -> Spec:
+    spec: Spec, datasets: Mapping[str, Sequence[Mapping[str, Any]]], *, title: str = "",
+    subtitle: str = "",
+) -> Spec:  # fmt: skip
     """Return a specification with data and colors, for a figure in a paper."""
     rows = [row for name in ("rows", "published") for row in datasets.get(name, ())]
     # a height of steps: lines with labels on both sides, or blocks side by side
@@ -57,7 +58,7 @@ def fill(
         "config": vega_config("light", paper=True),
         "width": width,
         "autosize": {"type": "fit-x", "contains": "padding"},
-        "title": title or spec.get("title", ""),
+        "title": {"text": title, "subtitle": subtitle},
     }
 
 
