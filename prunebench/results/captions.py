@@ -37,7 +37,7 @@ class Names:
         protocols = [column.partition(" ")[2] for table in tables for column in table.columns]
         return cls(
             short_names(protocols, short_protocol),
-            short_names((cell.method for cell in cells), short_method),
+            short_names((cell.name for cell in cells), short_method),
             short_names(texts, short_text),
         )
 
@@ -72,6 +72,8 @@ def setting_words(cell: Cell, usual: Mapping[str, Any], names: Names) -> tuple[s
     """Return in what the setting of a cell differs from the usual one: `owl`, `seqlen=2048`."""
     words = []
     for name, value in cell.shown.items():
+        if name == "recover":
+            continue  # it stands behind the method
         if isinstance(value, dict):
             words += [f"{key}={setting_text(v, missing='None')}" for key, v in value.items()]
         elif value is not None and value != usual.get(name, value):

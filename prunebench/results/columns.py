@@ -208,6 +208,8 @@ def columns_of_cost(cells: Iterable[Cell]) -> list[Column]:
                lambda c: -c.realised_ratio, 8 if off_target else 51),
         Column("prune", "prune", lambda c: duration(c.prune_seconds),
                lambda c: c.prune_seconds, 3),
+        Column("recover_seconds", "recover", lambda c: duration(c.recover_seconds),
+               lambda c: c.recover_seconds, 3),
         Column("bytes", "bytes", lambda c: f"{c.bench.bytes_ratio:.2f}" if c.bench else MISSING,
                lambda c: c.bench.bytes_ratio if c.bench else None, 6),
         *(_column_of_speed(name, title) for name, title in speeds.items()),

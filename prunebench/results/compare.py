@@ -26,7 +26,7 @@ from prunebench.results.frame import frame_of
 from prunebench.results.schema import Result
 from prunebench.results.selection import Selection
 from prunebench.sparsity import Sparsity
-from prunebench.spec import RunSpec
+from prunebench.spec import NO_RECOVERY, RunSpec
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -80,11 +80,18 @@ class Cell:
     scores: dict[str, CellScore]
     realised_ratio: float
     prune_seconds: float | None
+    recover_seconds: float | None
     devices: tuple[str, ...]
     cpu_threads: tuple[int, ...]
     result_ids: tuple[str, ...]
     bench: CellBench | None = None
     shown: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        """The method, and what trained its kept weights afterwards: `alps + block`."""
+        recover = self.settings.get("recover")
+        return self.method if recover in (None, NO_RECOVERY) else f"{self.method} + {recover}"
 
     @property
     def order(self) -> tuple[float, bool, str]:
@@ -182,6 +189,7 @@ def _dense_cell(rows: DataFrame, runs: Mapping[str, Mapping[str, Any]]) -> Cell:
         scores={f"{row['metric']} {row['protocol']}": _score(row) for row in records},
         realised_ratio=0.0,
         prune_seconds=None,
+        recover_seconds=None,
         devices=(),
         cpu_threads=(),
         result_ids=tuple(sorted(id_ for run in own for id_ in run["result_ids"])),
@@ -198,6 +206,7 @@ def _cell(run: Mapping[str, Any], scores: dict[str, CellScore]) -> Cell:
         scores=scores,
         realised_ratio=run["realised_ratio"],
         prune_seconds=run["prune_seconds"],
+        recover_seconds=run["recover_seconds"],
         devices=run["devices"],
         cpu_threads=run["threads"],
         result_ids=run["result_ids"],

@@ -71,7 +71,7 @@ def fold_dense(scores: DataFrame) -> DataFrame:
 def fold_runs(frame: DataFrame) -> DataFrame:
     """Return one row a cell: its settings, and the cost, devices and bench of its runs.
 
-    `prune_seconds` is the median: a run beside other work may take ten times as long, and a mean
+    Seconds are medians: a run beside other work may take ten times as long, and a mean
     would tell of that work. Bytes and speed are those of the newest run that has a bench.
     """
     runs = frame.drop_duplicates("result_id")
@@ -79,6 +79,7 @@ def fold_runs(frame: DataFrame) -> DataFrame:
     groups = runs.groupby("cell", sort=False)
     cells["realised_ratio"] = groups["realised_ratio"].mean()
     cells["prune_seconds"] = groups["prune_seconds"].median()
+    cells["recover_seconds"] = groups["recover_seconds"].median()
     cells["devices"] = groups["device"].unique().map(_sorted_tuple)
     cells["threads"] = groups["cpu_threads"].unique().map(_sorted_tuple)
     cells["result_ids"] = groups["result_id"].unique().map(_sorted_tuple)

@@ -211,11 +211,14 @@ def _lines(
     cells: list[Cell], ranking: Ranking, usual: Mapping[str, Any], names: Names, *,
     every_setting: bool,
 ) -> list[Line]:  # fmt: skip
-    """Return the rows of one sparsity: of every method its main setting and a better one."""
+    """Return the rows of one sparsity: of every method its main setting and a better one.
+
+    A method with a recovery counts as a method of its own: `alps + block`.
+    """
     lines = []
     marks = _marks(cells, ranking)
-    for method in dict.fromkeys(cell.method for cell in cells):
-        of_method = [cell for cell in cells if cell.method == method]
+    for method in dict.fromkeys(cell.name for cell in cells):
+        of_method = [cell for cell in cells if cell.name == method]
         words = {id(cell): (names.methods[method], *setting_words(cell, usual, names))
                  for cell in of_method}  # fmt: skip
 

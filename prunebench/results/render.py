@@ -248,7 +248,7 @@ def to_frame(tables: Sequence[Table]) -> DataFrame:
         bench = {title: getattr(cell.bench, name, None) for title, name in _BENCH_FIELDS.items()}
         origin = {
             "devices": " ".join(cell.devices), "cpu_threads": " ".join(map(str, cell.cpu_threads)),
-            "result_ids": " ".join(cell.result_ids),
+            "result_ids": " ".join(cell.result_ids), "recover_seconds": cell.recover_seconds,
         }  # fmt: skip
         for column, score in cell.scores.items():
             metric, _, protocol = column.partition(" ")
@@ -261,7 +261,15 @@ def to_frame(tables: Sequence[Table]) -> DataFrame:
             )  # fmt: skip
     frame = pd.DataFrame(rows)
     # columns that are missing in every row have no type of their own
-    numbers = ["std", "dense", "prune_seconds", "stderr", "dense_stderr", *_BENCH_NUMBERS]
+    numbers = [
+        "std",
+        "dense",
+        "prune_seconds",
+        "recover_seconds",
+        "stderr",
+        "dense_stderr",
+        *_BENCH_NUMBERS,
+    ]
     words = [title for title in _BENCH_FIELDS if title not in _BENCH_NUMBERS]
     return frame.astype(dict.fromkeys(numbers, "float64") | dict.fromkeys(words, "string"))
 
