@@ -18,9 +18,10 @@ from prunebench.cli.console import (
 )
 from prunebench.cli.exit_codes import command_line, say
 from prunebench.cli.progress import choose_progress
+from prunebench.cli.summary import full_protocol, short_title
 from prunebench.errors import UsageError, nearest
 from prunebench.results.bench_schema import Bench, write_bench
-from prunebench.results.render import column_title, number
+from prunebench.results.render import number, value_text
 from prunebench.results.store import ResultStore
 
 if TYPE_CHECKING:
@@ -125,9 +126,12 @@ def _print_summary(report: Bench, result: Any, saved_path: Path | None) -> None:
     if not report.quality:
         typer.echo("  quality: unknown, the folder holds no result")
     for score in report.quality:
-        line = f"{column_title(f'{score.metric} {score.protocol}')}  {number(score.value)}"
-        dense = f"  (dense {number(score.dense_value)})" if score.dense_value else ""
-        print_hanging("  ", line + dense)
+        dense = ""
+        if score.dense_value:
+            ratio = number(score.value / score.dense_value)
+            dense = f"  (dense {value_text(score.metric, score.dense_value)}, {ratio}x)"
+        line = f"{short_title(score)}  {value_text(score.metric, score.value)}{dense}"
+        print_hanging("  ", line + full_protocol(score))
     for line in _storage_lines(report):
         typer.echo(line)
     if report.speed == "measured":

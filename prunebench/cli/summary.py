@@ -7,10 +7,11 @@ from typing import Any
 
 import typer
 
+from prunebench.results.bench_schema import QualityBlock
 from prunebench.results.names import short_protocol
 from prunebench.results.recovery_schema import EndToEndBlock, RecoveryBlock
 from prunebench.results.render import metric_name, number, value_text
-from prunebench.results.schema import ExecutionBlock, Result
+from prunebench.results.schema import ExecutionBlock, Result, Score
 
 _MASKS = {"masks": "masks applied", "prior": "the training began with masks"}
 
@@ -34,8 +35,7 @@ def print_summary(result: Result, path: Path, setup: Any, *, masks: str | None =
         title += f", then {result.spec.recover}"
     typer.echo(f"{title} on {result.spec.model}")
     for score in result.scores:
-        short = short_protocol(score.protocol)
-        line = f"  {metric_name(score.metric)} {short}  {value_text(score.metric, score.value)}"
+        line = f"  {short_title(score)}  {value_text(score.metric, score.value)}"
         if name != "dense" and score.dense_value:
             ratio = score.value / score.dense_value
             line += f"  (dense {value_text(score.metric, score.dense_value)}, {number(ratio)}x"
@@ -45,7 +45,7 @@ def print_summary(result: Result, path: Path, setup: Any, *, masks: str | None =
                 if (prior.metric, prior.protocol) == (score.metric, score.protocol)
             ]
             line += "".join(f"; the prior {value}" for value in before) + ")"
-        typer.echo(line + (f"  {score.protocol}" if short != score.protocol else ""))
+        typer.echo(line + full_protocol(score))
     if name != "dense":
         typer.echo(
             f"  {sparsity.realised_ratio:.2%} of {result.model.prunable_parameters:,} weights "
@@ -75,6 +75,16 @@ def print_summary(result: Result, path: Path, setup: Any, *, masks: str | None =
         if place:
             typer.echo(f"  {kind} saved to {place}")
     typer.echo(f"  saved to {path}")
+
+
+def short_title(score: Score | QualityBlock) -> str:
+    """Return `ppl wiki`."""
+    return f"{metric_name(score.metric)} {short_protocol(score.protocol)}"
+
+
+def full_protocol(score: Score | QualityBlock) -> str:
+    """Return the id that stands at the end of a line with a short title, if it is another."""
+    return f"  {score.protocol}" if score.protocol != short_protocol(score.protocol) else ""
 
 
 def _print_recovery(recovery: RecoveryBlock) -> None:

@@ -18,12 +18,13 @@ from prunebench.cli.engine import Voice, check_engine, open_engine
 from prunebench.cli.exit_codes import command_line, say
 from prunebench.cli.progress import choose_progress
 from prunebench.cli.published import print_twins, twin_record
+from prunebench.cli.summary import short_title
 from prunebench.cli.table import print_overview
 from prunebench.errors import CheckFailed, PrunebenchError, SomeCellsFailed
 from prunebench.results.compare import compare
 from prunebench.results.overview import overview
 from prunebench.results.published import Twin, find_twins
-from prunebench.results.render import column_title, value_text
+from prunebench.results.render import value_text
 from prunebench.sweep.cell import RecipeCell
 from prunebench.sweep.expectations import Expectation
 from prunebench.sweep.recipe import Recipe, read_recipe
@@ -223,8 +224,8 @@ def _told(outcome: CellOutcome) -> str:
     if outcome.result is None:
         return outcome.state
     scores = ", ".join(
-        f"{column_title(f'{s.metric} {s.protocol}')} {value_text(s.metric, s.value)}"
-        for s in outcome.result.scores[:3]
+        f"{short_title(score)} {value_text(score.metric, score.value)}"
+        for score in outcome.result.scores[:3]
     )
     if outcome.state == "finished":
         return f"finished before ({outcome.result.id}), {scores}"
