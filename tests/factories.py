@@ -45,6 +45,18 @@ def make_result(
     )  # fmt: skip
 
 
+def recovered(method, value, *, seconds=120.0):
+    """A result whose kept weights were trained block by block."""
+    result = make_result(method=method, value=value, recover="block", recover_options={"lr": 0.01})
+    block = {
+        "name": "block", "implementation": "prunebench.recovery.block:Block", "version": "0.1.0",
+        "options": {"lr": 0.01}, "windows": 28, "held_out_windows": 4, "seqlen": 512,
+        "tokens": 43_008, "seconds": seconds, "recovered_blocks": 30, "held_out_before": 0.2,
+        "held_out_after": 0.1, "blocks": [],
+    }  # fmt: skip
+    return type(result).model_validate({**result.model_dump(), "recovery": block})
+
+
 def random_24(rows, groups, *, seed=0, dtype=torch.bfloat16, kept=2):
     """A matrix that keeps `kept` of every four, at random places."""
     generator = torch.Generator().manual_seed(seed)

@@ -13,7 +13,7 @@ from prunebench.results.names import short_method, short_names, short_protocol
 from prunebench.results.overview import overview
 from prunebench.results.overview_markdown import overview_markdown
 from prunebench.results.store import ResultStore
-from tests.factories import make_result
+from tests.factories import make_result, recovered
 
 ROOT = Path(__file__).parents[2]
 
@@ -332,18 +332,6 @@ def test_a_deviation_has_the_decimals_of_its_mean():
     assert text(122.0, 124.0) == "123.0 ± 1.4"
     assert text(41.0, 42.0) == "41.50 ± 0.71"
     assert text(1e7, 3e7) == "2.00e7 ± 1.41e7"
-
-
-def recovered(method, value, *, seconds=120.0):
-    """A result whose kept weights were trained block by block."""
-    result = make_result(method=method, value=value, recover="block", recover_options={"lr": 0.01})
-    block = {
-        "name": "block", "implementation": "prunebench.recovery.block:Block", "version": "0.1.0",
-        "options": {"lr": 0.01}, "windows": 28, "held_out_windows": 4, "seqlen": 512,
-        "tokens": 43_008, "seconds": seconds, "recovered_blocks": 30, "held_out_before": 0.2,
-        "held_out_after": 0.1, "blocks": [],
-    }  # fmt: skip
-    return type(result).model_validate({**result.model_dump(), "recovery": block})
 
 
 def test_a_method_with_recovery_is_a_row_of_its_own_with_the_time_of_both():

@@ -12,7 +12,7 @@ from prunebench.results.report.data import MAX_HEAT_RUNS, build_report
 from prunebench.results.report.figures import figures_of
 from prunebench.results.report.page import page_data, render_page
 from prunebench.results.selection import Selection
-from tests.factories import make_result
+from tests.factories import make_result, recovered
 from tests.report_pages import (
     EVIL,
     Page,
@@ -111,6 +111,15 @@ def test_the_short_table_has_the_main_setting_and_what_is_better():
     pruned = [r for r in scored(data_for(rows)["models"][0]) if r["method"] != "dense"]
     assert [row["value"] for row in pruned if row.get("short")] == [41.0, 43.0]
     assert len(pruned) == 5
+
+
+def test_a_method_with_recovery_is_a_method_of_its_own():
+    rows = [make_result(method="wanda"), recovered("wanda", 30.0)]
+    scores = {row["method"]: row["text"] for row in scored(data_for(rows)["models"][0])}
+    assert scores == {"dense": "dense 20.00", "wanda": "40.00", "wanda + block": "30.00"}
+    (model,) = data_for(rows)["models"]
+    assert [row.get("recovery") for row in model["rows"]] == [None, 120.0, None]
+    assert sorted(c.prune_seconds for c in build_report(rows).models[0].costs) == [3.0, 123.0]
 
 
 def test_accuracies_have_errors_and_the_share_of_dense():

@@ -48,7 +48,7 @@ class Row:
     @property
     def label(self) -> str:
         """Method and settings."""
-        return f"{self.cell.method} ({self.setting})" if self.setting else self.cell.method
+        return f"{self.cell.name} ({self.setting})" if self.setting else self.cell.name
 
     @property
     def name(self) -> str:
@@ -56,7 +56,7 @@ class Row:
         if self.cell.method == "dense":
             return self.label
         setting = f" ({self.setting})" if self.setting else ""
-        return f"{self.cell.method} {self.cell.sparsity}{setting}"
+        return f"{self.cell.name} {self.cell.sparsity}{setting}"
 
 
 @dataclass(frozen=True)
@@ -161,7 +161,7 @@ def build_report(
         _model_part(f"m{i}", table, frame, by_id, published)
         for i, table in enumerate(compare_frame(frame))
     )
-    methods = {row.cell.method for part in parts for row in part.rows}
+    methods = {row.cell.name for part in parts for row in part.rows}
     methods |= {value.method for part in parts for value in part.published}
     return Report(
         models=parts,
@@ -242,6 +242,9 @@ def _costs(frame: DataFrame, rows: Sequence[Row]) -> tuple[Cost, ...]:
     row_of = {id_: row for row in rows for id_ in row.counted}
     runs = frame[frame["newest"]].drop_duplicates("result_id")
     runs = runs[runs["result_id"].isin(row_of) & runs["prune_seconds"].notna()]
+    # what a row took is all that made it: a recovery may take longer than the pruning
+    recovery = runs["recover_seconds"].fillna(0)
+    runs = runs.assign(prune_seconds=runs["prune_seconds"] + recovery)
     keys = [
         runs["result_id"].map(lambda id_: row_of[id_].order).rename("order"),
         runs["result_id"].map(lambda id_: _machine_of(row_of[id_], id_)).rename("machine"),

@@ -325,6 +325,7 @@ function columnsOf() {
     ...(has("bytes") ? [numeric("bytes", (row) => row.bytes && `${row.bytes.toFixed(3)} (${row.form})`, (row) => row.bytes)] : []),
     ...(has("bytes") ? ["decode", "prefill"].map((name) => numeric(name, times(name), (row) => row[name])) : []),
     numeric("prune", (row) => (row.seconds === undefined ? undefined : costText("seconds", row.seconds)), (row) => row.seconds),
+    ...(has("recovery") ? [numeric("recover", (row) => (row.recovery === undefined ? undefined : duration(row.recovery)), (row) => row.recovery)] : []),
     numeric("seeds", (row) => row.seeds, (row) => row.seeds),
     ...others.map(({ key, title, id }) => {
       const score = (row) => ({ method: row.method, ...model().scores[key][row.id] });
