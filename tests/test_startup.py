@@ -11,7 +11,7 @@ from prunebench.cli import app
 
 HEAVY = {"torch", "transformers", "datasets", "lm_eval", "pandas", "numpy", "huggingface_hub"}
 SHELL = {"", "cli", "cli.exit_codes", "cli.lazy", "errors", "progress"}
-LISTING = SHELL | {"cli.listing", "cli.console", "registry"}
+LISTING = SHELL | {"cli.listing", "cli.console", "cli.fitting", "registry"}
 MAY_LOAD = {
     ("--help",): SHELL,
     ("--version",): SHELL,

@@ -10,13 +10,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from prunebench.cli.console import (
-    hanging,
-    print_columns,
-    print_hanging,
-    terminal_width,
-)
+from prunebench.cli.console import print_columns, print_hanging, terminal_width
 from prunebench.cli.exit_codes import command_line, say
+from prunebench.cli.fitting import hanging
 from prunebench.cli.progress import choose_progress
 from prunebench.cli.summary import full_protocol, short_title
 from prunebench.errors import UsageError, nearest

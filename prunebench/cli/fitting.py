@@ -1,28 +1,13 @@
-"""Lines of text that fit a terminal: no word is broken, nothing is wrapped inside a cell."""
+"""Lines of text that fit a width: no word is broken, nothing is wrapped inside a cell."""
 
 from __future__ import annotations
 
-import os
 import re
-import shutil
-import sys
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Container, Iterator, Sequence
 
-import typer
-
-from prunebench.cli.console import terminal_width
-
-_WIDTH_OF_A_PIPE = 100
-_LEAST_WIDTH = 80
+_LEAST = 16  # a narrower last column is printed under its row instead
 _INDENT = "   "
 _ASCII = str.maketrans({"±": "+-", "·": "|", "█": "#", "×": "x", **dict.fromkeys("▏▎▍▌▋▊▉", "-")})
-
-
-def table_width() -> int:
-    """Return the columns of the terminal: 80 at the least, and 100 where there is none."""
-    if not sys.stdout.isatty() and not os.environ.get("COLUMNS"):
-        return _WIDTH_OF_A_PIPE
-    return max(_LEAST_WIDTH, shutil.get_terminal_size().columns)
 
 
 def printable(text: str, encoding: str) -> str:
@@ -34,32 +19,68 @@ def printable(text: str, encoding: str) -> str:
     return text
 
 
-def print_fitted(
-    titles: Sequence[str], rows: Sequence[Sequence[str]], *, unbroken: Container[str],
-    right: Container[str] = (), colors: Mapping[str, str] | None = None,
-) -> None:  # fmt: skip
-    """Print rows under bold titles.
-
-    On a terminal that is too narrow, the widest columns that are not `unbroken` stand below their
-    row; a file or pipe has no width.
+def wrap(words: Sequence[str], width: int | None, *, end: str = "") -> list[str]:
+    """Join words to lines of at most `width` columns; a longer word has a line of its own.
 
     Args:
-        titles: Of the columns.
-        rows: The texts of the cells.
-        unbroken: The titles of the columns that stay.
-        right: The titles of those that are aligned on the right.
-        colors: The color of a cell by its text.
+        words: None of them is broken.
+        width: None puts all on one line.
+        end: What every line but the last ends with.
     """
-    width = terminal_width()
-    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
-    lines = column_lines(titles, rows, unbroken=unbroken, right=right, width=width)
-    for i, line in enumerate(lines):
-        text = printable(line, encoding)
-        # a color stands for a whole word between blanks, so that it is not part of another
-        for word, color in (colors or {}).items():
-            pattern = rf"(?<=  ){re.escape(word)}(?=  |$)"
-            text = re.sub(pattern, typer.style(word, fg=color), text)
-        typer.secho(text, bold=i == 0)
+    lines = [""]
+    for word in words:
+        joined = f"{lines[-1]} {word}" if lines[-1] else word
+        if width is None or not lines[-1] or length(joined) + length(end) <= width:
+            lines[-1] = joined
+        else:
+            lines[-1] += end
+            lines.append(word)
+    return lines
+
+
+def hanging(prefix: str, text: str, width: int | None) -> list[str]:
+    """Return the lines of a text that stands behind `prefix` on each; blank but on the first.
+
+    A text with a word too long for that (a path) stands below the prefix.
+    """
+    indent = length(prefix)
+    if width is None:
+        return [prefix + text]
+    words = text.split()
+    if indent > 4 and any(length(word) > width - indent for word in words):
+        return [prefix.rstrip(), *("    " + line for line in wrap(words, width - 4))]
+    first, *rest = wrap(words, width - indent)
+    return [prefix + first, *(" " * indent + line for line in rest)]
+
+
+def hanging_columns(
+    titles: Sequence[str], rows: Sequence[Sequence[str]], right: Container[str], width: int | None
+) -> Iterator[str]:
+    """Return what `print_columns` prints."""
+    lines = [titles, *rows]
+    sizes = [max(map(length, column)) for column in zip(*lines, strict=True)]
+    taken = sum(sizes[:-1]) + 2 * (len(sizes) - 1)
+    fits = width is None or taken + sizes[-1] <= width
+    # too narrow for a last column: it stands below its row
+    below = not fits and width is not None and width - taken < _LEAST
+    for line in lines:
+        cells = [
+            " " * (size - length(text)) + text
+            if title in right and (fits or number + 1 < len(sizes))
+            else text + " " * (size - length(text))
+            for number, (title, text, size) in enumerate(zip(titles, line, sizes, strict=True))
+        ]
+        prefix = "".join(f"{cell}  " for cell in cells[:-1])
+        if fits:
+            yield prefix + cells[-1]
+        elif not below or length(line[-1]) <= (width or 0) - taken:
+            yield from hanging(prefix, line[-1], width)
+        else:
+            first, *others = wrap([cell.strip() for cell in cells[:-1]], width)
+            aligned = taken - 2 <= (width or 0)
+            yield prefix if aligned else first
+            yield from [] if aligned else [f"    {other}" for other in others]
+            yield from hanging("    ", line[-1], width)
 
 
 def column_lines(

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import typer
 
+from prunebench.cli.console import print_fitted
 from prunebench.cli.exit_codes import say
-from prunebench.cli.fitting import print_fitted
 from prunebench.errors import IncompatibleData, UsageError, nearest
 from prunebench.results.names import short_names, short_protocol
 from prunebench.results.paired import LEVEL, RESAMPLES, Comparison, Pairing, pair, read_sides

@@ -9,8 +9,8 @@ from collections.abc import Sequence
 
 import typer
 
-from prunebench.cli.console import terminal_width
-from prunebench.cli.fitting import print_fitted, wrapped
+from prunebench.cli.console import print_fitted, terminal_width
+from prunebench.cli.fitting import wrapped
 from prunebench.errors import MissingResource
 from prunebench.results.compare import Table
 from prunebench.results.published import PublishedValue, Twin, find_twins, published_values

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 
 import typer
 
-from prunebench.cli.fitting import length, padded, printable, table_width, wrapped
+from prunebench.cli.console import table_width
+from prunebench.cli.fitting import length, padded, printable, wrapped
 from prunebench.results.columns import NAMED_RANK, SHOWN_RANK, Column
 from prunebench.results.finding import finding
 from prunebench.results.overview import Block, Line, Overview

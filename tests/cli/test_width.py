@@ -14,6 +14,7 @@ import pytest
 from rich.cells import cell_len
 
 from prunebench.cli import console
+from prunebench.cli.fitting import hanging, hanging_columns
 
 RECIPE = """
 about = "Two methods at two sparsities on a tiny model, calibrated on a text of this very machine."
@@ -88,19 +89,19 @@ def test_a_command_can_be_copied_and_values_stay_beside_their_flags(monkeypatch,
 
 
 def test_a_last_column_that_has_no_room_stands_below():
-    lines = list(console._column_lines(["name", "a", "about"], [["x" * 60, "1", "b c"]], "a", 66))
+    lines = list(hanging_columns(["name", "a", "about"], [["x" * 60, "1", "b c"]], "a", 66))
     assert [line.rstrip() for line in lines] == [
         f"{'name':60}  a", "    about", "x" * 60 + "  1", "    b c",
     ]  # fmt: skip
-    narrow = list(console._column_lines(["name", "a", "t"], [["x" * 60, "1", "b" * 20]], (), 40))
+    narrow = list(hanging_columns(["name", "a", "t"], [["x" * 60, "1", "b" * 20]], (), 40))
     assert [line.strip() for line in narrow] == ["name a", "t", "x" * 60, "1", "b" * 20]
 
 
 def test_a_word_that_fits_nowhere_is_not_broken():
-    assert console.hanging("prefix  ", "/a/very/long/path and more", 12) == [
+    assert hanging("prefix  ", "/a/very/long/path and more", 12) == [
         "prefix", "    /a/very/long/path", "    and more",
     ]  # fmt: skip
-    assert console.hanging("  ", "a b c", None) == ["  a b c"]
+    assert hanging("  ", "a b c", None) == ["  a b c"]
 
 
 def test_a_real_terminal_of_80_columns():

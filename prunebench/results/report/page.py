@@ -53,7 +53,7 @@ def render_page(report: Report) -> str:
     return environment.from_string(_file("page.html")).render(
         report=report,
         title=f"{clean(title)}: prunebench report",
-        findings=[(clean(part.finding), clean(_sentence(part.caption))) for part in models],
+        findings=[(clean(part.finding), clean(f"{part.caption}.")) for part in models],
         style=_file("page.css"),
         scripts=scripts,
         # the page's Content-Security-Policy lets only the scripts with these hashes run
@@ -193,10 +193,6 @@ def layer_spec(quantity: str) -> Spec:
 # ---------------------------------------------------------------- data
 
 
-def _sentence(text: str) -> str:
-    return f"{text[:1].upper()}{text[1:]}." if text else ""
-
-
 def _model(part: ModelPart, texts: dict[str, int]) -> dict[str, Any]:
     columns = part.table.columns
     scales = {column: scale_of(part, column) for column in columns}
@@ -221,7 +217,7 @@ def _model(part: ModelPart, texts: dict[str, int]) -> dict[str, Any]:
             }
             for key in columns
         ],
-        "note": clean(_sentence(note)),
+        "note": clean(f"{note[:1].upper()}{note[1:]}."),
         "rows": [row_fields(row) for row in part.rows],
         "scores": scores,
         "published": {
