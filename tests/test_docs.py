@@ -322,6 +322,7 @@ def test_presets_and_backends_are_those_of_the_code():
 
 NOT_RUN = {
     "--method maskllm": "learns for minutes; tests/maskllm runs it",
+    "distill": "trains on more text than the tiny run has; tests/recovery runs it",
     "sweep ": "its cells prune real models; tests/sweep runs such",
     "models fetch": "needs the hub",
     "--push": "needs an account of the hub",
