@@ -113,10 +113,12 @@ def test_the_short_table_has_the_main_setting_and_what_is_better():
     assert len(pruned) == 5
 
 
-def test_a_method_with_recovery_is_a_method_of_its_own():
+def test_a_recovery_is_named_behind_its_method_and_its_seconds_are_counted():
     rows = [make_result(method="wanda"), recovered("wanda", 30.0)]
-    scores = {row["method"]: row["text"] for row in scored(data_for(rows)["models"][0])}
-    assert scores == {"dense": "dense 20.00", "wanda": "40.00", "wanda + block": "30.00"}
+    scores = {row["name"]: row["text"] for row in scored(data_for(rows)["models"][0])}
+    assert scores == {
+        "dense": "dense 20.00", "wanda 0.5": "40.00", "wanda 0.5 (+ block)": "30.00"
+    }  # fmt: skip
     (model,) = data_for(rows)["models"]
     assert [row.get("recovery") for row in model["rows"]] == [None, 120.0, None]
     assert sorted(c.prune_seconds for c in build_report(rows).models[0].costs) == [3.0, 123.0]

@@ -48,7 +48,7 @@ class Row:
     @property
     def label(self) -> str:
         """Method and settings."""
-        return f"{self.cell.name} ({self.setting})" if self.setting else self.cell.name
+        return f"{self.cell.method} ({self.setting})" if self.setting else self.cell.method
 
     @property
     def name(self) -> str:
@@ -56,7 +56,7 @@ class Row:
         if self.cell.method == "dense":
             return self.label
         setting = f" ({self.setting})" if self.setting else ""
-        return f"{self.cell.name} {self.cell.sparsity}{setting}"
+        return f"{self.cell.method} {self.cell.sparsity}{setting}"
 
 
 @dataclass(frozen=True)
@@ -161,7 +161,7 @@ def build_report(
         _model_part(f"m{i}", table, frame, by_id, published)
         for i, table in enumerate(compare_frame(frame))
     )
-    methods = {row.cell.name for part in parts for row in part.rows}
+    methods = {row.cell.method for part in parts for row in part.rows}
     methods |= {value.method for part in parts for value in part.published}
     return Report(
         models=parts,
@@ -225,8 +225,10 @@ def _settings(table: Table) -> dict[int, str]:
     """Return in what each cell differs from what most rows have, by `id` of the cell."""
     settings: dict[int, str] = {}
     for line in _lines(overview([table], every_setting=True, dense_rows=True)):
+        # a recovery is part of the setting here: the colors and the filter are of the method
+        recovery = line.cell.name.removeprefix(line.cell.method).split()
         # a cell that two scores rank keeps the words of the first
-        settings.setdefault(id(line.cell), " ".join(line.words[1:]))
+        settings.setdefault(id(line.cell), " ".join([*recovery, *line.words[1:]]))
     return settings
 
 

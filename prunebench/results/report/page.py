@@ -230,7 +230,7 @@ def _model(part: ModelPart, texts: dict[str, int]) -> dict[str, Any]:
         "costs": [cost_fields(cost) for cost in part.costs],
         "curves": [
             {
-                "id": curve.row.anchor, "method": clean(curve.row.cell.name),
+                "id": curve.row.anchor, "method": clean(curve.row.cell.method),
                 "training": clean(curve.name),
                 "points": [[p.step, p.tokens, held_out_score(p)] for p in curve.points],
             }

@@ -73,7 +73,7 @@ def row_fields(row: Row) -> Fields:
     dense = cell.method == "dense"
     return _present(
         id=row.anchor,
-        method=clean(cell.name),
+        method=clean(cell.method),
         sparsity=cell.sparsity if not dense else "",
         ratio=cell.order[0],
         pattern=Sparsity.parse(cell.sparsity).is_pattern,
@@ -240,7 +240,7 @@ def curve_rows(curve: Curve) -> list[Fields]:
     """Return the points of a training."""
     return [
         {
-            "id": curve.row.anchor, "method": curve.row.cell.name, "training": clean(curve.name),
+            "id": curve.row.anchor, "method": curve.row.cell.method, "training": clean(curve.name),
             "step": point.step, "tokens": point.tokens, "value": _short(held_out_score(point)),
         }
         for point in curve.points
