@@ -32,13 +32,6 @@ def model():
     return tiny_model("llama")
 
 
-@pytest.fixture
-def held(tiny_folder):
-    """What a user has: model and tokenizer, loaded from the folder by transformers."""
-    model = AutoModelForCausalLM.from_pretrained(tiny_folder, dtype=torch.float32)
-    return model, AutoTokenizer.from_pretrained(tiny_folder)
-
-
 def words_of(options):
     """Return the options as words of the command line."""
     words = []
@@ -69,6 +62,9 @@ SPECS = [
     {"method": "dense"},
     {"method": "magnitude", "sparsity": "2:4", "recover": "block",
      "recover_options": {"epochs": 1, "held_out": 0.5}},
+    {"method": "magnitude", "sparsity": "2:4", "recover": "distill",
+     "recover_options": {"steps": 2, "batch": 2, "seqlen": 24, "held_out": 2, "eval_every": 1,
+                         "save_every": 1}},
 ]  # fmt: skip
 
 
@@ -78,7 +74,7 @@ def name_of(spec):
 
 @pytest.mark.parametrize("spec", SPECS, ids=name_of)
 def test_the_weights_are_those_of_a_run_bit_for_bit(
-    spec, held, cli, tiny_run, tiny_folder, text_file
+    spec, held, cli, tiny_run, tiny_folder, text_file, tmp_path
 ):
     result = json.loads(
         cli(*tiny_run, *words_of(spec), "--save-model", "out", "--json", "--quiet").stdout
@@ -106,6 +102,8 @@ def test_the_weights_are_those_of_a_run_bit_for_bit(
     ours = report.spec.model_dump(mode="json")
     assert {k for k in ours if ours[k] != result["spec"][k]} <= unlike
     assert (report.training is None) == (spec["method"] != "maskllm")
+    # what a training saves to resume from is gone once it is done
+    assert list((tmp_path / "cache").glob("training/*")) == []
 
 
 def test_a_perplexity_is_that_of_a_run(held, cli, tiny_run, eval_file):

@@ -214,15 +214,14 @@ def prune(
         spec = spec_of(with_defaults({**given, "set": {**(method_options or {}), **tables}}))
         held = plan_for_model(model, tokenizer, spec, notes)
         halvings: list[str] = []
-        trains = held.plan.training is not None
         with (
             _state_of(model, held.sha256),
-            memory_errors(held.plan.device, trains=trains),
+            memory_errors(held.plan.device, held.plan),
             record_halvings(held.plan, halvings),
         ):
             pruned = prune_model(held.plan, model, held.plan.linears, held.zeros)
-    if held.plan.training is not None:
-        held.plan.training.forget()
+    for training in held.plan.trainings:
+        training.forget()
     return _report(held, pruned, notes.texts, halvings)
 
 

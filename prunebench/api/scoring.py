@@ -90,7 +90,7 @@ def perplexity(
         tempfile.TemporaryDirectory(prefix="prunebench-") as folder,
         quiet_libraries(),
         usable_model(model),
-        memory_errors(next(model.parameters()).device, trains=False),
+        memory_errors(next(model.parameters()).device),
     ):
         name = text_name(cut_tokens(text, seqlen), Path(folder))
         check_text_name(name, use="evaluation")

@@ -28,7 +28,7 @@ from prunebench.run.failures import failures_are_filed, memory_errors, record_ha
 from prunebench.run.packed import packed_weights
 from prunebench.run.plan import Plan, prepare
 from prunebench.run.pruning import hash_and_count_zeros, prune_linears, prune_model
-from prunebench.run.recover import dense_copies, recover_model, trains
+from prunebench.run.recover import dense_copies, recover_model
 from prunebench.run.result import (
     build_allocation_block,
     build_cost_block,
@@ -71,7 +71,7 @@ def execute(plan: Plan) -> Result | None:
     Raises:
         PrunebenchError: Whatever a user can fix; a `failed` record is saved too.
     """
-    with process_group(device=str(plan.device), trains=trains(plan)):
+    with process_group(device=str(plan.device), trains=bool(plan.trainings)):
         if rank() == 0:
             return _execute(plan)
         _assist(plan)
@@ -80,7 +80,7 @@ def execute(plan: Plan) -> Result | None:
 
 def _assist(plan: Plan) -> None:
     """Train together with rank 0, and save nothing."""
-    with memory_errors(plan.device, trains=True, recovers=bool(plan.recovery_training)):
+    with memory_errors(plan.device, plan):
         dense = dense_copies(plan, model := open_model(plan, None))
         # a method that does not learn prunes in rank 0 alone
         if plan.training is not None:
@@ -94,7 +94,7 @@ def _execute(plan: Plan) -> Result:
     halvings: list[str] = []
     with (
         failures_are_filed(plan) as row_is_filed,
-        memory_errors(plan.device, trains=trains(plan), recovers=bool(plan.recovery_training)),
+        memory_errors(plan.device, plan),
         record_halvings(plan, halvings),
         open_run_state(plan) as journal,
     ):
@@ -139,7 +139,7 @@ def _execute(plan: Plan) -> Result:
         # from here on an error (a full disk for --save-model) is an error of saving, and the row
         # stays valid
         row_is_filed()
-        for training in filter(None, (plan.training, plan.recovery_training)):
+        for training in plan.trainings:
             training.forget()
         if plan.setup.log_samples:
             write_samples(plan.store.path_of(result), samples_of(outcomes, dense))

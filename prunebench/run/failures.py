@@ -26,13 +26,12 @@ def record_halvings(plan: Plan, halvings: list[str]) -> Iterator[None]:
 
 
 @contextmanager
-def memory_errors(device: torch.device, *, trains: bool, recovers: bool = False) -> Iterator[None]:
+def memory_errors(device: torch.device, plan: Plan | None = None) -> Iterator[None]:
     """Turn an allocation failure into `OutOfMemory`, with what to try.
 
     Args:
-        device: Of the run.
-        trains: Whether the method or the recovery trains the whole model.
-        recovers: Whether the recovery does.
+        device: Where the model is.
+        plan: Of the run; None for scoring alone.
     """
     try:
         yield
@@ -45,9 +44,9 @@ def memory_errors(device: torch.device, *, trains: bool, recovers: bool = False)
             where=str(error).splitlines()[0][:160] if str(error) else "the host has none left",
             fix="use --weights disk, --within-block joint, --dtype bfloat16, fewer "
             "--calibration-samples, or a shorter --seqlen"
-            if not trains
+            if plan is None or not plan.trainings
             else "use --dtype bfloat16, --set recover.rank=8, or a smaller recover.micro_tokens"
-            if recovers
+            if plan.recovery_training is not None
             else "use --dtype bfloat16, --set logit_dtype=bfloat16, --set state_dtype=int8, or a "
             "smaller --set micro_tokens",
         ) from error

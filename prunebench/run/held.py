@@ -91,8 +91,7 @@ def plan_for_model(model: Any, tokenizer: Any, spec: RunSpec, progress: Progress
 
 
 def _require_tokenizer(resolved: ResolvedSpec, tokenizer: Any) -> None:
-    need = resolved.pruner.needs.training
-    names = [resolved.named.calibration, need.text if need else None]
+    names = [resolved.named.calibration, *(need.text for need in resolved.training_needs)]
     texts = [name for name in names if name is not None and not name.startswith("tokens:")]
     if tokenizer is None and texts:
         raise UsageError(
@@ -102,9 +101,11 @@ def _require_tokenizer(resolved: ResolvedSpec, tokenizer: Any) -> None:
 
 
 def _require_one_process(resolved: ResolvedSpec) -> None:
-    if resolved.pruner.needs.training is not None and world_size() > 1:
+    if resolved.training_needs and world_size() > 1:
+        learns = resolved.pruner.needs.training is not None
+        name = resolved.spec.method if learns else resolved.spec.recover
         raise UsageError(
-            f"{resolved.spec.method} learns in {world_size()} processes only as a command",
+            f"{name} learns in {world_size()} processes only as a command",
             fix="torchrun ... -m prunebench run, or call prune in one process",
         )
 

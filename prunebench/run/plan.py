@@ -67,6 +67,11 @@ class Plan(ResolvedSpec):
     masks: Masks | None
     weights: Weights
 
+    @property
+    def trainings(self) -> tuple[Training, ...]:
+        """What trains the whole model: the method, the recovery, both or neither."""
+        return tuple(filter(None, (self.training, self.recovery_training)))
+
 
 def prepare(spec: RunSpec, setup: Setup) -> Plan:
     """Resolve every name, fetch what is missing and check all that needs no weights.
@@ -125,8 +130,8 @@ def inputs_for(resolved: ResolvedSpec, model: torch.nn.Module, config: Any, toke
     texts = _prepare_texts(resolved, tokenizer, vocabulary)
     tasks = _prepare_tasks(resolved, tokenizer, vocabulary)
     masks = _open_masks(resolved, linears)
-    need, recovery_need = resolved.pruner.needs.training, recovery_needs(resolved)
-    for wanted in filter(None, (need, recovery_need)):
+    need, recovery_need = resolved.pruner.needs.training, resolved.recovery_needs
+    for wanted in resolved.training_needs:
         require_context(config, wanted.seqlen, option=f"set {wanted.seqlen_option}")
     training = _prepare_training(resolved, need, resolved.training_text, tokenizer, vocabulary)
     recovery_training = _prepare_training(
@@ -178,8 +183,9 @@ def _check_bos(resolved: ResolvedSpec, config: Any, tokenizer: Any) -> None:
     entry = resolved.model.source.entry
     # the catalog names models that need BOS in every window
     always = entry is not None and entry.bos == "window"
-    learns = bool(resolved.pruner.needs.training or recovery_needs(resolved))
-    note = check_bos(resolved.named, config, tokenizer, always=always, learns=learns)
+    note = check_bos(
+        resolved.named, config, tokenizer, always=always, learns=bool(resolved.training_needs)
+    )
     if note:
         resolved.progress.note(f"  {note}")
 
@@ -206,12 +212,6 @@ def _open_masks(resolved: ResolvedSpec, linears: list[Linear]) -> Masks | None:
         return None
     with resolved.progress.stage("masks", detail=name):
         return open_masks(name, linears, resolved.progress)
-
-
-def recovery_needs(resolved: ResolvedSpec) -> TrainingNeeds | None:
-    """Return the windows that the end-to-end recovery trains on, if there is one."""
-    whole = resolved.model_recoverer
-    return whole.needs.training if whole else None
 
 
 def _prepare_training(

@@ -98,11 +98,6 @@ def recover_apart(walker: BlockWalker, dense: dict[str, Tensor]) -> None:
                 linear.stored.copy_(pruned.pop(linear.name))
 
 
-def trains(plan: Plan) -> bool:
-    """Return whether the method or the recovery trains the whole model."""
-    return plan.training is not None or plan.recovery_training is not None
-
-
 def dense_copies(plan: Plan, model: nn.Module) -> dict[str, Tensor]:
     """Return copies of the dense weights for an end-to-end recovery; empty without one."""
     if plan.model_recoverer is None or plan.recovery_training is None:

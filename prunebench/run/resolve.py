@@ -33,6 +33,7 @@ from prunebench.models.masks import masks_origin
 from prunebench.models.source import LocalModel, fetch_model, find_model
 from prunebench.progress import StageTimer
 from prunebench.pruners.protocol import Pruner
+from prunebench.pruners.training import TrainingNeeds
 from prunebench.recovery.protocol import ModelRecoverer, Recoverer
 from prunebench.results.store import ResultStore
 from prunebench.run.dtype import DtypeChoice, StoredDtype, choose_dtype
@@ -95,6 +96,16 @@ class ResolvedSpec:
     def device(self) -> torch.device:
         """The device that holds the model."""
         return self.devices[0]
+
+    @property
+    def recovery_needs(self) -> TrainingNeeds | None:
+        """The windows that the end-to-end recovery trains on, if there is one."""
+        return self.model_recoverer.needs.training if self.model_recoverer else None
+
+    @property
+    def training_needs(self) -> tuple[TrainingNeeds, ...]:
+        """The windows of whatever trains the whole model: the method, the recovery, or both."""
+        return tuple(filter(None, (self.pruner.needs.training, self.recovery_needs)))
 
 
 def resolve(spec: RunSpec, setup: Setup) -> ResolvedSpec:
