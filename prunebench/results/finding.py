@@ -96,6 +96,9 @@ def _equal(block: Block, line: Line, best: Line) -> bool:
 def _saw_scored_text(cell: Cell, ranking: Ranking) -> bool:
     """Return whether a text that a cell was calibrated on or learned from is of a scored kind."""
     scored = {kind_of_text(column.partition(" ")[2]) for column in ranking.columns}
-    options = cell.settings["method_options"] or {}
-    texts = [cell.settings["calibration"], options.get("train_data")]
-    return any(isinstance(text, str) and kind_of_text(text) in scored for text in texts)
+    texts = [cell.settings["calibration"]]
+    for name in ("method_options", "recover_options"):
+        texts += (cell.settings[name] or {}).values()
+    # a training text may be several, split by commas
+    names = [name for text in texts if isinstance(text, str) for name in text.split(",")]
+    return any(kind_of_text(name) in scored for name in names)

@@ -236,6 +236,19 @@ def test_the_sentence_compares_main_settings_and_names_better_ones_by_their_meth
     assert "other settings" not in finding(block)
 
 
+def test_a_recovery_that_learned_from_the_scored_kind_of_text_is_no_headline():
+    rows = [make_result(method="wanda", value=40.0), make_result(method="alps", value=36.0)]
+    for text in ("wiki-sample/rest", "c4-sample/rest,wiki-sample/rest"):
+        taught = make_result(
+            method="wanda", value=25.0, recover="distill", recover_options={"data": text}
+        )
+        (block,) = blocks_of([*rows, taught])
+        assert finding(block) == (
+            "At 0.5 alps is best with 1.80 times the perplexity of dense (wanda 2.00), with other "
+            "settings wanda + distill reaches 1.25."
+        )
+
+
 def test_where_all_rows_saw_the_scored_kind_of_text_they_are_compared():
     results = [make_result(method=m, value=v, calibration="wiki-sample/rest")
                for m, v in (("wanda", 40.0), ("alps", 36.0))]  # fmt: skip
