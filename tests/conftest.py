@@ -51,6 +51,23 @@ def tiny_folder(tmp_path_factory, byte_tokenizer) -> Path:
     return folder
 
 
+@pytest.fixture
+def held(tiny_folder):
+    """What a user of Python has: model and tokenizer, loaded from the folder by transformers."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = AutoModelForCausalLM.from_pretrained(tiny_folder, dtype=torch.float32)
+    return model, AutoTokenizer.from_pretrained(tiny_folder)
+
+
+@pytest.fixture
+def alone(tmp_path):
+    """Where and how a command runs: its own cache, one thread."""
+    cache = {"PRUNEBENCH_CACHE": str(tmp_path / "cache"), "OMP_NUM_THREADS": "1"}
+    return {"cwd": tmp_path, "env": {**os.environ, **cache}}
+
+
 BOS = 254
 
 

@@ -3,7 +3,6 @@
 import pytest
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import prunebench
 from prunebench.errors import IncompatibleData, MissingResource, OutOfMemory, UsageError
@@ -16,13 +15,6 @@ SAMPLES = {"calibration_samples": 4, "seqlen": 32}
 @pytest.fixture
 def model():
     return tiny_model("llama")
-
-
-@pytest.fixture
-def held(tiny_folder):
-    """What a user has: model and tokenizer, loaded from the folder by transformers."""
-    model = AutoModelForCausalLM.from_pretrained(tiny_folder, dtype=torch.float32)
-    return model, AutoTokenizer.from_pretrained(tiny_folder)
 
 
 def quantized(model):

@@ -1,12 +1,9 @@
 """MaskLLM as a command: bad input, what is kept, and runs that are killed or shared out."""
 
 import json
-import os
 import re
-import signal
 import subprocess
 import sys
-import time
 
 import numpy as np
 import pytest
@@ -14,6 +11,7 @@ import pytest
 from prunebench.errors import SaveError
 from prunebench.pruners import METHODS
 from prunebench.testing import check_pruner
+from tests.training_runs import finished, kill_once_saved
 
 SMALL = {"steps": 2, "batch": 2, "train_seqlen": 24, "held_out": 2, "prior": "magnitude"}
 
@@ -162,22 +160,9 @@ def command(tiny_run, *words, starter="", **options):
     return [*start, "prunebench", *tiny_run, *small(**options), *words]
 
 
-def finished(line, **how):
-    done = subprocess.run(line, capture_output=True, text=True, check=False, timeout=600, **how)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done
-
-
 def same_masks(first, second):
     first, second = np.load(first), np.load(second)
     return first.files == second.files and all((first[k] == second[k]).all() for k in first.files)
-
-
-@pytest.fixture
-def alone(tmp_path):
-    """Where and how a command runs: its own cache, one thread."""
-    cache = {"PRUNEBENCH_CACHE": str(tmp_path / "cache"), "OMP_NUM_THREADS": "1"}
-    return {"cwd": tmp_path, "env": {**os.environ, **cache}}
 
 
 @pytest.mark.slow
@@ -210,16 +195,7 @@ def test_a_run_that_was_killed_goes_on_with_the_same_command(then, tiny_run, tmp
     """kill -9 in the middle; the same command, maybe in more processes, ends with the same mask."""
     longer = {"steps": 60, "eval_every": 30, "save_every": 5}
     states = tmp_path / "cache" / "training"
-    running = subprocess.Popen(
-        command(tiny_run, **longer), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, **alone
-    )
-    until = time.monotonic() + 300
-    while not list(states.glob("*/state")) and time.monotonic() < until:
-        assert running.poll() is None, "it ended before it could be killed"
-        time.sleep(0.02)
-    running.send_signal(signal.SIGKILL)
-    running.wait()
-    assert len(list(states.glob("*/state"))) == 1
+    kill_once_saved(command(tiny_run, **longer), states, **alone)
     done = finished(
         command(
             tiny_run, "--save-masks", "b.npz", starter="torchrun" if then == 2 else "", **longer

@@ -13,6 +13,7 @@ from prunebench.pruners.maskllm.noise import gumbel
 from prunebench.testing import tiny_tokens
 from prunebench.training.shards import Shards
 from tests.mask_training import learner_of, masks_of, one_block, train
+from tests.training_runs import Killed, stop_after
 
 # ------------------------------------------------------------ states on disk
 
@@ -22,18 +23,6 @@ KINDS = [
     {"optimizer": "mirror", "logit_dtype": "bfloat16", "state_dtype": "bfloat16", "rate": 0.5},
     {"optimizer": "adamw", "logit_dtype": "bfloat16", "state_dtype": "int8", "noise": 1.0},
 ]
-
-
-class Killed(BaseException):
-    """Stands for the end of the process."""
-
-
-def stop_after(step):
-    def hear(point):
-        if point.step == step:
-            raise Killed
-
-    return hear
 
 
 def interrupted(folder, step, **options):

@@ -21,6 +21,7 @@ from prunebench.recovery.distill.weights import FullWeight, LowRankWeight
 from prunebench.testing import check_recoverer, tiny_model, tiny_tokens
 from prunebench.training.shards import Shards
 from tests.distillation import distill_of, pruned_model, train
+from tests.training_runs import Killed, stop_after
 
 
 def masks_of(model):
@@ -200,18 +201,6 @@ def test_a_model_that_cannot_be_trained_is_refused_before_it_is_pruned():
     with pytest.raises(IncompatibleData, match="cannot be summed block by block") as caught:
         distill_of().check_model(model, data)
     assert caught.value.fix == "leave --recover distill out, or use --recover block"
-
-
-class Killed(BaseException):
-    """Stands for the end of the process."""
-
-
-def stop_after(step):
-    def hear(point):
-        if point.step == step:
-            raise Killed
-
-    return hear
 
 
 def without_seconds(report):

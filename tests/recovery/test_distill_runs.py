@@ -1,18 +1,15 @@
 """Distillation in whole runs: the row, bad input, runs that are killed or shared out."""
 
 import json
-import os
 import re
-import signal
-import subprocess
 import sys
-import time
 import tomllib
 
 import pytest
 
 from prunebench.checkpoints.recipe_text import recipe_text
 from prunebench.results.store import ResultStore
+from tests.training_runs import finished, kill_once_saved, learned_masks
 
 SMALL = {"steps": 2, "batch": 2, "seqlen": 24, "held_out": 2, "eval_every": 1, "eta": 1.0}
 
@@ -115,11 +112,7 @@ def test_the_model_card_and_the_exported_recipe_name_both_trainings(
 
 @pytest.mark.slow
 def test_learned_masks_are_distilled_with_a_training_text_each(cli, tiny_run, text_file, tmp_path):
-    learn = [
-        "-m", "maskllm", "--set", f"train_data=file:{text_file}", "--set", "steps=2",
-        "--set", "batch=2", "--set", "train_seqlen=32", "--set", "held_out=2",
-        "--set", "prior=magnitude",
-    ]  # fmt: skip
+    learn = learned_masks(text_file)
     cli(*tiny_run, *learn, "--save-masks", "plain.npz")
     cli(*tiny_run, *learn, *distill()[4:], "--save-masks", "after.npz")
     work = tmp_path / "work"
@@ -248,19 +241,6 @@ def command(tiny_run, *words, together=False, **options):
     return line
 
 
-def finished(line, **how):
-    done = subprocess.run(line, capture_output=True, text=True, check=False, timeout=600, **how)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done
-
-
-@pytest.fixture
-def alone(tmp_path):
-    """Where and how a command runs: its own cache, one thread."""
-    cache = {"PRUNEBENCH_CACHE": str(tmp_path / "cache"), "OMP_NUM_THREADS": "1"}
-    return {"cwd": tmp_path, "env": {**os.environ, **cache}}
-
-
 @pytest.mark.slow
 def test_two_processes_file_one_row_and_learn_what_one_learns(tiny_run, alone):
     """The method prunes in the first process alone; the others begin with its weights."""
@@ -278,15 +258,7 @@ def test_two_processes_file_one_row_and_learn_what_one_learns(tiny_run, alone):
 def test_a_run_that_was_killed_ends_with_the_same_bits(tiny_run, tmp_path, alone):
     longer = {"steps": 60, "eval_every": 30, "save_every": 5}
     states = tmp_path / "cache" / "training"
-    running = subprocess.Popen(
-        command(tiny_run, **longer), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, **alone
-    )
-    until = time.monotonic() + 300
-    while not list(states.glob("*/state")) and time.monotonic() < until:
-        assert running.poll() is None, "it ended before it could be killed"
-        time.sleep(0.02)
-    running.send_signal(signal.SIGKILL)
-    running.wait()
+    kill_once_saved(command(tiny_run, **longer), states, **alone)
     resumed = finished(command(tiny_run, "--json", **longer), **alone)
     assert "resumed after step" in resumed.stderr
     assert list(states.iterdir()) == []

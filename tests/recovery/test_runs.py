@@ -19,6 +19,7 @@ from prunebench.recovery.block import Block
 from prunebench.results.store import ResultStore
 from prunebench.sparsity import Sparsity
 from prunebench.testing import tiny_model, tiny_tokens
+from tests.training_runs import learned_masks
 
 CPU = torch.device("cpu")
 RECOVER = ["--recover", "block", "--calibration-samples", "8", "--set", "recover.lr=0.02"]
@@ -111,11 +112,7 @@ def test_a_rate_that_makes_every_block_worse_keeps_nothing_and_says_so(cli, tiny
 
 @pytest.mark.slow
 def test_a_model_that_learns_its_masks_is_recovered_after_it(cli, tiny_run, text_file, tmp_path):
-    learn = [
-        "-m", "maskllm", "--set", f"train_data=file:{text_file}", "--set", "steps=2",
-        "--set", "batch=2", "--set", "train_seqlen=32", "--set", "held_out=2",
-        "--set", "prior=magnitude",
-    ]  # fmt: skip
+    learn = learned_masks(text_file)
     cli(*tiny_run, *learn, "--save-masks", "plain.npz")
     cli(*tiny_run, *learn, *RECOVER, "--save-masks", "recovered.npz")
     plain, recovered = sorted(rows_of(tmp_path), key=lambda row: row.recovery is not None)
