@@ -6,6 +6,7 @@ A step opens every block twice (forward, backward). What is trained decides what
 from __future__ import annotations
 
 import functools
+import math
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
@@ -16,6 +17,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor, nn
 
+from prunebench.errors import IncompatibleData
 from prunebench.models.backward import Backward, TokenLoss
 from prunebench.models.linears import Linear, find_blocks
 from prunebench.models.replay import plain_inference
@@ -146,6 +148,34 @@ class TrainingLoop(ABC, Generic[P]):
                 due = self.done == self.steps or self.done % eval_every == 0
                 record(loss, self._measure(held_out) if due else None)
         return self.progress
+
+    def _mean_loss(
+        self, loss: float, total: float, step: int, *, state: str, fix: str, of: str = ""
+    ) -> float:
+        """Return the mean loss of a step over all processes.
+
+        Args:
+            loss: Mean over this process's windows.
+            total: Sum over the gradients that this process owns.
+            step: Steps taken before.
+            state: What is trained, for the message.
+            fix: What to do, for the message.
+            of: The training, for the message.
+
+        Raises:
+            IncompatibleData: The loss or a gradient is not finite.
+        """
+        # Every process gets the same sums, so all of them raise or none does: one alone would leave
+        # the others waiting in a collective call.
+        loss, total = self.shards.sum(loss / self.shards.world, total)
+        if not math.isfinite(loss + total):
+            culprit = "gradient" if math.isfinite(loss) else "loss"
+            raise IncompatibleData(
+                f"the {culprit}{of} is not finite at step {step + 1}",
+                where=f"the {state} are those of step {step}: this step was not applied",
+                fix=fix,
+            )
+        return loss
 
     @abstractmethod
     def _step(self, step: int, train: Tensor) -> float:

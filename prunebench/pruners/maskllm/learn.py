@@ -15,7 +15,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from prunebench.errors import IncompatibleData
 from prunebench.models.linears import Linear
 from prunebench.pruners.maskllm import dispatch
 from prunebench.pruners.maskllm.candidates import mask_of
@@ -92,16 +91,10 @@ class Learner(TrainingLoop[CurvePoint]):
                 loss += share * self._backward.add(batch, batch=self._batch(batch), scale=scale)
             if self.noise_samples > 1:
                 self._add_directions()
-        # Every process gets the same sums, so all of them raise or none does: one alone would leave
-        # the others waiting in a collective call.
-        loss, total = self.shards.sum(loss / self.shards.world, float(self._sums.total))
-        if not math.isfinite(loss + total):
-            culprit = "gradient" if math.isfinite(loss) else "loss"
-            raise IncompatibleData(
-                f"the {culprit} is not finite at step {step + 1}",
-                where=f"the masks are those of step {step}: this step was not applied",
-                fix="use --dtype float32 or bfloat16, a lower --set rate, or check the weights",
-            )
+        loss = self._mean_loss(
+            loss, float(self._sums.total), step, state="masks",
+            fix="use --dtype float32 or bfloat16, a lower --set rate, or check the weights",
+        )  # fmt: skip
         self._update(step)
         self._sums.clear()
         # Zeroed, not freed: as large as the logits, and needed again in the next step.

@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from prunebench.errors import IncompatibleData
 from prunebench.models.linears import Linear
 from prunebench.models.out_of_memory import is_out_of_memory, report_halved
 from prunebench.models.weights import ResidentWeights
@@ -105,16 +104,10 @@ class Distiller(TrainingLoop[DistillPoint]):
     def _step(self, step: int, train: Tensor) -> float:
         """Take one step and return its mean loss over all processes."""
         loss = self._add_gradients(self._windows(step, train))
-        # Every process gets the same sums, so all of them raise or none does: one alone would leave
-        # the others waiting in a collective call.
-        loss, total = self.shards.sum(loss / self.shards.world, float(self._sums.total))
-        if not math.isfinite(loss + total):
-            culprit = "gradient" if math.isfinite(loss) else "loss"
-            raise IncompatibleData(
-                f"the {culprit} of the distillation is not finite at step {step + 1}",
-                where=f"the weights are those of step {step}: this step was not applied",
-                fix="use --dtype float32 or bfloat16, or a lower --set recover.lr",
-            )
+        loss = self._mean_loss(
+            loss, float(self._sums.total), step, state="weights", of=" of the distillation",
+            fix="use --dtype float32 or bfloat16, or a lower --set recover.lr",
+        )  # fmt: skip
         rate = self._config.lr * self._config.factor(step)
         for group in self._optimizer.param_groups:
             group["lr"] = group["base"] * rate
