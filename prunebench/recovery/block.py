@@ -51,8 +51,8 @@ class Block(BlockRecoverer):
         schedule: How the rate falls to 0.
         target: The dense model's hidden state after the block, or the dense block's output of the
             pruned model's hidden state.
-        loss: The mean squared error, as in the papers; or relative to the mean square of each
-            token's target, so that tokens with massive activations count as any other.
+        loss: Relative to the mean square of each token's target, so that tokens with massive
+            activations count as any other; or the mean squared error (`mse`), as in the papers.
         held_out: Share of the calibration windows that are not trained on and choose what stays.
         checks: How often in an epoch the held-out error is measured.
         norms: Whether the weights and biases of normalizations are trained too.
@@ -60,12 +60,12 @@ class Block(BlockRecoverer):
             others: less memory, twice the steps.
     """
 
-    lr: float = 0.008
+    lr: float = 0.016
     epochs: int = 3
     batch: int = 2
     schedule: Literal["linear", "cosine"] = "linear"
     target: Target = "dense"
-    loss: Literal["mse", "relative"] = "mse"
+    loss: Literal["mse", "relative"] = "relative"
     held_out: float = 0.125
     checks: int = 2
     norms: bool = False

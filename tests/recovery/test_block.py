@@ -78,7 +78,7 @@ def test_a_block_of_one_matrix_meets_masked_least_squares():
     keep = torch.rand(6, 8, generator=generator) > 0.5
     keep[:, 0] = True
     block = line_block(torch.where(keep, dense, 0.0), inputs, targets)
-    record = Block(lr=0.05, epochs=40, batch=4).recover_block(block)
+    record = Block(lr=0.05, epochs=40, batch=4, loss="mse").recover_block(block)
     # the minimizer, row by row, by a solve on the support of the row
     train, _ = split(32, 0.125)
     x, y = inputs[train].flatten(0, 1).double(), targets[train].flatten(0, 1).double()
