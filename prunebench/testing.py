@@ -182,19 +182,20 @@ class _Trial:
         training = None
         if self.pruner.needs.training is not None:
             training = Training(tiny_tokens(samples=8), tiny_tokens(samples=2, seed=1))
+        asked = {linear.name: self.sparsity for linear in find_linears(self.model)}
         walker = BlockWalker(
             self.model,
             token_ids=tokens,
             within_block=self.within_block,
             inputs=PrunerInputs(gradients=gradients, training=training),
-            recovery=Recovery(self.recoverer)
+            recovery=Recovery(self.recoverer, sparsity=asked)
             if isinstance(self.recoverer, BlockRecoverer)
             else None,
             # two windows of 24: statistics must add up over several batches
             batch_tokens=48,
         )
         dense = {linear.name: linear.stored.clone() for linear in walker.linears}
-        self.pruner.prune(walker, {linear.name: self.sparsity for linear in walker.linears})
+        self.pruner.prune(walker, asked)
         if isinstance(self.recoverer, ModelRecoverer):
             data = Training(tiny_tokens(samples=8), tiny_tokens(samples=2, seed=1))
             self.recoverer.recover_model(self.model, dense, data)

@@ -18,9 +18,13 @@ from torch import Tensor, nn
 from prunebench.models.linears import Linear
 from prunebench.models.out_of_memory import is_out_of_memory, report_halved
 from prunebench.models.replay import BlockCall
+from prunebench.sparsity import Sparsity
 
 Target = Literal["dense", "local"]
 """What a block's output should be: the dense stream, or the dense block's output of its inputs."""
+
+Loss = Literal["cauchy", "relative", "mse"]
+"""How a block's output is compared with its target, see `output_loss`."""
 
 
 @dataclass(frozen=True)
@@ -29,8 +33,8 @@ class RecoveredBlock:
 
     Attributes:
         block: Index of the block.
-        held_out_before: Mean squared error of the block's output on held-out windows as the method
-            left it; None for a recoverer that measures none.
+        held_out_before: Loss of the block's output on held-out windows as the method left it; None
+            for a recoverer that measures none.
         held_out_after: The same of the weights that stay.
         train_before: Mean training loss of the first epoch; None without a whole epoch.
         train_after: Mean training loss of the last epoch.
@@ -74,6 +78,7 @@ class PrunedBlock:
         tokens: Tokens that reached each matrix, by name, where the text decides that (experts);
             else None.
         seed: Of the run and this block.
+        sparsity: What each matrix was pruned to, by name.
         inputs: Returns the inputs of some windows, (windows, seqlen, hidden), on the device.
         targets: Returns the targets of some windows, (windows, seqlen, hidden), on the device.
         call: Returns the arguments of the block for some windows.
@@ -91,6 +96,7 @@ class PrunedBlock:
     targets: Callable[[Sequence[int]], Tensor]
     call: Callable[[Sequence[int]], BlockCall]
     batch: WindowBatch
+    sparsity: Mapping[str, Sparsity] = field(default_factory=dict)
 
     @property
     def device(self) -> torch.device:
@@ -98,38 +104,40 @@ class PrunedBlock:
         return next(self.module.parameters()).device
 
     @torch.no_grad()
-    def error(self, windows: Sequence[int], batch: int, *, relative: bool = False) -> float:
-        """Return the mean squared error of the block as it is, over some windows.
+    def error(self, windows: Sequence[int], batch: int, loss: Loss = "mse") -> float:
+        """Return the loss of the block as it is, a mean over some windows.
 
         Args:
             windows: Their indices.
             batch: Windows that run at a time.
-            relative: See `squared_error`.
+            loss: See `output_loss`.
         """
 
         def summed(part: Sequence[int]) -> float:
             output = self.call(part).run(self.module, self.inputs(part))
-            error = squared_error(output, self.targets(part), relative=relative)
-            return float(error) * len(part)
+            return float(output_loss(output, self.targets(part), loss)) * len(part)
 
         parts = (windows[start : start + batch] for start in range(0, len(windows), batch))
         return math.fsum(self.batch.sum(summed, part) for part in parts) / len(windows)
 
 
-def squared_error(output: Tensor, target: Tensor, *, relative: bool) -> Tensor:
-    """Return the mean squared error in float32, a scalar.
+def output_loss(output: Tensor, target: Tensor, loss: Loss) -> Tensor:
+    """Return the loss of a block's output in float32, a scalar, the mean over its tokens.
 
     Args:
         output: (windows, seqlen, hidden).
         target: (windows, seqlen, hidden).
-        relative: Whether the error of each token is divided by the mean square of its target: a
-            token with massive activations then counts as much as any other.
+        loss: `mse`, the mean squared error; `relative`, each token's squared error divided by the
+            square of its target, so that a token with massive activations counts as any other;
+            `cauchy`, the logarithm of 1 + that: a token whose output has become massive where its
+            target is not has a relative error of thousands, and nothing else would be learned.
     """
     target = target.to(torch.float32)
     squares = (output.to(torch.float32) - target).square()
-    if relative:
-        squares = squares.mean(-1) / target.square().mean(-1)  # [windows, seqlen]
-    return squares.mean()
+    if loss == "mse":
+        return squares.mean()
+    relative = squares.mean(-1) / target.square().mean(-1)  # [windows, seqlen]
+    return (relative.log1p() if loss == "cauchy" else relative).mean()
 
 
 @dataclass
@@ -177,8 +185,12 @@ class RecoversBlocks(Protocol):
     def target(self) -> Target:
         """What the output of a block should be."""
 
+    @property
+    def moves_mask(self) -> bool:
+        """Whether other weights than the method's may be 0 afterwards, as many in each matrix."""
+
     def recover_block(self, pruned: PrunedBlock) -> RecoveredBlock:
-        """Write new kept weights into the linears of a block; pruned places stay +0.0."""
+        """Write new weights into the linears of a block; pruned places are +0.0."""
 
 
 @dataclass(frozen=True)
@@ -188,9 +200,11 @@ class Recovery:
     Attributes:
         recoverer: What trains each block.
         seed: Of the run.
+        sparsity: What each matrix is pruned to, by name.
         report: Called with each recovered block.
     """
 
     recoverer: RecoversBlocks
     seed: int = 0
+    sparsity: Mapping[str, Sparsity] = field(default_factory=dict)
     report: Callable[[RecoveredBlock], Any] = lambda block: None

@@ -32,9 +32,10 @@ import torch
 from prunebench.errors import IncompatibleData, UsageError
 from prunebench.models.linears import Linear
 from prunebench.models.out_of_memory import is_out_of_memory
-from prunebench.models.pruned_block import PrunedBlock, RecoveredBlock, Target, squared_error
+from prunebench.models.pruned_block import Loss, PrunedBlock, RecoveredBlock, Target, output_loss
 from prunebench.recovery.masked_weights import MaskedWeights
 from prunebench.recovery.protocol import BlockRecoverer, RecoveryCost
+from prunebench.recovery.refine import Refinement
 
 _BETAS = (0.9, 0.95)
 _EPSILON = 1e-10  # the loss is divided by its start, so gradients are small but of known size
@@ -51,13 +52,16 @@ class Block(BlockRecoverer):
         schedule: How the rate falls to 0.
         target: The dense model's hidden state after the block, or the dense block's output of the
             pruned model's hidden state.
-        loss: Relative to the mean square of each token's target, so that tokens with massive
-            activations count as any other; or the mean squared error (`mse`), as in the papers.
+        loss: `cauchy`: the logarithm of 1 + each token's squared error relative to its target, so
+            that no token dominates; `relative`: without the logarithm; `mse`: the mean squared
+            error, as in the papers.
         held_out: Share of the calibration windows that are not trained on and choose what stays.
         checks: How often in an epoch the held-out error is measured.
         norms: Whether the weights and biases of normalizations are trained too.
         halves: Whether the linears of the block's first part (attention) are trained before the
             others: less memory, twice the steps.
+        refine: Epochs, of the first ones, in which pruned weights are trained too and after which
+            the mask is chosen anew (Wanda++); 0 keeps the method's mask.
     """
 
     lr: float = 0.016
@@ -65,11 +69,17 @@ class Block(BlockRecoverer):
     batch: int = 2
     schedule: Literal["linear", "cosine"] = "linear"
     target: Target = "dense"
-    loss: Literal["mse", "relative"] = "relative"
+    loss: Loss = "cauchy"
     held_out: float = 0.125
     checks: int = 2
     norms: bool = False
     halves: bool = False
+    refine: int = 0
+
+    @property
+    def moves_mask(self) -> bool:
+        """Whether other weights than the method's may be 0 afterwards."""
+        return self.refine > 0
 
     def __post_init__(self) -> None:
         """Refuse values out of range.
@@ -84,6 +94,10 @@ class Block(BlockRecoverer):
                 raise ValueError(f"{name}={getattr(self, name)} is not 1 or more")
         if not 0 < self.held_out <= 0.5:
             raise ValueError(f"held_out={self.held_out:g} is not above 0 and at most 0.5")
+        if not 0 <= self.refine < self.epochs:
+            raise ValueError(
+                f"refine={self.refine} is not 0 or more and below epochs={self.epochs}"
+            )
 
     def check(self, *, samples: int) -> None:
         """Refuse calibration sets of which no window can be held out."""
@@ -99,16 +113,17 @@ class Block(BlockRecoverer):
         """Return forward and backward passes of training, and the passes of the checks."""
         held = int(samples * self.held_out) / samples
         parts = 2 if self.halves else 1
-        training = 3 * self.epochs * (1 - held) * parts
+        epochs = self.epochs + (1 if self.refine else 0)  # the scores take a pass and its gradient
+        training = 3 * epochs * (1 - held) * parts
         checking = held * (1 + self.epochs * self.checks * parts)
         # the masters of the other half are needed too, its moments are not
-        copies = 3 if parts == 1 else 2
+        copies = (3 if parts == 1 else 2) + (1 if self.refine else 0)
         return RecoveryCost(training + checking, copies=copies, batch=self.batch)
 
     def recover_block(self, pruned: PrunedBlock) -> RecoveredBlock:
         """Train the kept weights; the weights with the lowest held-out error stay."""
         train, held = split(pruned.samples, self.held_out)
-        start = pruned.error(held, self.batch, relative=self.loss == "relative")
+        start = pruned.error(held, self.batch, self.loss)
         if not math.isfinite(start):
             return RecoveredBlock(pruned.index, event="the block's output is not finite")
         record = RecoveredBlock(
@@ -158,9 +173,10 @@ class _Training:
             for start in range(0, len(train), options.batch)
         ]
         self._weights = MaskedWeights(pruned, linears, norms=norms)
-        self._is_relative = options.loss == "relative"
+        self._linears = linears
+        self._train = train
         self._scale = record.held_out_before or 1.0
-        self._losses: list[float] = []  # mean squared error of each step
+        self._losses: list[float] = []  # of each step
 
     def run(self) -> RecoveredBlock:
         """Train for all epochs; return the record with what came of it."""
@@ -176,29 +192,38 @@ class _Training:
         optimizer = torch.optim.Adam(groups, lr=0.0, betas=_BETAS, eps=_EPSILON, fused=True)
         count = len(self._batches)
         total = options.epochs * count
+        refinement = None
+        if options.refine:
+            refinement = Refinement(self._pruned, weights, self._linears, self._train)
         generator = torch.Generator().manual_seed(self._pruned.seed)
         checks = {math.ceil(count * (n + 1) / options.checks) for n in range(options.checks)}
         for epoch in range(options.epochs):
+            is_fixed = epoch >= options.refine
             order = torch.randperm(count, generator=generator).tolist()
             for number, batch in enumerate(order, 1):
                 step = epoch * count + number
                 for group in optimizer.param_groups:
                     group["lr"] = group["base"] * _falling(options.schedule, (step - 1) / total)
-                loss = self._step(optimizer, self._batches[batch])
+                loss = self._step(optimizer, self._batches[batch], masked=is_fixed)
                 self._note(
                     steps=self._record.steps + 1,
                     tokens=self._record.tokens + len(self._batches[batch]) * self._pruned.seqlen,
                 )
                 if not math.isfinite(loss):
                     return self._failed(f"the loss of step {step} is not finite")
-                if number in checks and not self._check():
+                if refinement is not None and not is_fixed and number == count:
+                    refinement.choose(optimizer)
+                # between two masks all weights move: nothing to measure
+                if number in (checks if is_fixed else {count}) and not self._check():
                     return self._failed(f"the weights after step {step} are not finite")
         return self._note(
             train_before=_mean(self._losses[:count]), train_after=_mean(self._losses[-count:])
         )
 
-    def _step(self, optimizer: torch.optim.Optimizer, windows: Sequence[int]) -> float:
-        """Make one step; return its mean squared error."""
+    def _step(
+        self, optimizer: torch.optim.Optimizer, windows: Sequence[int], *, masked: bool
+    ) -> float:
+        """Make one step, of the kept weights if `masked`; return its loss."""
         try:
             loss = self._pruned.batch.sum(
                 lambda part: self._backward(part, len(windows)),
@@ -215,7 +240,8 @@ class _Training:
             ) from error
         self._losses.append(loss)
         if math.isfinite(loss):
-            self._weights.mask_gradients()
+            if masked:
+                self._weights.mask_gradients()
             optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         return loss
@@ -227,7 +253,7 @@ class _Training:
         inputs = pruned.inputs(windows).to(torch.float32)  # [windows, seqlen, hidden]
         with torch.enable_grad():
             output = call.run(self._weights, inputs)
-            error = squared_error(output, pruned.targets(windows), relative=self._is_relative)
+            error = output_loss(output, pruned.targets(windows), self._options.loss)
             loss = error * (len(windows) / of / self._scale)
         torch.autograd.backward([loss])
         return float(loss.detach()) * self._scale
@@ -237,7 +263,7 @@ class _Training:
         if not self._weights.are_finite:
             return False
         with self._weights.written() as trial:
-            error = self._pruned.error(self._held, self._options.batch, relative=self._is_relative)
+            error = self._pruned.error(self._held, self._options.batch, self._options.loss)
             best = self._record.held_out_after
             trial.stays = best is not None and error < best
         if trial.stays:

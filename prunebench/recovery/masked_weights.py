@@ -35,6 +35,7 @@ class MaskedWeights:
     def __init__(self, pruned: PrunedBlock, linears: Collection[Linear], *, norms: bool) -> None:
         self._module = pruned.module
         self._dtype = next(pruned.module.parameters()).dtype
+        self._names = {id(x): name for name, x in pruned.module.named_parameters()}
         self.untrained = tuple(
             linear.name for linear in linears if _is_starved(linear, pruned.tokens)
         )
@@ -56,7 +57,7 @@ class MaskedWeights:
 
     def _keeps(self, linears: Collection[Linear]) -> dict[str, Tensor | None]:
         """Return where each parameter may change, from the zeros of the pruned weights."""
-        names = {id(parameter): name for name, parameter in self._module.named_parameters()}
+        names = self._names
         keeps: dict[str, Tensor | None] = {}
         for linear in linears:
             parameter = getattr(linear.module, linear.attribute)
@@ -68,6 +69,39 @@ class MaskedWeights:
             part = keep if linear.expert is None else keep[linear.expert]
             torch.ne(linear.stored, 0, out=part)
         return {name: keep for name, keep in keeps.items() if keep is not None and keep.any()}
+
+    def name_of(self, linear: Linear) -> str | None:
+        """Return the name of the master that holds a matrix; None if it is not trained."""
+        name = self._name(linear)
+        return name if name in self.trained and linear.name not in self.untrained else None
+
+    def _name(self, linear: Linear) -> str:
+        return self._names[id(getattr(linear.module, linear.attribute))]
+
+    @staticmethod
+    def part(tensor: Tensor, linear: Linear) -> Tensor:
+        """Return a matrix's part of a tensor that is shaped as its master, a view [out, in]."""
+        part = tensor if linear.expert is None else tensor[linear.expert]
+        return part.T if linear.transposed else part
+
+    def matrix(self, linear: Linear) -> Tensor:
+        """Return the master of a trained matrix, a view (out, in) without a gradient."""
+        return self.part(self.trained[self._name(linear)].detach(), linear)
+
+    def keep_of(self, linear: Linear) -> Tensor:
+        """Return where a trained matrix may change, a view (out, in) of what is used."""
+        keep = self._keeps_of[self._name(linear)]
+        assert keep is not None
+        return self.part(keep, linear)
+
+    @torch.no_grad()
+    def prune(self, linear: Linear, optimizer: torch.optim.Optimizer) -> None:
+        """Set the pruned places of a trained matrix to 0, and what the optimizer knows of them."""
+        keep = self.keep_of(linear)
+        state = optimizer.state[self.trained[self._name(linear)]]
+        self.matrix(linear).masked_fill_(~keep, 0.0)
+        for key in ("exp_avg", "exp_avg_sq"):  # moments would move the pruned weights on
+            self.part(state[key], linear).masked_fill_(~keep, 0.0)
 
     def rms(self, name: str) -> float:
         """Return the root mean square of the kept weights of a trained matrix."""

@@ -70,6 +70,11 @@ class BlockRecoverer(ABC):
     needs: ClassVar[Needs] = Needs(calibration=True)
     target: Target = "dense"
 
+    @property
+    def moves_mask(self) -> bool:
+        """Whether other weights than the method's may be 0 afterwards, as many in each matrix."""
+        return False
+
     def check(self, *, samples: int) -> None:  # noqa: B027  (nothing to refuse is a default)
         """Accept any number of windows."""
 

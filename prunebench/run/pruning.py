@@ -180,7 +180,7 @@ def prune_linears(
             "gradients", total=samples, detail=detail, unit="windows"
         ) as advance:
             gradients = gradient_norms(model, plan.windows.token_ids, norm=norm, advance=advance)
-    recovery, learns = recovery_of(plan), plan.training is not None
+    recovery, learns = recovery_of(plan, requested), plan.training is not None
     detail = f"{plan.spec.method} {plan.sparsity}"
     if recovery and not learns:
         detail += f", each block then by {plan.spec.recover.partition(THEN)[0]}"

@@ -19,17 +19,23 @@ from prunebench.pruners.protocol import PruneReport
 from prunebench.recovery import THEN
 from prunebench.recovery.protocol import BlockRecoverer, DistillPoint, ModelRecovery
 from prunebench.run.plan import Plan
+from prunebench.sparsity import Sparsity
 
 
-def recovery_of(plan: Plan) -> Recovery | None:
-    """Return the recovery that a walk includes, with a line of progress for every block."""
+def recovery_of(plan: Plan, sparsity: Mapping[str, Sparsity]) -> Recovery | None:
+    """Return the recovery that a walk includes, with a line of progress for every block.
+
+    Args:
+        plan: Of the run.
+        sparsity: What each matrix is pruned to, by name.
+    """
     if not isinstance(plan.recoverer, BlockRecoverer):
         return None
 
     def report(block: RecoveredBlock) -> None:
         plan.progress.note(f"  {format_recovered(block)}")
 
-    return Recovery(plan.recoverer, seed=plan.spec.seed, report=report)
+    return Recovery(plan.recoverer, plan.spec.seed, sparsity, report)
 
 
 def format_recovered(block: RecoveredBlock) -> str:

@@ -29,9 +29,10 @@ GENTLE = Block(lr=0.02)
 def recover(model, recoverer=GENTLE, *, method="magnitude", sparsity="2:4", order="joint", **more):
     """Prune a tiny model with a recovery; return the walker."""
     options = {"token_ids": tiny_tokens(samples=16), "batch_tokens": 48} | more
-    walker = BlockWalker(model, within_block=order, recovery=Recovery(recoverer), **options)
-    target = Sparsity.parse(sparsity)
-    METHODS.make(method, {}).prune(walker, {linear.name: target for linear in walker.linears})
+    target = dict.fromkeys((x.name for x in find_linears(model)), Sparsity.parse(sparsity))
+    recovery = Recovery(recoverer, sparsity=target)
+    walker = BlockWalker(model, within_block=order, recovery=recovery, **options)
+    METHODS.make(method, {}).prune(walker, target)
     return walker
 
 
