@@ -11,6 +11,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
+from prunebench.results.quantization_schema import QuantizationBlock
 from prunebench.results.recovery_schema import RecoveryBlock
 from prunebench.spec import AUTO, Bos, OptionValue, RunSpec
 
@@ -323,6 +324,9 @@ class Result(_Block):
     # left out where there is none: rows of before there was recovery keep their bytes
     recovery: RecoveryBlock | None = Field(default=None, exclude_if=lambda block: block is None)
     sparsity: SparsityBlock | None = None
+    quantization: QuantizationBlock | None = Field(
+        default=None, exclude_if=lambda block: block is None
+    )
     scores: list[Score] = []
     execution: ExecutionBlock | None = None
     cost: CostBlock | None = None
