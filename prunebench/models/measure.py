@@ -36,7 +36,7 @@ class Measured:
 
 
 def measure_linear(linear: Linear, sparsity: Sparsity, grid: WeightGrid | None = None) -> Measured:
-    """Count the zeros of a matrix, the groups that break `sparsity`, and those that leave `grid`."""
+    """Count zeros, the groups that break `sparsity`, and those that leave `grid`."""
     stored = linear.stored
     weight = stored.T if linear.transposed else stored  # [out, in]
     zero = weight == 0

@@ -118,7 +118,7 @@ class Quantizes(Protocol):
 
 @runtime_checkable
 class ClaimsGrid(Protocol):
-    """A pruner that says which values its weights may hold; a run checks that they hold no other."""
+    """A pruner that says which values its weights may hold; a run checks the weights for it."""
 
     @property
     def grid(self) -> WeightGrid | None:

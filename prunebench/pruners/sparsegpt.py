@@ -108,7 +108,9 @@ class SparseGPT(GroupPruner):
         """
         parts = _parts(weights, sparsities)
         if stats.tokens == 0:
-            dropped = [smallest_dropped(w, part.sparsity) for w, part in zip(weights, parts)]
+            dropped = [
+                smallest_dropped(w, part.sparsity) for w, part in zip(weights, parts, strict=True)
+            ]
             if self.grid:
                 dropped = [round_to_nearest(weight, self.grid) for weight in dropped]
             events = map(self._events_of_zeros, dropped, names, parts)
@@ -266,7 +268,7 @@ def _keep_groups(block: Tensor, keep: Tensor, scales: list[float], j: int, part:
 
 
 def _chunks(length: int, width: int, inner: int) -> Iterator[tuple[int, int]]:
-    """Yield the ends of chunks of at most `inner` columns, none of them in two groups of `width`."""
+    """Yield the ends of chunks of at most `inner` columns, each inside a group of `width`."""
     for start in range(0, length, width):
         stop = min(start + width, length)
         for first in range(start, stop, inner):
