@@ -17,9 +17,13 @@ where a group is narrower than a block; weights of dead inputs are rounded, not 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
+from prunebench.errors import UsageError
+from prunebench.models.source import CatalogEntry
 from prunebench.pruners.sparsegpt import SparseGPT
+from prunebench.sparsity import Sparsity
+from prunebench.spec import OptionValue
 
 
 @dataclass(frozen=True)
@@ -42,3 +46,23 @@ class Gptq(SparseGPT):
         super().__post_init__()
         if self.quantize_bits is None:
             raise ValueError("gptq needs quantize_bits: it does nothing else")
+
+    def for_model(self, entry: CatalogEntry | None, calibration: str | None) -> Gptq:
+        """Return itself: no option depends on the model."""
+        return self
+
+    def options(self) -> dict[str, OptionValue]:
+        """Return all options."""
+        return asdict(self)
+
+    def check(self, sparsity: Sparsity) -> None:
+        """Refuse to prune.
+
+        Raises:
+            UsageError: The sparsity is not 0.
+        """
+        if sparsity.ratio:
+            raise UsageError(
+                "gptq does not prune",
+                fix="leave --sparsity out; --method sparsegpt --set quantize_bits=4 does both",
+            )

@@ -111,10 +111,9 @@ def _resolve_method(
         pruner.check(sparsity)
         options = pruner.options()
     if not row.prunes and sparsity.ratio != 0:
-        fix = "leave --sparsity out, or use 0"
-        if row.quantizes:
-            fix += f"; --method sparsegpt --sparsity {sparsity} --set quantize_bits=4 does both"
-        raise UsageError(f"the method {spec.method} does not prune", fix=fix)
+        raise UsageError(
+            f"the method {spec.method} does not prune", fix="leave --sparsity out, or use 0"
+        )
     _require_whole_groups(pruner, sparsity)
     if spec.allocation != "uniform" and (sparsity.is_pattern or not row.prunes):
         raise UsageError(
