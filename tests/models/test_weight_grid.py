@@ -47,7 +47,8 @@ def test_more_codes_than_there_are_bits_for_are_noticed():
 
 def test_a_step_of_another_group_is_noticed():
     form = WeightGrid(4, 32)
-    assert count_off_grid(on_grid(form), WeightGrid(4, 64)) == 80  # all: two steps in each
+    # columns 0 to 63 of each of 40 rows have two steps, 64 to 95 one
+    assert count_off_grid(on_grid(form), WeightGrid(4, 64)) == 40
     assert count_off_grid(on_grid(form), WeightGrid(4, 16)) == 0
 
 

@@ -3,19 +3,14 @@
 import pytest
 
 from prunebench.results.sizes import size_of, target_of
-from tests.factories import make_result, only_table
+from tests.factories import counted, make_result, only_table
 
-MODEL = {
-    "id": "m", "source": "folder", "revision": "r", "architecture": "a", "parameters": 1_200_000,
-    "prunable_parameters": 1_000_000, "dtype": "float32", "dense_sha256": "d",
-    "evaluated_sha256": "e",
-}  # fmt: skip
 REST = 400_000  # 200,000 other parameters of 16 bits
 
 
 def sized(method, sparsity, *, realised=0.5, bits=None, symmetric=False, removal=None, **more):
-    result = make_result(method=method, sparsity=sparsity, realised=realised, **more)
-    fields = {**result.model_dump(), "model": MODEL}
+    result = counted(make_result(method=method, sparsity=sparsity, realised=realised, **more))
+    fields = result.model_dump()
     fields["sparsity"]["removal"] = removal
     if bits:
         fields["quantization"] = {
@@ -83,10 +78,8 @@ def test_it_is_what_a_checkpoint_in_16_bits_would_take(tmp_path, sparsity, form)
     path = tmp_path / "model.safetensors"
     save_file({"model.layers.0.mlp.up_proj.weight": weight, "other": other}, path)
     stored = computed_storage(stored_tensors([path]))
-    counts = {"parameters": 64 * 96 + 1000, "prunable_parameters": 64 * 96}
-    result = sized("wanda", sparsity)
-    result = result.model_copy(update={"model": result.model.model_copy(update=counts)})
-    size = size_of(result)
+    result = make_result(method="wanda", sparsity=sparsity)
+    size = size_of(counted(result, parameters=64 * 96 + 1000, prunable=64 * 96))
     assert (size.form, size.dense_bytes) == (form, stored.dense_bytes)
     assert size.total_bytes == stored.best[1]
 
