@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from prunebench.models.linears import Linear
 from prunebench.models.out_of_memory import is_out_of_memory, report_halved
 from prunebench.models.replay import BlockCall
+from prunebench.models.weight_grid import WeightGrid
 from prunebench.sparsity import Sparsity
 
 Target = Literal["dense", "local"]
@@ -79,6 +80,7 @@ class PrunedBlock:
             else None.
         seed: Of the run and this block.
         sparsity: What each matrix was pruned to, by name.
+        grid: The form of its matrices if they are quantized.
         inputs: Returns the inputs of some windows, (windows, seqlen, hidden), on the device.
         targets: Returns the targets of some windows, (windows, seqlen, hidden), on the device.
         call: Returns the arguments of the block for some windows.
@@ -97,6 +99,7 @@ class PrunedBlock:
     call: Callable[[Sequence[int]], BlockCall]
     batch: WindowBatch
     sparsity: Mapping[str, Sparsity] = field(default_factory=dict)
+    grid: WeightGrid | None = None
 
     @property
     def device(self) -> torch.device:
@@ -201,10 +204,12 @@ class Recovery:
         recoverer: What trains each block.
         seed: Of the run.
         sparsity: What each matrix is pruned to, by name.
+        grid: The form of matrices that the method quantizes.
         report: Called with each recovered block.
     """
 
     recoverer: RecoversBlocks
     seed: int = 0
     sparsity: Mapping[str, Sparsity] = field(default_factory=dict)
+    grid: WeightGrid | None = None
     report: Callable[[RecoveredBlock], Any] = lambda block: None

@@ -143,6 +143,7 @@ class Streams:
             call=lambda windows: self._call(index, windows),
             batch=self._batch,
             sparsity=self._recovery.sparsity,
+            grid=self._recovery.grid,
         )
         record = self._recovery.recoverer.recover_block(pruned)
         added: dict[str, int] = {}

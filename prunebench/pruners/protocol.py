@@ -108,15 +108,6 @@ class Pruner(Protocol):
 
 
 @runtime_checkable
-class Quantizes(Protocol):
-    """A pruner that may round the kept weights to a grid."""
-
-    @property
-    def quantize_bits(self) -> int | None:
-        """Bits of the grid; None if nothing is rounded."""
-
-
-@runtime_checkable
 class ClaimsGrid(Protocol):
     """A pruner that says which values its weights may hold; a run checks the weights for it."""
 

@@ -24,7 +24,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
@@ -36,6 +36,7 @@ from prunebench.models.pruned_block import Loss, PrunedBlock, RecoveredBlock, Ta
 from prunebench.recovery.masked_weights import MaskedWeights
 from prunebench.recovery.protocol import BlockRecoverer, RecoveryCost
 from prunebench.recovery.refine import Refinement
+from prunebench.registry import LATER
 
 _BETAS = (0.9, 0.95)
 _EPSILON = 1e-10  # the loss is divided by its start, so gradients are small but of known size
@@ -74,7 +75,7 @@ class Block(BlockRecoverer):
     checks: int = 2
     norms: bool = False
     halves: bool = False
-    refine: int = 0
+    refine: int = field(default=0, metadata=LATER)
 
     @property
     def moves_mask(self) -> bool:

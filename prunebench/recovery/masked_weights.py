@@ -12,6 +12,7 @@ from torch.func import functional_call
 
 from prunebench.models.linears import Linear
 from prunebench.models.pruned_block import PrunedBlock
+from prunebench.recovery.fixed_grid import FixedGrid, StraightThrough
 
 _HALF = (torch.float16, torch.bfloat16)
 
@@ -43,6 +44,7 @@ class MaskedWeights:
         if norms:
             keeps |= dict.fromkeys(_norm_parameters(pruned.module))
         self._keeps_of: dict[str, Tensor | None] = keeps
+        self._grids = self._find_grids(pruned, [x for x in linears if x.name not in self.untrained])
         self._originals = dict(pruned.module.named_parameters())
         self.trained: dict[str, Tensor] = {}
         self._values: dict[str, Tensor] = {}
@@ -69,6 +71,18 @@ class MaskedWeights:
             part = keep if linear.expert is None else keep[linear.expert]
             torch.ne(linear.stored, 0, out=part)
         return {name: keep for name, keep in keeps.items() if keep is not None and keep.any()}
+
+    def _find_grids(
+        self, pruned: PrunedBlock, linears: Collection[Linear]
+    ) -> dict[str, list[tuple[Linear, FixedGrid]]]:
+        """Return the grids of quantized matrices, by the parameter that holds them."""
+        grids: dict[str, list[tuple[Linear, FixedGrid]]] = {}
+        if pruned.grid is None:
+            return grids
+        for linear in linears:
+            fixed = FixedGrid(linear.read(), pruned.grid, linear.name)
+            grids.setdefault(self._name(linear), []).append((linear, fixed))
+        return grids
 
     def name_of(self, linear: Linear) -> str | None:
         """Return the name of the master that holds a matrix; None if it is not trained."""
@@ -112,8 +126,22 @@ class MaskedWeights:
     def __call__(self, *args: object, **kwargs: object) -> object:
         """Run the block with the masters in place of its parameters."""
         with self._autocast():
-            result: object = functional_call(self._module, self._values, args, kwargs)
+            rounded = {name: self._rounded(name) for name in self.trained if name in self._grids}
+            values = {**self._values, **rounded}
+            result: object = functional_call(self._module, values, args, kwargs)
             return result
+
+    def _rounded(self, name: str) -> Tensor:
+        """Return a master as the block will hold it: on its grid, if the matrix is quantized."""
+        value = self.trained[name]
+        if name not in self._grids:
+            return value
+        rounded = value.detach().clone()
+        for linear, grid in self._grids[name]:
+            part = self.part(rounded, linear)
+            part.copy_(grid.round(part))
+        result: Tensor = StraightThrough.apply(value, rounded)
+        return result
 
     def _autocast(self) -> contextlib.AbstractContextManager[object]:
         """On a GPU a 16-bit model is multiplied in bfloat16; on a CPU float32 is as fast."""
@@ -143,9 +171,9 @@ class MaskedWeights:
         old = {name: self._originals[name].detach().clone() for name in self.trained}
         trial = Trial()
         try:
-            for name, value in self.trained.items():
+            for name in self.trained:
                 # a weight that rounds to -0.0 becomes +0.0
-                self._originals[name].data.copy_(value.detach()).add_(0.0)
+                self._originals[name].data.copy_(self._rounded(name).detach()).add_(0.0)
             yield trial
         finally:
             for name, value in old.items() if not trial.stays else ():

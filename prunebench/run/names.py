@@ -21,12 +21,12 @@ from prunebench.models.weight_grid import WHOLE_ROW
 from prunebench.options import options_of
 from prunebench.pruners import METHODS
 from prunebench.pruners.layer import DependsOnModel, Pruner
-from prunebench.pruners.protocol import Quantizes, grid_of
+from prunebench.pruners.protocol import grid_of
 from prunebench.recovery import RECOVERERS, join_options, resolve_parts
 from prunebench.recovery.protocol import ModelRecoverer, Recoverer
 from prunebench.sparse24.backends.table import require_backend
 from prunebench.sparsity import Sparsity
-from prunebench.spec import NO_RECOVERY, RunSpec, Setup
+from prunebench.spec import AUTO, NO_RECOVERY, RunSpec, Setup
 
 Fields = dict[str, Any]
 """Fields of a spec that a step fills in."""
@@ -66,7 +66,7 @@ def check_names(spec: RunSpec, setup: Setup, source: ModelSource | None = None) 
     pruner, allocator, sparsity, fields = _resolve_method(spec, entry, recoverer, learns=learns)
     fields["recover_options"] = recover_options
     if spec.recover != NO_RECOVERY:
-        _require_free_weights(spec, pruner)
+        _require_trainable(spec, pruner, model_recoverer)
     if model_recoverer is not None and getattr(recoverer, "norms", False):
         raise UsageError(
             f"--recover {spec.recover} does not go with recover.norms=true",
@@ -227,14 +227,21 @@ def _is_whole(recoverer: Any) -> bool:
     return isinstance(recoverer, ModelRecoverer)
 
 
-def _require_free_weights(spec: RunSpec, pruner: Pruner) -> None:
-    """Refuse to train weights that were rounded to a grid: they would leave it."""
-    if isinstance(pruner, Quantizes) and pruner.quantize_bits is not None:
+def _require_trainable(spec: RunSpec, pruner: Pruner, whole: ModelRecoverer | None) -> None:
+    """Refuse to train weights that are rounded to a grid, except block by block in float32."""
+    if grid_of(pruner) is None:
+        return
+    if whole is not None:
         raise UsageError(
-            f"--recover {spec.recover} does not go with quantize_bits={pruner.quantize_bits}",
-            where="training moves the kept weights off the grid that they were rounded to",
-            fix="leave --recover out"
-            + (", or --set quantize_bits" if METHODS.find(spec.method).prunes else ""),
+            f"--recover {spec.recover} does not go with weights that are rounded to a grid",
+            where="training the whole model would move them off it",
+            fix="use --recover block, which trains them on the grid",
+        )
+    if spec.dtype not in ("float32", AUTO):  # what `auto` becomes is checked on the weights
+        raise UsageError(
+            f"--recover {spec.recover} does not go with a grid and --dtype {spec.dtype}",
+            where="rounded to 16 bits, weights no longer tell the steps of their grid",
+            fix="use --dtype float32",
         )
 
 

@@ -15,7 +15,7 @@ from prunebench.errors import CheckFailed
 from prunebench.models.linears import find_linears
 from prunebench.models.pruned_block import RecoveredBlock, Recovery
 from prunebench.models.walker import BlockWalker
-from prunebench.pruners.protocol import PruneReport
+from prunebench.pruners.protocol import PruneReport, grid_of
 from prunebench.recovery import THEN
 from prunebench.recovery.protocol import BlockRecoverer, DistillPoint, ModelRecovery
 from prunebench.run.plan import Plan
@@ -35,7 +35,7 @@ def recovery_of(plan: Plan, sparsity: Mapping[str, Sparsity]) -> Recovery | None
     def report(block: RecoveredBlock) -> None:
         plan.progress.note(f"  {format_recovered(block)}")
 
-    return Recovery(plan.recoverer, plan.spec.seed, sparsity, report)
+    return Recovery(plan.recoverer, plan.spec.seed, sparsity, grid_of(plan.pruner), report)
 
 
 def format_recovered(block: RecoveredBlock) -> str:

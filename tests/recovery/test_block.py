@@ -26,13 +26,16 @@ from tests.conftest import slow_beyond
 GENTLE = Block(lr=0.02)
 
 
-def recover(model, recoverer=GENTLE, *, method="magnitude", sparsity="2:4", order="joint", **more):
+def recover(
+    model, recoverer=GENTLE, *, method="magnitude", sparsity="2:4", order="joint", grid=None, **more
+):
     """Prune a tiny model with a recovery; return the walker."""
+    pruner = METHODS.make(method, {"quantize_bits": grid.bits} if grid else {})
     options = {"token_ids": tiny_tokens(samples=16), "batch_tokens": 48} | more
     target = dict.fromkeys((x.name for x in find_linears(model)), Sparsity.parse(sparsity))
-    recovery = Recovery(recoverer, sparsity=target)
+    recovery = Recovery(recoverer, sparsity=target, grid=grid)
     walker = BlockWalker(model, within_block=order, recovery=recovery, **options)
-    METHODS.make(method, {}).prune(walker, target)
+    pruner.prune(walker, target)
     return walker
 
 

@@ -284,7 +284,16 @@ def test_a_run_on_disk_is_the_same_row(cli, tiny_run, tmp_path):
         (["-m", "wanda", "--set", "recover.lr=1"], 2, ["--set recover.lr goes with --recover"]),
         (["-m", "wanda", "--recover", "block"], 2, ["4 calibration windows are too few"]),
         (["-m", "wanda", "--recover", "no_such:X"], 2, ["cannot be imported"]),
-        (["-m", "sparsegpt", *RECOVER, "--set", "quantize_bits=4"], 2, ["off the grid"]),
+        (
+            ["-m", "sparsegpt", *RECOVER, "--set", "quantize_bits=4", "--dtype", "bfloat16"],
+            2,
+            ["does not go with a grid and --dtype bfloat16"],
+        ),
+        (
+            ["-m", "sparsegpt", "--recover", "distill", "--set", "quantize_bits=4"],
+            2,
+            ["does not go with weights that are rounded to a grid"],
+        ),
     ],
     ids=lambda value: " ".join(map(str, value)) if isinstance(value, list) else None,
 )
