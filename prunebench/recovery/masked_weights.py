@@ -140,7 +140,7 @@ class MaskedWeights:
         for linear, grid in self._grids[name]:
             part = self.part(rounded, linear)
             part.copy_(grid.round(part))
-        result: Tensor = StraightThrough.apply(value, rounded)
+        result: Tensor = StraightThrough.apply(value, rounded)  # type: ignore[no-untyped-call]
         return result
 
     def _autocast(self) -> contextlib.AbstractContextManager[object]:
