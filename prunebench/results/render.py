@@ -257,7 +257,7 @@ def to_frame(tables: Sequence[Table]) -> DataFrame:
         }
         cost = {"realised_ratio": cell.realised_ratio, "prune_seconds": cell.prune_seconds}
         bench = {title: getattr(cell.bench, name, None) for title, name in _BENCH_FIELDS.items()}
-        size = {"target": cell.target}
+        size: dict[str, Any] = {"target": cell.target}
         size |= {title: getattr(cell.size, name, None) for title, name in _SIZE_FIELDS.items()}
         origin = {
             "devices": " ".join(cell.devices), "cpu_threads": " ".join(map(str, cell.cpu_threads)),
