@@ -282,11 +282,11 @@ def to_frame(tables: Sequence[Table]) -> DataFrame:
         "stderr",
         "dense_stderr",
         *_BENCH_NUMBERS,
-        "size_bytes",
         "size_ratio",
     ]
     words = ["stored_as", *(title for title in _BENCH_FIELDS if title not in _BENCH_NUMBERS)]
-    return frame.astype(dict.fromkeys(numbers, "float64") | dict.fromkeys(words, "string"))
+    types = dict.fromkeys(numbers, "float64") | dict.fromkeys(words, "string")
+    return frame.astype(types | {"size_bytes": "Int64"})
 
 
 def to_csv(tables: Sequence[Table]) -> str:
