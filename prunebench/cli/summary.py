@@ -10,6 +10,7 @@ import typer
 from prunebench.results.bench_schema import QualityBlock
 from prunebench.results.names import short_protocol
 from prunebench.results.recovery_schema import EndToEndBlock, RecoveryBlock
+from prunebench.results.removal_schema import RemovalBlock
 from prunebench.results.render import metric_name, number, value_text
 from prunebench.results.schema import ExecutionBlock, Result, Score
 
@@ -46,7 +47,9 @@ def print_summary(result: Result, path: Path, setup: Any, *, masks: str | None =
             ]
             line += "".join(f"; the prior {value}" for value in before) + ")"
         typer.echo(line + full_protocol(score))
-    if name != "dense":
+    if sparsity.removal:
+        _print_removal(result, sparsity.removal)
+    elif name != "dense":
         typer.echo(
             f"  {sparsity.realised_ratio:.2%} of {result.model.prunable_parameters:,} weights "
             f"are zero, pruned in {cost.prune_seconds:.1f} s"
@@ -75,6 +78,18 @@ def print_summary(result: Result, path: Path, setup: Any, *, masks: str | None =
         if place:
             typer.echo(f"  {kind} saved to {place}")
     typer.echo(f"  saved to {path}")
+
+
+def _print_removal(result: Result, removal: RemovalBlock) -> None:
+    """Print which blocks are gone, and their share; no weight of the others became zero."""
+    assert result.cost is not None and result.model is not None
+    count, share = len(removal.blocks), removal.removed_parameters / result.model.parameters
+    blocks = ", ".join(map(str, sorted(removal.blocks))) or "none"
+    typer.echo(f"  {count} of {removal.blocks_before} blocks removed: {blocks}")
+    typer.echo(
+        f"  {result.removed_ratio:.2%} of {result.model.prunable_parameters:,} weights are gone, "
+        f"{share:.2%} of all parameters, chosen in {result.cost.prune_seconds:.1f} s"
+    )
 
 
 def short_title(score: Score | QualityBlock) -> str:

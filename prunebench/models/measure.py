@@ -6,10 +6,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from prunebench.errors import CheckFailed
-from prunebench.models.linears import Linear
+from prunebench.models.linears import Linear, find_blocks
+from prunebench.models.removal import Removal
 from prunebench.sparsity import Sparsity
 
 _TOLERANCE = 1e-4  # allowed difference from the requested sparsity, as a share of the weights
@@ -139,6 +140,40 @@ def require_total(
             where=f"{zeros:,} of {total:,} weights are zero ({zeros / total:.3%}), not {count:,}",
             fix="this is an error of the allocation: its ratios do not add up to the target",
         )
+
+
+def require_removed(
+    after: Sequence[Measured], before: Mapping[str, int], removal: Removal, model: nn.Module
+) -> None:
+    """Raise unless exactly the removed blocks are gone, and the others have the zeros they had.
+
+    Args:
+        after: The matrices that are left.
+        before: Zeros of each dense matrix, by name.
+        removal: What the method says that it removed.
+        model: The smaller model.
+
+    Raises:
+        CheckFailed: The model has other blocks, or zeros that the dense one did not have.
+    """
+    prefix, blocks = find_blocks(model)
+    stay = [index for index in range(removal.blocks_before) if index not in removal.blocks]
+    if len(blocks) != len(stay):
+        raise CheckFailed(
+            f"{len(removal.blocks)} of {removal.blocks_before} blocks were to be removed",
+            where=f"{len(blocks)} are left",
+            fix="this is an error of the pruning method: see prunebench check",
+        )
+    for measured in after:
+        linear = measured.linear
+        inside = linear.name.removeprefix(f"{prefix}.{linear.block_index}")
+        name = f"{prefix}.{stay[linear.block_index]}{inside}"
+        if measured.zeros != before[name]:
+            raise CheckFailed(
+                f"{linear.name} was to stay as it was and did not",
+                where=f"it has {measured.zeros:,} zeros, and had {before[name]:,} as {name}",
+                fix="this is an error of the pruning method: see prunebench check",
+            )
 
 
 def _slack(size: int) -> int:

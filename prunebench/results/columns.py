@@ -198,14 +198,16 @@ def task_means(cells: Sequence[Cell]) -> list[TaskMean]:
 
 
 def columns_of_cost(cells: Iterable[Cell]) -> list[Column]:
-    """Return zeros, time, bytes, speed, seeds and device: those of which anything is known."""
+    """Return zeros, removed weights, costs, seeds and device: what is known of any row."""
     cells = list(cells)
     speeds = {"decode": "decode", "prefill": "prefill"}
-    off_target = any(abs(c.realised_ratio - c.order[0]) > 0.005 for c in cells)
+    off_target = any(abs(c.realised_ratio - c.target_ratio) > 0.005 for c in cells)
     several = len({cell.devices for cell in cells}) > 1
     columns = [
         Column("zeros", "zeros", lambda c: f"{c.realised_ratio:.1%}",
                lambda c: -c.realised_ratio, 8 if off_target else 51),
+        Column("removed", "removed", lambda c: f"{c.removed_ratio:.1%}" if c.removed_ratio
+               else MISSING, lambda c: -c.removed_ratio, 5),
         Column("prune", "prune", lambda c: duration(c.prune_seconds),
                lambda c: c.prune_seconds, 3),
         Column("recover_seconds", "recover", lambda c: duration(c.recover_seconds),

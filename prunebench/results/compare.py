@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 
 _OPTIONS = options_of(RunSpec)
 _SETTINGS = tuple(name for name, option in _OPTIONS.items() if option.about.shown)
+ZEROS = "zeros"  # the structure of a method that removes nothing
 _SCORE_FIELDS = tuple(row.name for row in dataclasses.fields(CellScore))
 
 
@@ -69,6 +70,8 @@ class CellBench:
 class Cell:
     """One row: a spec without its seed, and what its results say together.
 
+    `structure` is what the sparsity counts: `zeros`, or `blocks` that are removed; two structures
+    are never ranked against each other. `removed_ratio` is the share of weights that are gone.
     `shown` are the settings as a table shows them: of options, those in which rows of the same
     method (or allocator) differ, without what most of three and more rows have (`Table.usual`).
     """
@@ -85,6 +88,8 @@ class Cell:
     cpu_threads: tuple[int, ...]
     result_ids: tuple[str, ...]
     bench: CellBench | None = None
+    structure: str = ZEROS
+    removed_ratio: float = 0.0
     shown: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -94,10 +99,21 @@ class Cell:
         return self.method if recover in (None, NO_RECOVERY) else f"{self.method} + {recover}"
 
     @property
-    def order(self) -> tuple[float, bool, str]:
-        """Sort key: dense first, then by ratio, unstructured before N:M."""
+    def order(self) -> tuple[bool, float, bool, str]:
+        """Sort key: dense first, then by ratio, unstructured before N:M, removed blocks last."""
         sparsity = Sparsity.parse(self.sparsity)
-        return (sparsity.ratio, sparsity.is_pattern, self.sparsity)
+        removes = self.structure != ZEROS
+        return (removes, sparsity.ratio, sparsity.is_pattern, self.sparsity)
+
+    @property
+    def target_ratio(self) -> float:
+        """The share of zeros that was asked for; 0 where blocks are removed instead."""
+        return Sparsity.parse(self.sparsity).ratio if self.structure == ZEROS else 0.0
+
+    @property
+    def section(self) -> str:
+        """The title of its section in a table: `0.5`, `2:4`, `0.2 of the blocks`."""
+        return self.sparsity if self.structure == ZEROS else f"{self.sparsity} of the blocks"
 
 
 @dataclass(frozen=True)
@@ -211,6 +227,8 @@ def _cell(run: Mapping[str, Any], scores: dict[str, CellScore]) -> Cell:
         cpu_threads=run["threads"],
         result_ids=run["result_ids"],
         bench=CellBench.of(run) if run["storage"] is not None else None,
+        structure=run["structure"],
+        removed_ratio=run["removed_ratio"],
     )
 
 

@@ -15,14 +15,14 @@ if TYPE_CHECKING:
     from pandas import DataFrame, Series
 
 _SCORE = ["cell", "metric", "protocol"]
-_RIVALS = ["model", "sparsity", "metric", "protocol"]
-_OF_CELL = ["model", "method", "sparsity", "dtype", "model_revision"]
+_RIVALS = ["model", "structure", "sparsity", "metric", "protocol"]
+_OF_CELL = ["model", "method", "structure", "sparsity", "dtype", "model_revision"]
 
 
 def fold_scores(frame: DataFrame) -> DataFrame:
     """Return one row a cell, metric and protocol, cells in the order of their first run.
 
-    Columns: those of `CellScore`, and `cell`, `model`, `method`, `sparsity`, `dtype`,
+    Columns: those of `CellScore`, and `cell`, `model`, `method`, `structure`, `sparsity`, `dtype`,
     `model_revision`, `protocol`.
 
     Args:
@@ -78,6 +78,7 @@ def fold_runs(frame: DataFrame) -> DataFrame:
     cells = runs.drop_duplicates("cell").set_index("cell")
     groups = runs.groupby("cell", sort=False)
     cells["realised_ratio"] = groups["realised_ratio"].mean()
+    cells["removed_ratio"] = groups["removed_ratio"].mean()
     cells["prune_seconds"] = groups["prune_seconds"].median()
     cells["recover_seconds"] = groups["recover_seconds"].median()
     cells["devices"] = groups["device"].unique().map(_sorted_tuple)

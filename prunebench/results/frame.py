@@ -54,6 +54,8 @@ def load_results(folder: str | Path = "results", selectors: Sequence[str] = ()) 
         higher_is_better, limited (only a part of the data was scored), targets (tokens, documents).
         newest: False where a later run repeated this cell, seed, metric and protocol.
         ratio: What the sparsity means, 0.5 for 2:4; realised_ratio: the share of zeros, measured.
+        structure: What the sparsity counts: `zeros`, or `blocks` that are removed.
+        removed_ratio: The share of the weights that are gone with their blocks; they are no zeros.
         prune_seconds, recover_seconds, total_seconds, peak_rss_bytes, peak_gpu_bytes: What the run
             took; `prune_seconds` is without recovery.
         device, device_name, cpu, cpu_threads: Where it ran.
@@ -145,6 +147,8 @@ def _run_fields(result: Result) -> dict[str, Any]:
         "seed": spec.seed,
         "ratio": Sparsity.parse(spec.sparsity).ratio,
         "realised_ratio": result.sparsity.realised_ratio if result.sparsity else None,
+        "structure": "blocks" if result.sparsity and result.sparsity.removal else "zeros",
+        "removed_ratio": result.removed_ratio,
         "prune_seconds": cost.prune_seconds if cost else None,
         "recover_seconds": result.recovery.seconds if result.recovery else None,
         "total_seconds": cost.total_seconds if cost else None,
@@ -187,6 +191,7 @@ def _bench_fields(bench: Bench | None) -> dict[str, Any]:
 
 _FLOATS = (
     "value", "stderr", "dense", "dense_stderr", "ratio", "realised_ratio", "prune_seconds",
+    "removed_ratio",
     "recover_seconds", "total_seconds", "bytes_ratio", "decode_speedup", "prefill_speedup",
 )  # fmt: skip
 _NULLABLE: dict[type, str] = {int: "Int64", float: "Float64", bool: "boolean"}

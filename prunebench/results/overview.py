@@ -178,12 +178,13 @@ def _block(
         lines = [Line(" ", ("dense", *setting_words(c, usual, names)), c) for c in dense]
         sections.append(Section("", tuple(lines)))
     hidden = 0
-    for sparsity in dict.fromkeys(cell.sparsity for cell in sorted(pruned, key=_by_sparsity)):
-        of_one = [cell for cell in pruned if cell.sparsity == sparsity]
+    # removed blocks are no zeros: methods that remove them have sections of their own
+    for title in dict.fromkeys(cell.section for cell in sorted(pruned, key=_by_sparsity)):
+        of_one = [cell for cell in pruned if cell.section == title]
         lines = _lines(of_one, ranking, usual, names, every_setting=every_setting)
         hidden += len(of_one) - len(lines)
         lines.sort(key=lambda line: (_value_last(order, line.cell), line.words))
-        sections.append(Section(sparsity, tuple(lines)))
+        sections.append(Section(title, tuple(lines)))
     caption = caption_of(ranking, dense, pruned, usual, names, dense_rows=dense_rows)
     return Block(
         model=table.model,
@@ -196,7 +197,7 @@ def _block(
     )
 
 
-def _by_sparsity(cell: Cell) -> tuple[float, bool, str]:
+def _by_sparsity(cell: Cell) -> tuple[bool, float, bool, str]:
     return cell.order
 
 

@@ -104,7 +104,7 @@ def row(table: Table, cell: Cell, *, bold: tuple[str, str]) -> list[str]:
     seeds = max((score.seeds for score in cell.scores.values()), default=0)
     return [
         cell.method,
-        cell.sparsity if cell.method != "dense" else MISSING,
+        cell.section if cell.method != "dense" else MISSING,
         *settings,
         *scores,
         f"{cell.realised_ratio:.1%}" if cell.method != "dense" else MISSING,
@@ -196,9 +196,9 @@ def to_latex(tables: Sequence[Table]) -> str:
             lines.append(_latex_row(protocols))
         last = None
         for cell in table.cells:
-            if cell.sparsity != last:
+            if cell.section != last:
                 lines.append(r"\midrule")
-            last = cell.sparsity
+            last = cell.section
             # NUL marks bold: no text holds one, and escaping does not touch it
             lines.append(_latex_row(map(_latex, row(table, cell, bold=("\0", "\0")))))
         caption = _latex(f"{table.model}: {legend([table])}.")
@@ -249,6 +249,7 @@ def to_frame(tables: Sequence[Table]) -> DataFrame:
         origin = {
             "devices": " ".join(cell.devices), "cpu_threads": " ".join(map(str, cell.cpu_threads)),
             "result_ids": " ".join(cell.result_ids), "recover_seconds": cell.recover_seconds,
+            "structure": cell.structure, "removed_ratio": cell.removed_ratio,
         }  # fmt: skip
         for column, score in cell.scores.items():
             metric, _, protocol = column.partition(" ")

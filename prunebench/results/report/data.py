@@ -56,7 +56,7 @@ class Row:
         if self.cell.method == "dense":
             return self.label
         setting = f" ({self.setting})" if self.setting else ""
-        return f"{self.cell.method} {self.cell.sparsity}{setting}"
+        return f"{self.cell.method} {self.cell.section}{setting}"
 
 
 @dataclass(frozen=True)

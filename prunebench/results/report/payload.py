@@ -14,6 +14,7 @@ from typing import Any
 
 from prunebench.results.cell_score import CellScore
 from prunebench.results.columns import duration, plus_minus, times
+from prunebench.results.compare import ZEROS
 from prunebench.results.published import PublishedValue
 from prunebench.results.render import against_dense, value_text
 from prunebench.results.report.data import Cost, Curve, ModelPart, Row, held_out_score
@@ -74,14 +75,15 @@ def row_fields(row: Row) -> Fields:
     return _present(
         id=row.anchor,
         method=clean(cell.method),
-        sparsity=cell.sparsity if not dense else "",
-        ratio=cell.order[0],
+        sparsity=cell.section if not dense else "",
+        ratio=Sparsity.parse(cell.sparsity).ratio,
         pattern=Sparsity.parse(cell.sparsity).is_pattern,
-        zeros=round(cell.realised_ratio, 5),
+        # a removed weight is no zero: such a row has no place on that axis
+        zeros=round(cell.realised_ratio, 5) if cell.structure == ZEROS else None,
         setting=clean(row.setting),
         name=clean(row.name),
         series=clean(row.label),
-        line=clean(row.label if dense else f"{cell.sparsity} {row.label}"),
+        line=clean(row.label if dense else f"{cell.section} {row.label}"),
         short=row.short,
         order=row.order,
         form=bench.form if bench else None,
