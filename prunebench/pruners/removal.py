@@ -9,7 +9,11 @@ from dataclasses import dataclass, field
 from fractions import Fraction
 from typing import ClassVar
 
+import torch
+from torch import nn
+
 from prunebench.errors import CheckFailed, UsageError
+from prunebench.models.linears import find_blocks
 from prunebench.models.removal import remove_blocks
 from prunebench.models.walker import BlockWalker
 from prunebench.pruners.protocol import Needs, PruneReport
@@ -69,6 +73,33 @@ class BlockRemover(ABC):
         tokens = walker.first_windows(1) if self.needs.calibration else None
         removal = remove_blocks(walker.model, choice.blocks, tokens)
         return PruneReport(removal=removal, block_scores=dict(choice.scores))
+
+
+def require_removed_only(smaller: nn.Module, dense: nn.Module, sparsity: Sparsity) -> None:
+    """Raise `CheckFailed` unless blocks are gone and every parameter that stays is what it was."""
+    (prefix, dense_blocks), (_, blocks) = find_blocks(dense), find_blocks(smaller)
+    wanted = len(dense_blocks) - count_of_blocks(sparsity, len(dense_blocks))
+    if len(blocks) != wanted:
+        raise _not_only(f"{len(blocks)} of {len(dense_blocks)} blocks are left, not {wanted}")
+    left = iter(dense_blocks)
+    for index, block in enumerate(blocks):
+        # `any` moves the iterator on: the blocks that stay are in their old order
+        if not any(_equal(block, other) for other in left):
+            raise _not_only(f"{prefix}.{index} is no block of the dense model, in its order")
+    parameters = dict(smaller.named_parameters())
+    for name, parameter in dense.named_parameters():
+        outside = not name.startswith(f"{prefix}.")
+        if outside and not torch.equal(parameters[name], parameter):
+            raise _not_only(f"{name} is in no block, and changed")
+
+
+def _equal(block: nn.Module, other: nn.Module) -> bool:
+    pairs = zip(block.named_parameters(), other.named_parameters(), strict=True)
+    return all(a == b and torch.equal(left, right) for (a, left), (b, right) in pairs)
+
+
+def _not_only(reason: str) -> CheckFailed:
+    return CheckFailed("the method did not only remove blocks", where=reason)
 
 
 def require_ratio(sparsity: Sparsity) -> None:
