@@ -56,7 +56,9 @@ def test_the_scores_are_those_of_the_hidden_states_of_transformers(architecture)
     assert list(scores) == [0, 1, 2]
     assert list(scores.values()) == pytest.approx(expected, rel=1e-4)
     report = prunebench.prune(model, method="depth", sparsity=0.34, calibration=tokens)
-    assert report.sparsity.removal.blocks == [expected.index(min(expected))]
+    lowest = expected.index(min(expected))
+    assert report.sparsity.removal.blocks == [lowest]
+    assert f"blocks {lowest} of 3" in repr(report)
 
 
 def test_iterative_scores_the_rest_again():
@@ -250,3 +252,8 @@ def test_the_error_names_the_shares_that_there_are():
     with pytest.raises(UsageError) as error:
         count_of_blocks(Sparsity(0.001), 30)
     assert error.value.fix == "use --sparsity 0.033 to 0.97, or 0"
+
+
+def test_a_dry_run_says_how_many_blocks_would_go(cli, tiny_run):
+    out = cli(*tiny_run, "-m", "depth", "--sparsity", "0.67", "--dry-run").stdout
+    assert "2 of 3 blocks would be removed" in out
