@@ -262,6 +262,7 @@ def to_frame(tables: Sequence[Table]) -> DataFrame:
         origin = {
             "devices": " ".join(cell.devices), "cpu_threads": " ".join(map(str, cell.cpu_threads)),
             "result_ids": " ".join(cell.result_ids), "recover_seconds": cell.recover_seconds,
+            "structure": cell.structure, "removed_ratio": cell.removed_ratio,
         }  # fmt: skip
         for column, score in cell.scores.items():
             metric, _, protocol = column.partition(" ")
