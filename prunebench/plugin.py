@@ -3,12 +3,12 @@
     from prunebench.plugin import LayerPruner, Needs, keep_rows
 
 Subclass `LayerPruner` (one matrix at a time) or `GroupPruner` (the linears that read one input), or
-implement `Pruner`; implement `Allocator` to spread a ratio over the layers. A class is used as
-`module:Class`, or under a name that a package declares as entry point: groups `prunebench.pruners`
-and `prunebench.allocators`. `prunebench check NAME` runs the contract tests on a method, and so
-does `prunebench.testing.check_pruner`. To train the kept weights afterwards, subclass
-`BlockRecoverer`, or `ModelRecoverer` to train the whole model; `prunebench check recover:NAME`
-checks it.
+implement `Pruner`; subclass `BlockRemover` to remove whole blocks; implement `Allocator` to spread
+a ratio over the layers. A class is used as `module:Class`, or under a name that a package declares
+as entry point: groups `prunebench.pruners` and `prunebench.allocators`. `prunebench check NAME`
+runs the contract tests on a method, and so does `prunebench.testing.check_pruner`. To train the
+kept weights afterwards, subclass `BlockRecoverer`, or `ModelRecoverer` to train the whole model;
+`prunebench check recover:NAME` checks it.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from prunebench.models.walker import BlockWalker, LinearGroup
 from prunebench.pruners.keep import keep_group, keep_largest, keep_matrix, keep_rows
 from prunebench.pruners.layer import GroupPruner, LayerPruner
 from prunebench.pruners.protocol import LayerEvent, Needs, Pruned, Pruner, PruneReport
+from prunebench.pruners.removal import BlockChoice, BlockRemover
 from prunebench.recovery.protocol import (
     BlockRecoverer,
     ModelRecoverer,
@@ -34,7 +35,9 @@ from prunebench.sparsity import Sparsity
 __all__ = [
     "Allocation",
     "Allocator",
+    "BlockChoice",
     "BlockRecoverer",
+    "BlockRemover",
     "BlockWalker",
     "GroupPruner",
     "IncompatibleData",

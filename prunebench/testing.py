@@ -30,6 +30,7 @@ from prunebench.models.walker import BlockWalker
 from prunebench.models.weight_grid import WeightGrid
 from prunebench.pruners.magnitude import Magnitude
 from prunebench.pruners.protocol import DependsOnModel, Pruner, grid_of
+from prunebench.pruners.removal import BlockRemover, require_removed_only
 from prunebench.recovery.protocol import BlockRecoverer, ModelRecoverer
 from prunebench.sparsity import Sparsity
 from prunebench.spec import WithinBlock
@@ -37,6 +38,9 @@ from prunebench.spec import WithinBlock
 # 1:4 and 3:4 tell kept from pruned: a method that takes N for the pruned ones swaps them
 SPARSITIES = ("0.5", "0.3", "2:4", "1:4", "3:4")
 """Targets that a method is checked with, except those it refuses."""
+
+SHARES = ("0.34", "0.67")
+"""Shares of the blocks that a method is checked with that removes blocks."""
 
 VOCABULARY = 256
 CONTEXT = 128
@@ -217,7 +221,9 @@ def check_pruner(
         sparsities: Targets that it claims to reach; by default those of `SPARSITIES` that it does
             not refuse.
     """
-    if sparsities is None:
+    if sparsities is None and isinstance(pruner, BlockRemover):
+        sparsities = SHARES
+    elif sparsities is None:
         sparsities = tuple(sparsity for sparsity in SPARSITIES if _takes(pruner, sparsity))
         # a method that only quantizes takes no sparsity at all
         sparsities = sparsities or ("0",)
@@ -318,6 +324,7 @@ def _checks(
         orders = ("joint", "sequential")
     half = Sparsity.parse(sparsities[0])
     grid = grid_of(pruner)
+    removes = isinstance(pruner, BlockRemover)
 
     def trial(sparsity: Sparsity, order: WithinBlock = "joint") -> nn.Module:
         return _Trial(pruner, copy.deepcopy(dense), sparsity, order).run()
@@ -327,11 +334,18 @@ def _checks(
     def reached(sparsity: Sparsity, order: WithinBlock) -> None:
         _check_reached(pruned(sparsity, order), dense, sparsity, rounds=grid is not None)
 
-    for text in sparsities:
+    def removed(sparsity: Sparsity) -> None:
+        require_removed_only(pruned(sparsity, "joint"), dense, sparsity)
+
+    for text in sparsities if removes else ():
+        share = Sparsity.parse(text)
+        yield f"removes {text} of the blocks", functools.partial(removed, share)
+    for text in () if removes else sparsities:
         for order in orders:
             check = functools.partial(reached, Sparsity.parse(text), order)
             yield f"reaches {text}, {order}", check
-    yield "leaves everything else alone", lambda: _check_rest(pruned(half, "joint"), dense)
+    if not removes:
+        yield "leaves everything else alone", lambda: _check_rest(pruned(half, "joint"), dense)
     # this `trial` is not the cached one: it must prune again
     yield "same input, same weights", lambda: _check_repeatable(pruned(half, "joint"), trial(half))
     if grid is None:

@@ -56,7 +56,8 @@ class PruningReport:
     Attributes:
         spec: The run as it was resolved: every option, and every name replaced by its content.
             Its `model_revision` is the hash of the weights before pruning.
-        sparsity: Realised ratio, and requested sparsity, zeros and loss of every layer.
+        sparsity: Realised ratio, and requested sparsity, zeros and loss of every layer; the blocks
+            that are gone, for a method that removes blocks.
         method: Implementation, version, options and events.
         calibration: Source and hash of the calibration tokens; None for a method without data.
         allocation: How the ratio was spread over the layers; None if it is uniform.
@@ -124,6 +125,10 @@ class PruningReport:
             "events": ", ".join(events) or "none",
             "weights": f"sha256 {self.weights_sha256[:16]}...",
         }
+        removal = self.sparsity.removal
+        if removal:
+            numbers = ", ".join(map(str, sorted(removal.blocks))) or "none"
+            lines["removed"] = f"blocks {numbers} of {removal.blocks_before}"
         if self.halved_batches:
             lines["memory"] = ", ".join(self.halved_batches)
         title = f"PruningReport: {self.spec.method} {self.spec.sparsity} on {self.spec.model}"

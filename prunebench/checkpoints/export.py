@@ -209,7 +209,8 @@ def _describe(
         _write_allocation(part / ALLOCATION_NAME, result, linears)
         written.append(ALLOCATION_NAME)
     (part / RECIPE_NAME).write_text(recipe, encoding="utf-8")
-    if result.spec.method != "dense":
+    removes = result.sparsity is not None and result.sparsity.removal is not None
+    if result.spec.method != "dense" and not removes:
         with progress.stage("masks", detail=f"{len(linears)} layers"):
             names = dict.fromkeys(linear.parameter_name for linear in linears)
             save_stored_masks((source_model.tensors[name] for name in names), part / MASKS_NAME)

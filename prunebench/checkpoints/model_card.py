@@ -129,10 +129,7 @@ def _about(result: Result, storage: str) -> list[str]:
     lines = [
         "Made with [prunebench](https://github.com/prunebench/prunebench) by "
         f"`{method.name}`{link}: `{method.implementation}` of {method.version}.\n",
-        f"- {sparsity.realised_ratio:.2%} of the {model.prunable_parameters:,} weights in the "
-        "linear layers of the decoder blocks are zero; embeddings, norms, biases and the output "
-        "layer are dense",
-        f"- {storage}",
+        *_zeros(result, storage),
         f"- base weights: {_text(result.spec.model)}, {model.commit}, in {model.dtype}",
     ]
     if result.quantization:
@@ -170,6 +167,30 @@ def _about(result: Result, storage: str) -> list[str]:
         kinds = ", ".join(sorted({event.kind for event in method.events}))
         lines.append(f"- {len(method.events)} notes of the method: {_text(kinds)}")
     return lines
+
+
+def _zeros(result: Result, storage: str) -> list[str]:
+    """Return what is zero and how it is stored, or which blocks are gone."""
+    model, sparsity = result.model, result.sparsity
+    assert model is not None and sparsity is not None
+    removal = sparsity.removal
+    if removal is not None:
+        numbers = ", ".join(map(str, sorted(removal.blocks)))
+        return [
+            f"- {len(removal.blocks)} of {removal.blocks_before} decoder blocks are removed "
+            f"({numbers} of the dense model, counted from 0): {result.removed_ratio:.2%} of the "
+            f"{model.prunable_parameters:,} weights in the linear layers of the blocks, "
+            f"{removal.removed_parameters / model.parameters:.2%} of all {model.parameters:,} "
+            "parameters",
+            "- no other weight was changed: the config has fewer layers, and transformers loads "
+            "the folder as it is",
+        ]
+    return [
+        f"- {sparsity.realised_ratio:.2%} of the {model.prunable_parameters:,} weights in the "
+        "linear layers of the decoder blocks are zero; embeddings, norms, biases and the output "
+        "layer are dense",
+        f"- {storage}",
+    ]
 
 
 def _extent(recovery: RecoveryBlock) -> str:

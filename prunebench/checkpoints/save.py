@@ -27,8 +27,10 @@ from prunebench.models.carried import (
 )
 from prunebench.models.disk import DiskWeights
 from prunebench.models.linears import Linear, find_blocks
-from prunebench.models.load import quiet_transformers
+from prunebench.models.load import load_config, quiet_transformers
+from prunebench.models.removal import same_logits
 from prunebench.models.safetensors_files import StoredTensor, stored_tensors, weight_files
+from prunebench.models.smaller_config import fields_without
 from prunebench.models.source import LocalModel
 from prunebench.models.stored_model import StoredModel, kept_buffers, stored_model
 from prunebench.models.tensor_files import write_tensors
@@ -93,8 +95,14 @@ def save_model(
         SaveError: It could not be written, or differs from what was scored; `path` is unchanged.
     """
     assert result.model is not None
+    removal = result.sparsity.removal if result.sparsity else None
+    fields: dict[str, Any] = {}
+    carried: dict[str, StoredTensor] = {}
     source = stored_model(model, stored_tensors(weight_files(local.path)))
-    carried = carried_tensors(source)
+    if removal is None:
+        carried = carried_tensors(source)
+    else:  # nothing is carried over: `run.plan` has refused it
+        fields = fields_without(load_config(local.path), removal.blocks, removal.blocks_before)
     sha256, dtype = str(result.model.evaluated_sha256), result.model.dtype
     with atomic_folder(path, replace=replace, exclusive=True) as part, quiet_transformers():
         with progress.stage("save", detail=str(path)):
@@ -106,7 +114,7 @@ def save_model(
             if carried:
                 _require_names_of_source(part, source, path)
                 add_carried(part, carried)
-            write_config(local.path, part, model, dtype=dtype)
+            write_config(local.path, part, model, dtype=dtype, fields=fields)
             copy_files(local.path, part)
             if local.source.kind in ("gguf", "wheel"):
                 clean_tokenizer_config(part)
@@ -114,11 +122,26 @@ def save_model(
             (part / RESULT_NAME).write_text(result.to_json(), encoding="utf-8")
         expected = expected_of_model(model, sha256, dtype, carried)
         require_saved(part, expected, name=path, progress=progress)
+        if removal is not None:
+            _require_same_model(model, part, path)
     if carried:
         size = sum(tensor.stop - tensor.start for tensor in carried.values())
         progress.note(
             f"  {len(carried)} tensors ({size / 1e6:,.1f} MB) that the text model does not use "
             f"were carried over as they are, the first is {min(carried)}"
+        )
+
+
+def _require_same_model(model: nn.Module, folder: Path, name: Path) -> None:
+    """Raise `SaveError` unless the config of a folder builds a model with the same logits.
+
+    The weights are equal, which `require_saved` has checked.
+    """
+    if not same_logits(model, load_config(folder)):
+        raise SaveError(
+            f"{name} was not saved: its config describes another model than the one scored",
+            where="the logits differ, with the same weights",
+            fix="report this architecture with this message",
         )
 
 

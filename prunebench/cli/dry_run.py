@@ -32,13 +32,12 @@ def print_dry_run(spec: RunSpec, setup: Any, *, as_json: bool) -> None:
     if as_json:
         typer.echo(json.dumps(plan.spec.model_dump(mode="json"), indent=1))
         return
-    weights = sum(linear.size for linear in plan.linears)
     typer.echo(
         f"{plan.spec.method} {plan.sparsity} on {plan.spec.model}, {plan.spec.dtype}, {plan.device}"
     )
     if plan.spec.allocation != "uniform":
         typer.echo(f"  spread over the layers by {plan.spec.allocation}")
-    typer.echo(f"  {len(plan.linears)} linears with {weights:,} weights would be pruned")
+    typer.echo(f"  {_what_is_pruned(plan)}")
     if plan.calibration:
         windows = plan.calibration
         bos = ", BOS in each window" if windows.bos == "window" else ""
@@ -70,6 +69,17 @@ def print_dry_run(spec: RunSpec, setup: Any, *, as_json: bool) -> None:
         from prunebench.run.forecast import require_training_fits
 
         require_training_fits(plan, trained[0].memory)
+
+
+def _what_is_pruned(plan: Any) -> str:
+    """Return how many matrices would get zeros, or how many blocks would be removed."""
+    from prunebench.pruners.removal import BlockRemover, count_of_blocks
+
+    if isinstance(plan.pruner, BlockRemover):
+        depth = max(linear.block_index for linear in plan.linears) + 1
+        return f"{count_of_blocks(plan.sparsity, depth)} of {depth} blocks would be removed"
+    weights = sum(linear.size for linear in plan.linears)
+    return f"{len(plan.linears)} linears with {weights:,} weights would be pruned"
 
 
 def _print_forecast(plan: Any) -> Any:

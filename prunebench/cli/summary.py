@@ -11,6 +11,7 @@ from prunebench.results.bench_schema import QualityBlock
 from prunebench.results.names import short_protocol
 from prunebench.results.quantization_schema import QuantizationBlock
 from prunebench.results.recovery_schema import EndToEndBlock, RecoveryBlock
+from prunebench.results.removal_schema import RemovalBlock
 from prunebench.results.render import metric_name, number, value_text
 from prunebench.results.schema import ExecutionBlock, Result, Score
 from prunebench.results.sizes import size_of, target_of
@@ -50,7 +51,9 @@ def print_summary(result: Result, path: Path, setup: Any, *, masks: str | None =
         typer.echo(line + full_protocol(score))
     if result.quantization:
         _print_quantization(result.quantization)
-    if name != "dense":
+    if sparsity.removal:
+        _print_removal(result, sparsity.removal)
+    elif name != "dense":
         typer.echo(
             f"  {sparsity.realised_ratio:.2%} of {result.model.prunable_parameters:,} weights "
             f"are zero, pruned in {cost.prune_seconds:.1f} s"
@@ -95,6 +98,18 @@ def _print_quantization(quantization: QuantizationBlock) -> None:
     typer.echo(
         f"  rounded to {quantization.bits} bits, {kind}a step for {group}: {checked}, "
         f"{quantization.groups:,} groups"
+    )
+
+
+def _print_removal(result: Result, removal: RemovalBlock) -> None:
+    """Print which blocks are gone, and their share; no weight of the others became zero."""
+    assert result.cost is not None and result.model is not None
+    count, share = len(removal.blocks), removal.removed_parameters / result.model.parameters
+    blocks = ", ".join(map(str, sorted(removal.blocks))) or "none"
+    typer.echo(f"  {count} of {removal.blocks_before} blocks removed: {blocks}")
+    typer.echo(
+        f"  {result.removed_ratio:.2%} of {result.model.prunable_parameters:,} weights are gone, "
+        f"{share:.2%} of all parameters, chosen in {result.cost.prune_seconds:.1f} s"
     )
 
 

@@ -154,8 +154,10 @@ def copy_templates(source: Path, target: Path) -> None:
             shutil.copyfile(path, target / TEMPLATES / path.name)
 
 
-def write_config(source: Path, target: Path, model: Any, *, dtype: str) -> None:
-    """Copy the config of the dense model, with the dtype of the pruned one.
+def write_config(
+    source: Path, target: Path, model: Any, *, dtype: str, fields: Mapping[str, Any] | None = None
+) -> None:
+    """Copy the config of the dense model, with the dtype of the pruned one, and its depth.
 
     Everything else is unchanged, so that tensors that were carried over can still be loaded.
 
@@ -164,15 +166,20 @@ def write_config(source: Path, target: Path, model: Any, *, dtype: str) -> None:
         target: Folder of the pruned model.
         model: The pruned model.
         dtype: Of its parameters, e.g. `bfloat16`.
+        fields: What its text config says otherwise, because blocks were removed.
     """
     config = stored_config(source)
     _set_dtype(config, dtype)
     text = model.config.get_text_config()
+    # before the nested ones: a model of one config has no other place for them
+    if fields and text is model.config:
+        config |= fields
     for key, value in config.items():
         # Of some multimodal configs, transformers loads only `text_config`, as a config of its own.
         text_only = text is model.config and key == "text_config"
         if isinstance(value, dict) and (text_only or getattr(model.config, key, None) is text):
             _set_dtype(value, dtype)
+            value |= fields or {}
     config.setdefault("architectures", [type(model).__name__])
     document = json.dumps(config, indent=2, ensure_ascii=False)
     (target / "config.json").write_text(document + "\n", encoding="utf-8")

@@ -288,13 +288,19 @@ def _parameters_on_meta() -> Iterator[None]:
         nn.Module.register_parameter = plain  # type: ignore[method-assign]
 
 
-def build_skeleton(config: Any, dtype: torch.dtype) -> nn.Module:
-    """Build a model whose parameters are on the meta device and whose buffers are real."""
+def build_skeleton(config: Any, dtype: torch.dtype, *, attention: str | None = None) -> nn.Module:
+    """Build a model whose parameters are on the meta device and whose buffers are real.
+
+    Args:
+        config: Of the model.
+        dtype: Of its parameters.
+        attention: The attention implementation; by default that of a run.
+    """
     from transformers import AutoModelForCausalLM
 
     with _parameters_on_meta(), quiet_transformers():
         model: nn.Module = AutoModelForCausalLM.from_config(
-            config, dtype=dtype, attn_implementation=attention_of(config)
+            config, dtype=dtype, attn_implementation=attention or attention_of(config)
         )
     model.requires_grad_(False)
     return model.eval()

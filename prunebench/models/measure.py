@@ -6,10 +6,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from prunebench.errors import CheckFailed
-from prunebench.models.linears import Linear
+from prunebench.models.linears import Linear, find_blocks
+from prunebench.models.removal import Removal
 from prunebench.models.weight_grid import WeightGrid, count_off_grid
 from prunebench.sparsity import Sparsity
 
@@ -160,6 +161,40 @@ def require_on_grid(after: Sequence[Measured], grid: WeightGrid) -> None:
                 where=f"{measured.off_grid:,} of {groups:,} groups hold other values than a step "
                 f"times integers of {grid.bits} bits",
                 fix="this is an error of the method: see prunebench check",
+            )
+
+
+def require_removed(
+    after: Sequence[Measured], before: Mapping[str, int], removal: Removal, model: nn.Module
+) -> None:
+    """Raise unless exactly the removed blocks are gone, and the others have the zeros they had.
+
+    Args:
+        after: The matrices that are left.
+        before: Zeros of each dense matrix, by name.
+        removal: What the method says that it removed.
+        model: The smaller model.
+
+    Raises:
+        CheckFailed: The model has other blocks, or zeros that the dense one did not have.
+    """
+    prefix, blocks = find_blocks(model)
+    stay = [index for index in range(removal.blocks_before) if index not in removal.blocks]
+    if len(blocks) != len(stay):
+        raise CheckFailed(
+            f"{len(removal.blocks)} of {removal.blocks_before} blocks were to be removed",
+            where=f"{len(blocks)} are left",
+            fix="this is an error of the pruning method: see prunebench check",
+        )
+    for measured in after:
+        linear = measured.linear
+        inside = linear.name.removeprefix(f"{prefix}.{linear.block_index}")
+        name = f"{prefix}.{stay[linear.block_index]}{inside}"
+        if measured.zeros != before[name]:
+            raise CheckFailed(
+                f"{linear.name} was to stay as it was and did not",
+                where=f"it has {measured.zeros:,} zeros, and had {before[name]:,} as {name}",
+                fix="this is an error of the pruning method: see prunebench check",
             )
 
 

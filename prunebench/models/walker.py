@@ -17,7 +17,7 @@ pruned, and is trained after; then one pass computes the inputs of block b+1, in
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Collection, Generator, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -190,6 +190,33 @@ class BlockWalker:
     def survey(self, *, hessian: bool = False) -> Generator[LinearGroup]:
         """Yield every linear with statistics of the unchanged model; nothing may be written."""
         return self.groups(stats=True, hessian=hessian, within_block="cheapest", write=False)
+
+    def residuals(
+        self, *, without: Collection[int] = ()
+    ) -> Generator[tuple[int, Iterable[tuple[Tensor, Tensor]]]]:
+        """Yield each block's index, and by batch the hidden states before and after the block.
+
+        Args:
+            without: Blocks that are skipped, as if they were not in the model.
+
+        Raises:
+            UsageError: There are no calibration tokens.
+            IncompatibleData: The architecture cannot be replayed.
+        """
+        self.first_windows(1)  # refuses a walk without tokens
+        with plain_inference(self.model):
+            data = self._prepare(hessian=False)
+            before, after = data.hidden, self._weights.activations(self._activation_device)
+            for hidden in before:
+                after.append(hidden)
+            for index in range(len(self.blocks)):
+                if index not in without:
+                    with self._weights.open_block(index) as block:
+                        replicas = BlockReplicas(block, [], self._devices)
+                        data.propagate(replicas, index, source=before, into=after)
+                    yield index, zip(before, after, strict=True)
+                    before, after = after, before
+                self._advance(1)
 
     # ------------------------------------------------------------ preparation
 

@@ -91,10 +91,12 @@ def find_codes(
 def _fits(codes: Int[Tensor, "groups width"], grid: WeightGrid) -> Bool[Tensor, " groups"]:
     """Return whether all codes minus their zero point have a place in `bits` bits."""
     low, high = codes.amin(1).clamp(max=0), codes.amax(1).clamp(min=0)
+    # the zero point, -low or higher, is one of the codes
+    fits: Tensor = high - low < 2**grid.bits
     if grid.symmetric:
         middle = 2 ** (grid.bits - 1)
-        return (low >= -middle) & (high < middle)
-    return high - low < 2**grid.bits  # the zero point, -low or higher, is one of the codes
+        fits = (low >= -middle) & (high < middle)
+    return fits
 
 
 def _is_step(units: Int[Tensor, " groups"]) -> Bool[Tensor, " groups"]:

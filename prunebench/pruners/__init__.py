@@ -106,6 +106,14 @@ BUILTIN: dict[str, Method] = {
         patterns="N:M with at most 70 masks a group",
         sparsity="2:4",
     ),
+    "depth": Method(
+        "prunebench.pruners.depth:Depth",
+        "whole blocks removed, those that change the hidden states least",
+        paper="2403.03853",
+        data=True,
+        patterns="a share of the blocks",
+        sparsity="0.2",
+    ),
     "scheduler": Method(
         "prunebench.pruners.sparsegpt:SparseGPT",
         "sparsegpt with the hessian allocator (reconstruction)",

@@ -10,6 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from prunebench.models.gradients import Norm
+from prunebench.models.removal import Removal
 from prunebench.models.source import CatalogEntry
 from prunebench.models.walker import BlockWalker
 from prunebench.models.weight_grid import WeightGrid
@@ -80,11 +81,15 @@ class PruneReport:
         events: Anomalies of all layers; empty if there were none.
         losses: Reconstruction error of each layer, by name, see `Pruned.loss`.
         learned: Training curve and best step, for methods that train.
+        removal: The blocks that are gone, for methods that remove blocks.
+        block_scores: What such a method measured for each block, by index in the dense model.
     """
 
     events: tuple[LayerEvent, ...] = ()
     losses: Mapping[str, float] = field(default_factory=dict)
     learned: TrainingReport | None = None
+    removal: Removal | None = None
+    block_scores: Mapping[int, float] = field(default_factory=dict)
 
     @property
     def zeros_beyond(self) -> dict[str, int]:

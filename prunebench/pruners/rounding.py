@@ -44,7 +44,7 @@ class Grid:
             return cls(step, torch.full_like(step, 2 ** (form.bits - 1)), largest)
         return cls(step, (-low / step).round().clamp(0, largest), largest)
 
-    def round(self, values: Float[Tensor, " out"]) -> Float[Tensor, " out"]:
+    def round(self, values: Float[Tensor, "*columns out"]) -> Float[Tensor, "*columns out"]:
         """Round to the nearest value of the grid."""
         steps = (values / self.step).round_().add_(self.zero).clamp_(0, self.largest)
         return steps.sub_(self.zero).mul_(self.step)

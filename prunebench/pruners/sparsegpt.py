@@ -113,8 +113,10 @@ class SparseGPT(GroupPruner):
             ]
             if self.grid:
                 dropped = [round_to_nearest(weight, self.grid) for weight in dropped]
-            events = map(self._events_of_zeros, dropped, names, parts)
-            return [Pruned(w, events=tuple(of_w)) for w, of_w in zip(dropped, events, strict=True)]
+            return [
+                Pruned(weight, events=tuple(self._events_of_zeros(weight, name, part)))
+                for weight, name, part in zip(dropped, names, parts, strict=True)
+            ]
         factor = factorise(stats, damping=self.damping, name=names[0])
         # Transposed, so that a column of the weight is one contiguous row here.
         columns = torch.cat([weight.T for weight in weights], dim=1)  # [in, all outputs]

@@ -198,15 +198,17 @@ def task_means(cells: Sequence[Cell]) -> list[TaskMean]:
 
 
 def columns_of_cost(cells: Iterable[Cell]) -> list[Column]:
-    """Return zeros, time, bytes, speed, seeds and device: those of which anything is known."""
+    """Return zeros, removed weights, costs, seeds and device: what is known of any row."""
     cells = list(cells)
     speeds = {"decode": "decode", "prefill": "prefill"}
-    off_target = any(abs(c.realised_ratio - c.order[0]) > 0.005 for c in cells)
+    off_target = any(abs(c.realised_ratio - c.target_ratio) > 0.005 for c in cells)
     special = any(map(is_special_form, cells))
     several = len({cell.devices for cell in cells}) > 1
     columns = [
         Column("zeros", "zeros", lambda c: f"{c.realised_ratio:.1%}",
                lambda c: -c.realised_ratio, 8 if off_target else 51),
+        Column("removed", "removed", lambda c: f"{c.removed_ratio:.1%}" if c.removed_ratio
+               else MISSING, lambda c: -c.removed_ratio, 5),
         Column("size", "size", lambda c: f"{c.size.ratio:.3f}" if c.size else MISSING,
                lambda c: c.size.ratio if c.size else None, 3 if special else 51),
         _column_of_words("form", lambda c: c.size.form if c.size else None, 52),

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 
 _OPTIONS = options_of(RunSpec)
 _SETTINGS = tuple(name for name, option in _OPTIONS.items() if option.about.shown)
+ZEROS = "zeros"  # the structure of a method that removes nothing
 _SCORE_FIELDS = tuple(row.name for row in dataclasses.fields(CellScore))
 
 
@@ -92,9 +93,10 @@ class CellSize:
 class Cell:
     """One row: a spec without its seed, and what its results say together.
 
-    `target` is what was asked of the weights, by which rows are compared: the sparsity, and for
-    quantized weights their bits. `bits` are None where nothing is quantized.
-
+    `target` is what was asked of the weights, by which rows are compared: the sparsity, for
+    quantized weights their bits too, or the share of removed blocks. `bits` are None where nothing
+    is quantized. `structure` is what the sparsity counts: `zeros`, or `blocks` that are removed.
+    `removed_ratio` is the share of weights that are gone.
     `shown` are the settings as a table shows them: of options, those in which rows of the same
     method (or allocator) differ, without what most of three and more rows have (`Table.usual`).
     """
@@ -114,6 +116,8 @@ class Cell:
     size: CellSize | None = None
     target: str = ""
     bits: int | None = None
+    structure: str = ZEROS
+    removed_ratio: float = 0.0
     shown: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -123,15 +127,22 @@ class Cell:
         return self.method if recover in (None, NO_RECOVERY) else f"{self.method} + {recover}"
 
     @property
-    def order(self) -> tuple[float, bool, str, int]:
-        """Sort key: dense first, then by ratio, unstructured before N:M, most bits first."""
+    def order(self) -> tuple[bool, float, bool, str, int]:
+        """Sort key: dense, then by ratio, unstructured before N:M, most bits first, blocks last."""
         sparsity = Sparsity.parse(self.sparsity)
-        return (sparsity.ratio, sparsity.is_pattern, self.sparsity, -(self.bits or DENSE_BITS))
+        removes = self.structure != ZEROS
+        bits = self.bits or DENSE_BITS
+        return (removes, sparsity.ratio, sparsity.is_pattern, self.sparsity, -bits)
+
+    @property
+    def target_ratio(self) -> float:
+        """The share of zeros that was asked for; 0 where blocks are removed instead."""
+        return Sparsity.parse(self.sparsity).ratio if self.structure == ZEROS else 0.0
 
     @property
     def zeros_were_asked(self) -> bool:
         """Whether zeros are what its method makes, not only what some weights are rounded to."""
-        return self.bits is None or Sparsity.parse(self.sparsity).ratio > 0
+        return self.structure == ZEROS and (self.bits is None or self.target_ratio > 0)
 
 
 @dataclass(frozen=True)
@@ -166,8 +177,7 @@ class Table:
 
 def is_special_form(cell: Cell) -> bool:
     """Whether the sparsity of a row does not say what its checkpoint takes."""
-    removed = cell.size is not None and cell.size.form == "dense" and cell.size.ratio < 1
-    return cell.bits is not None or removed
+    return cell.bits is not None or cell.structure != ZEROS
 
 
 def compare(
@@ -269,6 +279,8 @@ def _cell(run: Mapping[str, Any], scores: dict[str, CellScore]) -> Cell:
         size=CellSize.of(run),
         target=run["target"],
         bits=run["bits"],
+        structure=run["structure"],
+        removed_ratio=run["removed_ratio"],
     )
 
 

@@ -16,14 +16,14 @@ if TYPE_CHECKING:
 
 _SCORE = ["cell", "metric", "protocol"]
 _RIVALS = ["model", "target", "metric", "protocol"]
-_OF_CELL = ["model", "method", "sparsity", "target", "dtype", "model_revision"]
+_OF_CELL = ["model", "method", "target", "sparsity", "dtype", "model_revision"]
 
 
 def fold_scores(frame: DataFrame) -> DataFrame:
     """Return one row a cell, metric and protocol, cells in the order of their first run.
 
-    Columns: those of `CellScore`, and `cell`, `model`, `method`, `sparsity`, `target`,
-    `dtype`, `model_revision`, `protocol`.
+    Columns: those of `CellScore`, and `cell`, `model`, `method`, `target`, `sparsity`, `dtype`,
+    `model_revision`, `protocol`.
 
     Args:
         frame: Scores, as `load_results` gives them.
@@ -78,6 +78,7 @@ def fold_runs(frame: DataFrame) -> DataFrame:
     cells = runs.drop_duplicates("cell").set_index("cell")
     groups = runs.groupby("cell", sort=False)
     cells["realised_ratio"] = groups["realised_ratio"].mean()
+    cells["removed_ratio"] = groups["removed_ratio"].mean()
     # of 16 seeds, one may have a zero more
     cells["size_bytes"] = groups["size_bytes"].median()
     cells["size_ratio"] = groups["size_ratio"].median()

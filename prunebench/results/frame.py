@@ -56,6 +56,8 @@ def load_results(folder: str | Path = "results", selectors: Sequence[str] = ()) 
         newest: False where a later run repeated this cell, seed, metric and protocol.
         target: What was asked of the weights: the sparsity, and of quantized ones `INT4` too.
         ratio: What the sparsity means, 0.5 for 2:4; realised_ratio: the share of zeros, measured.
+        structure: What the sparsity counts: `zeros`, or `blocks` that are removed.
+        removed_ratio: The share of the weights that are gone with their blocks; they are no zeros.
         form, size_bytes, size_ratio: In which form a checkpoint of it is stored (`dense`, `2:4`,
             `bitmap`, `INT4`, `2:4 + INT4`), its bytes, and those beside the dense model's in 16
             bits; computed.
@@ -153,6 +155,8 @@ def _run_fields(result: Result) -> dict[str, Any]:
         **_size_fields(result),
         "ratio": Sparsity.parse(spec.sparsity).ratio,
         "realised_ratio": result.sparsity.realised_ratio if result.sparsity else None,
+        "structure": "blocks" if result.sparsity and result.sparsity.removal else "zeros",
+        "removed_ratio": result.removed_ratio,
         "prune_seconds": cost.prune_seconds if cost else None,
         "recover_seconds": result.recovery.seconds if result.recovery else None,
         "total_seconds": cost.total_seconds if cost else None,
@@ -205,6 +209,7 @@ def _bench_fields(bench: Bench | None) -> dict[str, Any]:
 
 _FLOATS = (
     "value", "stderr", "dense", "dense_stderr", "ratio", "realised_ratio", "prune_seconds",
+    "removed_ratio",
     "recover_seconds", "total_seconds", "bytes_ratio", "decode_speedup", "prefill_speedup",
     "size_ratio",
 )  # fmt: skip

@@ -178,6 +178,7 @@ def _block(
         lines = [Line(" ", ("dense", *setting_words(c, usual, names)), c) for c in dense]
         sections.append(Section("", tuple(lines)))
     hidden = 0
+    # rows of other bits, and removed blocks, which are no zeros, have sections of their own
     for target in dict.fromkeys(cell.target for cell in sorted(pruned, key=_by_sparsity)):
         of_one = [cell for cell in pruned if cell.target == target]
         lines = _lines(of_one, ranking, usual, names, every_setting=every_setting)
@@ -196,7 +197,7 @@ def _block(
     )
 
 
-def _by_sparsity(cell: Cell) -> tuple[float, bool, str, int]:
+def _by_sparsity(cell: Cell) -> tuple[bool, float, bool, str, int]:
     return cell.order
 
 

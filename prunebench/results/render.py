@@ -257,11 +257,12 @@ def to_frame(tables: Sequence[Table]) -> DataFrame:
         }
         cost = {"realised_ratio": cell.realised_ratio, "prune_seconds": cell.prune_seconds}
         bench = {title: getattr(cell.bench, name, None) for title, name in _BENCH_FIELDS.items()}
-        size = {"target": cell.target}
+        size: dict[str, Any] = {"target": cell.target}
         size |= {title: getattr(cell.size, name, None) for title, name in _SIZE_FIELDS.items()}
         origin = {
             "devices": " ".join(cell.devices), "cpu_threads": " ".join(map(str, cell.cpu_threads)),
             "result_ids": " ".join(cell.result_ids), "recover_seconds": cell.recover_seconds,
+            "structure": cell.structure, "removed_ratio": cell.removed_ratio,
         }  # fmt: skip
         for column, score in cell.scores.items():
             metric, _, protocol = column.partition(" ")
@@ -282,11 +283,11 @@ def to_frame(tables: Sequence[Table]) -> DataFrame:
         "stderr",
         "dense_stderr",
         *_BENCH_NUMBERS,
-        "size_bytes",
         "size_ratio",
     ]
     words = ["stored_as", *(title for title in _BENCH_FIELDS if title not in _BENCH_NUMBERS)]
-    return frame.astype(dict.fromkeys(numbers, "float64") | dict.fromkeys(words, "string"))
+    types = dict.fromkeys(numbers, "float64") | dict.fromkeys(words, "string")
+    return frame.astype(types | {"size_bytes": "Int64"})
 
 
 def to_csv(tables: Sequence[Table]) -> str:

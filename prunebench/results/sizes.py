@@ -94,11 +94,13 @@ def quantization_name(bits: int) -> str:
 
 
 def target_of(result: Result) -> str:
-    """Return what was asked of the weights: `0.5`, `2:4`, `INT4`, `2:4 + INT4`.
+    """Return what was asked: `0.5`, `2:4`, `INT4`, `2:4 + INT4`, `0.2 of the blocks` (removed).
 
     Rows are compared with rows of the same target: of 2:4 and of 2:4 + INT4, the first is always
     better, and larger.
     """
+    if result.sparsity and result.sparsity.removal:
+        return f"{result.spec.sparsity} of the blocks"
     quantization = result.quantization
     if quantization is None:
         return result.spec.sparsity

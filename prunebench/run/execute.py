@@ -117,7 +117,7 @@ def _execute(plan: Plan) -> Result:
         dense = outcomes if is_dense else dense
         result = Result(
             **build_identity(plan, status="ok"),
-            model=build_model_block(plan, model, dense_sha256, pruned.sha256),
+            model=build_model_block(plan, model, report, dense_sha256, pruned.sha256),
             method=build_method_block(spec, report),
             calibration=plan.calibration,
             training=build_training_block(plan, report),

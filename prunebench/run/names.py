@@ -22,6 +22,7 @@ from prunebench.options import options_of
 from prunebench.pruners import METHODS
 from prunebench.pruners.layer import DependsOnModel, Pruner
 from prunebench.pruners.protocol import grid_of
+from prunebench.pruners.removal import BlockRemover, require_ratio
 from prunebench.recovery import RECOVERERS, join_options, resolve_parts
 from prunebench.recovery.protocol import ModelRecoverer, Recoverer
 from prunebench.sparse24.backends.table import require_backend
@@ -65,6 +66,8 @@ def check_names(spec: RunSpec, setup: Setup, source: ModelSource | None = None) 
     learns = model_recoverer is not None
     pruner, allocator, sparsity, fields = _resolve_method(spec, entry, recoverer, learns=learns)
     fields["recover_options"] = recover_options
+    if isinstance(pruner, BlockRemover):
+        _require_alone_in(setup, spec.method)
     if spec.recover != NO_RECOVERY:
         _require_trainable(spec, pruner, model_recoverer)
     if model_recoverer is not None and getattr(recoverer, "norms", False):
@@ -122,6 +125,8 @@ def _resolve_method(
             fix=f"use a ratio such as --sparsity {sparsity.ratio or 0.5:g}, or "
             "--allocation uniform",
         )
+    if isinstance(pruner, BlockRemover):
+        _require_alone(spec, sparsity)
     allocator, allocation_options = _resolve_allocator(spec)
     fields: Fields = {
         "method_options": options,
@@ -134,7 +139,7 @@ def _resolve_method(
     others = [other for other in (allocator, recoverer) if other is not None]
     others_read = any(other.needs.tokens for other in others)
     # the order matters only to a method that reads inputs
-    if not pruner.needs.calibration:
+    if not pruner.needs.calibration or isinstance(pruner, BlockRemover):
         fields["within_block"] = None
     # magnitude with another --calibration-samples is the same run, and must find the same result
     if not (pruner.needs.tokens or others_read):
@@ -166,6 +171,37 @@ def _require_whole_groups(pruner: Pruner, sparsity: Sparsity) -> None:
             "weights of which some are kept",
             fix=f"use a group_size that is divisible by {sparsity.group}",
         )
+
+
+def _require_alone(spec: RunSpec, sparsity: Sparsity) -> None:
+    """Refuse for a method that removes blocks what works on the zeros of a matrix.
+
+    Raises:
+        UsageError: The sparsity is N:M, or an option does not go with the method.
+    """
+    require_ratio(sparsity)
+    for option, value, none in (
+        ("allocation", spec.allocation, "uniform"),
+        ("recover", spec.recover, NO_RECOVERY),
+        ("execute", spec.execute, "dense"),
+    ):
+        if value != none:
+            raise _not_for_removal(f"--{option} {value}", spec.method)
+
+
+def _require_alone_in(setup: Setup, method: str) -> None:
+    """Refuse for a method that removes blocks what is written or read by matrix or by block."""
+    for option in ("save_masks", "save_allocation"):
+        if getattr(setup, option):
+            raise _not_for_removal(f"--{option.replace('_', '-')}", method)
+
+
+def _not_for_removal(option: str, method: str) -> UsageError:
+    return UsageError(
+        f"{option} does not go with the method {method}",
+        where="it removes whole blocks: no matrix that stays has zeros to spread, keep or pack",
+        fix="leave it out, or choose a method that zeroes weights",
+    )
 
 
 def _resolve_allocator(spec: RunSpec) -> tuple[Allocator | None, dict[str, Any]]:

@@ -11,6 +11,7 @@ from prunebench.evaluate.outcome import Evaluator
 from prunebench.models.checkpoint_keys import match_keys
 from prunebench.models.safetensors_files import stored_tensors, weight_files
 from prunebench.pruners.protocol import Needs
+from prunebench.pruners.removal import BlockRemover
 from prunebench.run.memory import choose_weights, model_sizes
 from prunebench.run.resolve import ResolvedSpec
 from prunebench.spec import Weights
@@ -60,7 +61,9 @@ def _why_resident(resolved: ResolvedSpec, tasks: list[Evaluator]) -> str:
         resolved.pruner.needs, *([] if allocator is None else [allocator.needs]),
     )  # fmt: skip
     reason = ""
-    if any(need.training is not None for need in needs):
+    if isinstance(resolved.pruner, BlockRemover):
+        reason = f"{spec.method} removes blocks, and compares the model before and after"
+    elif any(need.training is not None for need in needs):
         reason = f"{spec.method} learns, and runs every block forward and backward in each step"
     elif any(need.gradients is not None for need in needs):
         reason = f"{spec.method} reads gradients, which need the whole model"

@@ -18,17 +18,20 @@ from prunebench.calibration.texts import TextIdentity, load_text
 from prunebench.calibration.training import Training, training_windows
 from prunebench.calibration.vocabulary import require_known, vocabulary_size
 from prunebench.calibration.windows import Windows, load_windows, sample_windows
-from prunebench.errors import CheckFailed
+from prunebench.errors import CheckFailed, IncompatibleData
 from prunebench.evaluate.outcome import Evaluator
 from prunebench.evaluate.perplexity import PerplexityTask, prepare_perplexity
 from prunebench.files import cache_dir
-from prunebench.models.carried import require_carriable
+from prunebench.models.carried import carried_tensors, require_carriable
 from prunebench.models.checkpoint_keys import check_tensors
-from prunebench.models.linears import Linear, find_linears
+from prunebench.models.linears import Linear, find_blocks, find_linears
 from prunebench.models.load import load_config, load_tokenizer, require_context, skeleton
 from prunebench.models.masks import Masks, open_masks
+from prunebench.models.removal import require_removable
 from prunebench.models.safetensors_files import stored_tensors, weight_files
 from prunebench.models.stored_config import asked_attention
+from prunebench.models.stored_model import stored_model
+from prunebench.pruners.removal import BlockRemover, count_of_blocks
 from prunebench.pruners.training import TrainingNeeds
 from prunebench.results.schema import CalibrationBlock
 from prunebench.run.dtype import StoredDtype
@@ -119,6 +122,8 @@ def inputs_for(resolved: ResolvedSpec, model: torch.nn.Module, config: Any, toke
     linears = find_linears(model)
     for linear in linears:
         resolved.sparsity.require_width(linear.in_features, name=linear.name)
+    if isinstance(resolved.pruner, BlockRemover):
+        _check_removal(resolved, model)
     allocation = _read_allocation(resolved, linears)
     vocabulary = vocabulary_size(model)
     windows, calibration = _calibrate(resolved, tokenizer, vocabulary)
@@ -188,6 +193,22 @@ def _check_bos(resolved: ResolvedSpec, config: Any, tokenizer: Any) -> None:
     )
     if note:
         resolved.progress.note(f"  {note}")
+
+
+def _check_removal(resolved: ResolvedSpec, model: torch.nn.Module) -> None:
+    """Refuse a number of blocks, or a model, that blocks cannot be removed from."""
+    count_of_blocks(resolved.sparsity, len(find_blocks(model)[1]))
+    require_removable(model)
+    folder = resolved.model.path
+    if resolved.setup.save_model:
+        carried = carried_tensors(stored_model(model, stored_tensors(weight_files(folder))))
+        if carried:
+            raise IncompatibleData(
+                f"{folder} cannot be saved without some of its blocks",
+                where=f"it holds {len(carried)} tensors that the text model does not use, and "
+                f"whose names may count blocks; the first is {min(carried)}",
+                fix="run without --save-model",
+            )
 
 
 def _check_files(resolved: ResolvedSpec, model: torch.nn.Module) -> None:

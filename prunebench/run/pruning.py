@@ -22,12 +22,13 @@ from prunebench.evaluate.outcome import Outcome
 from prunebench.models.gradients import GradientNorms, gradient_norms
 from prunebench.models.hashing import hash_weights
 from prunebench.models.journal import RunJournal
-from prunebench.models.linears import Linear
+from prunebench.models.linears import Linear, find_linears
 from prunebench.models.measure import (
     Measured,
     measure_linear,
     require_met,
     require_on_grid,
+    require_removed,
     require_total,
 )
 from prunebench.models.pruned_block import RecoveredBlock, Recovery
@@ -36,6 +37,7 @@ from prunebench.models.walker import BlockWalker
 from prunebench.models.weight_grid import WeightGrid
 from prunebench.progress import Advance
 from prunebench.pruners.protocol import PruneReport, grid_of
+from prunebench.pruners.removal import BlockRemover, count_of_blocks
 from prunebench.pruners.training import CurvePoint
 from prunebench.recovery import THEN
 from prunebench.recovery.protocol import ModelRecovery
@@ -106,7 +108,15 @@ def prune_model(
     trained = recover_model(plan, model, dense)
     grid = grid_of(plan.pruner)
     with plan.progress.stage("measure", detail="sparsity of every layer"):
+        if report.removal is not None:
+            # the others have new numbers, and are asked for no zeros
+            linears = find_linears(model)
+            requested = {linear.name: Sparsity(0.0) for linear in linears}
         sha256, measured = _hash_and_measure(model, linears, requested, grid)
+        if report.removal is not None:
+            require_removed(measured, zeros, report.removal, model)
+            seconds = prune_seconds()
+            return Pruned(allocation, report, [], None, measured, sha256, seconds)
         # what was asked for is checked on the weights themselves, not on what the method
         # reports; zeros of the dense model may come on top
         beyond = zeros_beyond(report, recovered, trained)
@@ -240,6 +250,8 @@ def _walk(
     """Open a block walker over the calibration tokens, as one stage of the run."""
     total, unit = max(linear.block_index for linear in plan.linears) + 1, "blocks"
     need = plan.pruner.needs.training
+    if isinstance(plan.pruner, BlockRemover):
+        total *= plan.pruner.passes(count_of_blocks(plan.sparsity, total))
     if stage == "prune" and need is not None:
         total, unit = need.steps, "steps"
     with plan.progress.stage(stage, total=total, detail=detail, unit=unit) as advance:

@@ -33,6 +33,7 @@ from prunebench.results.recovery_schema import (
     EndToEndBlock,
     RecoveryBlock,
 )
+from prunebench.results.removal_schema import BlockScore, RemovalBlock
 from prunebench.results.samples import Sample
 from prunebench.results.schema import (
     AllocationBlock,
@@ -81,9 +82,10 @@ def failed_result(resolved: ResolvedSpec, *, error: str, stage: str, message: st
 
 
 def build_model_block(
-    plan: Plan, model: nn.Module, dense_sha256: str, evaluated_sha256: str
+    plan: Plan, model: nn.Module, report: PruneReport, dense_sha256: str, evaluated_sha256: str
 ) -> ModelBlock:
-    """Describe which weights were pruned."""
+    """Describe which weights were pruned; the dense model's are counted."""
+    gone = report.removal.parameters if report.removal else 0
     return ModelBlock(
         id=plan.spec.model,
         source=plan.model.source.kind,
@@ -91,7 +93,7 @@ def build_model_block(
         pull_request=plan.model.pull_request,
         architecture=type(model).__name__,
         # tied embeddings are one parameter, and counted once
-        parameters=sum(p.numel() for p in model.parameters()),
+        parameters=sum(p.numel() for p in model.parameters()) + gone,
         prunable_parameters=sum(linear.size for linear in plan.linears),
         dtype=plan.spec.dtype,
         dense_sha256=dense_sha256,
@@ -228,6 +230,12 @@ def build_sparsity_block(
 ) -> SparsityBlock:
     """Describe the sparsity measured on the weights."""
     total = sum(layer.linear.size for layer in measured)
+
+    def requested(name: str) -> str:
+        # of a method that removes blocks, no matrix that stays is to have zeros
+        ratio = 0.0 if report.removal else allocation.ratios[name]
+        return str(plan.sparsity.with_ratio(ratio))
+
     return SparsityBlock(
         requested=str(plan.sparsity),
         realised_ratio=sum(layer.zeros for layer in measured) / total,
@@ -238,13 +246,28 @@ def build_sparsity_block(
                 name=layer.linear.name,
                 out_features=layer.linear.out_features,
                 in_features=layer.linear.in_features,
-                requested=str(plan.sparsity.with_ratio(allocation.ratios[layer.linear.name])),
+                requested=requested(layer.linear.name),
                 zeros=layer.zeros,
                 loss=report.losses.get(layer.linear.name),
                 estimate=allocation.estimates.get(layer.linear.name),
             )
             for layer in measured
         ],
+        removal=_build_removal_block(report),
+    )
+
+
+def _build_removal_block(report: PruneReport) -> RemovalBlock | None:
+    """Describe the blocks that are gone."""
+    removal = report.removal
+    if removal is None:
+        return None
+    return RemovalBlock(
+        blocks=list(removal.blocks),
+        blocks_before=removal.blocks_before,
+        removed_weights=removal.weights,
+        removed_parameters=removal.parameters,
+        scores=[BlockScore(block=b, score=score) for b, score in report.block_scores.items()],
     )
 
 

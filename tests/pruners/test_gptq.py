@@ -48,7 +48,7 @@ def test_eight_bits_lose_next_to_nothing_and_fewer_lose_more():
     weight, stats = weights(), stats_of(inputs())
     nothing_left = error(weight, torch.zeros_like(weight), stats)
     losses = [solve(Gptq(quantize_bits=bits), weight, stats).loss for bits in (8, 4, 3)]
-    assert losses[0] < 1e-5 * nothing_left
+    assert losses[0] < 1e-4 * nothing_left
     assert losses == sorted(losses)
 
 

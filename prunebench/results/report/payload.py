@@ -75,8 +75,9 @@ def row_fields(row: Row) -> Fields:
         id=row.anchor,
         method=clean(cell.method),
         sparsity=cell.target if not dense else "",
-        ratio=cell.order[0],
+        ratio=Sparsity.parse(cell.sparsity).ratio,
         pattern=Sparsity.parse(cell.sparsity).is_pattern,
+        # a removed weight is no zero, nor one that a grid rounds: such rows are not on that axis
         zeros=round(cell.realised_ratio, 5) if cell.zeros_were_asked else None,
         size=round(cell.size.ratio, 4) if cell.size and not dense else None,
         stored=cell.size.form if cell.size and not dense else None,
