@@ -271,10 +271,7 @@ def continued(model, tokens):
 def test_every_architecture_loses_a_block_and_keeps_its_cache_or_is_refused_by_name():
     tokens, smaller = tiny_tokens(samples=1), set()
     for model_type in sorted({*model_types()} - NOT_BUILT.keys()):
-        try:
-            model = tiny_architecture(model_type)
-        except ValueError:  # one of vision, say, that is no causal model alone
-            continue
+        model = tiny_architecture(model_type)
         before = {name: tensor.clone() for name, tensor in model.named_parameters()}
         try:
             dense_gap = (continued(model, tokens) - logits(model, tokens)[:, -1]).abs().max()
@@ -283,7 +280,7 @@ def test_every_architecture_loses_a_block_and_keeps_its_cache_or_is_refused_by_n
         try:
             removal = remove_blocks(model, [1], tokens)
         except IncompatibleData as error:
-            assert error.where, model_type
+            assert error.where or "a block returns" in error.what, model_type
             after = dict(model.named_parameters())
             assert after.keys() == before.keys(), model_type
             assert all(torch.equal(before[name], after[name]) for name in before), model_type
@@ -291,7 +288,7 @@ def test_every_architecture_loses_a_block_and_keeps_its_cache_or_is_refused_by_n
         assert removal.parameters > 0, model_type
         if dense_gap is not None and dense_gap < 1e-4:
             gap = (continued(model, tokens) - logits(model, tokens)[:, -1]).abs().max()
-            assert gap < 1e-4, model_type
+            assert gap < 1e-4, (model_type, gap)
         smaller.add(model_type)
     dense = {"llama", "gpt2", "gpt_neo", "gemma2", "olmo3", "smollm3", "opt", "bloom", "falcon"}
     assert dense | {"phi3", "cohere2", "qwen2_moe", "deepseek_v3", "mamba", "lfm2"} <= smaller
