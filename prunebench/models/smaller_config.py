@@ -30,7 +30,8 @@ def fields_without(config: Any, removed: Collection[int], depth: int) -> dict[st
     name = next((name for name in names if getattr(text, name, None) == depth), None)
     if name is None:
         raise IncompatibleData(
-            f"the config of {config.model_type} does not say that it has {depth} blocks",
+            f"blocks of {config.model_type} cannot be removed",
+            where=f"no field of its config says that it has {depth} blocks",
             fix="choose another architecture, or a method that zeroes weights",
         )
     stay = [index for index in range(depth) if index not in removed]
