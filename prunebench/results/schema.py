@@ -11,6 +11,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
+from prunebench.results.completions import CompletionsBlock
 from prunebench.results.recovery_schema import RecoveryBlock
 from prunebench.spec import AUTO, Bos, OptionValue, RunSpec
 
@@ -324,6 +325,10 @@ class Result(_Block):
     recovery: RecoveryBlock | None = Field(default=None, exclude_if=lambda block: block is None)
     sparsity: SparsityBlock | None = None
     scores: list[Score] = []
+    # --log-text; left out where there are none
+    completions: CompletionsBlock | None = Field(
+        default=None, exclude_if=lambda block: block is None
+    )
     execution: ExecutionBlock | None = None
     cost: CostBlock | None = None
     hardware: HardwareBlock
