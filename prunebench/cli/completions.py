@@ -36,7 +36,7 @@ def print_completions(document: dict[str, Any]) -> None:
         if not row["completions"]:
             continue
         title = f"prompt {number} of {count}  " if count > 1 else "prompt  "
-        console.print(Text(title, "dim").append(clean(row["prompt"]), "bold"))
+        console.print(Text(title, "dim").append(clean(row["prompt"]).rstrip(), "bold"))
         console.print()
         texts = _texts(row["completions"], document)
         marked = marked or any(printable_here(MARK) in body.plain for _, _, body in texts)
