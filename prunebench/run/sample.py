@@ -236,28 +236,37 @@ def _asked_dtype(setup: SampleSetup, result: Result | None) -> str:
 def _dense_of(
     model: SampleModel, prompts: Sequence[str], setup: SampleSetup
 ) -> SampleModel | None:  # fmt: skip
-    """Return the dense model of a checkpoint; None if it is not wanted or not known."""
+    """Return the dense model of a checkpoint; None, with a note, if it is not to be had."""
     if not setup.dense:
         return None
     result = model.result
-    if setup.dense_name is None and result is None:
+    if setup.dense_name is not None:
+        local = fetch_model(find_model(setup.dense_name), setup.progress)
+    elif result is None:
         setup.progress.note(
             f"{model.name} holds no result that names its dense model: name it with --dense"
         )
         return None
-    if setup.dense_name is not None:
-        source = find_model(setup.dense_name)
     else:
-        assert result is not None
-        source = _source_of(result)
-    local = fetch_model(source, setup.progress)
-    if setup.dense_name is None and result is not None and result.model is not None:
+        try:
+            local = fetch_model(_source_of(result), setup.progress)
+        except (MissingResource, UsageError) as error:
+            setup.progress.note(
+                f"{model.name}: without its dense model {result.spec.model}, which is not here "
+                f"({error.what}): name it with --dense"
+            )
+            return None
         _require_revision(local, result)
     return _prepare("the dense model", local, prompts, setup, asked=model.dtype, result=None)
 
 
 def _source_of(result: Result) -> ModelSource:
-    """Return the source of the model that a run pruned."""
+    """Return the source of the model that a run pruned.
+
+    Raises:
+        MissingResource: It was a folder or a file, which is gone.
+        UsageError: The result does not say where it was.
+    """
     kind = result.model.source if result.model else "hub"
     name = result.spec.model
     if kind in ("folder", "gguf"):
@@ -265,19 +274,11 @@ def _source_of(result: Result) -> ModelSource:
         name = option_in(result, "--model", "-M") or name
     elif kind == "hub" and "/" in name and result.model and not result.model.pull_request:
         name = f"{name}@{result.model.revision}"
-    try:
-        return find_model(name)
-    except (MissingResource, UsageError) as error:
-        raise MissingResource(
-            f"the dense model of {result.id} is not here: {name}",
-            where=error.what,
-            fix="name it with --dense, or leave it out with --no-dense",
-        ) from error
+    return find_model(name)
 
 
 def _require_revision(local: LocalModel, result: Result) -> None:
-    assert result.model is not None
-    if local.revision != result.model.revision:
+    if result.model is not None and local.revision != result.model.revision:
         raise IncompatibleData(
             f"{local.source.id} is not the model that {result.id} pruned",
             where=f"its revision is {local.revision[:24]}, not {result.model.revision[:24]}",

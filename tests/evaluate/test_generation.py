@@ -1,5 +1,7 @@
 """Completions: those of transformers' own `generate`, and what ends or breaks them."""
 
+import copy
+
 import pytest
 import torch
 
@@ -26,8 +28,8 @@ def test_greedy_is_what_transformers_generates(architecture, byte_tokenizer):
     model = tiny_model(architecture)
     ids = byte_tokenizer("the quick brown")["input_ids"]
     completion = complete(model, byte_tokenizer, ids, Decoding(20))
-    end = byte_tokenizer.eos_token_id
-    assert completion.token_ids == own_generate(model, ids, 20, do_sample=False, eos_token_id=end)
+    ends = [byte_tokenizer.eos_token_id, model.config.eos_token_id]
+    assert completion.token_ids == own_generate(model, ids, 20, do_sample=False, eos_token_id=ends)
     assert completion.prompt_ids == tuple(ids)
     assert completion.steps == len(completion.token_ids) - 1 and completion.seconds > 0
     assert completion.text == byte_tokenizer.decode(completion.token_ids, skip_special_tokens=True)
@@ -68,13 +70,12 @@ def test_an_end_of_text_token_ends_a_completion(tiny):
 
 
 def test_the_context_ends_a_completion_and_a_longer_prompt_is_refused(tiny):
-    model, tokenizer = tiny
+    model, tokenizer = tiny[0], copy.deepcopy(tiny[1])
     limit = model.config.max_position_embeddings
     model.generation_config.eos_token_id = tokenizer.eos_token = None
     ids = encode_prompt("x" * (limit - 3), tokenizer, model.config, 256, name="tiny")
     completion = complete(model, tokenizer, ids, Decoding(10))
     assert (completion.finish, len(completion.token_ids)) == ("context", 3)
-    tokenizer.eos_token = "Ā"  # of the session
     with pytest.raises(UsageError, match=f"{limit + 2} tokens, the context of tiny is {limit}"):
         encode_prompt("x" * (limit + 2), tokenizer, model.config, 256, name="tiny")
 
