@@ -290,6 +290,23 @@ def test_a_run_keeps_completions_and_the_report_and_the_card_show_them(
     assert data_of(render_page(build_report([without])))["models"][0]["texts"] == []
 
 
+@pytest.mark.real
+def test_a_real_model_beside_its_pruned_self(cli):
+    cli(
+        "run", "-m", "magnitude", "--sparsity", "0.3", "--ppl-tokens", "512", "--log-text", "1",
+        "--save-model", "out", "-q",
+    )  # fmt: skip
+    (result,) = ResultStore(Path("results")).read()[0]
+    (logged,) = result.completions.completions
+    words = ("sample", "out", "-p", PROMPTS[0], "--max-new-tokens", "8", "--json", "-q")
+    document = json.loads(cli(*words).stdout)
+    dense, pruned = document["prompts"][0]["completions"]
+    assert dense["text"].startswith(" Paris") and logged.dense_text.startswith(dense["text"])
+    assert pruned["token_ids"] == generated("out", PROMPTS[0], 8, torch.float32)
+    assert logged.text.startswith(pruned["text"])
+    assert document["models"][0]["name"] == "dense"
+
+
 @pytest.mark.parametrize(
     ("words", "code", "says"),
     [
