@@ -42,9 +42,21 @@ def generated(folder, prompt, count, dtype=torch.bfloat16):
     return output[0, ids.shape[1] :].tolist()
 
 
-def test_dense_and_pruned_side_by_side(cli, tiny_run, tiny_folder, tmp_path, monkeypatch):
+@pytest.fixture
+def typed(cli, monkeypatch):
+    """Run a command whose words its result has: they name the model and the saved folder."""
+
+    def run(*words):
+        with monkeypatch.context() as patch:
+            patch.setattr(sys, "argv", ["prunebench", *words])
+            return cli(*words)
+
+    return run
+
+
+def test_dense_and_pruned_side_by_side(cli, typed, tiny_run, tiny_folder, tmp_path, monkeypatch):
     for name, sparsity in (("half", "0.5"), ("two-four", "2:4")):
-        cli(*tiny_run, *PRUNE, "--sparsity", sparsity, "--save-model", name)
+        typed(*tiny_run, *PRUNE, "--sparsity", sparsity, "--save-model", name)
     cli("export", "two-four", "-o", "packed", "--to", "packed24")
     alive, load = [], sampling.load_model
 
@@ -169,14 +181,12 @@ def test_a_run_whose_weights_were_not_saved_or_whose_dense_model_is_gone(cli, ti
     assert "no result is called" in cli("sample", "ffffffff", *results, code=2).output
 
 
-def test_another_dense_model_than_the_run_pruned_is_refused(cli, tiny_run, tiny_folder, tmp_path):
+def test_another_dense_model_than_the_run_pruned_is_refused(
+    cli, typed, tiny_run, tiny_folder, tmp_path
+):
     shutil.copytree(tiny_folder, "base")
     words = [str(tmp_path / "work" / "base") if w == str(tiny_folder) else w for w in tiny_run]
-    # the command in the result names the model: it is that of this process, set here
-    argv = ["prunebench", *words, *PRUNE, "--save-model", "out"]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", argv)
-        cli(*argv[1:])
+    typed(*words, *PRUNE, "--save-model", "out")
     arguments = ("sample", "out", "-p", "a", "--max-new-tokens", "2", "-q")
     assert "dense" in cli(*arguments).output
     torch.manual_seed(5)
