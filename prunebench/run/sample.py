@@ -18,7 +18,7 @@ from torch import nn
 from prunebench.calibration.vocabulary import vocabulary_size
 from prunebench.checkpoints.find import find_checkpoint, local_checkpoint, option_in
 from prunebench.checkpoints.packed24 import Kind, kind_of, unpacked
-from prunebench.errors import IncompatibleData, MissingResource, UsageError
+from prunebench.errors import IncompatibleData, MissingResource, OutOfMemory, UsageError
 from prunebench.evaluate.generation import (
     LEAST_STEPS,
     Completion,
@@ -170,27 +170,31 @@ def sample(
         KeyboardInterrupt: Ctrl-C; the last completion is what was written until then.
         PrunebenchError: A model cannot be loaded, or is broken.
     """
-    total = setup.decoding.max_new_tokens
     for model in models:
         sampled.append(written := Sampled(model))
-        with memory_errors(setup.device):
-            weights, written.backend = _load(model, setup)
-            for number, ids in enumerate(model.prompts, 1):
-                detail = f"{model.name}, prompt {number} of {len(model.prompts)}"
-                with setup.progress.stage(
-                    "text", total=total, detail=detail, unit="tokens"
-                ) as advance:
-                    completion = complete(
-                        weights, model.tokenizer, ids, setup.decoding, advance=advance
-                    )
-                written.completions.append(completion)
-                if completion.finish == "interrupted":
-                    raise KeyboardInterrupt
-            # before the next is loaded: two models of 7B may not fit
-            del weights
-            gc.collect()
-            if setup.device.type == "cuda":
-                torch.cuda.empty_cache()
+        try:
+            with memory_errors(setup.device):
+                _sample_one(model, setup, written)
+        except OutOfMemory as error:
+            error.fix = "use --dtype bfloat16, another --device, or fewer --max-new-tokens"
+            raise
+        # before the next is loaded: two models of 7B may not fit
+        gc.collect()
+        if setup.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+
+def _sample_one(model: SampleModel, setup: SampleSetup, written: Sampled) -> None:
+    """Load a model and complete the prompts; at the end nothing refers to its weights."""
+    weights, written.backend = _load(model, setup)
+    total = setup.decoding.max_new_tokens
+    for number, ids in enumerate(model.prompts, 1):
+        detail = f"{model.name}, prompt {number} of {len(model.prompts)}"
+        with setup.progress.stage("text", total=total, detail=detail, unit="tokens") as advance:
+            completion = complete(weights, model.tokenizer, ids, setup.decoding, advance=advance)
+        written.completions.append(completion)
+        if completion.finish == "interrupted":
+            raise KeyboardInterrupt
 
 
 # ---------------------------------------------------------------- what is sampled
