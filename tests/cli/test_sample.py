@@ -320,7 +320,7 @@ def test_a_real_model_beside_its_pruned_self(cli):
 @pytest.mark.parametrize(
     ("words", "code", "says"),
     [
-        (("--log-text", "-1"), 2, "-1"),
+        (("--log-text", "-1"), 2, "greater than or equal to 0"),
         (("--log-text", "999"), 2, f"use 0 to {len(PROMPTS)}"),
         (("--log-text", "1", "--weights", "disk"), 2, "write text, token by token"),
         (("--log-text", "1", "--once"), 2, "--once does not go with"),
