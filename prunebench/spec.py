@@ -319,6 +319,14 @@ class Setup:
             "--paired.", role="output", env=False, recipe=False,
         ),
     ] = False  # fmt: skip
+    log_text: Annotated[
+        int,
+        Field(ge=0),
+        Option(
+            "Keep what the dense and the pruned model write after so many fixed prompts in the "
+            "result, for the report and the model card.", role="output",
+        ),
+    ] = 0  # fmt: skip
     save_model: Annotated[
         Path | None,
         Option(

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import gc
-import shlex
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -31,17 +30,15 @@ from prunebench.bench.model import (
 )
 from prunebench.bench.shapes import SHAPES, TOKENS, LayerShape
 from prunebench.bench.timing import clock_for
+from prunebench.checkpoints.find import local_checkpoint
 from prunebench.checkpoints.packed24 import dense_tensors, unpacked
-from prunebench.checkpoints.save import RESULT_NAME
 from prunebench.checkpoints.sizes import computed_storage
-from prunebench.errors import IncompatibleData, MissingResource, PrunebenchError
+from prunebench.errors import PrunebenchError
 from prunebench.models.linears import find_linears
 from prunebench.models.load import load_config, load_model, skeleton
-from prunebench.models.source import LocalModel, ModelSource
 from prunebench.progress import Progress
 from prunebench.results.bench_schema import Bench, QualityBlock, RatioBlock
 from prunebench.results.schema import Result
-from prunebench.results.store import Damaged, ResultStore, read_copy, read_result
 from prunebench.sparse24.buckets import bucket_of
 from prunebench.sparse24.layer import Conversion, Explained, convert, explain
 from prunebench.sparse24.policy import Policy
@@ -78,45 +75,6 @@ class _Speed:
     cases: list[ModelResult] = field(default_factory=list)
     resident_bytes: int | None = None
     reason: str = NOT_MEASURED
-
-
-def find_checkpoint(name: str, store: ResultStore) -> tuple[Path, Result | None]:
-    """Return the folder of a checkpoint or of a run's saved model, and its result.
-
-    Args:
-        name: A folder, or the id of a run.
-        store: Where to look up the id.
-
-    Raises:
-        MissingResource: There is no such folder, or the run's weights were not saved here.
-        IncompatibleData: The run's result is damaged.
-    """
-    path = Path(name).expanduser()
-    if path.is_dir():
-        copy = read_copy(path / RESULT_NAME) if (path / RESULT_NAME).is_file() else None
-        return path, copy if isinstance(copy, Result) else None
-    if "/" in name and not path.is_file():
-        raise MissingResource(
-            f"there is no folder {name}", fix="name one that prunebench run --save-model wrote"
-        )
-    result = read_result(store.find(name))
-    if isinstance(result, Damaged):
-        raise IncompatibleData(f"{name} is not a result", where=result.reason)
-    saved = _saved_model(result)
-    if saved is None or not saved.is_dir():
-        raise MissingResource(
-            f"the weights of {result.id} are not here",
-            where="only the folder that run --save-model wrote can be benched",
-            fix=f"make them: {result.command}" + ("" if saved else " --save-model DIR"),
-        )
-    return saved, result
-
-
-def _saved_model(result: Result) -> Path | None:
-    """Return the value of --save-model in the result's command line, if it was given."""
-    words = [part for word in shlex.split(result.command) for part in word.split("=", 1)]
-    pairs = zip(words, words[1:], strict=False)
-    return next((Path(value) for name, value in pairs if name == "--save-model"), None)
 
 
 def bench(setup: BenchSetup) -> Bench:
@@ -267,11 +225,7 @@ def _guarded(
 
 
 def _load(setup: BenchSetup) -> nn.Module:
-    source = ModelSource(setup.folder.resolve().name, "folder", str(setup.folder))
-    revision = setup.result.model.evaluated_sha256 if setup.result and setup.result.model else ""
-    # Without a hash, the newest change in the folder tells one state of it from another.
-    revision = revision or str(max(p.stat().st_mtime_ns for p in setup.folder.iterdir()))
-    local = unpacked(LocalModel(source, setup.folder, revision), setup.progress)
+    local = unpacked(local_checkpoint(setup.folder, setup.result), setup.progress)
     with setup.progress.stage("load", detail=f"{setup.folder} in bfloat16 on {setup.device}"):
         return load_model(local.path, dtype=torch.bfloat16, device=setup.device)
 

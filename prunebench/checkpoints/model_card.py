@@ -44,6 +44,7 @@ def model_card(
         *_about(result, storage),
         "\n## Scores\n",
         *_scores(result),
+        *_completions(result),
         "\n## Provenance\n",
         *_provenance(result),
     ]
@@ -229,6 +230,21 @@ def _scores(result: Result) -> list[str]:
 def _value(score: Score, value: float, stderr: float | None) -> str:
     digits = 3 if score.metric == "token_ppl" else 4
     return f"{value:.{digits}f}" + (f" ± {stderr:.{digits}f}" if stderr is not None else "")
+
+
+def _completions(result: Result) -> list[str]:
+    """Return what the model wrote after the prompts of --log-text, beside the dense model."""
+    if result.completions is None:
+        return []
+    lines = [
+        "\n## Completions\n",
+        f"Greedy, at most {result.completions.max_new_tokens} tokens, of fixed prompts.\n",
+        "| prompt | this model | dense |",
+        "|---|---|---|",
+    ]
+    for row in result.completions.completions:
+        lines.append(f"| {_text(row.prompt)} | {_text(row.text)} | {_text(row.dense_text)} |")
+    return lines
 
 
 def _provenance(result: Result) -> list[str]:

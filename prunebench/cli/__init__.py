@@ -41,6 +41,10 @@ class _Commands(LazyGroup):
             "bench:bench_command",
             "Measure a pruned checkpoint against the dense model: quality, bytes and speed.",
         ),
+        "sample": (
+            "sample:sample_command",
+            "Continue prompts with the dense model and with pruned ones, side by side.",
+        ),
         "inspect": (
             "inspect:inspect_command",
             "Show the sparsity of a checkpoint, matrix by matrix, and whether its N:M pattern "

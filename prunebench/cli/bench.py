@@ -84,8 +84,8 @@ def bench_command(
             BenchSetup,
             bench,
             explain_checkpoint,
-            find_checkpoint,
         )
+        from prunebench.checkpoints.find import find_checkpoint
         from prunebench.models.device import choose_device
         from prunebench.sparse24.backends.table import require_backend
     store = ResultStore(results_dir)

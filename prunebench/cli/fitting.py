@@ -7,7 +7,9 @@ from collections.abc import Container, Iterator, Sequence
 
 _LEAST = 16  # a narrower last column is printed under its row instead
 _INDENT = "   "
-_ASCII = str.maketrans({"±": "+-", "·": "|", "█": "#", "×": "x", **dict.fromkeys("▏▎▍▌▋▊▉", "-")})
+_ASCII = str.maketrans(
+    {"±": "+-", "·": "|", "█": "#", "×": "x", "▸": ">", **dict.fromkeys("▏▎▍▌▋▊▉", "-")}
+)
 
 
 def printable(text: str, encoding: str) -> str:

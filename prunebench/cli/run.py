@@ -124,6 +124,12 @@ def run_command(
 def _saved_result(resolved: Any) -> Result | None:
     """Return a finished result of the same specification for `--once`."""
     setup = resolved.setup
+    if setup.log_text:
+        raise UsageError(
+            "--once does not go with --log-text",
+            where="a saved result has the text that its run was asked for",
+            fix="leave one of them out",
+        )
     if any((setup.save_model, setup.save_masks, setup.save_calibration, setup.save_allocation)):
         raise UsageError(
             "--once does not go with --save-*",

@@ -80,6 +80,10 @@ def print_summary(result: Result, path: Path, setup: Any, *, masks: str | None =
     typer.echo(
         f"  {cost.total_seconds:.0f} s in all, peak memory {cost.peak_rss_bytes / 1e9:.2f} GB"
     )
+    if result.completions:
+        count = len(result.completions.completions)
+        prompts = "1 prompt" if count == 1 else f"{count} prompts"
+        typer.echo(f"  completions of {prompts} are in the result: prunebench report shows them")
     for kind, place in (
         ("model", setup.save_model),
         ("masks", setup.save_masks),

@@ -11,6 +11,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
+from prunebench.results.completions import CompletionsBlock
 from prunebench.results.quantization_schema import QuantizationBlock
 from prunebench.results.recovery_schema import RecoveryBlock
 from prunebench.results.removal_schema import RemovalBlock
@@ -337,6 +338,10 @@ class Result(_Block):
         default=None, exclude_if=lambda block: block is None
     )
     scores: list[Score] = []
+    # --log-text; left out where there are none
+    completions: CompletionsBlock | None = Field(
+        default=None, exclude_if=lambda block: block is None
+    )
     execution: ExecutionBlock | None = None
     cost: CostBlock | None = None
     hardware: HardwareBlock

@@ -24,6 +24,7 @@ from prunebench.progress import quiet_libraries
 from prunebench.pruners import METHODS
 from prunebench.results.samples import write_samples
 from prunebench.results.schema import Result
+from prunebench.run.completions import build_completions_block, write_completions
 from prunebench.run.failures import failures_are_filed, memory_errors, record_halvings
 from prunebench.run.packed import packed_weights
 from prunebench.run.plan import Plan, prepare
@@ -109,11 +110,13 @@ def _execute(plan: Plan) -> Result:
         dense = [] if is_dense else score_dense(plan, model, dense_sha256)
         # before pruning: the dense weights are overwritten in place
         references = collect_dense_logits(plan, model)
+        dense_text = [] if is_dense else write_completions(plan, model)
         pruned = prune_model(plan, model, linears, zeros, journal)
         allocation, report = pruned.allocation, pruned.report
         with packed_weights(plan, model, linears) as execution:
             outcomes = score_pruned(plan, model, dense_sha256 if is_dense else None, journal)
             diverged = score_divergence(plan, model, references)
+            text = write_completions(plan, model)
         dense = outcomes if is_dense else dense
         result = Result(
             **build_identity(plan, status="ok"),
@@ -126,6 +129,7 @@ def _execute(plan: Plan) -> Result:
             sparsity=build_sparsity_block(plan, pruned.measured, report, allocation),
             quantization=build_quantization_block(plan, pruned.measured),
             scores=build_score_blocks([*outcomes, *diverged], [*dense, *map(at_dense, diverged)]),
+            completions=build_completions_block(text, text if is_dense else dense_text),
             execution=execution,
             cost=build_cost_block(
                 plan,

@@ -25,6 +25,7 @@ from prunebench.pruners.protocol import grid_of
 from prunebench.pruners.removal import BlockRemover, require_ratio
 from prunebench.recovery import RECOVERERS, join_options, resolve_parts
 from prunebench.recovery.protocol import ModelRecoverer, Recoverer
+from prunebench.results.completions import PROMPTS
 from prunebench.sparse24.backends.table import require_backend
 from prunebench.sparsity import Sparsity
 from prunebench.spec import AUTO, NO_RECOVERY, RunSpec, Setup
@@ -92,6 +93,12 @@ def check_names(spec: RunSpec, setup: Setup, source: ModelSource | None = None) 
     if pruner.needs.masks is not None:
         require_masks_named(pruner.needs.masks)
     fields |= _check_tasks(spec, setup)
+    if not 0 <= setup.log_text <= len(PROMPTS):
+        raise UsageError(
+            f"--log-text {setup.log_text} is not a number of prompts",
+            where=f"there are {len(PROMPTS)} fixed prompts",
+            fix=f"use 0 to {len(PROMPTS)}",
+        )
     return NamedSpec(
         spec.model_copy(update=fields), pruner, allocator, recoverer, model_recoverer, sparsity
     )

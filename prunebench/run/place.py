@@ -73,4 +73,6 @@ def _why_resident(resolved: ResolvedSpec, tasks: list[Evaluator]) -> str:
         # each new token would read all blocks from disk again
         if getattr(task, "generates", False):
             reason = f"{task.name} makes the model write text, token by token"
+    if resolved.setup.log_text:
+        reason = "--log-text makes the model write text, token by token"
     return reason

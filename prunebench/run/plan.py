@@ -19,6 +19,7 @@ from prunebench.calibration.training import Training, training_windows
 from prunebench.calibration.vocabulary import require_known, vocabulary_size
 from prunebench.calibration.windows import Windows, load_windows, sample_windows
 from prunebench.errors import CheckFailed, IncompatibleData
+from prunebench.evaluate.generation import encode_prompt
 from prunebench.evaluate.outcome import Evaluator
 from prunebench.evaluate.perplexity import PerplexityTask, prepare_perplexity
 from prunebench.files import cache_dir
@@ -33,6 +34,7 @@ from prunebench.models.stored_config import asked_attention
 from prunebench.models.stored_model import stored_model
 from prunebench.pruners.removal import BlockRemover, count_of_blocks
 from prunebench.pruners.training import TrainingNeeds
+from prunebench.results.completions import PROMPTS
 from prunebench.results.schema import CalibrationBlock
 from prunebench.run.dtype import StoredDtype
 from prunebench.run.place import place_weights
@@ -55,6 +57,7 @@ class Plan(ResolvedSpec):
         training: Training windows, for methods that train.
         recovery_training: Training windows of `model_recoverer`.
         masks: The named masks, for methods that read them.
+        prompts: Tokens of the prompts of --log-text.
         weights: `resident` or `disk`.
     """
 
@@ -68,6 +71,7 @@ class Plan(ResolvedSpec):
     training: Training | None
     recovery_training: Training | None
     masks: Masks | None
+    prompts: tuple[tuple[int, ...], ...]
     weights: Weights
 
     @property
@@ -144,6 +148,10 @@ def inputs_for(resolved: ResolvedSpec, model: torch.nn.Module, config: Any, toke
     )
     read = [(need, training), (recovery_need, recovery_training)]
     _require_known(resolved, windows, texts, read, vocabulary, tokenizer)
+    prompts = tuple(
+        encode_prompt(prompt, tokenizer, config, vocabulary, name=resolved.spec.model)
+        for prompt in PROMPTS[: resolved.setup.log_text]
+    )
     weights = place_weights(resolved, model, tasks)
     if resolved.setup.save_model and weights == "resident":
         require_carriable(resolved.model.path, model)
@@ -160,6 +168,7 @@ def inputs_for(resolved: ResolvedSpec, model: torch.nn.Module, config: Any, toke
         training=training,
         recovery_training=recovery_training,
         masks=masks,
+        prompts=prompts,
         weights=weights,
     )
 

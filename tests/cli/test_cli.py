@@ -43,7 +43,7 @@ def test_the_options_of_run_are_a_decision():
         "--calibration-samples", "--seqlen", "--execute", "--backend", "--once",
         "--weights", "--activations", "--resume-info", "--calibration-bos",
         "--ppl", "--ppl-seqlen", "--ppl-tokens", "--ppl-bos", "--divergence", "--tasks",
-        "--num-fewshot",
+        "--num-fewshot", "--log-text",
         "--limit", "--apply-chat-template", "--batch-size", "--include-path", "--log-samples",
         "--seed", "--dtype", "--device", "--set",
         "--save-model", "--save-masks", "--save-calibration", "--within-block", "--results-dir",

@@ -13,6 +13,7 @@ from prunebench.results.columns import duration
 from prunebench.results.published import PublishedValue
 from prunebench.results.report.data import build_report
 from prunebench.results.report.page import render_page
+from prunebench.results.schema import Result
 from prunebench.results.store import ResultStore
 from tests.factories import counted
 from tests.report_pages import EVIL, generated, mixed, with_training
@@ -118,6 +119,26 @@ def drawn(driver, figure):
     """The texts of a chart, once it is drawn."""
     driver.execute_script("document.getElementById(arguments[0]).scrollIntoView()", figure)
     return wait_for(lambda: texts_of(driver, f"#{figure} svg text"))
+
+
+def test_completions_are_marked_and_follow_the_filters(chromium, tmp_path):
+    results = [generated(method=method, sparsity="2:4") for method in ("wanda", "sparsegpt")]
+    row = {
+        "prompt": "Once", "text": f" upon {EVIL}", "dense_text": " upon a time", "tokens": 9,
+        "dense_tokens": 3, "same_tokens": 1,
+    }  # fmt: skip
+    block = {"prompts": "v1", "max_new_tokens": 48, "completions": [row]}
+    rows = [Result.model_validate({**r.model_dump(), "completions": block}) for r in results]
+    path = tmp_path / "texts.html"
+    path.write_text(render_page(build_report(rows)), encoding="utf-8")
+    show(chromium)
+    visit(chromium, path)
+    assert texts_of(chromium, "#text-list h3") == ["Once"]
+    assert sorted(texts_of(chromium, ".texts dt")) == ["dense", "sparsegpt 2:4", "wanda 2:4"]
+    assert texts_of(chromium, ".texts mark") == [EVIL, EVIL]
+    chip(chromium, "wanda")
+    assert texts_of(chromium, ".texts dt") == ["dense", "wanda 2:4"]
+    assert chromium.get_log("browser") == []
 
 
 def test_no_request_leaves_the_machine(browser, page):

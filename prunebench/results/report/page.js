@@ -162,6 +162,7 @@ function showCharts() {
   showCosts(known);
   showCurves(known);
   showLayers();
+  showTexts(known);
   showPublished();
   showProvenance(known);
 }
@@ -252,6 +253,23 @@ function showLayers() {
       columns: [["module", (row) => row.module], ["block", (row) => row.block], [page.layerTitles[quantity], (row) => text(row.value)]],
     });
   }
+}
+
+function showTexts(shown) {
+  $("texts").hidden = !model().texts.length;
+  $("text-list").replaceChildren(...model().texts.map(({ prompt, texts }) => {
+    const list = element("dl", "", { class: "texts" });
+    for (const [id, name, same, rest] of texts) {
+      if (id && !shown.has(id)) continue;
+      const pair = element("div"), text = element("dd", same);
+      if (rest !== null) text.append(element("mark", rest || "(ends here)"));
+      pair.append(element("dt", name), text);
+      list.append(pair);
+    }
+    const box = element("section");
+    box.append(element("h3", prompt), list);
+    return box;
+  }));
 }
 
 function showPublished() {

@@ -12,6 +12,7 @@ from typing import Any
 
 from prunebench.results.render import column_title, legend, score_title, value_text
 from prunebench.results.report import charts
+from prunebench.results.report.completions import completion_rows
 from prunebench.results.report.data import ModelPart, Report, Row, held_out_score, machine_name
 from prunebench.results.report.heat import HeatMap, HeatRun, loss_range, ratio_range
 from prunebench.results.report.libraries import charts_script, table_script
@@ -237,6 +238,7 @@ def _model(part: ModelPart, texts: dict[str, int]) -> dict[str, Any]:
             for curve in part.curves
         ],
         "heat": _heat(part.heat) if part.heat else None,
+        "texts": completion_rows(part.rows),
         "runs": {
             row.anchor: [_provenance(row, result, texts) for result in row.results]
             for row in part.rows

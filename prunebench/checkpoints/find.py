@@ -1,0 +1,60 @@
+"""Find the folder of a checkpoint by its path, or by the id of the run that saved it."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+
+from prunebench.checkpoints.save import RESULT_NAME
+from prunebench.errors import IncompatibleData, MissingResource
+from prunebench.models.source import LocalModel, ModelSource
+from prunebench.results.schema import Result
+from prunebench.results.store import Damaged, ResultStore, read_copy, read_result
+
+
+def find_checkpoint(name: str, store: ResultStore) -> tuple[Path, Result | None]:
+    """Return the folder of a checkpoint or of a run's saved model, and its result.
+
+    Args:
+        name: A folder, or the id of a run.
+        store: Where to look up the id.
+
+    Raises:
+        MissingResource: There is no such folder, or the run's weights were not saved here.
+        IncompatibleData: The run's result is damaged.
+    """
+    path = Path(name).expanduser()
+    if path.is_dir():
+        copy = read_copy(path / RESULT_NAME) if (path / RESULT_NAME).is_file() else None
+        return path, copy if isinstance(copy, Result) else None
+    if "/" in name and not path.is_file():
+        raise MissingResource(
+            f"there is no folder {name}", fix="name one that prunebench run --save-model wrote"
+        )
+    result = read_result(store.find(name))
+    if isinstance(result, Damaged):
+        raise IncompatibleData(f"{name} is not a result", where=result.reason)
+    saved = option_in(result, "--save-model")
+    if saved is None or not Path(saved).is_dir():
+        raise MissingResource(
+            f"the weights of {result.id} are not here",
+            where="only the folder that run --save-model wrote can be read",
+            fix=f"make them: {result.command}" + ("" if saved else " --save-model DIR"),
+        )
+    return Path(saved), result
+
+
+def option_in(result: Result, *names: str) -> str | None:
+    """Return the value of an option in the result's command line, if it was given."""
+    words = [part for word in shlex.split(result.command) for part in word.split("=", 1)]
+    pairs = zip(words, words[1:], strict=False)
+    return next((value for name, value in pairs if name in names), None)
+
+
+def local_checkpoint(folder: Path, result: Result | None) -> LocalModel:
+    """Return the folder of a checkpoint as a model, without hashing its files."""
+    source = ModelSource(folder.resolve().name, "folder", str(folder))
+    revision = result.model.evaluated_sha256 if result and result.model else ""
+    # without a hash, the newest change in the folder tells one state of it from another
+    revision = revision or str(max((p.stat().st_mtime_ns for p in folder.iterdir()), default=0))
+    return LocalModel(source, folder, revision)
