@@ -65,7 +65,7 @@ class Block(BlockRecoverer):
             the mask is chosen anew (Wanda++); 0 keeps the method's mask.
     """
 
-    lr: float = 0.016
+    lr: float = 0.008
     epochs: int = 3
     batch: int = 2
     schedule: Literal["linear", "cosine"] = "linear"

@@ -144,7 +144,7 @@ def test_a_dry_run_counts_it(cli, tiny_run):
     plain = cli(*run).output
     recovered = cli(*run, "--recover", "block", "--set", "recover.batch=56").output
     assert (
-        "recovery    block: lr=0.016, epochs=3, batch=56" in recovered and "recover " in recovered
+        "recovery    block: lr=0.008, epochs=3, batch=56" in recovered and "recover " in recovered
     )
     for part in ("recovery: master, moments", "recovery: batch", "dense stream of the recovery"):
         assert part in recovered and part not in plain
