@@ -13,6 +13,7 @@ other weights.
 
 from __future__ import annotations
 
+import json
 import shlex
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,28 +22,26 @@ from typing import Literal, NoReturn
 from prunebench.allocators.allocation import save_allocation
 from prunebench.checkpoints.model_card import model_card
 from prunebench.checkpoints.packed24 import (
+    INDEXES,
     Packing,
     copy_companions,
+    dense_config,
     dense_tensors,
     kind_of,
     require_same,
     write_dense,
     write_packed,
 )
+from prunebench.checkpoints.packed24_index import write_settings
 from prunebench.checkpoints.recipe_text import ALLOCATION_NAME, RECIPE_NAME, recipe_text
 from prunebench.checkpoints.save import RESULT_NAME, check_target, save_stored_masks
 from prunebench.errors import IncompatibleData, MissingResource, SaveError, UsageError
-from prunebench.files import atomic_folder, link_or_copy
+from prunebench.files import atomic_folder, link_or_copy, write_text
 from prunebench.models.carried import TEMPLATES, copy_templates
 from prunebench.models.checkpoint_keys import check_tensors
 from prunebench.models.linears import Linear, find_linears
 from prunebench.models.load import load_config, skeleton
-from prunebench.models.safetensors_files import (
-    INDEX_NAME,
-    PACKED_INDEX,
-    hash_stored,
-    other_files,
-)
+from prunebench.models.safetensors_files import hash_stored, other_files
 from prunebench.models.stored_config import require_unquantized
 from prunebench.models.stored_model import StoredModel, stored_model
 from prunebench.models.verify import expected_of_folder, require_saved
@@ -177,6 +176,9 @@ def export(
         elif to == "dense":
             with progress.stage("write", detail="dense safetensors"):
                 write_dense(tensors, part)
+                _write_dense_config(source, part)
+        elif stored == "packed24":
+            write_settings(part)  # those of a folder that was packed before there were any
         # Of the copy, not of the source: a file that changed while it was copied is noticed.
         try:
             require_saved(part, expected, name=target, progress=progress, read=dense_tensors)
@@ -191,6 +193,13 @@ def export(
     ]
     names_left = (p.name for p in left_out if p.name not in (*_WRITTEN, TEMPLATES))
     return Exported(target, result, _sizes(target), tuple(linked), tuple(names_left), packing)
+
+
+def _write_dense_config(source: Path, part: Path) -> None:
+    config = dense_config(source)
+    if config is not None:
+        text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
+        write_text(part / "config.json", text)
 
 
 def _describe(
@@ -279,7 +288,7 @@ def _sizes(folder: Path) -> dict[str, int]:
 
 
 def _is_weight(path: Path) -> bool:
-    return path.suffix == ".safetensors" or path.name in (INDEX_NAME, PACKED_INDEX)
+    return path.suffix == ".safetensors" or path.name in INDEXES
 
 
 def _is_copied(path: Path) -> bool:
