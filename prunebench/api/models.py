@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 
 from prunebench.checkpoints.packed24 import kind_of
-from prunebench.checkpoints.packed24_index import has_settings
+from prunebench.checkpoints.packed24_index import SHARDS_INDEX, has_settings, read_rows
 from prunebench.errors import IncompatibleData, UsageError
 from prunebench.models.in_memory import evaluation_mode, require_causal
 from prunebench.models.source import fetch_model as fetch
@@ -63,8 +63,10 @@ def load(name: str | Path, *, backend: str | None = None, **options: Any) -> Any
         raise IncompatibleData(
             f"{folder} was packed before transformers could load such folders",
             where="its config.json does not name the format",
-            fix=f"prunebench export {folder} -o NEW writes it again, with the same weights",
+            fix=f"prunebench export {folder} -o NEW --to packed24 writes it again, the same weights",
         )
+    if kind == "packed24":
+        read_rows(folder / SHARDS_INDEX)  # what is damaged is named before transformers reads it
     if backend is None:
         return AutoModelForCausalLM.from_pretrained(folder, **options)
     if kind != "packed24":

@@ -87,18 +87,20 @@ class Packed24Quantizer(HfQuantizer):  # type: ignore[misc]
         Raises:
             IncompatibleData: Names the device.
         """
-        places = device_map.values() if isinstance(device_map, dict) else [device_map]
+        places = [*device_map.values()] if isinstance(device_map, dict) else [device_map or "cpu"]
         # "auto" and its like are asked again when they have become devices
         modes = ("auto", "balanced", "balanced_low_0", "sequential")
-        types = {
-            _device_type(place) for place in places if place is not None and place not in modes
-        }
-        strange = sorted(types - {*_DEVICES})
-        if strange:
+        types = {_device_type(place) for place in places if place not in modes}
+        for strange in sorted(types - {*_DEVICES}):
             raise IncompatibleData(
-                f"packed weights do not run on {strange[0]}",
+                f"packed weights do not run on {strange}",
                 where=f"there are backends for {' and '.join(_DEVICES)}",
                 fix=f"use another device_map; or {_DENSE}",
+            )
+        if "cuda" in types and not torch.cuda.is_available():
+            raise IncompatibleData(
+                "device_map asks for cuda, and torch has no CUDA device here",
+                fix="use device_map='cpu', or install a torch for CUDA",
             )
         if len(types) > 1:
             raise IncompatibleData(

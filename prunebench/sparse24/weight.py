@@ -79,6 +79,10 @@ class PackedWeight(nn.Module):
         """The device of the tensors."""
         return self.form.device
 
+    def extra_repr(self) -> str:
+        """Return shape, dtype and layout."""
+        return f"shape={self.shape}, dtype={self.dtype}, layout={self.form.name}"
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PackedWeight:
         """Move the weight, as `model.to(device)` asks; it cannot be cast."""
         if any(part in self._buffers for part in PARTS):  # not loaded yet
