@@ -63,7 +63,7 @@ def load(name: str | Path, *, backend: str | None = None, **options: Any) -> Any
         raise IncompatibleData(
             f"{folder} was packed before transformers could load such folders",
             where="its config.json does not name the format",
-            fix=f"prunebench export {folder} -o NEW --to packed24 writes it again, the same weights",
+            fix=f"prunebench export {folder} -o NEW --to packed24 writes it again",
         )
     if kind == "packed24":
         read_rows(folder / SHARDS_INDEX)  # what is damaged is named before transformers reads it

@@ -52,6 +52,7 @@ def read_rows(path: Path) -> dict[str, dict[str, Any]]:
     if not sound:
         raise IncompatibleData(
             f"{path} is not an index of packed24, version {VERSION}",
+            where=f"it says {document['format']}, version {document['version']}",
             fix="update prunebench, or export again",
         )
     return rows

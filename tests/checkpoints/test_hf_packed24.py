@@ -117,7 +117,8 @@ def test_it_runs_as_the_dense_model_does_and_saves_the_same_bits(built, architec
     dense, packed = (load(built / architecture / kind) for kind in ("dense", "packed"))
     assert len(packed_layers(packed)) == (12 if architecture == "gpt2" else 21)
     assert torch.equal(generate(packed), generate(dense))
-    assert torch.equal(generate(packed, cache_implementation="static"), generate(dense))
+    static = [generate(model, cache_implementation="static") for model in (packed, dense)]
+    assert torch.equal(*static)
     ids = torch.arange(3, 19).view(2, 8)
     assert torch.equal(packed(ids).logits, dense(ids).logits)
     tied = packed.get_output_embeddings().weight is packed.get_input_embeddings().weight
@@ -199,6 +200,20 @@ def test_it_moves_and_is_not_cast(built):
     moved = layer.to("meta")
     assert {moved.weight.device.type, moved.policy.device.type} == {"meta"}
     assert all(buffer.is_meta for buffer in moved.buffers())
+
+
+def test_it_is_loaded_from_the_cache_of_the_hub(built, tmp_path):
+    """Of a repository transformers fetches the config, its index and the weights, no more."""
+    revision = "a" * 40
+    root = tmp_path / "models--org--packed"
+    snapshot = root / "snapshots" / revision
+    snapshot.mkdir(parents=True)
+    (root / "refs").mkdir()
+    (root / "refs" / "main").write_text(revision)
+    for name in ("config.json", "packed24.safetensors.index.json", "packed24.safetensors"):
+        shutil.copy(built / "llama" / "packed" / name, snapshot)
+    model = load("org/packed", cache_dir=tmp_path)
+    assert torch.equal(generate(model), generate(load(built / "llama" / "packed")))
 
 
 # ---------------------------------------------------------------- prunebench.load
