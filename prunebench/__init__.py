@@ -90,7 +90,7 @@ class _WhenImported:
             return None
         from importlib.util import find_spec
 
-        sys.meta_path.remove(self)  # type: ignore[arg-type]
+        sys.meta_path.remove(self)
         spec = find_spec(name)
         loader: Any = spec and spec.loader
         if loader is not None:

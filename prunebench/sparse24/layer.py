@@ -40,6 +40,9 @@ class Sparse24Linear(nn.Module):
         IncompatibleData: The bias is of another dtype.
     """
 
+    weight: PackedWeight
+    policy: Policy
+
     def __init__(self, packed: Packed24, bias: Tensor | None, *, policy: Policy) -> None:
         super().__init__()
         if bias is not None and bias.dtype != packed.dtype:
@@ -77,7 +80,7 @@ class Sparse24Linear(nn.Module):
         self.policy = policy
         self.register_buffer("bias", bias)
         self.bias: Tensor | None
-        self.register_load_state_dict_post_hook(_choose_layout_again)
+        self.register_load_state_dict_post_hook(_choose_layout_again)  # type: ignore[no-untyped-call]
         self._forget_products()
 
     def _choose_layout(self) -> None:
@@ -98,7 +101,7 @@ class Sparse24Linear(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Sparse24Linear:
         before = self.weight.device
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         if self.weight.device != before:
             self.policy = _policy_on(self.weight.device, self.policy)
             self._choose_layout()

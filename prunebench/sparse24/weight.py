@@ -86,7 +86,7 @@ class PackedWeight(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PackedWeight:
         """Move the weight, as `model.to(device)` asks; it cannot be cast."""
         if any(part in self._buffers for part in PARTS):  # not loaded yet
-            return super()._apply(fn, recurse)  # type: ignore[no-any-return]
+            return super()._apply(fn, recurse)  # type: ignore[no-untyped-call,no-any-return]
         moved = fn(torch.empty(0, dtype=self.dtype, device=self.device))
         if moved.dtype != self.dtype:
             raise IncompatibleData(

@@ -253,7 +253,8 @@ def test_a_checkpoint_of_compressed_tensors(cli, tiny_run, checkpoint, tmp_path)
     assert len({result.model.evaluated_sha256 for result in results}) == 1
     cli("export", "bitmask", "-o", "packed", "--to", "packed24")
     assert same(weights("packed"), weights("ck"))
-    assert "quantization_config" not in Path("packed/config.json").read_text()
+    settings = json.loads(Path("packed/config.json").read_text())["quantization_config"]
+    assert settings == {"quant_method": "packed24", "version": 1, "dtype": "bfloat16"}
 
 
 def test_damaged_checkpoints_of_compressed_tensors(cli, checkpoint):
