@@ -129,7 +129,7 @@ class Packed24Quantizer(HfQuantizer):  # type: ignore[misc]
                 f"the packed weights are {stored}, and {str(dtype).removeprefix('torch.')} is "
                 "asked for",
                 where="values are multiplied as they are stored",
-                fix=f"leave dtype out, or use dtype=torch.{stored}; or {_DENSE}",
+                fix=f"leave dtype out, or use dtype=torch.{stored}",
             )
         return dtype
 

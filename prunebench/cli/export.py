@@ -174,6 +174,8 @@ def _print_summary(done: Any) -> None:
     if done.left_out:
         typer.echo(f"  left out, no part of a model: {', '.join(done.left_out)}")
     typer.echo(f"  exported to {done.folder}")
+    if done.packing:
+        typer.echo(f"  to load it in Python: prunebench.load({str(done.folder)!r})")
 
 
 def _print_packing(packing: Packing) -> None:
