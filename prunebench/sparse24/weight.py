@@ -36,6 +36,7 @@ class PackedWeight(nn.Module):
         values = torch.empty(rows, width // 2, dtype=dtype, device="meta")
         codes = torch.empty(rows, (width + 7) // 8, dtype=torch.uint8, device="meta")
         weight = cls(FileLayout(Packed24(values, codes)))
+        weight._forget_buffers()  # a loader would give each of them memory
         for name, tensor in zip(PARTS, (values, codes), strict=True):
             # persistent, so that a loader finds them among the tensors that it has to fill
             weight.register_buffer(name, tensor)
@@ -59,10 +60,14 @@ class PackedWeight(nn.Module):
     @form.setter
     def form(self, form: WeightLayout) -> None:
         self._form = form
-        self._buffers.clear()
+        self._forget_buffers()
         # Buffers, so that the memory footprint of the model counts them.
         for name, tensor in _tensors(form):
             self.register_buffer(f"{form.name}_{name}", tensor, persistent=False)
+
+    def _forget_buffers(self) -> None:
+        self._buffers.clear()
+        self._non_persistent_buffers_set.clear()
 
     @property
     def shape(self) -> tuple[int, int]:
