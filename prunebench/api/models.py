@@ -5,9 +5,13 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 
+from prunebench.checkpoints.packed24 import kind_of
+from prunebench.checkpoints.packed24_index import SHARDS_INDEX, has_settings, read_rows
+from prunebench.errors import IncompatibleData, UsageError
 from prunebench.models.in_memory import evaluation_mode, require_causal
 from prunebench.models.source import fetch_model as fetch
 from prunebench.models.source import find_model
@@ -27,6 +31,52 @@ def fetch_model(name: str, *, progress: Progress | None = None) -> Path:
     """
     with quiet_libraries():
         return fetch(find_model(name), progress or Silent()).path
+
+
+def load(name: str | Path, *, backend: str | None = None, **options: Any) -> Any:
+    """Return a model for inference; packed 2:4 matrices stay packed, and are never dense in memory.
+
+    The same as `AutoModelForCausalLM.from_pretrained` after `import prunebench`.
+
+    Args:
+        name: A packed folder, a plain one, org/name of the hub, or an alias of `prunebench list
+            models`.
+        backend: Of packed matrices, see docs/sparse24.md; by default the fastest that is known.
+        **options: Of `from_pretrained`, e.g. `device_map="cuda"`.
+
+    Raises:
+        MissingResource: There is no such model.
+        IncompatibleData: A packed folder is of another version, lacks a tensor, has one too many,
+            or holds codes that are no 2:4 code; or its device has no backend.
+        UsageError: `backend` is unknown, cannot be used there, or the folder is not packed.
+
+    Example:
+        >>> import prunebench
+        >>> model = prunebench.load("packed/")  # doctest: +SKIP
+        >>> model.generate(**tokenizer("Once upon", return_tensors="pt"))  # doctest: +SKIP
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    folder = Path(name) if Path(name).is_dir() else fetch_model(str(name))
+    kind = kind_of(folder)
+    if kind == "packed24" and not has_settings(folder):
+        raise IncompatibleData(
+            f"{folder} was packed before transformers could load such folders",
+            where="its config.json does not name the format",
+            fix=f"prunebench export {folder} -o NEW --to packed24 writes it again",
+        )
+    if kind == "packed24":
+        read_rows(folder / SHARDS_INDEX)  # what is damaged is named before transformers reads it
+    if backend is None:
+        return AutoModelForCausalLM.from_pretrained(folder, **options)
+    if kind != "packed24":
+        raise UsageError(
+            f"{folder} is not packed, and only packed matrices have a backend",
+            fix="leave backend out, or prunebench export it with --to packed24",
+        )
+    config: Any = AutoConfig.from_pretrained(folder)
+    config.quantization_config["backend"] = backend
+    return AutoModelForCausalLM.from_pretrained(folder, config=config, **options)
 
 
 @contextlib.contextmanager

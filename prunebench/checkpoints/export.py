@@ -13,7 +13,9 @@ other weights.
 
 from __future__ import annotations
 
+import json
 import shlex
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, NoReturn
@@ -21,28 +23,26 @@ from typing import Literal, NoReturn
 from prunebench.allocators.allocation import save_allocation
 from prunebench.checkpoints.model_card import model_card
 from prunebench.checkpoints.packed24 import (
+    INDEXES,
     Packing,
     copy_companions,
+    dense_config,
     dense_tensors,
     kind_of,
     require_same,
     write_dense,
     write_packed,
 )
+from prunebench.checkpoints.packed24_index import write_settings
 from prunebench.checkpoints.recipe_text import ALLOCATION_NAME, RECIPE_NAME, recipe_text
 from prunebench.checkpoints.save import RESULT_NAME, check_target, save_stored_masks
 from prunebench.errors import IncompatibleData, MissingResource, SaveError, UsageError
-from prunebench.files import atomic_folder, link_or_copy
+from prunebench.files import atomic_folder, link_or_copy, write_text
 from prunebench.models.carried import TEMPLATES, copy_templates
 from prunebench.models.checkpoint_keys import check_tensors
 from prunebench.models.linears import Linear, find_linears
 from prunebench.models.load import load_config, skeleton
-from prunebench.models.safetensors_files import (
-    INDEX_NAME,
-    PACKED_INDEX,
-    hash_stored,
-    other_files,
-)
+from prunebench.models.safetensors_files import StoredTensor, hash_stored, other_files
 from prunebench.models.stored_config import require_unquantized
 from prunebench.models.stored_model import StoredModel, stored_model
 from prunebench.models.verify import expected_of_folder, require_saved
@@ -56,8 +56,8 @@ _KINDS = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja")
 _WRITTEN = ("README.md", RECIPE_NAME, MASKS_NAME, ALLOCATION_NAME)
 _STORAGE = {
     "dense": "zeros are stored in place: the files are as large as the dense model's",
-    "packed24": "2:4 matrices are packed (values and 4-bit codes, 0.5625 of the dense bytes): run "
-    "them with `prunebench`, or get plain safetensors with `prunebench export DIR --to dense`",
+    "packed24": "2:4 matrices are packed (values and 4-bit codes, 0.5625 of the dense bytes), and "
+    "stay so in memory; `prunebench export DIR -o PLAIN --to dense` writes plain safetensors",
     "sparse-24-bitmask": "2:4 matrices are stored as sparse-24-bitmask",
     "fp8": "matrices are stored as float8, with a scale a block",
 }
@@ -132,7 +132,13 @@ def no_weights(result: Result) -> MissingResource:
 
 
 def export(
-    source: Path, target: Path, *, replace: bool, progress: Progress, to: To | None = None
+    source: Path,
+    target: Path,
+    *,
+    replace: bool,
+    progress: Progress,
+    to: To | None = None,
+    repository: str | None = None,
 ) -> Exported:
     """Write a folder to publish.
 
@@ -143,6 +149,7 @@ def export(
         progress: Shows the stages.
         to: How to store the weights; None keeps the format. If given, any model folder can be the
             source; without a result it gets no card.
+        repository: Where it will be pushed to, for its card; None if nowhere.
 
     Raises:
         IncompatibleData: The source is damaged, or its weights are not those that were scored.
@@ -150,9 +157,9 @@ def export(
         SaveError: It cannot be written.
     """
     stored = kind_of(source)
-    to = None if to == stored else to
     if to is not None and not (source / RESULT_NAME).is_file():
         return _convert(source, target, to, replace=replace, progress=progress)
+    to = None if to == stored else to
     result = read_checkpoint(source)
     assert result.model is not None
     tensors = dense_tensors(source)
@@ -172,18 +179,17 @@ def export(
         with progress.stage("copy", detail=f"{len(copied)} files"):
             linked = [path.name for path in copied if link_or_copy(path, part / path.name)]
             copy_templates(source, part)
-        if to == "packed24":
-            packing = write_packed(tensors, part, progress=progress)
-        elif to == "dense":
-            with progress.stage("write", detail="dense safetensors"):
-                write_dense(tensors, part)
+        if to is not None:
+            packing = _write_weights(source, tensors, part, to, progress=progress)
+        elif stored == "packed24":
+            write_settings(part)  # those of a folder that was packed before there were any
         # Of the copy, not of the source: a file that changed while it was copied is noticed.
         try:
             require_saved(part, expected, name=target, progress=progress, read=dense_tensors)
         except SaveError as error:
             _raise_cause(source, source_model, result, packing, error)
-        storage = _STORAGE[to or stored]
-        _describe(part, result, source_model, linears, storage=storage, progress=progress)
+        about = _describe(part, result, source_model, linears, progress=progress)
+        _write_card(part, result, about, name=repository or str(target), kind=to or stored)
     left_out = [
         path
         for path in sorted(source.iterdir())
@@ -193,16 +199,36 @@ def export(
     return Exported(target, result, _sizes(target), tuple(linked), tuple(names_left), packing)
 
 
+def _write_weights(
+    source: Path, tensors: Mapping[str, StoredTensor], part: Path, to: To, *, progress: Progress
+) -> Packing | None:
+    """Write weights in another format, and the config that goes with it."""
+    if to == "packed24":
+        return write_packed(tensors, part, progress=progress)
+    with progress.stage("write", detail="dense safetensors"):
+        write_dense(tensors, part)
+        config = dense_config(source)
+        if config is not None:
+            text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
+            write_text(part / "config.json", text)
+    return None
+
+
+def _write_card(part: Path, result: Result, about: dict[str, str], *, name: str, kind: str) -> None:
+    packed = kind == "packed24"
+    card = model_card(result, about, name=name, storage=_STORAGE[kind], packed=packed)
+    (part / "README.md").write_text(card, encoding="utf-8")
+
+
 def _describe(
     part: Path,
     result: Result,
     source_model: StoredModel,
     linears: list[Linear],
     *,
-    storage: str,
     progress: Progress,
-) -> None:
-    """Write recipe, masks and model card to a folder."""
+) -> dict[str, str]:
+    """Write recipe and masks to a folder; return what the files are, by name, for the card."""
     written = [RESULT_NAME, RECIPE_NAME]
     recipe = recipe_text(result)
     if result.spec.allocation == "file":
@@ -215,9 +241,7 @@ def _describe(
             names = dict.fromkeys(linear.parameter_name for linear in linears)
             save_stored_masks((source_model.tensors[name] for name in names), part / MASKS_NAME)
         written.append(MASKS_NAME)
-    about = {name: _ABOUT[name] for name in written}
-    card = model_card(result, about, storage=storage)
-    (part / "README.md").write_text(card, encoding="utf-8")
+    return {name: _ABOUT[name] for name in written}
 
 
 def _raise_cause(
@@ -262,14 +286,9 @@ def _convert(source: Path, target: Path, to: To, *, replace: bool, progress: Pro
         require_unquantized(source)
     tensors = dense_tensors(source)
     _check_target(source, target, replace=replace)
-    packing = None
     with atomic_folder(target, replace=replace, exclusive=True) as part:
         copy_companions(source, part)
-        if to == "packed24":
-            packing = write_packed(tensors, part, progress=progress)
-        else:
-            with progress.stage("write", detail="dense safetensors"):
-                write_dense(tensors, part)
+        packing = _write_weights(source, tensors, part, to, progress=progress)
         require_same(source, tensors, part, name=target, progress=progress)
     return Exported(target, None, _sizes(target), (), (), packing)
 
@@ -280,7 +299,7 @@ def _sizes(folder: Path) -> dict[str, int]:
 
 
 def _is_weight(path: Path) -> bool:
-    return path.suffix == ".safetensors" or path.name in (INDEX_NAME, PACKED_INDEX)
+    return path.suffix == ".safetensors" or path.name in INDEXES
 
 
 def _is_copied(path: Path) -> bool:

@@ -29,19 +29,28 @@ _LICENSES = {  # name in the catalog: on the hub (https://hf.co/docs/hub/reposit
 
 
 def model_card(
-    result: Result, files: Mapping[str, str] | None = None, *, storage: str = _IN_PLACE
+    result: Result,
+    files: Mapping[str, str] | None = None,
+    *,
+    name: str,
+    storage: str = _IN_PLACE,
+    packed: bool = False,
 ) -> str:
     """Return the README of a pruned checkpoint.
 
     Args:
         result: A finished run.
         files: Descriptions of the other files in the folder, by name.
+        name: What `from_pretrained` is to be called with: org/name, or the folder.
         storage: How the zeros are stored, as a sentence.
+        packed: Whether transformers needs prunebench to read it.
     """
     parts = [
         f"---\n{front_matter(result)}---\n",
         f"# {_text(result.spec.model)}, {_what(result)}\n",
         *_about(result, storage),
+        "\n## Use\n",
+        *_use(name, packed=packed),
         "\n## Scores\n",
         *_scores(result),
         *_completions(result),
@@ -191,6 +200,23 @@ def _zeros(result: Result, storage: str) -> list[str]:
         "linear layers of the decoder blocks are zero; embeddings, norms, biases and the output "
         "layer are dense",
         f"- {storage}",
+    ]
+
+
+def _use(name: str, *, packed: bool) -> list[str]:
+    """Return code that loads the model and generates a text."""
+    lines = ["Needs `pip install prunebench`, which teaches transformers to read it.\n"]
+    return [
+        *(lines if packed else []),
+        "```python",
+        *(["import prunebench  # before the model is loaded"] if packed else []),
+        "from transformers import AutoModelForCausalLM, AutoTokenizer",
+        "",
+        f"model = AutoModelForCausalLM.from_pretrained({name!r})",
+        f"tokenizer = AutoTokenizer.from_pretrained({name!r})",
+        'inputs = tokenizer("Once upon a time", return_tensors="pt")',
+        "print(tokenizer.decode(model.generate(**inputs, max_new_tokens=20)[0]))",
+        "```",
     ]
 
 

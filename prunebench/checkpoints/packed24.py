@@ -2,11 +2,11 @@
 
     packed24-00001-of-00002.safetensors   NAME.values24 and NAME.codes24 of each packed matrix,
                                           and the other tensors unchanged
-    packed24.json                         every tensor that the folder must hold
-    config.json, tokenizer, ...           unchanged
+    packed24.json, config.json, ...       see `checkpoints.packed24_index`
+    tokenizer, ...                        unchanged
 
-transformers looks for other file names and so refuses the folder; otherwise it would initialize
-the packed matrices, which it does not find, with random numbers.
+transformers looks for other file names and so refuses the folder where prunebench is not imported;
+otherwise it would initialize the packed matrices, which it does not find, with random numbers.
 """
 
 from __future__ import annotations
@@ -25,7 +25,16 @@ from torch import Tensor
 from prunebench.checkpoints.bitmask import bitmask_tensors, is_bitmask, plain_config
 from prunebench.checkpoints.derived import read_tensor
 from prunebench.checkpoints.fp8 import fp8_tensors, is_fp8, plain_fp8_config
-from prunebench.checkpoints.read_packed24 import CODES, VALUES, packed24_tensors
+from prunebench.checkpoints.packed24_index import (
+    CODES,
+    SHARDS_INDEX,
+    VALUES,
+    has_settings,
+    write_rows,
+    write_settings,
+)
+from prunebench.checkpoints.packed24_index import plain_config as plain_packed_config
+from prunebench.checkpoints.read_packed24 import packed24_tensors
 from prunebench.errors import IncompatibleData, PrunebenchError, SaveError
 from prunebench.files import atomic_folder, cache_dir
 from prunebench.models.carried import copy_templates
@@ -49,6 +58,8 @@ from prunebench.sparse24.packed import (
     require_24,
 )
 
+INDEXES = (INDEX_NAME, PACKED_INDEX, SHARDS_INDEX)
+"""Files of a folder that name its weights; they are written with the weights."""
 _SHARD_BYTES = 2 << 30
 _SIXTEEN_BITS = tuple(str(dtype).removeprefix("torch.") for dtype in DTYPES)
 
@@ -157,7 +168,7 @@ def require_same(
                 if where:
                     break
                 advance(1)
-            if other_files(folder) or stored_config(folder) != config:
+            if other_files(folder) or (dense_config(folder) or stored_config(folder)) != config:
                 where = where or "config.json has changed, or a file is beside the weights"
         except Exception as error:  # anything that a reader could raise
             where = error.what if isinstance(error, PrunebenchError) else str(error)
@@ -195,11 +206,11 @@ def write_dense(tensors: Mapping[str, StoredTensor], folder: Path) -> None:
 def write_packed(
     tensors: Mapping[str, StoredTensor], folder: Path, *, progress: Progress
 ) -> Packing:
-    """Pack every matrix that is 2:4, and write all tensors and the index.
+    """Pack every matrix that is 2:4; write all tensors, the indexes, and the format in the config.
 
     Args:
         tensors: From `dense_tensors`.
-        folder: The folder to write to.
+        folder: The folder to write to; it holds the dense model's config.
         progress: Shows the stage.
 
     Raises:
@@ -219,8 +230,8 @@ def write_packed(
         _write_shards(packed(), folder, "packed24")
     if not packer.packed:
         raise packer.nothing_packed()
-    index = {"format": "packed24", "version": 1, "tensors": packer.rows}
-    (folder / PACKED_INDEX).write_text(json.dumps(index, indent=1) + "\n", encoding="utf-8")
+    write_rows(folder, packer.rows)
+    write_settings(folder)
     return Packing(
         packed=tuple(packer.packed),
         dense=packer.dense,
@@ -324,13 +335,15 @@ def _write_shards(tensors: Iterable[tuple[str, Tensor]], folder: Path, stem: str
 
 def dense_config(folder: Path) -> dict[str, Any] | None:
     """Return the config for the dense weights of a folder; None if its own config fits."""
+    if has_settings(folder):
+        return plain_packed_config(stored_config(folder))
     return plain_fp8_config(folder) if is_fp8(folder) else plain_config(folder)
 
 
 def copy_companions(source: Path, target: Path) -> None:
     """Copy the other files of a folder; the config loses its compression settings."""
     for path in sorted(source.iterdir()):
-        weights = path.suffix == ".safetensors" or path.name in (INDEX_NAME, PACKED_INDEX)
+        weights = path.suffix == ".safetensors" or path.name in INDEXES
         if path.is_file() and not weights and not path.name.startswith("."):
             shutil.copyfile(path, target / path.name)
     copy_templates(source, target)

@@ -6,31 +6,34 @@ A matrix [out, in] is stored as NAME.values24 [out, in / 2] and NAME.codes24 uin
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from prunebench.checkpoints.derived import Derived, read_tensor
+from prunebench.checkpoints.packed24_index import CODES, VALUES, read_rows
 from prunebench.errors import IncompatibleData
 from prunebench.models.safetensors_files import PACKED_INDEX, StoredTensor
 from prunebench.sparse24.packed import Packed24, require_sound, unpack24
 
-VALUES, CODES = ".values24", ".codes24"
 
-
-def packed24_tensors(folder: Path, stored: dict[str, StoredTensor]) -> dict[str, StoredTensor]:
+def packed24_tensors(
+    folder: Path,
+    stored: dict[str, StoredTensor],
+    rows: dict[str, dict[str, Any]] | None = None,
+) -> dict[str, StoredTensor]:
     """Return the tensors of a packed folder as if they were dense.
 
     Args:
         folder: The folder, for its index.
         stored: Its tensors, from `stored_tensors`.
+        rows: Its index, from `read_rows`; None reads `packed24.json`.
 
     Raises:
         IncompatibleData: The index is damaged, or the tensors do not match it.
     """
-    rows = _read_index(folder)
+    rows = read_rows(folder / PACKED_INDEX) if rows is None else rows
     indexed: set[str] = set()
     for name, row in rows.items():
         is_packed = row["stored"] == "packed24"
@@ -46,27 +49,6 @@ def packed24_tensors(folder: Path, stored: dict[str, StoredTensor]) -> dict[str,
                 fix="copy or download the folder again, or export the checkpoint again",
             )
     return {name: _from_index(name, row, stored) for name, row in rows.items()}
-
-
-def _read_index(folder: Path) -> dict[str, dict[str, Any]]:
-    """Return the row of each tensor in `packed24.json`."""
-    path = folder / PACKED_INDEX
-    try:
-        document = json.loads(path.read_text("utf-8"))
-        rows: dict[str, dict[str, Any]] = document["tensors"]
-        sound = document["format"] == "packed24" and document["version"] == 1
-        sound = sound and all(row["stored"] in ("dense", "packed24") for row in rows.values())
-        sound = sound and all(len(row["shape"]) >= 0 for row in rows.values())
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise IncompatibleData(
-            f"{path} is damaged", where=f"{type(error).__name__}: {error}", fix="export again"
-        ) from None
-    if not sound:
-        raise IncompatibleData(
-            f"{path} is not an index of packed24, version 1",
-            fix="update prunebench, or export again",
-        )
-    return rows
 
 
 def _from_index(name: str, row: dict[str, Any], stored: dict[str, StoredTensor]) -> StoredTensor:

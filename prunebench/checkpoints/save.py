@@ -118,7 +118,7 @@ def save_model(
             copy_files(local.path, part)
             if local.source.kind in ("gguf", "wheel"):
                 clean_tokenizer_config(part)
-            (part / "README.md").write_text(model_card(result), encoding="utf-8")
+            (part / "README.md").write_text(model_card(result, name=str(path)), encoding="utf-8")
             (part / RESULT_NAME).write_text(result.to_json(), encoding="utf-8")
         expected = expected_of_model(model, sha256, dtype, carried)
         require_saved(part, expected, name=path, progress=progress)

@@ -27,7 +27,7 @@ from prunebench.download.hub_files import (
 from prunebench.errors import IncompatibleData, MissingResource
 from prunebench.files import cache_dir, write_text
 from prunebench.models.safetensors_files import weight_files
-from prunebench.models.stored_config import FP8, require_unquantized
+from prunebench.models.stored_config import FP8, PACKED24, require_unquantized
 from prunebench.progress import Progress
 
 _PATTERNS = FilePatterns(
@@ -128,7 +128,7 @@ def _download(repository: str, revision: str | None, progress: Progress) -> HubM
         config = fetch_file(
             repository, "config.json", revision=info.sha, progress=progress, fix=_FIX
         )
-        require_unquantized(config.parent, name=repository, reads=(FP8,))
+        require_unquantized(config.parent, name=repository, reads=(FP8, PACKED24))
     path = download_snapshot(repository, _PATTERNS, revision=revision, info=info, fix=_FIX)
     if pull_request:
         _remember_conversion(repository, pull_request)

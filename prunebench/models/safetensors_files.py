@@ -21,6 +21,9 @@ _HEADER_LIMIT_BYTES = 100 << 20
 SINGLE_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
 PACKED_INDEX = "packed24.json"
+PACKED_NOTICE = "this model is packed: pip install prunebench, and import prunebench first"
+"""`transformers_weights` in the config of a packed folder: where nothing reads the packed form,
+transformers refuses this as the name of a file, and prints it."""
 ADAPTER_CONFIG = "adapter_config.json"
 _PIECE_BYTES = 16 << 20
 _DTYPES = {  # name in the format: name in torch, bytes per element
@@ -145,7 +148,7 @@ def _require_no_more(folder: Path) -> None:
     except (OSError, ValueError):
         return  # load_config raises for it
     named = config.get("transformers_weights") if isinstance(config, dict) else None
-    if named is not None:
+    if named is not None and not (named == PACKED_NOTICE and (folder / PACKED_INDEX).is_file()):
         raise IncompatibleData(
             f"{folder} names its weights in config.json (transformers_weights)",
             where=f"{named}; other programs read {SINGLE_NAME} or {INDEX_NAME}",

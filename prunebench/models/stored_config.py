@@ -10,6 +10,8 @@ from typing import Any
 from prunebench.errors import IncompatibleData
 
 FP8 = "fp8"
+PACKED24 = "packed24"
+"""The quantization method of a folder with packed 2:4 matrices, see `checkpoints.packed24`."""
 _KEYS = ("quantization_config", "compression_config", "quantization")  # the last one is MLX's
 
 

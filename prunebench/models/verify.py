@@ -23,6 +23,7 @@ from prunebench.models.hashing import block_index_of
 from prunebench.models.linears import find_blocks
 from prunebench.models.load import load_config, skeleton
 from prunebench.models.safetensors_files import (
+    PACKED_INDEX,
     StoredTensor,
     check_weight_files,
     hash_stored,
@@ -30,7 +31,7 @@ from prunebench.models.safetensors_files import (
     stored_tensors,
     weight_files,
 )
-from prunebench.models.stored_config import quantization_of
+from prunebench.models.stored_config import PACKED24, quantization_of
 from prunebench.models.stored_model import StoredModel, kept_buffers, stored_model
 from prunebench.models.tensor_files import bytes_of
 from prunebench.models.weights import weights_of
@@ -150,7 +151,8 @@ def _difference(
 ) -> str:
     """Return the first difference between a folder and its expected contents, or ""."""
     method = quantization_of(folder)
-    if method is not None:
+    packed = method == PACKED24 and (folder / PACKED_INDEX).is_file()
+    if method is not None and not packed:
         return f"config.json says quantized with {method}, and the weights are not"
     if dtype != expected.dtype:
         return f"config.json says {dtype}, the weights are {expected.dtype}"

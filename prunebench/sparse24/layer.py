@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,17 +19,17 @@ from prunebench.sparse24.packed import (
     check_24,
     pack24,
     require_24,
-    require_sound,
     unpack24,
 )
 from prunebench.sparse24.policy import Choice, Policy
+from prunebench.sparse24.weight import PackedWeight
 
 
 class Sparse24Linear(nn.Module):
     """A linear layer whose 2:4 weight stays packed; it computes what the dense one would.
 
-    The weight is no parameter and gets no gradient. The state dict has `values24` and `codes24` in
-    the file layout, whatever layout is in memory.
+    The weight is no parameter and gets no gradient; `model.to(device)` moves it. The state dict has
+    `weight.values24` and `weight.codes24` in the file layout, whatever layout is in memory.
 
     Args:
         packed: The weight.
@@ -41,27 +40,77 @@ class Sparse24Linear(nn.Module):
         IncompatibleData: The bias is of another dtype.
     """
 
+    weight: PackedWeight
+    policy: Policy
+
     def __init__(self, packed: Packed24, bias: Tensor | None, *, policy: Policy) -> None:
         super().__init__()
         if bias is not None and bias.dtype != packed.dtype:
             raise IncompatibleData(f"the bias is {bias.dtype}, the weight {packed.dtype}")
-        self.out_features, self.in_features = packed.shape
-        self.policy = policy
-        self._take(packed)
-        # Not persistent: `_save_to_state_dict` writes it together with the packed weight.
-        self.register_buffer("bias", bias, persistent=False)
-        self.bias: Tensor | None
+        self.weight = PackedWeight(FileLayout(packed))
+        self._build(policy, bias)
+        self._choose_layout()
 
-    def _take(self, packed: Packed24) -> None:
-        """Store a weight in the layout that its backends read."""
-        self.form: WeightLayout = FileLayout(packed)  # `_choose` reads its dtype
+    @classmethod
+    def empty(
+        cls, shape: tuple[int, int], dtype: torch.dtype, *, bias: bool, policy: Policy
+    ) -> Sparse24Linear:
+        """Return a layer (out, in) on the meta device, for a loader to fill; then call `settle`."""
+        layer = cls.__new__(cls)
+        nn.Module.__init__(layer)
+        layer.weight = PackedWeight.empty(shape, dtype)
+        meta = torch.empty(shape[0], dtype=dtype, device="meta") if bias else None
+        layer._build(policy, meta)
+        return layer
+
+    def settle(self, *, name: str) -> None:
+        """Put the loaded weight into the layout that its backends read.
+
+        Raises:
+            IncompatibleData: What was loaded as `name` is no 2:4 matrix.
+        """
+        packed = self.weight.loaded(name=name)
+        if packed.device != self.policy.device:
+            self.policy = _policy_on(packed.device, self.policy)
+        self.weight = PackedWeight(FileLayout(packed))
+        self._choose_layout()
+
+    def _build(self, policy: Policy, bias: Tensor | None) -> None:
+        self.out_features, self.in_features = self.weight.shape
+        self.policy = policy
+        self.register_buffer("bias", bias)
+        self.bias: Tensor | None
+        self.register_load_state_dict_post_hook(_choose_layout_again)  # type: ignore[no-untyped-call]
+        self._forget_products()
+
+    def _choose_layout(self) -> None:
+        """Store the weight, which is in the file layout, as its backends read it."""
+        packed = self.form.packed()
         # dict.fromkeys: distinct, in order of rising token counts; the first that has a layout
         # decides.
         chosen = dict.fromkeys(self._choose(bucket.last).backend for bucket in BUCKETS)
         layouts = (backends()[name].layout(packed) for name in chosen)
-        self.form = next((layout for layout in layouts if layout is not None), self.form)
+        form = next((layout for layout in layouts if layout is not None), None)
+        if form is not None:
+            self.weight.form = form
+        self._forget_products()
+
+    def _forget_products(self) -> None:
         self.products: dict[str, Product] = {}
         self._routes: dict[int, Product] = {}
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Sparse24Linear:
+        before = self.weight.device
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        if self.weight.device != before:
+            self.policy = _policy_on(self.weight.device, self.policy)
+            self._choose_layout()
+        return self
+
+    @property
+    def form(self) -> WeightLayout:
+        """The weight in its layout."""
+        return self.weight.form
 
     def forward(self, x: Tensor) -> Tensor:
         """Return x @ W.T + bias, [..., out]; x is [..., in] in the weight's dtype."""
@@ -116,55 +165,15 @@ class Sparse24Linear(nn.Module):
             f"form={self.form.name}, backend={self._choose(1).backend}"
         )
 
-    def _save_to_state_dict(
-        self, destination: dict[str, Any], prefix: str, keep_vars: bool
-    ) -> None:
-        packed = self.packed()
-        destination[f"{prefix}values24"] = packed.values
-        destination[f"{prefix}codes24"] = packed.codes
-        if self.bias is not None:
-            destination[f"{prefix}bias"] = self.bias
 
-    def _load_from_state_dict(
-        self,
-        state_dict: dict[str, Any],
-        prefix: str,
-        local_metadata: dict[str, Any],
-        strict: bool,
-        missing_keys: list[str],
-        unexpected_keys: list[str],
-        error_msgs: list[str],
-    ) -> None:
-        names = ["values24", "codes24", *(["bias"] if self.bias is not None else [])]
-        tensors = {name: state_dict[prefix + name] for name in names if prefix + name in state_dict}
-        missing_keys += [prefix + name for name in names if name not in tensors]
-        expected = {prefix + name for name in names}
-        if strict:
-            unexpected_keys += [
-                key for key in state_dict if key.startswith(prefix) and key not in expected
-            ]
-        if len(tensors) < len(names):
-            return
-        device = self.form.device
-        # Copies: the caller may change or free its state dict afterwards.
-        packed = Packed24(*(tensors[n].to(device, copy=True) for n in ("values24", "codes24")))
-        try:
-            require_sound(packed, name=prefix.removesuffix(".") or "the state")
-        except IncompatibleData as error:
-            error_msgs.append(str(error))
-            return
-        if (packed.shape, packed.dtype) != (self.shape, self.form.dtype):
-            error_msgs.append(
-                f"{prefix}values24 is a {packed.dtype} matrix {list(packed.shape)}, the layer "
-                f"{self.form.dtype} {list(self.shape)}"
-            )
-            return
-        if self.bias is not None:
-            if tensors["bias"].shape != self.bias.shape:
-                error_msgs.append(f"{prefix}bias has {tensors['bias'].numel()} elements")
-                return
-            self.bias.copy_(tensors["bias"])
-        self._take(packed)
+def _policy_on(device: torch.device, policy: Policy) -> Policy:
+    """Return the policy of another device, with the same options."""
+    return Policy.load(device, forced=policy.forced, speed=policy.speed)
+
+
+def _choose_layout_again(layer: Sparse24Linear, incompatible_keys: object) -> None:
+    """Store a weight that `load_state_dict` has read in the file layout as its backends read it."""
+    layer._choose_layout()
 
 
 @dataclass

@@ -291,7 +291,7 @@ def test_every_licence_of_the_catalogue_is_known_to_the_hub():
 
 def test_names_that_mean_something_to_markdown_or_yaml():
     name = "a|b<script>: 'x' [y](z) `w`\n# h"
-    card = ModelCard(model_card(with_model(make_result(model=name), model=name)))
+    card = ModelCard(model_card(with_model(make_result(model=name), model=name), name="m"))
     assert "<script>" not in card.text.replace(r"\<script\>", "")
     assert "\n# h" not in card.text
     assert card.data.model_name.startswith("a-b-script")
@@ -300,7 +300,7 @@ def test_names_that_mean_something_to_markdown_or_yaml():
 def test_two_protocols_of_one_data_set_stay_two_entries():
     first, second = make_result(protocol="wiki/t/512/v1"), make_result(protocol="wiki/t/2048/v1")
     both = first.model_copy(update={"scores": [*first.scores, *second.scores]})
-    entries = ModelCard(model_card(with_model(both))).data.eval_results
+    entries = ModelCard(model_card(with_model(both), name="m")).data.eval_results
     assert {entry.dataset_name for entry in entries} == {"wiki/t/512/v1", "wiki/t/2048/v1"}
 
 

@@ -43,8 +43,8 @@ def test_the_layer_computes_what_the_dense_one_does():
 def test_its_state_is_the_canonical_format():
     packed = pack24(random_24(24, 16))
     state = Sparse24Linear(packed, None, policy=policy()).state_dict()
-    assert state.keys() == {"values24", "codes24"}
-    assert torch.equal(state["values24"], packed.values)
+    assert state.keys() == {"weight.values24", "weight.codes24"}  # the names of the files
+    assert torch.equal(state["weight.values24"], packed.values)
 
 
 def test_a_state_is_taken_up():
@@ -65,10 +65,10 @@ def test_a_state_is_taken_up():
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        ({"0.codes24": None}, "Missing key.*0.codes24"),
+        ({"0.weight.codes24": None}, "Missing key.*0.weight.codes24"),
         ({"0.weight": torch.zeros(1)}, "Unexpected key.*0.weight"),
-        ({"0.codes24": torch.zeros(24, 8, dtype=torch.uint8)}, "0 is not a packed 2:4 matrix"),
-        ({"0.values24": torch.zeros(24, 32, dtype=torch.float16)}, "float16 matrix"),
+        ({"0.weight.codes24": torch.zeros(24, 8, dtype=torch.uint8)}, "0.weight is not a packed"),
+        ({"0.weight.values24": torch.zeros(24, 32, dtype=torch.float16)}, "float16 matrix"),
     ],
 )
 def test_a_state_that_does_not_fit_is_refused(change, says):
