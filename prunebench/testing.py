@@ -224,9 +224,8 @@ def check_pruner(
     if sparsities is None and isinstance(pruner, BlockRemover):
         sparsities = SHARES
     elif sparsities is None:
-        sparsities = tuple(sparsity for sparsity in SPARSITIES if _takes(pruner, sparsity))
         # a method that only quantizes takes no sparsity at all
-        sparsities = sparsities or ("0",)
+        sparsities = tuple(text for text in SPARSITIES if _takes(pruner, text)) or ("0",)
     checks = (
         (architecture, name, check)
         for architecture in architectures
@@ -332,18 +331,19 @@ def _checks(
     pruned = functools.cache(trial)  # several checks look at one model
 
     def reached(sparsity: Sparsity, order: WithinBlock) -> None:
-        _check_reached(pruned(sparsity, order), dense, sparsity, rounds=grid is not None)
+        _check_reached(pruned(sparsity, order), dense, sparsity, grid=grid)
 
     def removed(sparsity: Sparsity) -> None:
         require_removed_only(pruned(sparsity, "joint"), dense, sparsity)
 
     for text in sparsities if removes else ():
-        share = Sparsity.parse(text)
-        yield f"removes {text} of the blocks", functools.partial(removed, share)
+        yield f"removes {text} of the blocks", functools.partial(removed, Sparsity.parse(text))
     for text in () if removes else sparsities:
         for order in orders:
-            check = functools.partial(reached, Sparsity.parse(text), order)
-            yield f"reaches {text}, {order}", check
+            yield (
+                f"reaches {text}, {order}",
+                functools.partial(reached, Sparsity.parse(text), order),
+            )
     if not removes:
         yield "leaves everything else alone", lambda: _check_rest(pruned(half, "joint"), dense)
     # this `trial` is not the cached one: it must prune again
@@ -355,24 +355,22 @@ def _checks(
     yield "puts hooks and settings back", lambda: _check_clean(pruned(half, "joint"), dense)
 
 
-def _check_grid(pruned: nn.Module, grid: WeightGrid) -> None:
-    linears = find_linears(pruned)
-    require_on_grid([measure_linear(linear, Sparsity(0.0), grid) for linear in linears], grid)
-
-
 def _check_reached(
-    pruned: nn.Module, dense: nn.Module, sparsity: Sparsity, *, rounds: bool = False
+    pruned: nn.Module, dense: nn.Module, sparsity: Sparsity, *, grid: WeightGrid | None = None
 ) -> None:
-    # zeros that the random weights have already are no fault of the method
     before = {linear.name: int((linear.stored == 0).sum()) for linear in find_linears(dense)}
     after = [measure_linear(linear, sparsity) for linear in find_linears(pruned)]
     # weights that are rounded may become 0, however many
-    beyond = {layer.linear.name: layer.zeros for layer in after} if rounds else {}
+    beyond = {layer.linear.name: layer.zeros for layer in after} if grid else {}
     require_met(after, before, {layer.linear.name: sparsity for layer in after}, beyond=beyond)
     for layer in after:
         # -0.0 equals 0 but has other bytes: hashes and packed formats would differ
         if layer.negative_zeros:
             raise AssertionError(f"{layer.linear.name} holds {layer.negative_zeros} times -0.0")
+
+
+def _check_grid(pruned: nn.Module, grid: WeightGrid) -> None:
+    require_on_grid([measure_linear(x, Sparsity(0.0), grid) for x in find_linears(pruned)], grid)
 
 
 def _check_rest(pruned: nn.Module, dense: nn.Module) -> None:

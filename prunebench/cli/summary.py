@@ -28,8 +28,8 @@ def print_summary(result: Result, path: Path, setup: Any, *, masks: str | None =
         setup: The options that are no part of a spec.
         masks: The masks that were read, as the user or the catalogue names them.
     """
-    cost, sparsity = result.cost, result.sparsity
-    assert cost is not None and sparsity is not None and result.model is not None
+    cost = result.cost
+    assert cost is not None
     name = result.spec.method
     title = name if name == "dense" else f"{name} {target_of(result)}"
     if result.spec.allocation != "uniform":
@@ -49,21 +49,8 @@ def print_summary(result: Result, path: Path, setup: Any, *, masks: str | None =
             ]
             line += "".join(f"; the prior {value}" for value in before) + ")"
         typer.echo(line + full_protocol(score))
-    if result.quantization:
-        _print_quantization(result.quantization)
-    if sparsity.removal:
-        _print_removal(result, sparsity.removal)
-    elif name != "dense":
-        typer.echo(
-            f"  {sparsity.realised_ratio:.2%} of {result.model.prunable_parameters:,} weights "
-            f"are zero, pruned in {cost.prune_seconds:.1f} s"
-        )
-    size = size_of(result)
-    if size and name != "dense":
-        typer.echo(
-            f"  a checkpoint stored as {size.form} takes {size.total_bytes / 1e6:,.1f} MB, "
-            f"{size.ratio:.3f} of the dense model in 16 bits (computed)"
-        )
+    if name != "dense":
+        _print_weights(result)
     if result.recovery and result.recovery.blocks:
         _print_recovery(result.recovery)
     if result.recovery and result.recovery.training:
@@ -92,6 +79,27 @@ def print_summary(result: Result, path: Path, setup: Any, *, masks: str | None =
         if place:
             typer.echo(f"  {kind} saved to {place}")
     typer.echo(f"  saved to {path}")
+
+
+def _print_weights(result: Result) -> None:
+    """Print what was done to the weights, and what a checkpoint of them takes."""
+    cost, sparsity, model = result.cost, result.sparsity, result.model
+    assert cost is not None and sparsity is not None and model is not None
+    if result.quantization:
+        _print_quantization(result.quantization)
+    if sparsity.removal:
+        _print_removal(result, sparsity.removal)
+    else:
+        typer.echo(
+            f"  {sparsity.realised_ratio:.2%} of {model.prunable_parameters:,} weights "
+            f"are zero, pruned in {cost.prune_seconds:.1f} s"
+        )
+    size = size_of(result)
+    if size:
+        typer.echo(
+            f"  a checkpoint stored as {size.form} takes {size.total_bytes / 1e6:,.1f} MB, "
+            f"{size.ratio:.3f} of the dense model in 16 bits (computed)"
+        )
 
 
 def _print_quantization(quantization: QuantizationBlock) -> None:

@@ -122,9 +122,14 @@ def _names_of_best(chart: Any, x: Any, y: Any, against: str) -> list[Any]:
     """Return the layers of the names of the best: N:M on the left of its point, others right."""
     import altair as alt
 
+    # beside bytes, also the rows of other bits or fewer blocks, often alone in their target
+    named = "(datum.best || datum.special)" if against == "size" else "datum.best"
+    room = 0.4 if against == "size" else 0.2  # `2:4 + INT4` and `0.2 of the blocks` are long
     best = (
-        chart.transform_filter("datum.best && !narrow")
-        .transform_calculate(point="datum.method + ' ' + datum.sparsity", side="!datum.pattern")
+        chart.transform_filter(f"{named} && !narrow")
+        .transform_calculate(
+            point="datum.method + ' ' + datum.sparsity", side="!datum.pattern || datum.special"
+        )
         # of two names that would be one on the other, the better row has its name
         .transform_window(
             below="lag(position)", beside=f"lag({against})", groupby=["side"],
@@ -138,10 +143,10 @@ def _names_of_best(chart: Any, x: Any, y: Any, against: str) -> list[Any]:
         )
     )  # fmt: skip
     return [
-        best.transform_filter(f"{'' if on_the_left else '!'}datum.pattern")
+        best.transform_filter(f"{'!' if on_the_left else ''}datum.side")
         .mark_text(
             align="right" if on_the_left else "left", dx=-9 if on_the_left else 9,
-            dy=0 if on_the_left else 9, limit=expr("0.2 * width"), fontSize=11,
+            dy=0 if on_the_left else 9, limit=expr(f"{room} * width"), fontSize=11,
             xOffset=expr("datum.dodge"), aria=False,
         )
         .encode(x=x, y=y, text="point:N", color=alt.value(expr("ink")))

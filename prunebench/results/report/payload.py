@@ -14,6 +14,7 @@ from typing import Any
 
 from prunebench.results.cell_score import CellScore
 from prunebench.results.columns import duration, plus_minus, times
+from prunebench.results.compare import is_special_form
 from prunebench.results.published import PublishedValue
 from prunebench.results.render import against_dense, value_text
 from prunebench.results.report.data import Cost, Curve, ModelPart, Row, held_out_score
@@ -80,6 +81,7 @@ def row_fields(row: Row) -> Fields:
         # a removed weight is no zero, nor one that a grid rounds: such rows are not on that axis
         zeros=round(cell.realised_ratio, 5) if cell.zeros_were_asked else None,
         size=round(cell.size.ratio, 4) if cell.size and not dense else None,
+        special=is_special_form(cell),
         stored=cell.size.form if cell.size and not dense else None,
         setting=clean(row.setting),
         name=clean(row.name),
