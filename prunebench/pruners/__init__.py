@@ -124,6 +124,15 @@ BUILTIN: dict[str, Method] = {
         sparsity="0.7",
         allocation="hessian",
     ),
+    "rtn": Method(
+        "prunebench.pruners.rtn:RoundToNearest",
+        "no pruning: every weight rounded to 2 to 8 bits by itself",
+        paper="2210.17323",
+        prunes=False,
+        quantizes=True,
+        patterns="0",
+        sparsity="0",
+    ),
     "gptq": Method(
         "prunebench.pruners.gptq:Gptq",
         "no pruning: weights rounded to 2 to 8 bits by columns, with weight updates",

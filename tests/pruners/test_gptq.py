@@ -6,14 +6,16 @@ import torch
 from prunebench.calibration.hessian import damped_hessian
 from prunebench.calibration.stats import InputStats
 from prunebench.errors import UsageError
+from prunebench.models.linears import find_linears
 from prunebench.models.measure import count_violations
+from prunebench.models.walker import BlockWalker
 from prunebench.models.weight_grid import WeightGrid, count_off_grid
 from prunebench.pruners import METHODS
 from prunebench.pruners.gptq import Gptq
 from prunebench.pruners.rounding import Grid, round_to_nearest
 from prunebench.pruners.sparsegpt import SparseGPT
 from prunebench.sparsity import Sparsity
-from prunebench.testing import check_pruner
+from prunebench.testing import check_pruner, tiny_model
 from tests.factories import inputs, stats_of, weights
 
 DENSE = Sparsity(0.0)
@@ -164,3 +166,21 @@ def test_bad_options_are_refused(method, options):
 def test_what_does_not_go_together_is_refused_before_anything_is_loaded(cli, words, message):
     outcome = cli("run", *words, "--calibration", "c4@wheel", "--ppl", "wiki@wheel", code=2)
     assert message in " ".join(outcome.output.split())
+
+
+def test_rounding_to_nearest_is_a_method_without_data():
+    pruner = METHODS.make("rtn", {"quantize_bits": 4, "group_size": 8})
+    model, dense = tiny_model("llama"), tiny_model("llama")
+    walker = BlockWalker(model)
+    pruner.prune(walker, dict.fromkeys((x.name for x in walker.linears), DENSE))
+    for ours, theirs in zip(find_linears(model), find_linears(dense), strict=True):
+        assert torch.equal(ours.read(), round_to_nearest(theirs.read(), pruner.grid))
+        assert count_off_grid(ours.read(), pruner.grid) == 0
+
+
+@pytest.mark.parametrize("options", [{"quantize_bits": 9}, {"group_size": 1}])
+def test_rounding_to_nearest_refuses_what_no_grid_has(options):
+    with pytest.raises(UsageError, match="rtn refuses its options"):
+        METHODS.make("rtn", options)
+    with pytest.raises(UsageError, match="rtn does not prune"):
+        METHODS.make("rtn", {}).check(Sparsity(0.5))
