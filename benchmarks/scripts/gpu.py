@@ -36,7 +36,7 @@ from benchmarks.fixtures.shaped import (
 from prunebench.bench.environment import clocks, environment
 from prunebench.bench.layers import NOT_MEASURED, LayerBench, LayerResult, autotuned_dense
 from prunebench.bench.shapes import CROSSOVER_TOKENS, SHAPES, TOKENS, LayerShape
-from prunebench.bench.timing import Clock, EagerClock, Timings, clock_for, interleaved
+from prunebench.bench.timing import Clock, DryClock, EagerClock, Timings, clock_for, interleaved
 from prunebench.sparse24.backends.triton import Launch, Tiling
 from prunebench.sparse24.policy import Policy
 
@@ -93,9 +93,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     report.add("environment", environment(device) | {"dry": options.dry})
     report.add("clocks_before", clocks(device))
     report.add("speed", NOT_MEASURED if options.dry else "measured")
-    clock = clock_for(device)
+    clock = DryClock() if options.dry else clock_for(device)
     policy = Policy(device, speed=True)
-    report.add("capture", _guarded(lambda: _capture(device, policy)))
+    report.add("capture", _guarded(lambda: _capture(device, policy, clock)))
     report.add("sweep", _guarded(lambda: _sweep(device, policy, clock, report)))
     rows = _layers(device, policy, clock, report)
     shape = TINY if options.dry else LLAMA2_7B
@@ -127,13 +127,13 @@ def _bench(
     return LayerBench(shape, device, torch.bfloat16, policy, clock, **options)
 
 
-def _capture(device: torch.device, policy: Policy) -> dict[str, str]:
+def _capture(device: torch.device, policy: Policy, clock: Clock) -> dict[str, str]:
     """Say for every backend whether it can be captured in a CUDA graph, and what it answers."""
     states = {}
     shape = LayerShape("probe", "square", 1024, 1024) if device.type == "cuda" else _DRY_SHAPES[0]
     for tokens in (1, 2048) if device.type == "cuda" else (1, 80):
-        row = _bench(shape, device, policy, clock_for(device)).measure(tokens, blocks=1)
-        for name in ("triton", "cslt", "decompress", "reference"):
+        row = _bench(shape, device, policy, clock).measure(tokens, blocks=1)
+        for name in ("triton", "cslt", "cpu", "decompress", "reference"):
             done = name in row.errors
             states[f"{name}, {tokens} tokens"] = (
                 "works" if done else row.refused.get(name, "unused")

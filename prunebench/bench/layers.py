@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from prunebench.bench.cpu_dense import CACHES, last_level_cache_bytes, our_rivals, torch_rivals
 from prunebench.bench.shapes import MOST_BYTES_A_SECOND, LayerShape
 from prunebench.bench.timing import BLOCKS, COLD_BYTES, Call, Clock, Ratio, interleaved
 from prunebench.sparse24.backends.cusparselt import CuSparseLtProduct
@@ -28,6 +29,7 @@ from prunebench.sparse24.policy import Policy
 
 NOT_MEASURED = "not measured (no CUDA device)"
 _MOST_COPIES = 32  # of a layer's weights; small layers do not fill `COLD_BYTES`
+_MOST_CPU_COPIES = 512
 
 
 @dataclass(frozen=True)
@@ -39,7 +41,7 @@ class LayerResult:
         chosen: Its launch parameters, or cuSPARSELt's algorithm.
         ratio: Best dense time over its time; None if speed was not measured.
         ratios: Median speedup over the best dense product, by name of the rival.
-        dense: The best dense product (cuBLAS or autotuned).
+        dense: torch's best dense product (cuBLAS or autotuned; on a CPU in either dtype).
         seconds: Median times by name.
         bytes_per_second: Stored bytes over time, of the fastest packed backend.
         cache_suspected: Whether that exceeds the memory bandwidth.
@@ -126,7 +128,7 @@ class LayerBench:
         names = [name for name in verdicts if name not in refused and name != "reference"]
         names = names or ["reference"]
         # Distinct weights, see `timing`: one matrix would stay in the L2 cache.
-        matrices = [self._random(seed) for seed in range(self._copies())]
+        matrices = self._matrices()
         x = torch.randn(tokens, shape[1], device=self.device, dtype=self.dtype)
         dense = [unpack24(matrix) for matrix in matrices]
         products, forms = self._products(names, matrices, tokens, refused)
@@ -160,14 +162,34 @@ class LayerBench:
             self.shape.model, self.shape.name, *shape, tokens, stored, self.shape.dense_bytes,
             fastest, self._chosen(products, fastest, tokens),
             "measured" if ratio else NOT_MEASURED, ratio, ratios, best, seconds, speed,
-            bool(speed and speed > MOST_BYTES_A_SECOND), errors,
+            self._cache_suspected(speed, stored * len(matrices)), errors,
             all(errors[name] <= limit for name in products), refused, len(matrices),
         )  # fmt: skip
 
     def _copies(self) -> int:
         # 2:4 in 16 bits takes 0.5625 = 9/16: the packed copies are what must exceed the cache.
         stored = self.shape.dense_bytes * 9 // 16
+        if self._times_cpu:
+            needed = -(-CACHES * last_level_cache_bytes() // stored)
+            return max(2, min(_MOST_CPU_COPIES, needed))
         return max(1, min(_MOST_COPIES, -(-self.cold_bytes // stored)))
+
+    @property
+    def _times_cpu(self) -> bool:
+        return self.device.type == "cpu" and self.clock.measures_speed
+
+    def _matrices(self) -> list[Packed24]:
+        """Return distinct weights; on a CPU copies of one matrix, which take less time to make."""
+        if not self._times_cpu:
+            return [self._random(seed) for seed in range(self._copies())]
+        first = self._random(0)
+        others = range(self._copies() - 1)
+        return [first, *(Packed24(first.values.clone(), first.codes.clone()) for _ in others)]
+
+    def _cache_suspected(self, speed: float | None, cycled_bytes: int) -> bool:
+        if self._times_cpu:
+            return cycled_bytes < 2 * last_level_cache_bytes()
+        return bool(speed and speed > MOST_BYTES_A_SECOND)
 
     def _random(self, seed: int) -> Packed24:
         shape = (self.shape.rows, self.shape.width)
@@ -208,7 +230,11 @@ class LayerBench:
         if self.compile_dense is not None:
             multiply = self.compile_dense()
             rivals["dense, max-autotune"] = [_call(multiply, x, weight) for weight in dense]
+        if self._times_cpu:
+            rivals |= torch_rivals(x, dense)
         kinds = list(rivals)
+        if self._times_cpu:
+            rivals |= our_rivals(x, dense)
         for name, copies in products.items():
             rivals[name] = [_product_call(product, x) for product in copies]
         return rivals, kinds

@@ -39,6 +39,7 @@ SHAPES = (
     LayerShape("BLOOM-176B", "down", 14336, 57344),
 )
 TOKENS = (1, 8, 64, 2048)
+CPU_TOKENS = (1, 4, 8, 64)
 CROSSOVER_TOKENS = (512, 8192)
 MOST_BYTES_A_SECOND = 4.5e12
 """Above this the cache was measured: an H200's memory bandwidth is lower."""

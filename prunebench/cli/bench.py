@@ -41,7 +41,7 @@ def bench_command(
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
     backend: Annotated[
         str | None,
-        typer.Option(help="triton, cslt, decompress or reference. (default: the fastest)"),
+        typer.Option(help="triton, cslt, cpu, decompress or reference. (default: the fastest)"),
     ] = None,
     storage: Annotated[
         str,
@@ -71,7 +71,8 @@ def bench_command(
 ) -> None:
     """Measure a pruned checkpoint against the dense model: quality, bytes and speed.
 
-    Without a CUDA device bytes are computed and speed is not measured. The bench of a checkpoint
+    On a GPU, or on a CPU with a C++ compiler, speed is measured; else only bytes are computed. The
+    bench of a checkpoint
     that has a result in the results folder is saved beside it; compare shows both in one row.
     """
     if vs != "dense":

@@ -8,7 +8,6 @@ unpacked into a workspace, and torch multiplies.
 
 from __future__ import annotations
 
-import ctypes
 import functools
 from dataclasses import dataclass, field
 

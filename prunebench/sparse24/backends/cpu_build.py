@@ -81,7 +81,7 @@ def kernels() -> Kernels | str:
     try:
         return build(best_instructions())
     except NoKernels as error:
-        why = f"{error}: {error.where}" if error.where else str(error)
+        why = f"{error.what}: {error.where}"
         warnings.warn(f"2:4 runs by `reference` on this CPU, slowly: {why}", stacklevel=2)
         return why
 
