@@ -113,15 +113,16 @@ def cpu_decode() -> list[Figure]:
     row = measure_decode(models, batch=1, context=128, clock=CpuClock(), blocks=_BLOCKS)
     if row.ratio is None or row.packed_seconds is None or row.tokens_per_second is None:
         raise AssertionError("decoding was not measured")
+    ours = row.seconds[OURS] / row.packed_seconds
     resident = weight_bytes(packed, conversion)
     # The head and the embedding stay dense: what is read for a token, and what bytes allow.
     limit = dense_bytes / resident
     spread = [row.ratio.median, row.ratio.low, row.ratio.high]
     return [
         at_least("cpu-decode", 1.3, f"times torch's best ({row.dense})", spread),
-        noted("cpu-decode-ours", "times our dense bfloat16", [row.seconds[OURS] / row.packed_seconds]),
+        noted("cpu-decode-ours", "times our dense bfloat16", [ours]),
         noted("cpu-decode-tokens", f"tokens/s of {MODEL}", [row.tokens_per_second]),
-        *(noted(f"  {name}", "ms a token", [seconds * 1e3]) for name, seconds in row.seconds.items()),
+        *(noted(f"  {name}", "ms a token", [time * 1e3]) for name, time in row.seconds.items()),
         noted("cpu-decode-limit", "times dense 16-bit, by bytes", [limit]),
         at_most("cpu-resident-linears", 0.6, "of the dense bytes of the linears",
                 [conversion.stored_bytes / linear_bytes]),

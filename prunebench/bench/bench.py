@@ -1,7 +1,8 @@
 """Benchmark a checkpoint: quality from its result, bytes computed, speed measured.
 
-Speed is measured on CUDA, and on a CPU with a compiler for our kernels: first every distinct layer (which also updates the policy's choice
-of backends), then the whole model, masked dense against packed, interleaved.
+Speed is measured on CUDA, and on a CPU that has a compiler for our kernels: first every distinct
+layer (which also updates the policy's choice of backends), then the whole model, masked dense
+against packed, interleaved.
 """
 
 from __future__ import annotations

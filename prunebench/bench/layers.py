@@ -24,7 +24,7 @@ from prunebench.sparse24.backends.triton import (
     TritonProduct,
 )
 from prunebench.sparse24.layouts import FileLayout, WeightLayout
-from prunebench.sparse24.packed import Packed24, canonicalize, pack24, unpack24
+from prunebench.sparse24.packed import VALID_CODES, Packed24, join_codes, unpack24
 from prunebench.sparse24.policy import Policy
 
 NOT_MEASURED = "not measured (no CUDA device)"
@@ -83,14 +83,12 @@ def random_packed(
     """Return a random 2:4 matrix, packed: any two of every four are kept."""
     rows, width = shape
     generator = torch.Generator(device=device).manual_seed(seed)
-    # [rows, groups, 4]; uniform scores, so that all six patterns occur
-    scores = torch.rand(rows, width // 4, 4, generator=generator, device=device)
-    keep = scores >= scores.topk(2, dim=-1).values[..., 1:]  # the second largest: [rows, groups, 1]
-    keep &= keep.cumsum(-1) <= 2  # ties
-    del scores
-    weight = torch.randn(rows, width, generator=generator, device=device, dtype=dtype)
-    # Scaled so that outputs are of order one.
-    return pack24(canonicalize(weight / width**0.5, keep.view(rows, width)))
+    codes = torch.tensor(VALID_CODES, dtype=torch.uint8, device=device)
+    # [rows, groups]; all six patterns, drawn as they are stored
+    patterns = torch.randint(6, (rows, width // 4), generator=generator, device=device)
+    values = torch.randn(rows, width // 2, generator=generator, device=device, dtype=dtype)
+    # Scaled so that outputs are of order one; -0.0 + 0.0 = +0.0.
+    return Packed24(values / width**0.5 + 0.0, join_codes(codes[patterns]))
 
 
 @dataclass

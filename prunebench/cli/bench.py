@@ -71,9 +71,9 @@ def bench_command(
 ) -> None:
     """Measure a pruned checkpoint against the dense model: quality, bytes and speed.
 
-    On a GPU, or on a CPU with a C++ compiler, speed is measured; else only bytes are computed. The
-    bench of a checkpoint
-    that has a result in the results folder is saved beside it; compare shows both in one row.
+    Speed is measured on a GPU, or on a CPU with a C++ compiler; elsewhere bytes are computed. The
+    bench of a checkpoint that has a result in the results folder is saved beside it; compare shows
+    both in one row.
     """
     if vs != "dense":
         raise UsageError(f"--vs {vs!r} is not known", fix="use --vs dense")

@@ -118,12 +118,15 @@ def build(instructions: str) -> Kernels:
     compiler = find_compiler()
     flags = (*_FLAGS, *INSTRUCTION_SETS[instructions])
     path = _library_path(compiler, flags)
-    if not path.is_file():
+    cached = path.is_file()
+    if not cached:
         _compile(compiler, flags, path)
     try:
         library = ctypes.CDLL(str(path))
     except OSError as error:
-        path.unlink(missing_ok=True)  # a damaged file: the next process compiles again
+        path.unlink(missing_ok=True)
+        if cached:  # a damaged file
+            return build(instructions)
         raise NoKernels("the compiled CPU kernels cannot be loaded", where=str(error)) from None
     address, integer = ctypes.c_void_p, ctypes.c_int
     matrix = ctypes.POINTER(MatrixArguments)
