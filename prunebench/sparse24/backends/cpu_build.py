@@ -27,6 +27,7 @@ from prunebench.errors import PrunebenchError
 from prunebench.files import cache_dir, require_writable
 
 SOURCE = Path(__file__).with_name("cpu_kernels.cpp")
+HEADER = SOURCE.with_name("cpu_vectors.h")
 _COMPILERS = ("c++", "g++", "clang++")
 _FLAGS = ("-std=c++17", "-O3", "-fPIC", "-shared", "-w")
 _AVX2 = ("-mavx2", "-mfma", "-mf16c")
@@ -159,7 +160,7 @@ def find_compiler() -> list[str]:
 
 
 def _library_path(compiler: list[str], flags: tuple[str, ...]) -> Path:
-    digest = hashlib.sha256(SOURCE.read_bytes())
+    digest = hashlib.sha256(SOURCE.read_bytes() + HEADER.read_bytes())
     # The version of the compiler: another one may fail, or make other code.
     facts = (*compiler, _version(compiler), *flags, sys.platform, platform.machine())
     digest.update("\0".join(facts).encode())
