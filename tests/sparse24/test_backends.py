@@ -23,7 +23,7 @@ from prunebench.sparse24.layer import convert, explain
 from prunebench.sparse24.layouts import FileLayout
 from prunebench.sparse24.packed import pack24
 from prunebench.sparse24.policy import Choice, Policy, table_key
-from tests.factories import CPU, policy, pruned, random_24
+from tests.factories import CPU, policy, pruned, random_24, without_cpu_kernels
 
 CUDA = torch.device("cuda")
 
@@ -32,6 +32,7 @@ CUDA = torch.device("cuda")
 def _compiled(monkeypatch):
     """Another test may have asked for Triton's interpreter, which would serve a CPU."""
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    without_cpu_kernels(monkeypatch)
 
 
 # ---------------------------------------------------------------- choices
@@ -48,7 +49,7 @@ def test_every_backend_says_why_not():
     rows = explain(convert(model := pruned(), find_linears(model), policy=policy()), [1, 2048])
     assert len(rows) == 42
     assert rows[0].backend == "reference" and "first usable one" in rows[0].why
-    assert rows[0].why_not.keys() == {"triton", "cslt", "decompress"}
+    assert rows[0].why_not.keys() == {"triton", "cslt", "cpu", "decompress"}
     assert all(rows[0].why_not.values())
     assert rows[0].why_not["cslt"] == "the device is cpu, not cuda"
 
@@ -208,4 +209,4 @@ def test_wrong_algorithms_are_not_used():
 
 
 def test_the_table_of_backends():
-    assert tuple(backends()) == ("triton", "cslt", "decompress", "reference")
+    assert tuple(backends()) == ("triton", "cslt", "cpu", "decompress", "reference")

@@ -11,13 +11,15 @@ import pytest
 import torch
 from torch import nn
 
+from prunebench.models.linears import find_linears
 from prunebench.sparse24.backends import cpu, cpu_build
 from prunebench.sparse24.backends.cpu import CpuBackend, CpuProduct, MaskedLayout, multiply
 from prunebench.sparse24.backends.cpu_build import NoKernels, best_instructions, build
-from prunebench.sparse24.layer import Sparse24Linear
+from prunebench.sparse24.layer import Sparse24Linear, convert
 from prunebench.sparse24.layouts import FileLayout
 from prunebench.sparse24.packed import pack24, unpack24
-from tests.factories import CPU, policy, random_24
+from prunebench.testing import tiny_tokens
+from tests.factories import CPU, policy, pruned, random_24
 
 HERE = best_instructions()
 SLOWER = [pytest.param(name, marks=pytest.mark.slow) for name in ("avx2", "avx512")]  # to compile
@@ -199,6 +201,17 @@ def test_it_is_opaque_to_the_compiler(kernels):
     torch.compiler.reset()
     compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
     assert torch.equal(compiled(x), layer(x))
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
+def test_a_model_decodes_by_it_and_comes_back(kernels, architecture):
+    model, dense = pruned(architecture), pruned(architecture)
+    conversion = convert(model, find_linears(model), policy=policy())
+    assert conversion.count(1) == {"cpu": len(conversion.layers)}
+    ids = tiny_tokens(samples=1, seqlen=6)
+    assert torch.allclose(model(ids).logits, dense(ids).logits, rtol=0.02, atol=0.02)
+    conversion.restore()
+    assert torch.equal(model(ids).logits, dense(ids).logits)
 
 
 # ---------------------------------------------------------------- compilers

@@ -16,13 +16,14 @@ from prunebench.sparse24.layer import Sparse24Linear, convert, explain
 from prunebench.sparse24.layouts import FileLayout, Workspace
 from prunebench.sparse24.packed import pack24, unpack24
 from prunebench.testing import tiny_model, tiny_tokens
-from tests.factories import policy, pruned, random_24
+from tests.factories import policy, pruned, random_24, without_cpu_kernels
 
 
 @pytest.fixture(autouse=True)
 def _compiled(monkeypatch):
     """Another test may have asked for Triton's interpreter, which would serve a CPU."""
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    without_cpu_kernels(monkeypatch)
 
 
 # ---------------------------------------------------------------- the layer

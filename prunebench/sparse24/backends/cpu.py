@@ -144,7 +144,7 @@ class CpuProduct:
     def run(self, x: Float[Tensor, "tokens in"], bias: Tensor | None) -> Tensor:
         """Return `x @ W.T + bias`, [tokens, out]."""
         if torch.compiler.is_compiling():
-            product: Tensor = _operator()(x, self.form.values, self.form.mask, bias)
+            product: Tensor = _opaque_product(x, self.form.values, self.form.mask, bias)
             return product
         if not 1 <= x.shape[0] <= MOST_TOKENS:
             dense = _workspace().matrix(self.form)
@@ -220,24 +220,20 @@ def _codes() -> Tensor:
 
 
 @functools.cache
-def _operator() -> torch.library.CustomOpDef:
-    """Register the product as a torch operator, opaque to `torch.compile`."""
-
-    def product(x: Tensor, values: Tensor, mask: Tensor, bias: Tensor | None) -> Tensor:
-        return CpuProduct(MaskedLayout(values, mask)).run(x, bias)
-
-    def shapes(x: Tensor, values: Tensor, mask: Tensor, bias: Tensor | None) -> Tensor:
-        return x.new_empty(x.shape[0], values.shape[0])  # [tokens, out]
-
-    operator = torch.library.custom_op(
-        "prunebench::sparse24_cpu", product, mutates_args=(),
-        schema="(Tensor x, Tensor values, Tensor mask, Tensor? bias) -> Tensor",
-    )  # fmt: skip
-    operator.register_fake(shapes)
-    return operator
-
-
-@functools.cache
 def _workspace() -> Workspace:
     """Return the buffer in which all layers are unpacked for many tokens, one after the other."""
     return Workspace()
+
+
+@torch.library.custom_op(
+    "prunebench::sparse24_cpu", mutates_args=(),
+    schema="(Tensor x, Tensor values, Tensor mask, Tensor? bias) -> Tensor",
+)  # fmt: skip
+def _opaque_product(x: Tensor, values: Tensor, mask: Tensor, bias: Tensor | None) -> Tensor:
+    """Multiply, as a torch operator that `torch.compile` does not look into."""
+    return CpuProduct(MaskedLayout(values, mask)).run(x, bias)
+
+
+@_opaque_product.register_fake
+def _shapes(x: Tensor, values: Tensor, mask: Tensor, bias: Tensor | None) -> Tensor:
+    return x.new_empty(x.shape[0], values.shape[0])  # [tokens, out]
