@@ -23,7 +23,7 @@ CACHES = 4
 """Distinct weights in a turn, in last-level caches."""
 
 _DEFAULT_CACHE = 32 << 20  # where the size is unknown
-_MOST_THREADS_BYTES = 256 << 20  # read by `memory_bytes_per_second`
+_READ_BYTES = 256 << 20  # by `memory_bytes_per_second`
 
 
 def torch_rivals(x: Tensor, weights: Sequence[Tensor]) -> dict[str, list[Call]]:
@@ -94,7 +94,7 @@ def memory_bytes_per_second() -> float | None:
     if isinstance(loaded, str):
         return None
     threads = torch.get_num_threads() if loaded.has_threads else 1
-    words = torch.zeros(_MOST_THREADS_BYTES // 8, dtype=torch.int64)
+    words = torch.zeros(_READ_BYTES // 8, dtype=torch.int64)
     words.fill_(1)  # written: untouched pages of zeros would share one page of memory
     rates = []
     for _ in range(5):

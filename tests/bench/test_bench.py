@@ -28,7 +28,7 @@ from prunebench.sparse24.layer import convert
 from prunebench.sparse24.packed import check_24, unpack24
 from prunebench.sparse24.policy import Policy
 from prunebench.testing import tiny_model, tiny_tokens
-from tests.factories import pruned
+from tests.factories import pruned, without_cpu_kernels
 
 CPU = torch.device("cpu")
 
@@ -36,6 +36,7 @@ CPU = torch.device("cpu")
 @pytest.fixture(autouse=True)
 def _compiled(monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    without_cpu_kernels(monkeypatch)  # test_bench_cpu.py has them
 
 
 # ---------------------------------------------------------------- timing
@@ -98,14 +99,22 @@ def test_a_layer_on_a_cpu_checks_numbers_and_gives_no_speed():
     assert row.numerics_hold and row.errors["reference"] == row.errors["dense"] > 0
     assert row.ratio is None and row.seconds == {} and row.bytes_per_second is None
     assert row.speed == "not measured (no CUDA device)"
-    assert row.backend == "reference" and row.refused.keys() == {"triton", "cslt", "decompress"}
+    assert row.backend == "reference" and row.refused.keys() == {
+        "triton",
+        "cslt",
+        "cpu",
+        "decompress",
+    }
     assert row.copies == 4 and row.stored_bytes == 0.5625 * row.dense_bytes
 
 
-def test_a_measured_layer_is_compared_with_the_best_dense():
+def test_a_measured_layer_is_compared_with_the_best_dense(monkeypatch):
+    monkeypatch.setattr("prunebench.bench.layers.torch_rivals", lambda x, weights: {})
+    monkeypatch.setattr("prunebench.bench.layers.our_rivals", lambda x, weights: {})
+    monkeypatch.setattr("prunebench.bench.layers.last_level_cache_bytes", lambda: 1 << 10)
     bench = LayerBench(
         LayerShape("tiny", "square", 64, 256), CPU, torch.bfloat16, Policy(CPU), FakeSeconds(),
-        compile_dense=lambda: torch.nn.functional.linear, cold_bytes=1 << 10,
+        compile_dense=lambda: torch.nn.functional.linear,
     )  # fmt: skip
     row = bench.measure(2)
     assert row.dense == "dense, max-autotune" and row.backend == "reference"
@@ -242,12 +251,12 @@ def test_make_bench_gpu_without_a_gpu(tmp_path, capsys, monkeypatch):
 BF16 = ("-m", "magnitude", "--dtype", "bfloat16", "--save-model", "ck", "--sparsity")
 
 
-def test_bench_without_a_gpu(cli, tiny_run, tmp_path, monkeypatch):
+def test_bench_without_a_gpu_or_a_compiler(cli, tiny_run, tmp_path, monkeypatch):
     monkeypatch.setattr("sys.argv", ["prunebench", "run", "--save-model", "ck"])
     cli(*tiny_run, *BF16, "2:4")
     results = ("--results-dir", tmp_path / "results")
     outcome = cli("bench", "ck", *results)
-    assert "speed: not measured (no CUDA device)" in outcome.stdout
+    assert "speed: not measured (no CPU kernel: no C++ compiler)" in outcome.stdout
     assert "magnitude 2:4 on tiny-llama" in outcome.stdout
     assert "computed; pruned alone 0.5625" in outcome.stdout
     benches, damaged = read_benches(tmp_path / "results")
@@ -263,10 +272,11 @@ def test_bench_without_a_gpu(cli, tiny_run, tmp_path, monkeypatch):
     assert again["storage"] == bench.storage.model_dump()
     text = cli("compare", *results).stdout
     assert f"{size / bench.storage.dense_bytes:.2f}" in text and "bytes" in text
-    assert "speed not measured (no CUDA device)" in " ".join(text.split())
+    reason = "not measured (no CPU kernel: no C++ compiler)"
+    assert f"speed {reason}" in " ".join(text.split())
     lines = io.StringIO(cli("compare", *results, "--format", "csv").stdout)
     (row,) = (row for row in csv.DictReader(lines) if row["method"] == "magnitude")
-    assert (row["storage"], row["speed"]) == ("2:4", "not measured (no CUDA device)")
+    assert (row["storage"], row["speed"]) == ("2:4", reason)
     assert float(row["bytes_ratio"]) == size / bench.storage.dense_bytes
     assert row["decode_speedup"] == row["prefill_speedup"] == ""
     shutil.copytree("ck", "bare")

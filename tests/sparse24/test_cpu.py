@@ -38,7 +38,7 @@ def compiled(tmp_path_factory):
     """Kernels by instruction set, compiled once; the tests' own caches are empty."""
     folder = tmp_path_factory.mktemp("kernels")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cpu_build, "cache_dir", lambda: folder)
+        patch.setattr(cpu_build, "library_folder", lambda: folder)
         # The same numbers, compiled in half the time.
         patch.setattr(cpu_build, "_FLAGS", [*cpu_build._FLAGS, "-O1"])
         yield functools.cache(build)
@@ -220,7 +220,7 @@ def test_a_model_decodes_by_it_and_comes_back(kernels, architecture):
 @pytest.fixture
 def uncached(monkeypatch, tmp_path):
     """An empty cache, and no library in memory."""
-    monkeypatch.setattr(cpu_build, "cache_dir", lambda: tmp_path / "empty")
+    monkeypatch.setattr(cpu_build, "library_folder", lambda: tmp_path / "empty")
     cpu_build.kernels.cache_clear()
     yield tmp_path / "empty"
     cpu_build.kernels.cache_clear()
@@ -278,9 +278,9 @@ def test_a_library_is_compiled_once_and_again_if_it_is_damaged(
 
     (library,) = uncached.rglob("*.so")
     other = uncached.parent / "other"
-    monkeypatch.setattr(cpu_build, "cache_dir", lambda: other)  # a path that is not loaded yet
-    (other / "kernels").mkdir(parents=True)
-    (other / "kernels" / library.name).write_bytes(b"damaged")
+    monkeypatch.setattr(cpu_build, "library_folder", lambda: other)  # a path that is not loaded yet
+    other.mkdir()
+    (other / library.name).write_bytes(b"damaged")
     build(HERE)
     assert count.read_text() == "x\nx\n"
 

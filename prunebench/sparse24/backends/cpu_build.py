@@ -24,7 +24,6 @@ from pathlib import Path
 import torch
 
 from prunebench.errors import PrunebenchError
-from prunebench.files import cache_dir, require_writable
 
 SOURCE = Path(__file__).with_name("cpu_kernels.cpp")
 HEADER = SOURCE.with_name("cpu_vectors.h")
@@ -159,12 +158,20 @@ def find_compiler() -> list[str]:
     raise NoKernels("no C++ compiler", where=where, fix="install g++, or name one in CXX")
 
 
+def library_folder() -> Path:
+    """Return where compiled kernels are cached."""
+    # Imported here: `benchmarks/scripts/gpu.py` runs on machines that have torch and little else.
+    from prunebench.files import cache_dir
+
+    return cache_dir() / "kernels"
+
+
 def _library_path(compiler: list[str], flags: tuple[str, ...]) -> Path:
     digest = hashlib.sha256(SOURCE.read_bytes() + HEADER.read_bytes())
     # The version of the compiler: another one may fail, or make other code.
     facts = (*compiler, _version(compiler), *flags, sys.platform, platform.machine())
     digest.update("\0".join(facts).encode())
-    return cache_dir() / "kernels" / f"cpu-{digest.hexdigest()[:16]}.so"
+    return library_folder() / f"cpu-{digest.hexdigest()[:16]}.so"
 
 
 def _version(compiler: list[str]) -> str:
@@ -174,6 +181,8 @@ def _version(compiler: list[str]) -> str:
 
 def _compile(compiler: list[str], flags: tuple[str, ...], path: Path) -> None:
     """Compile to `path`; the file appears there whole, or not at all."""
+    from prunebench.files import require_writable
+
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         require_writable(path.parent)
