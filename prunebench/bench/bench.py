@@ -201,9 +201,12 @@ def _ratio_of(
 def _measure(setup: BenchSetup) -> _Speed:
     """Measure layers, then the model."""
     policy = Policy.load(setup.device, forced=setup.backend, speed=setup.speed)
-    speed = _Speed(reason="measured")
+    speed = _Speed()
     speed.layers = measure_layers(_shapes(setup), policy, setup.progress)
     policy.save()
+    speed.reason = _no_gain(setup, policy)
+    if speed.reason != "measured":
+        return speed
     packed, conversion = _packed_model(setup, policy)
     speed.resident_bytes = weight_bytes(packed, conversion)
     # Packed first: its dense weights are freed layer by layer before the dense model is loaded.
@@ -212,6 +215,14 @@ def _measure(setup: BenchSetup) -> _Speed:
         models |= _cpu_models(models["dense"], setup)
     speed.cases = _measure_model(models, setup)
     return speed
+
+
+def _no_gain(setup: BenchSetup, policy: Policy) -> str:
+    """Return `measured`; or, if all layers would stay dense for lack of a gain, that."""
+    linears = find_linears(skeleton(load_config(setup.folder)))
+    sizes = {(linear.out_features, linear.in_features) for linear in linears}
+    reasons = [policy.gains_nothing(size, torch.bfloat16) for size in sizes]
+    return "measured" if not all(reasons) else f"{max(reasons)}: no layer is faster packed"
 
 
 def measure_layers(

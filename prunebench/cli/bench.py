@@ -131,8 +131,9 @@ def _print_summary(report: Bench, result: Any, saved_path: Path | None) -> None:
         print_hanging("  ", line + full_protocol(score))
     for line in _storage_lines(report):
         typer.echo(line)
-    if report.speed == "measured":
+    if report.layers:
         _print_layers(report)
+    if report.speed == "measured":
         _print_cases(report)
     else:
         print_hanging("  speed: ", report.speed)

@@ -73,9 +73,13 @@ def test_memory_is_read_at_some_speed(monkeypatch):
 
 
 @pytest.mark.real  # importing torch's compiler, which the static cache asks for, takes seconds
-def test_bench_on_a_cpu(cli, tiny_run, tmp_path):
+def test_bench_on_a_cpu(cli, tiny_run, tmp_path, monkeypatch):
     cli(*tiny_run, *BF16, "2:4")
     results = ("--results-dir", tmp_path / "results")
+    monkeypatch.setattr("prunebench.sparse24.policy.MIN_RATIO", 1e9)
+    text = " ".join(cli("bench", "ck", *results).stdout.split())
+    assert "no layer is faster packed" in text and "64 x 32" in text
+    monkeypatch.setattr("prunebench.sparse24.policy.MIN_RATIO", 0)
     text = cli("bench", "ck", *results).stdout
     assert "decode, batch 1, 128 tokens:" in text and "times dense" in text
     (result,) = ResultStore(tmp_path / "results").read()[0]

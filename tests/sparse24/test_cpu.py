@@ -218,8 +218,9 @@ def test_a_model_decodes_by_it_and_comes_back(kernels, architecture):
 
 
 @pytest.fixture
-def uncached(monkeypatch, tmp_path):
+def uncached(monkeypatch, tmp_path, compiled):
     """An empty cache, and no library in memory."""
+    compiled(HERE)  # into the cache of the module
     monkeypatch.setattr(cpu_build, "library_folder", lambda: tmp_path / "empty")
     cpu_build.kernels.cache_clear()
     yield tmp_path / "empty"
