@@ -52,8 +52,10 @@ def environment(device: torch.device) -> dict[str, Any]:
 def _cpu() -> dict[str, Any]:
     loaded = kernels()
     rate = memory_bytes_per_second()
+    get = getattr(torch.cpu, "get_capabilities", None)  # not in older versions
+    facts: dict[str, Any] = get() if get is not None else {}
     return {
-        "cpu": getattr(torch.cpu, "get_capabilities", dict)().get("cpu_name", platform.machine()),
+        "cpu": facts.get("cpu_name") or platform.machine(),
         "threads": torch.get_num_threads(),
         "instructions": None if isinstance(loaded, str) else loaded.instructions,
         "l3_bytes": last_level_cache_bytes(),

@@ -103,7 +103,7 @@ def _capabilities() -> dict[str, bool]:
     get = getattr(torch.cpu, "get_capabilities", None)
     if get is not None:
         return dict(get())
-    # Before torch 2.12: the name of the widest set that torch itself uses.
+    # An older torch: the name of the widest set that torch itself uses.
     widest = torch.backends.cpu.get_cpu_capability()
     return dict.fromkeys(("avx2", "fma3", "f16c"), widest in ("AVX2", "AVX512"))
 
