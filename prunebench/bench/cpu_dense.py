@@ -19,7 +19,7 @@ from prunebench.sparse24.backends.cpu_build import Kernels, kernels
 
 FLOAT32 = "dense, float32"
 OURS = "dense, our kernel"
-CACHES = 4
+CACHES = 2
 """Distinct weights in a turn, in last-level caches."""
 
 _DEFAULT_CACHE = 32 << 20  # where the size is unknown

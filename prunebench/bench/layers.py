@@ -128,7 +128,7 @@ class LayerBench:
         # Distinct weights, see `timing`: one matrix would stay in the L2 cache.
         matrices = self._matrices()
         x = torch.randn(tokens, shape[1], device=self.device, dtype=self.dtype)
-        dense = [unpack24(matrix) for matrix in matrices]
+        dense = self._dense(matrices)
         products, forms = self._products(names, matrices, tokens, refused)
         errors = {"dense": relative_error(functional.linear(x, dense[0]), x, dense[0])}
         for name, copies in products.items():
@@ -184,9 +184,16 @@ class LayerBench:
         others = range(self._copies() - 1)
         return [first, *(Packed24(first.values.clone(), first.codes.clone()) for _ in others)]
 
+    def _dense(self, matrices: list[Packed24]) -> list[Tensor]:
+        """Return the same weights unpacked."""
+        if not self._times_cpu:
+            return [unpack24(matrix) for matrix in matrices]
+        first = unpack24(matrices[0])
+        return [first, *(first.clone() for _ in matrices[1:])]
+
     def _cache_suspected(self, speed: float | None, cycled_bytes: int) -> bool:
         if self._times_cpu:
-            return cycled_bytes < 2 * last_level_cache_bytes()
+            return cycled_bytes < CACHES * last_level_cache_bytes()
         return bool(speed and speed > MOST_BYTES_A_SECOND)
 
     def _random(self, seed: int) -> Packed24:
