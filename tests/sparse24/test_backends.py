@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from prunebench.errors import IncompatibleData, UsageError
+from prunebench.models.device import make_current
 from prunebench.models.linears import find_linears
 from prunebench.sparse24 import policy as policies
 from prunebench.sparse24.backends import cusparselt as cslt
@@ -17,6 +18,7 @@ from prunebench.sparse24.backends.cusparselt import (
     Algorithm,
     CuSparseLtBackend,
     CuSparseLtProduct,
+    TorchOperators,
     why_wrong,
 )
 from prunebench.sparse24.backends.protocol import has_tensor_cores
@@ -27,7 +29,7 @@ from prunebench.sparse24.layer import convert, explain
 from prunebench.sparse24.layouts import FileLayout, Workspace
 from prunebench.sparse24.packed import Report24, pack24
 from prunebench.sparse24.policy import NOT_MEASURED, Policy, device_key, table_key
-from tests.factories import CPU, policy, pruned, random_24
+from tests.factories import CPU, DeviceOf, policy, pruned, random_24
 
 CUDA = torch.device("cuda")
 
@@ -307,6 +309,33 @@ def test_wrong_algorithms_are_not_used():
     assert set(product.operators.calls) == {72, 256}  # padded to 8, searched at the bucket's end
     with pytest.raises(IncompatibleData, match="cuSPARSELt gives wrong results for 32 x 64"):
         CuSparseLtProduct.of(FileLayout(pack24(weight)), Fake(found=(Algorithm(7),))).run(x, None)
+
+
+def test_the_library_works_on_the_device_of_its_tensors(monkeypatch):
+    devices = []
+
+    def operator(tensor, *others, **options):
+        devices.append(DeviceOf.current)
+        return tensor
+
+    monkeypatch.setattr(torch.cuda, "device_of", DeviceOf)
+    for name in ("_cslt_compress", "_cslt_sparse_mm"):
+        monkeypatch.setattr(torch, name, operator)
+    monkeypatch.setattr(torch, "_cslt_sparse_mm_search", lambda *a, **k: operator(7))
+    monkeypatch.setattr(torch._C, "_cusparselt", None, raising=False)
+    weight, x = random_24(16, 4), torch.zeros(8, 16, dtype=torch.bfloat16)
+    operators = TorchOperators()
+    operators.mm(operators.compress(weight), x, None, Algorithm())
+    assert operators.search(weight, x, None) == [Algorithm(7), Algorithm()]
+    assert devices == [weight.data_ptr()] * 3
+
+
+def test_a_gpu_with_a_number_becomes_the_current_one(monkeypatch):
+    chosen = []
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    for device in ("cpu", "cuda", "cuda:1"):
+        make_current(torch.device(device))
+    assert chosen == [torch.device("cuda:1")]
 
 
 def test_layers_of_one_shape_are_searched_once(monkeypatch):

@@ -22,7 +22,7 @@ from prunebench.sparse24.backends.triton import (
 )
 from prunebench.sparse24.layouts import FileLayout
 from prunebench.sparse24.packed import pack24
-from tests.factories import random_24
+from tests.factories import DeviceOf, random_24
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
@@ -167,6 +167,30 @@ def test_not_a_number_stays_in_its_token():
     # A pruned input is not read, as in the product by a sparse matrix; a kept one shows.
     assert torch.equal(product[1].isnan(), weight[:, 7] != 0)
     assert not torch.isfinite(product[2][weight[:, 9] != 0]).any()
+
+
+class Launches:
+    """Stands in for a kernel: records whose device is the current one at each launch."""
+
+    def __init__(self):
+        self.devices = []
+
+    def __getitem__(self, grid):
+        return lambda *arguments, **options: self.devices.append(DeviceOf.current)
+
+
+def test_kernels_are_launched_on_the_device_of_their_tensors(monkeypatch):
+    """Triton launches on the current device, and that is `cuda:0` for tensors of `cuda:1`, too."""
+    weight, form = tiled(16, 64)
+    launches = Launches()
+    monkeypatch.setattr(torch.cuda, "device_of", DeviceOf)
+    monkeypatch.setattr(kernels, "multiply_kernel", launches)
+    monkeypatch.setattr(kernels, "unpack_kernel", launches)
+    kernels.multiply(
+        form.words, form.meta, numbers(1, 256), None, rows=16, parts=1, warps=4, stages=2
+    )
+    kernels.unpack(form.words, form.meta, torch.empty_like(weight))
+    assert launches.devices == [form.words.data_ptr()] * 2
 
 
 def test_what_it_takes():
