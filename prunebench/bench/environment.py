@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from prunebench.bench.cpu_dense import last_level_cache_bytes, memory_bytes_per_second
-from prunebench.sparse24.backends.cpu_build import kernels
+from prunebench.sparse24.backends.cpu_build import cpu_name, kernels
 from prunebench.sparse24.backends.cusparselt import library_version
 
 _QUERY = "name,driver_version,clocks.sm,clocks.mem,power.limit,temperature.gpu"
@@ -52,10 +52,8 @@ def environment(device: torch.device) -> dict[str, Any]:
 def _cpu() -> dict[str, Any]:
     loaded = kernels()
     rate = memory_bytes_per_second()
-    get = getattr(torch.cpu, "get_capabilities", None)  # not in older versions
-    facts: dict[str, Any] = get() if get is not None else {}
     return {
-        "cpu": facts.get("cpu_name") or platform.machine(),
+        "cpu": cpu_name(),
         "threads": torch.get_num_threads(),
         "instructions": None if isinstance(loaded, str) else loaded.instructions,
         "l3_bytes": last_level_cache_bytes(),

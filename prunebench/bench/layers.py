@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -12,14 +12,21 @@ from torch.nn import functional
 
 from prunebench.bench.cpu_dense import CACHES, last_level_cache_bytes, our_rivals, torch_rivals
 from prunebench.bench.shapes import MOST_BYTES_A_SECOND, LayerShape
-from prunebench.bench.timing import BLOCKS, COLD_BYTES, Call, Clock, Ratio, interleaved
+from prunebench.bench.timing import (
+    BLOCKS,
+    COLD_BYTES,
+    Call,
+    Clock,
+    Ratio,
+    interleaved,
+    reason_of,
+)
 from prunebench.sparse24.backends.cusparselt import CuSparseLtProduct
-from prunebench.sparse24.backends.protocol import Product
+from prunebench.sparse24.backends.protocol import Backend, Product
 from prunebench.sparse24.backends.table import backends
 from prunebench.sparse24.backends.triton import (
     Launch,
     TiledLayout,
-    Tiling,
     TritonBackend,
     TritonProduct,
 )
@@ -103,7 +110,7 @@ class LayerBench:
         clock: Measures times.
         compile_dense: Returns a second dense product as a rival; None for cuBLAS only.
         launches: Further launch parameters of the `triton` kernel to try, for tuning.
-        tiling: Of the `triton` kernel.
+        tile_rows: Of the layout of the `triton` kernel.
         cold_bytes: Bytes of distinct weights in a turn.
     """
 
@@ -114,7 +121,7 @@ class LayerBench:
     clock: Clock
     compile_dense: Callable[[], Callable[[Tensor, Tensor], Tensor]] | None = None
     launches: Sequence[Launch] = ()
-    tiling: Tiling = field(default_factory=Tiling)
+    tile_rows: int = 16
     cold_bytes: int = COLD_BYTES
 
     def measure(self, tokens: int, *, blocks: int = BLOCKS) -> LayerResult:
@@ -131,8 +138,7 @@ class LayerBench:
         dense = self._dense(matrices)
         products, forms = self._products(names, matrices, tokens, refused)
         errors = {"dense": relative_error(functional.linear(x, dense[0]), x, dense[0])}
-        for name, copies in products.items():
-            errors[name] = relative_error(copies[0].run(x, None), x, dense[0])
+        errors |= self._errors(products, x, dense[0], refused)
         # Relative to the dense product's own rounding: a fixed bound would not suit every width and
         # dtype.
         limit = 2 * errors["dense"] + 1e-6
@@ -143,12 +149,15 @@ class LayerBench:
         ratios: dict[str, float] = {}
         if self.clock.measures_speed:
             rivals, kinds = self._rivals(right, dense, x)
-            timings = interleaved(rivals, self.clock, blocks=blocks)
-            best = timings.fastest(kinds)
-            seconds = {name: timings.median(name) for name in rivals}
-            ratios = {name: timings.ratio(best, name).median for name in rivals if name != best}
-            if right:
-                fastest = timings.fastest(list(right))
+            # One rival that cannot be compiled or captured is one cell, not all of them.
+            others = rivals.keys() - {"dense"}
+            timings = interleaved(rivals, self.clock, blocks=blocks, optional=others)
+            refused |= timings.failed
+            best = timings.fastest([name for name in kinds if name in timings.seconds])
+            seconds = {name: timings.median(name) for name in timings.seconds}
+            ratios = {name: timings.ratio(best, name).median for name in seconds if name != best}
+            if timed := [name for name in right if name in seconds]:
+                fastest = timings.fastest(timed)
                 # Against the best dense product, not against the default one.
                 ratio = timings.ratio(best, fastest)
         else:  # no GPU: run the same code path, without a result
@@ -204,18 +213,16 @@ class LayerBench:
         self, names: list[str], matrices: list[Packed24], tokens: int, refused: dict[str, str]
     ) -> tuple[dict[str, list[Product]], WeightLayout]:
         """Build every packed product for every copy; failures are recorded in `refused`."""
-        # A backend of its own for this tiling: `backends` holds the default one.
-        kinds = {**backends(), TritonBackend.name: TritonBackend(self.tiling)}
-        shape = (self.shape.rows, self.shape.width)
-        first = kinds[self.policy.choose(shape, self.dtype, 1).backend]
-        forms = [first.layout(packed) or FileLayout(packed) for packed in matrices]
+        # A backend of its own for these tiles: `backends` holds the default one.
+        kinds = {**backends(), TritonBackend.name: TritonBackend(self.tile_rows)}
+        forms = [self._layout(packed, kinds) for packed in matrices]
         products: dict[str, list[Product]] = {}
         for name in names:
             try:
                 products[name] = [kinds[name].build(form) for form in forms]
                 _share_algorithm(products[name], tokens)
             except Exception as error:  # a library can fail in any way; measure the others
-                refused[name] = f"{type(error).__name__}: {error}".splitlines()[0][:200]
+                refused[name] = reason_of(error)
                 products.pop(name, None)
         for number, launch in enumerate(self.launches if TritonBackend.name in products else ()):
             tuned = [
@@ -225,6 +232,26 @@ class LayerBench:
             ]
             products[f"{TritonBackend.name}#{number}"] = list(tuned)
         return products, forms[0]
+
+    def _layout(self, packed: Packed24, kinds: Mapping[str, Backend]) -> WeightLayout:
+        """Return the layout of a layer whose kernel for one token is the fastest."""
+        verdicts = self.policy.verdicts(packed.shape, packed.dtype, 1)
+        names = [n for n, v in verdicts.items() if v.ok and self.policy.forced in (None, n)]
+        layouts = (kinds[name].layout(packed) for name in names)
+        return next((each for each in layouts if each is not None), FileLayout(packed))
+
+    def _errors(
+        self, products: dict[str, list[Product]], x: Tensor, dense: Tensor, refused: dict[str, str]
+    ) -> dict[str, float]:
+        """Return the error of every product; one that cannot be run is moved to `refused`."""
+        errors = {}
+        for name in list(products):
+            try:
+                errors[name] = relative_error(products[name][0].run(x, None), x, dense)
+            except Exception as error:  # a library can fail in any way; measure the others
+                refused[name] = reason_of(error)
+                del products[name]
+        return errors
 
     def _rivals(
         self, products: dict[str, list[Product]], dense: list[Tensor], x: Tensor

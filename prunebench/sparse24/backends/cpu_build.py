@@ -108,6 +108,12 @@ def _capabilities() -> dict[str, bool]:
     return dict.fromkeys(("avx2", "fma3", "f16c"), widest in ("AVX2", "AVX512"))
 
 
+def cpu_name() -> str:
+    """Return the model of this CPU, or its architecture."""
+    get = getattr(torch.cpu, "get_capabilities", None)
+    return str(get().get("cpu_name", "") if get is not None else "") or platform.machine()
+
+
 def build(instructions: str) -> Kernels:
     """Compile the kernels for an instruction set, unless they are in the cache, and load them.
 
