@@ -16,6 +16,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 import benchmarks.commands
+import benchmarks.cpu
 import benchmarks.disk
 import benchmarks.maskllm
 import benchmarks.packed

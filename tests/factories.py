@@ -10,6 +10,8 @@ from prunebench.results.compare import compare
 from prunebench.results.schema import Result
 from prunebench.results.selection import Selection
 from prunebench.results.store import new_run_id
+from prunebench.sparse24.backends.cpu import CpuBackend
+from prunebench.sparse24.backends.protocol import Support
 from prunebench.sparse24.packed import canonicalize
 from prunebench.sparse24.policy import Policy
 from prunebench.spec import RunSpec
@@ -133,6 +135,12 @@ def only_table(results, *selectors):
 CPU = torch.device("cpu")
 
 
+def without_cpu_kernels(monkeypatch):
+    """Let `cpu` be unavailable, as on a machine without a compiler: layers run by `reference`."""
+    refusal = Support(False, "no C++ compiler")
+    monkeypatch.setattr(CpuBackend, "available", lambda self, device: refusal)
+
+
 def policy(**options):
     return Policy(CPU, **options)
 
@@ -147,3 +155,18 @@ def peak_bytes(action):
         running += event.nbytes()
         peak = max(peak, running)
     return peak
+
+
+class DeviceOf:
+    """`torch.cuda.device_of` without a GPU: whose device is the current one, by address."""
+
+    current = None
+
+    def __init__(self, tensor):
+        self.address = tensor.data_ptr()
+
+    def __enter__(self):
+        DeviceOf.current = self.address
+
+    def __exit__(self, *error):
+        DeviceOf.current = None

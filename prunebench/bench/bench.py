@@ -1,11 +1,13 @@
-"""Benchmark a checkpoint: quality from its result, bytes computed, speed measured on a GPU.
+"""Benchmark a checkpoint: quality from its result, bytes computed, speed measured.
 
-Speed is measured on CUDA only: first every distinct layer (which also updates the policy's choice
-of backends), then the whole model, masked dense against packed, interleaved.
+Speed is measured on CUDA, and on a CPU that has a compiler for our kernels: first every distinct
+layer (which also updates the policy's choice of backends), then the whole model, masked dense
+against packed, interleaved.
 """
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import gc
 from collections.abc import Callable, Sequence
@@ -18,27 +20,34 @@ from typing import Any
 import torch
 from torch import nn
 
+from prunebench.bench.cpu_dense import FLOAT32, OURS, Dense16Linear
 from prunebench.bench.environment import clocks, environment
 from prunebench.bench.layers import NOT_MEASURED, LayerBench, LayerResult, autotuned_dense
 from prunebench.bench.model import (
     CONTEXTS,
+    CPU_CONTEXTS,
+    CPU_DECODE_BATCHES,
+    CPU_PREFILL,
     DECODE_BATCHES,
     PREFILL,
     ModelResult,
     measure_decode,
     measure_prefill,
 )
-from prunebench.bench.shapes import SHAPES, TOKENS, LayerShape
+from prunebench.bench.shapes import CPU_TOKENS, SHAPES, TOKENS, LayerShape
 from prunebench.bench.timing import clock_for
 from prunebench.checkpoints.find import local_checkpoint
 from prunebench.checkpoints.packed24 import dense_tensors, unpacked
 from prunebench.checkpoints.sizes import computed_storage
 from prunebench.errors import PrunebenchError
+from prunebench.models.device import make_current
 from prunebench.models.linears import find_linears
 from prunebench.models.load import load_config, load_model, skeleton
 from prunebench.progress import Progress
 from prunebench.results.bench_schema import Bench, QualityBlock, RatioBlock
 from prunebench.results.schema import Result
+from prunebench.sparse24.backends.cpu import CpuBackend
+from prunebench.sparse24.backends.table import backends
 from prunebench.sparse24.buckets import bucket_of
 from prunebench.sparse24.layer import Conversion, Explained, convert, explain
 from prunebench.sparse24.policy import Policy
@@ -84,12 +93,14 @@ def bench(setup: BenchSetup) -> Bench:
         IncompatibleData: The checkpoint is damaged, or on a GPU no layer of it is 2:4.
     """
     load_config(setup.folder)
+    make_current(setup.device)
     tensors = list(dense_tensors(setup.folder).values())
     with setup.progress.stage("bytes", detail=f"{len(tensors)} tensors"):
         storage = computed_storage(tensors)
     # Before and after: a GPU that was throttled in between shows in the difference.
     before = clocks(setup.device)
-    speed = _measure(setup) if setup.device.type == "cuda" else _Speed()
+    reason = _why_not_measured(setup, storage.packed24_bytes)
+    speed = _Speed(reason=reason) if reason else _measure(setup)
     result = setup.result
     return Bench(
         created_at=datetime.now(UTC).isoformat(timespec="seconds"),
@@ -116,12 +127,25 @@ def bench(setup: BenchSetup) -> Bench:
     )  # fmt: skip
 
 
+def _why_not_measured(setup: BenchSetup, packed24_bytes: int | None) -> str:
+    """Return why speed is not measured on this device; "" if it is."""
+    if setup.device.type == "cuda":
+        return ""
+    if setup.device.type != "cpu":
+        return NOT_MEASURED
+    verdict = backends()[CpuBackend.name].available(setup.device)
+    if not verdict.ok:
+        return f"not measured (no CPU kernel: {verdict.reason})"
+    return "" if packed24_bytes is not None else "not measured (no matrix is 2:4)"
+
+
 def explain_checkpoint(setup: BenchSetup) -> list[Explained]:
     """Return the backend of every layer by number of tokens, with the reasons.
 
     Raises:
         IncompatibleData: No layer is 2:4.
     """
+    make_current(setup.device)
     _, conversion = _packed_model(setup, Policy.load(setup.device, forced=setup.backend))
     return explain(conversion, TOKENS)
 
@@ -138,37 +162,54 @@ def _ratio_of(
 def _measure(setup: BenchSetup) -> _Speed:
     """Measure layers, then the model."""
     policy = Policy.load(setup.device, forced=setup.backend, speed=setup.speed)
-    speed = _Speed(reason="measured")
+    speed = _Speed()
     speed.layers = measure_layers(_shapes(setup), policy, setup.progress)
     policy.save()
+    speed.reason = _no_gain(setup, policy)
+    if speed.reason != "measured":
+        return speed
     packed, conversion = _packed_model(setup, policy)
     speed.resident_bytes = weight_bytes(packed, conversion)
     # Packed first: its dense weights are freed layer by layer before the dense model is loaded.
     models = {"dense": _load(setup), "packed": packed}
+    if setup.device.type == "cpu":
+        models |= _cpu_models(models["dense"], setup)
     speed.cases = _measure_model(models, setup)
     return speed
+
+
+def _no_gain(setup: BenchSetup, policy: Policy) -> str:
+    """Return `measured`; or, if all layers would stay dense for lack of a gain, that."""
+    linears = find_linears(skeleton(load_config(setup.folder)))
+    sizes = {(linear.out_features, linear.in_features) for linear in linears}
+    reasons = [policy.gains_nothing(size, torch.bfloat16) for size in sizes]
+    return "measured" if not all(reasons) else f"{max(reasons)}: no layer is faster packed"
 
 
 def measure_layers(
     shapes: Sequence[LayerShape], policy: Policy, progress: Progress
 ) -> list[LayerResult]:
-    """Measure layers for few and many tokens; the policy stores the fastest backend of each."""
+    """Measure layers for few and many tokens; the policy stores the speedup of each backend."""
     rows = []
     clock = clock_for(policy.device)
-    total = len(shapes) * len(TOKENS)
+    on_cpu = policy.device.type == "cpu"
+    counts = CPU_TOKENS if on_cpu else TOKENS
+    total = len(shapes) * len(counts)
     with progress.stage("layers", total=total, detail="dense and packed", unit="cells") as advance:
         for shape in shapes:
             layer = LayerBench(
-                shape, policy.device, torch.bfloat16, policy, clock, compile_dense=autotuned_dense
-            )
-            for tokens in TOKENS:
+                shape, policy.device, torch.bfloat16, policy, clock,
+                compile_dense=None if on_cpu else autotuned_dense,
+            )  # fmt: skip
+            for tokens in counts:
                 row = layer.measure(tokens)
                 rows.append(row)
                 advance(1)
-                if row.ratio and row.backend and row.dense:
+                if row.dense:
                     # The policy compares with the best dense product: autotuned, if that was
                     # faster.
-                    best = {"dense": row.seconds[row.dense], row.backend: row.seconds[row.backend]}
+                    rivals = {name: row.seconds[name] for name in backends() if name in row.seconds}
+                    best = {"dense": row.seconds[row.dense], **rivals}
                     size = (shape.rows, shape.width)
                     policy.remember(size, torch.bfloat16, bucket_of(tokens), best)
     return rows
@@ -188,14 +229,15 @@ def _shapes(setup: BenchSetup) -> list[LayerShape]:
 def _measure_model(models: dict[str, nn.Module], setup: BenchSetup) -> list[ModelResult]:
     clock = clock_for(setup.device)
     rows: list[ModelResult] = []
+    on_cpu = setup.device.type == "cpu"
     cases = [
         ("prefill", batch, prompt, partial(measure_prefill, models, batch=batch, prompt=prompt))
-        for batch, prompt in PREFILL
+        for batch, prompt in (CPU_PREFILL if on_cpu else PREFILL)
     ]
     cases += [
         ("decode", batch, context, partial(measure_decode, models, batch=batch, context=context))
-        for batch in DECODE_BATCHES
-        for context in CONTEXTS
+        for batch in (CPU_DECODE_BATCHES if on_cpu else DECODE_BATCHES)
+        for context in (CPU_CONTEXTS if on_cpu else CONTEXTS)
     ]
     with setup.progress.stage(
         "model", total=len(cases), detail="in turns", unit="cases"
@@ -224,10 +266,32 @@ def _guarded(
         gc.collect()
 
 
-def _load(setup: BenchSetup) -> nn.Module:
+def _cpu_models(dense: nn.Module, setup: BenchSetup) -> dict[str, nn.Module]:
+    """Return further dense models: by our kernel, and in float32 if that fits in memory."""
+    from psutil import virtual_memory
+
+    models = {OURS: with_our_kernel(dense)}
+    needed = 4 * sum(parameter.numel() for parameter in dense.parameters())
+    if needed * 3 // 2 < virtual_memory().available:
+        models[FLOAT32] = _load(setup, torch.float32)
+    return models
+
+
+def with_our_kernel(model: nn.Module) -> nn.Module:
+    """Return a model that shares the weights of another one, and multiplies by our dense kernel."""
+    shared: dict[int, Any] = {id(tensor): tensor for tensor in model.parameters()}
+    other = copy.deepcopy(model, shared)
+    for linear in find_linears(other):
+        if isinstance(linear.module, nn.Linear):
+            path, _, child = linear.name.rpartition(".")
+            setattr(other.get_submodule(path), child, Dense16Linear(linear.module))
+    return other
+
+
+def _load(setup: BenchSetup, dtype: torch.dtype = torch.bfloat16) -> nn.Module:
     local = unpacked(local_checkpoint(setup.folder, setup.result), setup.progress)
-    with setup.progress.stage("load", detail=f"{setup.folder} in bfloat16 on {setup.device}"):
-        return load_model(local.path, dtype=torch.bfloat16, device=setup.device)
+    with setup.progress.stage("load", detail=f"{setup.folder} in {dtype} on {setup.device}"):
+        return load_model(local.path, dtype=dtype, device=setup.device)
 
 
 def _packed_model(setup: BenchSetup, policy: Policy) -> tuple[nn.Module, Conversion]:

@@ -1,4 +1,4 @@
-"""The environment of a speed measurement: GPU, driver, libraries, clocks, power."""
+"""The environment of a speed measurement: GPU or CPU, driver, libraries, clocks, power."""
 
 from __future__ import annotations
 
@@ -9,13 +9,15 @@ from typing import Any
 
 import torch
 
+from prunebench.bench.cpu_dense import last_level_cache_bytes, memory_bytes_per_second
+from prunebench.sparse24.backends.cpu_build import cpu_name, kernels
 from prunebench.sparse24.backends.cusparselt import library_version
 
 _QUERY = "name,driver_version,clocks.sm,clocks.mem,power.limit,temperature.gpu"
 
 
 def environment(device: torch.device) -> dict[str, Any]:
-    """Return library versions and the GPU; None for what is missing."""
+    """Return library versions, and the GPU or the CPU; None for what is missing."""
     facts: dict[str, Any] = {
         "device": device.type,
         "python": platform.python_version(),
@@ -42,7 +44,22 @@ def environment(device: torch.device) -> dict[str, Any]:
             facts["warnings"].append(
                 "cuSPARSELt 0.8.0 is known to be slow on H100 (fixed in 0.8.1)"
             )
+    if device.type == "cpu":
+        facts |= _cpu()
     return facts
+
+
+def _cpu() -> dict[str, Any]:
+    loaded = kernels()
+    rate = memory_bytes_per_second()
+    return {
+        "cpu": cpu_name(),
+        "threads": torch.get_num_threads(),
+        "instructions": None if isinstance(loaded, str) else loaded.instructions,
+        "l3_bytes": last_level_cache_bytes(),
+        # Of the whole machine at the end of the bench: what a product cannot exceed.
+        "read_bytes_per_second": rate,
+    }
 
 
 def clocks(device: torch.device) -> dict[str, str] | None:

@@ -1,5 +1,7 @@
 """Reliable timing: interleaved, with cold caches, in CUDA graphs, ratios within one run.
 
+On a CPU the caches are the CPU's, and calls are made from Python, eagerly.
+
 1. Rivals take turns, block by block, in one process: a change of clocks affects all of them.
 2. Consecutive calls in a block use different weights, together larger than the L2 cache of any GPU,
    so that weights are read from memory.
@@ -11,8 +13,8 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
@@ -85,8 +87,19 @@ class EagerClock(GraphClock):
         return turn
 
 
+class CpuClock(EagerClock):
+    """Measures calls on a CPU with the host's clock."""
+
+    def seconds(self, turn: Call, repeats: int) -> float:
+        """Return the host's seconds."""
+        start_time = time.perf_counter()
+        for _ in range(repeats):
+            turn()
+        return time.perf_counter() - start_time
+
+
 class DryClock:
-    """Makes the calls on a CPU without measuring speed: it would say nothing about a GPU."""
+    """Makes the calls on a CPU without measuring speed: for tests of what runs on a GPU."""
 
     measures_speed = False
 
@@ -103,14 +116,19 @@ class DryClock:
 
 def clock_for(device: torch.device) -> Clock:
     """Return the clock of a device."""
-    return GraphClock() if device.type == "cuda" else DryClock()
+    return GraphClock() if device.type == "cuda" else CpuClock()
 
 
 @dataclass(frozen=True)
 class Timings:
-    """Seconds per call of each rival, one value per block, all of one run."""
+    """Seconds per call of each rival, one value per block, all of one run.
+
+    Attributes:
+        failed: Optional rivals that could not be measured, with the reason.
+    """
 
     seconds: dict[str, list[float]]
+    failed: dict[str, str] = field(default_factory=dict)
 
     def median(self, name: str) -> float:
         """Return the median over the blocks."""
@@ -144,6 +162,7 @@ def interleaved(
     *,
     blocks: int = BLOCKS,
     block_seconds: float = 0.01,
+    optional: Collection[str] = (),
 ) -> Timings:
     """Measure rivals in turns.
 
@@ -152,14 +171,24 @@ def interleaved(
         clock: Prepares and measures them.
         blocks: Measured blocks; one more is run first as a warm-up.
         block_seconds: Approximate duration of a block; every call is made at least once.
+        optional: Rivals that are left out, with the reason, if they cannot be prepared: compiled,
+            captured in a graph, or run at all. A failure of another one is raised.
     """
-    turns = {name: clock.prepare(calls) for name, calls in rivals.items()}
+    turns: dict[str, Call] = {}
+    failed: dict[str, str] = {}
+    for name, its_calls in rivals.items():
+        try:
+            turns[name] = clock.prepare(its_calls)
+        except Exception as error:  # a library can fail in any way; measure the others
+            if name not in optional:
+                raise
+            failed[name] = reason_of(error)
     repeats = {
         # From one turn: enough repeats that a block lasts about `block_seconds`.
         name: max(1, min(1000, round(block_seconds / max(clock.seconds(turn, 1), 1e-7))))
         for name, turn in turns.items()
     }
-    seconds: dict[str, list[float]] = {name: [] for name in rivals}
+    seconds: dict[str, list[float]] = {name: [] for name in turns}
     for block in range(blocks + 1):
         for name, turn in turns.items():
             took = clock.seconds(turn, repeats[name])
@@ -168,4 +197,9 @@ def interleaved(
             # Block 0 is the warm-up.
             if block:
                 seconds[name].append(took / calls)
-    return Timings(seconds)
+    return Timings(seconds, failed)
+
+
+def reason_of(error: Exception) -> str:
+    """Return an exception as one line."""
+    return f"{type(error).__name__}: {error}".splitlines()[0][:200]

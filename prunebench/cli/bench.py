@@ -41,7 +41,7 @@ def bench_command(
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
     backend: Annotated[
         str | None,
-        typer.Option(help="triton, cslt, decompress or reference. (default: the fastest)"),
+        typer.Option(help="triton, cslt, cpu, decompress or reference. (default: the fastest)"),
     ] = None,
     storage: Annotated[
         str,
@@ -71,8 +71,9 @@ def bench_command(
 ) -> None:
     """Measure a pruned checkpoint against the dense model: quality, bytes and speed.
 
-    Without a CUDA device bytes are computed and speed is not measured. The bench of a checkpoint
-    that has a result in the results folder is saved beside it; compare shows both in one row.
+    Speed is measured on a GPU, or on a CPU with a C++ compiler; elsewhere bytes are computed. The
+    bench of a checkpoint that has a result in the results folder is saved beside it; compare shows
+    both in one row.
     """
     if vs != "dense":
         raise UsageError(f"--vs {vs!r} is not known", fix="use --vs dense")
@@ -130,8 +131,9 @@ def _print_summary(report: Bench, result: Any, saved_path: Path | None) -> None:
         print_hanging("  ", line + full_protocol(score))
     for line in _storage_lines(report):
         typer.echo(line)
-    if report.speed == "measured":
+    if report.layers:
         _print_layers(report)
+    if report.speed == "measured":
         _print_cases(report)
     else:
         print_hanging("  speed: ", report.speed)

@@ -117,7 +117,8 @@ def write_bench(result_path: Path, bench: Bench) -> Path:
 def read_benches(root: Path) -> tuple[dict[str, Bench], list[tuple[Path, str]]]:
     """Return the newest bench of every result in a folder, and the files that are damaged.
 
-    One with speed is preferred to a newer one without: a laptop does not hide what a GPU measured.
+    One with speed is preferred to a newer one without, and the speed of a GPU to that of a CPU: a
+    laptop does not hide what a GPU measured.
     """
     benches: list[Bench] = []
     damaged: list[tuple[Path, str]] = []
@@ -131,8 +132,12 @@ def read_benches(root: Path) -> tuple[dict[str, Bench], list[tuple[Path, str]]]:
 
 def _newest(benches: Iterable[Bench]) -> dict[str, Bench]:
     newest: dict[str, Bench] = {}
-    # later ones replace earlier ones: the newest of those with speed is last
-    for bench in sorted(benches, key=lambda bench: (bench.speed == "measured", bench.created_at)):
+
+    def rank(bench: Bench) -> tuple[bool, bool, str]:
+        return bench.speed == "measured", bench.environment.get("device") != "cpu", bench.created_at
+
+    # later ones replace earlier ones: the newest of those with a GPU's speed is last
+    for bench in sorted(benches, key=rank):
         if bench.result_id is not None:
             newest[bench.result_id] = bench
     return newest

@@ -203,7 +203,7 @@ def _bench_fields(bench: Bench | None) -> dict[str, Any]:
         "decode_speedup": bench.decode.median if bench and bench.decode else None,
         "prefill_speedup": bench.prefill.median if bench and bench.prefill else None,
         "speed": bench.speed if bench else None,
-        "gpu": bench.environment.get("gpu") if bench else None,
+        "gpu": _chip(bench) if bench else None,
     }
 
 
@@ -223,6 +223,14 @@ _DTYPES = {
     **dict.fromkeys(("higher_is_better", "limited"), "bool"),
     **{name: _NULLABLE[o.kind] for name, o in _OPTIONS.items() if o.kind in _NULLABLE},
 }
+
+
+def _chip(bench: Bench) -> str | None:
+    """Return the chip on which speed was measured: a GPU, or a CPU with its threads."""
+    facts = bench.environment
+    if facts.get("gpu") or bench.speed != "measured" or not facts.get("cpu"):
+        return facts.get("gpu")
+    return f"{facts['cpu']}, {facts['threads']} threads"
 
 
 def _typed(column: Series, name: str) -> Series:

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 import torch
 
 from prunebench.errors import UsageError, nearest
+from prunebench.sparse24.backends.cpu import CpuBackend
 from prunebench.sparse24.backends.cusparselt import CuSparseLtBackend
 from prunebench.sparse24.backends.protocol import Backend
 from prunebench.sparse24.backends.triton import TritonBackend
@@ -17,7 +18,9 @@ from prunebench.sparse24.backends.unpack import Decompress, Reference
 @functools.cache
 def backends() -> Mapping[str, Backend]:
     """Return all backends by name, the fastest kinds first."""
-    table: tuple[Backend, ...] = (TritonBackend(), CuSparseLtBackend(), Decompress(), Reference())
+    table: tuple[Backend, ...] = (
+        TritonBackend(), CuSparseLtBackend(), CpuBackend(), Decompress(), Reference(),
+    )  # fmt: skip
     return {backend.name: backend for backend in table}
 
 
