@@ -146,7 +146,7 @@ class SparseGPT(GroupPruner):
         if sparser:
             events.append(LayerEvent(name, "groups with fewer non-zeros than N", float(sparser)))
         beyond = int((pruned == 0).sum()) - part.sparsity.count(pruned.numel())
-        if beyond > 0 and self.grid and not part.sparsity.is_pattern:  # the grid rounds to 0, too
+        if beyond > 0 and self.grid:  # the grid rounds to 0, too
             events.append(LayerEvent(name, BEYOND_TARGET, float(beyond)))
         return events
 

@@ -71,6 +71,17 @@ def test_a_row_says_what_the_recovery_did(cli, tiny_run, tmp_path):
     assert "block 0: held-out error" in outcome.stderr
 
 
+@pytest.mark.parametrize("recover", [[], RECOVER], ids=["as pruned", "recovered"])
+def test_joint_weights_of_two_bits_are_a_row(cli, tiny_run, tmp_path, recover):
+    run = [*tiny_run, "-m", "sparsegpt", "--sparsity", "2:4", "--set", "quantize_bits=2"]
+    cli(*run, *recover)
+    (row,) = rows_of(tmp_path)
+    # a grid of four values rounds many kept weights to 0: more than half are zero, and 2:4 holds
+    assert row.sparsity.realised_ratio > 0.52 and row.sparsity.pattern_violations == 0
+    assert row.quantization.bits == 2 and row.quantization.exact
+    assert (row.recovery is not None) == bool(recover)
+
+
 def test_rows_with_and_without_never_share_a_line(cli, tiny_run, tmp_path):
     run = [*tiny_run, "-m", "magnitude", "--sparsity", "0.5", "-q"]
     cli(*run)
