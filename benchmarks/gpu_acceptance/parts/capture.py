@@ -1,0 +1,48 @@
+"""Which backend can be captured in a CUDA graph, each by itself, and what the replay computes."""
+
+from __future__ import annotations
+
+import torch
+
+from benchmarks.gpu_acceptance.measure import clock_of, difference
+from benchmarks.gpu_acceptance.record import Recorder, one_line
+from prunebench.bench.layers import random_packed
+from prunebench.sparse24.backends.table import backends
+from prunebench.sparse24.layouts import FileLayout, WeightLayout
+from prunebench.sparse24.policy import Policy
+
+TOKENS = (1, 4, 64, 2048)
+
+
+def run(record: Recorder) -> None:
+    """Try each backend for few and many tokens; a failure is that row's."""
+    size = (64, 256) if record.dry else (4096, 4096)
+    packed = random_packed(size, dtype=torch.bfloat16, device=record.device, seed=0)
+    policy = Policy(record.device, speed=True)
+    for tokens in TOKENS:
+        for name, verdict in policy.verdicts(size, torch.bfloat16, tokens).items():
+            if not verdict.ok:
+                record.add("capture", backend=name, tokens=tokens, works=None, why=verdict.reason)
+                continue
+            with record.step(f"{name}, {tokens} tokens", need=2) as ready:
+                if ready:
+                    backend = backends()[name]
+                    layout: WeightLayout = backend.layout(packed) or FileLayout(packed)
+                    product = backend.build(layout)
+                    x = torch.randn(tokens, size[1], device=record.device, dtype=torch.bfloat16)
+                    why = _replayed(lambda p=product, x=x: p.run(x, None), dry=record.dry)
+                    record.add("capture", backend=name, tokens=tokens, works=not why, why=why)
+
+
+def _replayed(call: object, *, dry: bool) -> str:
+    """Return why a call cannot be captured and replayed; "" if it can."""
+    assert callable(call)
+    expected = call()  # an algorithm is searched here, not in the capture
+    outputs: list[torch.Tensor] = []
+    try:
+        turn = clock_of(dry=dry).prepare([lambda: outputs.append(call())])
+        turn()
+    except Exception as error:  # a library can fail in any way
+        return one_line(error)
+    error = difference(outputs[-1], expected)
+    return "" if error < 1e-2 else f"the replay differs by {error:.1e}"
