@@ -6,7 +6,7 @@ and bucket of tokens; or in `measured.json`, the table of known devices that com
 Elsewhere the weight stays packed, and is unpacked for each product: `decompress` on a GPU,
 `reference` on a CPU. `--backend` overrides the choice.
 
-The cache's modules are imported inside the methods that use them: `benchmarks/scripts/gpu.py`
+The cache's modules are imported inside the methods that use them: `benchmarks/gpu_acceptance`
 chooses backends on machines that have torch and little else.
 """
 

@@ -382,6 +382,16 @@ def test_what_a_run_has_measured_is_what_the_policy_chooses_by(tmp_path, monkeyp
     assert measured_ratios == {"triton": 1.31, "decompress": 0.31}  # the smaller of two
 
 
+def test_the_page_names_every_part_with_its_limit_and_every_promise():
+    page = (ROOT / "docs" / "gpu.md").read_text("utf-8")
+    for part in PARTS:
+        assert f"| `{part.name}` | {part.title} | {part.seconds:g} |" in page
+    for promise in PROMISES:
+        assert f"| {promise.title} | {promise.goal} {promise.limit:g} |" in page
+    measured_runs = list(documents.FOLDER.glob("*.json"))
+    assert measured_runs or page.count("not measured |") == len(PROMISES)
+
+
 def test_rows_are_found_by_their_values():
     rows = list(rows_of(measured(), "decode", "layer", rows=11008, tokens=1))
     assert [row["as_used"] for row in rows] == [1.47]
