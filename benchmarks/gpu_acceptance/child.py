@@ -30,7 +30,9 @@ def recorder(part: str, log: Path, seconds: float, *, dry: bool) -> Recorder:
     """Return what a part gets."""
     import torch
 
-    device = torch.device("cpu") if dry else torch.device("cuda", 0)
+    # A dry run takes a GPU where there is one: tiny sizes, but the real kernels.
+    on_cpu = dry and not torch.cuda.is_available()
+    device = torch.device("cpu") if on_cpu else torch.device("cuda", 0)
     return Recorder(part, log, device, dry, seconds)
 
 

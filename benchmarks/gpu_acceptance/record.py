@@ -47,7 +47,7 @@ class Recorder:
         part: Its name.
         log: The file of all rows of a run, one JSON object a line.
         device: Where to measure.
-        dry: Whether the part runs tiny sizes on a CPU, where no speed is measured.
+        dry: Whether sizes are tiny and no speed is measured.
         seconds: How long it may take.
         context_error: Returns why the device cannot be used any more.
         give_up: Called when it cannot: ends the process without touching the device again.

@@ -33,7 +33,7 @@ class Run:
 
     Attributes:
         path: The JSON that is written, after each row.
-        dry: Whether the parts run tiny sizes on the CPU.
+        dry: Whether the parts run tiny sizes, and measure no speed.
         budget: Seconds of the whole run.
         child: The command of a part's process.
         say: Prints progress.
@@ -109,7 +109,13 @@ class Run:
     def _part(self, part: Part, entry: dict[str, Any]) -> None:
         """Run one part, and say how it ended."""
         limit = min(part.seconds, self.left)
-        words = [*self.child, part.name, part.target, str(self.log), f"{limit - _GRACE:.1f}"]
+        words = [
+            *self.child,
+            part.name,
+            part.target,
+            str(self.log.resolve()),
+            f"{limit - _GRACE:.1f}",
+        ]
         words += ["--dry"] if self.dry else []
         start = time.perf_counter()
         errors = self.path.with_suffix(".errors")

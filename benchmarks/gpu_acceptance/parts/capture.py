@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
-from benchmarks.gpu_acceptance.measure import clock_of, difference
+from benchmarks.gpu_acceptance.measure import difference
 from benchmarks.gpu_acceptance.record import Recorder, one_line
 from prunebench.bench.layers import random_packed
+from prunebench.bench.timing import DryClock, GraphClock
 from prunebench.sparse24.backends.table import backends
 from prunebench.sparse24.layouts import FileLayout, WeightLayout
 from prunebench.sparse24.policy import Policy
@@ -30,19 +33,19 @@ def run(record: Recorder) -> None:
                     layout: WeightLayout = backend.layout(packed) or FileLayout(packed)
                     product = backend.build(layout)
                     x = torch.randn(tokens, size[1], device=record.device, dtype=torch.bfloat16)
-                    why = _replayed(lambda p=product, x=x: p.run(x, None), dry=record.dry)
+                    why = _replayed(lambda p=product, x=x: p.run(x, None), record.device)
                     record.add("capture", backend=name, tokens=tokens, works=not why, why=why)
 
 
-def _replayed(call: object, *, dry: bool) -> str:
+def _replayed(call: Callable[[], torch.Tensor], device: torch.device) -> str:
     """Return why a call cannot be captured and replayed; "" if it can."""
-    assert callable(call)
+    clock = GraphClock() if device.type == "cuda" else DryClock()
     expected = call()  # an algorithm is searched here, not in the capture
     outputs: list[torch.Tensor] = []
     try:
-        turn = clock_of(dry=dry).prepare([lambda: outputs.append(call())])
+        turn = clock.prepare([lambda: outputs.append(call())])
         turn()
     except Exception as error:  # a library can fail in any way
         return one_line(error)
-    error = difference(outputs[-1], expected)
-    return "" if error < 1e-2 else f"the replay differs by {error:.1e}"
+    differs = difference(outputs[-1], expected)
+    return "" if differs < 1e-2 else f"the replay differs by {differs:.1e}"
