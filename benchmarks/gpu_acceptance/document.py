@@ -97,7 +97,7 @@ def _numbers(value: Any) -> Iterator[float]:
 
 def file_name(document: dict[str, Any]) -> str:
     """Return the name of a committed run: the chip and the day."""
-    return f"{slug(environment_of(document)['gpu'])}-{document['created_at'][:10]}.json"
+    return f"{slug(environment_of(document)['gpu']).lower()}-{document['created_at'][:10]}.json"
 
 
 def with_policy(measured: dict[str, Any], document: dict[str, Any]) -> dict[str, Any]:

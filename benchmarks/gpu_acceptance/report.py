@@ -23,7 +23,7 @@ from benchmarks.gpu_acceptance.promises import (
 )
 
 NOT_MEASURED = "not measured"
-_PROMISED = ("what", "promised", "measured", "ratio", "", "why")
+_PROMISED = ("what", "promised", "measured", "ratio", "")
 _LAYERS = ("layer", "tokens", "backend", "of dense", "best launch", "TB/s")
 _CASES = ("LLaMA-2-7B", "batch", "tokens", "storage", "of dense", "tokens/s")
 Table = tuple[str, tuple[str, ...], list[tuple[str, ...]]]
@@ -41,7 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         document = json.loads(options.file.read_text("utf-8"))
         text = "\n".join(lines(document, markdown=options.markdown))
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         print(f"{options.file} is no run of make gpu-acceptance: {error!r}", file=sys.stderr)
         print("make one: python3 -m benchmarks.gpu_acceptance OUT.json", file=sys.stderr)
         return 2
@@ -65,6 +65,13 @@ def fatal(document: Document) -> str:
     """Return why nothing could be measured; "" if something was."""
     rows = rows_of(document, "machine", "problem", fatal=True)
     return str(next((row["why"] for row in rows), ""))
+
+
+def is_whole(document: Document) -> bool:
+    """Return whether every part has ended by itself, no step of it failed, and all checks hold."""
+    states = {entry["state"] for entry in document["parts"]}
+    kinds = {row["row"] for entry in document["parts"] for row in entry["rows"]}
+    return states == {"done"} and "failed" not in kinds and not _wrong(document)
 
 
 def _machine(document: Document) -> list[str]:
@@ -94,6 +101,7 @@ def _machine(document: Document) -> list[str]:
 def _tables(document: Document) -> list[Table]:
     return [
         ("Promises", _PROMISED, [_promise(verdict) for verdict in verdicts(document)]),
+        ("Why not", ("", "why", "promise"), _reasons(document)),
         ("Parts", ("part", "ended", "seconds", "limit", "why"), _parts(document)),
         ("What failed or was left out", ("part", "step", "why"), _failed(document)),
         ("Checks that do not hold", ("check", "value", "allowed"), _wrong(document)),
@@ -111,10 +119,21 @@ def _promise(verdict: Verdict) -> tuple[str, ...]:
     promise, ratio = verdict.promise, verdict.ratio
     measured = NOT_MEASURED if verdict.measured is None else f"{verdict.measured:.4g}"
     state = "" if verdict.state == NOT_MEASURED else verdict.state
-    return (
-        promise.title, f"{promise.goal} {promise.limit:g}", measured,
-        "" if ratio is None else f"{ratio:.2f}", state, verdict.why,
-    )  # fmt: skip
+    sign = {"at least": ">=", "at most": "<="}[promise.goal]
+    shown = "" if ratio is None else f"{ratio:.2f}"
+    return promise.title, f"{sign} {promise.limit:g}", measured, shown, state
+
+
+def _reasons(document: Document) -> list[tuple[str, ...]]:
+    """Return why promises were not measured or are not asked for, each reason once."""
+    reasons: dict[tuple[str, str], list[str]] = {}
+    for verdict in verdicts(document):
+        if verdict.why:
+            reasons.setdefault((verdict.state, verdict.why), []).append(verdict.promise.name)
+    return [
+        (state, why, ", ".join(names) if len(names) < 4 else f"{len(names)} of them")
+        for (state, why), names in reasons.items()
+    ]
 
 
 def _parts(document: Document) -> list[tuple[str, ...]]:
@@ -152,7 +171,7 @@ def _capture(document: Document) -> list[tuple[str, ...]]:
 
 
 def _layers(document: Document) -> list[tuple[str, ...]]:
-    rows = []
+    rows: list[tuple[str, ...]] = []
     for part in ("decode", "prefill"):
         for row in rows_of(document, part, "layer"):
             name = f"{row['rows']} x {row['width']}"
