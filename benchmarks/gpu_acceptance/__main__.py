@@ -5,8 +5,8 @@
     python3 -m benchmarks.gpu_acceptance.report OUT.json       the table, against what is promised
 
 It needs torch, triton, transformers and what docs/gpu.md names; no pip, no make, no network.
-Exit status: 0 measured, 1 a promise is not kept or a part failed, 2 usage, 3 no GPU that can be used, 5 not
-saved.
+Exit status: 0 measured, 1 a promise is not kept or a part failed, 2 usage, 3 no GPU that can be
+used, 5 not saved.
 """
 
 from __future__ import annotations
