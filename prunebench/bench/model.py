@@ -55,7 +55,7 @@ class Decoder:
         self.model: Any = model
         self.cache = StaticCache(config=self.model.config, max_cache_len=prompt.shape[1] + room)
         self.more: dict[str, Tensor] = {}
-        if self.model.config.model_type == "opt":
+        if getattr(model.config, "model_type", "") == "opt":
             # Without a mask OPT makes one as long as the cache is filled, a number that it waits
             # for: not possible in a capture. Positions and causality hide the free places.
             size = (prompt.shape[0], prompt.shape[1] + room)

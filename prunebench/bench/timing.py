@@ -163,9 +163,9 @@ def interleaved(
     """
     turns: dict[str, Call] = {}
     failed: dict[str, str] = {}
-    for name, calls in rivals.items():
+    for name, its_calls in rivals.items():
         try:
-            turns[name] = clock.prepare(calls)
+            turns[name] = clock.prepare(its_calls)
         except Exception as error:  # a library can fail in any way; measure the others
             if name not in optional:
                 raise

@@ -3,8 +3,8 @@
 A kernel is used only where it was measured on this device as faster than the dense product: by
 `prunebench bench`, which keeps the speedups in the cache, by GPU, library versions, dtype, shape
 and bucket of tokens; or in `measured.json`, the table of known devices that comes with the package.
-Elsewhere the weight stays packed, and is unpacked for each product: `decompress` on a GPU,
-`reference` on a CPU. `--backend` overrides the choice.
+Elsewhere the weight stays packed for its memory, and no speed is claimed: `decompress` unpacks it
+for each product on a GPU. `--backend` overrides the choice.
 
 The cache's modules are imported inside the methods that use them: `benchmarks/gpu_acceptance`
 chooses backends on machines that have torch and little else.
@@ -33,7 +33,7 @@ KNOWN = Path(__file__).with_name("measured.json")
 """Speedups of known devices, by `device_key` and `table_key`; measured by anybody, see docs."""
 
 _FORMAT = 1
-_UNPACKING = ("decompress", "reference")  # keep the memory, save no time
+_SAVES_MEMORY = ("decompress", "cpu", "reference")  # where no speed was measured, in this order
 NOT_MEASURED = "not measured on this device: packed for its memory (prunebench bench measures)"
 Table = dict[str, dict[str, float]]
 
@@ -129,19 +129,20 @@ class Policy:
         if self.forced in usable:
             return Choice(str(self.forced), "forced by --backend")
         # `reference` takes everything: there is always one.
-        unpacking = next(name for name in _UNPACKING if name in usable)
+        unmeasured = next(name for name in _SAVES_MEMORY if name in usable)
         if self.forced:
             reason = verdicts[self.forced].reason
-            return Choice(unpacking, f"--backend {self.forced} cannot: {reason}")
+            return Choice(unmeasured, f"--backend {self.forced} cannot: {reason}")
         measured = self.measured(shape, dtype, tokens)
         ratios = {name: ratio for name, ratio in measured.items() if name in usable}
         if not ratios:
-            return Choice(unpacking, NOT_MEASURED)
+            note = verdicts[unmeasured].reason
+            return Choice(unmeasured, f"{NOT_MEASURED}; {note}" if note else NOT_MEASURED)
         best = max(ratios, key=ratios.__getitem__)
         if ratios[best] >= MIN_RATIO:
             return Choice(best, f"measured: {ratios[best]:.2f}x the dense speed", ratios[best])
         why = f"none is faster than dense here (best: {best}, {ratios[best]:.2f}x): saves memory"
-        return Choice(unpacking, why, ratios.get(unpacking))
+        return Choice(unmeasured, why, ratios.get(unmeasured))
 
     def measured(
         self, shape: tuple[int, int], dtype: torch.dtype, tokens: int

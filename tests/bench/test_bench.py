@@ -291,9 +291,9 @@ def test_explain(cli, tiny_run, tmp_path):
     # layers of one shape run alike, at every number of tokens
     assert text.count("not cslt: the device is cpu, not cuda") == 4
     assert "model.layers.*.self_attn.q_proj, model.layers.*.self_attn.o_proj  32 x 32" in text
-    assert text.count("1, 8, 64, 2,048 tokens: reference") == 4
+    assert text.count("1, 4, 8, 64, 2,048 tokens: reference") == 4
     rows = json.loads(cli("bench", "ck", "--explain", "--json").stdout)
-    assert rows[0]["backend"] == "reference" and len(rows) == 84
+    assert rows[0]["backend"] == "reference" and len(rows) == 105
 
 
 def test_unstructured_weights_are_computed_as_a_bitmap(cli, tiny_run, tmp_path):

@@ -155,10 +155,11 @@ def test_nothing_to_convert():
 
 
 def test_layers_share_one_workspace():
+    """As large as the largest, which `convert` asks for first."""
     small, large = (FileLayout(pack24(random_24(n, 16))) for n in (8, 32))
     backend = Decompress()
     x = torch.randn(3, 64).to(torch.bfloat16)
-    for form in (small, large, small):
+    for form in (large, small, large):
         product = backend.build(form).run(x, None)
         assert torch.equal(product, nn.functional.linear(x, unpack24(form.packed())))
     assert backend.workspace.bytes == 32 * 64 * 2

@@ -185,7 +185,7 @@ def interpreted() -> bool:
 
 def _has_compiler() -> bool:
     """Return whether there is a C compiler, as Triton looks for one to build its launcher."""
-    return bool(os.environ.get("CC") or any(map(shutil.which, ("gcc", "clang", "cc"))))
+    return bool(os.environ.get("CC") or any(map(shutil.which, ("gcc", "clang"))))
 
 
 @dataclass(frozen=True)
