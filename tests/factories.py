@@ -147,3 +147,18 @@ def peak_bytes(action):
         running += event.nbytes()
         peak = max(peak, running)
     return peak
+
+
+class DeviceOf:
+    """`torch.cuda.device_of` without a GPU: whose device is the current one, by address."""
+
+    current = None
+
+    def __init__(self, tensor):
+        self.address = tensor.data_ptr()
+
+    def __enter__(self):
+        DeviceOf.current = self.address
+
+    def __exit__(self, *error):
+        DeviceOf.current = None

@@ -12,6 +12,7 @@ off has what it measured.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import gc
 import json
 import sys
@@ -37,17 +38,20 @@ from prunebench.bench.environment import clocks, environment
 from prunebench.bench.layers import NOT_MEASURED, LayerBench, LayerResult, autotuned_dense
 from prunebench.bench.shapes import CROSSOVER_TOKENS, SHAPES, TOKENS, LayerShape
 from prunebench.bench.timing import Clock, EagerClock, Timings, clock_for, interleaved
-from prunebench.sparse24.backends.triton import Launch, Tiling
-from prunebench.sparse24.policy import Policy
+from prunebench.sparse24.backends.table import backends
+from prunebench.sparse24.backends.triton import Launch
+from prunebench.sparse24.buckets import bucket_of
+from prunebench.sparse24.policy import Policy, device_key
 
 BUDGET_SECONDS = 540.0
 _AUTOTUNE_SHARE = 0.55  # of the budget: after it, dense cells compete with cuBLAS only, and say so
 _LAYERS_SHARE = 0.70
+# (rows of a tile, launch)
 _SWEEP = tuple(
-    (Tiling(rows, columns), Launch(split, warps, stages))
-    for rows, columns in ((16, 64), (32, 64), (16, 128))
-    for split in (1, 2, 4)
-    for warps, stages in ((4, 3), (8, 4))
+    (rows, Launch(parts, warps, stages))
+    for rows in (8, 16, 32)
+    for parts, warps in ((2, 4), (4, 4), (8, 8))
+    for stages in (2, 3)
 )
 _DRY_SHAPES = (LayerShape("tiny", "square", 64, 256), LayerShape("tiny", "wide", 96, 512))
 _STEPS = 8
@@ -115,8 +119,10 @@ def _guarded(work: Callable[[], Any]) -> Any:
         return {"error": f"{type(error).__name__}: {error}"[:500]}
     finally:
         gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+        # After an error that destroys the context this fails, too: the report is what counts.
+        with contextlib.suppress(RuntimeError):
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
 
 
 def _bench(
@@ -150,15 +156,15 @@ def _sweep(
     if not policy.verdicts((4096, 4096), torch.bfloat16, 1)["triton"].ok:
         return rows
     for shape in shapes:
-        for tiling in dict.fromkeys(tiling for tiling, _ in _SWEEP):
-            launches = [launch for candidate, launch in _SWEEP if candidate == tiling]
-            bench = _bench(shape, device, policy, clock, tiling=tiling, launches=launches)
+        for tile in dict.fromkeys(tile for tile, _ in _SWEEP):
+            launches = [launch for candidate, launch in _SWEEP if candidate == tile]
+            bench = _bench(shape, device, policy, clock, tile_rows=tile, launches=launches)
             row = bench.measure(1, blocks=3)
             for number, launch in enumerate(launches):
                 name = f"triton#{number}"
                 rows.append(
                     {"rows": shape.rows, "width": shape.width, "error": row.errors.get(name)}
-                    | {"tiling": asdict(tiling), "launch": asdict(launch)}
+                    | {"tile_rows": tile, "launch": asdict(launch)}
                     | {"ratio": row.ratios.get(name), "seconds": row.seconds.get(name)}
                 )
             if not report.within(0.2):
@@ -166,17 +172,17 @@ def _sweep(
     return rows
 
 
-def _best_launches(sweep: Any, shape: LayerShape) -> tuple[Tiling, list[Launch]]:
+def _best_launches(sweep: Any, shape: LayerShape) -> tuple[int, list[Launch]]:
     """Return the tiles that were fastest on the nearest shape of the sweep, with their launches."""
     rows = [row for row in sweep if row.get("seconds")] if isinstance(sweep, list) else []
     if not rows:
-        return Tiling(), []
+        return 16, []
     small = shape.dense_bytes <= SHAPES[0].dense_bytes
     near = [row for row in rows if (row["rows"] * row["width"] <= 4096 * 4096) == small] or rows
     best = min(near, key=lambda row: row["seconds"])
-    tiling = Tiling(**best["tiling"])
-    launches = {Launch(**row["launch"]) for row in near if row["tiling"] == best["tiling"]}
-    return tiling, sorted(launches, key=str)
+    tile = best["tile_rows"]
+    launches = {Launch(**row["launch"]) for row in near if row["tile_rows"] == tile}
+    return tile, sorted(launches, key=str)
 
 
 def _layers(
@@ -196,22 +202,33 @@ def _layers(
             rows.append(cell | {"skipped": "no time left in the budget"})
             continue
         tune = device.type == "cuda" and report.within(_AUTOTUNE_SHARE)
-        tiling, launches = _best_launches(report.document.get("sweep"), shape)
+        tile, launches = _best_launches(report.document.get("sweep"), shape)
         bench = _bench(
-            shape, device, policy, clock, tiling=tiling, launches=launches if tokens <= 64 else (),
+            shape, device, policy, clock, tile_rows=tile, launches=launches if tokens <= 4 else (),
             compile_dense=autotuned_dense if tune else None,
         )  # fmt: skip
         measured = _guarded(partial(bench.measure, tokens))
         if not isinstance(measured, LayerResult):
             rows.append(cell | {"skipped": measured["error"]})
             continue
+        _remember(policy, measured)
         measured_row = measured.to_dict()
         if device.type == "cuda" and tokens <= 8 and report.within(_AUTOTUNE_SHARE):
             measured_row["eager_ratio"] = _eager(shape, device, policy, tokens)
         rows.append(measured_row | {"dense_kinds": ["cublas"] + (["max-autotune"] if tune else [])})
         report.add("layers", rows)
     report.add("layers", rows)
+    if device.type == "cuda":
+        report.add("policy", {"device": device_key(device), "measured": policy.table})
     return rows
+
+
+def _remember(policy: Policy, row: LayerResult) -> None:
+    """Let the policy choose by what was measured: for the whole model, and in the report."""
+    if row.dense:
+        rivals = {name: row.seconds[name] for name in backends() if name in row.seconds}
+        seconds = {"dense": row.seconds[row.dense], **rivals}
+        policy.remember((row.rows, row.width), torch.bfloat16, bucket_of(row.tokens), seconds)
 
 
 def _eager(shape: LayerShape, device: torch.device, policy: Policy, tokens: int) -> float | None:
@@ -225,7 +242,7 @@ def _model(shape: Shape, device: torch.device, clock: Clock, policy: Policy) -> 
     weights = Weights(shape, device=device, dtype=torch.bfloat16)
     sides = {
         "dense": weights.dense_blocks(),
-        "packed": weights.packed_blocks(Policy(device)),  # one form a layer: 0.5625
+        "packed": weights.packed_blocks(Policy(device, table=policy.table)),  # one layout: 0.5625
     }
     document: dict[str, Any] = {
         "shape": asdict(shape),

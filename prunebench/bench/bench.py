@@ -35,6 +35,7 @@ from prunebench.checkpoints.packed24 import dense_tensors, unpacked
 from prunebench.checkpoints.save import RESULT_NAME
 from prunebench.checkpoints.sizes import computed_storage
 from prunebench.errors import IncompatibleData, MissingResource, PrunebenchError
+from prunebench.models.device import make_current
 from prunebench.models.linears import find_linears
 from prunebench.models.load import load_config, load_model, skeleton
 from prunebench.models.source import LocalModel, ModelSource
@@ -42,6 +43,7 @@ from prunebench.progress import Progress
 from prunebench.results.bench_schema import Bench, QualityBlock, RatioBlock
 from prunebench.results.schema import Result
 from prunebench.results.store import Damaged, ResultStore, read_copy, read_result
+from prunebench.sparse24.backends.table import backends
 from prunebench.sparse24.buckets import bucket_of
 from prunebench.sparse24.layer import Conversion, Explained, convert, explain
 from prunebench.sparse24.policy import Policy
@@ -126,6 +128,7 @@ def bench(setup: BenchSetup) -> Bench:
         IncompatibleData: The checkpoint is damaged, or on a GPU no layer of it is 2:4.
     """
     load_config(setup.folder)
+    make_current(setup.device)
     tensors = list(dense_tensors(setup.folder).values())
     with setup.progress.stage("bytes", detail=f"{len(tensors)} tensors"):
         storage = computed_storage(tensors)
@@ -164,6 +167,7 @@ def explain_checkpoint(setup: BenchSetup) -> list[Explained]:
     Raises:
         IncompatibleData: No layer is 2:4.
     """
+    make_current(setup.device)
     _, conversion = _packed_model(setup, Policy.load(setup.device, forced=setup.backend))
     return explain(conversion, TOKENS)
 
@@ -194,7 +198,7 @@ def _measure(setup: BenchSetup) -> _Speed:
 def measure_layers(
     shapes: Sequence[LayerShape], policy: Policy, progress: Progress
 ) -> list[LayerResult]:
-    """Measure layers for few and many tokens; the policy stores the fastest backend of each."""
+    """Measure layers for few and many tokens; the policy stores the speedup of each backend."""
     rows = []
     clock = clock_for(policy.device)
     total = len(shapes) * len(TOKENS)
@@ -207,10 +211,11 @@ def measure_layers(
                 row = layer.measure(tokens)
                 rows.append(row)
                 advance(1)
-                if row.ratio and row.backend and row.dense:
+                if row.dense:
                     # The policy compares with the best dense product: autotuned, if that was
                     # faster.
-                    best = {"dense": row.seconds[row.dense], row.backend: row.seconds[row.backend]}
+                    rivals = {name: row.seconds[name] for name in backends() if name in row.seconds}
+                    best = {"dense": row.seconds[row.dense], **rivals}
                     size = (shape.rows, shape.width)
                     policy.remember(size, torch.bfloat16, bucket_of(tokens), best)
     return rows

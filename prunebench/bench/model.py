@@ -54,6 +54,12 @@ class Decoder:
 
         self.model: Any = model
         self.cache = StaticCache(config=self.model.config, max_cache_len=prompt.shape[1] + room)
+        self.more: dict[str, Tensor] = {}
+        if self.model.config.model_type == "opt":
+            # Without a mask OPT makes one as long as the cache is filled, a number that it waits
+            # for: not possible in a capture. Positions and causality hide the free places.
+            size = (prompt.shape[0], prompt.shape[1] + room)
+            self.more["attention_mask"] = torch.ones(size, dtype=torch.long, device=prompt.device)
         # On the device: a captured graph reads the position from memory, and `step` advances it
         # there.
         self.position = torch.full((1, 1), prompt.shape[1], device=prompt.device)
@@ -76,6 +82,7 @@ class Decoder:
             # Only the last position's: for a whole prompt they would be [batch, context,
             # vocabulary].
             logits_to_keep=1,
+            **self.more,
         ).logits
         token: Tensor = logits[:, -1].argmax(-1, keepdim=True)  # [batch, 1]
         return token

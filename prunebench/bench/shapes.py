@@ -38,7 +38,8 @@ SHAPES = (
     LayerShape("BLOOM-176B", "up", 57344, 14336),
     LayerShape("BLOOM-176B", "down", 14336, 57344),
 )
-TOKENS = (1, 8, 64, 2048)
+TOKENS = (1, 4, 8, 64, 2048)
+"""The largest of their buckets, see `sparse24.buckets`: 4 is the most that has our own kernel."""
 CROSSOVER_TOKENS = (512, 8192)
 MOST_BYTES_A_SECOND = 4.5e12
 """Above this the cache was measured: an H200's memory bandwidth is lower."""
@@ -76,13 +77,9 @@ def promise(rows: int, width: int, tokens: int, library: int | None) -> Promise 
         library: The version of cuSPARSELt, 801 for 0.8.1; None without it.
     """
     decode = _DECODE.get((rows, width), _LARGE if rows * width >= 12288 * 12288 else None)
-    # The ranges of the kernels: up to 2 tokens without tensor cores, up to 64 with them.
-    if tokens <= 2:
+    # Up to 4 tokens our kernel reads the packed weights; more have none, and nothing is promised.
+    if tokens == 1:
         return decode
-    if tokens <= 8:
-        return decode and Promise(decode.target - 0.05, decode.floor - 0.05)
-    if tokens == 64:
-        return Promise(1.30, 1.00)
     if tokens == 2048:
         # Many tokens run in cuSPARSELt, whose version decides.
         mended = library is not None and library >= MENDED_LIBRARY

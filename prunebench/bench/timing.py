@@ -11,8 +11,8 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
@@ -108,9 +108,14 @@ def clock_for(device: torch.device) -> Clock:
 
 @dataclass(frozen=True)
 class Timings:
-    """Seconds per call of each rival, one value per block, all of one run."""
+    """Seconds per call of each rival, one value per block, all of one run.
+
+    Attributes:
+        failed: Optional rivals that could not be measured, with the reason.
+    """
 
     seconds: dict[str, list[float]]
+    failed: dict[str, str] = field(default_factory=dict)
 
     def median(self, name: str) -> float:
         """Return the median over the blocks."""
@@ -144,6 +149,7 @@ def interleaved(
     *,
     blocks: int = BLOCKS,
     block_seconds: float = 0.01,
+    optional: Collection[str] = (),
 ) -> Timings:
     """Measure rivals in turns.
 
@@ -152,14 +158,24 @@ def interleaved(
         clock: Prepares and measures them.
         blocks: Measured blocks; one more is run first as a warm-up.
         block_seconds: Approximate duration of a block; every call is made at least once.
+        optional: Rivals that are left out, with the reason, if they cannot be prepared: compiled,
+            captured in a graph, or run at all. A failure of another one is raised.
     """
-    turns = {name: clock.prepare(calls) for name, calls in rivals.items()}
+    turns: dict[str, Call] = {}
+    failed: dict[str, str] = {}
+    for name, calls in rivals.items():
+        try:
+            turns[name] = clock.prepare(calls)
+        except Exception as error:  # a library can fail in any way; measure the others
+            if name not in optional:
+                raise
+            failed[name] = reason_of(error)
     repeats = {
         # From one turn: enough repeats that a block lasts about `block_seconds`.
         name: max(1, min(1000, round(block_seconds / max(clock.seconds(turn, 1), 1e-7))))
         for name, turn in turns.items()
     }
-    seconds: dict[str, list[float]] = {name: [] for name in rivals}
+    seconds: dict[str, list[float]] = {name: [] for name in turns}
     for block in range(blocks + 1):
         for name, turn in turns.items():
             took = clock.seconds(turn, repeats[name])
@@ -168,4 +184,9 @@ def interleaved(
             # Block 0 is the warm-up.
             if block:
                 seconds[name].append(took / calls)
-    return Timings(seconds)
+    return Timings(seconds, failed)
+
+
+def reason_of(error: Exception) -> str:
+    """Return an exception as one line."""
+    return f"{type(error).__name__}: {error}".splitlines()[0][:200]

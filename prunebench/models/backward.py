@@ -38,8 +38,8 @@ from prunebench.models.stored_outputs import (
 )
 from prunebench.models.weights import Blocks, ResidentWeights
 
-HEAD_ROWS = 128
-"""Tokens whose logits exist at a time."""
+HEAD_ROWS = {"cpu": 128, "cuda": 4096}
+"""Tokens whose logits exist at a time: on a GPU more, because every part waits for the host."""
 
 TokenLoss = Callable[[Tensor, Tensor, Tensor | None], tuple[float, Tensor]]
 """Returns the summed loss of some tokens and its gradient by their logits, in float32.
@@ -284,7 +284,8 @@ class Backward:
         targets = window[:, 1:]  # [batch, seqlen - 1]
         length = targets.shape[1]
         # a model without `logits_to_keep` computes the logits of the whole batch at once
-        step = max(1, HEAD_ROWS // len(window)) if self._some_logits else length
+        most = HEAD_ROWS.get(window.device.type, HEAD_ROWS["cuda"])
+        step = max(1, most // len(window)) if self._some_logits else length
         losses = []
         for start in range(0, length, step):
             rows = torch.arange(start, min(start + step, length), device=window.device)

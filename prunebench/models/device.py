@@ -71,3 +71,12 @@ def choose_device(name: str) -> torch.device:
             fix="use --device auto or --device cpu",
         )
     return device
+
+
+def make_current(device: torch.device) -> None:
+    """Make a GPU the current one, on which streams, graphs, events and some libraries work.
+
+    `cuda` without a number is the current one already.
+    """
+    if device.type == "cuda" and device.index is not None:
+        torch.cuda.set_device(device)

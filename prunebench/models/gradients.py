@@ -38,7 +38,7 @@ from prunebench.models.replay import plain_inference
 
 Norm = Literal["l1", "l2"]
 
-_SLICE = 1 << 19  # elements of a gradient computed at a time
+_SLICE = {"cpu": 1 << 19, "cuda": 1 << 24}  # elements of a gradient computed at a time
 _VERSION = 2  # of the cached file; part of its name
 _PAGE = mmap.PAGESIZE
 _POPULATE_WRITE = 23  # Linux's MADV_POPULATE_WRITE, which Python's mmap does not name
@@ -178,7 +178,8 @@ class _Accumulators:
         """
         total = self._sums[linear.name]  # [out, in]
         outer, inputs = outer.to(torch.float32), inputs.to(torch.float32)
-        rows = max(1, _SLICE // linear.in_features)
+        size = _SLICE.get(outer.device.type, _SLICE["cuda"])
+        rows = max(1, size // linear.in_features)
         if self._buffer.numel() < rows * linear.in_features:
             self._buffer = torch.empty(rows * linear.in_features, device=outer.device)
         for start in range(0, linear.out_features, rows):

@@ -14,6 +14,8 @@ from torch import Tensor
 from prunebench.sparsity import Sparsity
 
 _CHUNK = 1 << 18  # elements; a chunk and its buffers stay in the L2 cache
+_CUDA_CHUNK = 1 << 24  # 14 launches a chunk: few chunks
+_LONGEST_ROW = 1 << 16  # of torch's selection on CUDA, which gives a row to one multiprocessor
 _WIDEST_PAIRWISE = 8  # M up to which all pairs are compared; above, selection is faster
 
 
@@ -101,7 +103,30 @@ def _kth_smallest(score: Tensor, k: int) -> Tensor:
     if score.device.type == "cpu":  # numpy's quickselect is vectorized, 10 times faster than torch
         part = np.partition(score.numpy(), k - 1, axis=-1)  # [rows, n]
         return torch.from_numpy(part[:, k - 1 : k].copy())
+    if score.shape[-1] > _LONGEST_ROW:
+        return _kth_smallest_by_bits(score, k)
     return score.kthvalue(k, dim=-1, keepdim=True).values
+
+
+def _kth_smallest_by_bits(score: Tensor, k: int) -> Tensor:
+    """Return the k-th smallest value (k >= 1) of each row, [rows, 1], bit by bit.
+
+    A pass over the row for every bit, by the whole device and without a host read: a row of 45
+    million scores, which a sort would need a gigabyte for, takes the memory of one copy.
+    """
+    integer = {4: torch.int32, 8: torch.int64}[score.dtype.itemsize]
+    smallest = torch.iinfo(integer).min
+    bits = score.contiguous().view(integer)
+    # Numbers in the order of the scores: of negative floats all bits but the sign are inverted.
+    keys = torch.where(bits < 0, bits ^ ~smallest, bits)
+    # The largest number that fewer than k keys are below, from its highest bit down.
+    number = torch.full((len(score), 1), smallest, dtype=integer, device=score.device)
+    for bit in reversed(range(8 * score.dtype.itemsize)):
+        # Adding the highest bit to the smallest number wraps around to 0.
+        candidate = number ^ smallest if bit == 8 * score.dtype.itemsize - 1 else number | 1 << bit
+        below = (keys < candidate).sum(-1, keepdim=True)  # [rows, 1]
+        number = torch.where(below < k, candidate, number)
+    return torch.where(number < 0, number ^ ~smallest, number).view(score.dtype)
 
 
 def _keep_pairwise(score: Tensor, *, kept: int, group: int) -> Tensor:
@@ -115,7 +140,8 @@ def _keep_pairwise(score: Tensor, *, kept: int, group: int) -> Tensor:
     flat = score.reshape(-1)  # [out * in], group after group
     keep = torch.empty(flat.shape, dtype=torch.uint8, device=flat.device)
     # A chunk holds whole groups: no pair of neighbors straddles two chunks.
-    chunk = _CHUNK - _CHUNK % group
+    most = _CHUNK if flat.device.type == "cpu" else _CUDA_CHUNK
+    chunk = most - most % group
     position = torch.arange(min(chunk, len(flat)), device=flat.device) % group
     # A weight wins against all earlier ones until a comparison says otherwise. Counts are offset so
     # that group - kept wins make 128: the highest bit then says "keep".

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from prunebench.errors import CheckFailed
 from prunebench.evaluate.perplexity import token_ppl
+from prunebench.models.device import make_current
 from prunebench.models.linears import Linear
 from prunebench.results.schema import ExecutionBlock
 from prunebench.run.plan import Plan
@@ -38,6 +39,7 @@ def packed_weights(
     windows = plan.texts[0].windows[:_WINDOWS] if plan.texts else None  # [_WINDOWS, seqlen]
     # before packing: afterwards the dense weights are gone from the layers
     masked = None if windows is None else token_ppl(model, windows)
+    make_current(plan.device)
     policy = Policy.load(plan.device, forced=plan.setup.backend)
     with plan.progress.stage("pack", detail=f"{len(linears)} linears, one after the other"):
         conversion = convert(model, linears, policy=policy, strict=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-_LAST = (2, 8, 16, 64, 256, 512, 1024, 2048, 4096, 8192)  # tokens, inclusive
+_LAST = (1, 4, 8, 16, 64, 256, 512, 1024, 2048, 4096, 8192)  # tokens, inclusive
 
 
 @dataclass(frozen=True)

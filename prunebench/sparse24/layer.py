@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,6 +14,7 @@ from prunebench.errors import IncompatibleData
 from prunebench.models.linears import Linear
 from prunebench.sparse24.backends.protocol import Product
 from prunebench.sparse24.backends.table import backends
+from prunebench.sparse24.backends.unpack import Decompress
 from prunebench.sparse24.buckets import BUCKETS
 from prunebench.sparse24.layouts import FileLayout, WeightLayout
 from prunebench.sparse24.packed import (
@@ -65,7 +67,7 @@ class Sparse24Linear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return x @ W.T + bias, [..., out]; x is [..., in] in the weight's dtype."""
-        flat = x.reshape(-1, self.in_features).contiguous()  # [tokens, in]
+        flat = x.reshape(-1, self.in_features)  # [tokens, in], any strides
         if flat.requires_grad and torch.is_grad_enabled():  # the kernels have no backward pass
             dense = torch.nn.functional.linear(flat, unpack24(self.form.packed()), self.bias)
             return dense.view(*x.shape[:-1], self.out_features)  # [..., out]
@@ -251,7 +253,20 @@ def convert(
             where=f"{len(conversion.dense)} linears were checked",
             fix="prune with --sparsity 2:4 in bfloat16",
         )
+    _reserve(conversion.layers.values())
     return conversion
+
+
+def _reserve(layers: Iterable[Sparse24Linear]) -> None:
+    """Allocate the workspace of unpacking for the largest layer, before any graph is captured."""
+    unpacking = backends()[Decompress.name]
+    forms = [
+        layer.form
+        for layer in layers
+        if any(layer._choose(bucket.last).backend == Decompress.name for bucket in BUCKETS)
+    ]
+    if forms and isinstance(unpacking, Decompress):
+        unpacking.workspace.matrix(max(forms, key=lambda form: math.prod(form.shape)))
 
 
 def _why_dense(linear: Linear, policy: Policy, *, strict: bool) -> str:
@@ -300,8 +315,9 @@ def explain(conversion: Conversion, tokens: Sequence[int]) -> list[Explained]:
         for count in tokens:
             choice = layer.policy.choose(layer.shape, layer.form.dtype, count)
             others = layer.policy.verdicts(layer.shape, layer.form.dtype, count)
+            measured = layer.policy.measured(layer.shape, layer.form.dtype, count)
             why_not = {
-                other: verdict.reason if not verdict.ok else _slower(choice)
+                other: _speedup(measured.get(other)) if verdict.ok else verdict.reason
                 for other, verdict in others.items()
                 if other != choice.backend
             }
@@ -311,5 +327,5 @@ def explain(conversion: Conversion, tokens: Sequence[int]) -> list[Explained]:
     return rows
 
 
-def _slower(choice: Choice) -> str:
-    return "slower here" if choice.ratio is not None else "usable; another one comes first"
+def _speedup(ratio: float | None) -> str:
+    return "usable; not measured here" if ratio is None else f"measured: {ratio:.2f}x"

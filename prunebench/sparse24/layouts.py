@@ -72,25 +72,24 @@ class FileLayout:
 class Workspace:
     """One dense buffer per device and dtype, as large as the largest matrix so far.
 
-    All layers share it: they run one after the other.
+    All layers share it: they run one after the other. No buffer is ever freed: a CUDA graph that
+    was captured with it writes to its address at every replay.
     """
 
     def __init__(self) -> None:
-        self._buffers: dict[tuple[torch.device, torch.dtype], Tensor] = {}
+        self._buffers: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
 
     def matrix(self, form: WeightLayout) -> Float[Tensor, "out in"]:
         """Return an uninitialized [out, in] view for the dense matrix of a layout."""
         rows, width = form.shape
-        key = (form.device, form.dtype)
-        buffer = self._buffers.get(key)
-        if buffer is None or buffer.numel() < rows * width:
-            self._buffers.pop(key, None)  # free the old buffer before allocating the new one
-            buffer = torch.empty(rows * width, dtype=form.dtype, device=form.device)
-            self._buffers[key] = buffer
+        buffers = self._buffers.setdefault((form.device, form.dtype), [])
+        # The last one is the largest: `convert` asks for the largest layer first.
+        if not buffers or buffers[-1].numel() < rows * width:
+            buffers.append(torch.empty(rows * width, dtype=form.dtype, device=form.device))
         # [out, in], contiguous: a prefix of the flat buffer
-        return buffer[: rows * width].view(rows, width)
+        return buffers[-1][: rows * width].view(rows, width)
 
     @property
     def bytes(self) -> int:
         """Current size of all buffers."""
-        return sum(buffer.nbytes for buffer in self._buffers.values())
+        return sum(buffer.nbytes for each in self._buffers.values() for buffer in each)

@@ -10,7 +10,7 @@ Packing works on whole groups: four 16-bit numbers are one 64-bit word, a kept p
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -18,10 +18,13 @@ from jaxtyping import Bool, Float, Int, UInt8
 from torch import Tensor
 
 from prunebench.errors import IncompatibleData
+from prunebench.models.out_of_memory import is_out_of_memory
 
 DTYPES = (torch.bfloat16, torch.float16)
 RATIO_16_BIT = 0.5625
-_CHUNK_GROUPS = {"cpu": 1 << 17, "cuda": 1 << 26}  # on a CPU, a chunk fits the cache
+# On a CPU a chunk fits the cache; on a GPU it takes about 300 MB of scratch.
+_CHUNK_GROUPS = {"cpu": 1 << 17, "cuda": 1 << 23}
+_SMALLEST_CHUNK = 1 << 14
 # Index: bit j is set if element j is not zero. Value: code of the stored pair, 0 if over-full.
 _CODE_OF_BITS = [
     0b0100, 0b0100, 0b1001, 0b0100, 0b1110, 0b1000, 0b1001, 0,
@@ -110,19 +113,26 @@ def check_24(weight: Float[Tensor, "out in"], *, name: str = "the matrix") -> Re
     flat = weight.detach().contiguous().view(-1)  # [out * in]: group g is 4 g to 4 g + 3
     groups = flat.numel() // 4
     patterns = torch.zeros(16, dtype=torch.int64, device=weight.device)
-    negative, first = 0, None
-    for start, stop in _chunks(groups, weight.device):
+    negative = 0
+    first: tuple[int, int] | None = None
+
+    def count(start: int, stop: int) -> None:
+        nonlocal negative, first
         four = flat[4 * start : 4 * stop]
         bits = _bits(four)
+        zeros = int((torch.signbit(four) & (four == 0)).sum())
         # A histogram of the 16 possible patterns: over-full and sparse groups follow from it.
         counts = torch.bincount(bits, minlength=16)
-        patterns += counts
-        negative += int((torch.signbit(four) & (four == 0)).sum())
         # The place is computed only where an error needs it.
         if first is None and counts[_OVER].any():
             full = torch.isin(bits, torch.tensor(_OVER, dtype=bits.dtype, device=bits.device))
             row, group = divmod(start + int(full.to(torch.uint8).argmax()), weight.shape[1] // 4)
             first = (row, 4 * group)
+        # Last: a chunk that ran out of memory is counted again.
+        patterns.add_(counts)
+        negative += zeros
+
+    _by_chunks(groups, weight.device, count)
     return Report24(
         groups=groups,
         over=int(patterns[_OVER].sum()),
@@ -180,7 +190,8 @@ def pack24(weight: Float[Tensor, "out in"], *, name: str = "the matrix") -> Pack
     pairs = torch.empty(groups, dtype=torch.int32, device=weight.device)
     codes = torch.empty(groups, dtype=torch.uint8, device=weight.device)
     table = torch.tensor(_CODE_OF_BITS, dtype=torch.uint8, device=weight.device)
-    for start, stop in _chunks(groups, weight.device):
+
+    def pack(start: int, stop: int) -> None:
         four = flat[4 * start : 4 * stop] + 0.0  # -0.0 + 0.0 = +0.0
         code = table[_bits(four)]
         if not code.all():  # 0 is no valid code: an over-full group
@@ -190,6 +201,8 @@ def pack24(weight: Float[Tensor, "out in"], *, name: str = "the matrix") -> Pack
         high = word >> (position >> 2 << 4) << 16  # element i1; the cast drops what is above it
         pairs[start:stop] = (high | low).to(torch.int32)
         codes[start:stop] = code
+
+    _by_chunks(groups, weight.device, pack)
     values = pairs.view(weight.dtype).view(rows, width // 2)  # [groups] of 32 bits -> [out, in / 2]
     return Packed24(values, join_codes(codes.view(rows, width // 4)))  # codes: [N, K/4]
 
@@ -208,12 +221,15 @@ def unpack24(packed: Packed24, *, out: Tensor | None = None) -> Float[Tensor, "o
     words = out.view(-1).view(torch.int64)  # [groups], four elements each
     pairs = packed.values.contiguous().view(-1).view(torch.int32)  # [groups], two elements each
     codes = split_codes(packed).view(-1)  # [groups]
-    for start, stop in _chunks(groups, packed.device):
+
+    def unpack(start: int, stop: int) -> None:
         pair, code = pairs[start:stop].to(torch.int64), codes[start:stop].to(torch.int64)
         # Position times 16 bits; the mask removes the sign bits of the conversion from int32.
         low = (pair & 0xFFFF) << ((code & 3) << 4)
         high = (pair >> 16 & 0xFFFF) << (code >> 2 << 4)
         torch.bitwise_or(low, high, out=words[start:stop])
+
+    _by_chunks(groups, packed.device, unpack)
     return out
 
 
@@ -268,7 +284,20 @@ def _require_width(weight: Int[Tensor, "..."] | Float[Tensor, "..."], name: str)
         )
 
 
-def _chunks(groups: int, device: torch.device) -> Iterator[tuple[int, int]]:
-    step = _CHUNK_GROUPS.get(device.type, 1 << 26)
-    for start in range(0, groups, step):
-        yield start, min(groups, start + step)
+def _by_chunks(groups: int, device: torch.device, work: Callable[[int, int], None]) -> None:
+    """Do `work(start, stop)` chunk by chunk; a chunk that runs out of memory in halves."""
+    step, start = _CHUNK_GROUPS.get(device.type, _CHUNK_GROUPS["cuda"]), 0
+    while start < groups:
+        stop = min(groups, start + step)
+        try:
+            work(start, stop)
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error) or step <= _SMALLEST_CHUNK:
+                raise
+        else:
+            start = stop
+            continue
+        # outside the except clause, whose traceback keeps the failed tensors alive
+        step //= 2
+        if device.type == "cuda":
+            torch.cuda.empty_cache()

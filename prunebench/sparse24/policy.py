@@ -1,8 +1,10 @@
-"""Choose the backend of a layer for a number of tokens, with the reason.
+"""Choose the backend of a layer for a number of tokens, with the reason. It never guesses.
 
-The fastest one if `prunebench bench` has measured it on this device (cached by GPU, library
-versions, dtype, shape and token bucket); else the first one that supports the shape. `--backend`
-overrides the choice.
+A kernel is used only where it was measured on this device as faster than the dense product: by
+`prunebench bench`, which keeps the speedups in the cache, by GPU, library versions, dtype, shape
+and bucket of tokens; or in `measured.json`, the table of known devices that comes with the package.
+Elsewhere the weight stays packed, and is unpacked for each product: `decompress` on a GPU,
+`reference` on a CPU. `--backend` overrides the choice.
 
 The cache's modules are imported inside the methods that use them: `benchmarks/scripts/gpu.py`
 chooses backends on machines that have torch and little else.
@@ -11,9 +13,11 @@ chooses backends on machines that have torch and little else.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -23,7 +27,15 @@ from prunebench.sparse24.backends.table import backends
 from prunebench.sparse24.buckets import Bucket, bucket_of
 
 MIN_RATIO = 1.02
-"""A layer whose best measured speedup is below this stays dense."""
+"""Kernels of smaller measured speedup are not used, and layers that have only such stay dense."""
+
+KNOWN = Path(__file__).with_name("measured.json")
+"""Speedups of known devices, by `device_key` and `table_key`; measured by anybody, see docs."""
+
+_FORMAT = 1
+_UNPACKING = ("decompress", "reference")  # keep the memory, save no time
+NOT_MEASURED = "not measured on this device: packed for its memory (prunebench bench measures)"
+Table = dict[str, dict[str, float]]
 
 
 @dataclass(frozen=True)
@@ -50,25 +62,24 @@ class Policy:
         forced: A backend that is used wherever it can be.
         speed: Whether layers may store the weight twice (once more in cuSPARSELt's format, for many
             tokens): 2 x 0.5625 of the dense bytes.
-        table: Measured choices by `table_key`.
+        table: Measured speedups over the best dense product, by `table_key` and backend.
     """
 
     device: torch.device
     forced: str | None = None
     speed: bool = False
-    table: dict[str, Choice] = field(default_factory=dict)
+    table: Table = field(default_factory=dict)
 
     @classmethod
     def load(
         cls, device: torch.device, *, forced: str | None = None, speed: bool = False
     ) -> Policy:
-        """Return a policy with the cached measurements of this device."""
+        """Return a policy with the known and the cached measurements of this device."""
         policy = cls(device, forced, speed)
-        try:
-            rows = json.loads(policy.path.read_text("utf-8"))
-            policy.table = {key: Choice(**row) for key, row in rows.items()}
-        except (OSError, ValueError, TypeError, AttributeError):
-            policy.table = {}  # never measured, or written by another version
+        known = _read(KNOWN).get("devices")
+        if isinstance(known, dict):
+            policy.table |= _speedups(known.get(device_key(device)))
+        policy.table |= _speedups(_read(policy.path).get("measured"))
         return policy
 
     @property
@@ -87,8 +98,12 @@ class Policy:
         """
         from prunebench.files import write_text
 
-        rows = {key: asdict(choice) for key, choice in sorted(self.table.items())}
-        write_text(self.path, json.dumps(rows, indent=1) + "\n")
+        document = {
+            "format": _FORMAT,
+            "device": device_key(self.device),
+            "measured": dict(sorted(self.table.items())),
+        }
+        write_text(self.path, json.dumps(document, indent=1) + "\n")
 
     def verdicts(
         self, shape: tuple[int, int], dtype: torch.dtype, tokens: int
@@ -113,22 +128,39 @@ class Policy:
         usable = [name for name, verdict in verdicts.items() if verdict.ok]
         if self.forced in usable:
             return Choice(str(self.forced), "forced by --backend")
-        measured = self.table.get(table_key(shape, dtype, bucket_of(tokens)))
-        if measured is not None and measured.backend in usable and self.forced is None:
-            return measured
         # `reference` takes everything: there is always one.
-        first = usable[0]
-        note = f"; {verdicts[first].reason}" if verdicts[first].reason else ""
+        unpacking = next(name for name in _UNPACKING if name in usable)
         if self.forced:
-            return Choice(first, f"--backend {self.forced} cannot: {verdicts[self.forced].reason}")
-        return Choice(first, f"the first usable one, not measured on this device{note}")
+            reason = verdicts[self.forced].reason
+            return Choice(unpacking, f"--backend {self.forced} cannot: {reason}")
+        measured = self.measured(shape, dtype, tokens)
+        ratios = {name: ratio for name, ratio in measured.items() if name in usable}
+        if not ratios:
+            return Choice(unpacking, NOT_MEASURED)
+        best = max(ratios, key=ratios.__getitem__)
+        if ratios[best] >= MIN_RATIO:
+            return Choice(best, f"measured: {ratios[best]:.2f}x the dense speed", ratios[best])
+        why = f"none is faster than dense here (best: {best}, {ratios[best]:.2f}x): saves memory"
+        return Choice(unpacking, why, ratios.get(unpacking))
+
+    def measured(
+        self, shape: tuple[int, int], dtype: torch.dtype, tokens: int
+    ) -> Mapping[str, float]:
+        """Return the measured speedup of each backend; empty if nothing was measured."""
+        return self.table.get(table_key(shape, dtype, bucket_of(tokens)), {})
 
     def gains_nothing(self, shape: tuple[int, int], dtype: torch.dtype) -> str:
         """Return why a layer should stay dense; "" if a backend is faster or none was measured."""
         if self.forced is not None:
             return ""
         start = table_key(shape, dtype, None)
-        ratios = [c.ratio for key, c in self.table.items() if key.startswith(start) and c.ratio]
+        ratios = [
+            ratio
+            for key, row in self.table.items()
+            if key.startswith(start)
+            for name, ratio in row.items()
+            if name in backends() and (self.speed or not backends()[name].keeps_second_copy)
+        ]
         # One token count where packing is faster is enough to pack the layer.
         if not ratios or max(ratios) >= MIN_RATIO:
             return ""
@@ -137,21 +169,44 @@ class Policy:
     def remember(
         self, shape: tuple[int, int], dtype: torch.dtype, bucket: Bucket,
         seconds: Mapping[str, float],
-    ) -> Choice:  # fmt: skip
-        """Store the fastest backend of one measurement, and return it.
+    ) -> None:  # fmt: skip
+        """Store the speedups of one measurement.
 
         Args:
             shape: Of the matrix, (out, in).
             dtype: Of the weight.
             bucket: Of the token count.
-            seconds: Times by backend, with `dense` among them.
+            seconds: Times by backend, with `dense`, the best dense product, among them.
         """
-        rivals = {name: time for name, time in seconds.items() if name != "dense"}
-        best = min(rivals, key=rivals.__getitem__)
-        ratio = seconds["dense"] / rivals[best]
-        choice = Choice(best, f"measured: {ratio:.2f}x the dense speed", ratio)
-        self.table[table_key(shape, dtype, bucket)] = choice
-        return choice
+        row = {name: seconds["dense"] / t for name, t in seconds.items() if name != "dense"}
+        self.table[table_key(shape, dtype, bucket)] = row
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """Return a table of this format; empty if there is none, or one of another version."""
+    try:
+        document = json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError):
+        return {}
+    if not isinstance(document, dict) or document.get("format") != _FORMAT:
+        return {}
+    return document
+
+
+def _speedups(rows: Any) -> Table:
+    """Return the rows that are speedups by backend: what is damaged counts as not measured."""
+    if not isinstance(rows, dict):
+        return {}
+    table = {
+        key: {
+            name: float(ratio)
+            for name, ratio in row.items()
+            if isinstance(ratio, int | float) and math.isfinite(ratio) and ratio > 0
+        }
+        for key, row in rows.items()
+        if isinstance(row, dict)
+    }
+    return {key: row for key, row in table.items() if row}
 
 
 def table_key(shape: tuple[int, int], dtype: torch.dtype, bucket: Bucket | None) -> str:

@@ -67,7 +67,8 @@ class TrainingCosts(ABC):
         each = 2 * self.dtype.itemsize + 8
         if teacher:  # its logits, their logarithms and probabilities
             each += self.dtype.itemsize + 8
-        head = max(1, HEAD_ROWS // batch) * batch * self.vocabulary() * each
+        rows = min(HEAD_ROWS.get(self.device.type, HEAD_ROWS["cuda"]), batch * seqlen)
+        head = max(1, rows // batch) * batch * self.vocabulary() * each
         tokens = windows * seqlen
         return tokens * outputs * self.dtype.itemsize + max(
             batch * seqlen * graph * self.dtype.itemsize, head

@@ -139,3 +139,17 @@ def test_idempotent(pattern):
     once = torch.where(keep_rows(weight.abs(), sparsity), weight, 0)
     twice = torch.where(keep_rows(once.abs(), sparsity), once, 0)
     assert torch.equal(once, twice)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_selection_by_bits_is_that_of_a_sort(dtype):
+    """What a GPU does with long rows: all signs, zeros of both, ties, infinities."""
+    from prunebench.pruners.keep import _kth_smallest_by_bits
+
+    generator = torch.Generator().manual_seed(0)
+    score = torch.randn(3, 257, generator=generator, dtype=dtype)
+    score[1] = score[1].abs().round()  # ties
+    score[2, :5] = torch.tensor([0.0, -0.0, float("inf"), float("-inf"), 1e-42], dtype=dtype)
+    ordered = score.sort(-1).values
+    for k in (1, 2, 128, 256, 257):
+        assert torch.equal(_kth_smallest_by_bits(score, k), ordered[:, k - 1 : k])

@@ -1,10 +1,4 @@
-"""Real 2:4 on the real default model, and the kernels as machine code: `make test-real`."""
-
-import importlib.util
-import os
-import subprocess
-import sys
-from pathlib import Path
+"""Real 2:4 on the real default model: `make test-real`."""
 
 import pytest
 import torch
@@ -44,15 +38,3 @@ def test_the_packed_model_has_the_perplexity_of_the_masked_one(monkeypatch):
     assert token_ppl(model, wiki.windows) == pytest.approx(masked, rel=1e-3)
     conversion.restore()
     assert hash_weights(model) == weights
-
-
-@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
-def test_the_kernels_compile_for_chips_that_are_not_here():
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.scripts.compile_kernels", "80", "90"],
-        cwd=Path(__file__).parents[2], env=environment, capture_output=True, text=True,
-        check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("bytes") == 10

@@ -2,9 +2,11 @@
 
 Not through `to_sparse_semi_structured`: that class has one algorithm per tensor, and the best one
 depends on the number of tokens. Guards: a library that is missing or known to be slow, unsupported
-shapes, fewer than 64 tokens (no speedup), float16 that destroys the CUDA context on some chips
+shapes, fewer than 5 tokens (padded to 8), float16 that destroys the CUDA context on some chips
 (tried in a subprocess), and algorithms with wrong results (each is run three times against a
 float32 product before it is used).
+
+The library makes its handles for the first device of a process: one GPU a process.
 """
 
 from __future__ import annotations
@@ -13,7 +15,7 @@ import functools
 import subprocess
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import torch
@@ -21,7 +23,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from prunebench.errors import IncompatibleData
-from prunebench.sparse24.backends.protocol import DECODE_TOKENS, Product, Support, takes_dtype
+from prunebench.sparse24.backends.protocol import Product, Support, takes_dtype
 from prunebench.sparse24.buckets import bucket_of
 from prunebench.sparse24.layouts import WeightLayout
 from prunebench.sparse24.packed import Packed24
@@ -30,16 +32,22 @@ CAPABILITIES = ((8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (10, 3), (12, 0), (12, 
 _SLOW_ON_HOPPER = 800  # 0.8.0: "performance regressions on H100 and L4", fixed in 0.8.1
 _REPEATS = 3  # of an algorithm before it is trusted
 _PAD_TOKENS = 8  # the library takes multiples of 8 tokens in 16 bits
+_FEWEST_TOKENS = 5  # fewer would be padded to twice as many, and have a kernel of their own
 _ROWS_MULTIPLE = 16
 
 
 @dataclass(frozen=True)
 class Algorithm:
-    """One of the library's algorithms for a product; ids are specific to a library version."""
+    """One of the library's algorithms for a product; ids are specific to a library version.
+
+    Attributes:
+        note: Which algorithms were refused before it, and why.
+    """
 
     id: int = 0
     split_k: int = 1
     split_k_mode: int = -1
+    note: str = field(default="", compare=False)
 
 
 class Operators(Protocol):
@@ -63,28 +71,34 @@ class TorchOperators:
 
     def compress(self, weight: Tensor) -> Tensor:
         """Return a 2:4 matrix [out, in] in the library's format."""
-        return torch._cslt_compress(weight)
+        with torch.cuda.device_of(weight):  # type: ignore[no-untyped-call]
+            return torch._cslt_compress(weight)
 
     def mm(self, blob: Tensor, x: Tensor, bias: Tensor | None, algorithm: Algorithm) -> Tensor:
         """Return x @ W.T + bias, [tokens, out]; `x` is [tokens, in]."""
         options: dict[str, Any] = {"alg_id": algorithm.id}
         if self.has_split_k:
             options |= {"split_k": algorithm.split_k, "split_k_mode": algorithm.split_k_mode}
-        # transpose_result: [out, tokens] is stored as [tokens, out].
-        return torch._cslt_sparse_mm(blob, x.t(), bias=bias, transpose_result=True, **options)
+        # The library works on the current device, which need not be that of the tensors.
+        with torch.cuda.device_of(blob):  # type: ignore[no-untyped-call]
+            # transpose_result: [out, tokens] is stored as [tokens, out].
+            return torch._cslt_sparse_mm(blob, x.t(), bias=bias, transpose_result=True, **options)
 
     def search(self, blob: Tensor, x: Tensor, bias: Tensor | None) -> list[Algorithm]:
         """Return the algorithm that the library measured as fastest, then its default."""
-        algorithms: list[Algorithm] = []
+        with torch.cuda.device_of(blob):  # type: ignore[no-untyped-call]
+            return [*self._fastest(blob, x, bias), Algorithm()]
+
+    def _fastest(self, blob: Tensor, x: Tensor, bias: Tensor | None) -> list[Algorithm]:
         search = getattr(getattr(torch._C, "_cusparselt", None), "mm_search", None)
         if search is not None and self.has_split_k:
             # The dense operand is passed transposed: the library computes W x^T, [out, tokens].
             best, split_k, mode, _ = search(blob, x.t(), bias, None, None, True)
-            algorithms.append(Algorithm(best, split_k, mode))
-        elif hasattr(torch, "_cslt_sparse_mm_search"):
+            return [Algorithm(best, split_k, mode)]
+        if hasattr(torch, "_cslt_sparse_mm_search"):
             best = torch._cslt_sparse_mm_search(blob, x.t(), bias=bias, transpose_result=True)
-            algorithms.append(Algorithm(int(best)))
-        return [*algorithms, Algorithm()]
+            return [Algorithm(int(best))]
+        return []
 
 
 def library_version() -> int | None:
@@ -100,6 +114,10 @@ class CuSparseLtBackend:
 
     name = "cslt"
     keeps_second_copy = True
+
+    def __init__(self) -> None:
+        # A search takes seconds, and layers of one shape have the same result.
+        self._searched: dict[tuple[object, ...], dict[str, Algorithm]] = {}
 
     def available(self, device: torch.device) -> Support:
         """Return support: the GPUs of cuSPARSELt, with a torch that was built with it."""
@@ -121,8 +139,8 @@ class CuSparseLtBackend:
 
     def takes(self, shape: tuple[int, int], dtype: torch.dtype, tokens: int) -> Support:
         """Return support: many tokens, sizes divisible by 16, bfloat16; float16 after a trial."""
-        if tokens < DECODE_TOKENS:
-            return Support(False, f"{tokens} tokens: cuSPARSELt has no gain below {DECODE_TOKENS}")
+        if tokens < _FEWEST_TOKENS:
+            return Support(False, f"{tokens} tokens: cuSPARSELt pads them to {_PAD_TOKENS}")
         if shape[0] % _ROWS_MULTIPLE or shape[1] % _ROWS_MULTIPLE:
             return Support(False, f"16 does not divide {shape[0]} x {shape[1]}")
         if dtype == torch.float16:
@@ -135,12 +153,17 @@ class CuSparseLtBackend:
 
     def build(self, form: WeightLayout) -> Product:
         """Compress a dense copy, which is freed afterwards."""
-        return CuSparseLtProduct.of(form, TorchOperators())
+        searched = self._searched.setdefault((form.device, form.shape, form.dtype), {})
+        return CuSparseLtProduct.of(form, TorchOperators(), searched)
 
 
 @dataclass(frozen=True)
 class CuSparseLtProduct:
-    """A compressed matrix, with one algorithm per token bucket, searched on first use."""
+    """A compressed matrix, with one algorithm per token bucket, searched on first use.
+
+    Attributes:
+        algorithms: By bucket; products of one shape share them.
+    """
 
     blob: Tensor
     form: WeightLayout
@@ -148,9 +171,15 @@ class CuSparseLtProduct:
     algorithms: dict[str, Algorithm] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, form: WeightLayout, operators: Operators) -> CuSparseLtProduct:
+    def of(
+        cls,
+        form: WeightLayout,
+        operators: Operators,
+        algorithms: dict[str, Algorithm] | None = None,
+    ) -> CuSparseLtProduct:
         """Compress the matrix of a layout."""
-        return cls(operators.compress(_dense(form)), form, operators)
+        searched = {} if algorithms is None else algorithms
+        return cls(operators.compress(_dense(form)), form, operators, searched)
 
     @property
     def stored_bytes(self) -> int:
@@ -192,34 +221,39 @@ class CuSparseLtProduct:
         x = torch.randn(shape, generator=generator, device=self.form.device).to(self.form.dtype)
         dense = _dense(self.form)
         # The bucket's largest token count is searched: the others in it use the same algorithm.
+        refused: list[str] = []
         for algorithm in self.operators.search(self.blob, x, None):
-            if is_right(algorithm, self, x, dense):
-                return algorithm
+            reason = why_wrong(algorithm, self, x, dense)
+            if not reason:
+                return replace(algorithm, note="; ".join(refused))
+            refused.append(f"{algorithm.id} refused: {reason}")
         rows, width = self.form.shape
         raise IncompatibleData(
             f"cuSPARSELt gives wrong results for {rows} x {width} with {tokens} tokens",
-            where=f"every algorithm failed {_REPEATS} repeats against a float32 product",
+            where="; ".join(refused),
             fix="use --backend decompress, or another version of cuSPARSELt",
         )
 
 
-def is_right(algorithm: Algorithm, product: CuSparseLtProduct, x: Tensor, dense: Tensor) -> bool:
-    """Return whether an algorithm is deterministic with at most twice the dense product's error.
+def why_wrong(algorithm: Algorithm, product: CuSparseLtProduct, x: Tensor, dense: Tensor) -> str:
+    """Return why an algorithm may not be used; "" if it may.
 
-    Both are compared with the product in float32. Some algorithms of some versions are wrong, and
-    differ from run to run (pytorch#155333).
+    It must be deterministic, with at most twice the dense product's error; both are compared with
+    the product in float32. Some algorithms of some versions are wrong, and differ from run to run
+    (pytorch#155333).
     """
     exact = x.float() @ dense.float().t()  # [tokens, out]
     scale = exact.norm() + 1e-30
-    allowed = 2 * ((x @ dense.t()).float() - exact).norm() / scale + 1e-6
+    allowed = float(2 * ((x @ dense.t()).float() - exact).norm() / scale + 1e-6)
     first: Tensor | None = None
     for out in _repeats(algorithm, product, x):
-        if not (out.float() - exact).norm() / scale <= allowed:  # "not <=": NaN fails, too
-            return False
+        error = float((out.float() - exact).norm() / scale)
+        if not error <= allowed:  # "not <=": NaN fails, too
+            return f"relative error {error:.1e}, above {allowed:.1e}"
         if first is not None and not torch.equal(out, first):
-            return False
+            return "its results differ from run to run"
         first = out
-    return True
+    return ""
 
 
 def _repeats(algorithm: Algorithm, product: CuSparseLtProduct, x: Tensor) -> Iterator[Tensor]:

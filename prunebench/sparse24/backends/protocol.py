@@ -16,9 +16,6 @@ from torch import Tensor
 from prunebench.sparse24.layouts import WeightLayout
 from prunebench.sparse24.packed import DTYPES, Packed24
 
-DECODE_TOKENS = 64
-"""Most tokens for which a product is bound by memory bandwidth, not by arithmetic."""
-
 MIN_CAPABILITY = (8, 0)
 """Sparse tensor cores and bfloat16 need sm_80."""
 

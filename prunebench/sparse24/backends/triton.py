@@ -1,9 +1,10 @@
-"""`triton`: our own kernel for 1 to 64 tokens, and the tiled layout that it reads.
+"""`triton`: our own kernel for 1 to 4 tokens, and the tiled layout that it reads.
 
 A product by few tokens is bound by the bytes of the weights: 4.5 instead of 8 per group of four
-allow a speedup of up to 1.78. The kernel loads packed tiles and builds dense columns in registers.
-Tiles are contiguous in memory and take as many bytes as the file layout, but for the padding: of
-the inputs to a multiple of 256 and of the outputs to whole tiles. `stored_bytes` includes it.
+allow a speedup of up to 1.78. The kernel loads packed tiles and picks the inputs of the kept
+values. Tiles are contiguous in memory and take as many bytes as the file layout, but for the
+padding: of the inputs to a multiple of 256 and of the outputs to whole tiles. `stored_bytes`
+includes it.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 import os
+import shutil
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,7 +21,6 @@ from jaxtyping import Float
 from torch import Tensor
 
 from prunebench.sparse24.backends.protocol import (
-    DECODE_TOKENS,
     Product,
     Support,
     has_tensor_cores,
@@ -28,40 +29,27 @@ from prunebench.sparse24.backends.protocol import (
 from prunebench.sparse24.layouts import WeightLayout
 from prunebench.sparse24.packed import Packed24, join_codes, split_codes, unpack24
 
-SUPER = 256  # inputs whose codes are loaded together
-_META = {2: torch.uint8, 4: torch.int16, 8: torch.int32}  # by STEPS: so many codes of 4 bits
+SUPER = 256  # inputs whose places are loaded together
+STEPS, LANES = 4, 16  # tiles in a super, groups in a row of a tile
+MOST_TOKENS = 4
+"""Beyond it the instructions of the inputs, five per word and token, outweigh the bytes."""
 _FILL = 0b0100  # code of padding: positions 0 and 1, of values that are 0
-_PROGRAMS = 396  # three per multiprocessor of an H100 or H200
-
-
-@dataclass(frozen=True)
-class Tiling:
-    """Rows and inputs of a tile; with 64 or 128 inputs a strided dot has 16 or 32 terms.
-
-    32 x 64 are 16 bytes of words per thread of four warps: the widest load.
-    """
-
-    rows: int = 32
-    columns: int = 64
-
-    @property
-    def steps(self) -> int:
-        """Tiles in 256 inputs."""
-        return SUPER // self.columns
-
-    @property
-    def lanes(self) -> int:
-        """Groups in a row of a tile."""
-        return self.columns // 4
 
 
 @dataclass(frozen=True)
 class Launch:
-    """Launch parameters: splits of the input dimension (split-K), warps, pipeline stages."""
+    """Launch parameters.
 
-    split: int = 1
+    Attributes:
+        parts: Supers of 256 inputs that a block sums at a time; its warps share them (split-K
+            inside the block).
+        warps: Warps of a block.
+        stages: Buffers of the pipelined loads; one less is in flight.
+    """
+
+    parts: int = 4
     warps: int = 4
-    stages: int = 3
+    stages: int = 2
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,9 +57,9 @@ class TiledLayout:
     """A 2:4 matrix [N, K] in the layout that the kernel reads.
 
     Attributes:
-        words: int32 [N/rows, K/256, steps, rows, lanes], the two kept values of a group each.
-        meta: [N/rows, K/256, rows, lanes], the codes of the same lane in all `steps` tiles of 256
-            inputs, 4 bits each.
+        words: int32 [N/rows, K/256, 4, rows, 16], the two kept values of a group each.
+        meta: int16 [N/rows, K/256, rows, 16], the places of the same lane in the 4 tiles of 256
+            inputs: the first place of step s in bits 2 s and 2 s + 1, the second 8 bits higher.
         shape: (out, in) without padding.
     """
 
@@ -82,33 +70,31 @@ class TiledLayout:
     name: str = "tiled"
 
     @classmethod
-    def of(cls, packed: Packed24, tiling: Tiling) -> TiledLayout:
-        """Pad and reorder a packed matrix into tiles.
+    def of(cls, packed: Packed24, rows: int = 16) -> TiledLayout:
+        """Pad and reorder a packed matrix into tiles of `rows` rows and 64 inputs.
 
-        The group index of a row is (super, step, lane): a super has 256 inputs, a tile of it
-        `tiling.columns`. Rows move inside, so that a tile is contiguous: a program of the kernel
-        owns `tiling.rows` rows and walks over supers and steps. The codes of the steps of a super
-        share one element of `meta`, which therefore has the shape of a tile of words, and is loaded
-        once for all steps.
+        The group index of a row is (super, step, lane): a super has 256 inputs, a tile of it 64.
+        Rows move inside, so that a tile is contiguous: a program of the kernel owns `rows` rows and
+        walks over supers and steps. The places of the steps of a super share one element of `meta`,
+        which therefore has the shape of a tile of words, and is loaded once for all steps.
         """
-        rows, width = packed.shape
+        height, width = packed.shape
         # groups up to a whole super (on the right), rows up to a whole tile (at the bottom)
-        more = (0, -width // 4 % (SUPER // 4), 0, -rows % tiling.rows)
+        more = (0, -width // 4 % (SUPER // 4), 0, -height % rows)
         pad = torch.nn.functional.pad
         words = pad(packed.values.contiguous().view(torch.int32), more)  # [N, K/4], padded
         codes = pad(split_codes(packed), more, value=_FILL)  # [N, K/4], padded
-        tiles, supers = words.shape[0] // tiling.rows, words.shape[1] * 4 // SUPER
-        split = (tiles, tiling.rows, supers, tiling.steps, tiling.lanes)
-        meta = torch.zeros(tiles, supers, tiling.rows, tiling.lanes, dtype=torch.int32)
-        meta = meta.to(packed.device)
+        tiles, supers = words.shape[0] // rows, words.shape[1] * 4 // SUPER
+        split = (tiles, rows, supers, STEPS, LANES)
+        meta = torch.zeros(tiles, supers, rows, LANES, dtype=torch.int16, device=packed.device)
         # [steps, tiles, supers, rows, lanes]
         for step, part in enumerate(codes.view(split).permute(3, 0, 2, 1, 4)):
-            # [tiles, supers, rows, lanes]: 4 bits of this step
-            meta |= part.to(torch.int32) << 4 * step
+            places = (part & 3).to(torch.int16) | (part >> 2).to(torch.int16) << 8
+            meta |= places << 2 * step  # i0 | i1 << 8, two bits of this step each
         return cls(
             # [tiles, supers, steps, rows, lanes]
             words.view(split).permute(0, 2, 3, 1, 4).contiguous(),
-            meta.to(_META[tiling.steps]),
+            meta,
             packed.shape,
             packed.dtype,
         )
@@ -129,8 +115,9 @@ class TiledLayout:
         height, width = tiles * rows, supers * steps * lanes
         # [tiles, rows, supers, steps, lanes] -> [N, K/4], padded
         words = self.words.permute(0, 3, 1, 2, 4).reshape(height, width)
-        shifts = 4 * torch.arange(steps, dtype=torch.int32, device=self.device)
-        codes = self.meta.to(torch.int32)[..., None] >> shifts & 15  # [..., rows, lanes, steps]
+        shifts = 2 * torch.arange(steps, dtype=torch.int16, device=self.device)
+        places = self.meta[..., None] >> shifts & 0x0303  # [..., rows, lanes, steps]
+        codes = places & 3 | places >> 6  # i0 | i1 << 2
         # [tiles, rows, supers, steps, lanes] -> [N, K/4]
         codes = codes.permute(0, 2, 1, 4, 3).reshape(height, width).to(torch.uint8)
         outputs, groups = self.shape[0], self.shape[1] // 4
@@ -149,14 +136,14 @@ class TritonBackend:
     """The backend.
 
     Args:
-        tiling: Of its layout.
+        rows: Rows of a tile of its layout.
     """
 
     name = "triton"
     keeps_second_copy = False
 
-    def __init__(self, tiling: Tiling | None = None) -> None:
-        self.tiling = tiling or Tiling()
+    def __init__(self, rows: int = 16) -> None:
+        self.rows = rows
 
     def available(self, device: torch.device) -> Support:
         """Return support: CUDA with Triton, or a CPU in Triton's interpreter, for tests."""
@@ -164,12 +151,15 @@ class TritonBackend:
             return Support(False, "triton is not installed")
         if device.type == "cpu" and interpreted():
             return Support(True, "in Triton's interpreter")
-        return has_tensor_cores(device)
+        verdict = has_tensor_cores(device)
+        if verdict.ok and not interpreted() and not _has_compiler():
+            return Support(False, "triton needs a C compiler, and none is here (CC, gcc, clang)")
+        return verdict
 
     def takes(self, shape: tuple[int, int], dtype: torch.dtype, tokens: int) -> Support:
-        """Return support: 1 to 64 tokens, and inputs that need at most 10% padding."""
-        if tokens > DECODE_TOKENS:
-            return Support(False, f"{tokens} tokens: the kernel is for 1 to {DECODE_TOKENS}")
+        """Return support: 1 to 4 tokens, and inputs that need at most 10% padding."""
+        if tokens > MOST_TOKENS:
+            return Support(False, f"{tokens} tokens: the kernel is for 1 to {MOST_TOKENS}")
         padded = -shape[1] % SUPER
         # Padding is read from memory like weights, and bytes are the time of this kernel.
         if padded * 10 > shape[1] and not interpreted():
@@ -178,14 +168,14 @@ class TritonBackend:
 
     def layout(self, packed: Packed24) -> WeightLayout | None:
         """Return the tiled layout."""
-        return TiledLayout.of(packed, self.tiling)
+        return TiledLayout.of(packed, self.rows)
 
     def build(self, form: WeightLayout) -> Product:
-        """Return the product; a weight in another layout is tiled first."""
-        tiled = (
-            form if isinstance(form, TiledLayout) else TiledLayout.of(form.packed(), self.tiling)
-        )
-        return TritonProduct(tiled)
+        """Return the product; a weight in another layout is tiled first, a second copy of it."""
+        if isinstance(form, TiledLayout):
+            return TritonProduct(form)
+        tiled = TiledLayout.of(form.packed(), self.rows)
+        return TritonProduct(tiled, stored_bytes=tiled.stored_bytes)
 
 
 def interpreted() -> bool:
@@ -193,24 +183,31 @@ def interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 
+def _has_compiler() -> bool:
+    """Return whether there is a C compiler, as Triton looks for one to build its launcher."""
+    return bool(os.environ.get("CC") or any(map(shutil.which, ("gcc", "clang", "cc"))))
+
+
 @dataclass(frozen=True)
 class TritonProduct:
-    """A tiled matrix, with the launch parameters by number of tokens."""
+    """A tiled matrix, with the launch parameters by number of tokens.
+
+    Attributes:
+        form: The matrix.
+        launches: Launch parameters by number of tokens, where not the default ones.
+        stored_bytes: Bytes beside the layer's layout: 0 if `form` is that.
+    """
 
     form: TiledLayout
     launches: dict[int, Launch] = field(default_factory=dict)
-
-    @property
-    def stored_bytes(self) -> int:
-        """0: nothing beside the layer's layout."""
-        return 0
+    stored_bytes: int = 0
 
     def run(self, x: Float[Tensor, "tokens in"], bias: Tensor | None) -> Tensor:
-        """Return `x @ W.T + bias`, [tokens, out], for 1 to 64 tokens."""
+        """Return `x @ W.T + bias`, [tokens, out], for 1 to 4 tokens."""
         launch, form = self.launch_for(x.shape[0]), self.form
         product: Tensor = _operator()(
-            form.words, form.meta, x.contiguous(), bias, form.shape[0],
-            launch.split, launch.warps, launch.stages,
+            form.words, form.meta, x, bias, form.shape[0],
+            launch.parts, launch.warps, launch.stages,
         )  # fmt: skip
         return product
 
@@ -219,20 +216,27 @@ class TritonProduct:
         return self.launches.get(tokens) or default_launch(self.form)
 
     def settings(self, tokens: int) -> str:
-        """Return tile sizes and launch parameters."""
-        # words: [N/rows, K/256, steps, rows, lanes], four inputs per lane
-        rows, lanes = self.form.words.shape[3:]
-        return f"{Tiling(rows, 4 * lanes)}, {self.launch_for(tokens)}"
+        """Return tile rows and launch parameters."""
+        # words: [N/rows, K/256, 4, rows, 16]
+        return f"{self.form.words.shape[3]} rows, {self.launch_for(tokens)}"
 
 
 def default_launch(form: TiledLayout) -> Launch:
-    """Return launch parameters with enough programs to fill the GPU."""
+    """Return launch parameters that keep enough bytes in flight on every multiprocessor."""
     tiles, supers = form.words.shape[:2]
-    split = 1
-    # Split-K only while programs are too few: each split writes float32 partial sums to reduce.
-    while tiles * split < _PROGRAMS and split * 2 <= min(supers, 8):
-        split *= 2
-    return Launch(split=split)
+    # Few programs: each sums more inputs at a time, by more warps.
+    parts = 8 if tiles < 2 * multiprocessors(form.device) else 4
+    while parts >= 2 * supers:  # parts without inputs
+        parts //= 2
+    return Launch(parts=parts, warps=max(parts, 4))
+
+
+@functools.cache
+def multiprocessors(device: torch.device) -> int:
+    """Return the multiprocessors of a GPU; 132, those of an H200, where there is none."""
+    if device.type != "cuda":
+        return 132
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)
 
 
 def _kernels() -> Any:
@@ -248,22 +252,22 @@ def _operator() -> Any:
 
     def decode(
         words: Tensor, meta: Tensor, x: Tensor, bias: Tensor | None, rows: int,
-        split: int, warps: int, stages: int,
+        parts: int, warps: int, stages: int,
     ) -> Tensor:  # fmt: skip
         product: Tensor = _kernels().multiply(
-            words, meta, x, bias, rows=rows, split=split, warps=warps, stages=stages
+            words, meta, x, bias, rows=rows, parts=parts, warps=warps, stages=stages
         )
         return product
 
     def shapes(
         words: Tensor, meta: Tensor, x: Tensor, bias: Tensor | None, rows: int,
-        split: int, warps: int, stages: int,
+        parts: int, warps: int, stages: int,
     ) -> Tensor:  # fmt: skip
         # Shapes only, for `torch.compile`: [tokens, out].
         return x.new_empty(x.shape[0], rows)
 
     schema = (
-        "(Tensor words, Tensor meta, Tensor x, Tensor? bias, int rows, int split, int warps, "
+        "(Tensor words, Tensor meta, Tensor x, Tensor? bias, int rows, int parts, int warps, "
         "int stages) -> Tensor"
     )
     operator = torch.library.custom_op(

@@ -1,10 +1,12 @@
-"""Triton kernels over tiles of a packed 2:4 matrix: decode, its reduction, and unpacking.
+"""Triton kernels over tiles of a packed 2:4 matrix: the product by 1 to 4 tokens, and unpacking.
 
-Tiles (`TiledLayout`): `words` [N/BN, K/256, STEPS, BN, LANES], a 32-bit word per group of four
-inputs: its two kept values. `meta` [N/BN, K/256, BN, LANES]: the codes of the same lane in the
-STEPS tiles of 256 inputs, 4 bits each, so that a tile of codes has the shape of a tile of words and
-is loaded once for all of them. A product is four strided dots: column j of all groups is built in
-registers from the two values and their positions, and multiplied by x[:, j::4].
+Tiles (`TiledLayout`): `words` [N/BN, K/256, 4, BN, 16], a 32-bit word per group of four inputs: its
+two kept values. `meta` [N/BN, K/256, BN, 16]: the places of the same lane in the 4 tiles of 256
+inputs, so that a tile of places has the shape of a tile of words and is loaded once for all four.
+
+The product must issue few instructions per word, or it is bound by them and not by the bytes: the
+places become a byte selector (shift, mask, multiply), one `prmt` picks both inputs out of the four,
+and two multiply-adds per token follow. `tests/sparse24/test_machine_code.py` counts them.
 
 Imported only if Triton is installed. `TRITON_INTERPRET=1` runs it on a CPU.
 """
@@ -15,168 +17,154 @@ import torch
 import triton
 import triton.language as tl
 
-WIDE = os.environ.get("TRITON_INTERPRET", "0") == "1"
+INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
+STEPS = tl.constexpr(4)  # tiles in 256 inputs
+LANES = tl.constexpr(16)  # groups in a row of a tile
 
 
 @triton.jit
-def _column(word, code, j, dtype: tl.constexpr):
-    """Return element j of every group, [BN, LANES]: the value kept there, or zero."""
-    high = tl.where((code >> 2) == j, word >> 16, 0)
-    bits = tl.where((code & 3) == j, word, high)
-    # The low 16 bits, reinterpreted: the shift of a negative word fills only bits that are cut off.
-    return bits.to(tl.int16).to(dtype, bitcast=True)
+def _places(meta, step: tl.constexpr):
+    """Return the places of the two kept values in a group of four, as i0 | i1 << 8."""
+    return (meta.to(tl.int32) >> (2 * step)) & 0x0303
 
 
 @triton.jit
-def _dot_kernel(
-    words, meta, x, bias, out, n, k, tokens, supers,
-    BN: tl.constexpr, LANES: tl.constexpr, STEPS: tl.constexpr, BT: tl.constexpr,
-    SPLIT: tl.constexpr, HAS_BIAS: tl.constexpr, WIDE: tl.constexpr,
+def _permute(low, high, selector, INTERPRETED: tl.constexpr):
+    """Return four of the eight bytes of `high:low`, chosen by the nibbles of the selector."""
+    if INTERPRETED:  # `prmt` in plain arithmetic
+        both = (high.to(tl.int64) << 32) | (low.to(tl.int64) & 0xFFFFFFFF)
+        picked = tl.zeros_like(both)
+        for byte in tl.static_range(4):
+            place = (selector.to(tl.int64) >> (4 * byte)) & 7
+            picked |= ((both >> (8 * place)) & 255) << (8 * byte)
+        return picked.to(tl.int32)
+    else:
+        return tl.inline_asm_elementwise(
+            "prmt.b32 $0, $1, $2, $3;", "=r,r,r,r", [low, high, selector],
+            dtype=tl.int32, is_pure=True, pack=1,
+        )  # fmt: skip
+
+
+@triton.jit
+def _first(pair, dtype: tl.constexpr):
+    """Return the number of `dtype` in the low half of a word, in float32."""
+    if dtype == tl.bfloat16:  # the upper half of a float32
+        return (pair << 16).to(tl.float32, bitcast=True)
+    else:
+        return pair.to(tl.int16).to(dtype, bitcast=True).to(tl.float32)
+
+
+@triton.jit
+def _second(pair, dtype: tl.constexpr):
+    """Return the number of `dtype` in the high half of a word, in float32."""
+    if dtype == tl.bfloat16:
+        return (pair & -65536).to(tl.float32, bitcast=True)
+    else:
+        return (pair >> 16).to(tl.int16).to(dtype, bitcast=True).to(tl.float32)
+
+
+@triton.jit
+def _added(total, word, quad, selector, dtype: tl.constexpr, INTERPRETED: tl.constexpr):
+    """Add the products of kept pairs, [PARTS, BN, LANES], with two inputs of each four.
+
+    The fours are 64-bit elements, [PARTS, 1, LANES]; the selector says which bytes are the inputs.
+    """
+    # Two 32-bit halves per quad, the same for all rows of the tile.
+    low, _ = tl.broadcast(quad.to(tl.int32), word)
+    high, _ = tl.broadcast((quad >> 32).to(tl.int32), word)
+    pair = _permute(low, high, selector, INTERPRETED)
+    total += _first(word, dtype) * _first(pair, dtype)
+    return total + _second(word, dtype) * _second(pair, dtype)
+
+
+@triton.jit
+def multiply_kernel(
+    words, meta, x, bias, out, n, groups, supers, stride,
+    BN: tl.constexpr, PARTS: tl.constexpr, TOKENS: tl.constexpr, HAS_BIAS: tl.constexpr,
+    STAGES: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
-    """Multiply a tile of rows by up to BT tokens with tensor cores, over a split of the inputs."""
-    tile, part = tl.program_id(0), tl.program_id(1)
-    rows, lanes, toks = tl.arange(0, BN), tl.arange(0, LANES), tl.arange(0, BT)
-    inside = rows[:, None] * LANES + lanes[None, :]
-    dtype = x.dtype.element_ty
-    # Split-K: this program sums supers part * share to (part + 1) * share.
-    share = tl.cdiv(supers, SPLIT)
-    total = tl.zeros((BN, BT), dtype=tl.float32)
-    for s in range(part * share, min(supers, (part + 1) * share)):
-        base = tile.to(tl.int64) * supers + s
-        # One load of codes for all STEPS tiles of the super.
-        codes = tl.load(meta + base * BN * LANES + inside).to(tl.int32)
-        for step in tl.static_range(STEPS):
-            word = tl.load(words + (base * STEPS + step) * BN * LANES + inside)
-            code = (codes >> (4 * step)) & 15
-            first = s * 256 + step * LANES * 4 + lanes * 4
-            for j in tl.static_range(4):
-                column = first + j
-                taken = (column < k)[:, None] & (toks < tokens)[None, :]
-                place = x + toks[None, :].to(tl.int64) * k + column[:, None]
-                weight = _column(word, code, j, dtype)
-                inputs = tl.load(place, mask=taken, other=0.0)  # x[:, j::4].T: [LANES, BT]
-                if WIDE:  # the interpreter treats bfloat16 in a dot as integers
-                    weight, inputs = weight.to(tl.float32), inputs.to(tl.float32)
-                total = tl.dot(weight, inputs, total)  # [BN, BT]
-    row = tile * BN + rows
-    inner = (row < n)[:, None] & (toks < tokens)[None, :]
-    if HAS_BIAS:
-        total += tl.load(bias + row, mask=row < n, other=0.0).to(tl.float32)[:, None]
-    # [SPLIT, tokens, n]; with one split that is the result itself
-    place = out + (part.to(tl.int64) * tokens + toks[None, :]) * n + row[:, None]
-    tl.store(place, total.to(out.dtype.element_ty), mask=inner)
+    """Multiply a tile of BN rows by all tokens, PARTS supers of 256 inputs at a time.
 
-
-@triton.jit
-def _fma_kernel(
-    words, meta, x, bias, out, n, k, tokens, supers,
-    BN: tl.constexpr, LANES: tl.constexpr, STEPS: tl.constexpr, BT: tl.constexpr,
-    SPLIT: tl.constexpr, HAS_BIAS: tl.constexpr, WIDE: tl.constexpr,
-):  # fmt: skip
-    """The same for one or two tokens, without tensor cores: select, multiply, add."""
-    tile, part = tl.program_id(0), tl.program_id(1)
-    rows, lanes = tl.arange(0, BN), tl.arange(0, LANES)
-    inside = rows[:, None] * LANES + lanes[None, :]
-    dtype = x.dtype.element_ty
-    share = tl.cdiv(supers, SPLIT)
-    sum0 = tl.zeros((BN, LANES), dtype=tl.float32)  # token 0
-    sum1 = tl.zeros((BN, LANES), dtype=tl.float32)  # token 1
-    for s in range(part * share, min(supers, (part + 1) * share)):
-        base = tile.to(tl.int64) * supers + s
-        codes = tl.load(meta + base * BN * LANES + inside).to(tl.int32)
-        for step in tl.static_range(STEPS):
-            word = tl.load(words + (base * STEPS + step) * BN * LANES + inside)
-            code = (codes >> (4 * step)) & 15
-            first = s * 256 + step * LANES * 4 + lanes * 4
-            for j in tl.static_range(4):
-                column = first + j
-                weight = _column(word, code, j, dtype).to(tl.float32)
-                # [BN, LANES]: summed over lanes once at the end, not for every tile
-                sum0 += weight * tl.load(x + column, mask=column < k, other=0.0).to(tl.float32)
-                if BT == 2:
-                    second = tl.load(x + k + column, mask=column < k, other=0.0)
-                    sum1 += weight * second.to(tl.float32)
-    row = tile * BN + rows
-    added = tl.zeros((BN,), dtype=tl.float32)
-    if HAS_BIAS:
-        added += tl.load(bias + row, mask=row < n, other=0.0).to(tl.float32)
-    place = out + part.to(tl.int64) * tokens * n + row
-    kind = out.dtype.element_ty
-    tl.store(place, (tl.sum(sum0, axis=1) + added).to(kind), mask=row < n)
-    if BT == 2:
-        tl.store(place + n, (tl.sum(sum1, axis=1) + added).to(kind), mask=row < n)
-
-
-@triton.jit
-def _reduce_kernel(
-    parts, bias, out, n, size, SPLIT: tl.constexpr, HAS_BIAS: tl.constexpr, BLOCK: tl.constexpr
-):
-    """Sum the splits in a fixed order: the result does not change from run to run."""
-    place = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    inner = place < size
-    total = tl.zeros((BLOCK,), dtype=tl.float32)
-    for part in tl.static_range(SPLIT):
-        total += tl.load(parts + part * size + place, mask=inner, other=0.0)
-    if HAS_BIAS:
-        total += tl.load(bias + place % n, mask=inner, other=0.0).to(tl.float32)
-    tl.store(out + place, total.to(out.dtype.element_ty), mask=inner)
-
-
-@triton.jit
-def _unpack_kernel(
-    words, meta, out, n, k, supers,
-    BN: tl.constexpr, LANES: tl.constexpr, STEPS: tl.constexpr,
-):  # fmt: skip
-    """Write the dense matrix of a tile of rows and 256 inputs."""
-    tile, s = tl.program_id(0), tl.program_id(1)
-    rows, lanes = tl.arange(0, BN), tl.arange(0, LANES)
-    inside = rows[:, None] * LANES + lanes[None, :]
-    row = (tile * BN + rows).to(tl.int64)
+    `x` is read as 64-bit elements, four inputs each, `stride` of them from a token to the next.
+    """
+    tile = tl.program_id(0).to(tl.int64)
+    part = tl.arange(0, PARTS)[:, None, None]
+    lane = tl.arange(0, LANES)[None, None, :]
+    inside = tl.arange(0, BN)[None, :, None] * LANES + lane
+    words += tile * supers * (STEPS * BN * LANES)
+    meta += tile * supers * (BN * LANES)
     dtype = out.dtype.element_ty
-    base = tile.to(tl.int64) * supers + s
-    codes = tl.load(meta + base * BN * LANES + inside).to(tl.int32)
+    totals = (tl.zeros((PARTS, BN, LANES), dtype=tl.float32),) * TOKENS
+    # Only `tl.range` pipelines loads that feed no dot: the launch's own `num_stages` does not.
+    for start in tl.range(0, supers, PARTS, num_stages=STAGES):
+        s = start + part
+        # One load of places for all steps of a super.
+        places = tl.load(meta + s * (BN * LANES) + inside, mask=s < supers, other=0)
+        for step in tl.static_range(STEPS):
+            tile_of_words = words + (s * STEPS + step) * (BN * LANES)
+            word = tl.load(tile_of_words + inside, mask=s < supers, other=0)
+            # Number i of a quad is its bytes 2 i and 2 i + 1, one nibble of the selector each.
+            selector = _places(places, step) * 0x22 + 0x1010
+            group = (s * STEPS + step) * LANES + lane
+            sums = ()
+            for token in tl.static_range(TOKENS):
+                # Masked: behind the last input there may be a NaN, and NaN times padding is NaN.
+                quad = tl.load(x + token * stride + group, mask=group < groups, other=0)
+                sums = sums + (_added(totals[token], word, quad, selector, dtype, INTERPRETED),)
+            totals = sums
+    row = tile * BN + tl.arange(0, BN)
+    for token in tl.static_range(TOKENS):
+        # The parts are in different warps: summed in the block, always in the same order.
+        total = tl.sum(tl.sum(totals[token], axis=2), axis=0)
+        if HAS_BIAS:
+            total += tl.load(bias + row, mask=row < n, other=0.0).to(tl.float32)
+        tl.store(out + token * n + row, total.to(dtype), mask=row < n)
+
+
+@triton.jit
+def unpack_kernel(words, meta, out, n, groups, supers, BN: tl.constexpr):
+    """Write the dense matrix of a tile of rows and 256 inputs; `out` is of 64-bit elements."""
+    tile, s = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    lane = tl.arange(0, LANES)[None, :]
+    inside = tl.arange(0, BN)[:, None] * LANES + lane
+    row = tile * BN + tl.arange(0, BN)[:, None]
+    base = tile * supers + s
+    places = tl.load(meta + base * (BN * LANES) + inside)
     for step in tl.static_range(STEPS):
-        word = tl.load(words + (base * STEPS + step) * BN * LANES + inside)
-        code = (codes >> (4 * step)) & 15
-        first = s * 256 + step * LANES * 4 + lanes * 4
-        for j in tl.static_range(4):
-            column = first + j
-            inner = (row < n)[:, None] & (column < k)[None, :]
-            place = out + row[:, None] * k + column[None, :]
-            tl.store(place, _column(word, code, j, dtype), mask=inner)
+        word = tl.load(words + (base * STEPS + step) * (BN * LANES) + inside).to(tl.int64)
+        place = _places(places, step).to(tl.int64)
+        low = (word & 0xFFFF) << ((place & 3) * 16)
+        high = ((word >> 16) & 0xFFFF) << ((place >> 8) * 16)
+        group = (s * STEPS + step) * LANES + lane
+        tl.store(out + row * groups + group, low | high, mask=(row < n) & (group < groups))
 
 
-def multiply(words, meta, x, bias, *, rows, split, warps, stages):
-    """Return x @ W.T + bias, [tokens, rows], for 1 to 64 contiguous tokens."""
-    tokens, width = x.shape
-    tiles, supers, steps, block, lanes = words.shape
-    out = torch.empty(tokens, rows, dtype=x.dtype, device=x.device)
-    target = out
-    if split > 1:
-        # float32 partial sums, reduced in a fixed order: no atomics, so results are reproducible.
-        target = torch.empty(split, tokens, rows, dtype=torch.float32, device=x.device)
-    # A dot has at least 16 columns: with one or two tokens most of it would multiply padding.
-    without_dot = tokens <= 2
-    kernel = _fma_kernel if without_dot else _dot_kernel
-    add_bias = bias is not None and split == 1  # else the reduction adds it
-    kernel[(tiles, split)](
-        words, meta, x, bias if add_bias else x, target, rows, width, tokens, supers,
-        BN=block, LANES=lanes, STEPS=steps,
-        BT=tokens if without_dot else max(16, triton.next_power_of_2(tokens)),
-        SPLIT=split, HAS_BIAS=add_bias, WIDE=WIDE, num_warps=warps, num_stages=stages,
-    )  # fmt: skip
-    if split > 1:
-        size, step = tokens * rows, 1024
-        _reduce_kernel[(triton.cdiv(size, step),)](
-            target, x if bias is None else bias, out, rows, size,
-            SPLIT=split, HAS_BIAS=bias is not None, BLOCK=step,
+def multiply(words, meta, x, bias, *, rows, parts, warps, stages):
+    """Return x @ W.T + bias, [tokens, rows], for 1 to 4 tokens with any strides."""
+    tiles, supers, _, block, _ = words.shape
+    quads = _quads(x)
+    out = torch.empty(len(x), rows, dtype=x.dtype, device=x.device)
+    # Triton launches on the current device, which need not be that of the tensors.
+    with torch.cuda.device_of(words):
+        multiply_kernel[(tiles,)](
+            words, meta, quads, x if bias is None else bias, out,
+            rows, quads.shape[1], supers, quads.stride(0),
+            BN=block, PARTS=parts, TOKENS=len(x), HAS_BIAS=bias is not None, STAGES=stages,
+            INTERPRETED=INTERPRETED, num_warps=warps, enable_fp_fusion=True,
         )  # fmt: skip
     return out
 
 
 def unpack(words, meta, out):
     """Write the dense matrix into `out`, [N, K], contiguous."""
-    tiles, supers, steps, block, lanes = words.shape
-    _unpack_kernel[(tiles, supers)](
-        words, meta, out, out.shape[0], out.shape[1], supers, BN=block, LANES=lanes, STEPS=steps
-    )
+    tiles, supers, _, block, _ = words.shape
+    quads = out.view(torch.int64)
+    with torch.cuda.device_of(words):
+        unpack_kernel[(tiles, supers)](words, meta, quads, *quads.shape, supers, BN=block)
+
+
+def _quads(x):
+    """Return x as 64-bit elements, [tokens, in / 4], copied where its strides do not allow that."""
+    if x.stride(1) != 1 or x.stride(0) % 4 or x.storage_offset() % 4:
+        x = x.clone(memory_format=torch.contiguous_format)
+    return x.view(torch.int64)
