@@ -26,6 +26,10 @@ if TYPE_CHECKING:
     from prunebench.spec import OptionValue
 
 
+LATER = {"later": True}
+"""Metadata of an option that came after results were filed: at its default it is not recorded."""
+
+
 @dataclass(frozen=True)
 class Row:
     """One name of a registry.
@@ -146,6 +150,8 @@ class Registry(Generic[R]):
     ) -> dict[str, OptionValue]:
         """Return every option of a name: the class's defaults, the row's, and what was given.
 
+        An option that came `LATER` is left out where it has its default.
+
         Values given as text (from `--set key=value`) are read as the type of the option. A class
         with an option `seed` gets the seed of the run unless one was given.
 
@@ -176,7 +182,9 @@ class Registry(Generic[R]):
                 raise UsageError(
                     f"{name} needs the option {key!r}", fix=f"give --set {self.option}{key}=VALUE"
                 )
-        return values
+        # at its default, a later option does what older versions did: equal work, equal hash
+        later = {key for key, declared in fields.items() if declared.metadata.get("later")}
+        return {k: v for k, v in values.items() if k not in later or v != fields[k].default}
 
     def make(self, name: str, options: Mapping[str, OptionValue]) -> Any:
         """Build an instance from resolved options.

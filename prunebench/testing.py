@@ -23,12 +23,13 @@ from prunebench.models.gradients import gradient_norms
 from prunebench.models.hashing import hash_weights
 from prunebench.models.linears import find_linears
 from prunebench.models.load import quiet_transformers
-from prunebench.models.measure import measure_linear, require_met
+from prunebench.models.measure import measure_linear, require_met, require_on_grid
 from prunebench.models.pruned_block import Recovery
 from prunebench.models.pruner_inputs import PrunerInputs
 from prunebench.models.walker import BlockWalker
+from prunebench.models.weight_grid import WeightGrid
 from prunebench.pruners.magnitude import Magnitude
-from prunebench.pruners.protocol import DependsOnModel, Pruner
+from prunebench.pruners.protocol import DependsOnModel, Pruner, grid_of
 from prunebench.recovery.protocol import BlockRecoverer, ModelRecoverer
 from prunebench.sparsity import Sparsity
 from prunebench.spec import WithinBlock
@@ -218,6 +219,8 @@ def check_pruner(
     """
     if sparsities is None:
         sparsities = tuple(sparsity for sparsity in SPARSITIES if _takes(pruner, sparsity))
+        # a method that only quantizes takes no sparsity at all
+        sparsities = sparsities or ("0",)
     checks = (
         (architecture, name, check)
         for architecture in architectures
@@ -314,6 +317,7 @@ def _checks(
     if architecture not in FUSED_EXPERTS and pruner.needs.calibration:
         orders = ("joint", "sequential")
     half = Sparsity.parse(sparsities[0])
+    grid = grid_of(pruner)
 
     def trial(sparsity: Sparsity, order: WithinBlock = "joint") -> nn.Module:
         return _Trial(pruner, copy.deepcopy(dense), sparsity, order).run()
@@ -321,7 +325,7 @@ def _checks(
     pruned = functools.cache(trial)  # several checks look at one model
 
     def reached(sparsity: Sparsity, order: WithinBlock) -> None:
-        _check_reached(pruned(sparsity, order), dense, sparsity)
+        _check_reached(pruned(sparsity, order), dense, sparsity, rounds=grid is not None)
 
     for text in sparsities:
         for order in orders:
@@ -330,15 +334,27 @@ def _checks(
     yield "leaves everything else alone", lambda: _check_rest(pruned(half, "joint"), dense)
     # this `trial` is not the cached one: it must prune again
     yield "same input, same weights", lambda: _check_repeatable(pruned(half, "joint"), trial(half))
-    yield "ratio 0 changes nothing", lambda: _check_identity(trial(Sparsity(0.0)), dense)
+    if grid is None:
+        yield "ratio 0 changes nothing", lambda: _check_identity(trial(Sparsity(0.0)), dense)
+    else:
+        yield f"holds {grid.bits}-bit weights", lambda: _check_grid(pruned(half, "joint"), grid)
     yield "puts hooks and settings back", lambda: _check_clean(pruned(half, "joint"), dense)
 
 
-def _check_reached(pruned: nn.Module, dense: nn.Module, sparsity: Sparsity) -> None:
+def _check_grid(pruned: nn.Module, grid: WeightGrid) -> None:
+    linears = find_linears(pruned)
+    require_on_grid([measure_linear(linear, Sparsity(0.0), grid) for linear in linears], grid)
+
+
+def _check_reached(
+    pruned: nn.Module, dense: nn.Module, sparsity: Sparsity, *, rounds: bool = False
+) -> None:
     # zeros that the random weights have already are no fault of the method
     before = {linear.name: int((linear.stored == 0).sum()) for linear in find_linears(dense)}
     after = [measure_linear(linear, sparsity) for linear in find_linears(pruned)]
-    require_met(after, before, {layer.linear.name: sparsity for layer in after})
+    # weights that are rounded may become 0, however many
+    beyond = {layer.linear.name: layer.zeros for layer in after} if rounds else {}
+    require_met(after, before, {layer.linear.name: sparsity for layer in after}, beyond=beyond)
     for layer in after:
         # -0.0 equals 0 but has other bytes: hashes and packed formats would differ
         if layer.negative_zeros:

@@ -45,6 +45,16 @@ def make_result(
     )  # fmt: skip
 
 
+def counted(result, *, parameters=1_200_000, prunable=1_000_000):
+    """The result with the numbers of parameters from which its bytes are computed."""
+    model = {
+        "id": "m", "source": "folder", "revision": "r", "architecture": "a", "dtype": "float32",
+        "parameters": parameters, "prunable_parameters": prunable, "dense_sha256": "d",
+        "evaluated_sha256": "e",
+    }  # fmt: skip
+    return type(result).model_validate({**result.model_dump(), "model": model})
+
+
 def recovered(method, value, *, seconds=120.0):
     """A result whose kept weights were trained block by block."""
     result = make_result(method=method, value=value, recover="block", recover_options={"lr": 0.01})

@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from prunebench.models.source import CatalogEntry, catalog
 from prunebench.results.recovery_schema import RecoveryBlock
 from prunebench.results.schema import Result, Score
+from prunebench.results.sizes import target_of
 
 _TASK = "text-generation"
 _IN_PLACE = "zeros are stored in place: the files are as large as the dense model's"
@@ -116,7 +117,7 @@ def _license(entry: CatalogEntry | None) -> dict[str, str]:
 
 def _what(result: Result) -> str:
     name = _text(result.spec.method)
-    return name if name == "dense" else f"{name} at {result.spec.sparsity}"
+    return name if name == "dense" else f"{name} at {target_of(result)}"
 
 
 def _about(result: Result, storage: str) -> list[str]:
@@ -134,6 +135,13 @@ def _about(result: Result, storage: str) -> list[str]:
         f"- {storage}",
         f"- base weights: {_text(result.spec.model)}, {model.commit}, in {model.dtype}",
     ]
+    if result.quantization:
+        grid = result.quantization
+        group = "row" if grid.group_size == -1 else f"group of {grid.group_size} weights of a row"
+        lines.append(
+            f"- those weights have {grid.bits} bits, with a float16 step for each {group}; the "
+            "files hold step times code, not the codes: they are as large as the dense model's"
+        )
     if method.options:
         lines.append(f"- options: {_options(method.options)}")
     if result.allocation:

@@ -9,9 +9,11 @@ import typer
 
 from prunebench.results.bench_schema import QualityBlock
 from prunebench.results.names import short_protocol
+from prunebench.results.quantization_schema import QuantizationBlock
 from prunebench.results.recovery_schema import EndToEndBlock, RecoveryBlock
 from prunebench.results.render import metric_name, number, value_text
 from prunebench.results.schema import ExecutionBlock, Result, Score
+from prunebench.results.sizes import size_of, target_of
 
 _MASKS = {"masks": "masks applied", "prior": "the training began with masks"}
 
@@ -28,7 +30,7 @@ def print_summary(result: Result, path: Path, setup: Any, *, masks: str | None =
     cost, sparsity = result.cost, result.sparsity
     assert cost is not None and sparsity is not None and result.model is not None
     name = result.spec.method
-    title = name if name == "dense" else f"{name} {result.spec.sparsity}"
+    title = name if name == "dense" else f"{name} {target_of(result)}"
     if result.spec.allocation != "uniform":
         title += f", spread by {result.spec.allocation}"
     if result.recovery:
@@ -46,10 +48,18 @@ def print_summary(result: Result, path: Path, setup: Any, *, masks: str | None =
             ]
             line += "".join(f"; the prior {value}" for value in before) + ")"
         typer.echo(line + full_protocol(score))
+    if result.quantization:
+        _print_quantization(result.quantization)
     if name != "dense":
         typer.echo(
             f"  {sparsity.realised_ratio:.2%} of {result.model.prunable_parameters:,} weights "
             f"are zero, pruned in {cost.prune_seconds:.1f} s"
+        )
+    size = size_of(result)
+    if size and name != "dense":
+        typer.echo(
+            f"  a checkpoint stored as {size.form} takes {size.total_bytes / 1e6:,.1f} MB, "
+            f"{size.ratio:.3f} of the dense model in 16 bits (computed)"
         )
     if result.recovery and result.recovery.blocks:
         _print_recovery(result.recovery)
@@ -75,6 +85,17 @@ def print_summary(result: Result, path: Path, setup: Any, *, masks: str | None =
         if place:
             typer.echo(f"  {kind} saved to {place}")
     typer.echo(f"  saved to {path}")
+
+
+def _print_quantization(quantization: QuantizationBlock) -> None:
+    """Print the grid of the weights, and what was checked of it."""
+    group = "each row" if quantization.group_size == -1 else f"{quantization.group_size} weights"
+    checked = "steps and codes give every weight" if quantization.exact else "values counted"
+    kind = "symmetric, " if quantization.symmetric else ""
+    typer.echo(
+        f"  rounded to {quantization.bits} bits, {kind}a step for {group}: {checked}, "
+        f"{quantization.groups:,} groups"
+    )
 
 
 def short_title(score: Score | QualityBlock) -> str:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from prunebench.errors import CheckFailed
 from prunebench.models.linears import Linear
+from prunebench.models.weight_grid import WeightGrid, count_off_grid
 from prunebench.sparsity import Sparsity
 
 _TOLERANCE = 1e-4  # allowed difference from the requested sparsity, as a share of the weights
@@ -24,16 +25,18 @@ class Measured:
         zeros: Weights that are 0.
         negative_zeros: Those of them that are -0.0.
         violations: N:M groups with more than N non-zeros.
+        off_grid: Groups of quantized weights with values that their grid does not have.
     """
 
     linear: Linear
     zeros: int
     negative_zeros: int
     violations: int
+    off_grid: int = 0
 
 
-def measure_linear(linear: Linear, sparsity: Sparsity) -> Measured:
-    """Count the zeros of a matrix, and the groups that break the pattern of `sparsity`."""
+def measure_linear(linear: Linear, sparsity: Sparsity, grid: WeightGrid | None = None) -> Measured:
+    """Count zeros, the groups that break `sparsity`, and those that leave `grid`."""
     stored = linear.stored
     weight = stored.T if linear.transposed else stored  # [out, in]
     zero = weight == 0
@@ -41,7 +44,8 @@ def measure_linear(linear: Linear, sparsity: Sparsity) -> Measured:
     violations = 0
     if sparsity.group is not None and sparsity.kept is not None:
         violations = count_violations(zero, kept=sparsity.kept, group=sparsity.group)
-    return Measured(linear, int(zero.sum()), negative, violations)
+    off_grid = count_off_grid(weight, grid) if grid else 0
+    return Measured(linear, int(zero.sum()), negative, violations, off_grid)
 
 
 def count_violations(zero: Tensor, *, kept: int, group: int) -> int:
@@ -139,6 +143,24 @@ def require_total(
             where=f"{zeros:,} of {total:,} weights are zero ({zeros / total:.3%}), not {count:,}",
             fix="this is an error of the allocation: its ratios do not add up to the target",
         )
+
+
+def require_on_grid(after: Sequence[Measured], grid: WeightGrid) -> None:
+    """Raise unless every group of every matrix holds only values of its grid.
+
+    Raises:
+        CheckFailed: A matrix holds others; the message gives its name and how many groups do.
+    """
+    for measured in after:
+        linear = measured.linear
+        if measured.off_grid:
+            groups = grid.groups(linear.out_features, linear.in_features)
+            raise CheckFailed(
+                f"{linear.name} was to be rounded to {grid.bits} bits and is not",
+                where=f"{measured.off_grid:,} of {groups:,} groups hold other values than a step "
+                f"times integers of {grid.bits} bits",
+                fix="this is an error of the method: see prunebench check",
+            )
 
 
 def _slack(size: int) -> int:

@@ -15,7 +15,8 @@ class Method(Row):
     """One method.
 
     Attributes:
-        prunes: False for the baseline, which changes no weight.
+        prunes: False for a method that makes no weight zero.
+        quantizes: Whether it rounds the weights without pruning them.
         updates: Whether it changes the kept weights.
         patterns: The sparsities it supports.
         sparsity: Default sparsity of a run.
@@ -23,10 +24,16 @@ class Method(Row):
     """
 
     prunes: bool = True
+    quantizes: bool = False
     updates: bool = False
     patterns: str = "any ratio, any N:M"
     sparsity: str = "0.5"
     allocation: str = "uniform"
+
+    @property
+    def is_baseline(self) -> bool:
+        """Whether it leaves every weight as it is."""
+        return not (self.prunes or self.quantizes)
 
 
 BUILTIN: dict[str, Method] = {
@@ -108,6 +115,17 @@ BUILTIN: dict[str, Method] = {
         patterns="ratios in the allocator's range",
         sparsity="0.7",
         allocation="hessian",
+    ),
+    "gptq": Method(
+        "prunebench.pruners.gptq:Gptq",
+        "no pruning: weights rounded to 2 to 8 bits by columns, with weight updates",
+        paper="2210.17323",
+        data=True,
+        prunes=False,
+        quantizes=True,
+        updates=True,
+        patterns="0",
+        sparsity="0",
     ),
 }
 

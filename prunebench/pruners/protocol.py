@@ -12,6 +12,7 @@ from torch import Tensor
 from prunebench.models.gradients import Norm
 from prunebench.models.source import CatalogEntry
 from prunebench.models.walker import BlockWalker
+from prunebench.models.weight_grid import WeightGrid
 from prunebench.pruners.training import TrainingNeeds, TrainingReport
 from prunebench.sparsity import Sparsity
 from prunebench.spec import OptionValue
@@ -113,6 +114,20 @@ class Quantizes(Protocol):
     @property
     def quantize_bits(self) -> int | None:
         """Bits of the grid; None if nothing is rounded."""
+
+
+@runtime_checkable
+class ClaimsGrid(Protocol):
+    """A pruner that says which values its weights may hold; a run checks the weights for it."""
+
+    @property
+    def grid(self) -> WeightGrid | None:
+        """The form of the quantized weights; None if nothing is rounded."""
+
+
+def grid_of(pruner: Pruner) -> WeightGrid | None:
+    """Return the form that a pruner claims for its weights, if it claims one."""
+    return pruner.grid if isinstance(pruner, ClaimsGrid) else None
 
 
 @runtime_checkable

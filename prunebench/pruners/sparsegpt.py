@@ -14,15 +14,17 @@ weight more, and all ties); a singular Hessian is tried again with more damping,
 so; of a dead input (zero for every token) no more is pruned than its block's share;
 an input that no calibration token reached (an expert never chosen) falls back to magnitude.
 
+A grid's step is rounded to float16, as checkpoints of quantized weights store it.
+
 The method `scheduler` (https://arxiv.org/abs/2409.20094) is this pruner with ratios that
-`allocators.hessian` spreads over the layers.
+`allocators.hessian` spreads over the layers; `gptq` is this pruner with quantization alone.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar
 
 import torch
@@ -33,10 +35,13 @@ from prunebench.calibration.hessian import InverseFactor, factorise
 from prunebench.calibration.stats import InputStats
 from prunebench.models.measure import count_sparser_groups
 from prunebench.models.walker import LinearGroup
+from prunebench.models.weight_grid import WeightGrid
 from prunebench.pruners.keep import keep_group, keep_largest
 from prunebench.pruners.layer import GroupPruner
 from prunebench.pruners.magnitude import smallest_dropped
 from prunebench.pruners.protocol import BEYOND_TARGET, LayerEvent, Needs, Pruned
+from prunebench.pruners.rounding import Grid, round_to_nearest
+from prunebench.registry import LATER
 from prunebench.sparsity import Sparsity
 
 _INNER = 32  # columns between two updates of the rest of a block; changes rounding only
@@ -48,23 +53,39 @@ class SparseGPT(GroupPruner):
 
     Attributes:
         damping: Share of the Hessian's mean diagonal that is added to its diagonal.
-        block_size: Columns that are compared with each other (rounded to a multiple of M for N:M).
-        quantize_bits: If given, round kept weights to an asymmetric grid per row with this many
-            bits; later columns compensate that error too.
+        block_size: Columns that are compared with each other (rounded to a multiple of M for N:M,
+            and of group_size).
+        quantize_bits: If given, round kept weights to a grid with this many bits (2 to 8); later
+            columns compensate that error too.
+        group_size: Consecutive weights of a row that share a grid; -1: the whole row.
+        symmetric: Whether the grids are symmetric around 0, without a zero point.
     """
 
     needs: ClassVar[Needs] = Needs(calibration=True, hessian=True)
     damping: float = 0.01
     block_size: int = 128
     quantize_bits: int | None = None
+    group_size: int = field(default=-1, metadata=LATER)
+    symmetric: bool = field(default=False, metadata=LATER)
 
     def __post_init__(self) -> None:
         if not self.damping >= 0:
             raise ValueError("damping must be at least 0")
         if self.block_size < 1:
             raise ValueError("block_size must be at least 1")
-        if self.quantize_bits is not None and not 2 <= self.quantize_bits <= 16:
-            raise ValueError("quantize_bits must be in 2..16")
+        if self.quantize_bits is not None and not 2 <= self.quantize_bits <= 8:
+            raise ValueError("quantize_bits must be in 2..8")
+        if self.group_size != -1 and self.group_size < 2:
+            raise ValueError("group_size must be at least 2, or -1 for whole rows")
+        if self.quantize_bits is None and (self.group_size != -1 or self.symmetric):
+            raise ValueError("group_size and symmetric go with quantize_bits")
+
+    @property
+    def grid(self) -> WeightGrid | None:
+        """The form of the quantized weights; None if nothing is rounded."""
+        if self.quantize_bits is None:
+            return None
+        return WeightGrid(self.quantize_bits, self.group_size, self.symmetric)
 
     def prune_group(self, group: LinearGroup, sparsity: Mapping[str, Sparsity]) -> Iterator[Pruned]:
         """Prune the linears of one input together: one factor, one pass over the columns."""
@@ -85,20 +106,24 @@ class SparseGPT(GroupPruner):
         Raises:
             IncompatibleData: The Hessian stays singular with more damping.
         """
+        parts = _parts(weights, sparsities)
         if stats.tokens == 0:
-            pairs = zip(weights, sparsities, strict=True)
-            return [Pruned(smallest_dropped(weight, sparsity)) for weight, sparsity in pairs]
+            dropped = [
+                smallest_dropped(w, part.sparsity) for w, part in zip(weights, parts, strict=True)
+            ]
+            if self.grid:
+                dropped = [round_to_nearest(weight, self.grid) for weight in dropped]
+            events = map(self._events_of_zeros, dropped, names, parts)
+            return [Pruned(w, events=tuple(of_w)) for w, of_w in zip(dropped, events, strict=True)]
         factor = factorise(stats, damping=self.damping, name=names[0])
         # Transposed, so that a column of the weight is one contiguous row here.
         columns = torch.cat([weight.T for weight in weights], dim=1)  # [in, all outputs]
-        parts = _parts(weights, sparsities)
-        grid = Grid.of(columns, self.quantize_bits) if self.quantize_bits else None
         for part in parts:
             # As in the original code, the weights of dead inputs are 0 from the start. With a ratio
             # only the pruned ones are zeroed (in `_eliminate`), so that the count stays exact.
             if part.sparsity.is_pattern and part.sparsity.ratio:
                 columns[:, part.outputs].masked_fill_(factor.dead[:, None], 0)  # dead: [in, 1]
-        losses = self._eliminate(columns, factor, parts, grid)
+        losses = self._eliminate(columns, factor, parts)
         dead = int(factor.dead.sum())
         results = []
         for name, part in zip(names, parts, strict=True):
@@ -108,19 +133,23 @@ class SparseGPT(GroupPruner):
                 events.append(LayerEvent(name, "Hessian damped more", factor.damping))
             if dead:
                 events.append(LayerEvent(name, "dead inputs", float(dead)))
-            sparser = count_sparser_groups(pruned, part.sparsity)
-            if sparser:
-                events.append(
-                    LayerEvent(name, "groups with fewer non-zeros than N", float(sparser))
-                )
-            beyond = int((pruned == 0).sum()) - part.sparsity.count(pruned.numel())
-            if beyond > 0 and grid and not part.sparsity.is_pattern:  # the grid rounds to 0, too
-                events.append(LayerEvent(name, BEYOND_TARGET, float(beyond)))
+            events += self._events_of_zeros(pruned, name, part)
             results.append(Pruned(pruned, float(losses[part.outputs].sum()) / 2, tuple(events)))
         return results
 
+    def _events_of_zeros(self, pruned: Tensor, name: str, part: _Part) -> list[LayerEvent]:
+        """Return what a reader should know of the zeros of a matrix [out, in]."""
+        events = []
+        sparser = count_sparser_groups(pruned, part.sparsity)
+        if sparser:
+            events.append(LayerEvent(name, "groups with fewer non-zeros than N", float(sparser)))
+        beyond = int((pruned == 0).sum()) - part.sparsity.count(pruned.numel())
+        if beyond > 0 and self.grid and not part.sparsity.is_pattern:  # the grid rounds to 0, too
+            events.append(LayerEvent(name, BEYOND_TARGET, float(beyond)))
+        return events
+
     def _eliminate(
-        self, columns: Tensor, factor: InverseFactor, parts: list[_Part], grid: Grid | None
+        self, columns: Tensor, factor: InverseFactor, parts: list[_Part]
     ) -> Float[Tensor, " outputs"]:
         """Prune `columns` [in, outputs] in place; return the sum of e^2 of each output, float64."""
         # q, k and v may have different patterns: a block must hold whole groups of all of them.
@@ -128,7 +157,15 @@ class SparseGPT(GroupPruner):
         # Both sizes are rounded to whole groups: a group split between two blocks could not be
         # compared.
         inner = group * max(1, _INNER // group)
-        size = inner * max(1, self.block_size // inner) if group > 1 else self.block_size
+        unit = inner if group > 1 else 1
+        rounder = None
+        if self.grid:
+            width = self.grid.width(len(columns))
+            if width < len(columns):
+                # a grid comes from updated weights: its columns must be in one block
+                unit = math.lcm(group, width)
+            rounder = _Rounder(self.grid, width, columns)
+        size = unit * max(1, self.block_size // unit)
         losses = torch.zeros(columns.shape[1], dtype=torch.float64, device=columns.device)
         for start in range(0, len(columns), size):
             block = columns[start : start + size]  # [size, outputs], a view
@@ -148,7 +185,7 @@ class SparseGPT(GroupPruner):
                     weight.masked_fill_(dead & ~part_keep, 0)
                     keep[:, part.outputs] = part_keep
             errors = _prune_block(
-                block, keep, upper[:, start:stop], parts=parts, inner=inner, grid=grid
+                block, keep, upper[:, start:stop], parts=parts, inner=inner, rounder=rounder
             )
             # Algorithm 1, last line: the lazy batch update, one large product instead of a rank-1
             # update for each column. [in - stop, outputs] -= [in - stop, size] @ [size, outputs]
@@ -192,14 +229,15 @@ def _prune_block(
     *,
     parts: list[_Part],
     inner: int,
-    grid: Grid | None,
+    rounder: _Rounder | None,
 ) -> Float[Tensor, "size outputs"]:
     """Prune one block of columns in place, in order; return their errors e."""
     errors = torch.empty_like(block)
     scales = (1 / upper.diagonal()).tolist()
     patterns = [part for part in parts if part.sparsity.group is not None]
-    for first in range(0, len(block), inner):
-        last = min(first + inner, len(block))
+    width = min(rounder.width, len(block)) if rounder else len(block)
+    for first, last in _chunks(len(block), width, inner):
+        grid = rounder.grid_at(first, block) if rounder else None
         for j in range(first, last):
             for part in patterns:
                 _keep_groups(block, keep, scales, j, part)
@@ -229,28 +267,26 @@ def _keep_groups(block: Tensor, keep: Tensor, scales: list[float], j: int, part:
     keep[j : j + group, part.outputs] = keep_group(score, kept=kept)
 
 
-@dataclass(frozen=True)
-class Grid:
-    """An asymmetric quantization grid: 2^bits values per output, 0 among them, over the full range.
+def _chunks(length: int, width: int, inner: int) -> Iterator[tuple[int, int]]:
+    """Yield the ends of chunks of at most `inner` columns, each inside a group of `width`."""
+    for start in range(0, length, width):
+        stop = min(start + width, length)
+        for first in range(start, stop, inner):
+            yield first, min(first + inner, stop)
 
-    The grid is computed from the dense weights; a pruned weight stays exactly 0.
-    """
 
-    step: Float[Tensor, " out"]
-    zero: Float[Tensor, " out"]
-    largest: int
+class _Rounder:
+    """The grids of a matrix: one of whole rows from the dense weights, or a new one every group."""
 
-    @classmethod
-    def of(cls, columns: Float[Tensor, "in out"], bits: int) -> Grid:
-        """Compute the grid of every output from its weights."""
-        largest = 2**bits - 1
-        # The range always includes 0, so that a pruned weight is on the grid. [outputs]
-        low, high = columns.amin(0).clamp(max=0), columns.amax(0).clamp(min=0)
-        step = (high - low) / largest
-        step[step == 0] = 1  # an all-zero output
-        return cls(step, (-low / step).round(), largest)
+    def __init__(self, form: WeightGrid, width: int, columns: Float[Tensor, "in outputs"]) -> None:
+        self.width = width
+        self._form = form
+        self._is_grouped = width < len(columns)
+        self._grid = Grid.of(columns, form) if not self._is_grouped else None
 
-    def round(self, values: Float[Tensor, " out"]) -> Float[Tensor, " out"]:
-        """Round to the nearest value of the grid."""
-        steps = (values / self.step).round_().add_(self.zero).clamp_(0, self.largest)
-        return steps.sub_(self.zero).mul_(self.step)
+    def grid_at(self, column: int, block: Float[Tensor, "size outputs"]) -> Grid:
+        """Return the grid of a column of a block in which all groups are whole."""
+        if self._grid is None or (self._is_grouped and column % self.width == 0):
+            start = column - column % self.width
+            self._grid = Grid.of(block[start : start + self.width], self._form)
+        return self._grid

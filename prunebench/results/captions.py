@@ -165,6 +165,8 @@ def legend_of(
         parts.append("± std over seeds" + (", of one: over documents" if of_documents else ""))
     if any(table.has_bench for table in tables):
         parts.append("bytes, decode, prefill: beside dense")
+    if any(table.has_sizes for table in tables):
+        parts.append("size: bytes beside dense in 16 bits, computed")
     means = [mean for table in tables for mean in task_means(table.cells)]
     parts += dict.fromkeys(f"{mean.title} = mean of {mean.words}" for mean in means)
     folded = {column.partition(" ")[2] for mean in means for column in mean.columns}

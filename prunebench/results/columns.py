@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from prunebench.results.cell_score import CellScore
-from prunebench.results.compare import Cell, CellBench
+from prunebench.results.compare import Cell, CellBench, is_special_form
 from prunebench.results.render import (
     FROM_ZERO,
     MISSING,
@@ -202,10 +202,14 @@ def columns_of_cost(cells: Iterable[Cell]) -> list[Column]:
     cells = list(cells)
     speeds = {"decode": "decode", "prefill": "prefill"}
     off_target = any(abs(c.realised_ratio - c.order[0]) > 0.005 for c in cells)
+    special = any(map(is_special_form, cells))
     several = len({cell.devices for cell in cells}) > 1
     columns = [
         Column("zeros", "zeros", lambda c: f"{c.realised_ratio:.1%}",
                lambda c: -c.realised_ratio, 8 if off_target else 51),
+        Column("size", "size", lambda c: f"{c.size.ratio:.3f}" if c.size else MISSING,
+               lambda c: c.size.ratio if c.size else None, 3 if special else 51),
+        _column_of_words("form", lambda c: c.size.form if c.size else None, 52),
         Column("prune", "prune", lambda c: duration(c.prune_seconds),
                lambda c: c.prune_seconds, 3),
         Column("recover_seconds", "recover", lambda c: duration(c.recover_seconds),

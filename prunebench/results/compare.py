@@ -14,7 +14,7 @@ import dataclasses
 import json
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, cast
 
@@ -25,6 +25,7 @@ from prunebench.results.fold import fold_dense, fold_runs, fold_scores
 from prunebench.results.frame import frame_of
 from prunebench.results.schema import Result
 from prunebench.results.selection import Selection
+from prunebench.results.sizes import DENSE_BITS
 from prunebench.sparsity import Sparsity
 from prunebench.spec import NO_RECOVERY, RunSpec
 
@@ -66,8 +67,33 @@ class CellBench:
 
 
 @dataclass(frozen=True)
+class CellSize:
+    """What a checkpoint of a row takes, computed.
+
+    Attributes:
+        form: How the prunable weights are stored: `2:4`, `INT4`, ...
+        total_bytes: Of the whole checkpoint.
+        ratio: Those bytes over the dense model's in 16 bits.
+    """
+
+    form: str
+    total_bytes: int
+    ratio: float
+
+    @classmethod
+    def of(cls, run: Mapping[str, Any]) -> CellSize | None:
+        """Take the fields from a row of `fold_runs`; None where the results have no counts."""
+        if run["form"] is None:
+            return None
+        return cls(run["form"], round(run["size_bytes"]), run["size_ratio"])
+
+
+@dataclass(frozen=True)
 class Cell:
     """One row: a spec without its seed, and what its results say together.
+
+    `target` is what was asked of the weights, by which rows are compared: the sparsity, and for
+    quantized weights their bits. `bits` are None where nothing is quantized.
 
     `shown` are the settings as a table shows them: of options, those in which rows of the same
     method (or allocator) differ, without what most of three and more rows have (`Table.usual`).
@@ -85,6 +111,9 @@ class Cell:
     cpu_threads: tuple[int, ...]
     result_ids: tuple[str, ...]
     bench: CellBench | None = None
+    size: CellSize | None = None
+    target: str = ""
+    bits: int | None = None
     shown: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -94,10 +123,15 @@ class Cell:
         return self.method if recover in (None, NO_RECOVERY) else f"{self.method} + {recover}"
 
     @property
-    def order(self) -> tuple[float, bool, str]:
-        """Sort key: dense first, then by ratio, unstructured before N:M."""
+    def order(self) -> tuple[float, bool, str, int]:
+        """Sort key: dense first, then by ratio, unstructured before N:M, most bits first."""
         sparsity = Sparsity.parse(self.sparsity)
-        return (sparsity.ratio, sparsity.is_pattern, self.sparsity)
+        return (sparsity.ratio, sparsity.is_pattern, self.sparsity, -(self.bits or DENSE_BITS))
+
+    @property
+    def zeros_were_asked(self) -> bool:
+        """Whether zeros are what its method makes, not only what some weights are rounded to."""
+        return self.bits is None or Sparsity.parse(self.sparsity).ratio > 0
 
 
 @dataclass(frozen=True)
@@ -120,9 +154,20 @@ class Table:
     usual: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     @property
+    def has_sizes(self) -> bool:
+        """Whether the rows of a sparsity differ in bytes: some are quantized, or lack blocks."""
+        return any(is_special_form(cell) for cell in self.cells)
+
+    @property
     def has_bench(self) -> bool:
         """Whether any row has bytes and speed."""
         return any(cell.bench for cell in self.cells)
+
+
+def is_special_form(cell: Cell) -> bool:
+    """Whether the sparsity of a row does not say what its checkpoint takes."""
+    removed = cell.size is not None and cell.size.form == "dense" and cell.size.ratio < 1
+    return cell.bits is not None or removed
 
 
 def compare(
@@ -193,7 +238,17 @@ def _dense_cell(rows: DataFrame, runs: Mapping[str, Mapping[str, Any]]) -> Cell:
         devices=(),
         cpu_threads=(),
         result_ids=tuple(sorted(id_ for run in own for id_ in run["result_ids"])),
+        target="0",
+        size=_dense_size(runs.values(), first["model"]),
     )
+
+
+def _dense_size(runs: Iterable[Mapping[str, Any]], model: str) -> CellSize | None:
+    """Return the size of a dense model, which the size of any of its rows stands beside."""
+    for run in runs:
+        if run["model"] == model and run["form"] is not None:
+            return CellSize("dense", round(run["size_bytes"] / run["size_ratio"]), 1.0)
+    return None
 
 
 def _cell(run: Mapping[str, Any], scores: dict[str, CellScore]) -> Cell:
@@ -211,6 +266,9 @@ def _cell(run: Mapping[str, Any], scores: dict[str, CellScore]) -> Cell:
         cpu_threads=run["threads"],
         result_ids=run["result_ids"],
         bench=CellBench.of(run) if run["storage"] is not None else None,
+        size=CellSize.of(run),
+        target=run["target"],
+        bits=run["bits"],
     )
 
 
@@ -280,7 +338,7 @@ def _with_shown(cells: list[Cell]) -> tuple[list[Cell], dict[str, dict[str, Any]
         for place, cell in enumerate(cells):
             groups.setdefault(_owner(cell, owner), []).append(place)
         for who, places in groups.items():
-            options: list[dict[str, Any]] = [cells[place].settings[name] or {} for place in places]
+            options = [_without_target(cells[place].settings[name] or {}) for place in places]
             varying, most = _varying(options)
             if most:
                 usual[str(who)] = most
@@ -290,6 +348,11 @@ def _with_shown(cells: list[Cell]) -> tuple[list[Cell], dict[str, dict[str, Any]
                 }
                 shown[place][name] = varied or None
     return [replace(c, shown=settings) for c, settings in zip(cells, shown, strict=True)], usual
+
+
+def _without_target(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the options without the one that the target of a row says: `2:4 + INT4`."""
+    return {name: value for name, value in options.items() if name != "quantize_bits"}
 
 
 def _owner(cell: Cell, owner: str) -> str | None:

@@ -15,15 +15,15 @@ if TYPE_CHECKING:
     from pandas import DataFrame, Series
 
 _SCORE = ["cell", "metric", "protocol"]
-_RIVALS = ["model", "sparsity", "metric", "protocol"]
-_OF_CELL = ["model", "method", "sparsity", "dtype", "model_revision"]
+_RIVALS = ["model", "target", "metric", "protocol"]
+_OF_CELL = ["model", "method", "sparsity", "target", "dtype", "model_revision"]
 
 
 def fold_scores(frame: DataFrame) -> DataFrame:
     """Return one row a cell, metric and protocol, cells in the order of their first run.
 
-    Columns: those of `CellScore`, and `cell`, `model`, `method`, `sparsity`, `dtype`,
-    `model_revision`, `protocol`.
+    Columns: those of `CellScore`, and `cell`, `model`, `method`, `sparsity`, `target`,
+    `dtype`, `model_revision`, `protocol`.
 
     Args:
         frame: Scores, as `load_results` gives them.
@@ -62,7 +62,7 @@ def fold_dense(scores: DataFrame) -> DataFrame:
     own_first = measured.sort_values("method", key=lambda method: method != "dense", kind="stable")
     rows = own_first.drop_duplicates(["model", "dtype", "model_revision", "metric", "protocol"])
     return rows.assign(
-        method="dense", sparsity="0", values=rows["dense"].map(lambda value: (value,)),
+        method="dense", sparsity="0", target="0", values=rows["dense"].map(lambda value: (value,)),
         mean=rows["dense"], std=float("nan"), stderr=rows["dense_stderr"], seeds=1,
         best=False, within_noise=False,
     )  # fmt: skip
@@ -78,6 +78,9 @@ def fold_runs(frame: DataFrame) -> DataFrame:
     cells = runs.drop_duplicates("cell").set_index("cell")
     groups = runs.groupby("cell", sort=False)
     cells["realised_ratio"] = groups["realised_ratio"].mean()
+    # of 16 seeds, one may have a zero more
+    cells["size_bytes"] = groups["size_bytes"].median()
+    cells["size_ratio"] = groups["size_ratio"].median()
     cells["prune_seconds"] = groups["prune_seconds"].median()
     cells["recover_seconds"] = groups["recover_seconds"].median()
     cells["devices"] = groups["device"].unique().map(_sorted_tuple)

@@ -20,6 +20,7 @@ from prunebench.options import options_of
 from prunebench.results.bench_schema import Bench, read_benches
 from prunebench.results.schema import Result, Score
 from prunebench.results.selection import OPTION, Selection, nothing_selected, options_of_result
+from prunebench.results.sizes import size_of, target_of
 from prunebench.results.store import ResultStore
 from prunebench.sparsity import Sparsity
 from prunebench.spec import RunSpec
@@ -53,7 +54,11 @@ def load_results(folder: str | Path = "results", selectors: Sequence[str] = ()) 
         ratio_to_dense: `value / dense`; missing where dense is 0.
         higher_is_better, limited (only a part of the data was scored), targets (tokens, documents).
         newest: False where a later run repeated this cell, seed, metric and protocol.
+        target: What was asked of the weights: the sparsity, and of quantized ones `INT4` too.
         ratio: What the sparsity means, 0.5 for 2:4; realised_ratio: the share of zeros, measured.
+        form, size_bytes, size_ratio: In which form a checkpoint of it is stored (`dense`, `2:4`,
+            `bitmap`, `INT4`, `2:4 + INT4`), its bytes, and those beside the dense model's in 16
+            bits; computed.
         prune_seconds, recover_seconds, total_seconds, peak_rss_bytes, peak_gpu_bytes: What the run
             took; `prune_seconds` is without recovery.
         device, device_name, cpu, cpu_threads: Where it ran.
@@ -143,6 +148,9 @@ def _run_fields(result: Result) -> dict[str, Any]:
         **options,
         **{OPTION + name: value for name, value in options_of_result(result).items()},
         "seed": spec.seed,
+        "target": target_of(result),
+        "bits": result.quantization.bits if result.quantization else None,
+        **_size_fields(result),
         "ratio": Sparsity.parse(spec.sparsity).ratio,
         "realised_ratio": result.sparsity.realised_ratio if result.sparsity else None,
         "prune_seconds": cost.prune_seconds if cost else None,
@@ -154,6 +162,16 @@ def _run_fields(result: Result) -> dict[str, Any]:
         "device_name": hardware.device_name,
         "cpu": hardware.cpu,
         "cpu_threads": hardware.cpu_threads,
+    }
+
+
+def _size_fields(result: Result) -> dict[str, Any]:
+    """Return form and bytes of a checkpoint; missing where a result has no counts."""
+    size = size_of(result)
+    return {
+        "form": size.form if size else None,
+        "size_bytes": size.total_bytes if size else None,
+        "size_ratio": size.ratio if size else None,
     }
 
 
@@ -188,11 +206,15 @@ def _bench_fields(bench: Bench | None) -> dict[str, Any]:
 _FLOATS = (
     "value", "stderr", "dense", "dense_stderr", "ratio", "realised_ratio", "prune_seconds",
     "recover_seconds", "total_seconds", "bytes_ratio", "decode_speedup", "prefill_speedup",
+    "size_ratio",
 )  # fmt: skip
 _NULLABLE: dict[type, str] = {int: "Int64", float: "Float64", bool: "boolean"}
 _DTYPES = {
     **dict.fromkeys(_FLOATS, "float64"),
-    **dict.fromkeys(("peak_rss_bytes", "peak_gpu_bytes", "cpu_threads", "targets"), "Int64"),
+    **dict.fromkeys(
+        ("peak_rss_bytes", "peak_gpu_bytes", "cpu_threads", "targets", "size_bytes", "bits"),
+        "Int64",
+    ),
     **dict.fromkeys(("higher_is_better", "limited"), "bool"),
     **{name: _NULLABLE[o.kind] for name, o in _OPTIONS.items() if o.kind in _NULLABLE},
 }

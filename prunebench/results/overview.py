@@ -178,12 +178,12 @@ def _block(
         lines = [Line(" ", ("dense", *setting_words(c, usual, names)), c) for c in dense]
         sections.append(Section("", tuple(lines)))
     hidden = 0
-    for sparsity in dict.fromkeys(cell.sparsity for cell in sorted(pruned, key=_by_sparsity)):
-        of_one = [cell for cell in pruned if cell.sparsity == sparsity]
+    for target in dict.fromkeys(cell.target for cell in sorted(pruned, key=_by_sparsity)):
+        of_one = [cell for cell in pruned if cell.target == target]
         lines = _lines(of_one, ranking, usual, names, every_setting=every_setting)
         hidden += len(of_one) - len(lines)
         lines.sort(key=lambda line: (_value_last(order, line.cell), line.words))
-        sections.append(Section(sparsity, tuple(lines)))
+        sections.append(Section(target, tuple(lines)))
     caption = caption_of(ranking, dense, pruned, usual, names, dense_rows=dense_rows)
     return Block(
         model=table.model,
@@ -196,7 +196,7 @@ def _block(
     )
 
 
-def _by_sparsity(cell: Cell) -> tuple[float, bool, str]:
+def _by_sparsity(cell: Cell) -> tuple[float, bool, str, int]:
     return cell.order
 
 

@@ -37,10 +37,12 @@ _LEGEND_BENCH = (
     "bytes: of the dense model's, computed; decode, prefill: times the speed of dense, both in one "
     "run (prunebench bench)"
 )
+_LEGEND_SIZE = "size: bytes of the checkpoint beside those of the dense model in 16 bits, computed"
 _BENCH_FIELDS = {
     "storage": "form", "bytes_ratio": "bytes_ratio", "decode_speedup": "decode",
     "prefill_speedup": "prefill", "speed": "speed", "gpu": "gpu",
 }  # fmt: skip
+_SIZE_FIELDS = {"stored_as": "form", "size_bytes": "total_bytes", "size_ratio": "ratio"}
 _BENCH_NUMBERS = ("bytes_ratio", "decode_speedup", "prefill_speedup")
 _LEGEND_STDERR = "± of a single seed: standard error over documents"
 
@@ -51,6 +53,8 @@ def legend(tables: Sequence[Table]) -> str:
     parts = [LEGEND]
     if any(score.std is None and score.stderr is not None for score in scores):
         parts.append(_LEGEND_STDERR)
+    if any(table.has_sizes for table in tables):
+        parts.append(_LEGEND_SIZE)
     if any(table.has_bench for table in tables):
         parts.append(_LEGEND_BENCH)
     parts += [f"{who} where it says nothing else: {words}" for who, words in usual_texts(tables)]
@@ -72,7 +76,8 @@ def header(table: Table) -> list[str]:
     settings = [SETTING_NAMES.get(name, name) for name in table.settings]
     scores = [column_title(column) for column in table.columns]
     bench = ["bytes", "decode", "prefill"] if table.has_bench else []
-    return ["method", "sparsity", *settings, *scores, "zeros", *bench, "prune", "seeds"]
+    size = ["size"] if table.has_sizes else []
+    return ["method", "sparsity", *settings, *scores, "zeros", *size, *bench, "prune", "seeds"]
 
 
 def text_columns(table: Table) -> int:
@@ -104,14 +109,20 @@ def row(table: Table, cell: Cell, *, bold: tuple[str, str]) -> list[str]:
     seeds = max((score.seeds for score in cell.scores.values()), default=0)
     return [
         cell.method,
-        cell.sparsity if cell.method != "dense" else MISSING,
+        cell.target if cell.method != "dense" else MISSING,
         *settings,
         *scores,
         f"{cell.realised_ratio:.1%}" if cell.method != "dense" else MISSING,
+        *([_size_text(cell)] if table.has_sizes else []),
         *(_bench_texts(cell) if table.has_bench else []),
         MISSING if cell.prune_seconds is None else f"{cell.prune_seconds:.0f} s",
         str(seeds) if cell.method != "dense" else MISSING,
     ]
+
+
+def _size_text(cell: Cell) -> str:
+    """Return bytes and form: `0.557 (2:4)`."""
+    return f"{cell.size.ratio:.3f} ({cell.size.form})" if cell.size else MISSING
 
 
 def _bench_texts(cell: Cell) -> list[str]:
@@ -196,9 +207,9 @@ def to_latex(tables: Sequence[Table]) -> str:
             lines.append(_latex_row(protocols))
         last = None
         for cell in table.cells:
-            if cell.sparsity != last:
+            if cell.target != last:
                 lines.append(r"\midrule")
-            last = cell.sparsity
+            last = cell.target
             # NUL marks bold: no text holds one, and escaping does not touch it
             lines.append(_latex_row(map(_latex, row(table, cell, bold=("\0", "\0")))))
         caption = _latex(f"{table.model}: {legend([table])}.")
@@ -246,6 +257,8 @@ def to_frame(tables: Sequence[Table]) -> DataFrame:
         }
         cost = {"realised_ratio": cell.realised_ratio, "prune_seconds": cell.prune_seconds}
         bench = {title: getattr(cell.bench, name, None) for title, name in _BENCH_FIELDS.items()}
+        size = {"target": cell.target}
+        size |= {title: getattr(cell.size, name, None) for title, name in _SIZE_FIELDS.items()}
         origin = {
             "devices": " ".join(cell.devices), "cpu_threads": " ".join(map(str, cell.cpu_threads)),
             "result_ids": " ".join(cell.result_ids), "recover_seconds": cell.recover_seconds,
@@ -257,7 +270,7 @@ def to_frame(tables: Sequence[Table]) -> DataFrame:
                  "std": score.std, "seeds": score.seeds, "dense": score.dense, "best": score.best,
                  "within_noise": score.within_noise, **cost, "stderr": score.stderr,
                  "dense_stderr": score.dense_stderr, "higher_is_better": score.higher_is_better,
-                 **bench, **origin}
+                 **bench, **origin, **size}
             )  # fmt: skip
     frame = pd.DataFrame(rows)
     # columns that are missing in every row have no type of their own
@@ -269,8 +282,10 @@ def to_frame(tables: Sequence[Table]) -> DataFrame:
         "stderr",
         "dense_stderr",
         *_BENCH_NUMBERS,
+        "size_bytes",
+        "size_ratio",
     ]
-    words = [title for title in _BENCH_FIELDS if title not in _BENCH_NUMBERS]
+    words = ["stored_as", *(title for title in _BENCH_FIELDS if title not in _BENCH_NUMBERS)]
     return frame.astype(dict.fromkeys(numbers, "float64") | dict.fromkeys(words, "string"))
 
 

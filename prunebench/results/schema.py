@@ -11,7 +11,9 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
+from prunebench.results.quantization_schema import QuantizationBlock
 from prunebench.results.recovery_schema import RecoveryBlock
+from prunebench.results.removal_schema import RemovalBlock
 from prunebench.spec import AUTO, Bos, OptionValue, RunSpec
 
 SCHEMA_VERSION: Literal[1] = 1
@@ -29,6 +31,7 @@ class ModelBlock(_Block):
         revision: A 40-hex commit of the hub, or `sha256:` and the hash of the file or files.
         pull_request: `refs/pr/N` where that commit is the hub's conversion of pickled weights, and
             not one of the repository's own.
+        parameters: Of the dense model; those of removed blocks are counted too.
         dense_sha256: Hash of the loaded parameters before pruning (name, dtype, shape, bytes).
         evaluated_sha256: The same hash taken just before the scores: what was really evaluated.
     """
@@ -191,13 +194,20 @@ class LayerSparsity(_Block):
 
 
 class SparsityBlock(_Block):
-    """What was asked for and what the weights show after pruning, measured, not assumed."""
+    """What was asked for and what the weights show after pruning, measured, not assumed.
+
+    Attributes:
+        realised_ratio: Zeros among the prunable weights that are there, in `layers`.
+        removal: Whole blocks that are gone; absent for methods that zero weights.
+    """
 
     requested: str
     realised_ratio: float
     negative_zeros: int  # -0.0 equals 0.0 but has other bytes, hence another hash
     pattern_violations: int
     layers: list[LayerSparsity]
+    # left out where nothing was removed: rows of before there was `depth` keep their bytes
+    removal: RemovalBlock | None = Field(default=None, exclude_if=lambda block: block is None)
 
 
 class Score(_Block):
@@ -323,6 +333,9 @@ class Result(_Block):
     # left out where there is none: rows of before there was recovery keep their bytes
     recovery: RecoveryBlock | None = Field(default=None, exclude_if=lambda block: block is None)
     sparsity: SparsityBlock | None = None
+    quantization: QuantizationBlock | None = Field(
+        default=None, exclude_if=lambda block: block is None
+    )
     scores: list[Score] = []
     execution: ExecutionBlock | None = None
     cost: CostBlock | None = None
@@ -336,6 +349,14 @@ class Result(_Block):
         if spec.dtype == AUTO:
             raise ValueError("the dtype is auto: it was never resolved")
         return spec
+
+    @property
+    def removed_ratio(self) -> float:
+        """Share of the prunable weights that are gone with their blocks; 0 where none are."""
+        removal = self.sparsity.removal if self.sparsity else None
+        if removal is None or self.model is None:
+            return 0.0
+        return removal.removed_weights / self.model.prunable_parameters
 
     def to_json(self) -> str:
         """Return the document as it is stored: keys in schema order, a line a field or layer."""

@@ -35,6 +35,7 @@ from prunebench.run.result import (
     build_identity,
     build_method_block,
     build_model_block,
+    build_quantization_block,
     build_recovery_block,
     build_score_blocks,
     build_sparsity_block,
@@ -104,7 +105,7 @@ def _execute(plan: Plan) -> Result:
             dense_sha256, zeros = hash_and_count_zeros(model, linears, journal)
         # a dense run is scored once, as "pruned"; those outcomes are its baseline too. With packed
         # weights the two differ, and both are scored
-        is_dense = not METHODS.find(spec.method).prunes and spec.execute == "dense"
+        is_dense = METHODS.find(spec.method).is_baseline and spec.execute == "dense"
         dense = [] if is_dense else score_dense(plan, model, dense_sha256)
         # before pruning: the dense weights are overwritten in place
         references = collect_dense_logits(plan, model)
@@ -123,6 +124,7 @@ def _execute(plan: Plan) -> Result:
             allocation=build_allocation_block(spec, allocation),
             recovery=build_recovery_block(plan, pruned.recovered, pruned.trained),
             sparsity=build_sparsity_block(plan, pruned.measured, report, allocation),
+            quantization=build_quantization_block(plan, pruned.measured),
             scores=build_score_blocks([*outcomes, *diverged], [*dense, *map(at_dense, diverged)]),
             execution=execution,
             cost=build_cost_block(

@@ -166,8 +166,7 @@ def _seconds(
     # `outside` holds embedding and head; only the head multiplies, hence about half
     scoring = reading + scored * (products + sizes.outside / 2) / machine.flops
     stages = {"load": reading + sizes.total / machine.read_bytes}
-    dense = not METHODS.find(plan.spec.method).prunes
-    if not dense:
+    if not METHODS.find(plan.spec.method).is_baseline:
         stages["baseline"] = scoring
         stages["prune"] = 3 * reading + passes * tokens * products / machine.flops + solving
     if plan.recoverer is not None and work.recovers:

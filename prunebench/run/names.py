@@ -17,10 +17,11 @@ from prunebench.calibration.texts import check_text_name, placed
 from prunebench.errors import UsageError
 from prunebench.models.masks import require_masks_named
 from prunebench.models.source import CatalogEntry, ModelSource, find_model
+from prunebench.models.weight_grid import WHOLE_ROW
 from prunebench.options import options_of
 from prunebench.pruners import METHODS
 from prunebench.pruners.layer import DependsOnModel, Pruner
-from prunebench.pruners.protocol import Quantizes
+from prunebench.pruners.protocol import Quantizes, grid_of
 from prunebench.recovery import RECOVERERS, join_options, resolve_parts
 from prunebench.recovery.protocol import ModelRecoverer, Recoverer
 from prunebench.sparse24.backends.table import require_backend
@@ -113,6 +114,7 @@ def _resolve_method(
         raise UsageError(
             f"the method {spec.method} does not prune", fix="leave --sparsity out, or use 0"
         )
+    _require_whole_groups(pruner, sparsity)
     if spec.allocation != "uniform" and (sparsity.is_pattern or not row.prunes):
         raise UsageError(
             f"--allocation {spec.allocation} does not go with {spec.method} {sparsity}",
@@ -149,6 +151,23 @@ def _resolve_method(
     return pruner, allocator, sparsity, fields
 
 
+def _require_whole_groups(pruner: Pruner, sparsity: Sparsity) -> None:
+    """Refuse quantization groups that end inside a group of N:M."""
+    grid = grid_of(pruner)
+    if (
+        grid
+        and sparsity.group
+        and grid.group_size != WHOLE_ROW
+        and grid.group_size % sparsity.group
+    ):
+        raise UsageError(
+            f"group_size={grid.group_size} does not go with --sparsity {sparsity}",
+            where=f"a group of weights that share a grid would end between {sparsity.group} "
+            "weights of which some are kept",
+            fix=f"use a group_size that is divisible by {sparsity.group}",
+        )
+
+
 def _resolve_allocator(spec: RunSpec) -> tuple[Allocator | None, dict[str, Any]]:
     name = spec.allocation
     if name.startswith("file:"):
@@ -177,7 +196,7 @@ def _resolve_recoverers(
                 fix="as in --recover block",
             )
         return None, None, {}
-    if not METHODS.find(spec.method).prunes:
+    if METHODS.find(spec.method).is_baseline:
         raise UsageError(
             f"--recover {name} does not go with the method {spec.method}",
             where="nothing is pruned, so there is nothing to recover",
@@ -214,7 +233,8 @@ def _require_free_weights(spec: RunSpec, pruner: Pruner) -> None:
         raise UsageError(
             f"--recover {spec.recover} does not go with quantize_bits={pruner.quantize_bits}",
             where="training moves the kept weights off the grid that they were rounded to",
-            fix="leave --recover or --set quantize_bits out",
+            fix="leave --recover out"
+            + (", or --set quantize_bits" if METHODS.find(spec.method).prunes else ""),
         )
 
 

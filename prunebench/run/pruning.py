@@ -23,12 +23,19 @@ from prunebench.models.gradients import GradientNorms, gradient_norms
 from prunebench.models.hashing import hash_weights
 from prunebench.models.journal import RunJournal
 from prunebench.models.linears import Linear
-from prunebench.models.measure import Measured, measure_linear, require_met, require_total
+from prunebench.models.measure import (
+    Measured,
+    measure_linear,
+    require_met,
+    require_on_grid,
+    require_total,
+)
 from prunebench.models.pruned_block import RecoveredBlock, Recovery
 from prunebench.models.pruner_inputs import PrunerInputs
 from prunebench.models.walker import BlockWalker
+from prunebench.models.weight_grid import WeightGrid
 from prunebench.progress import Advance
-from prunebench.pruners.protocol import PruneReport
+from prunebench.pruners.protocol import PruneReport, grid_of
 from prunebench.pruners.training import CurvePoint
 from prunebench.recovery import THEN
 from prunebench.recovery.protocol import ModelRecovery
@@ -97,13 +104,16 @@ def prune_model(
         requested = layer_sparsities(plan.sparsity, allocation, linears)
         report, recovered = prune_linears(plan, model, requested)
     trained = recover_model(plan, model, dense)
+    grid = grid_of(plan.pruner)
     with plan.progress.stage("measure", detail="sparsity of every layer"):
-        sha256, measured = _hash_and_measure(model, linears, requested)
+        sha256, measured = _hash_and_measure(model, linears, requested, grid)
         # what was asked for is checked on the weights themselves, not on what the method
         # reports; zeros of the dense model may come on top
         beyond = zeros_beyond(report, recovered, trained)
         require_met(measured, zeros, requested, beyond=beyond)
         require_total(measured, zeros, plan.sparsity, beyond=beyond)
+        if grid:
+            require_on_grid(measured, grid)
     seconds = prune_seconds() - sum(block.seconds for block in recovered)
     return Pruned(allocation, report, recovered, trained, measured, sha256, seconds)
 
@@ -129,7 +139,10 @@ def hash_and_count_zeros(
 
 
 def _hash_and_measure(
-    model: nn.Module, linears: list[Linear], requested: dict[str, Sparsity]
+    model: nn.Module,
+    linears: list[Linear],
+    requested: dict[str, Sparsity],
+    grid: WeightGrid | None,
 ) -> tuple[str, list[Measured]]:
     """Return the hash of the pruned weights and the sparsity of every linear, in one pass."""
     measured: dict[str, Measured] = {}
@@ -137,7 +150,7 @@ def _hash_and_measure(
     def measure(index: int) -> None:
         for linear in linears:
             if linear.block_index == index:
-                measured[linear.name] = measure_linear(linear, requested[linear.name])
+                measured[linear.name] = measure_linear(linear, requested[linear.name], grid)
 
     sha256 = hash_weights(model, look=measure)
     # hashing goes by sorted names (block 10 before 2); the result lists layers in the model's order

@@ -23,9 +23,10 @@ from prunebench.evaluate.outcome import Outcome
 from prunebench.models.measure import Measured
 from prunebench.models.pruned_block import RecoveredBlock
 from prunebench.pruners import METHODS
-from prunebench.pruners.protocol import PruneReport
+from prunebench.pruners.protocol import PruneReport, grid_of
 from prunebench.recovery import describe
 from prunebench.recovery.protocol import ModelRecovery
+from prunebench.results.quantization_schema import QuantizationBlock
 from prunebench.results.recovery_schema import (
     BlockRow,
     DistillStep,
@@ -244,6 +245,21 @@ def build_sparsity_block(
             )
             for layer in measured
         ],
+    )
+
+
+def build_quantization_block(plan: Plan, measured: list[Measured]) -> QuantizationBlock | None:
+    """Describe the grid of quantized weights, after `require_on_grid` has checked it."""
+    grid = grid_of(plan.pruner)
+    if grid is None:
+        return None
+    linears = [layer.linear for layer in measured]
+    return QuantizationBlock(
+        bits=grid.bits,
+        group_size=grid.group_size,
+        symmetric=grid.symmetric,
+        groups=sum(grid.groups(linear.out_features, linear.in_features) for linear in linears),
+        exact=plan.spec.dtype == "float32",
     )
 
 

@@ -12,7 +12,7 @@ from prunebench.results.report.data import MAX_HEAT_RUNS, build_report
 from prunebench.results.report.figures import figures_of
 from prunebench.results.report.page import page_data, render_page
 from prunebench.results.selection import Selection
-from tests.factories import make_result, recovered
+from tests.factories import counted, make_result, recovered
 from tests.report_pages import (
     EVIL,
     Page,
@@ -144,9 +144,22 @@ def test_bytes_and_speed_can_be_set_against_quality_where_they_are_known():
     assert (first["bytes"], first["form"], first["decode"]) == (0.56, "2:4", 1.4)
     assert second["bytes"] == 0.56 and "decode" not in second and second["speed"] == "no GPU"
     (specs,) = data["charts"]["tradeOff"].values()
-    assert list(specs) == ["zeros", "bytes", "decode", "prefill"]
+    assert list(specs) == ["zeros", "decode", "prefill"]
     (plain,) = data_for([measured])["charts"]["tradeOff"].values()
     assert list(plain) == ["zeros"]
+
+
+def test_bytes_are_set_against_quality_and_rows_that_prune_nothing_have_no_zeros():
+    grid = {"bits": 4, "group_size": 100, "symmetric": False, "groups": 10_000, "exact": True}
+    quantized = counted(make_result(method="gptq", sparsity="0", value=25.0, realised=0.1))
+    quantized = type(quantized).model_validate({**quantized.model_dump(), "quantization": grid})
+    data = data_for([quantized, counted(make_result(sparsity="2:4", value=90.0))])
+    _, first, second = data["models"][0]["rows"]
+    assert (first["size"], first["stored"], first["name"]) == (0.3854, "INT4", "gptq INT4")
+    assert (second["size"], second["stored"], second["zeros"]) == (0.6354, "2:4", 0.5)
+    assert "zeros" not in first
+    (specs,) = data["charts"]["tradeOff"].values()
+    assert list(specs) == ["zeros", "size"]
 
 
 def test_two_protocols_are_two_columns_that_share_no_row():

@@ -14,6 +14,7 @@ from prunebench.results.published import PublishedValue
 from prunebench.results.report.data import build_report
 from prunebench.results.report.page import render_page
 from prunebench.results.store import ResultStore
+from tests.factories import counted
 from tests.report_pages import EVIL, generated, mixed, with_training
 
 pytestmark = pytest.mark.browser
@@ -215,7 +216,7 @@ def test_all_settings_show_every_column(browser):
 def test_bytes_and_published_values_where_they_are_known(chromium, tmp_path):
     from tests.results.test_report import bench_of
 
-    results = mixed()
+    results = [counted(result) for result in mixed()]
     values = [PublishedValue("wanda", "m", "0.6", "token_ppl", WIKI, 33.3, "T 2")]
     benches = {result.id: bench_of(result) for result in results}
     report = build_report(

@@ -71,9 +71,9 @@ def test_the_pareto_front_by_hand():
 
 
 def test_the_front_of_accuracies_and_of_bytes_turn_around():
-    rows = [row("a", 0.5, 0.6, bytes=0.6), row("b", 0.5, 0.5, bytes=0.5), row("c", 0.6, 0.4)]
-    rows[2]["bytes"] = 0.7  # more bytes and worse
-    svg = trade_off(rows, against="bytes", log=False, higher_is_better=True)
+    rows = [row("a", 0.5, 0.6, size=0.6), row("b", 0.5, 0.5, size=0.5), row("c", 0.6, 0.4)]
+    rows[2]["size"] = 0.7  # more bytes and worse
+    svg = trade_off(rows, against="size", log=False, higher_is_better=True)
     assert len(path_of(svg, LIGHT["front"])) == 2
     svg = trade_off(rows, log=False, higher_is_better=True)
     assert len(path_of(svg, LIGHT["front"])) == 2  # a and c: b is beaten at the same zeros

@@ -32,7 +32,7 @@ _DODGE = 10  # pixels between points that would hide each other
 _SPREAD = 36  # pixels that they take together at most
 X_AXES = {
     "zeros": ("share of zeros", "%"),
-    "bytes": ("bytes, of the dense model's", "~g"),
+    "size": ("bytes, of the dense model's in 16 bits", "~g"),
     "decode": ("decode speed, times dense", "~g"),
     "prefill": ("prefill speed, times dense", "~g"),
 }
@@ -46,7 +46,7 @@ X_AXES = {
 def trade_off(
     metric: str, methods: tuple[str, ...], *, against: str, log: bool, higher_is_better: bool
 ) -> Spec:
-    """Draw a score against zeros, bytes or speed, with dense, errors and the Pareto front.
+    """Draw a score against zeros, size or speed, with dense, errors and the Pareto front.
 
     Rows need `method`, `name`, `text`, `shown`, `low`, `high`, `pattern`, `best` and the
     field `against`.
@@ -198,7 +198,7 @@ def _on_front(chart: alt.Chart, against: str, *, higher_is_better: bool) -> Any:
     import altair as alt
 
     # fewer bytes are better, more zeros and more speed are
-    order: Any = "ascending" if against == "bytes" else "descending"
+    order: Any = "ascending" if against == "size" else "descending"
     return (
         chart.transform_filter(f"isValid(datum.{against}) && !datum.beyond")
         # ratios are rounded to 0.1%, as the realised ratios of one target differ a little

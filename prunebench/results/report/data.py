@@ -52,11 +52,11 @@ class Row:
 
     @property
     def name(self) -> str:
-        """Method, sparsity and settings."""
+        """Method, target and settings."""
         if self.cell.method == "dense":
             return self.label
         setting = f" ({self.setting})" if self.setting else ""
-        return f"{self.cell.method} {self.cell.sparsity}{setting}"
+        return f"{self.cell.method} {self.cell.target}{setting}"
 
 
 @dataclass(frozen=True)

@@ -129,10 +129,10 @@ const percent = (ratio) => (ratio === undefined ? "-" : `${(100 * ratio).toFixed
 const scoreColumns = () => [
   ["row", (row) => row.name], ["zeros", (row) => percent(row.zeros)],
   [column().title, (row) => row.text], ["against dense", (row) => row.relative],
-  ["bytes", (row) => row.bytes], ["decode", (row) => row.decode], ["seeds", (row) => row.seeds],
+  ["size", (row) => row.size], ["decode", (row) => row.decode], ["seeds", (row) => row.seeds],
   ["source", (row) => row.source],
 ].filter(([name]) => (name !== "source" || published().length)
-  && (!["bytes", "decode"].includes(name) || rows.some((row) => row[name] !== undefined)));
+  && (!["size", "decode"].includes(name) || rows.some((row) => row[name] !== undefined)));
 const published = () => (model().published[state.column] ?? []).filter(passes);
 
 function showCharts() {
@@ -322,6 +322,7 @@ function columnsOf() {
     { ...numeric(column().title, scoreText, (row) => row.value, scoreNode), hint: column().id },
     numeric("against dense", (row) => row.relative, (row) => row.value),
     numeric("zeros", (row) => (row.method === "dense" ? undefined : percent(row.zeros)), (row) => (row.method === "dense" ? undefined : row.zeros)),
+    ...(has("size") ? [{ ...numeric("size", (row) => row.size && `${row.size.toFixed(3)} (${row.stored})`, (row) => row.size), hint: "bytes beside the dense model's in 16 bits, computed" }] : []),
     ...(has("bytes") ? [numeric("bytes", (row) => row.bytes && `${row.bytes.toFixed(3)} (${row.form})`, (row) => row.bytes)] : []),
     ...(has("bytes") ? ["decode", "prefill"].map((name) => numeric(name, times(name), (row) => row[name])) : []),
     numeric("prune", (row) => (row.seconds === undefined ? undefined : costText("seconds", row.seconds)), (row) => row.seconds),

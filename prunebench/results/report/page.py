@@ -115,11 +115,11 @@ def _scores(part: ModelPart, column: str) -> list[Any]:
 
 
 def axes_of(part: ModelPart) -> list[str]:
-    """Return what quality can be set against: zeros, and bytes and speed where any is there."""
+    """Return what quality can be set against: zeros and bytes, and speed where any is there."""
     benches = [row.cell.bench for row in part.rows if row.cell.bench]
     present = {
         "zeros": True,
-        "bytes": bool(benches),
+        "size": any(row.cell.size for row in part.rows if row.cell.method != "dense"),
         "decode": any(bench.decode for bench in benches),
         "prefill": any(bench.prefill for bench in benches),
     }
