@@ -19,8 +19,8 @@ from prunebench.sparse24.backends.protocol import MIN_CAPABILITY
 
 NEEDED = {
     "numpy": "numpy", "jaxtyping": "jaxtyping", "safetensors": "safetensors", "tqdm": "tqdm",
-    "filelock": "filelock",    "huggingface_hub": "huggingface_hub", "tokenizers": "tokenizers", "psutil": "psutil",
-    "transformers": "transformers", "greenlet": "greenlet", "pydantic": "pydantic",
+    "huggingface_hub": "huggingface_hub", "tokenizers": "tokenizers", "psutil": "psutil",
+    "filelock": "filelock", "transformers": "transformers", "greenlet": "greenlet", "pydantic": "pydantic",
     "pydantic_core": "pydantic-core", "annotated_types": "annotated-types",
     "typing_inspection": "typing-inspection", "platformdirs": "platformdirs",
 }  # fmt: skip
