@@ -17,12 +17,13 @@ from prunebench.bench.environment import clocks, environment
 from prunebench.bench.timing import interleaved
 from prunebench.sparse24.backends.protocol import MIN_CAPABILITY
 
-NEEDED = {
-    "numpy": "numpy", "jaxtyping": "jaxtyping", "safetensors": "safetensors", "tqdm": "tqdm",
-    "huggingface_hub": "huggingface_hub", "tokenizers": "tokenizers", "psutil": "psutil",
-    "filelock": "filelock", "transformers": "transformers", "greenlet": "greenlet", "pydantic": "pydantic",
+_SAME_NAME = (
+    "numpy", "jaxtyping", "safetensors", "tqdm", "huggingface_hub", "tokenizers", "psutil",
+    "filelock", "transformers", "greenlet", "pydantic", "platformdirs",
+)  # fmt: skip
+NEEDED = {name: name for name in _SAME_NAME} | {
     "pydantic_core": "pydantic-core", "annotated_types": "annotated-types",
-    "typing_inspection": "typing-inspection", "platformdirs": "platformdirs",
+    "typing_inspection": "typing-inspection",
 }  # fmt: skip
 """Modules that the parts import, and the packages that they come in."""
 
