@@ -42,5 +42,5 @@ PARTS = (
     _part("pruning", "Wanda, SparseGPT, ALPS, GBLM at 7B shapes, by stage", 100, "pruning:run"),
     _part("maskllm", "a step of MaskLLM at 7B shapes against a dense one", 90, "maskllm:run"),
     _part("memory", "disk prefetch, and batches that are halved out of memory", 30, "memory:run"),
-    _part("after", "clocks after the run", 10, "machine:after"),
+    _part("after", "clocks after the run", 15, "machine:after"),
 )
