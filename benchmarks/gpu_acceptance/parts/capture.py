@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 
@@ -33,7 +34,7 @@ def run(record: Recorder) -> None:
                     layout: WeightLayout = backend.layout(packed) or FileLayout(packed)
                     product = backend.build(layout)
                     x = torch.randn(tokens, size[1], device=record.device, dtype=torch.bfloat16)
-                    why = _replayed(lambda p=product, x=x: p.run(x, None), record.device)
+                    why = _replayed(partial(product.run, x, None), record.device)
                     record.add("capture", backend=name, tokens=tokens, works=not why, why=why)
 
 
