@@ -8,6 +8,7 @@ ONLY ?=
 TORCH_INDEX ?=
 RESULTS ?= reproduced
 DEMO ?= demo
+GPU_JSON ?= benchmarks/gpu.json
 BIN := $(VENV)/bin
 RUN := $(BIN)/prunebench run --calibration c4@wheel --within-block sequential --results-dir $(DEMO)
 LEARN := $(BIN)/prunebench run --method maskllm --sparsity 2:4 --calibration c4@wheel --calibration-samples 32 --seqlen 512 --ppl-seqlen 512
@@ -15,7 +16,7 @@ LEARN := $(BIN)/prunebench run --method maskllm --sparsity 2:4 --calibration c4@
 REPRODUCE := $(addprefix reproduce-,laptop allocation domain equal-bytes recovery wanda sparsegpt gblm alps scheduler maskllm maskllm-laptop)
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-real test-browser test-cluster lint check docs site bench bench-gpu bench-gpu-report bench-maskllm-gpu clean reproduce-transfer $(REPRODUCE)
+.PHONY: help install demo test test-real test-browser test-cluster lint check docs site bench gpu-acceptance gpu-acceptance-report clean reproduce-transfer $(REPRODUCE)
 
 help:  ## say what there is
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 32
@@ -74,14 +75,11 @@ $(BIN)/.site: $(BIN)/.installed
 bench: install  ## measure every promised figure (ONLY=name for some)
 	$(BIN)/python -m benchmarks --only "$(ONLY)"
 
-bench-maskllm-gpu: install  ## a MaskLLM step at LLaMA-2-7B's size on a CUDA GPU (minutes)
-	$(BIN)/python -m benchmarks.scripts.maskllm_gpu
+gpu-acceptance: install  ## what is promised on a GPU, on one GPU, nine minutes (ONLY=part, GPU_JSON=file)
+	$(BIN)/python -m benchmarks.gpu_acceptance $(GPU_JSON) --only "$(ONLY)"
 
-bench-gpu: install  ## every figure of real 2:4 on one GPU, under ten minutes, into benchmarks/gpu.json
-	$(BIN)/python -m benchmarks.scripts.gpu -o benchmarks/gpu.json
-
-bench-gpu-report: install  ## the table of the last make bench-gpu, against what is promised
-	$(BIN)/python -m benchmarks.scripts.gpu_report benchmarks/gpu.json
+gpu-acceptance-report: install  ## the table of the last make gpu-acceptance, against what is promised
+	$(BIN)/python -m benchmarks.gpu_acceptance.report $(GPU_JSON)
 
 reproduce-laptop:  ## the one-shot methods on the default model, an hour on two cores (RESULTS=folder)
 reproduce-allocation:  ## how the ratio is spread over the layers, on the default model, an hour and a half

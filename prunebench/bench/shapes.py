@@ -1,4 +1,4 @@
-"""The layer shapes of the benchmark, and the target speedups (H200, bfloat16)."""
+"""The layer shapes of the benchmark."""
 
 from __future__ import annotations
 
@@ -44,45 +44,3 @@ CPU_TOKENS = (1, 4, 8, 64)
 CROSSOVER_TOKENS = (512, 8192)
 MOST_BYTES_A_SECOND = 4.5e12
 """Above this the cache was measured: an H200's memory bandwidth is lower."""
-
-
-@dataclass(frozen=True)
-class Promise:
-    """Target and minimum of a speedup over the best dense product on an H200."""
-
-    target: float
-    floor: float
-
-
-_DECODE = {
-    (4096, 4096): Promise(1.30, 1.10),
-    (11008, 4096): Promise(1.45, 1.25),
-    (4096, 11008): Promise(1.45, 1.25),
-    (12288, 4096): Promise(1.50, 1.30),
-    (22016, 4096): Promise(1.50, 1.30),
-}
-_LARGE = Promise(1.60, 1.40)
-END_TO_END = {"decode": Promise(1.38, 1.22), "prefill": Promise(1.20, 1.05)}
-RESIDENT = Promise(0.585, 0.60)
-MENDED_LIBRARY = 801
-"""cuSPARSELt 0.8.1; 0.8.0 is slow on Hopper."""
-
-
-def promise(rows: int, width: int, tokens: int, library: int | None) -> Promise | None:
-    """Return the target speedup of a layer for a number of tokens; None if there is none.
-
-    Args:
-        rows: Outputs.
-        width: Inputs.
-        tokens: Number of tokens.
-        library: The version of cuSPARSELt, 801 for 0.8.1; None without it.
-    """
-    decode = _DECODE.get((rows, width), _LARGE if rows * width >= 12288 * 12288 else None)
-    # Up to 4 tokens our kernel reads the packed weights; more have none, and nothing is promised.
-    if tokens == 1:
-        return decode
-    if tokens == 2048:
-        # Many tokens run in cuSPARSELt, whose version decides.
-        mended = library is not None and library >= MENDED_LIBRARY
-        return Promise(1.30, 1.15) if mended else Promise(0.88, 0.82)
-    return None

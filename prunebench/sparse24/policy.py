@@ -6,7 +6,7 @@ and bucket of tokens; or in `measured.json`, the table of known devices that com
 Elsewhere the weight stays packed for its memory, and no speed is claimed: `decompress` unpacks it
 for each product on a GPU. `--backend` overrides the choice.
 
-The cache's modules are imported inside the methods that use them: `benchmarks/scripts/gpu.py`
+The cache's modules are imported inside the methods that use them: `benchmarks/gpu_acceptance`
 chooses backends on machines that have torch and little else.
 """
 

@@ -6,8 +6,6 @@ import io
 import json
 import math
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -16,11 +14,10 @@ from safetensors.torch import load_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.fixtures.shaped import TINY, Decoder, Weights
-from benchmarks.scripts import gpu, gpu_report
 from prunebench.bench.layers import LayerBench, random_packed
 from prunebench.bench.model import Decoder as ModelDecoder
 from prunebench.bench.model import measure_decode, measure_prefill, same_tokens
-from prunebench.bench.shapes import SHAPES, LayerShape, promise
+from prunebench.bench.shapes import SHAPES, LayerShape
 from prunebench.bench.timing import DryClock, Timings, interleaved
 from prunebench.models.linears import find_linears
 from prunebench.results.bench_schema import read_benches
@@ -80,15 +77,7 @@ def test_a_slow_down_is_a_ratio_below_one():
     assert dataclasses.astuple(timings.ratio("dense", "packed")) == (0.4, 0.25, 0.5, 3)
 
 
-def test_promises_follow_the_shape_the_tokens_and_the_library():
-    assert promise(11008, 4096, 1, 801).target == 1.45
-    assert promise(11008, 4096, 8, 801) is None
-    assert promise(57344, 14336, 1, 801).floor == 1.40
-    assert (promise(4096, 4096, 2048, 801).target, promise(4096, 4096, 2048, 800).floor) == (
-        1.3,
-        0.82,
-    )
-    assert promise(4096, 4096, 512, 801) is None
+def test_no_shape_is_measured_twice():
     assert len({(shape.rows, shape.width) for shape in SHAPES}) == 11
 
 
@@ -264,49 +253,6 @@ def test_the_decoder_of_make_bench_gpu_attends_to_what_it_decoded():
     stepped = decoder._forward(decoder.token, causal=False)
     whole = Decoder(weights, blocks, batch=2, room=16).prefill(ids)
     assert torch.allclose(stepped.float(), whole.float(), rtol=0.05, atol=0.05)
-
-
-# ---------------------------------------------------------------- make bench-gpu
-
-
-def test_make_bench_gpu_in_a_dry_mode(tmp_path, capsys):
-    path = tmp_path / "gpu.json"
-    assert gpu.main(["--dry", "-o", str(path)]) == 0
-    document = json.loads(path.read_text())
-    assert document["speed"] == "not measured (no CUDA device)"
-    assert all(row["numerics_hold"] and row["ratio"] is None for row in document["layers"])
-    assert len(document["layers"]) == 6
-    assert document["model"]["same_greedy_tokens"] == 1.0
-    assert all(case["ratio"] is None for case in document["model"]["cases"])
-    assert gpu_report.main([str(path)]) == 0
-    out = capsys.readouterr().out
-    assert out.count("not measured") >= 9 and "held" not in out
-
-
-def test_the_report_says_what_is_held_and_what_is_not(tmp_path, capsys):
-    document = json.loads((Path(__file__).parents[1] / "data" / "gpu_example.json").read_text())
-    lines = "\n".join(gpu_report.lines(document))
-    assert "1.47 (1.44-1.49) target 1.45 held" in lines
-    assert "1.20 (1.19-1.21) under target 1.30" in lines
-    assert "0.70 (0.69-0.71) UNDER FLOOR 1.40" in lines
-    assert "the cache was measured" in lines and "WRONG NUMBERS" in lines
-    assert "not measured: no time left in the budget" in lines
-    assert gpu_report.main([str(tmp_path / "none.json")]) == 2
-
-
-def test_make_bench_gpu_needs_torch_and_little_else():
-    """The machines with GPUs have no lm-eval, datasets, pydantic or platformdirs."""
-    missing = ("lm_eval", "datasets", "pydantic", "platformdirs", "accelerate")
-    code = f"import sys\nsys.modules.update(dict.fromkeys({missing}))\n"
-    code += "import benchmarks.scripts.gpu, benchmarks.scripts.gpu_report\n"
-    root = Path(__file__).parents[2]
-    subprocess.run([sys.executable, "-c", code], check=True, cwd=root)
-
-
-def test_make_bench_gpu_without_a_gpu(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert gpu.main(["-o", str(tmp_path / "gpu.json")]) == 3
-    assert "not measured (no CUDA device)" in capsys.readouterr().err
 
 
 # ---------------------------------------------------------------- prunebench bench

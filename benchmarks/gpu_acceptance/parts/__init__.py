@@ -1,0 +1,1 @@
+"""The parts: each has a function that takes a `Recorder` and measures."""
