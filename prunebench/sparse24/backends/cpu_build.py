@@ -166,7 +166,7 @@ def find_compiler() -> list[str]:
 
 def library_folder() -> Path:
     """Return where compiled kernels are cached."""
-    # Imported here: `benchmarks/scripts/gpu.py` runs on machines that have torch and little else.
+    # Imported here: `benchmarks.gpu_acceptance` runs on machines that have torch and little else.
     from prunebench.files import cache_dir
 
     return cache_dir() / "kernels"
