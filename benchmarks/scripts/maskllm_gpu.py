@@ -180,7 +180,7 @@ class Bench:
         method = MaskLLM(preset="paper", prior="scratch", **options)
         walker = BlockWalker(self.model)
         learner = method.filled().learner(walker, None, candidates(2, 4), Shards())
-        figures = []
+        figures: list[Figure] = []
         with plain_inference(self.model), torch.enable_grad():
             learner._backward.prepare(self.windows[:1, :128])
             learner.batch = 1

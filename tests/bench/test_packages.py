@@ -1,6 +1,7 @@
 """Scripts for GPU machines say at their start which packages are missing."""
 
 import ast
+import json
 import sys
 
 import pytest
@@ -78,3 +79,15 @@ def test_missing_packages_are_named_in_one_line_before_a_model_is_built(monkeypa
 def test_nothing_is_said_where_all_is_there(capsys):
     packages.require_packages(packages.PRUNING, program="this test")
     assert capsys.readouterr().err == ""
+
+
+def test_a_step_is_measured_at_one_window_and_at_all(monkeypatch, tmp_path):
+    target = tmp_path / "steps.json"
+    line = "maskllm_gpu --shape tiny --layers 1 --device cpu --tokens 16 --windows 3 --out"
+    monkeypatch.setattr(sys, "argv", [*line.split(), str(target)])
+    assert maskllm_gpu.main() == 0
+    figures = {row["name"]: row for row in json.loads(target.read_text("utf-8"))["figures"]}
+    for variant in maskllm_gpu.VARIANTS:
+        for count in (1, 3):
+            assert figures[f"maskllm-{variant}-ratio-{count}"]["limit"] is None  # not the real size
+    assert figures["dense-step-3"]["unit"] == "s"

@@ -42,7 +42,7 @@ class FakeCuda(contextlib.ExitStack):
 
     def __init__(self) -> None:
         super().__init__()
-        self.mode = FakeTensorMode(allow_non_fake_inputs=True)
+        self.mode = _Mode(allow_non_fake_inputs=True)
         self.reads: Counter[tuple[str, str]] = Counter()
         self.operations = 0
         self.capturing = False
@@ -53,6 +53,8 @@ class FakeCuda(contextlib.ExitStack):
             self.enter_context(mock.patch.object(torch.cuda, name, value, create=True))
         self.enter_context(mock.patch.object(torch.Tensor, "data_ptr", _address))
         self.enter_context(mock.patch.object(torch.Tensor, "numpy", _numpy))
+        for name in ("__getitem__", "__setitem__"):
+            self.enter_context(mock.patch.object(torch.Tensor, name, _with_lists(name)))
         # it would allocate memory on the device
         self.enter_context(mock.patch.object(fake_tensor, "init_gpu_context", lambda device: None))
         self.enter_context(self.mode)
@@ -91,6 +93,12 @@ def _tensors(model: nn.Module) -> Any:
                     yield owner, name, tensor, made
 
 
+class _Mode(FakeTensorMode):
+    """Copies no constant to a device that is not there, although `torch.cuda` is available."""
+
+    avoid_device_init = True
+
+
 class _Watch(TorchDispatchMode):
     """Sees every operation before FakeTensorMode, and answers for those that need data."""
 
@@ -126,7 +134,9 @@ class _Watch(TorchDispatchMode):
         if not isinstance(source, Tensor):
             return
         ends = source.device.type, out.device.type
-        if hasattr(source, "host_value") and ends[0] == ends[1]:
+        if isinstance(source, FakeTensor) and source.constant is not None and out.numel() == 1:
+            out.host_value = source.constant.item()
+        elif hasattr(source, "host_value"):
             out.host_value = source.host_value
         if ends == ("cuda", "cpu"):
             self.fake.note("copy to the host")
@@ -206,18 +216,6 @@ def _index_put(fake: FakeCuda, func: Any, args: Any, kwargs: Any) -> Any:
     return NotImplemented
 
 
-def _to_copy(fake: FakeCuda, func: Any, args: Any, kwargs: Any) -> Any:
-    """Of a constant to a device: FakeTensorMode would compute it there."""
-    (tensor,), device = args, kwargs.get("device")
-    if tensor.constant is None or device is None or device.type == "cpu":
-        return NotImplemented
-    fake.note("copy from the host")
-    copy = torch.empty(tensor.shape, dtype=kwargs.get("dtype") or tensor.dtype, device=device)
-    if tensor.numel() == 1:
-        copy.host_value = tensor.constant.item()
-    return copy
-
-
 def _bincount(fake: FakeCuda, func: Any, args: Any, kwargs: Any) -> Any:
     fake.note("shape")
     least = args[2] if len(args) > 2 else kwargs.get("minlength", 0)
@@ -232,7 +230,6 @@ _ANSWERS = {
     aten.index_put_: _index_put,
     aten._index_put_impl_: _index_put,
     aten.bincount: _bincount,
-    aten._to_copy: _to_copy,
 }
 
 
@@ -245,6 +242,24 @@ def _address(tensor: Tensor) -> int:
 
 
 _STORAGES: dict[int, int] = {}
+
+
+def _with_lists(name: str) -> Any:
+    """Stand in for indexing: torch copies a list of places to the device unseen by any mode."""
+    plain = getattr(torch._C.TensorBase, name)
+
+    def indexed(tensor: Tensor, index: Any, *value: Any) -> Any:
+        if isinstance(tensor, FakeTensor):
+            if isinstance(index, tuple):
+                index = tuple(_places(each, tensor) for each in index)
+            index = _places(index, tensor)
+        return plain(tensor, index, *value)
+
+    return indexed
+
+
+def _places(index: Any, tensor: Tensor) -> Any:
+    return torch.tensor(index, device=tensor.device) if isinstance(index, list) else index
 
 
 def _numpy(tensor: Tensor) -> Any:
