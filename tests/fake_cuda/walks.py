@@ -143,8 +143,9 @@ def distill(fake, rank) -> None:
 def packed(fake, model, backend) -> Conversion:
     """Convert a model to packed 2:4 weights."""
     policy = Policy(torch.device("cuda:0"), None if backend == "policy" else backend)
-    conversion = convert(model, find_linears(model), policy=policy, strict=True)
-    assert len(conversion.layers) == len(find_linears(model)) or conversion.layers
+    linears = find_linears(model)
+    conversion = convert(model, linears, policy=policy, strict=True)
+    assert len(conversion.layers) == sum(linear.expert is None for linear in linears)
     return conversion
 
 
