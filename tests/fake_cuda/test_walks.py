@@ -25,19 +25,13 @@ MUST_FAIL = {
     "host_read_in_a_graph": "not permitted when stream is capturing: number",
 }
 QUICK = [
-    *(f"prune/llama/{method}/2:4/joint/1" for method in ("magnitude", "wanda", "alps", "gblm")),
+    *(f"prune/llama/{method}/2:4/joint/1" for method in ("wanda", "gblm")),
+    *(f"prune/llama/{method}/0.5/joint/1" for method in ("magnitude", "random")),
     "prune/llama/sparsegpt/2:4/joint/2",
-    "prune/llama/ria/0.5/sequential/2",
-    "prune/llama/gptq/0/joint/1",
-    "maskllm/bfloat16/int8",
+    "maskllm/float32/float32",
     "block/llama/joint/1",
     "distill/0",
-    "score/llama/policy",
-    "score/llama/triton",
-    "decode/llama/dense/1",
-    "decode/llama/policy/8",
-    "decode/llama/triton/1",
-    "decode/opt/dense/2",
+    "decode/llama/dense/2",
 ]
 NO_DATA = ("random", "magnitude")  # no calibration, so one order and one GPU
 PATTERNS = {"gptq": ("0",), "maskllm": ("2:4",)}
@@ -62,10 +56,13 @@ MODELS = {
     for architecture in ARCHITECTURES
 }
 TRAINING = [
-    "maskllm/float32/float32", "maskllm/float32/bfloat16", "distill/4",
+    "maskllm/bfloat16/int8", "maskllm/float32/bfloat16", "distill/4",
     "block/llama/sequential/2", "block/gpt2/joint/2",
 ]  # fmt: skip
-KERNELS = [f"decode/llama/{name}/{batch}" for name in ("triton", "decompress") for batch in (1, 8)]
+PACKED = [
+    *(f"score/{architecture}/triton" for architecture in ("llama", "gpt2")),
+    *(f"decode/llama/{name}/{batch}" for name in ("policy", "triton") for batch in (1, 8)),
+]
 
 
 @functools.cache
@@ -125,6 +122,6 @@ def test_every_architecture(architecture):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("cases", [TRAINING, KERNELS], ids=["training", "kernels"])
-def test_trainings_and_kernels(cases):
+@pytest.mark.parametrize("cases", [TRAINING, PACKED], ids=["training", "packed"])
+def test_trainings_and_packed_layers(cases):
     assert not failures(cases)
