@@ -153,12 +153,14 @@ class Bench:
 
     def _dense_step(self, count: int) -> None:
         """Forward and backward of some windows with weight gradients of the linears."""
+        import torch
+
         from prunebench.models.linears import find_linears
 
         linears = find_linears(self.model)
         for linear in linears:
             linear.module.weight.requires_grad_(True)
-        for window in self.windows[:count].split(1):
+        for window in torch.split(self.windows[:count], 1):
             self.model(input_ids=window, labels=window, use_cache=False).loss.backward()
         for linear in linears:
             linear.module.weight.requires_grad_(False)

@@ -31,7 +31,12 @@ QUICK = [
     "maskllm/float32/float32",
     "block/llama/joint/1",
     "distill/0",
+    "prune/llama/ria/0.5/sequential/2",
+    "score/llama/policy",
     "decode/llama/dense/2",
+    "decode/llama/policy/8",
+    "decode/llama/triton/1",
+    "decode/opt/dense/2",
 ]
 NO_DATA = ("random", "magnitude")  # no calibration, so one order and one GPU
 PATTERNS = {"gptq": ("0",), "maskllm": ("2:4",)}
