@@ -235,7 +235,7 @@ def _prune_block(
 ) -> Float[Tensor, "size outputs"]:
     """Prune one block of columns in place, in order; return their errors e."""
     errors = torch.empty_like(block)
-    scales = (1 / upper.diagonal()).tolist()
+    scales = 1 / upper.diagonal()  # [size]; it stays on the device: a copy to the host would wait
     patterns = [part for part in parts if part.sparsity.group is not None]
     width = min(rounder.width, len(block)) if rounder else len(block)
     for first, last in _chunks(len(block), width, inner):
@@ -258,14 +258,14 @@ def _prune_block(
     return errors
 
 
-def _keep_groups(block: Tensor, keep: Tensor, scales: list[float], j: int, part: _Part) -> None:
+def _keep_groups(block: Tensor, keep: Tensor, scales: Tensor, j: int, part: _Part) -> None:
     """If an N:M group begins at column j, choose its kept weights from their updated values."""
     # Chosen here and not once per block: the columns before j have already changed these weights.
     group, kept = part.sparsity.group, part.sparsity.kept
     if group is None or kept is None or j % group:
         return
-    scale = torch.tensor(scales[j : j + group], device=block.device)
-    score = block[j : j + group, part.outputs].abs().mul_(scale[:, None])  # [M, out]
+    scale = scales[j : j + group, None]  # [M, 1]
+    score = block[j : j + group, part.outputs].abs().mul_(scale)  # [M, out]
     keep[j : j + group, part.outputs] = keep_group(score, kept=kept)
 
 

@@ -8,7 +8,7 @@ Values are not computed: see `device.FakeCuda` for what the host reads.
 The library is registered for a whole process, so it is loaded in processes of their own:
 
     python -m tests.fake_cuda.walks llama/wanda/2:4/joint/1      walks, one JSON line each
-    python -m tests.fake_cuda benchmarks.scripts.gpu --dry       any module, as `python -m` runs it
+    python -m tests.fake_cuda benchmarks.gpu_acceptance.child NAME TARGET LOG 600 --dry  any module, as `python -m` runs it
 
 In a script of your own: `load()` before `import torch`, then `with FakeCuda() as fake:`.
 """
@@ -27,6 +27,7 @@ import tempfile
 from pathlib import Path
 
 SOURCE = Path(__file__).with_name("guard.cpp")
+ROOT = Path(__file__).parents[2]
 
 
 def library() -> Path:
@@ -47,9 +48,10 @@ def library() -> Path:
     folder.mkdir(mode=0o700, exist_ok=True)
     # another process may compile it at the same time: the last one to rename wins
     part = target.with_suffix(f".{os.getpid()}.so")
+    headers, libraries = torch / "include", torch / "lib"
     line = [
-        compiler, "-std=c++20", "-shared", "-fPIC", "-O0", f"-I{torch / 'include'}", str(SOURCE),
-        "-o", str(part), f"-L{torch / 'lib'}", "-lc10", "-ltorch_cpu", f"-Wl,-rpath,{torch / 'lib'}",
+        compiler, "-std=c++20", "-shared", "-fPIC", "-O0", f"-I{headers}", str(SOURCE),
+        "-o", str(part), f"-L{libraries}", "-lc10", "-ltorch_cpu", f"-Wl,-rpath,{libraries}",
     ]  # fmt: skip
     done = subprocess.run(line, capture_output=True, text=True)
     if done.returncode:

@@ -5,10 +5,15 @@ import sys
 
 from tests.fake_cuda import load
 
-load()
 
-from tests.fake_cuda.device import FakeCuda  # noqa: E402: torch comes after the library
+def main() -> None:
+    load()
+    from tests.fake_cuda.device import FakeCuda  # with torch: after the library
 
-sys.argv = sys.argv[1:]
-with FakeCuda():
-    runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
+    sys.argv = sys.argv[1:]
+    with FakeCuda():
+        runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
+
+
+if __name__ == "__main__":
+    main()

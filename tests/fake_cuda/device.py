@@ -20,7 +20,8 @@ from torch._subclasses import fake_tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-ROOT = Path(__file__).parents[2]
+from tests.fake_cuda import ROOT
+
 OURS = tuple(str(ROOT / folder) + "/" for folder in ("prunebench", "benchmarks"))
 DEVICES = 2
 aten = torch.ops.aten
@@ -41,7 +42,7 @@ class FakeCuda(contextlib.ExitStack):
 
     def __init__(self) -> None:
         super().__init__()
-        self.mode = FakeTensorMode(allow_non_fake_inputs=True)
+        self.mode = _Mode(allow_non_fake_inputs=True)
         self.reads: Counter[tuple[str, str]] = Counter()
         self.operations = 0
         self.capturing = False
@@ -50,6 +51,10 @@ class FakeCuda(contextlib.ExitStack):
         super().__enter__()
         for name, value in _cuda(self).items():
             self.enter_context(mock.patch.object(torch.cuda, name, value, create=True))
+        self.enter_context(mock.patch.object(torch.Tensor, "data_ptr", _address))
+        self.enter_context(mock.patch.object(torch.Tensor, "numpy", _numpy))
+        for name in ("__getitem__", "__setitem__"):
+            self.enter_context(mock.patch.object(torch.Tensor, name, _with_lists(name)))
         # it would allocate memory on the device
         self.enter_context(mock.patch.object(fake_tensor, "init_gpu_context", lambda device: None))
         self.enter_context(self.mode)
@@ -63,7 +68,7 @@ class FakeCuda(contextlib.ExitStack):
         self.reads[_place(), what] += 1
 
     def model(self, model: nn.Module, *, dtype: torch.dtype, device: str = "cuda:0") -> nn.Module:
-        """Replace the parameters and buffers of a model by fake ones on a device; tied stay tied."""
+        """Replace parameters and buffers by fake ones on a device; what is tied stays tied."""
         with self.mode:
             for owner, name, tensor, made in _tensors(model):
                 kind = dtype if tensor.dtype.is_floating_point else tensor.dtype
@@ -88,6 +93,12 @@ def _tensors(model: nn.Module) -> Any:
                     yield owner, name, tensor, made
 
 
+class _Mode(FakeTensorMode):
+    """Copies no constant to a device that is not there, although `torch.cuda` is available."""
+
+    avoid_device_init = True
+
+
 class _Watch(TorchDispatchMode):
     """Sees every operation before FakeTensorMode, and answers for those that need data."""
 
@@ -98,6 +109,11 @@ class _Watch(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         self.fake.operations += 1
+        if func.overloadpacket in _ONE_DTYPE:
+            _require_one_dtype(func, args, kwargs)
+        if func is aten._local_scalar_dense.default and not isinstance(args[0], FakeTensor):
+            with fake_tensor.unset_fake_temporarily():
+                return func(*args)  # of a real tensor on the CPU
         answer = _ANSWERS.get(func.overloadpacket)
         if answer is not None and args and isinstance(args[0], FakeTensor):
             value = answer(self.fake, func, args, kwargs)
@@ -118,7 +134,9 @@ class _Watch(TorchDispatchMode):
         if not isinstance(source, Tensor):
             return
         ends = source.device.type, out.device.type
-        if hasattr(source, "host_value") and ends[0] == ends[1]:
+        if isinstance(source, FakeTensor) and source.constant is not None and out.numel() == 1:
+            out.host_value = source.constant.item()
+        elif hasattr(source, "host_value"):
             out.host_value = source.host_value
         if ends == ("cuda", "cpu"):
             self.fake.note("copy to the host")
@@ -127,12 +145,33 @@ class _Watch(TorchDispatchMode):
 
 
 _VALUES = {aten.any: False, aten.all: True}
+# Operations that convert nothing: FakeTensorMode computes some of them from mixed dtypes.
+_ONE_DTYPE = {
+    getattr(aten, name)
+    for name in (
+        "mm", "bmm", "mv", "dot", "linear", "addmm", "addmm_", "baddbmm", "baddbmm_", "addmv",
+        "addmv_", "index_copy", "index_copy_", "index_add", "index_add_", "scatter", "scatter_",
+        "index_put", "index_put_", "linalg_solve_triangular", "convolution",
+        "scaled_dot_product_attention",
+    )
+}  # fmt: skip
+
+
+def _require_one_dtype(func: Any, args: Any, kwargs: Any) -> None:
+    tensors = [a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)]
+    kinds = {t.dtype for t in tensors if t.ndim and t.dtype.is_floating_point}
+    if "out_dtype" in kwargs or func._overloadname.startswith("dtype"):
+        kinds = {t.dtype for t in tensors[:2]}  # a product of another dtype than its factors
+    if len(kinds) > 1:
+        raise RuntimeError(f"{func} of {', '.join(sorted(map(str, kinds)))}")
 
 
 def _number(fake: FakeCuda, func: Any, args: Any, kwargs: Any) -> Any:
     tensor = args[0]
     if tensor.device.type == "cuda":
         fake.note("number")
+    if tensor.constant is not None:
+        return tensor.constant.item()
     if hasattr(tensor, "host_value"):
         return tensor.host_value
     if tensor.dtype == torch.bool:
@@ -192,6 +231,45 @@ _ANSWERS = {
     aten._index_put_impl_: _index_put,
     aten.bincount: _bincount,
 }
+
+
+def _address(tensor: Tensor) -> int:
+    """Stand in for `data_ptr`: a fake tensor has an address by its storage, others their own."""
+    if not isinstance(tensor, FakeTensor):
+        return torch._C.TensorBase.data_ptr(tensor)
+    start = _STORAGES.setdefault(tensor.untyped_storage()._cdata, len(_STORAGES) + 1) << 44
+    return start + tensor.storage_offset() * tensor.itemsize
+
+
+_STORAGES: dict[int, int] = {}
+
+
+def _with_lists(name: str) -> Any:
+    """Stand in for indexing: torch copies a list of places to the device unseen by any mode."""
+    plain = getattr(torch._C.TensorBase, name)
+
+    def indexed(tensor: Tensor, index: Any, *value: Any) -> Any:
+        if isinstance(tensor, FakeTensor):
+            if isinstance(index, tuple):
+                index = tuple(_places(each, tensor) for each in index)
+            index = _places(index, tensor)
+        return plain(tensor, index, *value)
+
+    return indexed
+
+
+def _places(index: Any, tensor: Tensor) -> Any:
+    return torch.tensor(index, device=tensor.device) if isinstance(index, list) else index
+
+
+def _numpy(tensor: Tensor) -> Any:
+    """Stand in for `numpy`: of a fake tensor on the CPU, zeros."""
+    if not isinstance(tensor, FakeTensor):
+        return torch._C.TensorBase.numpy(tensor)
+    if tensor.device.type != "cpu":
+        raise TypeError(f"can't convert {tensor.device} tensor to numpy")
+    with fake_tensor.unset_fake_temporarily():
+        return torch.zeros(tensor.shape, dtype=tensor.dtype).numpy()
 
 
 def _place() -> str:

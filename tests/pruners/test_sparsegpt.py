@@ -11,8 +11,8 @@ from prunebench.calibration.stats import InputStats
 from prunebench.errors import IncompatibleData
 from prunebench.models.measure import count_violations
 from prunebench.models.weight_grid import WeightGrid, count_off_grid
-from prunebench.pruners import METHODS
-from prunebench.pruners.keep import keep_matrix, keep_rows
+from prunebench.pruners import METHODS, sparsegpt
+from prunebench.pruners.keep import keep_group, keep_matrix, keep_rows
 from prunebench.pruners.rounding import Grid
 from prunebench.pruners.sparsegpt import SparseGPT
 from prunebench.sparsity import Sparsity
@@ -53,6 +53,31 @@ def test_the_reported_loss_is_half_the_trace_of_d_h_d(sparsity):
     hessian = damped_hessian(stats, damping=0.01)[0].double()
     expected = 0.5 * torch.trace(change @ hessian @ change.T).item()
     assert pruned.loss == pytest.approx(expected, rel=1e-4)
+
+
+def test_a_block_is_bit_for_bit_what_python_numbers_give():
+    """1 / U_jj stays on the device; copied to the host, it would be the same numbers."""
+    columns = weights(96, 64).T.contiguous()  # [in, out]
+    upper = factorise(stats_of(inputs(width=64)), damping=0.01, name="w").upper
+    expected, errors = columns.clone(), torch.empty_like(columns)
+    keep = torch.ones_like(columns, dtype=torch.bool)
+    scales = (1 / upper.diagonal()).tolist()
+    for first, last in ((0, 32), (32, 64)):
+        for j in range(first, last):
+            if j % 4 == 0:
+                score = expected[j : j + 4].abs() * torch.tensor(scales[j : j + 4])[:, None]
+                keep[j : j + 4] = keep_group(score, kept=2)
+            column = torch.where(keep[j], expected[j], 0)
+            errors[j] = (expected[j] - column) * scales[j]
+            expected[j + 1 : last].addr_(upper[j, j + 1 : last], errors[j], alpha=-1)
+            expected[j] = column
+        expected[last:].addmm_(upper[first:last, last:].T, errors[first:last], alpha=-1)
+    part = sparsegpt._Part(slice(0, 96), Sparsity.parse("2:4"))
+    actual = sparsegpt._prune_block(
+        columns, torch.ones_like(keep), upper, parts=[part], inner=32, rounder=None
+    )
+    assert torch.equal(actual, errors)
+    assert torch.equal(columns, expected)
 
 
 def test_pruning_nearly_everything_costs_half_the_trace_of_w_h_w():
