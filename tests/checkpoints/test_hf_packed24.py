@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import prunebench
 from prunebench.checkpoints.packed24 import (
@@ -168,6 +168,9 @@ def test_no_dense_matrix_is_ever_in_memory(built):
 
 
 def test_pipeline_and_chat_template(built):
+    # not above: it imports Triton, which tests of kernels import with the interpreter switched on
+    from transformers import pipeline
+
     folder = str(built / "llama" / "packed")
     chat = [{"role": "user", "content": "Hello"}]
     options = {"max_new_tokens": 6, "do_sample": False}

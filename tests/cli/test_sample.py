@@ -291,7 +291,8 @@ def test_a_run_keeps_completions_and_the_report_and_the_card_show_them(
         assert (row.tokens, row.dense_tokens) == (len(pruned), len(dense))
         assert row.text == tokenizer.decode(pruned, skip_special_tokens=True)
         assert row.dense_text == tokenizer.decode(dense, skip_special_tokens=True)
-    assert "## Completions" in model_card(result) and "## Completions" not in model_card(without)
+    assert "## Completions" in model_card(result, name="x")
+    assert "## Completions" not in model_card(without, name="x")
     (model,) = data_of(render_page(build_report([result])))["models"]
     assert [shown["prompt"] for shown in model["texts"]] == list(PROMPTS[:2])
     (dense, pruned), row = model["texts"][0]["texts"], block.completions[0]

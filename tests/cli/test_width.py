@@ -15,6 +15,7 @@ from rich.cells import cell_len
 
 from prunebench.cli import console
 from prunebench.cli.fitting import hanging, hanging_columns
+from tests.factories import without_cpu_kernels
 
 RECIPE = """
 about = "Two methods at two sparsities on a tiny model, calibrated on a text of this very machine."
@@ -39,6 +40,7 @@ def words_of(output):
 @pytest.fixture
 def printed(cli, tiny_run, tiny_folder, text_file, eval_file, monkeypatch):
     """Run a command, its stdout in a pipe or on a terminal of so many columns."""
+    without_cpu_kernels(monkeypatch)  # `bench` would measure, and print other speeds every time
     cli(
         *tiny_run, "-m", "magnitude", "--sparsity", "2:4", "--dtype", "bfloat16", "--save-model",
         "ck", "--quiet",

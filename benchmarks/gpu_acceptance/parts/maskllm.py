@@ -61,7 +61,7 @@ def _dense(record: Recorder, model: Any, windows: Tensor) -> float:
     linears = find_linears(model)
 
     def step() -> None:
-        for window in windows.split(1):
+        for window in windows[:, None]:  # [1, seqlen] each
             model(input_ids=window, labels=window, use_cache=False).loss.backward()
 
     for linear in linears:
@@ -91,7 +91,7 @@ def _variant(
 
         # The first step compiles; it is not counted.
         seconds = seconds_of(step, record.device, repeats=_ROUNDS)
-    values = {"seconds": seconds, "of_a_dense_step": seconds / dense}
+    values: dict[str, Any] = {"seconds": seconds, "of_a_dense_step": seconds / dense}
     values = dict.fromkeys(values) if record.dry else values
     kernels = dispatch.kernels_match_torch(record.device)
     record.add(

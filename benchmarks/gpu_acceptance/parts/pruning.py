@@ -28,13 +28,16 @@ from prunebench.pruners.sparsegpt import SparseGPT
 from prunebench.sparsity import Sparsity
 
 BLOCKS, OF_BLOCKS = 2, 32
-_FIRST = (
+_FIRST: tuple[tuple[str, str, dict[str, Any], float], ...] = (
     ("wanda", "2:4", {}, 3.0),
     ("sparsegpt", "2:4", {}, 12.0),
     ("sparsegpt", "0.5", {}, 12.0),
     ("alps", "2:4", {"steps": 20}, 12.0),
 )  # method, sparsity, options, seconds that it needs
-_LAST = (("wanda", "0.5", {}, 3.0), ("alps", "0.5", {"steps": 20}, 12.0))
+_LAST: tuple[tuple[str, str, dict[str, Any], float], ...] = (
+    ("wanda", "0.5", {}, 3.0),
+    ("alps", "0.5", {"steps": 20}, 12.0),
+)
 _GRADIENT_WINDOWS = 4
 
 
@@ -82,7 +85,7 @@ def _method(
     pruner, target = METHODS.make(method, options), Sparsity.parse(sparsity)
 
     seconds = seconds_of(lambda: _prune(model, tokens, pruner, target, inputs), record.device)
-    values = {"seconds": seconds, "of_all_blocks": seconds * OF_BLOCKS / BLOCKS}
+    values: dict[str, Any] = {"seconds": seconds, "of_all_blocks": seconds * OF_BLOCKS / BLOCKS}
     values = dict.fromkeys(values) if record.dry else values
     record.add(
         "pruning", method=method, sparsity=sparsity, options=options, blocks=BLOCKS,
