@@ -7,8 +7,8 @@ Values are not computed: see `device.FakeCuda` for what the host reads.
 
 The library is registered for a whole process, so it is loaded in processes of their own:
 
-    python -m tests.fake_cuda.walks llama/wanda/2:4/joint/1      walks, one JSON line each
-    python -m tests.fake_cuda MODULE ARGUMENTS                   any module, as `python -m` runs it
+    python -m tests.fake_cuda.walks prune/llama/wanda/2:4/joint/1      walks, one JSON line each
+    python -m tests.fake_cuda benchmarks.gpu_acceptance.child ...      any module, as `python -m`
 
 In a script of your own: `load()` before `import torch`, then `with FakeCuda() as fake:`.
 """
