@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,8 @@ from prunebench.checkpoints.packed24 import kind_of
 from prunebench.checkpoints.packed24_index import SHARDS_INDEX, has_settings, read_rows
 from prunebench.errors import IncompatibleData, UsageError
 from prunebench.models.in_memory import evaluation_mode, require_causal
+from prunebench.models.load import require_loaded
+from prunebench.models.safetensors_files import check_weight_files, stored_tensors, weight_files
 from prunebench.models.source import fetch_model as fetch
 from prunebench.models.source import find_model
 from prunebench.progress import Progress, Silent, quiet_libraries
@@ -67,16 +69,33 @@ def load(name: str | Path, *, backend: str | None = None, **options: Any) -> Any
         )
     if kind == "packed24":
         read_rows(folder / SHARDS_INDEX)  # what is damaged is named before transformers reads it
-    if backend is None:
-        return AutoModelForCausalLM.from_pretrained(folder, **options)
     if kind != "packed24":
-        raise UsageError(
-            f"{folder} is not packed, and only packed matrices have a backend",
-            fix="leave backend out, or prunebench export it with --to packed24",
-        )
+        if backend is not None:
+            raise UsageError(
+                f"{folder} is not packed, and only packed matrices have a backend",
+                fix="leave backend out, or prunebench export it with --to packed24",
+            )
+        return _load_plain(folder, options)
     config: Any = AutoConfig.from_pretrained(folder)
-    config.quantization_config["backend"] = backend
+    if backend is not None:
+        config.quantization_config["backend"] = backend
     return AutoModelForCausalLM.from_pretrained(folder, config=config, **options)
+
+
+def _load_plain(folder: Path, options: Mapping[str, Any]) -> Any:
+    """Load a folder that is not packed; transformers would make up tensors that it lacks."""
+    from transformers import AutoModelForCausalLM
+
+    check_weight_files(folder)
+    model, info = AutoModelForCausalLM.from_pretrained(
+        folder,
+        **{"use_safetensors": True, **options},
+        ignore_mismatched_sizes=True,  # require_loaded names them
+        output_loading_info=True,
+    )
+    stored = stored_tensors(weight_files(folder))
+    require_loaded(folder, model, info, shapes={name: row.shape for name, row in stored.items()})
+    return model
 
 
 @contextlib.contextmanager
