@@ -91,7 +91,8 @@ def test_statistics_and_solver_of_a_bfloat16_model_are_float32(method, monkeypat
     )
     sparsity = {linear.name: Sparsity.parse("0.5") for linear in find_linears(model)}
     pruner.prune(walker, sparsity)
-    assert seen == []
+    # the step of a grid is rounded to float16, as it is stored; nothing is computed with that
+    assert set(seen) <= ({"_to_copy"} if method in ("gptq", "rtn") else set())
     assert calls.count("solver") == len(sparsity)
     assert ("add" in calls) == pruner.needs.calibration
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
