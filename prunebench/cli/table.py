@@ -143,12 +143,17 @@ class _Layout:
         """Return a row, and below it what of its name and settings has no place, and its note."""
         first, rest = _split(line.words, self.label)
         cells = "".join(f"  {fitted.cell(line)}" for fitted in self.columns)
-        text = (line.mark + padded(first, self.label) + cells).rstrip()
-        row = _Styled(text, end=len(line.mark + first) if line.mark == "*" else 0, good=True)
-        texts = wrapped(rest, self.width, between=" ", first="   ", indent="   ")
-        below = [_Styled(text) for text in texts]
         # a name that is wider than its column has a line of its own, above the values
-        lines = [row, *below] if first else [*below[:1], row, *below[1:]]
+        start = "   " if first else line.mark
+        named, *others = wrapped(rest, self.width, between=" ", first=start, indent="   ") or [""]
+        name = line.mark + padded(first, self.label) if first else " " * (self.label + 1)
+        texts = [name + cells, *([named] if named else []), *others]
+        if not first:
+            texts[:2] = texts[1::-1]
+        lines = [_Styled(text.rstrip()) for text in texts]
+        if line.mark == "*":
+            end = len(line.mark + first) if first else len(texts[0])
+            lines[0] = _Styled(lines[0].text, end=end, good=True)
         note = [_Styled(f"   {line.note}", dim=True)] if line.note else []
         return [*lines, *note]
 
