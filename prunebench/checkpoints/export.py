@@ -206,11 +206,11 @@ def _write_weights(
     if to == "packed24":
         return write_packed(tensors, part, progress=progress)
     with progress.stage("write", detail="dense safetensors"):
-        write_dense(tensors, part)
         config = dense_config(source)
         if config is not None:
             text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
             write_text(part / "config.json", text)
+        write_dense(tensors, part)
     return None
 
 

@@ -168,7 +168,8 @@ def require_same(
                 if where:
                     break
                 advance(1)
-            if other_files(folder) or (dense_config(folder) or stored_config(folder)) != config:
+            now = dense_config(folder) if has_settings(folder) else stored_config(folder)
+            if other_files(folder) or now != config:
                 where = where or "config.json has changed, or a file is beside the weights"
         except Exception as error:  # anything that a reader could raise
             where = error.what if isinstance(error, PrunebenchError) else str(error)

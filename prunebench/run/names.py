@@ -239,7 +239,7 @@ def _resolve_recoverers(
                 fix="as in --recover block",
             )
         return None, None, {}
-    if METHODS.find(spec.method).is_baseline:
+    if not METHODS.find(spec.method).prunes:
         raise UsageError(
             f"--recover {name} does not go with the method {spec.method}",
             where="nothing is pruned, so there is nothing to recover",

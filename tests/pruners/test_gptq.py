@@ -158,7 +158,7 @@ def test_bad_options_are_refused(method, options):
     [
         (["-m", "gptq", "--sparsity", "2:4"], "gptq does not prune"),
         (["-m", "gptq", "--allocation", "owl"], "--allocation owl does not go with gptq"),
-        (["-m", "gptq", "--recover", "block"], "does not go with quantize_bits=4"),
+        (["-m", "gptq", "--recover", "block"], "--recover block does not go with the method gptq"),
         (["-m", "sparsegpt", "--sparsity", "2:4", "--set", "quantize_bits=4", "--set",
           "group_size=30"], "group_size=30 does not go with --sparsity 2:4"),
     ],

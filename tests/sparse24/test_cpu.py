@@ -168,7 +168,7 @@ def test_a_layer_uses_it_and_takes_any_input(kernels):
     require_close(layer(strided), strided, weight, bias)
     assert layer(torch.empty(0, 64, dtype=torch.bfloat16)).shape == (0, 24)
     state = layer.state_dict()
-    assert torch.equal(state["codes24"], pack24(weight).codes)
+    assert torch.equal(state["weight.codes24"], pack24(weight).codes)
 
 
 def test_a_forced_reference_reads_its_layout(kernels):
