@@ -35,7 +35,10 @@ def run(record: Recorder) -> None:
     """Say what the machine is and what it lacks; measure its ceilings."""
     reason = "" if record.dry else why_no_cuda()
     device = torch.device("cpu") if reason else record.device
-    record.add("environment", **environment(device), needed=_versions())
+    facts = environment(device)
+    if record.dry:  # of a CPU, how fast its memory is read: a dry run measures no speed
+        facts.pop("read_bytes_per_second", None)
+    record.add("environment", **facts, needed=_versions())
     for problem in problems(reason, dry=record.dry):
         record.add("problem", **problem)
     if reason:
