@@ -161,7 +161,7 @@ def test_a_whole_dry_run_where_modules_are_missing(tmp_path):
     assert done.returncode == 0, done.stderr
     assert {part["state"] for part in document["parts"]} == {"done"}
     assert done.stdout.count("not measured") >= len(PROMISES) and "held" not in done.stdout
-    assert document["seconds"] < 60 or os.getloadavg()[0] > 2
+    assert document["seconds"] < 60 or os.getloadavg()[0] > 1.5
 
 
 # ---------------------------------------------------------------- what a machine lacks
