@@ -51,7 +51,7 @@ METHODS = {
     if not row.is_baseline
 }
 # Routers read on the host which experts are used, and the cache of a sliding window of transformers
-# 5.23 copies a number from the host in every step: `bench` says that such a step cannot be captured.
+# 5.23 copies a number from the host in every step, which cannot be captured; `bench` says so.
 NOT_CAPTURED = (*FUSED_EXPERTS, "mistral", "gemma2", "gemma3")
 MODELS = {
     architecture: [
