@@ -50,19 +50,23 @@ METHODS = {
     for method, row in BUILTIN.items()
     if not row.is_baseline
 }
-# Routers read on the host which experts are used, and the cache of a sliding window of transformers
-# 5.23 copies a number from the host in every step, which cannot be captured; `bench` says so.
-NOT_CAPTURED = (*FUSED_EXPERTS, "mistral", "gemma2", "gemma3")
+# transformers 5.23 copies a number from the host in every decode step of these (the cache of a
+# sliding window; Falcon's positions), which cannot be captured; `bench` says so.
+NOT_CAPTURED = ("mistral", "gemma2", "gemma3", "falcon")
+# Which experts a token reaches is a value, and fake tensors have none: fused experts are scored.
 MODELS = {
     architecture: [
-        f"prune/{architecture}/wanda/2:4/joint/2",
-        f"prune/{architecture}/sparsegpt/0.5/joint/1",
         f"score/{architecture}/policy",
-        *([] if architecture in NOT_CAPTURED else [f"decode/{architecture}/dense/2"]),
-        f"block/{architecture}/joint/1",
+        *([] if architecture in (*FUSED_EXPERTS, *NOT_CAPTURED)
+          else [f"decode/{architecture}/dense/2"]),
+        *([] if architecture in FUSED_EXPERTS else [
+            f"prune/{architecture}/wanda/2:4/joint/2",
+            f"prune/{architecture}/sparsegpt/0.5/joint/1",
+            f"block/{architecture}/joint/1",
+        ]),
     ]
     for architecture in ARCHITECTURES
-}
+}  # fmt: skip
 TRAINING = [
     "maskllm/bfloat16/int8", "maskllm/float32/bfloat16", "distill/4",
     "block/llama/sequential/2", "block/gpt2/joint/2",
