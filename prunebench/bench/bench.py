@@ -146,7 +146,8 @@ def explain_checkpoint(setup: BenchSetup) -> list[Explained]:
         IncompatibleData: No layer is 2:4.
     """
     make_current(setup.device)
-    _, conversion = _packed_model(setup, Policy.load(setup.device, forced=setup.backend))
+    policy = Policy.load(setup.device, forced=setup.backend)
+    _, conversion = _packed_model(setup, policy, may_gain_nothing=True)
     return explain(conversion, TOKENS)
 
 
@@ -294,10 +295,13 @@ def _load(setup: BenchSetup, dtype: torch.dtype = torch.bfloat16) -> nn.Module:
         return load_model(local.path, dtype=dtype, device=setup.device)
 
 
-def _packed_model(setup: BenchSetup, policy: Policy) -> tuple[nn.Module, Conversion]:
+def _packed_model(
+    setup: BenchSetup, policy: Policy, *, may_gain_nothing: bool = False
+) -> tuple[nn.Module, Conversion]:
     model = _load(setup)
     with setup.progress.stage("pack", detail="linears, one after the other"):
-        return model, convert(model, find_linears(model), policy=policy)
+        linears = find_linears(model)
+        return model, convert(model, linears, policy=policy, may_gain_nothing=may_gain_nothing)
 
 
 def weight_bytes(model: Any, conversion: Conversion) -> int:

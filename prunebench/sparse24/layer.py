@@ -23,7 +23,7 @@ from prunebench.sparse24.packed import (
     require_24,
     unpack24,
 )
-from prunebench.sparse24.policy import Choice, Policy
+from prunebench.sparse24.policy import NO_GAIN, Choice, Policy
 from prunebench.sparse24.weight import PackedWeight
 
 
@@ -223,8 +223,9 @@ class Conversion:
 
 
 def convert(
-    model: nn.Module, linears: Iterable[Linear], *, policy: Policy, strict: bool = False
-) -> Conversion:
+    model: nn.Module, linears: Iterable[Linear], *, policy: Policy, strict: bool = False,
+    may_gain_nothing: bool = False,
+) -> Conversion:  # fmt: skip
     """Replace the 2:4 linears of a model one by one, so that no more than one is in memory twice.
 
     Args:
@@ -232,6 +233,7 @@ def convert(
         linears: From `find_linears`.
         policy: Chooses backends.
         strict: Whether a linear that is not 2:4 is an error.
+        may_gain_nothing: Whether all may stay dense because none was measured as faster.
 
     Raises:
         IncompatibleData: No linear can be replaced; or `strict` and a linear is not 2:4 (the
@@ -255,7 +257,8 @@ def convert(
         setattr(parent, child, layer)
         conversion.layers[linear.name] = layer
         conversion._undo.append((parent, child, linear, layer))
-    if not conversion.layers:
+    slower = may_gain_nothing and any(x.startswith(NO_GAIN) for x in conversion.dense.values())
+    if not conversion.layers and not slower:
         name, reason = next(iter(conversion.dense.items()), ("the model", "it has no linears"))
         raise IncompatibleData(
             f"no layer can be run as 2:4: {name}: {reason}",
