@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +13,7 @@ from prunebench.checkpoints.packed24 import kind_of
 from prunebench.checkpoints.packed24_index import SHARDS_INDEX, has_settings, read_rows
 from prunebench.errors import IncompatibleData, UsageError
 from prunebench.models.in_memory import evaluation_mode, require_causal
-from prunebench.models.load import require_loaded
-from prunebench.models.safetensors_files import check_weight_files, stored_tensors, weight_files
+from prunebench.models.load import load_whole
 from prunebench.models.source import fetch_model as fetch
 from prunebench.models.source import find_model
 from prunebench.progress import Progress, Silent, quiet_libraries
@@ -49,7 +48,8 @@ def load(name: str | Path, *, backend: str | None = None, **options: Any) -> Any
     Raises:
         MissingResource: There is no such model.
         IncompatibleData: A packed folder is of another version, lacks a tensor, has one too many,
-            or holds codes that are no 2:4 code; or its device has no backend.
+            or holds codes that are no 2:4 code; or its device has no backend. A plain folder lacks
+            a tensor, has one too many, does not fit its config, or is quantized.
         UsageError: `backend` is unknown, cannot be used there, or the folder is not packed.
 
     Example:
@@ -60,42 +60,24 @@ def load(name: str | Path, *, backend: str | None = None, **options: Any) -> Any
     from transformers import AutoConfig, AutoModelForCausalLM
 
     folder = Path(name) if Path(name).is_dir() else fetch_model(str(name))
-    kind = kind_of(folder)
-    if kind == "packed24" and not has_settings(folder):
-        raise IncompatibleData(
-            f"{folder} was packed before transformers could load such folders",
-            where="its config.json does not name the format",
-            fix=f"prunebench export {folder} -o NEW --to packed24 writes it again",
-        )
-    if kind == "packed24":
-        read_rows(folder / SHARDS_INDEX)  # what is damaged is named before transformers reads it
-    if kind != "packed24":
+    if kind_of(folder) != "packed24":
         if backend is not None:
             raise UsageError(
                 f"{folder} is not packed, and only packed matrices have a backend",
                 fix="leave backend out, or prunebench export it with --to packed24",
             )
-        return _load_plain(folder, options)
+        return load_whole(folder, **options)
+    if not has_settings(folder):
+        raise IncompatibleData(
+            f"{folder} was packed before transformers could load such folders",
+            where="its config.json does not name the format",
+            fix=f"prunebench export {folder} -o NEW --to packed24 writes it again",
+        )
+    read_rows(folder / SHARDS_INDEX)  # what is damaged is named before transformers reads it
     config: Any = AutoConfig.from_pretrained(folder)
     if backend is not None:
         config.quantization_config["backend"] = backend
     return AutoModelForCausalLM.from_pretrained(folder, config=config, **options)
-
-
-def _load_plain(folder: Path, options: Mapping[str, Any]) -> Any:
-    """Load a folder that is not packed; transformers would make up tensors that it lacks."""
-    from transformers import AutoModelForCausalLM
-
-    check_weight_files(folder)
-    model, info = AutoModelForCausalLM.from_pretrained(
-        folder,
-        **{"use_safetensors": True, **options},
-        ignore_mismatched_sizes=True,  # require_loaded names them
-        output_loading_info=True,
-    )
-    stored = stored_tensors(weight_files(folder))
-    require_loaded(folder, model, info, shapes={name: row.shape for name, row in stored.items()})
-    return model
 
 
 @contextlib.contextmanager

@@ -175,34 +175,11 @@ def load_model(path: Path, *, dtype: torch.dtype, device: torch.device) -> nn.Mo
             fit the config; or the weights are quantized.
         MissingResource: It needs a package that is not installed.
     """
-    from transformers import AutoModelForCausalLM
-
-    check_weight_files(path)
-    require_unquantized(path)
     config = load_config(path)
     with quiet_transformers():
-        try:
-            model, info = AutoModelForCausalLM.from_pretrained(
-                path,
-                config=config,
-                dtype=dtype,
-                use_safetensors=True,  # a pickle can run any program
-                attn_implementation=attention_of(config),
-                ignore_mismatched_sizes=True,  # require_loaded names them
-                output_loading_info=True,
-            )
-        except ImportError as error:
-            raise needs_package(path, error) from error
-        except (ValueError, OSError, KeyError, RuntimeError) as error:
-            raise IncompatibleData(
-                f"{path} cannot be loaded",
-                where=str(error).splitlines()[0][:200],
-                fix="check that config.json and the safetensors belong together",
-            ) from error
-    stored = stored_tensors(weight_files(path))
-    require_loaded(path, model, info, shapes={name: row.shape for name, row in stored.items()})
-    # Refuses what transformers loads without a word, such as integer codes cast to floats.
-    check_tensors(model, stored)
+        model = load_whole(
+            path, config=config, dtype=dtype, attn_implementation=attention_of(config)
+        )
     model.requires_grad_(False)
     model.eval()
     ready: nn.Module = model.to(device)
@@ -210,6 +187,45 @@ def load_model(path: Path, *, dtype: torch.dtype, device: torch.device) -> nn.Mo
         for parameter in ready.parameters():
             parameter.data = parameter.data.clone()
     return ready
+
+
+def load_whole(path: Path, **options: Any) -> Any:
+    """Load a folder by transformers; every tensor comes from the files, and has its place.
+
+    Args:
+        path: The folder of the model.
+        **options: Of `from_pretrained`.
+
+    Raises:
+        IncompatibleData: A tensor is missing from the files, has no place in the model, or does not
+            fit the config; or the weights are quantized.
+        MissingResource: It needs a package that is not installed.
+    """
+    from transformers import AutoModelForCausalLM
+
+    check_weight_files(path)
+    require_unquantized(path)
+    try:
+        model, info = AutoModelForCausalLM.from_pretrained(
+            path,
+            **options,
+            use_safetensors=True,  # a pickle can run any program
+            ignore_mismatched_sizes=True,  # require_loaded names them
+            output_loading_info=True,
+        )
+    except ImportError as error:
+        raise needs_package(path, error) from error
+    except (ValueError, OSError, KeyError, RuntimeError) as error:
+        raise IncompatibleData(
+            f"{path} cannot be loaded",
+            where=str(error).splitlines()[0][:200],
+            fix="check that config.json and the safetensors belong together",
+        ) from error
+    stored = stored_tensors(weight_files(path))
+    require_loaded(path, model, info, shapes={name: row.shape for name, row in stored.items()})
+    # Refuses what transformers loads without a word, such as integer codes cast to floats.
+    check_tensors(model, stored)
+    return model
 
 
 def require_loaded(
