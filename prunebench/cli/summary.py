@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -143,7 +144,9 @@ def _print_recovery(recovery: RecoveryBlock) -> None:
         change = after / before - 1
         line += f": held-out error {before:.4g} -> {after:.4g} ({change:+.0%}, mean of the blocks)"
     line += f", in {recovery.recovered_blocks} of {len(recovery.blocks)} blocks"
-    typer.echo(f"{line}, {recovery.seconds:.1f} s")
+    # `recovery.seconds` includes the training of the whole model, which has a line of its own
+    seconds = math.fsum(block.seconds for block in recovery.blocks)
+    typer.echo(f"{line}, {seconds:.1f} s")
     if not recovery.recovered_blocks:
         typer.echo("  warning: the recovery kept nothing; these are the weights of the method")
 
