@@ -28,11 +28,20 @@ class WeightGrid:
         bits: Of a code.
         group_size: Consecutive weights of a row that share a step; -1: the whole row.
         symmetric: Whether the zero point is always the middle code, and not stored.
+
+    Raises:
+        ValueError: A value is out of range; named as the option of a method.
     """
 
     bits: int
     group_size: int = WHOLE_ROW
     symmetric: bool = False
+
+    def __post_init__(self) -> None:
+        if not 2 <= self.bits <= 8:
+            raise ValueError("quantize_bits must be in 2..8")
+        if self.group_size != WHOLE_ROW and self.group_size < 2:
+            raise ValueError("group_size must be at least 2, or -1 for whole rows")
 
     def width(self, in_features: int) -> int:
         """Return the weights of a group; the last group of a row may be smaller."""

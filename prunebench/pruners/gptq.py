@@ -17,17 +17,15 @@ where a group is narrower than a block; weights of dead inputs are rounded, not 
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
+from typing import ClassVar
 
-from prunebench.errors import UsageError
-from prunebench.models.source import CatalogEntry
+from prunebench.pruners.rounding import OnlyRounds
 from prunebench.pruners.sparsegpt import SparseGPT
-from prunebench.sparsity import Sparsity
-from prunebench.spec import OptionValue
 
 
 @dataclass(frozen=True)
-class Gptq(SparseGPT):
+class Gptq(OnlyRounds, SparseGPT):
     """Rounds all weights to a grid, and compensates the error in the later columns.
 
     Attributes:
@@ -38,6 +36,7 @@ class Gptq(SparseGPT):
         symmetric: Whether the grids are symmetric around 0, without a zero point.
     """
 
+    name: ClassVar[str] = "gptq"
     quantize_bits: int | None = 4
     group_size: int = 128
     symmetric: bool = False
@@ -46,23 +45,3 @@ class Gptq(SparseGPT):
         super().__post_init__()
         if self.quantize_bits is None:
             raise ValueError("gptq needs quantize_bits: it does nothing else")
-
-    def for_model(self, entry: CatalogEntry | None, calibration: str | None) -> Gptq:
-        """Return itself: no option depends on the model."""
-        return self
-
-    def options(self) -> dict[str, OptionValue]:
-        """Return all options."""
-        return asdict(self)
-
-    def check(self, sparsity: Sparsity) -> None:
-        """Refuse to prune.
-
-        Raises:
-            UsageError: The sparsity is not 0.
-        """
-        if sparsity.ratio:
-            raise UsageError(
-                "gptq does not prune",
-                fix="leave --sparsity out; --method sparsegpt --set quantize_bits=4 does both",
-            )

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from prunebench.errors import UsageError
+from prunebench.models.source import CatalogEntry
 from prunebench.models.weight_grid import WeightGrid
+from prunebench.sparsity import Sparsity
+from prunebench.spec import OptionValue
 
 _SMALLEST_STEP = 2.0**-24  # of float16; a group whose range needs a smaller one rounds to 0
 _LARGEST_STEP = 65504.0
@@ -58,3 +63,33 @@ def round_to_nearest(weight: Float[Tensor, "out in"], form: WeightGrid) -> Float
         columns = weight[:, start : start + width].T  # [width, out]
         rounded[:, start : start + width] = Grid.of(columns, form).round(columns).T
     return rounded
+
+
+class OnlyRounds:
+    """What methods share that round all weights and prune none; a dataclass of options, too.
+
+    Attributes:
+        name: Of the method, for messages.
+    """
+
+    name: ClassVar[str]
+
+    def for_model(self, entry: CatalogEntry | None, calibration: str | None) -> Any:
+        """Return itself: no option depends on the model."""
+        return self
+
+    def options(self) -> dict[str, OptionValue]:
+        """Return all options."""
+        return asdict(self)  # type: ignore[call-overload, no-any-return]  # a dataclass
+
+    def check(self, sparsity: Sparsity) -> None:
+        """Refuse to prune.
+
+        Raises:
+            UsageError: The sparsity is not 0.
+        """
+        if sparsity.ratio:
+            raise UsageError(
+                f"{self.name} does not prune",
+                fix="leave --sparsity out; --method sparsegpt --set quantize_bits=4 does both",
+            )

@@ -73,10 +73,7 @@ class SparseGPT(GroupPruner):
             raise ValueError("damping must be at least 0")
         if self.block_size < 1:
             raise ValueError("block_size must be at least 1")
-        if self.quantize_bits is not None and not 2 <= self.quantize_bits <= 8:
-            raise ValueError("quantize_bits must be in 2..8")
-        if self.group_size != -1 and self.group_size < 2:
-            raise ValueError("group_size must be at least 2, or -1 for whole rows")
+        _ = self.grid  # refuses its values
         if self.quantize_bits is None and (self.group_size != -1 or self.symmetric):
             raise ValueError("group_size and symmetric go with quantize_bits")
 
