@@ -16,8 +16,9 @@ from collections.abc import Iterator, Sequence
 
 import torch
 from jaxtyping import Bool, Float
-from torch import Tensor, nn
+from torch import Tensor
 
+from prunebench.calibration.stats import StatsAccumulator
 from prunebench.models.linears import Linear
 from prunebench.models.pruned_block import PrunedBlock
 from prunebench.pruners.keep import keep_rows
@@ -50,8 +51,8 @@ class Refinement:
         self._weights = weights
         self._sparsity = pruned.sparsity
         squares = {name: torch.zeros_like(value) for name, value in weights.trained.items()}
-        norms: dict[Linear, Tensor] = {}
-        with _input_squares(linears, norms):
+        inputs: dict[Linear, StatsAccumulator] = {}
+        with _watch_inputs(linears, inputs):
             for window in windows:
                 call = pruned.call([window]).cast(torch.float32)
                 with torch.enable_grad():
@@ -67,8 +68,11 @@ class Refinement:
             if master is None:
                 continue
             scale = _ALPHA * (weights.part(squares[master], linear) / len(windows)).sqrt()
-            if linear in norms:
-                scale = scale + (norms[linear] / len(windows)).sqrt()  # [out, in] + [in]
+            if linear in inputs:
+                stats = inputs[linear].result(
+                    samples=len(windows), width=linear.in_features, device=scale.device
+                )
+                scale = scale + stats.norms()  # [out, in] + [in]
             self._scales[linear] = scale
 
     def choose(self, optimizer: torch.optim.Optimizer) -> None:
@@ -81,18 +85,16 @@ class Refinement:
 
 
 @contextlib.contextmanager
-def _input_squares(linears: Sequence[Linear], sums: dict[Linear, Tensor]) -> Iterator[None]:
-    """Add up the squares of the inputs of each matrix that is a module of its own, [in]."""
-
-    def add(linear: Linear, inputs: Tensor) -> None:
-        square = inputs.detach().to(torch.float32).flatten(0, -2).square().sum(0)  # [in]
-        sums[linear] = sums.get(linear, torch.zeros_like(square)) + square
+def _watch_inputs(
+    linears: Sequence[Linear], sums: dict[Linear, StatsAccumulator]
+) -> Iterator[None]:
+    """Collect the statistics of the inputs of each matrix that is a module of its own."""
 
     def hook(linear: Linear) -> torch.utils.hooks.RemovableHandle:
-        return linear.module.register_forward_pre_hook(lambda _, args: add(linear, args[0]))
+        sums[linear] = StatsAccumulator()
+        return linear.module.register_forward_pre_hook(lambda _, args: sums[linear].add(args[0]))
 
-    single = [linear for linear in linears if linear.expert is None]
-    handles = [hook(linear) for linear in single if isinstance(linear.module, nn.Module)]
+    handles = [hook(linear) for linear in linears if linear.expert is None]
     try:
         yield
     finally:

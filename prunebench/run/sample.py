@@ -6,6 +6,7 @@ sampled = sample(models, setup)                                 # one model in m
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -228,7 +229,7 @@ def _prepare(
 
 
 def _named(model: SampleModel, name: str, *, dense: str | None) -> SampleModel:
-    return SampleModel(**{**vars(model), "name": name, "dense": dense})
+    return dataclasses.replace(model, name=name, dense=dense)
 
 
 def _asked_dtype(setup: SampleSetup, result: Result | None) -> str:

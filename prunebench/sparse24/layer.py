@@ -23,7 +23,7 @@ from prunebench.sparse24.packed import (
     require_24,
     unpack24,
 )
-from prunebench.sparse24.policy import NO_GAIN, Choice, Policy
+from prunebench.sparse24.policy import Choice, Policy
 from prunebench.sparse24.weight import PackedWeight
 
 
@@ -240,8 +240,13 @@ def convert(
             message names layer and group).
     """
     conversion = Conversion()
+    packable = 0
     for linear in linears:
-        reason = _why_dense(linear, policy, strict=strict)
+        reason = _why_not_24(linear, strict=strict)
+        if not reason:
+            shape = (linear.out_features, linear.in_features)
+            reason = policy.gains_nothing(shape, linear.stored.dtype)
+            packable += 1
         if reason:
             conversion.dense[linear.name] = reason
             continue
@@ -257,8 +262,7 @@ def convert(
         setattr(parent, child, layer)
         conversion.layers[linear.name] = layer
         conversion._undo.append((parent, child, linear, layer))
-    slower = may_gain_nothing and any(x.startswith(NO_GAIN) for x in conversion.dense.values())
-    if not conversion.layers and not slower:
+    if not conversion.layers and not (may_gain_nothing and packable):
         name, reason = next(iter(conversion.dense.items()), ("the model", "it has no linears"))
         raise IncompatibleData(
             f"no layer can be run as 2:4: {name}: {reason}",
@@ -281,8 +285,8 @@ def _reserve(layers: Iterable[Sparse24Linear]) -> None:
         unpacking.workspace.matrix(max(forms, key=lambda form: math.prod(form.shape)))
 
 
-def _why_dense(linear: Linear, policy: Policy, *, strict: bool) -> str:
-    """Return why a linear cannot be replaced; empty if it can."""
+def _why_not_24(linear: Linear, *, strict: bool) -> str:
+    """Return why a linear cannot be packed; empty if it can."""
     if linear.expert is not None:
         return "the experts of a mixture are one parameter, not layers"
     dtype = linear.stored.dtype
@@ -296,7 +300,7 @@ def _why_dense(linear: Linear, policy: Policy, *, strict: bool) -> str:
         return f"not 2:4: {report.over:,} of {report.groups:,} groups keep more than 2"
     if dtype not in (torch.bfloat16, torch.float16):
         return f"its weight is {str(dtype).removeprefix('torch.')}: 2:4 is packed in 16 bits"
-    return policy.gains_nothing((linear.out_features, linear.in_features), dtype)
+    return ""
 
 
 @dataclass(frozen=True)

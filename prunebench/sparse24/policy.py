@@ -35,7 +35,6 @@ KNOWN = Path(__file__).with_name("measured.json")
 
 _FORMAT = 1
 _SAVES_MEMORY = ("decompress", "cpu", "reference")  # where no speed was measured, in this order
-NO_GAIN = "no speedup measured"
 NOT_MEASURED = "not measured on this device: packed for its memory (prunebench bench measures)"
 Table = dict[str, dict[str, float]]
 
@@ -167,7 +166,7 @@ class Policy:
         # One token count where packing is faster is enough to pack the layer.
         if not ratios or max(ratios) >= MIN_RATIO:
             return ""
-        return f"{NO_GAIN}: at best {max(ratios):.2f}x the dense speed"
+        return f"no speedup measured: at best {max(ratios):.2f}x the dense speed"
 
     def remember(
         self, shape: tuple[int, int], dtype: torch.dtype, bucket: Bucket,
