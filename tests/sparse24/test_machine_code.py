@@ -5,7 +5,6 @@ whatever it saves in bytes. No GPU is needed to see that: Triton's own assembler
 """
 
 import json
-import os
 import platform
 import subprocess
 import sys
@@ -26,11 +25,9 @@ WORD_BYTES, DENSE_BYTES = 4.5, 8  # of a group of four, packed and dense
 
 
 def compile_all(*arguments):
-    # Triton's interpreter, which other tests ask for, compiles nothing.
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-m", "tests.scripts.compile_kernels", *arguments],
-        cwd=Path(__file__).parents[2], env=environment, capture_output=True, text=True,
+        cwd=Path(__file__).parents[2], capture_output=True, text=True,
         check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
