@@ -9,6 +9,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
+from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 Advance = Callable[[int], None]
@@ -46,7 +47,7 @@ def quiet_libraries(*, warn: bool = True) -> Iterator[None]:
     """Keep other libraries from writing to the terminal.
 
     Disables tqdm bars and log records below an error: what matters is checked and raised. Warnings
-    of other packages are shown only with `warn`; those of prunebench always.
+    of other packages are shown only with `warn`; those of prunebench always, as one plain line.
     """
     import tqdm.std
 
@@ -62,6 +63,7 @@ def quiet_libraries(*, warn: bool = True) -> Iterator[None]:
     logging.disable(max(threshold, logging.WARNING))
     try:
         with warnings.catch_warnings():
+            warnings.showwarning = _plain(warnings.showwarning)
             # python -W or PYTHONWARNINGS: the user has asked for warnings
             if not warn and not sys.warnoptions:
                 warnings.simplefilter("ignore")
@@ -71,6 +73,20 @@ def quiet_libraries(*, warn: bool = True) -> Iterator[None]:
     finally:
         logging.disable(threshold)
         bar.__init__ = draw
+
+
+def _plain(show: Callable[..., None]) -> Callable[..., None]:
+    """Return a `warnings.showwarning` that shows prunebench's own without file and code."""
+
+    def showwarning(
+        message: Warning | str, category: type[Warning], filename: str, *args: Any, **kwargs: Any
+    ) -> None:
+        if Path(filename).is_relative_to(Path(__file__).parent):
+            sys.stderr.write(f"warning: {message}\n")
+        else:
+            show(message, category, filename, *args, **kwargs)
+
+    return showwarning
 
 
 class StageTimer:

@@ -23,6 +23,9 @@ def _isolated(request, tmp_path, monkeypatch):
     for name in list(os.environ):
         if name.startswith("PRUNEBENCH_") and "real" not in request.keywords:
             monkeypatch.delenv(name)
+    if not getattr(request.module, "INTERPRETED", False):
+        # set by the tests of the kernels when they are collected; it would serve every CPU, slowly
+        monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     if "real" not in request.keywords:
         monkeypatch.setenv("PRUNEBENCH_CACHE", str(tmp_path / "cache"))
 

@@ -18,8 +18,8 @@ def names_in(names: str) -> list[str]:
     return [names] if ":" in names.split(",")[0] else [name.strip() for name in names.split(",")]
 
 
-def check_text_names(names: str) -> None:
-    """Refuse names that cannot work, before anything is downloaded.
+def check_text_names(names: str, *, option: str) -> None:
+    """Refuse names that cannot work, before anything is downloaded; `option` took them.
 
     Raises:
         UsageError: A name is unknown, or named twice.
@@ -27,7 +27,7 @@ def check_text_names(names: str) -> None:
     """
     parts = names_in(names)
     for name in parts:
-        check_text_name(name, use="calibration")
+        check_text_name(name, use="calibration", option=option)
     if len(set(parts)) < len(parts):
         raise UsageError(f"a text is named twice: {names}")
 

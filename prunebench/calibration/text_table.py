@@ -113,13 +113,19 @@ def text_presets() -> dict[str, TextPreset]:
     return {name: TextPreset(tuple(row["texts"]), row["seqlen"]) for name, row in rows.items()}
 
 
-def check_text_name(name: str, *, use: Use) -> None:
+def check_text_name(name: str, *, use: Use, option: str = "") -> None:
     """Refuse a text name that cannot work, before anything is downloaded.
+
+    Args:
+        name: As `--calibration` and `--ppl` take it.
+        use: What the text is for.
+        option: What the name was given to, for messages; by default the option of the use.
 
     Raises:
         UsageError: The name is unknown, or the text is not for this use.
         MissingResource: A file does not exist.
     """
+    option = option or ("--calibration" if use == "calibration" else "--ppl")
     kind, _, path = name.partition(":")
     # `NAME:PATH`: a local copy of a text whose hash is known.
     verified = kind in texts() and texts()[kind].sha256 and path
@@ -127,22 +133,22 @@ def check_text_name(name: str, *, use: Use) -> None:
         if not Path(path).expanduser().is_file():
             raise MissingResource(
                 f"there is no file {path or name!r}",
-                where=f"given to {_option(use)}",
+                where=f"given to {option}",
                 fix="check the path",
             )
         if verified and use == "calibration":
-            raise _unfit(name, use)
+            raise _unfit(name, use, option)
         return
     base, at, place = name.partition("@")
     entry = texts().get(base)
     if entry is None:
         raise UsageError(
             f"unknown text {name!r}",
-            where=f"given to {_option(use)}",
+            where=f"given to {option}",
             fix=nearest(base, [*texts(), "file:PATH", "tokens:PATH"]),
         )
     if use not in entry.uses:
-        raise _unfit(name, use)
+        raise _unfit(name, use, option)
     offered = (
         # A tuple times False is empty.
         ("hub",) * bool(entry.hub) + ("wheel",) * bool(entry.file) + ("url",) * bool(entry.url)
@@ -187,14 +193,10 @@ def hub_origin(entry: TextEntry, file: str) -> str:
     return f"hub:{entry.hub}@{entry.revision}/{file}"
 
 
-def _unfit(text: str, use: Use) -> UsageError:
+def _unfit(text: str, use: Use, option: str) -> UsageError:
     names = [name for name, entry in texts().items() if use in entry.uses]
     return UsageError(
         f"the text {text!r} is not for {use}",
-        where=f"given to {_option(use)}",
+        where=f"given to {option}",
         fix=f"use one of: {', '.join(names)}",
     )
-
-
-def _option(use: Use) -> str:
-    return "--calibration" if use == "calibration" else "--ppl"

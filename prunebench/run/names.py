@@ -89,7 +89,7 @@ def check_names(spec: RunSpec, setup: Setup, source: ModelSource | None = None) 
     if model_recoverer is not None:
         learned_from.append(model_recoverer.needs.training)
     for need in filter(None, learned_from):
-        check_text_names(need.text)
+        check_text_names(need.text, option=f"--set {need.text_option}")
     if pruner.needs.masks is not None:
         require_masks_named(pruner.needs.masks)
     fields |= _check_tasks(spec, setup)

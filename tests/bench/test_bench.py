@@ -32,8 +32,7 @@ CPU = torch.device("cpu")
 
 
 @pytest.fixture(autouse=True)
-def _compiled(monkeypatch):
-    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+def _no_cpu_kernels(monkeypatch):
     # Fake clocks measure what only a GPU has; test_bench_cpu.py has a CPU's kernels and rivals.
     without_cpu_kernels(monkeypatch)
     monkeypatch.setattr("prunebench.bench.layers.torch_rivals", lambda x, weights: {})

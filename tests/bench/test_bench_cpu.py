@@ -26,7 +26,6 @@ BF16 = ("-m", "magnitude", "--dtype", "bfloat16", "--save-model", "ck", "--spars
 @pytest.fixture(autouse=True)
 def _small(monkeypatch):
     """A small cache: few copies of the weights exceed it."""
-    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     monkeypatch.setattr("prunebench.bench.layers.last_level_cache_bytes", lambda: 1 << 12)
     monkeypatch.setattr(cpu_dense, "_READ_BYTES", 1 << 16)
 

@@ -125,9 +125,15 @@ def test_exit_statuses(tmp_path, monkeypatch, capsys):
 # ---------------------------------------------------------------- the parts
 
 
-@pytest.mark.parametrize("part", PARTS, ids=lambda part: part.name)
+SLOW = ("correct", "pruning", "maskllm")  # 3 to 13 s each
+EVERY = [
+    pytest.param(part, id=part.name, marks=[pytest.mark.slow] if part.name in SLOW else [])
+    for part in PARTS
+]
+
+
+@pytest.mark.parametrize("part", EVERY)
 def test_every_part_runs_dry_on_a_cpu(part, tmp_path, monkeypatch):
-    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     monkeypatch.setenv("PRUNEBENCH_CACHE", str(tmp_path / "cache"))
     module, _, name = part.target.partition(":")
     record = recorder(part.name, tmp_path / "log", 600, dry=True)

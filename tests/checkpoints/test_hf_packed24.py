@@ -181,6 +181,7 @@ def test_pipeline_and_chat_template(built):
     assert said["content"] == tokenizer.decode(tokens)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("architecture", ["llama", "gpt2"])
 def test_torch_compile_traces_it_without_a_break(built, architecture):
     model = exact(built / architecture / "packed")
@@ -369,7 +370,7 @@ def test_options_of_saving_that_do_not_go(folder):
 # ---------------------------------------------------------------- the model card
 
 
-@pytest.mark.parametrize("to", ["packed24", "dense"])
+@pytest.mark.parametrize("to", ["packed24", pytest.param("dense", marks=pytest.mark.slow)])
 def test_the_first_code_block_of_the_card_works(cli, tiny_run, tmp_path, to):
     cli(*tiny_run, "-m", "magnitude", "--sparsity", "2:4", "--dtype", "bfloat16",
         "--save-model", "ck")  # fmt: skip

@@ -150,3 +150,11 @@ def test_warnings_of_others_are_hidden_only_in_quiet_and_ours_never():
 
     assert heard() == ["theirs", "ours"]
     assert heard(warn=False) == ["ours"]
+
+
+def test_a_warning_of_ours_is_one_line_without_file_and_code(capsys):
+    ours = str(Path(prunebench.__file__).parent / "spec.py")
+    with quiet_libraries(), warnings.catch_warnings():
+        warnings.simplefilter("always")
+        warnings.warn_explicit("slowly: no compiler", UserWarning, ours, 1)
+    assert capsys.readouterr().err == "warning: slowly: no compiler\n"

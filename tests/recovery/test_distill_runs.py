@@ -147,7 +147,7 @@ BAD = [
     ({"batch": 5000}, (), 4, "a step takes 5000"),
     ({"held_out": 5000}, (), 4, "longer text (--set recover.data=NAME)"),
     ({"data": "file:nope.txt"}, (), 3, "nope.txt"),
-    ({"data": "c5"}, (), 2, "unknown text 'c5'"),
+    ({"data": "c5"}, (), 2, "unknown text 'c5'\n  given to --set recover.data"),
     ({"preset": "lap"}, (), 2, "did you mean 'laptop'"),
     ({"lr": 0}, (), 2, "lr must be"),
     ({"eta": 2}, (), 2, "eta must be in [0, 1]"),

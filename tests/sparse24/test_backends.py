@@ -35,9 +35,7 @@ CUDA = torch.device("cuda")
 
 
 @pytest.fixture(autouse=True)
-def _compiled(monkeypatch):
-    """Another test may have asked for Triton's interpreter, which would serve a CPU."""
-    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+def _no_cpu_kernels(monkeypatch):
     without_cpu_kernels(monkeypatch)
 
 

@@ -5,7 +5,6 @@ whatever it saves in bytes. No GPU is needed to see that: Triton's own assembler
 """
 
 import json
-import os
 import platform
 import subprocess
 import sys
@@ -18,7 +17,7 @@ if sys.platform != "linux" or platform.machine() != "x86_64":
 
 # Two registers of a thread, where three tokens of float16 take all 80.
 SPILLED = {(80, "fp16", 3): 8, (89, "fp16", 3): 8}
-BUDGET = {1: 14, 2: 21, 3: 28, 4: 34}  # instructions per word by tokens
+BUDGET = {1: 14, 2: 21, 3: 28, 4: 35}  # instructions per word by tokens
 INTEGER_SHARE = 0.55  # sm_100 adds and multiplies two pairs at once, so it is larger there
 # An H200: 132 multiprocessors of four schedulers at 1.755 GHz, and the bandwidth of a copy.
 SCHEDULERS, HERTZ, BYTES_A_SECOND = 132 * 4, 1.755e9, 4.3e12
@@ -26,11 +25,9 @@ WORD_BYTES, DENSE_BYTES = 4.5, 8  # of a group of four, packed and dense
 
 
 def compile_all(*arguments):
-    # Triton's interpreter, which other tests ask for, compiles nothing.
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-m", "tests.scripts.compile_kernels", *arguments],
-        cwd=Path(__file__).parents[2], env=environment, capture_output=True, text=True,
+        cwd=Path(__file__).parents[2], capture_output=True, text=True,
         check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr

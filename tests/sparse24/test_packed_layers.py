@@ -20,9 +20,7 @@ from tests.factories import policy, pruned, random_24, without_cpu_kernels
 
 
 @pytest.fixture(autouse=True)
-def _compiled(monkeypatch):
-    """Another test may have asked for Triton's interpreter, which would serve a CPU."""
-    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+def _no_cpu_kernels(monkeypatch):
     without_cpu_kernels(monkeypatch)
 
 

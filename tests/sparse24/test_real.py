@@ -18,9 +18,8 @@ from prunebench.sparsity import Sparsity
 pytestmark = pytest.mark.real
 
 
-def test_the_packed_model_has_the_perplexity_of_the_masked_one(monkeypatch):
+def test_the_packed_model_has_the_perplexity_of_the_masked_one():
     """SmolLM2-135M in bfloat16, magnitude 2:4: within 0.1%, and its weights come back."""
-    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     local = fetch_model(find_model("smollm2-135m-q4"), Silent())
     cpu = torch.device("cpu")
     model = load_model(local.path, dtype=torch.bfloat16, device=cpu)

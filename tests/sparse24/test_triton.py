@@ -25,6 +25,7 @@ from prunebench.sparse24.packed import pack24
 from tests.factories import DeviceOf, random_24
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+INTERPRETED = True  # these tests keep the variable, see conftest.py
 
 
 def tiled(rows, groups, block=16, dtype=torch.bfloat16):
