@@ -8,15 +8,17 @@ ONLY ?=
 TORCH_INDEX ?=
 RESULTS ?= reproduced
 DEMO ?= demo
+DEMO_GEMMA ?= demo-gemma
 GPU_JSON ?= benchmarks/gpu.json
 BIN := $(VENV)/bin
 RUN := $(BIN)/prunebench run --calibration c4@wheel --within-block sequential --results-dir $(DEMO)
+RUN_GEMMA := $(BIN)/prunebench run --model gemma3-270m-q4 --calibration c4@wheel --ppl wiki@wheel --results-dir $(DEMO_GEMMA)
 LEARN := $(BIN)/prunebench run --method maskllm --sparsity 2:4 --calibration c4@wheel --calibration-samples 32 --seqlen 512 --ppl-seqlen 512
 
-REPRODUCE := $(addprefix reproduce-,laptop allocation domain equal-bytes recovery wanda sparsegpt gblm alps scheduler maskllm maskllm-laptop)
+REPRODUCE := $(addprefix reproduce-,laptop allocation domain equal-bytes gemma recovery wanda sparsegpt gblm alps scheduler maskllm maskllm-laptop)
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-real test-browser test-cluster lint check docs site bench gpu-acceptance gpu-acceptance-report clean reproduce-transfer $(REPRODUCE)
+.PHONY: help install demo demo-gemma test test-real test-browser test-cluster lint check docs site bench gpu-acceptance gpu-acceptance-report clean reproduce-transfer $(REPRODUCE)
 
 help:  ## say what there is
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 32
@@ -38,6 +40,15 @@ demo: install  ## prune the default model by magnitude and Wanda, show what that
 	$(RUN) --method wanda --sparsity 0.5
 	$(RUN) --method wanda --sparsity 2:4
 	$(BIN)/prunebench compare --results-dir $(DEMO)
+
+demo-gemma: install  ## the same with Gemma 3 270M (238 MB; fetching it accepts https://ai.google.dev/gemma/terms)
+	$(BIN)/prunebench models fetch gemma3-270m-q4
+	$(RUN_GEMMA) --method dense
+	$(RUN_GEMMA) --method magnitude --sparsity 0.5
+	$(RUN_GEMMA) --method magnitude --sparsity 2:4
+	$(RUN_GEMMA) --method wanda --sparsity 0.5
+	$(RUN_GEMMA) --method wanda --sparsity 2:4
+	$(BIN)/prunebench compare --results-dir $(DEMO_GEMMA)
 
 test: install  ## the default tests: no network, no GPU
 	$(BIN)/python -m pytest -q -n auto --maxprocesses 4 --dist loadgroup
@@ -85,6 +96,7 @@ reproduce-laptop:  ## the one-shot methods on the default model, an hour on two 
 reproduce-allocation:  ## how the ratio is spread over the layers, on the default model, an hour and a half
 reproduce-domain:  ## two methods, calibrated on two texts and scored on both, on the default model
 reproduce-equal-bytes:  ## pruned, quantized, both, and fewer blocks: quality beside bytes, on the default model
+reproduce-gemma:  ## four methods, as pruned and recovered, on Gemma 3 270M (238 MB, Gemma's terms)
 reproduce-recovery:  ## recovery after pruning (ONLY="model=smollm2-135m-q4" needs no hub: two hours on two cores)
 reproduce-wanda:  ## the tables of the paper: this and the next five need a GPU and the hub
 reproduce-sparsegpt:  ## the tables of the paper (ONLY="model=opt-125m" chooses cells)

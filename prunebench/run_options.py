@@ -45,6 +45,9 @@ def with_defaults(given: Mapping[str, Any]) -> dict[str, Any]:
     values |= {"sparsity": row.sparsity, "allocation": row.allocation}
     # a run without --dtype means auto; only a RunSpec built in Python defaults to float32
     values["dtype"] = AUTO
+    # a model that makes no sense without BOS in every window has it unless `text` is asked for
+    if source.entry:
+        values |= {"ppl_bos": source.entry.bos, "calibration_bos": source.entry.bos}
     values |= {key: value for key, value in given.items() if key != "set"}
     # known from the name alone, so that a table or --show-config can say it without the files
     if values["dtype"] == AUTO and (source.entry or source.kind == "gguf"):

@@ -130,7 +130,7 @@ class RunSpec(BaseModel):
         Option(
             "text: the token that begins a text (BOS) stands where the tokenizer puts it; "
             "window: every calibration or training window begins with it.",
-            role="data", cell=True, shown=True, since=2,
+            role="data", default="text; window for Gemma's aliases", cell=True, shown=True, since=2,
         ),
     ] = "text"  # fmt: skip
     ppl: Annotated[
@@ -156,7 +156,8 @@ class RunSpec(BaseModel):
         Bos,
         Option(
             "text: BOS once, before the first window, as the papers have it; window: every window "
-            "begins with it, as Gemma needs; a protocol of its own.", role="evaluation", since=2,
+            "begins with it, as Gemma needs; a protocol of its own.", role="evaluation",
+            default="text; window for Gemma's aliases", since=2,
         ),
     ] = "text"  # fmt: skip
     divergence: Annotated[

@@ -27,16 +27,30 @@ _NAMES = {
     "mlp.gate": "ffn_gate_inp",
     "mlp.experts.down_proj": "ffn_down_exps",
 }
-_ARCHITECTURES = {"llama": "llama", "qwen3_moe": "qwen3moe"}
+_GEMMA3_NAMES = {
+    **_NAMES,
+    "post_attention_layernorm": "post_attention_norm",
+    "pre_feedforward_layernorm": "ffn_norm",
+    "post_feedforward_layernorm": "post_ffw_norm",
+}
+_ARCHITECTURES = {"llama": "llama", "qwen3_moe": "qwen3moe", "gemma3_text": "gemma3"}
 
 
 def gguf_tensors(config: Any, state: dict[str, torch.Tensor]) -> dict[str, np.ndarray]:
-    """The weights by the names of GGUF; q and k of a Llama with their rows interleaved."""
+    """The weights by the names of GGUF.
+
+    The rows of q and k of a Llama are interleaved; the norms of a Gemma 3 are what they multiply
+    with, 1 more than in its files, and its output is tied to the embedding.
+    """
     tensors: dict[str, np.ndarray] = {}
+    gemma = config.model_type == "gemma3_text"
+    names = _GEMMA3_NAMES if gemma else _NAMES
     heads = {"attn_q": config.num_attention_heads, "attn_k": config.num_key_value_heads}
     if config.model_type != "llama":
         heads = {}
     for name, tensor in state.items():
+        if gemma and name == "lm_head.weight":
+            continue
         stem, _, kind = name.rpartition(".")
         prefix = ""
         if stem.startswith("model.layers."):
@@ -48,7 +62,9 @@ def gguf_tensors(config: Any, state: dict[str, torch.Tensor]) -> dict[str, np.nd
             gate, up = (np.ascontiguousarray(half.float().numpy()) for half in tensor.chunk(2, 1))
             tensors |= {f"{prefix}ffn_gate_exps.weight": gate, f"{prefix}ffn_up_exps.weight": up}
             continue
-        short, weight = _NAMES[stem], tensor.float().numpy()
+        short, weight = names[stem], tensor.float().numpy()
+        if gemma and short.endswith("norm"):
+            weight = weight + 1
         if short in heads:
             rows = weight.reshape(heads[short], 2, -1, *weight.shape[1:])
             weight = rows.swapaxes(1, 2).reshape(weight.shape)
@@ -66,7 +82,7 @@ def write_gguf(
 
     Args:
         path: Where to.
-        model: A tiny Llama or Qwen3-MoE, for the settings.
+        model: A tiny Llama, Qwen3-MoE or Gemma 3, for the settings.
         tensors: By default those of the model.
         settings: More keys, without the architecture; numbers or texts.
     """
@@ -80,9 +96,15 @@ def write_gguf(
     writer.add_head_count(config.num_attention_heads)
     writer.add_head_count_kv(config.num_key_value_heads)
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
-    writer.add_rope_dimension_count(config.head_dim)
-    writer.add_vocab_size(config.vocab_size)
+    rope = config.rope_parameters
+    writer.add_rope_freq_base(rope.get("full_attention", rope)["rope_theta"])
+    if architecture == "gemma3":
+        writer.add_key_length(config.head_dim)
+        writer.add_value_length(config.head_dim)
+        writer.add_sliding_window(config.sliding_window)
+    else:
+        writer.add_rope_dimension_count(config.head_dim)
+        writer.add_vocab_size(config.vocab_size)
     for name, value in (settings or {}).items():
         if isinstance(value, str):
             writer.add_string(f"{architecture}.{name}", value)
@@ -92,7 +114,10 @@ def write_gguf(
         writer.add_expert_count(config.num_experts)
         writer.add_expert_used_count(config.num_experts_per_tok)
         writer.add_key_length(config.head_dim)
-    _write_tokenizer(writer, config.vocab_size)
+    if architecture == "gemma3":
+        _write_gemma_tokenizer(writer, config.vocab_size)
+    else:
+        _write_tokenizer(writer, config.vocab_size)
     ours = gguf_tensors(config, model.state_dict()) if tensors is None else tensors
     for name, tensor in ours.items():
         writer.add_tensor(name, tensor)
@@ -156,6 +181,23 @@ def _write_tokenizer(writer: gguf.GGUFWriter, size: int) -> None:
     writer.add_token_merges(["a b"])
     writer.add_bos_token_id(1)
     writer.add_eos_token_id(2)
+
+
+def _write_gemma_tokenizer(writer: gguf.GGUFWriter, size: int) -> None:
+    """Specials, then single characters from the space of sentencepiece on."""
+    special = ["<pad>", "<eos>", "<bos>", "<unk>"]
+    letters = ["\u2581", *(chr(ord("!") + number) for number in range(size - len(special) - 1))]
+    writer.add_tokenizer_model("llama")
+    writer.add_token_list([*special, *letters])
+    writer.add_token_scores([-1000.0] * size)
+    types = [gguf.TokenType.CONTROL] * len(special) + [gguf.TokenType.NORMAL] * len(letters)
+    writer.add_token_types(types)
+    writer.add_bos_token_id(2)
+    writer.add_eos_token_id(1)
+    writer.add_unk_token_id(3)
+    writer.add_pad_token_id(0)
+    writer.add_add_bos_token(True)
+    writer.add_add_space_prefix(False)
 
 
 def _finish(writer: gguf.GGUFWriter) -> None:

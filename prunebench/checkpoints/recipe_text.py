@@ -7,6 +7,7 @@ import re
 from typing import Any
 
 from prunebench.calibration.texts import texts
+from prunebench.models.source import catalog
 from prunebench.options import options_of
 from prunebench.results.schema import Result
 from prunebench.spec import RunSpec
@@ -36,10 +37,13 @@ def recipe_text(result: Result) -> str:
         _text_name(*pair, notes) for pair in zip(spec.ppl, spec.ppl_origins, strict=True)
     ]
     values["ppl_seqlen"] = spec.ppl_seqlen
+    alias = catalog().get(values["model"])
+    bos = alias.bos if alias else "text"  # the default of an alias is that of its model
     for name, option in options_of(RunSpec).items():
         value = getattr(spec, name)
         unread = value is None  # such as calibration data of a method without calibration
-        if option.about.given and name not in values and not unread and value != option.value:
+        default = bos if name in ("ppl_bos", "calibration_bos") else option.value
+        if option.about.given and name not in values and not unread and value != default:
             values[name] = value
     values["seed"] = spec.seed
     options = dict(spec.method_options)

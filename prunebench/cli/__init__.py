@@ -66,7 +66,7 @@ class _Commands(LazyGroup):
             "doctor:doctor_command",
             "Look at packages, devices, folders and the network, and say what is missing.",
         ),
-        "models": ("models:app", "List, fetch and find models."),
+        "models": ("models:app", "List, show, fetch and find models."),
         "results": ("results:app", "Check and tabulate result files."),
     }
 

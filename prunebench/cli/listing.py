@@ -11,6 +11,7 @@ from prunebench.cli.console import print_columns
 from prunebench.errors import PrunebenchError, UsageError, nearest
 
 if TYPE_CHECKING:
+    from prunebench.models.source import CatalogEntry
     from prunebench.registry import Registry
 
 _Row = dict[str, object]
@@ -42,6 +43,8 @@ def _shown(row: _Row) -> _Row:
     if columns.get("for") == "calibration, evaluation":
         columns["for"] = "both"
     notes = [row["licence"], row["about"]] if "size" in row else [row["about"], row.get("licence")]
+    if row.get("terms"):
+        notes.append(f"fetching it accepts the terms at {row['terms']}")
     if row.get("patterns") not in (None, _ANY):
         notes.append(f"sparsity: {row['patterns']}")
     if row.get("bos") == "window":
@@ -123,18 +126,21 @@ def _about_plugin(name: str, registry: Registry[Any]) -> str:
 def _models() -> list[_Row]:
     from prunebench.models.source import catalog
 
-    return [
-        {
-            "name": name,
-            "size": entry.size,
-            "dtype": entry.dtype,
-            "bos": entry.bos,
-            "licence": entry.licence + (" (gated)" if entry.gated else ""),
-            "source": entry.hub or entry.wheel,
-            "about": entry.about,
-        }
-        for name, entry in catalog().items()
-    ]
+    return [model_facts(name, entry) for name, entry in catalog().items()]
+
+
+def model_facts(name: str, entry: CatalogEntry) -> _Row:
+    """Return what the catalog says of an alias."""
+    return {
+        "name": name,
+        "size": entry.size,
+        "dtype": entry.dtype,
+        "bos": entry.bos,
+        "licence": entry.licence + (" (gated)" if entry.gated else ""),
+        "terms": entry.terms,
+        "source": entry.hub or entry.wheel,
+        "about": entry.about,
+    }
 
 
 def _texts() -> list[_Row]:

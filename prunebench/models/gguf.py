@@ -21,7 +21,12 @@ from prunebench.files import atomic_folder
 from prunebench.models.carried import clean_tokenizer_config
 from prunebench.models.complete import require_complete, unplaced_tensors, without_tied
 from prunebench.models.gguf_parts import UNREADABLE, read_gguf, unreadable
-from prunebench.models.gguf_rope import ROPE_FACTORS, apply_rope_factors, require_same_settings
+from prunebench.models.gguf_rope import (
+    ROPE_FACTORS,
+    apply_attention_scale,
+    apply_rope_factors,
+    require_same_settings,
+)
 from prunebench.models.load import needs_package, quiet_transformers, require_loaded
 
 
@@ -109,6 +114,7 @@ def _require_whole(path: Path, reader: Any, model: Any, info: dict[str, Any]) ->
             apply_rope_factors(path, model, tensors[ROPE_FACTORS].data)
         _, refused = unplaced_tensors(model, dict.fromkeys(unplaced - {ROPE_FACTORS}))
         require_complete(path, missing=without_tied(model, missing), unplaced=refused)
+    apply_attention_scale(model.config, reader)
     require_same_settings(path, model.config, reader)
 
 

@@ -64,6 +64,20 @@ def apply_rope_factors(path: Path, model: Any, factors: np.ndarray) -> None:
     )
 
 
+def apply_attention_scale(config: Any, reader: Any) -> None:
+    """Set by what Gemma 3 divides the products of q and k: the file does not say it.
+
+    transformers assumes 256. llama.cpp takes the width of a head, which is 256 in all of them but
+    the one of 62 layers (27B), where it is the width of the model over the number of heads.
+    """
+    if str(reader.fields["general.architecture"].contents()) != "gemma3":
+        return
+    scalar = config.head_dim
+    if config.num_hidden_layers == 62:
+        scalar = config.hidden_size // config.num_attention_heads
+    config.query_pre_attn_scalar = scalar
+
+
 def require_same_settings(path: Path, config: Any, reader: Any) -> None:
     """Refuse a file if the config that transformers made of it has other settings.
 
@@ -86,8 +100,12 @@ def require_same_settings(path: Path, config: Any, reader: Any) -> None:
     # Scaling that the reader dropped; if it set any, only the settings below are compared.
     if scaling not in (None, "none") and rope.get("rope_type", "default") in ("default", None):
         raise _otherwise(path, f"{architecture}.rope.scaling.type", scaling, "default")
-    for name, attribute in _SETTINGS.items():
-        value, ours = stated(name), getattr(config, attribute, None)
+    # Gemma 3 rotates by two bases: that of its global layers, and that of the sliding ones.
+    bases = {"rope.freq_base": rope.get("full_attention", rope).get("rope_theta")}
+    bases["rope.freq_base_swa"] = (rope.get("sliding_attention") or {}).get("rope_theta")
+    read = bases | {name: getattr(config, field, None) for name, field in _SETTINGS.items()}
+    for name, ours in read.items():
+        value = stated(name)
         if not isinstance(value, int | float) or ours is None:
             continue
         # The file has float32: an epsilon of 1e-5 is stored as 9.99999975e-06.

