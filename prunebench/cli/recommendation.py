@@ -106,8 +106,10 @@ def print_json(search: Search, *, interrupted: bool) -> None:
 
 
 def _print_head(search: Search) -> None:
-    for line in search.about:
-        print_hanging("  " if line is not search.about[0] else "", line)
+    first, *others = search.about
+    print_hanging("", first)
+    for line in others:
+        print_hanging("  ", line)
 
 
 def _row(search: Search, candidate: Candidate, front: set[int]) -> tuple[str, ...]:

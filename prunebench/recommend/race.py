@@ -96,25 +96,24 @@ class Race:
 
     def steps(self) -> Generator[Step, Trial, None]:
         """Yield what is to be measured; expects each `Trial` to be sent back."""
-        while True:
+        while not self.chosen:
             for candidate in self.candidates:
-                if self.latest(candidate) is None and not self.larger(candidate):
+                if self._is_needed(candidate):
                     yield from self._measure(Step(candidate, 0))
             for number in range(1, self.rounds):
                 for candidate in self._promoted(number):
                     yield from self._measure(Step(candidate, number))
-            leader = self.leader()
-            # one that was seen on the least text only is not confirmed yet
-            while leader and self._round_of(leader) < min(1, self.rounds - 1):
-                yield from self._measure(Step(leader, self._round_of(leader) + 1))
+                if any(map(self._is_needed, self.candidates)):
+                    break  # the leader fell, for whose sake they were passed over
+            else:
                 leader = self.leader()
-            if any(self.latest(c) is None and not self.larger(c) for c in self.candidates):
-                continue  # the leader fell, and what was passed over for its sake is needed
-            if leader is None:
-                return
-            yield from self._measure(Step(leader, self._round_of(leader), unseen=True))
-            if self.chosen:
-                return
+                if leader is None:
+                    return
+                if self._round_of(leader) < min(1, self.rounds - 1):
+                    # seen on the least text only: on more of it before the unseen part
+                    yield from self._measure(Step(leader, self._round_of(leader) + 1))
+                else:
+                    yield from self._measure(Step(leader, self._round_of(leader), unseen=True))
 
     def _measure(self, step: Step) -> Generator[Step, Trial, None]:
         self.add((yield step))
@@ -163,6 +162,9 @@ class Race:
         size, least = self.size(candidate), self.size(leader)
         longer = candidate.wave == RECOVERY and leader.wave < RECOVERY
         return size > least or (size == least and longer)
+
+    def _is_needed(self, candidate: Candidate) -> bool:
+        return self.latest(candidate) is None and not self.larger(candidate)
 
     def size(self, candidate: Candidate) -> int:
         """Return the bytes of its row, or those expected where there is none."""
