@@ -18,7 +18,7 @@ from torch import Tensor
 from prunebench.calibration.bos import begin_windows, text_tokens, tokenize
 from prunebench.calibration.texts import check_text_name, identify_text, load_text, texts
 from prunebench.calibration.windows import Windows, load_windows, pack_windows, save_windows
-from prunebench.errors import IncompatibleData, UsageError
+from prunebench.errors import IncompatibleData, PrunebenchError, UsageError
 from prunebench.evaluate.perplexity import count_windows
 from prunebench.files import cache_dir
 from prunebench.progress import Progress
@@ -75,7 +75,11 @@ def split_text(
         MissingResource: The text is not there.
         IncompatibleData: It is too short for both parts.
     """
-    check_text_name(name, use="evaluation")
+    try:
+        check_text_name(name, use="evaluation")
+    except PrunebenchError as error:
+        error.where = error.where.replace("--ppl", "--text")  # the option of this command
+        raise
     check_text_name(calibration, use="calibration")
     _require_unseen(name, calibration)
     base, at, _ = name.partition("@")
