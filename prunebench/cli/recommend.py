@@ -15,6 +15,7 @@ from prunebench.cli.progress import choose_progress
 from prunebench.errors import CheckFailed, UsageError
 
 if TYPE_CHECKING:
+    from prunebench.recommend.race import Step
     from prunebench.recommend.search import Request, Search
     from prunebench.spec import Bos
 
@@ -50,6 +51,10 @@ def recommend_command(
     tasks: Annotated[
         str, typer.Option(help="With a floor of recovery: tasks of lm-eval, split by commas.")
     ] = _TASKS,
+    include_path: Annotated[
+        Path | None,
+        typer.Option(envvar="PRUNEBENCH_INCLUDE_PATH", metavar="DIR", help="As in prunebench run."),
+    ] = None,
     calibration: Annotated[str, typer.Option(help="As in prunebench run.")] = "c4",
     calibration_samples: Annotated[
         int, typer.Option(min=3, help="Calibration windows of the last round.")
@@ -105,7 +110,7 @@ def recommend_command(
         calibration=calibration, calibration_samples=calibration_samples, seqlen=seqlen,
         ppl_seqlen=ppl_seqlen, seed=seed, results_dir=results_dir, device=device, save=save,
         force=force, command=command_line(), floor=wanted, goal=goal_, budget_seconds=seconds,
-        bos=begins,
+        bos=begins, include_path=include_path,
     )  # fmt: skip
     voice = Voice([], quiet=quiet)
     engine = LocalEngine([{}], show=lambda number, line: voice.note(line))
@@ -136,15 +141,15 @@ def _race(search: Search, voice: Voice) -> bool:
     """Run the race; returns whether Ctrl-C ended it."""
     try:
         with contextlib.redirect_stdout(sys.stderr):
-            search.run(lambda cell, line: voice.note(_told(search, cell.name, line)))
+            search.run(lambda step, line: voice.note(_told(step, line)))
     except KeyboardInterrupt:
         return True
     return False
 
 
-def _told(search: Search, name: str, line: str) -> str:
-    number = len(search.race.trials) + 1
-    return f"[{number}] {name}" + (f": {line}" if line else "")
+def _told(step: Step, line: str) -> str:
+    stage = "unseen" if step.unseen else f"round {step.round + 1}"
+    return f"[{stage}] {step.candidate.name}" + (f": {line}" if line else "")
 
 
 def _raise_if_missed(search: Search, request: Request, *, interrupted: bool) -> None:

@@ -179,7 +179,10 @@ def _print_chosen(search: Search) -> None:
     ratio = _ratio(search, chosen.size_bytes)
     typer.secho(f"recommended: {chosen.step.candidate.name}", bold=True)
     print_hanging("  ", f"{size}, {ratio:.3f} of the dense model in 16 bits (computed)")
-    for name, trial in (("in the race", seen), ("on unseen text", chosen)):
+    unseen = "on unseen text"
+    if race.floor.kind == "recovery":
+        unseen = "on unseen questions, those behind the race's"
+    for name, trial in (("in the race", seen), (unseen, chosen)):
         assert trial.value is not None
         print_hanging(
             f"  {name}: ",

@@ -50,6 +50,8 @@ _SCORED = (8, 16, 32)  # windows of the rounds
 _QUESTIONS = (25, 50, 100)  # of each task, in the rounds
 _UNSEEN_QUESTIONS = 4  # times those of the last round are asked for the confirmation
 
+Tell = Callable[[Step, str], None]
+
 
 @dataclass(frozen=True)
 class Request:
@@ -81,6 +83,7 @@ class Request:
     budget_seconds: float
     save: Path | None = None
     force: bool = False
+    include_path: Path | None = None
     command: str = ""
 
 
@@ -136,7 +139,10 @@ class Search:
             widths=frozenset(linear.in_features for linear in linears),
         )
         self.race = Race(candidates_for(ask.goal, self.counts), ask.floor, len(self.rounds))
-        self._setup = Setup(results_dir=ask.results_dir, device=ask.device, progress=Silent())
+        self._setup = Setup(
+            results_dir=ask.results_dir, device=ask.device, include_path=ask.include_path,
+            progress=Silent(),
+        )  # fmt: skip
         self._rows: dict[str, Result] = {}
 
     @property
@@ -170,7 +176,7 @@ class Search:
     def forecast(self, candidate: Candidate) -> float | None:
         """Return the seconds of round 1 that `run --dry-run` would name, or None."""
         try:
-            resolved = self._sweep(lambda cell, line: None).resolve(self.cell(Step(candidate, 0)))
+            resolved = self._sweep().resolve(self.cell(Step(candidate, 0)))
             seconds = forecast(load_inputs(resolved)).seconds
         except (PrunebenchError, NotImplementedError):
             return None
@@ -180,7 +186,7 @@ class Search:
         """Return the file of a row."""
         return ResultStore(self.request.results_dir).find(trial.result_id)
 
-    def run(self, tell: Callable[[RecipeCell, str], None] = lambda cell, line: None) -> None:
+    def run(self, tell: Tell = lambda step, line: None) -> None:
         """Race until a configuration holds the floor on unseen text, none can, or the budget.
 
         A run that has begun is finished. Where the budget cuts the race, the leader so far is
@@ -225,7 +231,7 @@ class Search:
 
     def _row_is_there(self, step: Step) -> bool:
         try:
-            return self._sweep(lambda cell, line: None).finished(self.cell(step)) is not None
+            return self._sweep().finished(self.cell(step)) is not None
         except PrunebenchError:
             return False  # the step itself says why
 
@@ -256,16 +262,17 @@ class Search:
 
     def command(self, step: Step) -> list[str]:
         """Return the command that makes the row of a step."""
-        words = self._sweep(lambda cell, line: None).command(self.cell(step))
+        words = self._sweep().command(self.cell(step))
         return [word for word in words if word != "--json"]
 
-    def measure(self, step: Step, tell: Callable[[RecipeCell, str], None]) -> Trial:
+    def measure(self, step: Step, tell: Tell) -> Trial:
         """Run a step, or read its row, and return what it gave."""
         cell = self.cell(step)
         if step.unseen and self.request.save is not None:
-            outcome = self._run_and_save(cell, tell)
+            outcome = self._run_and_save(cell, lambda line: tell(step, line))
         else:
-            with contextlib.closing(self._sweep(tell).run([cell])) as stream:
+            sweep = self._sweep(lambda cell, line: tell(step, line))
+            with contextlib.closing(sweep.run([cell])) as stream:
                 outcome = next(stream)
         trial = self._trial(step, outcome)
         if step.unseen and self.request.save is not None:
@@ -273,9 +280,14 @@ class Search:
             if not held and outcome.state == "done":
                 # a checkpoint that misses the floor is not what was asked for
                 shutil.rmtree(self.request.save, ignore_errors=True)
+        if trial.value is None:
+            tell(step, f"failed: {trial.reason}")
+        else:
+            before = "there already, " if trial.was_there else f"{outcome.seconds:.0f} s, "
+            tell(step, before + self.request.floor.text(trial.value))
         return trial
 
-    def _sweep(self, tell: Callable[[RecipeCell, str], None]) -> Sweep:
+    def _sweep(self, tell: Callable[[RecipeCell, str], None] = lambda cell, line: None) -> Sweep:
         return Sweep(self._setup, engine=self.engine, tell=tell, here=True)
 
     def _trial(self, step: Step, outcome: CellOutcome) -> Trial:
@@ -332,19 +344,18 @@ class Search:
             )
         return lines
 
-    def _run_and_save(
-        self, cell: RecipeCell, tell: Callable[[RecipeCell, str], None]
-    ) -> CellOutcome:
+    def _run_and_save(self, cell: RecipeCell, tell: Callable[[str], None]) -> CellOutcome:
         """Run the confirmation in this process, for its weights are needed; or find them saved."""
         folder = self.request.save
-        resolved = self._sweep(tell).resolve(cell)
+        resolved = self._sweep().resolve(cell)
         saved = self._saved()
         if saved is not None and saved.spec_id == resolved.spec.spec_id:
             return CellOutcome(cell, "finished", saved)
         assert folder is not None
-        tell(cell, f"with --save-model {folder}")
+        tell(f"saves to {folder}")
+        started = time.monotonic()
         setup = replace(
-            self._setup, save_model=folder, force=self.request.force, progress=self.progress,
+            resolved.setup, save_model=folder, force=self.request.force, progress=self.progress,
             command=self.request.command,
         )  # fmt: skip
         try:
@@ -354,7 +365,7 @@ class Search:
         except PrunebenchError as error:
             reason = " / ".join(str(error).splitlines())
             return CellOutcome(cell, "failed", reason=reason, exit_code=error.exit_code)
-        return CellOutcome(cell, "done", result)
+        return CellOutcome(cell, "done", result, seconds=time.monotonic() - started)
 
 
 def _next(steps: Generator[Step, Trial, None], trial: Trial | None) -> Step | None:

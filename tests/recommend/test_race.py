@@ -208,9 +208,7 @@ def test_expected_bytes_are_those_of_the_committed_rows(folder, options):
         if result.status != "ok":
             continue
         model, bits = result.model, result.quantization and result.quantization.bits
-        counts = ModelCounts(
-            model.parameters, model.prunable_parameters, frozenset({576, 1536})
-        )
+        counts = ModelCounts(model.parameters, model.prunable_parameters, frozenset({576, 1536}))
         assert counts.group_size == 64
         options = {**options} | ({} if "blocks" in options else {"bits": bits})
         expected = expected_bytes(counts, **options)

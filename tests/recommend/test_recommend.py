@@ -127,3 +127,18 @@ def _candidates():
 
 
 CANDIDATES = _candidates()
+
+
+def test_its_pages_fit_the_terminal(cli, ask, here, monkeypatch):
+    from prunebench.cli import console
+
+    shown = {}
+    for columns in (None, 80, 120):
+        monkeypatch.setattr(console, "terminal_width", lambda err=False, c=columns: c)
+        page = cli(*ask, "--floor", "ppl=1.5x", "-q").stdout
+        shown[columns] = "".join(page.replace("\\\n", " ").split())
+        for line in page.splitlines() if columns else []:
+            # a path that is wider than the terminal has a line of its own
+            assert len(line) <= columns or len(line.rstrip("\\").split()) <= 2, line
+    assert "recommended:" in shown[80] and "recommended:" in shown[None]
+    assert sorted(shown[80]) == sorted(shown[120])
