@@ -140,7 +140,7 @@ def test_what_more_time_could_buy_and_for_how_long():
     candidates = [candidate("a", 3), candidate("b", 3), candidate("c", 3), candidate("int4", 4)]
     race, _ = race_of(candidates, values)
     steps = next_steps(race, ROUNDS, None)
-    assert [(s.candidate.name, s.round) for s in steps] == [("a", 1), ("c", 1)] or steps
+    assert [(s.candidate.name, s.round + 1) for s in steps] == [("b", 3), ("a", 2), ("c", 2)]
     assert all(race.size(s.candidate) < race.chosen.size_bytes for s in steps)
     step = Step(candidates[0], 0)
     own = [trial(step, 2.9, seconds=10.0, work=8.0)]
