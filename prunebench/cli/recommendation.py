@@ -74,7 +74,7 @@ def print_report(search: Search, *, interrupted: bool) -> None:
         typer.echo("")
         print_hanging(
             "  ", "front: nothing tried is both smaller and better, each measured on the text of "
-            "its last round; MB is computed; s: all its rounds",
+            "its last round; MB is computed; s: of all its runs",
         )  # fmt: skip
     _print_not_run(search, interrupted=interrupted)
     _print_chosen(search)
@@ -152,12 +152,11 @@ def _print_not_run(search: Search, *, interrupted: bool) -> None:
     larger = [c.name for c in rest if race.larger(c)]
     others = [c.name for c in rest if not race.larger(c)]
     if larger:
-        print_hanging(
-            "  not run, since it cannot be smaller than what holds the floor: ", ", ".join(larger)
-        )
+        typer.echo("  not run, since none can be smaller than what holds the floor:")
+        print_hanging("    ", "; ".join(larger))
     if others:
-        why = "interrupted" if interrupted else "the budget"
-        print_hanging(f"  not run ({why}): ", ", ".join(others))
+        typer.echo(f"  not run ({'interrupted' if interrupted else 'the budget'}):")
+        print_hanging("    ", "; ".join(others))
 
 
 def _print_chosen(search: Search) -> None:
@@ -228,10 +227,10 @@ def _print_next(search: Search, *, interrupted: bool) -> None:
         if trial and trial.value is not None:
             last = f", {search.race.floor.text(trial.value)} so far"
         on = "the unseen text" if step.unseen else search.scored(stage)
+        reads = f"{stage.samples} calibration windows, " if step.candidate.reads else ""
         print_hanging(
             f"  {step.candidate.name}: ",
-            f"round {step.round + 1}, {stage.samples} calibration windows, {on}, about "
-            f"{_seconds(seconds, missing='?')}{last}",
+            f"round {step.round + 1}, {reads}{on}, about {_seconds(seconds, missing='?')}{last}",
         )
     if not search.cut and not interrupted:
         print_hanging("  ", "(dropped by the race: run these with prunebench run or a recipe)")

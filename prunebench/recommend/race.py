@@ -225,6 +225,4 @@ class Race:
         return [c for c in self.candidates if c in chosen]
 
     def _drop(self, candidate: Candidate, number: int, why: str) -> None:
-        trial = self.latest(candidate)
-        assert trial is not None and trial.value is not None
-        self.drops[candidate.name] = f"round {number}: {self.floor.text(trial.value)}, {why}"
+        self.drops[candidate.name] = f"round {number}: {why}"
