@@ -325,6 +325,7 @@ NOT_RUN = {
     "--method maskllm": "learns for minutes; tests/maskllm runs it",
     "distill": "trains on more text than the tiny run has; tests/recovery runs it",
     "sweep ": "its cells prune real models; tests/sweep runs such",
+    "recommend ": "races for minutes; tests/recommend runs it on a tiny model",
     "models fetch": "needs the hub",
     "--push": "needs an account of the hub",
     "torchrun": "needs eight GPUs",

@@ -21,6 +21,7 @@ LEVELS = [
     {"checkpoints", "plugin", "testing"},
     {"bench", "run"},
     {"api", "sweep"},
+    {"recommend"},
     {"cli"},
     {"__main__"},
 ]

@@ -23,6 +23,10 @@ class _Commands(LazyGroup):
             "sweep:sweep_command",
             "Run the cells of a recipe that are not finished yet, each in a process of its own.",
         ),
+        "recommend": (
+            "recommend:recommend_command",
+            "Find the cheapest configuration that holds a floor of quality on your text.",
+        ),
         "validate": (
             "sweep:validate_command",
             "Check recipes: keys, names, options and expectations, without a model or a network.",

@@ -1,0 +1,375 @@
+"""Run a race on a model: every step is a run whose row is filed as usual.
+
+    search = Search(request, engine=..., progress=...)
+    search.prepare()            # fetches model and text, runs nothing
+    search.run(tell=...)        # until the floor, the end of the race, or the budget
+    search.race.chosen
+
+A step whose row is in the results folder already is not run again: that is all there is to
+resuming. The budget only decides where the race is cut off, never what comes next.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+import time
+from collections.abc import Callable, Generator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from prunebench.calibration.bos import needs_window
+from prunebench.calibration.texts import placed
+from prunebench.checkpoints.save import RESULT_NAME, check_target
+from prunebench.errors import PrunebenchError, SaveError
+from prunebench.models.linears import find_linears
+from prunebench.models.load import load_config, load_tokenizer, skeleton
+from prunebench.models.source import fetch_model, find_model
+from prunebench.progress import Progress, Silent
+from prunebench.recommend.candidates import Candidate, ModelCounts, candidates_for
+from prunebench.recommend.floor import Floor, Goal
+from prunebench.recommend.front import Round, expected_seconds
+from prunebench.recommend.parts import Parts, split_text
+from prunebench.recommend.race import Race, Step, Trial
+from prunebench.recommend.values import perplexity_value, recovery_value
+from prunebench.results.schema import Result
+from prunebench.results.sizes import size_of
+from prunebench.results.store import ResultStore, read_copy
+from prunebench.run.execute import execute
+from prunebench.run.forecast import forecast
+from prunebench.run.plan import load_inputs
+from prunebench.run.resolve import resolve
+from prunebench.run_options import with_defaults
+from prunebench.spec import Bos, Setup
+from prunebench.sweep.cell import RecipeCell
+from prunebench.sweep.engines import Engine
+from prunebench.sweep.sweep import CellOutcome, Sweep
+
+_SCORED = (8, 16, 32)  # windows of the rounds
+_QUESTIONS = (25, 50, 100)  # of each task, in the rounds
+_UNSEEN_QUESTIONS = 4  # times those of the last round are asked for the confirmation
+
+Tell = Callable[[Step, str], None]
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is asked.
+
+    Attributes:
+        text: As `--ppl` takes it; with a floor of `recovery`, tasks stand in its place.
+        tasks: Names of lm-eval tasks.
+        calibration_samples: Windows of the last round; the first takes a twelfth, the second a
+            third.
+        bos: Where BOS stands; None for what the model needs.
+        budget_seconds: From the start of the race.
+        save: Folder of the chosen checkpoint, or None.
+    """
+
+    model: str
+    floor: Floor
+    goal: Goal
+    text: str
+    tasks: tuple[str, ...]
+    calibration: str
+    calibration_samples: int
+    seqlen: int
+    ppl_seqlen: int
+    bos: Bos | None
+    seed: int
+    results_dir: Path
+    device: str
+    budget_seconds: float
+    save: Path | None = None
+    force: bool = False
+    include_path: Path | None = None
+    command: str = ""
+
+
+@dataclass
+class Search:
+    """A race with the runs behind it.
+
+    Attributes:
+        cut: The step that the budget did not allow, if it was the budget that ended the race.
+    """
+
+    request: Request
+    engine: Engine
+    progress: Progress = field(default_factory=Silent)
+    cut: Step | None = None
+
+    def prepare(self) -> None:
+        """Fetch model and text, split the text, and list the candidates.
+
+        Raises:
+            PrunebenchError: Something that was named is missing or does not fit.
+        """
+        ask = self.request
+        if ask.save is not None and not self._is_saved_before():
+            check_target(ask.save, need_bytes=1 << 20, replace=ask.force, folder=True)
+        source = find_model(ask.model)
+        model = fetch_model(source, self.progress)
+        config = load_config(model.path)
+        needed = needs_window(config) or bool(source.entry and source.entry.bos == "window")
+        self.bos: Bos = ask.bos or ("window" if needed else "text")
+        self.parts: Parts | None = None
+        scored: tuple[int, ...] = _QUESTIONS
+        most = _QUESTIONS[-1] * _UNSEEN_QUESTIONS
+        if ask.floor.kind == "ppl":
+            with self.progress.stage("split", detail=ask.text):
+                self.parts = split_text(
+                    placed(ask.text, model=source.kind), load_tokenizer(model.path),
+                    calibration=placed(ask.calibration, model=source.kind),
+                    seqlen=ask.ppl_seqlen, bos=self.bos,
+                    wanted=_SCORED[-1], seed=ask.seed, progress=self.progress,
+                )  # fmt: skip
+            scored = tuple(min(count, self.parts.race_windows) for count in _SCORED)
+            most = self.parts.unseen_windows
+        samples = ask.calibration_samples
+        counts = (-(-samples // 12), -(-samples // 3), samples)
+        self.rounds = [Round(n, m) for n, m in zip(counts, scored, strict=True)]
+        self.unseen = most
+        bare = skeleton(config)
+        linears = find_linears(bare)
+        self.counts = ModelCounts(
+            parameters=sum(p.numel() for p in bare.parameters()),
+            prunable=sum(linear.in_features * linear.out_features for linear in linears),
+            widths=frozenset(linear.in_features for linear in linears),
+        )
+        self.race = Race(candidates_for(ask.goal, self.counts), ask.floor, len(self.rounds))
+        self._setup = Setup(
+            results_dir=ask.results_dir, device=ask.device, include_path=ask.include_path,
+            progress=Silent(),
+        )  # fmt: skip
+        self._rows: dict[str, Result] = {}
+
+    @property
+    def about(self) -> list[str]:
+        """What is searched and on what, in lines for people."""
+        ask = self.request
+        lines = [f"{ask.model}: the smallest checkpoint with {ask.floor.about}"]
+        if self.parts is not None:
+            lines.append(
+                f"{self.parts.about} ({self.parts.race_windows} and {self.parts.unseen_windows} "
+                f"windows of {ask.ppl_seqlen} tokens); calibrated on {ask.calibration}"
+            )
+        else:
+            lines.append(
+                f"tasks {', '.join(ask.tasks)}: raced on the first {self.rounds[-1].scored} "
+                f"questions of each at most, confirmed on those behind them up to {self.unseen}; "
+                f"calibrated on {ask.calibration}"
+            )
+        return lines
+
+    def scored(self, stage: Round) -> str:
+        """Return what a round scores, in words."""
+        if self.parts is None:
+            return f"{stage.scored} questions of each task"
+        return f"{stage.scored} scored windows"
+
+    def first_step(self, candidate: Candidate) -> Step:
+        """Return a candidate's step of round 1."""
+        return Step(candidate, 0)
+
+    def forecast(self, candidate: Candidate) -> float | None:
+        """Return the seconds of round 1 that `run --dry-run` would name, or None."""
+        try:
+            resolved = self._sweep().resolve(self.cell(Step(candidate, 0)))
+            seconds = forecast(load_inputs(resolved)).seconds
+        except (PrunebenchError, NotImplementedError):
+            return None
+        return sum(seconds.values()) if seconds else None
+
+    def path_of(self, trial: Trial) -> Path:
+        """Return the file of a row."""
+        return ResultStore(self.request.results_dir).find(trial.result_id)
+
+    def run(self, tell: Tell = lambda step, line: None) -> None:
+        """Race until a configuration holds the floor on unseen text, none can, or the budget.
+
+        A run that has begun is finished. Where the budget cuts the race, the leader so far is
+        still confirmed.
+        """
+        started = time.monotonic()
+        steps = self.race.steps()
+        trial: Trial | None = None
+        while True:
+            step = _next(steps, trial)
+            if step is None:
+                return
+            if not self._fits(step, started):
+                break
+            trial = self.measure(step, tell)
+        self.cut = step
+        # what is known is worth its confirmation: time for it was set aside
+        while (leader := self.race.leader()) and not self.race.chosen:
+            latest = self.race.latest(leader)
+            assert latest is not None
+            confirm = Step(leader, latest.step.round, unseen=True)
+            late = any(t.step.unseen for t in self.race.trials)
+            if late and not self._fits(confirm, started):
+                return
+            self.race.add(self.measure(confirm, tell))
+
+    def expected(self, step: Step) -> float | None:
+        """Return the expected seconds of a step, from those measured before."""
+        return expected_seconds(step, self.race.trials, self.rounds, unseen=self.unseen)
+
+    def _fits(self, step: Step, started: float) -> bool:
+        left = self.request.budget_seconds - (time.monotonic() - started)
+        if self._row_is_there(step):
+            return True  # it costs nothing
+        need = self.expected(step) or 0.0
+        leader = self.race.leader()
+        if leader and not step.unseen:
+            latest = self.race.latest(leader)
+            assert latest is not None
+            need += self.expected(Step(leader, latest.step.round, unseen=True)) or 0.0
+        return left > 0 and need <= left
+
+    def _row_is_there(self, step: Step) -> bool:
+        try:
+            return self._sweep().finished(self.cell(step)) is not None
+        except PrunebenchError:
+            return False  # the step itself says why
+
+    # ------------------------------------------------------------ one step
+
+    def cell(self, step: Step) -> RecipeCell:
+        """Return the run of a step, with the options that are not at their default."""
+        ask, candidate = self.request, step.candidate
+        given: dict[str, Any] = {"model": ask.model, **candidate.options}
+        if candidate.reads:
+            given |= {
+                "calibration": ask.calibration,
+                "calibration_samples": self.rounds[step.round].samples, "seqlen": ask.seqlen,
+            }  # fmt: skip
+            given |= {"calibration_bos": "window"} if self.bos == "window" else {}
+        scored = self.rounds[step.round].scored
+        if self.parts is None:
+            limit = self.unseen if step.unseen else scored
+            given |= {"ppl": [], "tasks": list(ask.tasks), "limit": limit}
+        else:
+            given |= {"ppl": [self.parts.unseen if step.unseen else self.parts.race]}
+            given |= {"ppl_seqlen": ask.ppl_seqlen}
+            given |= {"ppl_bos": "window"} if self.bos == "window" else {}
+            if not step.unseen and scored < self.parts.race_windows:
+                given["ppl_tokens"] = scored * ask.ppl_seqlen
+        given |= {"seed": ask.seed} if ask.seed else {}
+        return RecipeCell(len(self.race.trials) + 1, given, with_defaults(given))
+
+    def command(self, step: Step) -> list[str]:
+        """Return the command that makes the row of a step."""
+        words = self._sweep().command(self.cell(step))
+        return [word for word in words if word != "--json"]
+
+    def measure(self, step: Step, tell: Tell) -> Trial:
+        """Run a step, or read its row, and return what it gave."""
+        cell = self.cell(step)
+        if step.unseen and self.request.save is not None:
+            outcome = self._run_and_save(cell, lambda line: tell(step, line))
+        else:
+            sweep = self._sweep(lambda cell, line: tell(step, line))
+            with contextlib.closing(sweep.run([cell])) as stream:
+                outcome = next(stream)
+        trial = self._trial(step, outcome)
+        if step.unseen and self.request.save is not None:
+            held = trial.value is not None and self.race.floor.holds(trial.value)
+            if not held and outcome.state == "done":
+                # a checkpoint that misses the floor is not what was asked for
+                shutil.rmtree(self.request.save, ignore_errors=True)
+        if trial.value is None:
+            tell(step, f"failed: {trial.reason}")
+        else:
+            before = "there already, " if trial.was_there else f"{outcome.seconds:.0f} s, "
+            tell(step, before + self.request.floor.text(trial.value))
+        return trial
+
+    def _sweep(self, tell: Callable[[RecipeCell, str], None] = lambda cell, line: None) -> Sweep:
+        return Sweep(self._setup, engine=self.engine, tell=tell, here=True)
+
+    def _trial(self, step: Step, outcome: CellOutcome) -> Trial:
+        result = outcome.result
+        if result is None:
+            return Trial(step, reason=outcome.reason)
+        size, cost = size_of(result), result.cost
+        try:
+            if self.parts is not None:
+                value = perplexity_value(result)
+            else:
+                seen = self._rows.get(f"{step.candidate.name} {step.round}")
+                value = recovery_value(
+                    result, self.request.tasks, seen=seen if step.unseen else None
+                )
+        except PrunebenchError as error:
+            return Trial(step, reason=" / ".join(str(error).splitlines()))
+        if not step.unseen:
+            self._rows[f"{step.candidate.name} {step.round}"] = result
+        recovered = result.recovery.seconds if result.recovery else 0.0
+        return Trial(
+            step, value.value,
+            size_bytes=size.total_bytes if size else step.candidate.expected_bytes,
+            form=size.form if size else "", score=value.score, dense=value.dense,
+            protocol=value.protocol, result_id=result.id,
+            total_seconds=cost.total_seconds if cost else 0.0,
+            work_seconds=(cost.prune_seconds if cost else 0.0) + (recovered or 0.0),
+            was_there=outcome.state == "finished",
+        )  # fmt: skip
+
+    # ------------------------------------------------------------ the checkpoint
+
+    def _is_saved_before(self) -> bool:
+        """Return whether the folder is a checkpoint of this model, perhaps the one to come."""
+        saved = self._saved()
+        return saved is not None and saved.spec.model == find_model(self.request.model).id
+
+    def _saved(self) -> Result | None:
+        assert self.request.save is not None
+        path = self.request.save / RESULT_NAME
+        copy = read_copy(path) if path.is_file() else None
+        return copy if isinstance(copy, Result) else None
+
+    def saved_lines(self) -> list[str]:
+        """Return what --save has written, in lines for people."""
+        folder = self.request.save
+        assert folder is not None
+        size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+        chosen = self.race.chosen
+        lines = [f"checkpoint: {folder}, {size / 1e6:,.1f} MB, zeros and grid in plain tensors"]
+        if chosen and "INT" not in chosen.form and chosen.form.startswith("2:4"):
+            lines.append(
+                f"packed: prunebench export {folder} --to packed24 -o DIR (16-bit checkpoints)"
+            )
+        return lines
+
+    def _run_and_save(self, cell: RecipeCell, tell: Callable[[str], None]) -> CellOutcome:
+        """Run the confirmation in this process, for its weights are needed; or find them saved."""
+        folder = self.request.save
+        resolved = self._sweep().resolve(cell)
+        saved = self._saved()
+        if saved is not None and saved.spec_id == resolved.spec.spec_id:
+            return CellOutcome(cell, "finished", saved)
+        assert folder is not None
+        tell(f"saves to {folder}")
+        started = time.monotonic()
+        setup = replace(
+            resolved.setup, save_model=folder, force=self.request.force, progress=self.progress,
+            command=self.request.command,
+        )  # fmt: skip
+        try:
+            result = execute(load_inputs(resolve(cell.spec, setup)))
+        except SaveError:
+            raise
+        except PrunebenchError as error:
+            reason = " / ".join(str(error).splitlines())
+            return CellOutcome(cell, "failed", reason=reason, exit_code=error.exit_code)
+        return CellOutcome(cell, "done", result, seconds=time.monotonic() - started)
+
+
+def _next(steps: Generator[Step, Trial, None], trial: Trial | None) -> Step | None:
+    try:
+        return next(steps) if trial is None else steps.send(trial)
+    except StopIteration:
+        return None

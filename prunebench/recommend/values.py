@@ -1,0 +1,100 @@
+"""Read from a row what a floor is about: perplexity or accuracy beside the dense model's."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from prunebench.errors import IncompatibleData
+from prunebench.results.schema import Result, Score
+
+_ACCURACIES = ("acc", "acc_norm", "exact_match")  # the first that a task has counts
+
+
+@dataclass(frozen=True)
+class Value:
+    """What a row says.
+
+    Attributes:
+        value: In the unit of the floor.
+        score, dense: A perplexity, or a mean accuracy, and that of dense.
+        protocol: Of what was measured.
+    """
+
+    value: float
+    score: float
+    dense: float
+    protocol: str
+
+
+def perplexity_value(result: Result) -> Value:
+    """Return times dense's perplexity on the only text of a row."""
+    (score,) = [score for score in result.scores if score.metric == "token_ppl"]
+    if not score.dense_value:
+        raise IncompatibleData(f"{result.id} has no perplexity of dense", where=score.protocol)
+    return Value(score.value / score.dense_value, score.value, score.dense_value, score.protocol)
+
+
+def recovery_value(
+    result: Result, tasks: Sequence[str], *, seen: Result | None = None
+) -> Value:  # fmt: skip
+    """Return the mean over tasks of accuracy beside dense's.
+
+    Args:
+        result: A row with all the tasks.
+        tasks: Their names.
+        seen: A row of the same weights on the first questions of every task. They are taken out:
+            both are means over questions, so those behind the first follow from the two.
+
+    Raises:
+        IncompatibleData: A task has no accuracy, or dense answers nothing of it.
+    """
+    pairs = []
+    for task in tasks:
+        score = _accuracy(result, task)
+        pruned, dense = score.value, score.dense_value
+        if seen is not None:
+            before = _accuracy(seen, task)
+            pruned = _behind(score.value, score.targets, before.value, before.targets, task)
+            dense = _behind(
+                score.dense_value or 0.0, score.targets, before.dense_value or 0.0,
+                before.targets, task,
+            )  # fmt: skip
+        if not dense:
+            raise IncompatibleData(
+                f"the dense model answers nothing of {task}",
+                where=f"{score.metric} of {score.protocol} is {dense}",
+                fix="use another task, or more questions",
+            )
+        pairs.append((pruned, dense))
+    protocol = f"{len(pairs)} tasks" if len(pairs) > 1 else _accuracy(result, tasks[0]).protocol
+    return Value(
+        statistics.fmean(pruned / dense for pruned, dense in pairs),
+        statistics.fmean(pruned for pruned, _ in pairs),
+        statistics.fmean(dense for _, dense in pairs),
+        protocol,
+    )
+
+
+def _accuracy(result: Result, task: str) -> Score:
+    for metric in _ACCURACIES:
+        for score in result.scores:
+            if score.metric == metric and score.dataset == task:
+                return score
+    raise IncompatibleData(
+        f"{task} has no accuracy",
+        where=f"{result.id} has {', '.join(sorted({s.metric for s in result.scores}))}",
+        fix="use tasks with acc or acc_norm",
+    )
+
+
+def _behind(whole: float, count: int, first: float, first_count: int, task: str) -> float:
+    """Return the mean over the questions behind the first ones."""
+    if count <= first_count:
+        raise IncompatibleData(
+            f"{task} has {count} questions, and the race has seen them all",
+            fix="use a smaller --limit, or tasks with more questions",
+        )
+    # means of ratios of whole questions: rounding leaves a tiny negative at worst
+    return max(0.0, (whole * count - first * first_count) / (count - first_count))
