@@ -30,6 +30,7 @@ def fold_scores(frame: DataFrame) -> DataFrame:
     """
     counted = frame[frame["newest"]].copy()
     counted["loss"] = _losses(counted)
+    counted["is_stale"] = counted["stale"].notna()
     groups = counted.groupby(_SCORE, sort=False)
     scores = groups.agg(
         **{name: (name, "first") for name in _OF_CELL},
@@ -44,6 +45,7 @@ def fold_scores(frame: DataFrame) -> DataFrame:
         higher_is_better=("higher_is_better", "first"),
         loss=("loss", "mean"),
         loss_std=("loss", "std"),
+        stale=("is_stale", "any"),
     ).reset_index()
     # pandas leaves a NaN out of a mean: one seed that gave NaN would be as if it had not been run
     scores.loc[scores["finite"] < scores["seeds"], ["mean", "loss"]] = float("nan")
@@ -84,6 +86,8 @@ def fold_runs(frame: DataFrame) -> DataFrame:
     cells["size_ratio"] = groups["size_ratio"].median()
     cells["prune_seconds"] = groups["prune_seconds"].median()
     cells["recover_seconds"] = groups["recover_seconds"].median()
+    counted = frame[frame["newest"] & frame["stale"].notna()].drop_duplicates("cell")
+    cells["stale"] = counted.set_index("cell")["stale"].reindex(cells.index)
     cells["devices"] = groups["device"].unique().map(_sorted_tuple)
     cells["threads"] = groups["cpu_threads"].unique().map(_sorted_tuple)
     cells["result_ids"] = groups["result_id"].unique().map(_sorted_tuple)
@@ -125,6 +129,8 @@ def _with_best(scores: DataFrame) -> DataFrame:
 
     rivals = scores[scores["method"] != "dense"]
     turned = rivals["mean"].where(~rivals["higher_is_better"], -rivals["mean"]).fillna(np.inf)
+    # what nobody can measure again is not the best where there is another
+    turned = turned.where(~rivals["stale"].astype(bool), np.inf)
     # stable, and the first of equals is kept: of two equal values only the first is the best
     best = rivals.assign(turned=turned).sort_values("turned", kind="stable")
     best = best.drop_duplicates(_RIVALS)

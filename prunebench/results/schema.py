@@ -15,7 +15,9 @@ from prunebench.results.completions import CompletionsBlock
 from prunebench.results.quantization_schema import QuantizationBlock
 from prunebench.results.recovery_schema import RecoveryBlock
 from prunebench.results.removal_schema import RemovalBlock
+from prunebench.sparsity import Sparsity
 from prunebench.spec import AUTO, Bos, OptionValue, RunSpec
+from prunebench.versions import parts_of, why_stale
 
 SCHEMA_VERSION: Literal[1] = 1
 
@@ -326,6 +328,8 @@ class Result(_Block):
     command: str
     spec_id: str
     spec: RunSpec
+    # see prunebench.versions; a part that is not named had its first version
+    versions: dict[str, int] = Field(default={}, exclude_if=lambda versions: not versions)
     model: ModelBlock | None = None
     method: MethodBlock | None = None
     allocation: AllocationBlock | None = None
@@ -354,6 +358,18 @@ class Result(_Block):
         if spec.dtype == AUTO:
             raise ValueError("the dtype is auto: it was never resolved")
         return spec
+
+    @property
+    def stale(self) -> str:
+        """What changed since, so that the same run would give other numbers; empty if nothing."""
+        if self.sparsity is None:
+            return ""
+        of_zeros = self.sparsity.removal is None and self.quantization is None
+        target = Sparsity.parse(self.spec.sparsity).ratio if of_zeros else None
+        return why_stale(
+            parts_of(self.spec), self.versions, target=target,
+            realized=self.sparsity.realised_ratio,
+        )  # fmt: skip
 
     @property
     def removed_ratio(self) -> float:
