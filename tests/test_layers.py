@@ -12,7 +12,6 @@ LEVELS = [
     {"__init__", "errors", "progress"},
     {"options", "sparsity", "distributed", "files"},
     {"spec"},
-    {"versions"},
     {"download", "registry", "results"},
     {"calibration"},
     {"models"},
@@ -27,8 +26,8 @@ LEVELS = [
 ]
 LEVEL_OF = {name: number for number, names in enumerate(LEVELS) for name in names}
 LIGHT = {
-    "errors", "progress", "options", "sparsity", "distributed", "files", "spec", "versions",
-    "download", "registry", "results", "cli",
+    "errors", "progress", "options", "sparsity", "distributed", "files", "spec", "download",
+    "registry", "results", "cli",
 }  # fmt: skip
 HEAVY = {"torch", "transformers", "datasets", "lm_eval", "pandas", "numpy"}
 FILES = sorted(ROOT.rglob("*.py"))

@@ -1,8 +1,8 @@
 """Rounding as noise: the same specification under other thread counts and batches, by method.
 
-    python -m benchmarks.scripts.rounding                                # 32 windows, as a run has
-    python -m benchmarks.scripts.rounding --samples 4 --ppl-windows 8    # a quick look
-    python -m benchmarks.scripts.rounding --write                        # into results/rounding.toml
+    python -m benchmarks.scripts.rounding                             # 32 windows, as a run has
+    python -m benchmarks.scripts.rounding --samples 4 --ppl-windows 8 # a quick look
+    python -m benchmarks.scripts.rounding --write                     # into results/rounding.toml
 
 Sums of floats depend on their order: another number of threads, or of windows in a batch, changes
 the last bits of a Hessian, near a tie a mask changes, and the blocks behind adapt to that. The

@@ -19,14 +19,14 @@ import torch
 from torch import Tensor, nn
 
 from prunebench.evaluate.token_tree import TokenTree, build_tree, shared_batches
-from prunebench.models.out_of_memory import AutoBatch, is_out_of_memory
+from prunebench.models.out_of_memory import AutoBatch
 
 Request = tuple[Sequence[int], Sequence[int]]
 """Token ids of a context and of an answer."""
 Answer = tuple[float, bool]
 """Log-likelihood of an answer in nats, and whether greedy decoding would give it."""
 
-_TOKENS = {"cpu": 256, "cuda": 4096}  # nodes of a tree; attention costs their square
+_TOKENS = {"cpu": 256, "cuda": 2048}  # nodes of a tree; attention costs their square
 _LONGEST = 2048  # tokens of a sequence: the mask has their square
 _ROUNDING = 1e-3  # largest difference of log-probabilities; real ones are about 1e-5
 
@@ -76,10 +76,14 @@ class SharedAnswers:
         ]
         # the longest sequence first: what fails or is not exact there fails before the work
         batches.sort(key=lambda batch: -max(len(_inputs(requests[i])) for i in batch))
-        if not batches or not self._is_exact([requests[i] for i in batches[0]]):
-            return {}
         answers: dict[int, Answer] = {}
-        for batch in batches:
+        if batches and self.exact is None:
+            first, *batches = batches
+            checked = self._check([requests[i] for i in first])
+            self.exact = checked is not None
+            answers.update(zip(first, checked or [], strict=False))
+            advance(len(answers))
+        for batch in batches if self.exact else []:
             asked = [requests[i] for i in batch]
             answers.update(zip(batch, self._answer_batch(asked), strict=True))
             advance(len(batch))
@@ -97,26 +101,24 @@ class SharedAnswers:
         dtype = next(self._model.parameters()).dtype
         return needed <= set(arguments) and dtype in (torch.float32, torch.float64)
 
-    def _is_exact(self, requests: Sequence[Request]) -> bool:
-        """Compare a tree with plain rows: its longest sequence, and its last, behind all others."""
-        if self.exact is None:
-            longest = max(range(len(requests)), key=lambda i: len(_inputs(requests[i])))
-            try:
-                trees = self._target_log_probabilities(requests)
-            # a model that cannot take the mask raises whatever its code happens to raise
-            except Exception as error:
-                if is_out_of_memory(error):
-                    raise
-                self.exact = False
-                return False
-            for i in {longest, len(requests) - 1}:
-                plain = self._target_log_probabilities([requests[i]], merged=False)[0][0]
-                bound = _ROUNDING * max(1.0, plain.abs().max().item())
-                if not (trees[i][0] - plain).abs().max().item() <= bound:  # NaN is not exact
-                    self.exact = False
-                    return False
-            self.exact = True
-        return self.exact
+    def _check(self, requests: Sequence[Request]) -> list[Answer] | None:
+        """Answer by a tree, and its longest sequence and its last by plain rows too.
+
+        The last stands behind all others in the row. None if the answers are not the same.
+        """
+        try:
+            values = self._target_log_probabilities(requests)
+        # a model that cannot take the mask raises whatever its code happens to raise; without the
+        # memory for a tree, lm-eval's loop runs smaller batches
+        except Exception:
+            return None
+        longest = max(range(len(requests)), key=lambda i: len(_inputs(requests[i])))
+        for i in {longest, len(requests) - 1}:
+            plain = self._target_log_probabilities([requests[i]], merged=False)[0][0]
+            bound = _ROUNDING * max(1.0, plain.abs().max().item())
+            if not (values[i][0] - plain).abs().max().item() <= bound:  # NaN is not exact
+                return None
+        return [(float(value.sum()), greedy) for value, greedy in values]
 
     def _answer_batch(self, requests: Sequence[Request]) -> Iterator[Answer]:
         def run(numbers: Tensor) -> Tensor:
@@ -140,7 +142,7 @@ class SharedAnswers:
         tree = build_tree([_inputs(request) for request in requests])
         # logits are needed where the next token is one of an answer
         places = [path[-len(r[1]) :] for path, r in zip(tree.paths, requests, strict=True)]
-        nodes, rows = torch.cat(places).unique(return_inverse=True)
+        nodes, rows = torch.unique(torch.cat(places), return_inverse=True)
         logits = self._logits(tree.token_ids, nodes, tree if merged else None)
         targets = torch.tensor([token for _, answer in requests for token in answer])
         targets, rows = targets.to(logits.device), rows.to(logits.device)
@@ -149,7 +151,9 @@ class SharedAnswers:
         lengths = [len(answer) for _, answer in requests]
         return [
             (value, bool(same.all()))
-            for value, same in zip(values.split(lengths), greedy.split(lengths), strict=True)
+            for value, same in zip(
+                torch.split(values, lengths), torch.split(greedy, lengths), strict=True
+            )
         ]
 
     def _logits(self, token_ids: Tensor, nodes: Tensor, tree: TokenTree | None) -> Tensor:

@@ -15,9 +15,9 @@ from prunebench.results.completions import CompletionsBlock
 from prunebench.results.quantization_schema import QuantizationBlock
 from prunebench.results.recovery_schema import RecoveryBlock
 from prunebench.results.removal_schema import RemovalBlock
+from prunebench.results.versions import parts_of, why_stale
 from prunebench.sparsity import Sparsity
 from prunebench.spec import AUTO, Bos, OptionValue, RunSpec
-from prunebench.versions import parts_of, why_stale
 
 SCHEMA_VERSION: Literal[1] = 1
 
@@ -328,7 +328,7 @@ class Result(_Block):
     command: str
     spec_id: str
     spec: RunSpec
-    # see prunebench.versions; a part that is not named had its first version
+    # see prunebench.results.versions; a part that is not named had its first version
     versions: dict[str, int] = Field(default={}, exclude_if=lambda versions: not versions)
     model: ModelBlock | None = None
     method: MethodBlock | None = None
@@ -366,10 +366,8 @@ class Result(_Block):
             return ""
         of_zeros = self.sparsity.removal is None and self.quantization is None
         target = Sparsity.parse(self.spec.sparsity).ratio if of_zeros else None
-        return why_stale(
-            parts_of(self.spec), self.versions, target=target,
-            realized=self.sparsity.realised_ratio,
-        )  # fmt: skip
+        parts, realized = parts_of(self.spec), self.sparsity.realised_ratio
+        return why_stale(parts, self.versions, target=target, realized=realized)
 
     @property
     def removed_ratio(self) -> float:

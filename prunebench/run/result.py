@@ -53,10 +53,10 @@ from prunebench.results.schema import (
     TrainingPoint,
 )
 from prunebench.results.store import new_run_id
+from prunebench.results.versions import parts_of, versions_of
 from prunebench.run.plan import Plan
 from prunebench.run.resolve import ResolvedSpec
 from prunebench.spec import NO_RECOVERY, RunSpec
-from prunebench.versions import parts_of, versions_of
 
 
 def build_identity(resolved: ResolvedSpec, *, status: str) -> dict[str, Any]:

@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from prunebench import versions
 from prunebench.allocators import ALLOCATORS
 from prunebench.pruners import METHODS
 from prunebench.recovery import RECOVERERS
+from prunebench.results import versions
 from prunebench.results.compare import compare
 from prunebench.results.finding import finding
 from prunebench.results.overview import overview
@@ -16,11 +16,11 @@ from prunebench.results.overview_markdown import overview_markdown
 from prunebench.results.render import to_csv, to_markdown
 from prunebench.results.schema import Result
 from prunebench.results.store import ResultStore
+from prunebench.results.versions import CHANGES, Change, current_version, parts_of, versions_of
 from prunebench.spec import RunSpec
-from prunebench.versions import CHANGES, Change, current_version, parts_of, versions_of
 from tests.factories import make_result
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture
