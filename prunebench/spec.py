@@ -295,8 +295,8 @@ class Setup:
         int | None,
         Field(ge=1),
         Option(
-            "Sequences of a task at a time.", role="placement", recipe=False, requires="tasks",
-            default="1 on a CPU, 16 on CUDA",
+            "Sequences of a task at a time; with 1 each choice is run by itself, as lm-eval does.",
+            role="placement", recipe=False, requires="tasks", default="what the device runs well",
         ),
     ] = None  # fmt: skip
     include_path: Annotated[

@@ -52,8 +52,17 @@ def results_table(results_dir: _Folder = Path("results")) -> None:
     typer.echo(str(path))
 
 
-def results_check(results_dir: _Folder = Path("results")) -> None:
-    """Check every result file: schema, name and spec hash."""
+def results_check(
+    results_dir: _Folder = Path("results"),
+    current: Annotated[
+        bool, typer.Option("--current", help="A stale result is an error (exit code 6).")
+    ] = False,
+) -> None:
+    """Check every result file: schema, name, spec hash, and the versions of what made it.
+
+    A result is stale where its method changed since, so that the same run gives other numbers, and
+    no later run of the same specification is there.
+    """
     results, damaged = ResultStore(results_dir).read()
     for file in damaged:
         say(f"{file.path}: {file.reason}")
@@ -61,6 +70,19 @@ def results_check(results_dir: _Folder = Path("results")) -> None:
         raise CheckFailed(f"{len(damaged)} of {len(results) + len(damaged)} files are damaged")
     failed = sum(result.status == "failed" for result in results)
     typer.echo(f"{len(results)} results are sound, {failed} of them are failed runs")
+    stale = _stale(results)
+    for result in stale:
+        say(f"{ResultStore(results_dir).path_of(result)}: stale: {result.stale}")
+    if stale:
+        typer.echo(f"{len(stale)} are stale: run their commands again, the newest counts")
+    if stale and current:
+        raise CheckFailed(f"{len(stale)} of {len(results)} results are stale")
+
+
+def _stale(results: list[Result]) -> list[Result]:
+    """Return the stale results of specifications that no later run measured again."""
+    renewed = {r.spec_id for r in results if r.status == "ok" and not r.stale}
+    return [r for r in results if r.status == "ok" and r.stale and r.spec_id not in renewed]
 
 
 def results_schema() -> None:

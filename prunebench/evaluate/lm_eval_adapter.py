@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from prunebench.calibration.vocabulary import vocabulary_size
 from prunebench.evaluate.requests import require_known_ids
+from prunebench.evaluate.shared_answers import SharedAnswers
 from prunebench.models.out_of_memory import AutoBatch
 from prunebench.models.stream import batch_logits, is_streamed
 
@@ -33,13 +34,16 @@ def wrap_model(
         model: A causal language model; its blocks may be on disk.
         task_name: For error messages.
         tokenizer: The model's.
-        batch_size: Sequences at a time; None is 1 on a CPU and 16 on CUDA.
+        batch_size: Sequences at a time; None is 1 on a CPU and 16 on CUDA, where their shared
+            beginnings are not computed once.
         answered: Called after each batch.
     """
     device = next(model.parameters()).device
     size = batch_size or _BATCH_SIZE.get(device.type, 1)
-    adapter = StreamedModel if is_streamed(model) else ResidentModel
-    return adapter(model, task_name, tokenizer=tokenizer, batch_size=size, answered=answered)
+    options: dict[str, Any] = {"tokenizer": tokenizer, "batch_size": size, "answered": answered}
+    if is_streamed(model):
+        return StreamedModel(model, task_name, **options)
+    return ResidentModel(model, task_name, shared=SharedAnswers(model, rows=batch_size), **options)
 
 
 class _CheckedModel(HFLM):  # type: ignore[misc]
@@ -75,29 +79,45 @@ class _CheckedModel(HFLM):  # type: ignore[misc]
 
 
 class ResidentModel(_CheckedModel):
-    """A model in memory: reports answered requests, halves a batch that does not fit."""
+    """A model in memory: reports answered requests, halves a batch that does not fit.
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    Beginnings that sequences share are computed once (`shared`), where that is exact; lm-eval's own
+    loop answers the rest.
+    """
+
+    def __init__(self, *args: Any, shared: SharedAnswers, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        self._shared = shared
         self._auto_batch = AutoBatch("tasks")
         self._total = self._done = 0
 
     def _loglikelihood_tokens(self, requests: Any, *args: Any, **kwargs: Any) -> Any:
         self._total, self._done = len(requests), 0
-        answers = super()._loglikelihood_tokens(requests, *args, **kwargs)
+        self._require_known(ids for _, context, answer in requests for ids in (context, answer))
+        answers = self._shared.answer(
+            [(context, answer) for _, context, answer in requests],
+            longest=self.max_length,
+            advance=self._advance,
+        )
+        rest = [number for number in range(len(requests)) if number not in answers]
+        plain = super()._loglikelihood_tokens([requests[i] for i in rest], *args, **kwargs)
+        answers.update(zip(rest, plain, strict=True))
         # lm-eval answers several one-token choices from one row of logits, so fewer rows than
         # requests are run and the count of `_model_call` may stop short of the total
         self._answered(self._total, self._total)
-        return answers
+        return [answers[number] for number in range(len(requests))]
 
     def _model_call(self, inps: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         forward = functools.partial(super()._model_call, **kwargs)
         # more than one part once a batch has run out of memory; the rows stay in order
         parts = list(self._auto_batch.run(forward, inps))
         logits = parts[0] if len(parts) == 1 else torch.cat(parts)  # [batch, tokens, vocabulary]
-        self._done = min(self._total, self._done + len(inps))
-        self._answered(self._done, self._total)
+        self._advance(len(inps))
         return logits
+
+    def _advance(self, count: int) -> None:
+        self._done = min(self._total, self._done + count)
+        self._answered(self._done, self._total)
 
 
 class StreamedModel(_CheckedModel):

@@ -81,6 +81,18 @@ def setting_words(cell: Cell, usual: Mapping[str, Any], names: Names) -> tuple[s
     return tuple(words)
 
 
+def stale_words(cell: Cell) -> tuple[str, ...]:
+    """Return the mark of a row that the same run would not give today."""
+    return ("stale",) if cell.stale else ()
+
+
+def stale_texts(tables: Sequence[Table]) -> list[str]:
+    """Return what the mark of stale rows means, and what changed."""
+    reasons = {cell.stale: None for table in tables for cell in table.cells if cell.stale}
+    texts = ["stale: the same run now gives other numbers"] if reasons else []
+    return [*texts, *reasons]
+
+
 def _word(name: str, value: Any, names: Names) -> str:
     text = names.texts.get(value, value) if name == "calibration" else setting_text(value)
     if name in _WORD_ALONE:
@@ -160,6 +172,7 @@ def legend_of(
     """
     parts = ["* best"] if "*" in marks else []
     parts += ["~ within noise of it (2 standard errors)"] if "~" in marks else []
+    parts += stale_texts(tables)
     if any("±" in text for text in scores):
         of_documents = any("%" in text for text in scores)
         parts.append("± std over seeds" + (", of one: over documents" if of_documents else ""))

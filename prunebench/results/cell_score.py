@@ -25,6 +25,8 @@ class CellScore:
         higher_is_better: Whether the best value is the highest.
         best: True for the best of its sparsity in its column, where there is more than one.
         within_noise: True if its difference from the best is within noise.
+        rounding: Standard deviation of a log perplexity that rounding alone gives; None where it
+            was not measured.
     """
 
     metric: str
@@ -38,6 +40,7 @@ class CellScore:
     higher_is_better: bool = False
     best: bool = False
     within_noise: bool = False
+    rounding: float | None = None
 
     @property
     def loss(self) -> float:
@@ -71,7 +74,9 @@ def _loss_and_error(score: CellScore, *, logarithmic: bool) -> tuple[float, floa
     """Return the mean as it is compared, and its standard error; None if nothing varies."""
     losses = [math.log(value) if logarithmic else value for value in score.values]
     mean = statistics.fmean(losses)
+    rounding = None if score.rounding is None else score.rounding / len(losses) ** 0.5
     if len(losses) == 1:
-        return mean, score.stderr if score.higher_is_better else None
-    finite = all(map(math.isfinite, losses))
-    return mean, statistics.stdev(losses) / len(losses) ** 0.5 if finite else math.nan
+        return mean, score.stderr if score.higher_is_better else rounding
+    if not all(map(math.isfinite, losses)):
+        return mean, math.nan
+    return mean, max(statistics.stdev(losses) / len(losses) ** 0.5, rounding or 0.0)

@@ -96,7 +96,8 @@ class Cell:
     `target` is what was asked of the weights, by which rows are compared: the sparsity, for
     quantized weights their bits too, or the share of removed blocks. `bits` are None where nothing
     is quantized. `structure` is what the sparsity counts: `zeros`, or `blocks` that are removed.
-    `removed_ratio` is the share of weights that are gone.
+    `removed_ratio` is the share of weights that are gone. `stale` says what changed in the method
+    since, so that the same run now gives other numbers.
     `shown` are the settings as a table shows them: of options, those in which rows of the same
     method (or allocator) differ, without what most of three and more rows have (`Table.usual`).
     """
@@ -118,6 +119,7 @@ class Cell:
     bits: int | None = None
     structure: str = ZEROS
     removed_ratio: float = 0.0
+    stale: str = ""
     shown: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -281,6 +283,7 @@ def _cell(run: Mapping[str, Any], scores: dict[str, CellScore]) -> Cell:
         bits=run["bits"],
         structure=run["structure"],
         removed_ratio=run["removed_ratio"],
+        stale=run["stale"] or "",
     )
 
 

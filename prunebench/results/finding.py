@@ -21,7 +21,7 @@ def finding(block: Block) -> str:
     """Return which method is best at which sparsity; empty where nothing can be compared.
 
     Methods are compared in their main settings. A setting that saw the kind of text that is scored
-    is none, unless all did. Better settings are named behind them.
+    is none, unless all did. Better settings are named behind them. Stale rows are not named.
     """
     rows = [(section.title, *_methods(block, section)) for section in block.sections]
     rows = [row for row in rows if len(row[1]) > 1]
@@ -44,6 +44,7 @@ def _methods(block: Block, section: Section) -> tuple[list[Line], list[Line]]:
     if not section.title:  # the dense model's
         return [], []
     lines = [line for line in section.lines if _beside_dense(block, line) != MISSING]
+    lines = [line for line in lines if not line.cell.stale]
     lines.sort(key=lambda line: _loss(block, line))
     neutral = [line for line in lines if not _saw_scored_text(line.cell, block.ranking)] or lines
     main = [line for line in neutral if line.main]

@@ -1,8 +1,9 @@
 """Seeds folded into mean and deviation, the best of a sparsity, and what equals it in effect.
 
 Two scores are the same within noise where their means differ by at most two standard errors of
-what is known to vary: the seeds, or, of an accuracy of a single seed, the documents. Perplexities
-are compared as mean losses: they are exponentials, and their tails are heavy.
+what is known to vary: the seeds, or, of an accuracy of a single seed, the documents; of a
+perplexity also rounding, where it was measured. Perplexities are compared as mean losses: they are
+exponentials, and their tails are heavy.
 """
 
 from __future__ import annotations
@@ -10,6 +11,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from prunebench.results.cell_score import NOISE_STANDARD_ERRORS
+from prunebench.results.rounding import rounding_of
+from prunebench.spec import NO_RECOVERY
 
 if TYPE_CHECKING:
     from pandas import DataFrame, Series
@@ -17,6 +20,7 @@ if TYPE_CHECKING:
 _SCORE = ["cell", "metric", "protocol"]
 _RIVALS = ["model", "target", "metric", "protocol"]
 _OF_CELL = ["model", "method", "target", "sparsity", "dtype", "model_revision"]
+_OF_ROUNDING = ["allocation", "recover", "within_block", "calibration_samples"]
 
 
 def fold_scores(frame: DataFrame) -> DataFrame:
@@ -30,9 +34,10 @@ def fold_scores(frame: DataFrame) -> DataFrame:
     """
     counted = frame[frame["newest"]].copy()
     counted["loss"] = _losses(counted)
+    counted["is_stale"] = counted["stale"].notna()
     groups = counted.groupby(_SCORE, sort=False)
     scores = groups.agg(
-        **{name: (name, "first") for name in _OF_CELL},
+        **{name: (name, "first") for name in (*_OF_CELL, *_OF_ROUNDING)},
         values=("value", tuple),
         mean=("value", "mean"),
         std=("value", "std"),
@@ -44,10 +49,13 @@ def fold_scores(frame: DataFrame) -> DataFrame:
         higher_is_better=("higher_is_better", "first"),
         loss=("loss", "mean"),
         loss_std=("loss", "std"),
+        stale=("is_stale", "any"),
     ).reset_index()
     # pandas leaves a NaN out of a mean: one seed that gave NaN would be as if it had not been run
     scores.loc[scores["finite"] < scores["seeds"], ["mean", "loss"]] = float("nan")
+    scores["rounding"] = [_rounding(row) for row in scores.to_dict("records")]
     scores["error"] = _errors(scores)
+    scores = scores.drop(columns=_OF_ROUNDING)
     return _with_best(scores)
 
 
@@ -84,6 +92,8 @@ def fold_runs(frame: DataFrame) -> DataFrame:
     cells["size_ratio"] = groups["size_ratio"].median()
     cells["prune_seconds"] = groups["prune_seconds"].median()
     cells["recover_seconds"] = groups["recover_seconds"].median()
+    counted = frame[frame["newest"] & frame["stale"].notna()].drop_duplicates("cell")
+    cells["stale"] = counted.set_index("cell")["stale"].reindex(cells.index)
     cells["devices"] = groups["device"].unique().map(_sorted_tuple)
     cells["threads"] = groups["cpu_threads"].unique().map(_sorted_tuple)
     cells["result_ids"] = groups["result_id"].unique().map(_sorted_tuple)
@@ -116,7 +126,23 @@ def _errors(scores: DataFrame) -> Series:
     of_seeds = scores["loss_std"] / scores["seeds"] ** 0.5
     # the spread of a perplexity over windows is no noise: all rows have the same windows
     of_documents = scores["stderr"].where(scores["higher_is_better"])
-    return of_seeds.where(scores["seeds"] > 1, of_documents)
+    errors = of_seeds.where(scores["seeds"] > 1, of_documents)
+    # each seed was rounded in one way: seeds that happen to agree do not make that smaller
+    of_rounding = scores["rounding"].astype("float64") / scores["seeds"] ** 0.5
+    return errors.where(~(of_rounding > errors.fillna(-1.0)), of_rounding)
+
+
+def _rounding(score: dict[Any, Any]) -> float | None:
+    """Return the deviation of a loss by rounding; None where it was not measured."""
+    # as text: of a method that has no use for a setting it is NA, which compares as neither
+    plain = str(score["allocation"]) == "uniform" and str(score["recover"]) == NO_RECOVERY
+    sequential = str(score["within_block"]) == "sequential"
+    other = not score["metric"].endswith("_ppl") or str(score["dtype"]) != "float32"
+    if other or sequential or not plain:
+        return None
+    samples = str(score["calibration_samples"])
+    count = int(samples) if samples.isdecimal() else None
+    return rounding_of(score["model"], score["method"], score["target"], count)
 
 
 def _with_best(scores: DataFrame) -> DataFrame:
@@ -125,6 +151,8 @@ def _with_best(scores: DataFrame) -> DataFrame:
 
     rivals = scores[scores["method"] != "dense"]
     turned = rivals["mean"].where(~rivals["higher_is_better"], -rivals["mean"]).fillna(np.inf)
+    # what nobody can measure again is not the best where there is another
+    turned = turned.where(~rivals["stale"].astype(bool), np.inf)
     # stable, and the first of equals is kept: of two equal values only the first is the best
     best = rivals.assign(turned=turned).sort_values("turned", kind="stable")
     best = best.drop_duplicates(_RIVALS)

@@ -54,6 +54,8 @@ def load_results(folder: str | Path = "results", selectors: Sequence[str] = ()) 
         ratio_to_dense: `value / dense`; missing where dense is 0.
         higher_is_better, limited (only a part of the data was scored), targets (tokens, documents).
         newest: False where a later run repeated this cell, seed, metric and protocol.
+        stale: What changed since in the method, so that the same run now gives other numbers;
+            missing where nothing did.
         target: What was asked of the weights: the sparsity, and of quantized ones `INT4` too.
         ratio: What the sparsity means, 0.5 for 2:4; realised_ratio: the share of zeros, measured.
         structure: What the sparsity counts: `zeros`, or `blocks` that are removed.
@@ -157,6 +159,7 @@ def _run_fields(result: Result) -> dict[str, Any]:
         "realised_ratio": result.sparsity.realised_ratio if result.sparsity else None,
         "structure": "blocks" if result.sparsity and result.sparsity.removal else "zeros",
         "removed_ratio": result.removed_ratio,
+        "stale": result.stale or None,
         "prune_seconds": cost.prune_seconds if cost else None,
         "recover_seconds": result.recovery.seconds if result.recovery else None,
         "total_seconds": cost.total_seconds if cost else None,

@@ -19,6 +19,7 @@ from prunebench.results.captions import (
     caption_of,
     legend_of,
     setting_words,
+    stale_words,
     usual_settings,
 )
 from prunebench.results.cell_score import CellScore, within_noise
@@ -220,8 +221,14 @@ def _lines(
     marks = _marks(cells, ranking)
     for method in dict.fromkeys(cell.name for cell in cells):
         of_method = [cell for cell in cells if cell.name == method]
-        words = {id(cell): (names.methods[method], *setting_words(cell, usual, names))
-                 for cell in of_method}  # fmt: skip
+        words = {
+            id(cell): (
+                names.methods[method],
+                *setting_words(cell, usual, names),
+                *stale_words(cell),
+            )
+            for cell in of_method
+        }
 
         def loss(cell: Cell) -> float:
             score = ranking.score_of(cell)
@@ -254,7 +261,8 @@ def _marks(cells: Sequence[Cell], ranking: Ranking) -> dict[int, str]:
         return {place: "*" if score.best else "~" if score.within_noise else " "
                 for place, score in scores.items()}  # fmt: skip
     # a mean over tasks is no score of a result: its best was not marked when seeds were folded
-    best = min(scores, key=lambda place: scores[place].loss)
+    stale = {id(cell): bool(cell.stale) for cell in cells}
+    best = min(scores, key=lambda place: (stale[place], scores[place].loss))
     return {
         place: "*" if place == best else "~" if within_noise(score, scores[best]) else " "
         for place, score in scores.items()

@@ -51,6 +51,8 @@ def legend(tables: Sequence[Table]) -> str:
     """Return what the marks in the tables mean."""
     scores = [score for table in tables for cell in table.cells for score in cell.scores.values()]
     parts = [LEGEND]
+    reasons = sorted({cell.stale for table in tables for cell in table.cells if cell.stale})
+    parts += [f"stale: the same run now gives other numbers ({'; '.join(reasons)})"] * bool(reasons)
     if any(score.std is None and score.stderr is not None for score in scores):
         parts.append(_LEGEND_STDERR)
     if any(table.has_sizes for table in tables):
@@ -108,7 +110,7 @@ def row(table: Table, cell: Cell, *, bold: tuple[str, str]) -> list[str]:
     scores = [score_text(cell.scores.get(column), bold=bold) for column in table.columns]
     seeds = max((score.seeds for score in cell.scores.values()), default=0)
     return [
-        cell.method,
+        f"{cell.method} (stale)" if cell.stale else cell.method,
         cell.target if cell.method != "dense" else MISSING,
         *settings,
         *scores,
@@ -263,6 +265,7 @@ def to_frame(tables: Sequence[Table]) -> DataFrame:
             "devices": " ".join(cell.devices), "cpu_threads": " ".join(map(str, cell.cpu_threads)),
             "result_ids": " ".join(cell.result_ids), "recover_seconds": cell.recover_seconds,
             "structure": cell.structure, "removed_ratio": cell.removed_ratio,
+            "stale": cell.stale or None,
         }  # fmt: skip
         for column, score in cell.scores.items():
             metric, _, protocol = column.partition(" ")
@@ -285,7 +288,11 @@ def to_frame(tables: Sequence[Table]) -> DataFrame:
         *_BENCH_NUMBERS,
         "size_ratio",
     ]
-    words = ["stored_as", *(title for title in _BENCH_FIELDS if title not in _BENCH_NUMBERS)]
+    words = [
+        "stored_as",
+        "stale",
+        *(title for title in _BENCH_FIELDS if title not in _BENCH_NUMBERS),
+    ]
     types = dict.fromkeys(numbers, "float64") | dict.fromkeys(words, "string")
     return frame.astype(types | {"size_bytes": "Int64"})
 

@@ -15,6 +15,8 @@ from prunebench.results.completions import CompletionsBlock
 from prunebench.results.quantization_schema import QuantizationBlock
 from prunebench.results.recovery_schema import RecoveryBlock
 from prunebench.results.removal_schema import RemovalBlock
+from prunebench.results.versions import parts_of, why_stale
+from prunebench.sparsity import Sparsity
 from prunebench.spec import AUTO, Bos, OptionValue, RunSpec
 
 SCHEMA_VERSION: Literal[1] = 1
@@ -326,6 +328,8 @@ class Result(_Block):
     command: str
     spec_id: str
     spec: RunSpec
+    # see prunebench.results.versions; a part that is not named had its first version
+    versions: dict[str, int] = Field(default={}, exclude_if=lambda versions: not versions)
     model: ModelBlock | None = None
     method: MethodBlock | None = None
     allocation: AllocationBlock | None = None
@@ -354,6 +358,16 @@ class Result(_Block):
         if spec.dtype == AUTO:
             raise ValueError("the dtype is auto: it was never resolved")
         return spec
+
+    @property
+    def stale(self) -> str:
+        """What changed since, so that the same run would give other numbers; empty if nothing."""
+        if self.sparsity is None:
+            return ""
+        of_zeros = self.sparsity.removal is None and self.quantization is None
+        target = Sparsity.parse(self.spec.sparsity).ratio if of_zeros else None
+        parts, realized = parts_of(self.spec), self.sparsity.realised_ratio
+        return why_stale(parts, self.versions, target=target, realized=realized)
 
     @property
     def removed_ratio(self) -> float:

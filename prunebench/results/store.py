@@ -101,8 +101,9 @@ class ResultStore:
         return results, damaged
 
     def newest(self, spec: RunSpec, *, layers: bool = False) -> Result | None:
-        """Return the newest finished result of a spec that has been resolved."""
-        same = [result for result in self.of(spec, layers=layers) if result.status == "ok"]
+        """Return the newest finished result of a spec that has been resolved; no stale one."""
+        of_spec = self.of(spec, layers=layers)
+        same = [result for result in of_spec if result.status == "ok" and not result.stale]
         return max(same, key=lambda result: result.created_at, default=None)
 
     def of(self, spec: RunSpec, *, layers: bool = False) -> list[Result]:

@@ -53,6 +53,7 @@ from prunebench.results.schema import (
     TrainingPoint,
 )
 from prunebench.results.store import new_run_id
+from prunebench.results.versions import parts_of, versions_of
 from prunebench.run.plan import Plan
 from prunebench.run.resolve import ResolvedSpec
 from prunebench.spec import NO_RECOVERY, RunSpec
@@ -69,6 +70,7 @@ def build_identity(resolved: ResolvedSpec, *, status: str) -> dict[str, Any]:
         "command": resolved.setup.command,
         "spec_id": spec.spec_id,
         "spec": spec,
+        "versions": versions_of(parts_of(spec)),
         "hardware": describe_hardware(resolved.device, count=len(resolved.devices)),
         "software": describe_software(with_tasks=bool(spec.tasks)),
     }

@@ -104,7 +104,10 @@ def test_the_pruned_weights_answer_and_not_the_dense_ones(
 
 
 def test_a_tokenizer_with_bos_is_asked_as_lm_eval_itself_asks(gemma_folder, task_folder):
-    """The very tokens and answers of lm-eval's own adapter, which loads model and tokenizer."""
+    """The very tokens and answers of lm-eval's own adapter, which loads model and tokenizer.
+
+    With one sequence at a time; else shared beginnings are computed once.
+    """
     from lm_eval.evaluator import evaluate
     from lm_eval.models.huggingface import HFLM
     from transformers import AutoModelForCausalLM
@@ -112,8 +115,8 @@ def test_a_tokenizer_with_bos_is_asked_as_lm_eval_itself_asks(gemma_folder, task
     from prunebench.models.load import load_tokenizer
 
     (task,) = prepare_tasks(
-        ["pangram"], Protocol(include_path=task_folder), tokenizer=load_tokenizer(gemma_folder),
-        vocabulary=256, progress=Silent(),
+        ["pangram"], Protocol(include_path=task_folder, batch_size=1),
+        tokenizer=load_tokenizer(gemma_folder), vocabulary=256, progress=Silent(),
     )  # fmt: skip
     asked = {"ours": [], "theirs": []}
 
@@ -135,6 +138,36 @@ def test_a_tokenizer_with_bos_is_asked_as_lm_eval_itself_asks(gemma_folder, task
     assert all(row[0] == BOS for batch in asked["ours"] for row in batch)
     assert len(asked["ours"]) == 2 * len(QUESTIONS)
     assert ours.measures["acc"].value == output["results"]["pangram"]["acc,none"]
+
+
+def test_beginnings_that_choices_share_are_computed_once_with_equal_scores(
+    tiny_folder, task_folder
+):
+    from transformers import AutoModelForCausalLM
+
+    from prunebench.models.load import load_tokenizer
+
+    model = AutoModelForCausalLM.from_pretrained(tiny_folder, dtype=torch.float32)
+    tokens = []
+    model.register_forward_pre_hook(
+        lambda module, args, kwargs: tokens.append(
+            (args[0] if args else kwargs["input_ids"]).numel()
+        ),
+        with_kwargs=True,
+    )
+    outcomes, counts, documents = [], [], []
+    for batch_size in (None, 1):
+        (task,) = prepare_tasks(
+            ["pangram"], Protocol(include_path=task_folder, batch_size=batch_size),
+            tokenizer=load_tokenizer(tiny_folder), vocabulary=256, progress=Silent(),
+        )  # fmt: skip
+        tokens.clear()
+        outcomes += task.score(model, advance=documents.append)
+        counts.append(sum(tokens))
+    shared, plain = outcomes
+    assert shared == plain
+    assert counts[0] < counts[1]
+    assert sum(documents) == 2 * len(QUESTIONS)
 
 
 def test_a_limit_is_a_protocol_of_its_own(cli, tiny_run, task_folder):
