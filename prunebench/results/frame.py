@@ -19,7 +19,13 @@ from typing import TYPE_CHECKING, Any
 from prunebench.options import options_of
 from prunebench.results.bench_schema import Bench, read_benches
 from prunebench.results.schema import Result, Score
-from prunebench.results.selection import OPTION, Selection, nothing_selected, options_of_result
+from prunebench.results.selection import (
+    OPTION,
+    Selection,
+    nothing_selected,
+    options_of_result,
+    without_seeds,
+)
 from prunebench.results.sizes import size_of, target_of
 from prunebench.results.store import ResultStore
 from prunebench.sparsity import Sparsity
@@ -136,8 +142,9 @@ def _run_fields(result: Result) -> dict[str, Any]:
     """Return what all scores of a run share."""
     spec, cost, hardware = result.spec, result.cost, result.hardware
     options = spec.model_dump(mode="json", exclude=_NOT_OF_A_CELL)
-    # a method may have a seed of its own: it varies a cell as the run's seed does
-    options["method_options"].pop("seed", None)
+    # a method or recoverer may have a seed of its own: it varies a cell as the run's seed does
+    for kind in ("method_options", "recover_options"):
+        options[kind] = without_seeds(options[kind])
     key = json.dumps(options, sort_keys=True)
     if spec.calibration is None and result.training is None:
         options["calibration_bos"] = None  # it reads no windows

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 import functools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from prunebench.errors import MissingResource, UsageError, nearest
@@ -93,11 +93,17 @@ def _value(key: str, result: Result) -> object:
 
 
 def options_of_result(result: Result) -> dict[str, object]:
-    """Return the options of method, allocator and recoverer, named as in `--set`."""
+    """Return the options of method, allocator and recoverer but their seeds, named as in `--set`."""
     spec = result.spec
-    options: dict[str, object] = {k: v for k, v in spec.method_options.items() if k != "seed"}
+    options: dict[str, object] = dict(spec.method_options)
     options |= {f"allocation.{name}": value for name, value in spec.allocation_options.items()}
-    return options | {f"recover.{name}": value for name, value in spec.recover_options.items()}
+    options |= {f"recover.{name}": value for name, value in spec.recover_options.items()}
+    return without_seeds(options)
+
+
+def without_seeds(options: Mapping[str, object]) -> dict[str, object]:
+    """Leave out `seed` and, of two recoverers that follow, `distill.seed`: as the run's seed is."""
+    return {k: v for k, v in options.items() if k.rpartition(".")[2] != "seed"}
 
 
 def _matches(value: object, patterns: Iterable[str]) -> bool:

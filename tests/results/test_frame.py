@@ -54,6 +54,17 @@ def test_seeds_and_evaluations_share_a_cell_and_settings_do_not():
     assert frame_of(rows)["cell"].nunique() == 2
 
 
+@pytest.mark.parametrize("name", ["seed", "distill.seed"])
+def test_a_seed_of_the_recoverer_varies_a_cell_as_the_runs_seed_does(name):
+    rows = [
+        make_result(seed=n, recover="distill", recover_options={name: n, "steps": 12})
+        for n in range(3)
+    ]
+    frame = frame_of(rows)
+    assert frame["cell"].nunique() == 1 and frame["newest"].all()
+    assert not [column for column in frame.columns if column.endswith("seed") and column != "seed"]
+
+
 def test_the_newest_of_a_repeated_run_is_marked():
     rows = [
         make_result(value=50.0, created="2026-01-02"),
