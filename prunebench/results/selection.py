@@ -93,7 +93,7 @@ def _value(key: str, result: Result) -> object:
 
 
 def options_of_result(result: Result) -> dict[str, object]:
-    """Return the options of method, allocator and recoverer but their seeds, named as in `--set`."""
+    """Return the options of all parts without their seeds, named as in `--set`."""
     spec = result.spec
     options: dict[str, object] = dict(spec.method_options)
     options |= {f"allocation.{name}": value for name, value in spec.allocation_options.items()}
