@@ -12,6 +12,7 @@ from prunebench.cli.console import print_command, print_fitted, print_hanging
 from prunebench.recommend.front import next_steps, pareto_front
 
 if TYPE_CHECKING:
+    from prunebench.progress import Progress
     from prunebench.recommend.candidates import Candidate
     from prunebench.recommend.race import Step, Trial
     from prunebench.recommend.search import Search
@@ -19,17 +20,21 @@ if TYPE_CHECKING:
 _HALF_HOUR = 1800.0
 
 
-def print_plan(search: Search, *, as_json: bool) -> None:
+def print_plan(search: Search, progress: Progress, *, as_json: bool) -> None:
     """Print rounds and candidates, with the forecast of round 1, as `run --dry-run` makes it."""
     race = search.race
-    rows = [
-        {
-            "name": c.name, "expected_bytes": c.expected_bytes,
-            "expected_ratio": _ratio(search, c.expected_bytes),
-            "forecast_seconds": search.forecast(c), "command": shlex.join(search.command(step)),
-        }
-        for c in race.candidates if (step := search.first_step(c))
-    ]  # fmt: skip
+    rows: list[dict[str, Any]] = []
+    with progress.stage(  # a matrix is pruned for each: minutes where they are large
+        "forecast", total=len(race.candidates), unit="configurations"
+    ) as advance:
+        for c in race.candidates:
+            rows.append({
+                "name": c.name, "expected_bytes": c.expected_bytes,
+                "expected_ratio": _ratio(search, c.expected_bytes),
+                "forecast_seconds": search.forecast(c),
+                "command": shlex.join(search.command(search.first_step(c))),
+            })  # fmt: skip
+            advance(1)
     if as_json:
         typer.echo(json.dumps({"about": search.about, "candidates": rows}, indent=1))
         return

