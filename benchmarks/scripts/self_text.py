@@ -4,7 +4,7 @@
     prunebench run -m sparsegpt --sparsity 2:4 --calibration tokens:self.safetensors
 
 The first token of a window is random, four follow greedily, the rest is sampled at temperature 1
-(Shin et al., 2406.15524, section 5, who filter for English; we do not).
+(Shin et al., 2406.15524, who filter for English; we do not).
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def write_windows(model: Any, *, samples: int, seqlen: int, seed: int) -> Tensor
     greedy = model.generate(first, do_sample=False, max_new_tokens=_GREEDY, **given)
     tokens: Tensor = model.generate(
         greedy, do_sample=True, temperature=1.0, top_k=0, top_p=1.0,
-        max_new_tokens=seqlen - greedy.shape[1], min_new_tokens=seqlen - greedy.shape[1], **given,
+        max_new_tokens=seqlen - greedy.shape[1], **given,
     )  # fmt: skip
     return tokens
 

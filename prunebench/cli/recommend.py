@@ -117,7 +117,7 @@ def recommend_command(
     search = Search(request, engine, progress)
     search.prepare()
     if dry_run:
-        print_plan(search, progress, as_json=as_json)
+        print_plan(search, as_json=as_json)
         return
     interrupted = _race(search, voice)
     if as_json:

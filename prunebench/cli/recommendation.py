@@ -12,7 +12,6 @@ from prunebench.cli.console import print_command, print_fitted, print_hanging
 from prunebench.recommend.front import next_steps, pareto_front
 
 if TYPE_CHECKING:
-    from prunebench.progress import Progress
     from prunebench.recommend.candidates import Candidate
     from prunebench.recommend.race import Step, Trial
     from prunebench.recommend.search import Search
@@ -20,11 +19,11 @@ if TYPE_CHECKING:
 _HALF_HOUR = 1800.0
 
 
-def print_plan(search: Search, progress: Progress, *, as_json: bool) -> None:
+def print_plan(search: Search, *, as_json: bool) -> None:
     """Print rounds and candidates, with the forecast of round 1, as `run --dry-run` makes it."""
     race = search.race
     rows: list[dict[str, Any]] = []
-    with progress.stage(  # a matrix is pruned for each: minutes where they are large
+    with search.progress.stage(  # a matrix is pruned for each: minutes where they are large
         "forecast", total=len(race.candidates), unit="configurations"
     ) as advance:
         for c in race.candidates:

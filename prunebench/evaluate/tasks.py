@@ -8,6 +8,7 @@ added: names that are checked before anything is loaded, records from a wheel wh
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import functools
 import hashlib
@@ -373,12 +374,9 @@ def _document_counter(units: int, advance: Callable[[int], None]) -> Callable[[i
 
 
 def _text_of(value: object) -> str:
-    # str of a function has its address, which is another one in every process
-    if callable(value):
-        try:
+    # str of a function has its address, which is another one in every process: never read again.
+    # That is right for a closure or a partial, whose source does not say what it was made with.
+    if inspect.isfunction(value) and value.__closure__ is None:
+        with contextlib.suppress(OSError):
             return inspect.getsource(value)
-        except (OSError, TypeError):
-            return (
-                f"{type(value).__module__}.{getattr(value, '__qualname__', type(value).__name__)}"
-            )
     return str(value)

@@ -177,23 +177,20 @@ class _Accumulators:
             inputs: Its input, (tokens, in).
         """
         total = self._sums[linear.name]  # [out, in]
-        # tensor cores multiply bfloat16 and sum in float32
-        half = outer.is_cuda and outer.dtype == inputs.dtype != torch.float32
-        if not half:
+        how: dict[str, torch.dtype] = {}
+        if outer.is_cuda and outer.dtype == inputs.dtype != torch.float32:
+            how = {"out_dtype": torch.float32}  # tensor cores multiply 16 bits and sum in float32
+        else:
             outer, inputs = outer.to(torch.float32), inputs.to(torch.float32)
         size = _SLICE.get(outer.device.type, _SLICE["cuda"])
         rows = max(1, size // linear.in_features)
-        if not half and self._buffer.numel() < rows * linear.in_features:
+        if self._buffer.numel() < rows * linear.in_features:
             self._buffer = torch.empty(rows * linear.in_features, device=outer.device)
         for start in range(0, linear.out_features, rows):
             part = total[start : start + rows]  # [rows, in]
-            factor = outer[:, start : start + rows].T  # [rows, tokens]
+            gradient = self._buffer[: part.numel()].view(part.shape)  # [rows, in]
             # With Y = X W^T, dL/dW = (dL/dY)^T X: [rows, tokens] @ [tokens, in]
-            if half:
-                gradient = torch.mm(factor, inputs, out_dtype=torch.float32)
-            else:
-                gradient = self._buffer[: part.numel()].view(part.shape)
-                torch.mm(factor, inputs, out=gradient)
+            torch.mm(outer[:, start : start + rows].T, inputs, out=gradient, **how)
             self._add(part, gradient)
 
     def add_gradient(self, linear: Linear, gradient: Tensor) -> None:

@@ -142,8 +142,8 @@ def _run_fields(result: Result) -> dict[str, Any]:
     """Return what all scores of a run share."""
     spec, cost, hardware = result.spec, result.cost, result.hardware
     options = spec.model_dump(mode="json", exclude=_NOT_OF_A_CELL)
-    # a method or recoverer may have a seed of its own: it varies a cell as the run's seed does
-    for kind in ("method_options", "recover_options"):
+    # a part may have a seed of its own: it varies a cell as the run's seed does
+    for kind in ("method_options", "allocation_options", "recover_options"):
         options[kind] = without_seeds(options[kind])
     key = json.dumps(options, sort_keys=True)
     if spec.calibration is None and result.training is None:

