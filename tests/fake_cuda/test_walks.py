@@ -115,6 +115,11 @@ def test_walk(case):
     assert walked["operations"] > 100
 
 
+@pytest.mark.slow
+def test_gradients_of_any_precision_are_multiplied():
+    assert failures([f"gradient_product/{dtype}" for dtype in ("bfloat16", "float32")]) == {}
+
+
 def test_sparsegpt_copies_nothing_between_host_and_device_for_its_columns():
     reads = outcomes(*MUST_FAIL, *QUICK)["prune/llama/sparsegpt/2:4/joint/2"]["reads"]
     assert reads  # the walk as a whole does: losses, statistics

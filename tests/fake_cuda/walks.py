@@ -16,6 +16,7 @@ import traceback
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from unittest import mock
 
 from tests.fake_cuda import load
@@ -185,6 +186,20 @@ def unpacking() -> mock._patch:
 # ---------------------------------------------------------------- what must fail
 
 
+def gradient_product(fake, dtype) -> None:
+    """GBLM's product: the check that allows it compares values, which fake tensors do not have."""
+    with fake:
+        sums = object.__new__(gradients._Accumulators)
+        sums.norm, sums._buffer = "l1", torch.empty(0, device="cuda:0")
+        sums._sums = {"x": torch.zeros(16, 24, device="cuda:0")}
+        linear = SimpleNamespace(name="x", out_features=16, in_features=24)
+        outer, inputs = (
+            torch.ones(32, width, device="cuda:0", dtype=getattr(torch, dtype))
+            for width in (16, 24)
+        )
+        sums.add_product(linear, outer, inputs)
+
+
 def mixed_devices(fake) -> None:
     with fake:
         torch.ones(4, 4, device="cuda:0") @ torch.ones(4, 4, device="cuda:1")
@@ -219,8 +234,8 @@ def mixed_devices_backward(fake) -> None:
 
 CASES: dict[str, Callable[..., None]] = {
     walk.__name__: walk
-    for walk in (prune, maskllm, block, distill, score, decode, mixed_devices, mixed_dtypes,
-                 host_read_in_a_graph, mixed_devices_backward)
+    for walk in (prune, maskllm, block, distill, score, decode, gradient_product,
+                 mixed_devices, mixed_dtypes, host_read_in_a_graph, mixed_devices_backward)
 }  # fmt: skip
 
 
