@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from prunebench.results.cell_score import CellScore
 from prunebench.results.compare import Cell, CellBench, is_special_form
+from prunebench.results.names import short_names
 from prunebench.results.render import (
     FROM_ZERO,
     MISSING,
@@ -91,16 +92,13 @@ class TaskMean:
         metric: `acc` or another.
         asked: Shots and limit, as in the protocols: `0-shot/first-100`.
         columns: The columns of a table that it is the mean of.
+        title: Metric and number of tasks; where two means would share that, how they were asked.
     """
 
     metric: str
     asked: str
     columns: tuple[str, ...]
-
-    @property
-    def title(self) -> str:
-        """Metric and number of tasks."""
-        return f"{self.metric}({len(self.columns)})"
+    title: str
 
     @property
     def tasks(self) -> list[str]:
@@ -188,13 +186,17 @@ def task_means(cells: Sequence[Cell]) -> list[TaskMean]:
                 of_cell.setdefault((metric, asked), set()).add(column)
         for key, columns in of_cell.items():
             groups.setdefault(key, []).append(frozenset(columns))
-    means = []
-    for (metric, asked), sets in sorted(groups.items()):
+    tasks = {}
+    for group, sets in sorted(groups.items()):
         counts = Counter(sets)
         most = max(counts, key=lambda columns: (counts[columns], len(columns), sorted(columns)))
         if len(most) > 1:
-            means.append(TaskMean(metric, asked, tuple(sorted(most))))
-    return means
+            tasks[group] = tuple(sorted(most))
+    long = {
+        f"{metric}({len(c)})/{asked}": (metric, asked, c) for (metric, asked), c in tasks.items()
+    }
+    titles = short_names(long, lambda name: name.partition("/")[0])
+    return [TaskMean(*parts, titles[name]) for name, parts in long.items()]
 
 
 def columns_of_cost(cells: Iterable[Cell]) -> list[Column]:

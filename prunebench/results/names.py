@@ -46,7 +46,24 @@ def short_method(name: str) -> str:
 
 
 def short_names(names: Iterable[str], shorten: Callable[[str], str]) -> dict[str, str]:
-    """Return a short name for each; where two would share one, both keep the long one."""
+    """Return a short name for each.
+
+    Where several would share a short name, the parts between slashes in which they differ stand
+    behind it: `piqa/first-100` and `piqa/first-500`. A name keeps its long form where that is no
+    shorter, or does not tell it apart.
+    """
     names = list(dict.fromkeys(names))
-    counts = Counter(map(shorten, names))
-    return {name: shorten(name) if counts[shorten(name)] == 1 else name for name in names}
+    alike: dict[str, list[str]] = {}
+    for name in names:
+        alike.setdefault(shorten(name), []).append(name)
+    short = {}
+    for first, group in alike.items():
+        shared = set.intersection(*(set(name.split("/")) for name in group))
+        for name in group:
+            own = [part for part in name.split("/") if part not in shared]
+            short[name] = "/".join([first, *own]) if len(group) > 1 else first
+    counts = Counter(short.values())
+    return {
+        name: short[name] if counts[short[name]] == 1 and len(short[name]) <= len(name) else name
+        for name in names
+    }

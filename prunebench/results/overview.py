@@ -24,6 +24,7 @@ from prunebench.results.captions import (
 )
 from prunebench.results.cell_score import CellScore, within_noise
 from prunebench.results.columns import (
+    NAMED_RANK,
     Column,
     Ranking,
     column_beside_dense,
@@ -287,19 +288,23 @@ def _columns(table: Table, ranking: Ranking, cells: Sequence[Cell], names: Names
     columns.append(
         column_beside_dense(BESIDE_DENSE, ranking.score_of, higher_is_better=first.higher_is_better)
     )
-    means = [mean for mean in task_means(table.cells) if mean.columns != ranking.columns]
+    means = task_means(table.cells)
     for mean in means:
-        key = mean.metric if mean.metric not in {c.key for c in columns} else mean.title
+        if mean.columns == ranking.columns:
+            continue
+        alone = [other.metric for other in means].count(mean.metric) == 1
+        key = mean.metric if alone else mean.title
         rank = 5 if mean.metric == "acc" else 12
         columns.append(column_of_mean(key, mean, rank=rank))
-    folded = {column for mean in task_means(table.cells) for column in mean.columns}
+    folded = {column for mean in means for column in mean.columns}
     for column in table.columns:
         if column == ranking.key or column in _leading(table):
             continue  # it ranks a block of its own
         key = names.of_column(column)
         score_of = Ranking.of_column(column).score_of
         name = f"ppl {key}" if column.startswith("token_ppl ") else key
-        columns.append(column_of_score(key, name, score_of, rank=53 if column in folded else 10))
+        rank = NAMED_RANK if column in folded else 10
+        columns.append(column_of_score(key, name, score_of, rank=rank))
     used = [c for c in columns if any(c.value(cell) is not None for cell in cells)]
     titles = {n: SETTING_NAMES.get(n, n) for n, o in _OPTIONS.items() if o.about.shown}
     return [*used, *columns_of_cost(cells), *columns_of_settings(cells, titles)]

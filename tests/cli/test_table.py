@@ -102,7 +102,8 @@ def test_every_cell_and_every_column_is_within_reach(committed):
         for line in lines:
             assert column.text(line.cell).split(" ± ")[0] in shown, column.key
     keys = {column.key for column in block.columns}
-    assert {"score", "x_dense", "c4", "acc/piqa", "zeros", "prune", "seeds", "results"} <= keys
+    assert {"score", "x_dense", "c4", "acc/piqa/first-500", "acc/hellaswag"} <= keys
+    assert {"zeros", "prune", "seeds", "results"} <= keys
     given = {k for k, v in committed[0].cells[-1].settings.items() if v not in (None, {})}
     assert given <= keys
 
@@ -129,6 +130,8 @@ def test_short_names_are_explained_wherever_they_stand(committed):
     lines = texts(committed, width=80)
     assert any("wiki = wiki-sample/held-out/512/v1" in line for line in lines)
     assert any("acc(3) = mean of arc_easy, piqa, winogrande" in line for line in lines)
+    hidden = " ".join(" ".join(lines).partition("hidden: ")[2].split())
+    assert "acc(3), " in hidden and "piqa" not in hidden
 
 
 def test_named_columns_are_shown_in_the_order_that_they_are_named(committed):

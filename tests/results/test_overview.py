@@ -178,7 +178,12 @@ def test_a_mean_is_over_the_tasks_that_most_rows_share():
 def test_tasks_that_were_asked_in_another_way_are_not_folded_together():
     one = with_tasks("a", piqa=0.6, rte=0.5)
     other = with_tasks("b", asked="5-shot/v1.0", piqa=0.6, rte=0.5)
-    assert len(task_means(compare([one, other])[0].cells)) == 2
+    assert [m.title for m in task_means(compare([one, other])[0].cells)] == [
+        "acc(2)/0-shot", "acc(2)/5-shot",
+    ]  # fmt: skip
+    both = one.model_copy(update={"scores": [*one.scores, *other.scores]})
+    columns = blocks_of([both])[0].columns
+    assert {"score", "acc(2)/5-shot", "acc/rte/5-shot"} <= {c.key for c in columns}
 
 
 def test_a_difference_of_means_inside_their_noise_is_marked():
@@ -315,8 +320,17 @@ def test_names_that_would_be_one_stay_long():
     assert short_names(["a:X", "b:X", "b:Y", "wanda"], short_method) == {
         "a:X": "a:X", "b:X": "b:X", "b:Y": "Y", "wanda": "wanda",
     }  # fmt: skip
-    shots = ["lm-eval/rte/0-shot/v1.0", "lm-eval/rte/5-shot/v1.0"]
-    assert list(short_names(shots, short_protocol).values()) == shots
+
+
+def test_tasks_asked_in_several_ways_are_told_apart_by_what_differs():
+    asked = ["lm-eval/rte/0-shot/v1.0/first-100", "lm-eval/rte/5-shot/v1.0/first-100",
+             "lm-eval/piqa/0-shot/v1.0/first-100"]  # fmt: skip
+    assert list(short_names(asked, short_protocol).values()) == ["rte/0-shot", "rte/5-shot", "piqa"]
+    limits = ["lm-eval/rte/0-shot/v1.0", "lm-eval/rte/0-shot/v1.0/first-100"]
+    assert list(short_names(limits, short_protocol).values()) == ["rte", "rte/first-100"]
+    # what is told apart is still not the short name of another
+    odd = ["rte/first-100", *limits]
+    assert list(short_names(odd, short_protocol).values()) == [odd[0], "rte", limits[1]]
 
 
 @pytest.mark.parametrize(
