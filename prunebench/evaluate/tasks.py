@@ -377,6 +377,8 @@ def _text_of(value: object) -> str:
     # str of a function has its address, which is another one in every process: never read again.
     # That is right for a closure or a partial, whose source does not say what it was made with.
     if inspect.isfunction(value) and value.__closure__ is None:
+        # the whole file: a function of a task may call others in it
         with contextlib.suppress(OSError):
-            return inspect.getsource(value)
+            text = Path(value.__code__.co_filename).read_text(encoding="utf-8")
+            return f"{inspect.getsource(value)}\n{hashlib.sha256(text.encode()).hexdigest()}"
     return str(value)

@@ -343,7 +343,8 @@ def test_the_dense_answers_of_a_task_with_functions_are_read_by_the_next_process
         (folder / "own.yaml").write_text(
             text.replace("pangram", "own").replace('doc_to_text: "{{q}}"', question)
         )
-        code = f"def question(doc):\n    return doc['q'] + {ending!r}\n"
+        code = "def question(doc):\n    return ended(doc['q'])\n\n\n"
+        code += f"def ended(text):\n    return text + {ending!r}\n"  # a helper counts too
         (folder / "own.py").write_text(code)
         (task,) = prepare_tasks(
             ["own"], Protocol(include_path=folder), tokenizer=byte_tokenizer, vocabulary=256,
