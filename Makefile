@@ -50,6 +50,9 @@ demo-gemma: install  ## the same with Gemma 3 270M (238 MB; fetching it accepts 
 	$(RUN_GEMMA) --method wanda --sparsity 2:4
 	$(BIN)/prunebench compare --results-dir $(DEMO_GEMMA)
 
+# bytecode is kept whatever the environment says: the many processes of the tests would compile it again
+test test-real test-browser test-cluster: export PYTHONDONTWRITEBYTECODE :=
+
 test: install  ## the default tests: no network, no GPU
 	$(BIN)/python -m pytest -q -n auto --maxprocesses 4 --dist loadgroup
 

@@ -68,6 +68,7 @@ def test_a_part_that_crashes_or_loses_its_context_costs_its_own_figures(tmp_path
     assert "illegal memory access" in parts["lose_the_context"]["why"]
 
 
+@pytest.mark.slow
 def test_a_part_that_hangs_is_stopped_at_its_limit_and_the_next_one_runs(tmp_path):
     start = time.perf_counter()
     parts = run(tmp_path, "hang", "fine", seconds=8.0)

@@ -104,11 +104,13 @@ def in_a_fresh_process(code, *arguments, code_expected=0, **options):
     return done
 
 
+@pytest.mark.slow
 def test_a_fresh_process_generates_the_tokens_of_the_masked_dense_model(built):
     done = in_a_fresh_process(FRESH, built / "llama" / "packed")
     assert json.loads(done.stdout) == generate(load(built / "llama" / "dense")).tolist()
 
 
+@pytest.mark.slow
 def test_without_prunebench_the_error_of_transformers_names_the_package(built):
     code = FRESH.replace("import prunebench\n", "").replace("assert not", "not")
     done = in_a_fresh_process(code, built / "llama" / "packed", code_expected=1)
@@ -370,7 +372,8 @@ def test_options_of_saving_that_do_not_go(folder):
 # ---------------------------------------------------------------- the model card
 
 
-@pytest.mark.parametrize("to", ["packed24", pytest.param("dense", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("to", ["packed24", "dense"])
 def test_the_first_code_block_of_the_card_works(cli, tiny_run, tmp_path, to):
     cli(*tiny_run, "-m", "magnitude", "--sparsity", "2:4", "--dtype", "bfloat16",
         "--save-model", "ck")  # fmt: skip

@@ -151,6 +151,7 @@ def test_an_encoding_without_bars_gets_ascii():
     assert printable("1.0 ± 0.1 · ███▌", "ascii").isascii()
 
 
+@pytest.mark.slow
 def test_the_time_of_a_table_grows_with_its_rows_and_no_faster():
     """From 500 to 2,000 results: four times the work, not sixteen."""
     results = list(generate_results(2000, blocks=1))

@@ -103,6 +103,7 @@ def failures(cases) -> dict[str, str]:
     return {case: walked[case]["failure"] for case in cases if walked[case]["failure"]}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", MUST_FAIL)
 def test_what_is_wrong_on_a_gpu_is_an_error(case):
     assert MUST_FAIL[case] in outcomes(*MUST_FAIL, *QUICK)[case]["failure"]

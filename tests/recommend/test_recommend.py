@@ -37,6 +37,7 @@ def test_it_finds_confirms_saves_and_runs_nothing_twice(cli, ask, here, tmp_path
     assert again["trials"] == same and again["chosen"]["result_id"] == row.id
 
 
+@pytest.mark.slow
 def test_a_race_that_was_stopped_goes_on_in_the_same_order(cli, ask, here, tmp_path, monkeypatch):
     whole = found(cli, ask, "--floor", "ppl=1.01x", "--results-dir", tmp_path / "whole")
     wait, calls = here.wait, []
@@ -83,6 +84,7 @@ def test_the_nearest_is_shown(cli, ask, here, monkeypatch):
     assert "another half hour" in outcome.stdout
 
 
+@pytest.mark.slow
 def test_a_dry_run_runs_nothing(cli, ask, here, tmp_path):
     outcome = cli(*ask, "--floor", "ppl=2x", "--goal", "speed", "--dry-run")
     assert "round 3: 6 calibration windows, 32 scored windows" in outcome.stdout

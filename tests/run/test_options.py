@@ -36,6 +36,7 @@ json.dump([(run.exit_code, run.stdout, run.stderr) for run in runs], sys.stdout)
 """
 
 
+@pytest.mark.slow
 def test_a_field_of_a_subclass_is_an_option_everywhere(tiny_run, tmp_path):
     recipe, results = tmp_path / "r.toml", Path(tiny_run[-1])
     recipe.write_text('method = "magnitude"\nstrength = 5\n', "utf-8")

@@ -53,6 +53,7 @@ def assert_within_budget(kernel):
         assert max(issue, integer) < 0.6 * WORD_BYTES / BYTES_A_SECOND, "not bound by memory"
 
 
+@pytest.mark.slow
 def test_the_kernels_are_bound_by_memory():
     kernels = compile_all()
     products = [kernel for kernel in kernels if kernel["kernel"] == "multiply"]
