@@ -172,7 +172,8 @@ def test_pages_are_readable_as_text(page):
 
 def test_the_readme_stays_short():
     lines = README.splitlines()
-    assert len(lines) <= 220
+    table = README.partition("```text\n")[2].partition("```")[0].splitlines()
+    assert len(lines) - len(table) <= 175 and len(table) <= 60  # the table grows with results/
     assert "make demo" in "\n".join(lines[:10])
     assert any(line.startswith("2:4 ") for line in lines[:30])
 

@@ -126,7 +126,9 @@ def test_committed_results_are_sound():
     for path, result in zip(sorted(paths), results, strict=True):
         assert path == ResultStore(REPOSITORY / "results").path_of(result)
         assert result.status == "ok"
-        assert result.sparsity.pattern_violations == result.sparsity.negative_zeros == 0
+        assert result.sparsity.pattern_violations == 0
+        # what 4 bits hold as a zero with a sign (Gemma) is left by `dense` alone
+        assert result.sparsity.negative_zeros == 0 or result.spec.method == "dense"
         assert "/work/" not in path.read_text("utf-8")
 
 
