@@ -345,3 +345,20 @@ def test_the_page_of_2000_results_is_at_most_3_megabytes():
     report = build_report(list(generate_results(2000)))
     assert report.results == 2000
     assert len(render_page(report).encode()) <= 3_000_000
+
+
+def test_the_model_with_the_most_rows_and_a_score_with_a_finding_come_first():
+    few = make_result(model="a")
+    many = [make_result(model="b", method=method, value=value, calibration=text)
+            for method, value, text in (("magnitude", 32.0, None), ("wanda", 30.0, "c4"),
+                                        ("sparsegpt", 31.0, "c4"))]  # fmt: skip
+    # all but one were calibrated on that kind of text: no finding is told of it
+    beside = {"protocol": "c4/test/512/v1", "dataset": "c4"}
+    many = [
+        row.model_copy(update={"scores": [*row.scores, row.scores[0].model_copy(update=beside)]})
+        for row in many
+    ]
+    first, second = build_report([few, *many]).models
+    assert (first.table.model, second.table.model) == ("b", "a")
+    assert "wanda is best" in first.finding and first.column == "token_ppl wiki/test/512/v1"
+    assert first.table.columns[0] == "token_ppl c4/test/512/v1"

@@ -92,6 +92,8 @@ class ModelPart:
     """What the report has of one model.
 
     Attributes:
+        column: The column that is shown first: one that ranks the rows, and about which there is a
+            finding, if any is so.
         finding: A sentence about the rows of the short table; empty where none can be compared.
         caption: What the rows of the short table share, in words.
         protocols: Short names by protocol.
@@ -102,6 +104,7 @@ class ModelPart:
 
     table: Table
     rows: tuple[Row, ...]
+    column: str
     finding: str
     caption: str
     protocols: Mapping[str, str]
@@ -110,12 +113,6 @@ class ModelPart:
     heat: HeatMap | None
     published: tuple[PublishedValue, ...]
     twins: tuple[Twin, ...]
-
-    @property
-    def column(self) -> str:
-        """The column that is shown first: the one that ranks, else a perplexity."""
-        perplexities = [c for c in self.table.columns if c.partition(" ")[0].endswith("_ppl")]
-        return self.table.ranked_by or (perplexities or list(self.table.columns))[0]
 
 
 @dataclass(frozen=True)
@@ -157,9 +154,10 @@ def build_report(
     """
     frame = frame_of(results, selection, benches)
     by_id = {result.id: result for result in results}
+    # the model with the most rows is shown first
+    tables = sorted(compare_frame(frame), key=lambda table: -len(table.cells))
     parts = tuple(
-        _model_part(f"m{i}", table, frame, by_id, published)
-        for i, table in enumerate(compare_frame(frame))
+        _model_part(f"m{i}", table, frame, by_id, published) for i, table in enumerate(tables)
     )
     methods = {row.cell.method for part in parts for row in part.rows}
     methods |= {value.method for part in parts for value in part.published}
@@ -201,11 +199,14 @@ def _model_part(
         for value in published
         if value.model == table.model and any(map(value.fits, table.columns))
     )
+    block = next((block for block in short.blocks if finding(block)), short.blocks[0])
+    key = block.ranking.key  # that of a mean over tasks is no column
     return ModelPart(
         table=table,
         rows=rows,
-        finding=finding(short.blocks[0]),
-        caption=", ".join(short.blocks[0].caption),
+        column=key if key in table.columns else table.columns[0],
+        finding=finding(block),
+        caption=", ".join(block.caption),
         protocols=Names.of([table]).protocols,
         costs=_costs(frame, pruned),
         curves=tuple(curves_of(rows)),
