@@ -24,8 +24,9 @@ from prunebench.sparsity import Sparsity
 Target = Literal["dense", "local"]
 """What a block's output should be: the dense stream, or the dense block's output of its inputs."""
 
-Loss = Literal["cauchy", "relative", "mse"]
+Loss = Literal["cauchy", "channels", "relative", "mse"]
 """How a block's output is compared with its target, see `output_loss`."""
+_LEAST_SHARE = 1e-4  # of what a channel has in the mean: below it rounding would be learned
 
 
 @dataclass(frozen=True)
@@ -133,14 +134,22 @@ def output_loss(output: Tensor, target: Tensor, loss: Loss) -> Tensor:
         loss: `mse`, the mean squared error; `relative`, each token's squared error divided by the
             square of its target, so that a token with massive activations counts as any other;
             `cauchy`, the logarithm of 1 + that: a token whose output has become massive where its
-            target is not has a relative error of thousands, and nothing else would be learned.
+            target is not has a relative error of thousands, and nothing else would be learned;
+            `channels`, the same of errors that are divided by what a channel has in the mean over
+            the tokens of a window, so that every channel counts alike: in Gemma 4 of 640 hold 98%
+            of the squares, and the norms in front of the next layers undo that.
     """
     target = target.to(torch.float32)
     squares = (output.to(torch.float32) - target).square()
     if loss == "mse":
         return squares.mean()
-    relative = squares.mean(-1) / target.square().mean(-1)  # [windows, seqlen]
-    return (relative.log1p() if loss == "cauchy" else relative).mean()
+    of_token = target.square().mean(-1)  # [windows, seqlen]
+    if loss == "channels":
+        # [windows, 1, hidden], 1 in the mean over the channels
+        shares = (target.square() / of_token[..., None]).mean(-2, keepdim=True)
+        squares = squares / shares.clamp_min(_LEAST_SHARE)
+    relative = squares.mean(-1) / of_token  # [windows, seqlen]
+    return (relative if loss == "relative" else relative.log1p()).mean()
 
 
 @dataclass

@@ -54,8 +54,8 @@ class Block(BlockRecoverer):
         target: The dense model's hidden state after the block, or the dense block's output of the
             pruned model's hidden state.
         loss: `cauchy`: the logarithm of 1 + each token's squared error relative to its target, so
-            that no token dominates; `relative`: without the logarithm; `mse`: the mean squared
-            error, as in the papers.
+            that no token dominates; `channels`: the same, but every channel counts alike;
+            `relative`: without the logarithm; `mse`: the mean squared error, as in the papers.
         held_out: Share of the calibration windows that are not trained on and choose what stays.
         checks: How often in an epoch the held-out error is measured.
         norms: Whether the weights and biases of normalizations are trained too.
