@@ -49,6 +49,8 @@ class RecoveredBlock:
         event: What went wrong, e.g. a loss that was not finite; empty if nothing did.
         untrained: Matrices that were not trained: experts with too few tokens.
         zeros: Weights that were kept and have become 0, by matrix.
+        massive: Share of a target's squares that the largest hundredth of its channels holds, the
+            mean over the tokens of a window; None if it was not measured.
     """
 
     block: int
@@ -65,6 +67,7 @@ class RecoveredBlock:
     event: str = ""
     untrained: tuple[str, ...] = ()
     zeros: Mapping[str, int] = field(default_factory=dict)
+    massive: float | None = None
 
 
 @dataclass(frozen=True)
@@ -143,13 +146,27 @@ def output_loss(output: Tensor, target: Tensor, loss: Loss) -> Tensor:
     squares = (output.to(torch.float32) - target).square()
     if loss == "mse":
         return squares.mean()
-    of_token = target.square().mean(-1)  # [windows, seqlen]
     if loss == "channels":
-        # [windows, 1, hidden], 1 in the mean over the channels
-        shares = (target.square() / of_token[..., None]).mean(-2, keepdim=True)
-        squares = squares / shares.clamp_min(_LEAST_SHARE)
-    relative = squares.mean(-1) / of_token  # [windows, seqlen]
+        squares = squares / _channel_shares(target).clamp_min(_LEAST_SHARE)
+    relative = squares.mean(-1) / target.square().mean(-1)  # [windows, seqlen]
     return (relative if loss == "relative" else relative.log1p()).mean()
+
+
+def massive_share(target: Tensor) -> float:
+    """Return which share of its squares the largest hundredth of the channels holds.
+
+    Args:
+        target: (windows, seqlen, hidden). Every token counts alike.
+    """
+    shares = _channel_shares(target.to(torch.float32)).mean(dim=(0, 1))  # [hidden]
+    largest = shares.topk(max(1, len(shares) // 100)).values
+    return float(largest.sum() / shares.sum())
+
+
+def _channel_shares(target: Tensor) -> Tensor:
+    """Return the squares of each channel, (windows, 1, hidden), 1 in the mean over channels."""
+    squares = target.square()
+    return (squares / squares.mean(-1, keepdim=True)).mean(-2, keepdim=True)
 
 
 @dataclass

@@ -32,7 +32,14 @@ import torch
 from prunebench.errors import IncompatibleData, UsageError
 from prunebench.models.linears import Linear
 from prunebench.models.out_of_memory import is_out_of_memory
-from prunebench.models.pruned_block import Loss, PrunedBlock, RecoveredBlock, Target, output_loss
+from prunebench.models.pruned_block import (
+    Loss,
+    PrunedBlock,
+    RecoveredBlock,
+    Target,
+    massive_share,
+    output_loss,
+)
 from prunebench.recovery.masked_weights import MaskedWeights
 from prunebench.recovery.protocol import BlockRecoverer, RecoveryCost
 from prunebench.recovery.refine import Refinement
@@ -128,8 +135,9 @@ class Block(BlockRecoverer):
         if not math.isfinite(start):
             return RecoveredBlock(pruned.index, event="the block's output is not finite")
         record = RecoveredBlock(
-            pruned.index, start, start, windows=len(train), held_out_windows=len(held)
-        )
+            pruned.index, start, start, windows=len(train), held_out_windows=len(held),
+            massive=round(massive_share(pruned.targets(held[:1])), 4),
+        )  # fmt: skip
         if start == 0:  # nothing was pruned here or before
             return record
         for linears, norms in self._parts(pruned):

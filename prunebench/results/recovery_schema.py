@@ -27,6 +27,8 @@ class BlockRow(_Block):
         event: What went wrong, if anything did.
         untrained: Matrices that were left as they were: experts that too few tokens reached.
         zeros: Kept weights that became 0, by matrix.
+        massive: Share of the squares of the dense model's hidden state that the largest hundredth
+            of its channels holds; absent where it was not measured.
     """
 
     block: int
@@ -40,6 +42,7 @@ class BlockRow(_Block):
     event: str = ""
     untrained: list[str] = []
     zeros: dict[str, int] = {}
+    massive: float | None = Field(default=None, exclude_if=lambda share: share is None)
 
 
 class HeldOutValues(_Block):

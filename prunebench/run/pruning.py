@@ -45,6 +45,7 @@ from prunebench.run.plan import Plan
 from prunebench.run.recover import (
     copy_weights,
     dense_copies,
+    note_massive,
     note_useless,
     recover_apart,
     recover_model,
@@ -217,6 +218,7 @@ def prune_linears(
     if recovery and (dense is not None or not learns):
         require_recovered(plan, walker)
         note_useless(plan, walker.recovered)
+        note_massive(plan, walker.recovered)
     return report, walker.recovered
 
 

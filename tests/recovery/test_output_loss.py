@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from prunebench.models.pruned_block import output_loss
+from prunebench.models.pruned_block import massive_share, output_loss
 
 SHAPE = (2, 16, 8)  # [windows, seqlen, hidden]
 
@@ -57,3 +57,12 @@ def test_a_channel_of_zeros_is_finite(signs, error):
     target = signs.clone()
     target[..., 5] = 0
     assert torch.isfinite(output_loss(target + error, target, "channels"))
+
+
+def test_the_share_of_massive_channels():
+    target = torch.ones(2, 16, 200)
+    assert massive_share(target) == pytest.approx(0.01)
+    target[..., :2] = 100.0  # a hundredth of 200
+    assert massive_share(target) == pytest.approx(2e4 / (2e4 + 198))
+    target[0, 0] *= 1e4  # a massive token counts as any other
+    assert massive_share(target) == pytest.approx(2e4 / (2e4 + 198))

@@ -110,6 +110,24 @@ def test_once_finds_a_row_by_its_recovery(cli, tiny_run, tmp_path):
     assert len(rows_of(tmp_path)) == 2
 
 
+def test_massive_channels_are_said_and_recorded(cli, tiny_run, tiny_folder, held, tmp_path):
+    model, tokenizer = held
+    with torch.no_grad():
+        model.model.embed_tokens.weight[:, 0] *= 1000  # one of 32 channels
+    folder = tmp_path / "massive"
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    massive = [str(folder) if word == str(tiny_folder) else word for word in tiny_run]
+    words = ["-m", "magnitude", "--sparsity", "2:4", *RECOVER]
+    channels = ["--set", "recover.loss=channels"]
+    warned = cli(*massive, *words).stderr
+    assert "warning: a hundredth of the channels holds" in warned
+    assert "a hundredth" not in cli(*massive, *words, *channels).stderr
+    assert "a hundredth" not in cli(*tiny_run, *words).stderr
+    shares = [block.massive for row in rows_of(tmp_path) for block in row.recovery.blocks]
+    assert sum(share > 0.9 for share in shares) == 2 * sum(share < 0.5 for share in shares) > 0
+
+
 def test_a_rate_that_makes_every_block_worse_keeps_nothing_and_says_so(cli, tiny_run, tmp_path):
     run = [*tiny_run, "-m", "wanda", "--sparsity", "2:4", "--calibration-samples", "8"]
     outcome = cli(*run, "--recover", "block", "--set", "recover.lr=50")
