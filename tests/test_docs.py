@@ -253,6 +253,7 @@ def test_the_numbers_of_the_findings_are_those_of_the_results():
     assert set(kept) <= printed
 
 
+@pytest.mark.slow
 def test_the_example_method_passes_the_contract(tmp_path, monkeypatch):
     (tmp_path / "my_method.py").write_text(example_method())
     monkeypatch.chdir(tmp_path)

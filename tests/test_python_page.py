@@ -33,6 +33,7 @@ def notebook(tmp_path, monkeypatch):
     return run_blocks
 
 
+@pytest.mark.slow
 def test_every_block_runs_on_a_tiny_model(notebook, tmp_path, byte_tokenizer, monkeypatch, capsys):
     model = tiny_model("llama")
     model.config.max_position_embeddings = 512  # windows as long as those of the page

@@ -260,6 +260,7 @@ def test_the_decoder_of_make_bench_gpu_attends_to_what_it_decoded():
 BF16 = ("-m", "magnitude", "--dtype", "bfloat16", "--save-model", "ck", "--sparsity")
 
 
+@pytest.mark.slow
 def test_bench_without_a_gpu_or_a_compiler(cli, tiny_run, tmp_path, monkeypatch):
     monkeypatch.setattr("sys.argv", ["prunebench", "run", "--save-model", "ck"])
     cli(*tiny_run, *BF16, "2:4")

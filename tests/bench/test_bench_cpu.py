@@ -30,6 +30,7 @@ def _small(monkeypatch):
     monkeypatch.setattr(cpu_dense, "_READ_BYTES", 1 << 16)
 
 
+@pytest.mark.slow
 def test_a_layer_is_timed_against_every_dense_product():
     bench = LayerBench(
         LayerShape("tiny", "square", 64, 256), CPU, torch.bfloat16, Policy(CPU), CpuClock()

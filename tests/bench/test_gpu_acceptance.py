@@ -146,6 +146,7 @@ def test_every_part_runs_dry_on_a_cpu(part, tmp_path, monkeypatch):
     assert timed == [], "a dry run measures no speed"
 
 
+@pytest.mark.slow
 def test_the_parts_import_on_a_machine_with_torch_and_little_else():
     modules = sorted({part.target.partition(":")[0] for part in PARTS})
     code = BLOCK + f"import {', '.join(modules)}, benchmarks.gpu_acceptance.document\n"

@@ -54,6 +54,7 @@ def typed(cli, monkeypatch):
     return run
 
 
+@pytest.mark.slow
 def test_dense_and_pruned_side_by_side(cli, typed, tiny_run, tiny_folder, tmp_path, monkeypatch):
     for name, sparsity in (("half", "0.5"), ("two-four", "2:4")):
         typed(*tiny_run, *PRUNE, "--sparsity", sparsity, "--save-model", name)
@@ -266,6 +267,7 @@ def test_columns_on_a_wide_terminal_and_below_each_other_elsewhere(width, monkey
 # ---------------------------------------------------------------- run --log-text
 
 
+@pytest.mark.slow
 def test_a_run_keeps_completions_and_the_report_and_the_card_show_them(
     cli, tiny_run, tiny_folder, tmp_path
 ):

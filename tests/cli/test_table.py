@@ -64,6 +64,7 @@ def test_no_line_is_wider_than_the_terminal(request, name, every_setting):
             assert length(line.text) <= width, (width, line.text)
 
 
+@pytest.mark.slow
 def test_no_line_of_2000_results_is_wider_than_the_terminal(generated):
     short, full = overview(generated), overview(generated, every_setting=True)
     for width, tables in ((80, short), (97, short), (160, short), (200, short), (80, full)):

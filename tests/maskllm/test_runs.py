@@ -95,6 +95,7 @@ def test_a_run_keeps_its_state_until_the_result_is_filed(cli, tiny_run, tmp_path
     assert list(states.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_a_mask_is_specialised_on_a_text_and_its_scores_before_are_in_the_row(
     cli, tiny_run, tmp_path
 ):

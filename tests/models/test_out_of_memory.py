@@ -76,6 +76,7 @@ def test_scoring_goes_on_with_halves():
     assert messages == [("scoring", 2), ("scoring", 1)]
 
 
+@pytest.mark.slow
 def test_it_is_said_and_recorded(cli, tiny_run, tmp_path, monkeypatch):
     from prunebench.run import execute as run
 

@@ -235,6 +235,7 @@ def test_a_loss_that_is_not_finite_ends_the_training_and_its_state_is_saved(tmp_
     assert "saved in" in caught.value.where and (tmp_path / "run" / "state").is_dir()
 
 
+@pytest.mark.slow
 def test_a_batch_that_does_not_fit_is_halved(monkeypatch):
     whole, _ = train(micro_tokens=24)
     real, sizes, halved = Backward.add, [], []

@@ -140,6 +140,7 @@ def test_colors_are_legible(colors, name):
     assert (light + 0.05) / (dark + 0.05) >= 4.5  # WCAG AA
 
 
+@pytest.mark.slow
 def test_a_figure_stands_alone_and_has_no_gap_in_its_numbers():
     rows = [make_result(method="a", value=float("inf")), make_result(method="b", value=30.0)]
     figures, _ = figures_of(build_report([*rows, generated(f"{EVIL}$x_1$\0")]))

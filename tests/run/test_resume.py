@@ -155,6 +155,7 @@ def numbers(result):
     return result.model_dump(exclude={"id", "created_at", "command", "cost"})
 
 
+@pytest.mark.slow
 def test_the_same_command_goes_on_and_says_what_it_kept(cli, tiny_run, tmp_path, monkeypatch):
     from prunebench.run import pruning
 
