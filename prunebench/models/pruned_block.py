@@ -139,8 +139,8 @@ def output_loss(output: Tensor, target: Tensor, loss: Loss) -> Tensor:
             `cauchy`, the logarithm of 1 + that: a token whose output has become massive where its
             target is not has a relative error of thousands, and nothing else would be learned;
             `channels`, the same of errors that are divided by what a channel has in the mean over
-            the tokens of a window, so that every channel counts alike: in Gemma 4 of 640 hold 98%
-            of the squares, and the norms in front of the next layers undo that.
+            the tokens of a window, so that every channel counts alike: in Gemma a hundredth holds
+            92% of the squares, and the norms in front of the next layers undo that.
     """
     target = target.to(torch.float32)
     squares = (output.to(torch.float32) - target).square()
