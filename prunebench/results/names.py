@@ -61,7 +61,7 @@ def short_names(names: Iterable[str], shorten: Callable[[str], str]) -> dict[str
         shared = set.intersection(*(set(name.split("/")) for name in group))
         for name in group:
             own = [part for part in name.split("/") if part not in shared]
-            short[name] = "/".join([first, *own]) if len(group) > 1 else first
+            short[name] = "/".join([first, *own])
     counts = Counter(short.values())
     return {
         name: short[name] if counts[short[name]] == 1 and len(short[name]) <= len(name) else name

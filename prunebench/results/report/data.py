@@ -199,13 +199,13 @@ def _model_part(
         for value in published
         if value.model == table.model and any(map(value.fits, table.columns))
     )
-    block = next((block for block in short.blocks if finding(block)), short.blocks[0])
-    key = block.ranking.key  # that of a mean over tasks is no column
+    told = ((text, block) for block in short.blocks if (text := finding(block)))
+    text, block = next(told, ("", short.blocks[0]))
     return ModelPart(
         table=table,
         rows=rows,
-        column=key if key in table.columns else table.columns[0],
-        finding=finding(block),
+        column=block.ranking.columns[0],
+        finding=text,
         caption=", ".join(block.caption),
         protocols=Names.of([table]).protocols,
         costs=_costs(frame, pruned),
