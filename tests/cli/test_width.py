@@ -28,8 +28,11 @@ needs.time = "a second or two on any machine, and here too, if nothing else is r
 method = ["magnitude", "wanda"]
 sparsity = ["0.5", "2:4"]
 """
-PROBED = re.compile(r" time .*? spec |[\d.]+ [GM]B (of memory )?free")
-"""What differs between two calls of one command: seconds of a probe, free memory."""
+PROBED = re.compile(
+    r" time .*? spec |[\d.]+ [GM]B (of memory )?free|[\d.]+ GB (at the peak|Python and libraries)"
+)
+"""What differs between two calls of a command: seconds of a probe, free memory, what this process
+has resident."""
 
 
 def words_of(output):
