@@ -232,12 +232,12 @@ def _read_value(name: str, key: str, value: OptionValue, hint: Any) -> OptionVal
             # the next kind of the union may fit
             except (KeyError, ValueError):
                 continue
-    expected = getattr(hint, "__name__", str(hint)).replace("typing.", "")
     choices = [str(c) for kind in kinds for c in typing.get_args(kind)]
+    expected = ", ".join(choices) or getattr(hint, "__name__", str(hint)).replace("typing.", "")
     near = difflib.get_close_matches(str(value), choices, n=1)
     raise UsageError(
         f"{name}: {key}={value!r} is not valid",
-        where=f"it should be {expected}",
+        where=f"it should be {'one of ' if choices else ''}{expected}",
         fix=f"did you mean {near[0]}?" if near else "",
     )
 

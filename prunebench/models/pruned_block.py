@@ -166,7 +166,9 @@ def massive_share(target: Tensor) -> float:
 def _channel_shares(target: Tensor) -> Tensor:
     """Return the squares of each channel, (windows, 1, hidden), 1 in the mean over channels."""
     squares = target.square()
-    return (squares / squares.mean(-1, keepdim=True)).mean(-2, keepdim=True)
+    # a token whose target is all zeros has no shares, and adds none
+    means = squares.mean(-1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
+    return (squares / means).mean(-2, keepdim=True)
 
 
 @dataclass

@@ -88,6 +88,8 @@ def _candidate(
     wave = AT_ONCE if method in ("rtn", "magnitude") else ONE_SHOT
     if recover:
         options["recover"] = "block"
+        # 2% behind the default on SmolLM2-135M, a third ahead on Gemma 3 270M (docs/findings.md)
+        options["set"] = {**options.get("set", {}), "recover.loss": "channels"}
         name, wave = f"{name}, then block", RECOVERY
     size = expected_bytes(counts, blocks=method == "depth", sparsity=sparsity, bits=bits)
     return Candidate(name, wave, options, size)

@@ -143,6 +143,17 @@ def nothing_selected(finished: Sequence[Result], selection: Selection) -> Missin
                     where=where,
                     fix=nearest(pattern, values_by_word),
                 )
+    for key, patterns in reversed(selection.filters.items()):
+        others = {name: value for name, value in selection.filters.items() if name != key}
+        rest = Selection(others)
+        there = [r for r in finished if rest.takes(r) and any(map(rest.takes_score, r.scores))]
+        if others and there:
+            words = " ".join(f"{name}={','.join(value)}" for name, value in others.items())
+            return MissingResource(
+                f"no result is selected: none with {words} has {key}={','.join(patterns)}",
+                where=where,
+                fix=nearest(patterns[0], _values(key, there)),
+            )
     return MissingResource(
         "no result is selected",
         where=where,

@@ -193,6 +193,16 @@ def test_cheap_waves_come_first_and_names_are_unique(goal):
         assert all(c.options["sparsity"] == "2:4" for c in candidates)
 
 
+def test_recovery_uses_the_loss_that_suits_every_model_and_keeps_the_other_options():
+    candidates = candidates_for("bytes", ModelCounts(1_200, 1_000, frozenset({128})))
+    recovered = {c.name: c.options["set"] for c in candidates if c.wave == RECOVERY}
+    assert recovered["sparsegpt 2:4, then block"] == {"recover.loss": "channels"}
+    assert recovered["sparsegpt 2:4 + INT4, then block"] == {
+        "quantize_bits": 4, "group_size": 128, "recover.loss": "channels",
+    }  # fmt: skip
+    assert not any("recover" in c.options for c in candidates if c.wave != RECOVERY)
+
+
 @pytest.mark.parametrize(
     ("folder", "options"),
     [

@@ -66,3 +66,9 @@ def test_the_share_of_massive_channels():
     assert massive_share(target) == pytest.approx(2e4 / (2e4 + 198))
     target[0, 0] *= 1e4  # a massive token counts as any other
     assert massive_share(target) == pytest.approx(2e4 / (2e4 + 198))
+
+
+def test_a_token_of_zeros_has_no_share():
+    target = torch.ones(1, 4, 100)
+    target[0, 0] = 0.0
+    assert massive_share(target) == pytest.approx(0.01)

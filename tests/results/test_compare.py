@@ -224,6 +224,18 @@ def test_an_empty_selection_says_how_many_there_are():
     with pytest.raises(MissingResource, match="no result is selected") as error:
         compare(rows, Selection.parse(["method=wanda", "sparsity=0.6"]))
     assert "2 finished results" in error.value.where
+    # each value is there, but not together: the last one is named, with what the others leave
+    assert "none with method=wanda has sparsity=0.6" in str(error.value)
+    assert error.value.fix == "did you mean '0.5'? Known: 0.5"
+
+
+def test_a_protocol_that_the_selected_model_has_not_names_those_it_has():
+    rows = [make_result(model="a", protocol="wiki-sample/held-out/512/bos-window/v1")]
+    rows.append(make_result(model="b", protocol="wiki-sample/held-out/512/v1"))
+    with pytest.raises(MissingResource) as error:
+        compare(rows, Selection.parse(["model=a", "protocol=wiki"]))
+    assert "none with model=a has protocol=wiki" in str(error.value)
+    assert "wiki/bos-window" in str(error.value.fix)
 
 
 @pytest.mark.parametrize(
