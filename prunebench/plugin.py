@@ -28,7 +28,6 @@ from prunebench.recovery.protocol import (
     ModelRecovery,
     PrunedBlock,
     RecoveredBlock,
-    Recoverer,
 )
 from prunebench.sparsity import Sparsity
 
@@ -54,7 +53,6 @@ __all__ = [
     "PrunedBlock",
     "Pruner",
     "RecoveredBlock",
-    "Recoverer",
     "Sparsity",
     "UsageError",
     "keep_group",

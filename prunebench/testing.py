@@ -284,8 +284,7 @@ def _recovery_checks(
         reached = functools.partial(_reached_by, recovered, text, dense)
         yield f"keeps the zeros of {text}", reached
     half = sparsities[0]
-    norms = getattr(recoverer, "norms", False)
-    if not norms:
+    if not (isinstance(recoverer, BlockRecoverer) and recoverer.trains_norms):
         yield "leaves everything else alone", lambda: _check_rest(recovered(half), dense)
     yield (
         "same input, same weights",

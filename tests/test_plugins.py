@@ -128,7 +128,7 @@ def test_what_is_no_pruner(package, name, says):
         ({"steps": "2.5"}, "steps='2.5' is not valid"),
         ({"steps": True}, "steps=True is not valid"),
         ({"loud": "maybe"}, "loud='maybe' is not valid"),
-        ({"kind": "c"}, "kind='c' is not valid\n  it should be one of a, b"),
+        ({"kind": "c"}, "kind='c' is not valid\nit should be one of a, b"),
     ],
 )
 def test_wrong_options(package, given, says):

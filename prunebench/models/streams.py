@@ -188,7 +188,7 @@ def _require_progress(records: list[RecoveredBlock]) -> None:
         raise IncompatibleData(
             f"the recovery of {_MOST_FAILURES} blocks in a row failed",
             where=f"block {last[-1].block}: {last[-1].event}",
-            fix="use a smaller rate (--set recover.lr=0.002), float32, or leave --recover out",
+            fix="use a smaller rate, float32, or leave --recover out",
         )
 
 

@@ -49,8 +49,8 @@ def resolve_parts(
 
     Args:
         name: Of one recoverer, or several with `+` between.
-        given: Options. Of several recoverers, each option has the name of its recoverer before it
-            (`block.lr`), unless only one of them has it.
+        given: Options, with the name of their recoverer before them (`block.lr`) or without; of
+            several recoverers it may be left out only where one of them has the option.
         seed: Of the run.
 
     Raises:
@@ -60,6 +60,7 @@ def resolve_parts(
     if len(set(names)) < len(names):
         raise UsageError(f"--recover {name} names a recoverer twice")
     if len(names) == 1:
+        given = {key.removeprefix(f"{name}."): value for key, value in given.items()}
         return [(name, RECOVERERS.resolve_options(name, given, seed=seed))]
     # the options of each with their defaults, to see which has which
     usual = {part: RECOVERERS.resolve_options(part, {}, seed=seed) for part in names}

@@ -89,6 +89,16 @@ class Block(BlockRecoverer):
         """Whether other weights than the method's may be 0 afterwards."""
         return self.refine > 0
 
+    @property
+    def trains_norms(self) -> bool:
+        """Whether parameters of normalizations change too."""
+        return self.norms
+
+    @property
+    def weighs_channels_alike(self) -> bool:
+        """Whether a few channels cannot be all that the loss sees."""
+        return self.loss == "channels"
+
     def __post_init__(self) -> None:
         """Refuse values out of range.
 
@@ -114,7 +124,7 @@ class Block(BlockRecoverer):
                 f"{samples} calibration windows are too few for --recover block",
                 where=f"a share of {self.held_out:g} is held out, and that is less than a window",
                 fix=f"use --calibration-samples {math.ceil(1 / self.held_out)} or more, or --set "
-                "recover.held_out=0.5",
+                "recover.block.held_out=0.5",
             )
 
     def cost(self, *, samples: int) -> RecoveryCost:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import ClassVar, Protocol, runtime_checkable
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +24,6 @@ __all__ = [
     "ModelRecovery",
     "PrunedBlock",
     "RecoveredBlock",
-    "Recoverer",
     "RecoveryCost",
     "Target",
 ]
@@ -46,21 +45,8 @@ class RecoveryCost:
     batch: int
 
 
-@runtime_checkable
-class Recoverer(Protocol):
-    """Trains kept weights; an implementation is a frozen dataclass whose fields are its options."""
-
-    needs: ClassVar[Needs]
-
-    def check(self, *, samples: int) -> None:
-        """Raise `UsageError`, before any work, if the calibration windows do not suffice."""
-
-    def cost(self, *, samples: int) -> RecoveryCost:
-        """Return what a recovery with so many calibration windows takes."""
-
-
 class BlockRecoverer(ABC):
-    """A recoverer that trains each block right after it is pruned.
+    """Trains each block right after it is pruned; a frozen dataclass whose fields are its options.
 
     Attributes:
         target: What a block's output should be: `dense`, the output of the dense block on the dense
@@ -75,11 +61,21 @@ class BlockRecoverer(ABC):
         """Whether other weights than the method's may be 0 afterwards, as many in each matrix."""
         return False
 
+    @property
+    def trains_norms(self) -> bool:
+        """Whether parameters of normalizations change too."""
+        return False
+
+    @property
+    def weighs_channels_alike(self) -> bool:
+        """Whether its loss counts all channels alike, however unequal they are in the target."""
+        return True
+
     def check(self, *, samples: int) -> None:  # noqa: B027  (nothing to refuse is a default)
-        """Accept any number of windows."""
+        """Raise `UsageError`, before any work, if the calibration windows do not suffice."""
 
     def cost(self, *, samples: int) -> RecoveryCost:
-        """Return a guess: three epochs of forward and backward passes."""
+        """Return what it takes; a guess: three epochs of forward and backward passes."""
         return RecoveryCost(passes=9, copies=3, batch=1)
 
     @abstractmethod

@@ -24,7 +24,7 @@ from prunebench.pruners.layer import DependsOnModel, Pruner
 from prunebench.pruners.protocol import grid_of
 from prunebench.pruners.removal import BlockRemover, require_ratio
 from prunebench.recovery import RECOVERERS, join_options, resolve_parts
-from prunebench.recovery.protocol import ModelRecoverer, Recoverer
+from prunebench.recovery.protocol import BlockRecoverer, ModelRecoverer
 from prunebench.results.completions import PROMPTS
 from prunebench.sparse24.backends.table import require_backend
 from prunebench.sparsity import Sparsity
@@ -45,7 +45,7 @@ class NamedSpec:
     spec: RunSpec
     pruner: Pruner
     allocator: Allocator | None
-    recoverer: Recoverer | None
+    recoverer: BlockRecoverer | None
     model_recoverer: ModelRecoverer | None
     sparsity: Sparsity
 
@@ -71,7 +71,7 @@ def check_names(spec: RunSpec, setup: Setup, source: ModelSource | None = None) 
         _require_alone_in(setup, spec.method)
     if spec.recover != NO_RECOVERY:
         _require_trainable(spec, pruner, model_recoverer)
-    if model_recoverer is not None and getattr(recoverer, "norms", False):
+    if model_recoverer is not None and recoverer is not None and recoverer.trains_norms:
         raise UsageError(
             f"--recover {spec.recover} does not go with recover.norms=true",
             where="the training that follows needs the dense model, with its own norms",
@@ -105,7 +105,7 @@ def check_names(spec: RunSpec, setup: Setup, source: ModelSource | None = None) 
 
 
 def _resolve_method(
-    spec: RunSpec, entry: CatalogEntry | None, recoverer: Recoverer | None, *, learns: bool
+    spec: RunSpec, entry: CatalogEntry | None, recoverer: BlockRecoverer | None, *, learns: bool
 ) -> tuple[Pruner, Allocator | None, Sparsity, Fields]:
     """Fill in all options, and set to null what the method does not read.
 
@@ -225,7 +225,7 @@ def _resolve_allocator(spec: RunSpec) -> tuple[Allocator | None, dict[str, Any]]
 
 def _resolve_recoverers(
     spec: RunSpec,
-) -> tuple[Recoverer | None, ModelRecoverer | None, dict[str, Any]]:
+) -> tuple[BlockRecoverer | None, ModelRecoverer | None, dict[str, Any]]:
     """Return what recovers each block, what recovers the whole model, and all their options.
 
     Raises:
@@ -246,7 +246,7 @@ def _resolve_recoverers(
             fix="choose a method that prunes, or leave --recover out",
         )
     parts = resolve_parts(name, spec.recover_options, seed=spec.seed)
-    blockwise: Recoverer | None = None
+    blockwise: BlockRecoverer | None = None
     whole: ModelRecoverer | None = None
     for number, (part, options) in enumerate(parts):
         recoverer: Any = RECOVERERS.make(part, options)
@@ -261,8 +261,14 @@ def _resolve_recoverers(
             whole = recoverer.for_run(spec.calibration)
             whole.check()
             parts[number] = (part, whole.options())
-        else:
+        elif isinstance(recoverer, BlockRecoverer):
             blockwise = recoverer
+        else:
+            raise UsageError(
+                f"{part} is not a recoverer",
+                where="it is neither a BlockRecoverer nor a ModelRecoverer",
+                fix="see prunebench.plugin",
+            )
     return blockwise, whole, join_options(parts)
 
 

@@ -18,7 +18,7 @@ from prunebench.models.pruned_block import RecoveredBlock, Recovery
 from prunebench.models.walker import BlockWalker
 from prunebench.pruners.protocol import PruneReport, grid_of
 from prunebench.recovery import THEN
-from prunebench.recovery.protocol import BlockRecoverer, DistillPoint, ModelRecovery
+from prunebench.recovery.protocol import DistillPoint, ModelRecovery
 from prunebench.run.plan import Plan
 from prunebench.sparsity import Sparsity
 
@@ -32,7 +32,7 @@ def recovery_of(plan: Plan, sparsity: Mapping[str, Sparsity]) -> Recovery | None
         plan: Of the run.
         sparsity: What each matrix is pruned to, by name.
     """
-    if not isinstance(plan.recoverer, BlockRecoverer):
+    if plan.recoverer is None:
         return None
 
     def report(block: RecoveredBlock) -> None:
@@ -62,18 +62,19 @@ def note_useless(plan: Plan, blocks: Sequence[RecoveredBlock]) -> None:
         name = plan.spec.recover.partition(THEN)[0]
         plan.progress.note(
             f"warning: {name} kept nothing: no step lowered the held-out error of any "
-            "block. Try a smaller --set recover.lr, or more calibration windows"
+            f"block. Try a smaller --set recover.{name}.lr, or more calibration windows"
         )
 
 
 def note_massive(plan: Plan, blocks: Sequence[RecoveredBlock]) -> None:
-    """Warn if a few channels are nearly all that the losses of `block` see, but `channels`."""
+    """Warn if a few channels are nearly all that the loss of a recovery sees."""
     shares = [block.massive for block in blocks if block.massive is not None]
-    loss = plan.spec.recover_options.get("loss", "channels")
-    if shares and loss != "channels" and (share := statistics.median(shares)) > _MASSIVE:
+    if plan.recoverer is None or plan.recoverer.weighs_channels_alike or not shares:
+        return
+    if (share := statistics.median(shares)) > _MASSIVE:
         plan.progress.note(
             f"warning: a hundredth of the channels holds {share:.0%} of the hidden states, and "
-            f"loss={loss} sees little else: try --set recover.loss=channels"
+            "the loss sees little else: try --set recover.loss=channels"
         )
 
 
@@ -159,7 +160,7 @@ def recover_model(plan: Plan, model: nn.Module, dense: dict[str, Tensor]) -> Mod
     if not recovery.best_step:
         plan.progress.note(
             "warning: the training kept nothing: no step lowered the held-out loss. "
-            "Try a smaller --set recover.lr, more steps, or more text (--set recover.data)"
+            "Try a smaller --set recover.distill.lr, more steps, or more text (--set recover.data)"
         )
     return recovery
 

@@ -34,7 +34,7 @@ from prunebench.models.source import LocalModel, fetch_model, find_model
 from prunebench.progress import StageTimer
 from prunebench.pruners.protocol import Pruner
 from prunebench.pruners.training import TrainingNeeds
-from prunebench.recovery.protocol import ModelRecoverer, Recoverer
+from prunebench.recovery.protocol import BlockRecoverer, ModelRecoverer
 from prunebench.results.store import ResultStore
 from prunebench.run.dtype import DtypeChoice, StoredDtype, choose_dtype
 from prunebench.run.names import (
@@ -84,7 +84,7 @@ class ResolvedSpec:
     dtype: DtypeChoice
     pruner: Pruner
     allocator: Allocator | None
-    recoverer: Recoverer | None
+    recoverer: BlockRecoverer | None
     model_recoverer: ModelRecoverer | None
     sparsity: Sparsity
     calibration_text: TextIdentity | None

@@ -333,6 +333,9 @@ def test_options_of_two_recoverers_are_told_apart():
     assert joined["block.epochs"] == 1 and joined["distill.steps"] == 7
     assert (joined["block.lr"], joined["distill.lr"]) == (0.1, 0.2)
     assert joined["distill.seed"] == 3
+    # the full name, which messages use, is right for a single one too
+    alone = join_options(resolve_parts("block", {"block.lr": 0.1}, seed=3))
+    assert alone["lr"] == 0.1 and "block.lr" not in alone
     with pytest.raises(UsageError, match="block and distill both have an option 'lr'"):
         resolve_parts("block+distill", {"lr": 1.0}, seed=0)
     with pytest.raises(UsageError, match="no option 'stepz'"):

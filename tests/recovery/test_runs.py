@@ -123,9 +123,14 @@ def test_massive_channels_are_said_and_recorded(cli, tiny_run, tiny_folder, held
     warned = cli(*massive, *words).stderr
     assert "warning: a hundredth of the channels holds" in warned
     assert "a hundredth" not in cli(*massive, *words, *channels).stderr
+    then = [*words, "--set", "recover.distill.steps=1", "--set", "recover.distill.batch=2"]
+    then = ["block+distill" if word == "block" else word for word in then]
+    then = [word.replace("recover.lr", "recover.block.lr") for word in then]
+    then += ["--set", "recover.distill.seqlen=24", "--set", "recover.distill.held_out=2"]
+    assert "warning: a hundredth of the channels holds" in cli(*massive, *then).stderr
     assert "a hundredth" not in cli(*tiny_run, *words).stderr
     shares = [block.massive for row in rows_of(tmp_path) for block in row.recovery.blocks]
-    assert sum(share > 0.85 for share in shares) == 2 * sum(share < 0.5 for share in shares) > 0
+    assert sum(share > 0.85 for share in shares) == 3 * sum(share < 0.5 for share in shares) > 0
 
 
 def test_a_rate_that_makes_every_block_worse_keeps_nothing_and_says_so(cli, tiny_run, tmp_path):
@@ -382,6 +387,11 @@ def test_what_is_no_recoverer(cli, tiny_run, tmp_path):
     (tmp_path / "work" / "wrong.py").write_text(OUTSIDE.replace("(BlockRecoverer)", ""))
     output = cli(*tiny_run, "-m", "wanda", "--recover", "wrong:Shrinks", code=2).output
     assert "wrong:Shrinks is not a recoverer" in output
+    # all that the registry asks for, but neither kind: it would be named in a row and never called
+    alike = OUTSIDE.replace("(BlockRecoverer)", "") + "    needs = None\n    check = print\n"
+    (tmp_path / "work" / "alike.py").write_text(alike)
+    output = cli(*tiny_run, "-m", "wanda", "--recover", "alike:Shrinks", code=2).output
+    assert "neither a BlockRecoverer nor a ModelRecoverer" in output
 
 
 def test_a_walk_without_recovery_has_none():

@@ -106,7 +106,7 @@ class Distiller(TrainingLoop[DistillPoint]):
         loss = self._add_gradients(self._windows(step, train))
         loss = self._mean_loss(
             loss, float(self._sums.total), step, state="weights", of=" of the distillation",
-            fix="use --dtype float32 or bfloat16, or a lower --set recover.lr",
+            fix="use --dtype float32 or bfloat16, or a lower --set recover.distill.lr",
         )  # fmt: skip
         rate = self._config.lr * self._config.factor(step)
         for group in self._optimizer.param_groups:

@@ -89,7 +89,7 @@ class DistillConfig:
             raise UsageError(
                 f"{self.batch} windows a step cannot be shared out equally",
                 where=f"{world} processes",
-                fix=f"use --set recover.batch={world} or a multiple",
+                fix=f"use --set recover.distill.batch={world} or a multiple",
             )
 
 
