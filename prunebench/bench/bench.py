@@ -36,13 +36,14 @@ from prunebench.bench.model import (
 )
 from prunebench.bench.shapes import CPU_TOKENS, SHAPES, TOKENS, LayerShape
 from prunebench.bench.timing import clock_for
-from prunebench.checkpoints.find import local_checkpoint
+from prunebench.checkpoints.find import local_checkpoint, require_scored
 from prunebench.checkpoints.packed24 import dense_tensors, unpacked
 from prunebench.checkpoints.sizes import computed_storage
 from prunebench.errors import PrunebenchError
 from prunebench.models.device import make_current
 from prunebench.models.linears import find_linears
 from prunebench.models.load import load_config, load_model, skeleton
+from prunebench.models.stored_model import stored_model
 from prunebench.progress import Progress
 from prunebench.results.bench_schema import Bench, QualityBlock, RatioBlock
 from prunebench.results.schema import Result
@@ -90,13 +91,18 @@ def bench(setup: BenchSetup) -> Bench:
     """Return quality, bytes and speed of a checkpoint.
 
     Raises:
-        IncompatibleData: The checkpoint is damaged, or on a GPU no layer of it is 2:4.
+        IncompatibleData: The checkpoint is damaged or was changed since it was scored, or on a GPU
+            no layer of it is 2:4.
     """
-    load_config(setup.folder)
+    config = load_config(setup.folder)
     make_current(setup.device)
-    tensors = list(dense_tensors(setup.folder).values())
+    tensors = dense_tensors(setup.folder)
     with setup.progress.stage("bytes", detail=f"{len(tensors)} tensors"):
-        storage = computed_storage(tensors)
+        storage = computed_storage(list(tensors.values()))
+        if setup.result is not None:
+            # the quality is that of the result
+            stored = stored_model(skeleton(config), tensors)
+            require_scored(setup.folder, stored, setup.result)
     # Before and after: a GPU that was throttled in between shows in the difference.
     before = clocks(setup.device)
     reason = _why_not_measured(setup, storage.packed24_bytes)

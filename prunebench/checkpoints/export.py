@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Literal, NoReturn
 
 from prunebench.allocators.allocation import save_allocation
+from prunebench.checkpoints.find import require_scored
 from prunebench.checkpoints.model_card import model_card
 from prunebench.checkpoints.packed24 import (
     INDEXES,
@@ -42,7 +43,7 @@ from prunebench.models.carried import TEMPLATES, copy_templates
 from prunebench.models.checkpoint_keys import check_tensors
 from prunebench.models.linears import Linear, find_linears
 from prunebench.models.load import load_config, skeleton
-from prunebench.models.safetensors_files import StoredTensor, hash_stored, other_files
+from prunebench.models.safetensors_files import StoredTensor, other_files
 from prunebench.models.stored_config import require_unquantized
 from prunebench.models.stored_model import StoredModel, stored_model
 from prunebench.models.verify import expected_of_folder, require_saved
@@ -260,16 +261,8 @@ def _raise_cause(
         IncompatibleData: The source differs too, or cannot be packed without a change.
         SaveError: Writing failed.
     """
-    assert result.model is not None
-    # A source that no longer has the hash of its result was changed before the export.
-    digest = "" if model.missing else hash_stored(model.tensors, model.parameters)
-    if digest != result.model.evaluated_sha256:
-        what = f"they hash to {digest[:16]}..." if digest else f"{model.missing[0]} is missing"
-        raise IncompatibleData(
-            f"the weights in {source} are not those that were scored",
-            where=f"{what}, the result {result.id} scored {result.model.evaluated_sha256[:16]}...",
-            fix="export the folder as run --save-model wrote it, or run it again",
-        ) from error
+    # a source that no longer has the hash of its result was changed before the export
+    require_scored(source, model, result)
     if packing and packing.negative_zeros:
         raise IncompatibleData(
             f"{source} cannot be packed as it was scored",

@@ -48,8 +48,16 @@ def recovery_value(
             both are means over questions, so those behind the first follow from the two.
 
     Raises:
-        IncompatibleData: A task has no accuracy, or dense answers nothing of it.
+        IncompatibleData: A task has no accuracy, dense answers nothing of it, or the two rows are
+            of other weights.
     """
+    if seen is not None and _weights(seen) != _weights(result):
+        raise IncompatibleData(
+            f"{seen.id} and {result.id} did not score the same weights",
+            where="the questions that the race has seen cannot be taken out of the others",
+            fix="run it again with an empty --results-dir: rows of another device or version of "
+            "the libraries are in the folder",
+        )
     pairs = []
     for task in tasks:
         score = _accuracy(result, task)
@@ -75,6 +83,10 @@ def recovery_value(
         statistics.fmean(dense for _, dense in pairs),
         protocol,
     )
+
+
+def _weights(result: Result) -> str | None:
+    return result.model.evaluated_sha256 if result.model else None
 
 
 def _accuracy(result: Result, task: str) -> Score:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.fixtures.shaped import TINY, Decoder, Weights
@@ -340,6 +340,29 @@ def test_a_run_whose_weights_were_not_saved(cli, tiny_run, tmp_path):
     (result,) = ResultStore(tmp_path / "results").read()[0]
     outcome = cli("bench", result.id, "--results-dir", tmp_path / "results", code=3)
     assert "are not here" in outcome.output and "--save-model DIR" in outcome.output
+
+
+def test_a_folder_that_another_run_has_written_is_not_benched_as_the_first(
+    cli, tiny_run, tmp_path, monkeypatch
+):
+    without_cpu_kernels(monkeypatch)
+    results = ("--results-dir", tmp_path / "results")
+    saved = ("--sparsity", "2:4", "--save-model", "ck", "--force")
+    for method in ("magnitude", "random"):
+        monkeypatch.setattr("sys.argv", ["prunebench", "run", "--save-model", "ck"])
+        cli(*tiny_run, "-m", method, *saved)
+    rows = {row.spec.method: row for row in ResultStore(tmp_path / "results").read()[0]}
+    output = cli("bench", rows["magnitude"].id, *results, code=4).output
+    assert f"ck no longer has the weights of {rows['magnitude'].id}" in output
+    assert f"it has those of {rows['random'].id}" in " ".join(output.split())
+    cli("bench", rows["random"].id, *results)
+    cli("bench", "ck", *results)
+    # changed after they were scored: their quality is not that of the result
+    path = tmp_path / "work" / "ck" / "model.safetensors"
+    tensors = load_file(path)
+    tensors["model.layers.0.mlp.up_proj.weight"][0, 0] += 1.0
+    save_file(tensors, path, metadata={"format": "pt"})
+    assert "are not those that were scored" in cli("bench", "ck", *results, code=4).output
 
 
 def test_a_damaged_bench_is_skipped_and_named(cli, tiny_run, tmp_path):

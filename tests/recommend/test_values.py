@@ -8,11 +8,13 @@ from prunebench.errors import IncompatibleData
 from prunebench.recommend.values import perplexity_value, recovery_value
 from prunebench.results.schema import Score
 from prunebench.results.store import ResultStore
-from tests.factories import make_result
+from tests.factories import counted, make_result
 
 
-def row(*scores):
-    return make_result(method="wanda", value=30.0).model_copy(update={"scores": list(scores)})
+def row(*scores, weights="e"):
+    result = counted(make_result(method="wanda", value=30.0))
+    model = result.model.model_copy(update={"evaluated_sha256": weights})
+    return result.model_copy(update={"scores": list(scores), "model": model})
 
 
 def score(dataset, metric, value, dense, count):
@@ -48,6 +50,8 @@ def test_the_first_questions_are_taken_out():
         (row(score("b", "acc", 0.5, 0.5, 10)), None, "a has no accuracy"),
         (row(score("a", "acc", 0.5, 0.0, 10)), None, "answers nothing of a"),
         (row(score("a", "acc", 0.5, 0.5, 10)), row(score("a", "acc", 0.5, 0.5, 10)), "seen them"),
+        (row(score("a", "acc", 0.5, 0.5, 40)), row(score("a", "acc", 0.5, 0.5, 10), weights="f"),
+         "did not score the same weights"),
     ],
 )
 def test_what_gives_no_honest_share_is_an_error(result, seen, says):
