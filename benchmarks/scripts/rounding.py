@@ -1,12 +1,13 @@
-"""Rounding as noise: the same specification under other thread counts and batches, by method.
+"""Rounding as noise: the same specification under other kernels, threads and batches, by method.
 
     python -m benchmarks.scripts.rounding                             # 32 windows, as a run has
     python -m benchmarks.scripts.rounding --samples 4 --ppl-windows 8 # a quick look
     python -m benchmarks.scripts.rounding --write                     # into results/rounding.toml
 
-Sums of floats depend on their order: another number of threads, or of windows in a batch, changes
-the last bits of a Hessian, near a tie a mask changes, and the blocks behind adapt to that. The
-tokens, the options and the code are equal. `compare` reads the file: a difference inside this noise
+Sums of floats depend on their order: another processor, number of threads or of windows in a batch
+changes the last bits of an activation, near a tie a mask changes, and the blocks behind adapt to
+that. The tokens, the options and the code are equal. Other processors are imitated: PyTorch and MKL
+take the kernels of older instruction sets. `compare` reads the file: a difference inside this noise
 is called none.
 """
 
@@ -16,16 +17,45 @@ import argparse
 import datetime
 import json
 import math
+import os
 import statistics
+import subprocess
+import sys
+import tempfile
 import time
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from benchmarks.figures import MODEL, default_model
 
+
+@dataclass(frozen=True)
+class Setting:
+    """What differs between two runs of one specification.
+
+    Attributes:
+        name: For the file.
+        threads: Of PyTorch.
+        batch: Calibration windows that run together; a run has 2 on a CPU.
+        environment: Read by PyTorch and MKL when they start.
+    """
+
+    name: str
+    threads: int = 1
+    batch: int = 2
+    environment: dict[str, str] = field(default_factory=dict)
+
+
 METHODS = ("magnitude", "wanda", "sparsegpt", "alps")
-SETTINGS = ((1, 1), (1, 2), (1, 4), (1, 8), (2, 1), (2, 2), (2, 4), (2, 8))
-"""Threads, and calibration windows in a batch; a run has 2 on a CPU."""
+SETTINGS = (
+    Setting("1 thread"),
+    Setting("AVX2 kernels of PyTorch", environment={"ATEN_CPU_CAPABILITY": "avx2"}),
+    Setting("kernels of PyTorch without vectors", environment={"ATEN_CPU_CAPABILITY": "default"}),
+    Setting("MKL for any processor", environment={"MKL_CBWR": "COMPATIBLE"}),
+    Setting("batches of 8", batch=8),
+    Setting("2 threads", threads=2),
+)
 DATA = Path(__file__).parents[2] / "prunebench" / "results" / "rounding.toml"
 
 
@@ -36,17 +66,19 @@ def main() -> None:
     parser.add_argument("--sparsity", default="2:4")
     parser.add_argument("--samples", type=int, default=32, help="calibration windows of 512")
     parser.add_argument("--ppl-windows", type=int, default=0, help="scored windows; 0 is all")
-    parser.add_argument("--settings", type=int, default=len(SETTINGS), help="how many of the eight")
+    parser.add_argument("--settings", type=int, default=len(SETTINGS), help="how many of them")
     parser.add_argument("--write", action="store_true")
+    parser.add_argument("--one", type=int, help="measure this setting here, and print JSON")
+    parser.add_argument("--masks", type=Path, help="file for the masks of --one")
     options = parser.parse_args()
-    settings = SETTINGS[:: len(SETTINGS) // options.settings][: options.settings]
-    tokens, task = load_texts(options.samples, options.ppl_windows)
-    rows = []
+    if options.one is not None:
+        print(json.dumps(measure_one(SETTINGS[options.one], options)))
+        return
     for method in options.methods.split(","):
-        rows.append(measure(method, options.sparsity, tokens, task, settings))
-        print(line(rows[-1]), flush=True)
-    if options.write:
-        append(rows)
+        row = measure(method, options)
+        print(line(row), flush=True)
+        if options.write:
+            append(row)
 
 
 def load_texts(samples: int, ppl_windows: int) -> tuple[Any, Any]:
@@ -68,36 +100,61 @@ def load_texts(samples: int, ppl_windows: int) -> tuple[Any, Any]:
     return tokens, task
 
 
-def measure(method: str, sparsity: str, tokens: Any, task: Any, settings: Any) -> dict[str, Any]:
+def measure(method: str, options: argparse.Namespace) -> dict[str, Any]:
     """Prune and score once under every setting; the first one's mask is compared with the others'.
 
     Returns:
         A row of the file, see `prunebench.results.rounding`.
     """
+    import numpy as np
+
+    settings = SETTINGS[: options.settings]
+    outcomes, agreements = [], []
+    start_time = time.perf_counter()
+    with tempfile.TemporaryDirectory() as folder:
+        files = [Path(folder) / f"{number}.npy" for number in range(len(settings))]
+        for number, (setting, file) in enumerate(zip(settings, files, strict=True)):
+            # a process of its own: the kernels are chosen when the libraries start
+            command = [
+                sys.executable, "-m", "benchmarks.scripts.rounding", "--one", str(number),
+                "--methods", method, "--sparsity", options.sparsity, "--masks", str(file),
+                "--samples", str(options.samples), "--ppl-windows", str(options.ppl_windows),
+            ]  # fmt: skip
+            env = {**os.environ, **setting.environment}
+            done = subprocess.run(command, env=env, stdout=subprocess.PIPE, check=True)
+            outcomes.append(json.loads(done.stdout))
+            print(f"  {method}, {setting.name}: {outcomes[-1]['value']}", file=sys.stderr)
+            different = np.bitwise_xor(np.load(files[0]), np.load(file))
+            # the last byte may be padded: with the same bits in both
+            agreements.append(1 - np.unpackbits(different).sum() / outcomes[0]["weights"])
+    return {
+        "model": MODEL, "method": method, "target": options.sparsity, "samples": options.samples,
+        "protocol": outcomes[0]["protocol"], "settings": [setting.name for setting in settings],
+        "values": [outcome["value"] for outcome in outcomes],
+        "least_mask_agreement": round(float(min(agreements)), 6),
+        "seconds": round(time.perf_counter() - start_time),
+        "date": datetime.date.today().isoformat(),
+    }  # fmt: skip
+
+
+def measure_one(setting: Setting, options: argparse.Namespace) -> dict[str, Any]:
+    """Prune and score once; the masks go into a file, a bit a weight."""
+    import numpy as np
     import torch
 
     from prunebench.evaluate.perplexity import token_ppl
     from prunebench.models.linears import find_linears
 
-    values, agreements, seconds = [], [], []
-    first: list[Any] = []
-    for threads, batch in settings:
-        model = default_model()  # it sets the number of threads of the benchmarks
-        torch.set_num_threads(threads)
-        start_time = time.perf_counter()
-        prune(method, model, tokens, sparsity, batch_tokens=batch * tokens.shape[1])
-        values.append(round(token_ppl(model, task.windows), 6))
-        seconds.append(time.perf_counter() - start_time)
-        masks = [linear.stored != 0 for linear in find_linears(model)]
-        first = first or masks
-        equal = sum(int((a == b).sum()) for a, b in zip(first, masks, strict=True))
-        agreements.append(equal / sum(mask.numel() for mask in masks))
+    tokens, task = load_texts(options.samples, options.ppl_windows)
+    model = default_model()  # it sets the number of threads of the benchmarks
+    torch.set_num_threads(setting.threads)
+    batch_tokens = setting.batch * tokens.shape[1]
+    prune(options.methods, model, tokens, options.sparsity, batch_tokens=batch_tokens)
+    kept = np.concatenate([(x.stored != 0).numpy().ravel() for x in find_linears(model)])
+    np.save(options.masks, np.packbits(kept))
     return {
-        "model": MODEL, "method": method, "target": sparsity, "samples": len(tokens),
-        "protocol": task.protocol,
-        "settings": [f"{threads} threads, batches of {batch}" for threads, batch in settings],
-        "values": values, "least_mask_agreement": round(min(agreements), 6),
-        "seconds": round(sum(seconds)), "date": datetime.date.today().isoformat(),
+        "value": round(token_ppl(model, task.windows), 6), "protocol": task.protocol,
+        "weights": kept.size,
     }  # fmt: skip
 
 
@@ -125,14 +182,11 @@ def line(row: dict[str, Any]) -> str:
     )
 
 
-def append(rows: list[dict[str, Any]]) -> None:
-    """Add rows to the file; JSON values are TOML values here: texts, numbers and lists."""
-    blocks = [
-        "\n[[measured]]\n" + "".join(f"{key} = {json.dumps(value)}\n" for key, value in row.items())
-        for row in rows
-    ]
+def append(row: dict[str, Any]) -> None:
+    """Add a row to the file; JSON values are TOML values here: texts, numbers and lists."""
+    block = "".join(f"{key} = {json.dumps(value)}\n" for key, value in row.items())
     with DATA.open("a", encoding="utf-8") as stream:
-        stream.write("".join(blocks))
+        stream.write(f"\n[[measured]]\n{block}")
 
 
 if __name__ == "__main__":

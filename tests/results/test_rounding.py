@@ -113,11 +113,11 @@ def test_what_the_script_writes_is_what_is_read(monkeypatch, tmp_path):
     monkeypatch.setattr(script, "DATA", tmp_path / "rounding.toml")
     written = {
         "model": "m", "method": "wanda", "target": "2:4", "samples": 32, "protocol": "p",
-        "settings": ["1 threads, batches of 1"], "values": [1.5, 2.0], "least_mask_agreement": 0.9,
+        "settings": ["1 thread"], "values": [1.5, 2.0], "least_mask_agreement": 0.9,
         "seconds": 3, "date": "2026-11-29",
     }  # fmt: skip
-    script.append([written])
-    script.append([written])
+    script.append(written)
+    script.append(written)
     assert tomllib.loads(script.DATA.read_text("utf-8"))["measured"] == [written] * 2
     assert "1.5 to 2, std 20.3422% of 2 settings" in script.line(written)
 
