@@ -19,7 +19,7 @@ from typing import NoReturn
 
 import platformdirs
 
-from prunebench.errors import SaveError
+from prunebench.errors import MissingResource, SaveError
 
 _CHUNK_BYTES = 4 << 20
 _PROBE_BYTES = 1 << 20  # random bytes: a compressing file system must really store them
@@ -41,6 +41,25 @@ def sha256_file(path: Path, *, advance: Callable[[int], None] | None = None) -> 
             digest.update(block)
             if advance:
                 advance(len(block))
+    return digest.hexdigest()
+
+
+def sha256_folder(folder: Path) -> str:
+    """Return the SHA-256 of the names and contents of a folder's files, hidden ones left out.
+
+    Raises:
+        MissingResource: A file cannot be read.
+    """
+    digest = hashlib.sha256()
+    for path in sorted(folder.rglob("*")):
+        name = path.relative_to(folder)
+        hidden = any(part.startswith(".") or part == "__pycache__" for part in name.parts)
+        if hidden or not path.is_file():
+            continue
+        try:
+            digest.update(f"{name.as_posix()}\0{sha256_file(path)}\0".encode())
+        except OSError as error:
+            raise MissingResource(f"{path} cannot be read", where=str(error.strerror)) from error
     return digest.hexdigest()
 
 

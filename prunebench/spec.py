@@ -174,6 +174,7 @@ class RunSpec(BaseModel):
             "maskllm7, gblm6.", role="evaluation", since=2,
         ),
     ] = ()  # fmt: skip
+    tasks_origin: Annotated[str, Option(role="evaluation", given=False, since=2)] = ""
     num_fewshot: Annotated[
         int | None,
         Field(ge=0),

@@ -18,6 +18,7 @@ def test_the_hash_follows_every_field():
         "ppl_origins": ("o",), "ppl_seqlen": 3, "ppl_tokens": 5, "seed": 1, "divergence": True,
         "tasks": ("piqa",), "num_fewshot": 5, "limit": 10, "apply_chat_template": True,
         "execute": "sparse24", "calibration_bos": "window", "ppl_bos": "window",
+        "tasks_origin": "o",
     }  # fmt: skip
     assert changes.keys() == RunSpec.model_fields.keys()
     for field, value in changes.items():

@@ -15,6 +15,7 @@ from prunebench.allocators.allocation import Allocator
 from prunebench.calibration.text_list import check_text_names, place_text_names
 from prunebench.calibration.texts import check_text_name, placed
 from prunebench.errors import UsageError
+from prunebench.files import sha256_folder
 from prunebench.models.masks import require_masks_named
 from prunebench.models.source import CatalogEntry, ModelSource, find_model
 from prunebench.models.weight_grid import WHOLE_ROW
@@ -321,7 +322,9 @@ def _check_tasks(spec: RunSpec, setup: Setup) -> Fields:
 
     names = expand_presets(spec.tasks)
     check_task_names(names, setup.include_path)
-    return {"tasks": tuple(names)}
+    # a task of one's own may ask something else tomorrow, under the same name
+    files = sha256_folder(setup.include_path) if setup.include_path else ""
+    return {"tasks": tuple(names), "tasks_origin": files}
 
 
 def place_texts(spec: RunSpec, kind: str) -> RunSpec:

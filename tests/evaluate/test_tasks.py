@@ -4,6 +4,7 @@ import functools
 import gzip
 import io
 import json
+import shutil
 from contextlib import contextmanager
 
 import pytest
@@ -186,6 +187,17 @@ def test_the_dense_answers_are_kept_but_never_given_to_other_weights(cli, tiny_r
     assert "baseline" in cli(*run, "-m", "magnitude", "--sparsity", "0.9").stderr
     again = cli(*run, "-m", "random", "--sparsity", "0.9")
     assert "baseline" not in again.stderr and "score        pangram" in again.stderr
+
+
+def test_a_changed_task_file_is_another_run(cli, tiny_run, task_folder, tmp_path):
+    shutil.copytree(task_folder, tmp_path / "mine")
+    run = [*tiny_run, "-m", "dense", "--tasks", "pangram", "--include-path", tmp_path / "mine"]
+    first = json.loads(cli(*run, "--json", "-q").stdout)
+    assert "has the same specification" in cli(*run, "--once").output
+    task = tmp_path / "mine" / "pangram.yaml"
+    task.write_text(task.read_text("utf-8").replace("{{q}}", "Say: {{q}}"), encoding="utf-8")
+    output = cli(*run, "--once").output
+    assert "has the same specification" not in output and first["id"] not in output
 
 
 @pytest.mark.slow
