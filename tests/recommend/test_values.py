@@ -50,8 +50,11 @@ def test_the_first_questions_are_taken_out():
         (row(score("b", "acc", 0.5, 0.5, 10)), None, "a has no accuracy"),
         (row(score("a", "acc", 0.5, 0.0, 10)), None, "answers nothing of a"),
         (row(score("a", "acc", 0.5, 0.5, 10)), row(score("a", "acc", 0.5, 0.5, 10)), "seen them"),
-        (row(score("a", "acc", 0.5, 0.5, 40)), row(score("a", "acc", 0.5, 0.5, 10), weights="f"),
-         "did not score the same weights"),
+        (
+            row(score("a", "acc", 0.5, 0.5, 40)),
+            row(score("a", "acc", 0.5, 0.5, 10), weights="f"),
+            "did not score the same weights",
+        ),
     ],
 )
 def test_what_gives_no_honest_share_is_an_error(result, seen, says):
