@@ -35,6 +35,7 @@ from prunebench.models.backward import Backward
 from prunebench.models.hashing import hash_weights
 from prunebench.models.linears import Linear, find_linears
 from prunebench.models.replay import plain_inference
+from prunebench.models.stored_outputs import product_operands
 
 Norm = Literal["l1", "l2"]
 
@@ -177,11 +178,7 @@ class _Accumulators:
             inputs: Its input, (tokens, in).
         """
         total = self._sums[linear.name]  # [out, in]
-        how: dict[str, torch.dtype] = {}
-        if outer.is_cuda and outer.dtype == inputs.dtype != torch.float32:
-            how = {"out_dtype": torch.float32}  # tensor cores multiply 16 bits and sum in float32
-        else:
-            outer, inputs = outer.to(torch.float32), inputs.to(torch.float32)
+        outer, inputs, how = product_operands(outer, inputs)
         size = _SLICE.get(outer.device.type, _SLICE["cuda"])
         rows = max(1, size // linear.in_features)
         if self._buffer.numel() < rows * linear.in_features:

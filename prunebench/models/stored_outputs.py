@@ -43,6 +43,19 @@ class GradientSink(Protocol):
         """Free what `fetch` has prepared; called after a block's backward pass."""
 
 
+def product_operands(outer: Tensor, inputs: Tensor) -> tuple[Tensor, Tensor, dict[str, Any]]:
+    """Return operands and keyword arguments with which `torch.mm` gives outer^T inputs in float32.
+
+    Args:
+        outer: Gradient of a linear's output, (tokens, out).
+        inputs: Its input, (tokens, in).
+    """
+    if outer.is_cuda and outer.dtype == inputs.dtype in (torch.float16, torch.bfloat16):
+        # tensor cores multiply 16 bits and sum in float32
+        return outer, inputs, {"out_dtype": torch.float32}
+    return outer.to(torch.float32), inputs.to(torch.float32), {}
+
+
 class _Replayed(torch.autograd.Function):
     """A linear whose output is stored: no product forward; its gradient is added to a sink."""
 

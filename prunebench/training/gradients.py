@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from prunebench.models.linears import Linear
+from prunebench.models.stored_outputs import product_operands
 from prunebench.training.shards import Shards
 
 
@@ -36,11 +37,12 @@ class GradientSums:
     def add_product(self, linear: Linear, outer: Tensor, inputs: Tensor) -> None:
         """Add outer^T inputs, with dL/d(output) `outer` [tokens, out] and `inputs` [tokens, in]."""
         whole = self._whole[linear]
-        if outer.is_cuda and outer.dtype != torch.float32:  # tensor cores sum in float32 as well
-            whole.add_(torch.mm(outer.T, inputs, out_dtype=torch.float32))
+        outer, inputs, how = product_operands(outer, inputs)
+        # [out, tokens] @ [tokens, in]
+        if how:
+            whole.add_(torch.mm(outer.T, inputs, **how))
         else:
-            # [out, tokens] @ [tokens, in]
-            whole.addmm_(outer.to(torch.float32).T, inputs.to(torch.float32))
+            whole.addmm_(outer.T, inputs)
 
     def add_gradient(self, linear: Linear, gradient: Tensor) -> None:
         """Add a gradient of the weight itself, as autograd computes it for experts."""
