@@ -146,7 +146,7 @@ class Backward:
         """Leave linears whose output is more than the product and the bias to autograd."""
 
         def compare(linear: Linear, inputs: Tensor, output: Any) -> None:
-            weight = linear.stored.T if linear.transposed else linear.stored  # [out, in]
+            weight = linear.weight  # [out, in]
             product = nn.functional.linear(inputs, weight, getattr(linear.module, "bias", None))
             same = isinstance(output, Tensor) and output.shape == product.shape
             if not same or (output - product).norm() > _ROUNDING * product.norm():

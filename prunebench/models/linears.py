@@ -58,13 +58,18 @@ class Linear:
         parameter: Tensor = getattr(self.module, self.attribute).data
         return parameter if self.expert is None else parameter[self.expert]
 
+    @property
+    def weight(self) -> Float[Tensor, "out in"]:
+        """The matrix in its stored dtype, a view (out, in)."""
+        return self.stored.T if self.transposed else self.stored
+
     def read(self) -> Float[Tensor, "out in"]:
         """Return the weight in float32: a view if it is stored in float32, else a copy.
 
         Raises:
             IncompatibleData: It contains NaN or infinity.
         """
-        weight = (self.stored.T if self.transposed else self.stored).to(torch.float32)  # [out, in]
+        weight = self.weight.to(torch.float32)
         if not torch.isfinite(weight.sum(dtype=torch.float64)):  # one pass; NaN and inf propagate
             raise IncompatibleData(
                 f"{self.name} holds NaN or infinity",

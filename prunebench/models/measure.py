@@ -38,8 +38,7 @@ class Measured:
 
 def measure_linear(linear: Linear, sparsity: Sparsity, grid: WeightGrid | None = None) -> Measured:
     """Count zeros, the groups that break `sparsity`, and those that leave `grid`."""
-    stored = linear.stored
-    weight = stored.T if linear.transposed else stored  # [out, in]
+    weight = linear.weight  # [out, in]
     zero = weight == 0
     negative = int((zero & torch.signbit(weight)).sum())
     violations = 0

@@ -73,7 +73,7 @@ class _Replayed(torch.autograd.Function):
         linear, outer = ctx.linear, gradients[0]  # outer: [..., out]
         # [tokens, out], [tokens, in]
         ctx.sums.add_product(linear, outer.flatten(0, -2), inputs.flatten(0, -2))
-        weight = linear.stored.T if linear.transposed else linear.stored  # [out, in]
+        weight = linear.weight  # [out, in]
         # [..., out] @ [out, in] -> [..., in]; no gradient for output, linear and sums
         return outer @ weight if ctx.needs_input_grad[0] else None, None, None, None
 

@@ -252,9 +252,8 @@ def convert(
             continue
         path, _, child = linear.name.rpartition(".")
         parent = model.get_submodule(path)
-        weight = linear.stored.T if linear.transposed else linear.stored  # [out, in]
         layer = Sparse24Linear(
-            pack24(weight.contiguous(), name=linear.name),
+            pack24(linear.weight.contiguous(), name=linear.name),
             getattr(linear.module, "bias", None),
             policy=policy,
         )
@@ -292,11 +291,10 @@ def _why_not_24(linear: Linear, *, strict: bool) -> str:
     dtype = linear.stored.dtype
     if linear.in_features % 4:
         return f"4 does not divide its {linear.in_features} inputs"
-    weight = linear.stored.T if linear.transposed else linear.stored
-    report = check_24(weight.contiguous(), name=linear.name)
+    report = check_24(linear.weight.contiguous(), name=linear.name)
     if not report.holds:
         if strict:
-            require_24(report, weight, name=linear.name)
+            require_24(report, linear.weight, name=linear.name)
         return f"not 2:4: {report.over:,} of {report.groups:,} groups keep more than 2"
     if dtype not in (torch.bfloat16, torch.float16):
         return f"its weight is {str(dtype).removeprefix('torch.')}: 2:4 is packed in 16 bits"

@@ -80,7 +80,7 @@ def test_wanda_in_the_last_block_equals_the_formula(architecture):
     seen = inputs_of(model, tokens, pruned)
     for linear in walker.linears_of(last):
         norms = seen[linear.name].double().square().sum(0).div(len(tokens)).sqrt().float()
-        weight = linear.stored.T if linear.transposed else linear.stored
+        weight = linear.weight
         score = weight.abs() * norms
         expected = torch.zeros_like(weight)
         for row in range(weight.shape[0]):

@@ -174,8 +174,7 @@ class Learner(TrainingLoop[CurvePoint]):
 
     def _own_rows(self, linear: Linear) -> Tensor:
         """Return the dense weight of the rows that this process owns, [rows, in]."""
-        weight = linear.stored.T if linear.transposed else linear.stored
-        return weight[self.shards.rows(linear.out_features)]
+        return linear.weight[self.shards.rows(linear.out_features)]
 
     def _soft(self, linear: Linear, out: Tensor) -> None:
         """Write W~ of the current draw into `out`, [out, in], all rows."""

@@ -183,8 +183,7 @@ def _prior(
         # restored.
         _prior_method(name).prune(walker, {linear.name: target for linear in walker.linears})
         for linear in walker.linears:
-            keep = linear.stored.T != 0 if linear.transposed else linear.stored != 0  # [out, in]
-            choices[linear.name] = choose(keep.cpu(), table)
+            choices[linear.name] = choose((linear.weight != 0).cpu(), table)
     return choices
 
 

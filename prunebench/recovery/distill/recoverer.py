@@ -136,7 +136,7 @@ class Distill(Options, ModelRecoverer):
 
 def _trained(linear: Linear, config: DistillConfig, shards: Shards) -> TrainedWeight:
     """Return what is trained of a pruned matrix, of the rows that this process owns."""
-    weight = linear.stored.T if linear.transposed else linear.stored  # [out, in]
+    weight = linear.weight  # [out, in]
     count = int((weight != 0).sum())
     squares = float(weight.to(torch.float32).square().sum(dtype=torch.float64))
     rms = math.sqrt(squares / max(count, 1))
