@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from prunebench.pruners import METHODS
 from prunebench.recommend.floor import Goal
 from prunebench.results.sizes import DENSE_BITS, INDEX_BITS
 from prunebench.sparsity import Sparsity
@@ -85,7 +86,7 @@ def _candidate(
     if method == "depth":
         words.append("of the blocks")
     name = " ".join(words)
-    wave = AT_ONCE if method in ("rtn", "magnitude") else ONE_SHOT
+    wave = ONE_SHOT if METHODS.find(method).data else AT_ONCE
     if recover:
         options["recover"] = "block"
         # 2% behind the default on SmolLM2-135M, a third ahead on Gemma 3 270M (docs/findings.md)
