@@ -13,7 +13,6 @@ other weights.
 
 from __future__ import annotations
 
-import json
 import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -38,13 +37,13 @@ from prunebench.checkpoints.packed24_index import write_settings
 from prunebench.checkpoints.recipe_text import ALLOCATION_NAME, RECIPE_NAME, recipe_text
 from prunebench.checkpoints.save import RESULT_NAME, check_target, save_stored_masks
 from prunebench.errors import IncompatibleData, MissingResource, SaveError, UsageError
-from prunebench.files import atomic_folder, link_or_copy, write_text
+from prunebench.files import atomic_folder, link_or_copy
 from prunebench.models.carried import TEMPLATES, copy_templates
 from prunebench.models.checkpoint_keys import check_tensors
 from prunebench.models.linears import Linear, find_linears
 from prunebench.models.load import load_config, skeleton
 from prunebench.models.safetensors_files import StoredTensor, other_files
-from prunebench.models.stored_config import require_unquantized
+from prunebench.models.stored_config import require_unquantized, store_config
 from prunebench.models.stored_model import StoredModel, stored_model
 from prunebench.models.verify import expected_of_folder, require_saved
 from prunebench.progress import Progress
@@ -209,8 +208,7 @@ def _write_weights(
     with progress.stage("write", detail="dense safetensors"):
         config = dense_config(source)
         if config is not None:
-            text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
-            write_text(part / "config.json", text)
+            store_config(part, config)
         write_dense(tensors, part)
     return None
 

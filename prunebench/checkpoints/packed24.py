@@ -48,7 +48,7 @@ from prunebench.models.safetensors_files import (
     weight_files,
 )
 from prunebench.models.source import LocalModel
-from prunebench.models.stored_config import require_unquantized, stored_config
+from prunebench.models.stored_config import require_unquantized, store_config, stored_config
 from prunebench.progress import Progress
 from prunebench.sparse24.packed import (
     DTYPES,
@@ -350,4 +350,4 @@ def copy_companions(source: Path, target: Path) -> None:
     copy_templates(source, target)
     config = dense_config(source)
     if config is not None:
-        (target / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        store_config(target, config)

@@ -24,7 +24,13 @@ from prunebench.models.safetensors_files import (
     stored_tensors,
     weight_files,
 )
-from prunebench.models.stored_config import PACKED24, plain, quantization_settings, stored_config
+from prunebench.models.stored_config import (
+    PACKED24,
+    plain,
+    quantization_settings,
+    store_config,
+    stored_config,
+)
 
 VALUES, CODES = ".values24", ".codes24"
 VERSION = 1
@@ -88,8 +94,7 @@ def write_settings(folder: Path) -> None:
         "quant_method": PACKED24, "version": VERSION, "dtype": next(iter(dtypes), None),
     }  # fmt: skip
     config[_NOTICE_KEY] = PACKED_NOTICE
-    text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
-    write_text(folder / "config.json", text)
+    store_config(folder, config)
 
 
 def has_settings(folder: Path) -> bool:

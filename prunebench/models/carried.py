@@ -23,7 +23,7 @@ from prunebench.models.safetensors_files import (
     stored_tensors,
     weight_files,
 )
-from prunebench.models.stored_config import stored_config
+from prunebench.models.stored_config import store_config, stored_config
 from prunebench.models.stored_model import StoredModel, saved_names, stored_model
 
 TEMPLATES = "additional_chat_templates"
@@ -181,8 +181,7 @@ def write_config(
             _set_dtype(value, dtype)
             value |= fields or {}
     config.setdefault("architectures", [type(model).__name__])
-    document = json.dumps(config, indent=2, ensure_ascii=False)
-    (target / "config.json").write_text(document + "\n", encoding="utf-8")
+    store_config(target, config)
 
 
 def _set_dtype(config: dict[str, Any], dtype: str) -> None:

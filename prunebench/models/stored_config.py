@@ -1,13 +1,14 @@
-"""Quantization and attention settings of a `config.json`, read without transformers."""
+"""Quantization and attention settings of a `config.json`, read and written without transformers."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from prunebench.errors import IncompatibleData
+from prunebench.files import write_text
 
 FP8 = "fp8"
 PACKED24 = "packed24"
@@ -22,6 +23,16 @@ def stored_config(folder: Path) -> dict[str, Any]:
     except (OSError, ValueError):
         return {}  # load_config raises for it
     return document if isinstance(document, dict) else {}
+
+
+def store_config(folder: Path, config: Mapping[str, Any]) -> None:
+    """Write `config.json`; one that is there is replaced, not changed in place: it may be a link.
+
+    Raises:
+        SaveError: It cannot be written.
+    """
+    text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
+    write_text(folder / "config.json", text)
 
 
 def quantization_of(folder: Path) -> str | None:
