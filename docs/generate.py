@@ -193,7 +193,7 @@ def _registry_sections(registry: Registry[Any], builtin: Mapping[str, Any]) -> l
     lines: list[str] = []
     for name in builtin:
         cls = registry.load(name)
-        rows = _fields(cls, _attributes(cls), builtin[name].options)
+        rows = _fields(cls, _attributes(cls))
         lines += [f"### {name}", "", *_table(["key", "default", "what"], rows)] if rows else []
     return lines
 
@@ -204,12 +204,13 @@ def _preset_table() -> list[str]:
     return _table(["key", *(f"`{name}`" for name in PRESETS)], rows)
 
 
-def _fields(cls: Any, about: Mapping[str, str], given: Mapping[str, Any]) -> list[list[str]]:
+def _fields(cls: Any, about: Mapping[str, str]) -> list[list[str]]:
     rows = []
     for field in dataclasses.fields(cls):
         if field.init:
-            default = given.get(field.name, field.default)
-            word = {None: "", dataclasses.MISSING: "required"}.get(default, str(default))
+            word = {None: "", dataclasses.MISSING: "required"}.get(
+                field.default, str(field.default)
+            )
             word = "the run's" if field.name == "seed" else word
             rows.append([_code(field.name), _cell(word), _cell(about.get(field.name, ""))])
     return rows

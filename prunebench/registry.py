@@ -1,8 +1,8 @@
 """A registry: a table of facts about classes that are imported only when they are used.
 
-`pruners` and `allocators` each hold one. A row is a name, a class, default options, and what
-`prunebench list` shows. Classes of other packages are found by an entry-point group or as a literal
-`module:Class`; no file of this project has to change for them.
+`pruners` and `allocators` each hold one. A row is a name, a class, and what `prunebench list`
+shows. Classes of other packages are found by an entry-point group or as a literal `module:Class`;
+no file of this project has to change for them.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import importlib
 import sys
 import typing
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from types import NoneType, UnionType
@@ -39,7 +39,6 @@ class Row:
         about: One line for `prunebench list`.
         paper: An arXiv number, if published.
         data: Whether it reads calibration text.
-        options: Options of this row that differ from the class's defaults.
         distribution: The package it comes from, with its version.
     """
 
@@ -47,7 +46,6 @@ class Row:
     about: str
     paper: str | None = None
     data: bool = False
-    options: Mapping[str, OptionValue] = field(default_factory=dict)
     distribution: str = f"prunebench {__version__}"
 
 
@@ -148,7 +146,7 @@ class Registry(Generic[R]):
     def resolve_options(
         self, name: str, given: Mapping[str, OptionValue], *, seed: int
     ) -> dict[str, OptionValue]:
-        """Return every option of a name: the class's defaults, the row's, and what was given.
+        """Return every option of a name: the class's defaults and what was given.
 
         An option that came `LATER` is left out where it has its default.
 
@@ -159,7 +157,6 @@ class Registry(Generic[R]):
             UsageError: An option is unknown (the nearest is suggested) or has the wrong type.
         """
         cls = self.load(name)
-        row = self.find(name)
         # field.type is a string under `from __future__ import annotations`; this evaluates it
         hints = typing.get_type_hints(cls)
         fields = {f.name: f for f in dataclasses.fields(cls) if f.init}
@@ -171,8 +168,6 @@ class Registry(Generic[R]):
         for key, declared in fields.items():
             if key in given:
                 values[key] = _read_value(name, key, given[key], hints[key])
-            elif key in row.options:
-                values[key] = row.options[key]
             # before the class's default: the seed of the run is recorded, so it must be used
             elif key == "seed":
                 values[key] = seed

@@ -1,6 +1,6 @@
 """The pruning methods: a table of facts, resolved only when a method is used.
 
-A method is a row: a pruner, default options, and a default allocator. Variants are rows.
+A method is a row: a pruner and a default allocator. Variants are rows.
 """
 
 from __future__ import annotations
