@@ -105,13 +105,8 @@ class PrunedBlock:
     sparsity: Mapping[str, Sparsity] = field(default_factory=dict)
     grid: WeightGrid | None = None
 
-    @property
-    def device(self) -> torch.device:
-        """Where the block is."""
-        return next(self.module.parameters()).device
-
     @torch.no_grad()
-    def error(self, windows: Sequence[int], batch: int, loss: Loss = "mse") -> float:
+    def error(self, windows: Sequence[int], batch: int, loss: Loss) -> float:
         """Return the loss of the block as it is, a mean over some windows.
 
         Args:
