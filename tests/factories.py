@@ -12,7 +12,6 @@ from prunebench.results.selection import Selection
 from prunebench.results.store import new_run_id
 from prunebench.sparse24.backends.cpu import CpuBackend
 from prunebench.sparse24.backends.protocol import Support
-from prunebench.sparse24.packed import canonicalize
 from prunebench.sparse24.policy import Policy
 from prunebench.spec import RunSpec
 from prunebench.sweep.engines.job import Job
@@ -67,6 +66,11 @@ def recovered(method, value, *, seconds=120.0):
         "held_out_after": 0.1, "blocks": [],
     }  # fmt: skip
     return type(result).model_validate({**result.model_dump(), "recovery": block})
+
+
+def canonicalize(weight, keep):
+    """The weight with +0.0 where it is not kept (`weight * keep` has -0.0), and instead of -0.0."""
+    return torch.where(keep, weight, 0) + 0.0  # IEEE 754: -0.0 + 0.0 is +0.0
 
 
 def random_24(rows, groups, *, seed=0, dtype=torch.bfloat16, kept=2):

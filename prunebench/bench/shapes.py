@@ -41,6 +41,5 @@ SHAPES = (
 TOKENS = (1, 4, 8, 64, 2048)
 """The largest of their buckets, see `sparse24.buckets`: 4 is the most that has our own kernel."""
 CPU_TOKENS = (1, 4, 8, 64)
-CROSSOVER_TOKENS = (512, 8192)
 MOST_BYTES_A_SECOND = 4.5e12
 """Above this the cache was measured: an H200's memory bandwidth is lower."""

@@ -14,14 +14,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Bool, Float, Int, UInt8
+from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 
 from prunebench.errors import IncompatibleData
 from prunebench.models.out_of_memory import is_out_of_memory
 
 DTYPES = (torch.bfloat16, torch.float16)
-RATIO_16_BIT = 0.5625
 # On a CPU a chunk fits the cache; on a GPU it takes about 300 MB of scratch.
 _CHUNK_GROUPS = {"cpu": 1 << 17, "cuda": 1 << 23}
 _SMALLEST_CHUNK = 1 << 14
@@ -153,17 +152,6 @@ def require_24(report: Report24, weight: Float[Tensor, "out in"], *, name: str) 
         where=f"{report.over:,} of its {report.groups:,} groups keep more than 2 of 4",
         fix="prune it with --sparsity 2:4; a packer that took it would drop weights",
     )
-
-
-def canonicalize(
-    weight: Float[Tensor, "out in"], keep: Bool[Tensor, "out in"]
-) -> Float[Tensor, "out in"]:
-    """Return the weight with +0.0 where it is not kept, and instead of -0.0.
-
-    `weight * keep` would give -0.0 at masked negative weights, which packers treat as a value.
-    """
-    # IEEE 754: -0.0 + 0.0 is +0.0.
-    return torch.where(keep, weight, 0) + 0.0
 
 
 def pack24(weight: Float[Tensor, "out in"], *, name: str = "the matrix") -> Packed24:

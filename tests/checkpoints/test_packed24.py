@@ -9,17 +9,15 @@ from hypothesis import strategies as st
 
 from prunebench.errors import IncompatibleData
 from prunebench.sparse24.packed import (
-    RATIO_16_BIT,
     VALID_CODES,
     Packed24,
-    canonicalize,
     check_24,
     pack24,
     require_sound,
     split_codes,
     unpack24,
 )
-from tests.factories import random_24
+from tests.factories import canonicalize, random_24
 
 DTYPES = (torch.bfloat16, torch.float16)
 
@@ -87,7 +85,7 @@ def test_every_pattern_of_a_group(dtype):
 
 def test_what_it_takes():
     packed = pack24(random_24(64, 32))
-    assert packed.bytes / packed.dense_bytes == RATIO_16_BIT == 0.5625
+    assert packed.bytes / packed.dense_bytes == 0.5625
     assert (packed.shape, packed.dtype) == ((64, 128), torch.bfloat16)
     odd = pack24(random_24(3, 5))  # an odd number of groups: half a byte is lost a row
     assert odd.codes.shape == (3, 3)

@@ -11,7 +11,7 @@ import torch
 from benchmarks.gpu_acceptance.measure import clock_of
 from benchmarks.gpu_acceptance.record import Recorder
 from prunebench.bench.layers import LayerBench, LayerResult, autotuned_dense
-from prunebench.bench.shapes import CROSSOVER_TOKENS, SHAPES, LayerShape
+from prunebench.bench.shapes import SHAPES, LayerShape
 from prunebench.sparse24.backends.table import backends
 from prunebench.sparse24.backends.triton import Launch
 from prunebench.sparse24.buckets import bucket_of
@@ -45,14 +45,13 @@ def prefill(record: Recorder) -> None:
     """2,048 tokens, then 512 and 8,192, with cuSPARSELt; max-autotune as a check, last."""
     policy = Policy(record.device, speed=True)
     shapes = _DRY if record.dry else _FEW + (SHAPES[4],)
-    few, many = CROSSOVER_TOKENS
-    for tokens in (80,) if record.dry else (2048, few):
+    for tokens in (80,) if record.dry else (2048, 512):
         for shape in shapes:
             _cell(record, policy, shape, tokens)
     if not record.dry:
         for tokens, shape in ((1, SHAPES[1]), (2048, SHAPES[1]), (1, SHAPES[2])):
             _cell(record, policy, shape, tokens, tuned=True)
-        _cell(record, policy, SHAPES[1], many)
+        _cell(record, policy, SHAPES[1], 8192)
 
 
 def _cell(
