@@ -31,9 +31,9 @@ def pruned_model(architecture="llama", *, sparsity="2:4", dtype=torch.float32):
 
 
 def train(folder=None, *, architecture="llama", dtype=torch.float32, notes=None,
-          hear=lambda point: None, **options):  # fmt: skip
+          on_point=lambda point: None, **options):  # fmt: skip
     """Distill a pruned tiny model; return it and the report."""
     model, dense = pruned_model(architecture, dtype=dtype)
     note = notes.append if notes is not None else lambda text: None
-    data = Training(tiny_tokens(samples=8), tiny_tokens(samples=3, seed=1), folder, hear, note)
+    data = Training(tiny_tokens(samples=8), tiny_tokens(samples=3, seed=1), folder, on_point, note)
     return model, distill_of(**options).recover_model(model, dense, data)

@@ -12,11 +12,11 @@ class Killed(BaseException):
 def stop_after(step):
     """Return a callback of a training that ends it after a step."""
 
-    def hear(point):
+    def on_point(point):
         if point.step == step:
             raise Killed
 
-    return hear
+    return on_point
 
 
 def finished(line, **how):

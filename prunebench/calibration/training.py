@@ -27,7 +27,7 @@ class Training:
         train: Windows to train on.
         held_out: Windows to choose the mask by, never trained on.
         folder: Where the training state of this run is saved, or None to save none.
-        hear: Called with the measurements of each step.
+        on_point: Called with the measurements of each step.
         note: Called with messages for the user.
         score_prior: Returns the scores of the model with the mask of the prior applied.
     """
@@ -35,7 +35,7 @@ class Training:
     train: Int[Tensor, "windows seqlen"]
     held_out: Int[Tensor, "held seqlen"]
     folder: Path | None = None
-    hear: Callable[[Any], None] = lambda point: None
+    on_point: Callable[[Any], None] = lambda point: None
     note: Callable[[str], None] = lambda text: None
     score_prior: Callable[[], tuple[Any, ...]] = lambda: ()
 

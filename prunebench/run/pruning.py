@@ -285,7 +285,7 @@ def _training(plan: Plan, model: nn.Module, advance: Advance) -> Training | None
         return tuple(score_prior(plan, model)) if rank() == 0 else ()
 
     return dataclasses.replace(
-        plan.training, hear=report, note=plan.progress.note, score_prior=prior
+        plan.training, on_point=report, note=plan.progress.note, score_prior=prior
     )
 
 

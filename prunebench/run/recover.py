@@ -155,7 +155,7 @@ def recover_model(plan: Plan, model: nn.Module, dense: dict[str, Tensor]) -> Mod
             if point.held_out is not None:
                 plan.progress.note(format_distill_point(point, steps))
 
-        data = dataclasses.replace(plan.recovery_training, hear=report, note=plan.progress.note)
+        data = dataclasses.replace(plan.recovery_training, on_point=report, note=plan.progress.note)
         recovery = plan.model_recoverer.recover_model(model, dense, data)
     if not recovery.best_step:
         plan.progress.note(

@@ -203,7 +203,7 @@ def train_saved(
     resumed = _resume(store, loop, data) if store is not None else 0
 
     def after_step(point: Any) -> None:
-        data.hear(point)
+        data.on_point(point)
         if store is None or not (save_every and point.step):
             return
         if point.step == loop.steps or point.step % save_every == 0:
@@ -227,7 +227,7 @@ def _resume(store: CheckpointStore, loop: TrainingLoop[Any], data: Training) -> 
     if loop.done:
         data.note(f"  training resumed after step {loop.done}, saved in {store.folder}")
         for point in loop.progress.curve:
-            data.hear(point)
+            data.on_point(point)
     return loop.done
 
 

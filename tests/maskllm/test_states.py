@@ -27,7 +27,7 @@ KINDS = [
 
 def interrupted(folder, step, **options):
     with pytest.raises(Killed):
-        train(folder, hear=stop_after(step), **options)
+        train(folder, on_point=stop_after(step), **options)
 
 
 def same_but_for_time(first, second):
@@ -159,9 +159,9 @@ def learn_together(rank, world, folder, states):
     )
     try:
         for state, stop in states:
-            hear = stop_after(stop) if stop else lambda point: None
+            on_point = stop_after(stop) if stop else lambda point: None
             try:
-                model, report = train(folder / state, hear=hear, save_every=2, **TOGETHER)
+                model, report = train(folder / state, on_point=on_point, save_every=2, **TOGETHER)
             except Killed:
                 continue
             masks = {name: keep.numpy() for name, keep in masks_of(model).items()}

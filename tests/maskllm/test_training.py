@@ -252,7 +252,7 @@ def test_the_kept_mask_has_the_best_held_out_score_and_never_one_below_the_prior
 def test_the_curve_says_what_happened_at_every_step():
     points = []
     _, report = train(
-        steps=5, eval_every=2, hear=points.append, temperature=2.0, last_temperature=1.0
+        steps=5, eval_every=2, on_point=points.append, temperature=2.0, last_temperature=1.0
     )
     curve = report.learned.curve
     assert points == list(curve)

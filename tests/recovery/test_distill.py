@@ -212,7 +212,7 @@ def test_a_training_that_was_stopped_ends_with_the_same_bits(rank, tmp_path):
     whole, report = train(rank=rank)
     folder, notes = tmp_path / "run", []
     with pytest.raises(Killed):
-        train(folder, hear=stop_after(4), save_every=2, rank=rank)  # step 4 is not saved yet
+        train(folder, on_point=stop_after(4), save_every=2, rank=rank)  # step 4 is not saved yet
     model, resumed = train(folder, notes=notes, save_every=2, rank=rank)
     assert "resumed after step 2" in notes[0]
     assert resumed.resumed == 2 and report.resumed == 0

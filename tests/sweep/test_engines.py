@@ -71,10 +71,10 @@ def test_each_cell_at_a_time_has_a_gpu_or_threads_of_its_own(monkeypatch):
 
 def test_a_job_says_how_it_ended(tmp_path, monkeypatch):
     lines = []
-    end = run_job(job("list", "nonsense"), hear=lines.append)
+    end = run_job(job("list", "nonsense"), on_line=lines.append)
     assert (end.code, end.result_id, end.stage) == (2, "", "")
     assert end.reason.startswith("there is no list of 'nonsense' / ") and len(lines) > 1
-    assert run_job(job("--version"), hear=lines.append).code == 0
+    assert run_job(job("--version"), on_line=lines.append).code == 0
     lost = run_job(Job(1, ("--version",), folder=str(tmp_path / "none")))
     assert lost.code is None and "could not be started" in lost.reason
 
@@ -98,7 +98,7 @@ def test_a_killed_job_names_the_signal_and_the_stage(tmp_path, monkeypatch):
         """,
     )
     monkeypatch.chdir(tmp_path)
-    end = run_job(job("run", **settings), hear=lambda line: None)
+    end = run_job(job("run", **settings), on_line=lambda line: None)
     assert (end.code, end.stage) == (-9, "prune")
     assert end.reason == (
         "its process was ended by SIGKILL, as the system does when memory runs out, in the stage "

@@ -56,11 +56,11 @@ class LocalEngine:
             if self._cancelled:
                 interrupt(process)
 
-        end = run_job(placed, hear=lambda line: self._hear(job, line), started=started)
+        end = run_job(placed, on_line=lambda line: self._on_line(job, line), started=started)
         self._processes.pop(job.number, None)
         self._ended.put((job, end, slot))
 
-    def _hear(self, job: Job, line: str) -> None:
+    def _on_line(self, job: Job, line: str) -> None:
         # after Ctrl-C every job prints its own "interrupted"; the sweep prints one line for all
         if not self._cancelled:
             self._show(job.number, line)

@@ -20,7 +20,7 @@ _GRACE_SECONDS = 10.0  # for an orderly end after the interrupt, before `os._exi
 def run_job(
     job: Job,
     *,
-    hear: Callable[[str], None] | None = None,
+    on_line: Callable[[str], None] | None = None,
     started: Callable[[subprocess.Popen[str]], None] | None = None,
 ) -> JobEnd:
     """Run a job in a process of its own and wait for its end; also the task sent to a cluster.
@@ -30,7 +30,7 @@ def run_job(
 
     Args:
         job: What to run.
-        hear: Called with every line that it writes to stderr; None copies them to stderr.
+        on_line: Called with every line that it writes to stderr; None copies them to stderr.
         started: Called with the process once it runs.
     """
     start_time = time.monotonic()
@@ -53,7 +53,7 @@ def run_job(
     reader = threading.Thread(target=lambda: output.append(_all_of(process)), daemon=True)
     reader.start()  # stdout is one document, longer than a pipe holds
     # both pipes are drained at the same time: if either filled up, the process would block
-    lines = _listen(process, hear or _to_stderr)
+    lines = _listen(process, on_line or _to_stderr)
     # after the pipes have ended; waiting first would deadlock on a full pipe
     code = process.wait()
     reader.join()  # `output` is complete only now
@@ -75,14 +75,14 @@ def _all_of(process: subprocess.Popen[str]) -> str:
         return process.stdout.read()
 
 
-def _listen(process: subprocess.Popen[str], hear: Callable[[str], None]) -> list[str]:
+def _listen(process: subprocess.Popen[str], on_line: Callable[[str], None]) -> list[str]:
     """Forward lines; return those of the error message, or the last line."""
     assert process.stderr is not None
     lines: list[str] = []
     with process.stderr:
         # a line arrives when it ends: the unfinished line of a running stage comes only at the end
         for line in process.stderr:
-            hear(line.rstrip("\n"))
+            on_line(line.rstrip("\n"))
             # an error message has up to three lines: once it begins, all that follows is kept
             if not (lines and lines[0].startswith("error: ")):
                 lines.clear()
