@@ -24,7 +24,7 @@ class Finding:
 
     name: str
     state: Literal["ok", "note", "problem"]
-    found: str
+    text: str
 
 
 def doctor_command(
@@ -39,7 +39,7 @@ def doctor_command(
         typer.echo(json.dumps([asdict(finding) for finding in findings], indent=1))
     else:
         for finding in findings:
-            print_hanging(f"{finding.state:<8} {finding.name:<16} ", finding.found)
+            print_hanging(f"{finding.state:<8} {finding.name:<16} ", finding.text)
     problems = sum(finding.state == "problem" for finding in findings)
     if problems:
         raise CheckFailed(f"{problems} problems have to be solved before a run can work")
