@@ -31,7 +31,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from prunebench.allocators.allocation import Allocation, bisect, require_range, shifted
-from prunebench.calibration.hessian import factorise
+from prunebench.calibration.hessian import factorize
 from prunebench.models.linears import Linear
 from prunebench.models.walker import BlockWalker
 from prunebench.pruners.protocol import Needs
@@ -87,7 +87,7 @@ class Hessian:
             if group.stats.tokens == 0:  # experts that no token reached: lowest cluster
                 errors |= {linear.name: LayerError(0.0, 0.0, 0.0) for linear in group.linears}
                 continue
-            factor = factorise(group.stats, damping=self.damping, name=group.linears[0].name)
+            factor = factorize(group.stats, damping=self.damping, name=group.linears[0].name)
             for linear in group.linears:
                 errors[linear.name] = layer_error(linear.read(), factor.upper, target)
             # The next group's Hessian is allocated before these names are bound again.

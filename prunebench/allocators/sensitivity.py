@@ -30,7 +30,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from prunebench.allocators.allocation import Allocation, bisect, shifted
-from prunebench.calibration.hessian import factorise
+from prunebench.calibration.hessian import factorize
 from prunebench.models.replay import TrueRun, resume, run_model
 from prunebench.models.walker import BlockWalker, LinearGroup
 from prunebench.pruners.protocol import Needs
@@ -78,7 +78,7 @@ class Sensitivity:
                 weights = [linear.read() for linear in group.linears]
                 if group.stats.tokens:
                     name = group.linears[0].name
-                    upper = factorise(group.stats, damping=self.damping, name=name).upper
+                    upper = factorize(group.stats, damping=self.damping, name=name).upper
                 else:  # experts that no token reached: by magnitude, with divergence 0
                     # U = I: the score is |w|.
                     upper = torch.eye(weights[0].shape[1], device=weights[0].device)

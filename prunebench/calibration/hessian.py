@@ -56,7 +56,7 @@ def damped_hessian(
     return hessian, dead
 
 
-def factorise(stats: InputStats, *, damping: float, name: str) -> InverseFactor:
+def factorize(stats: InputStats, *, damping: float, name: str) -> InverseFactor:
     """Return the triangular factor of the inverse Hessian.
 
     Args:

@@ -31,7 +31,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from prunebench.calibration.hessian import InverseFactor, factorise
+from prunebench.calibration.hessian import InverseFactor, factorize
 from prunebench.calibration.stats import InputStats
 from prunebench.models.measure import count_sparser_groups
 from prunebench.models.walker import LinearGroup
@@ -114,7 +114,7 @@ class SparseGPT(GroupPruner):
                 Pruned(weight, events=tuple(self._events_of_zeros(weight, name, part)))
                 for weight, name, part in zip(dropped, names, parts, strict=True)
             ]
-        factor = factorise(stats, damping=self.damping, name=names[0])
+        factor = factorize(stats, damping=self.damping, name=names[0])
         # Transposed, so that a column of the weight is one contiguous row here.
         columns = torch.cat([weight.T for weight in weights], dim=1)  # [in, all outputs]
         for part in parts:

@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 
-from prunebench.calibration.hessian import damped_hessian, factorise
+from prunebench.calibration.hessian import damped_hessian, factorize
 from prunebench.calibration.stats import InputStats
 from prunebench.errors import IncompatibleData
 from prunebench.models.measure import count_violations
@@ -34,12 +34,12 @@ def test_the_gram_matrix_is_x_transposed_x():
 
 
 def test_the_factor_is_that_of_the_papers():
-    """inv(H) = U^T U by the original route: invert, then factorise."""
+    """inv(H) = U^T U by the original route: invert, then factorize."""
     stats = stats_of(inputs())
     hessian, dead = damped_hessian(stats, damping=0.01)
     inverse = torch.linalg.inv(hessian.double())
     expected = torch.linalg.cholesky(inverse, upper=True)
-    factor = factorise(stats, damping=0.01, name="w")
+    factor = factorize(stats, damping=0.01, name="w")
     assert torch.allclose(factor.upper.double(), expected, rtol=1e-3, atol=1e-5)
     assert not dead.any()
     assert (factor.retries, factor.damping) == (0, 0.01)
@@ -58,7 +58,7 @@ def test_the_reported_loss_is_half_the_trace_of_d_h_d(sparsity):
 def test_a_block_is_bit_for_bit_what_python_numbers_give():
     """1 / U_jj stays on the device; copied to the host, it would be the same numbers."""
     columns = weights(96, 64).T.contiguous()  # [in, out]
-    upper = factorise(stats_of(inputs(width=64)), damping=0.01, name="w").upper
+    upper = factorize(stats_of(inputs(width=64)), damping=0.01, name="w").upper
     expected, errors = columns.clone(), torch.empty_like(columns)
     keep = torch.ones_like(columns, dtype=torch.bool)
     scales = (1 / upper.diagonal()).tolist()
@@ -196,7 +196,7 @@ def test_a_hessian_that_stays_singular_names_layer_and_tokens():
     gram[0, 1] = gram[1, 0] = 1e6  # not a Gram matrix: indefinite whatever is added
     stats = InputStats(1, 77, torch.ones(8).double(), gram)
     with pytest.raises(IncompatibleData, match="the Hessian of blocks.3.q is singular") as error:
-        factorise(stats, damping=0.01, name="blocks.3.q")
+        factorize(stats, damping=0.01, name="blocks.3.q")
     assert "77 calibration tokens" in error.value.where
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from benchmarks.gpu_acceptance.measure import llama, llama_sizes, random_windows, seconds_of
 from benchmarks.gpu_acceptance.record import Recorder
-from prunebench.calibration.hessian import factorise
+from prunebench.calibration.hessian import factorize
 from prunebench.calibration.stats import InputStats, StatsAccumulator
 from prunebench.models.gradients import gradient_norms
 from prunebench.models.linears import find_linears
@@ -138,7 +138,7 @@ def _stages(record: Recorder, sizes: dict[str, int]) -> None:
         sums = StatsAccumulator(hessian=True)
         sums.add(torch.randn(2 * width, width, device=device))
         stats: InputStats = sums.result(samples=4, width=width, device=device)
-        stage(f"Cholesky factor of {width}", lambda s=stats: factorise(s, damping=0.01, name="x"))
+        stage(f"Cholesky factor of {width}", lambda s=stats: factorize(s, damping=0.01, name="x"))
         weight = torch.randn(outputs, width, device=device)
         for sparsity in (half, pattern):
             what = f"SparseGPT's factor and columns, {outputs} x {width}, {sparsity}"
