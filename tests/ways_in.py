@@ -66,7 +66,7 @@ def to_fp8(folder, block=(32, 32)):
     return dense
 
 
-def dequantised(folder):
+def dequantized(folder):
     """The folder in which its weights are dense."""
     local = LocalModel(ModelSource("fp8", "folder", str(folder)), folder, f"sha256:{folder}")
     return unpacked(local, Silent()).path

@@ -23,7 +23,7 @@ def scored(tmp_path):
 def test_an_fp8_checkpoint_is_saved_as_what_was_scored(
     cli, tmp_path, eval_file, byte_tokenizer, weights
 ):
-    """With what the text model does not use, which is dequantised like all else."""
+    """With what the text model does not use, which is dequantized like all else."""
     model = with_blocks_ahead(tmp_path / "model", byte_tokenizer)
     to_fp8(model)
     line = line_of_run(model, "out", eval_file, "--weights", weights)

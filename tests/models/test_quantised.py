@@ -16,7 +16,7 @@ from prunebench.models.stored_config import plain, quantization_of
 from tests.gguf_files import (
     same_weights,
 )
-from tests.ways_in import CPU, dequantised, disk, resident, to_fp8, with_config
+from tests.ways_in import CPU, dequantized, disk, resident, to_fp8, with_config
 
 QUANTISED = {
     "gptq": {"quant_method": "gptq", "bits": 4, "group_size": 32},
@@ -69,7 +69,7 @@ def test_fp8_is_read_as_the_product_with_its_scales(block, tiny_folder, tmp_path
     shutil.copytree(tiny_folder, folder)
     dense = to_fp8(folder, block)
     assert kind_of(folder) == "fp8"
-    path = dequantised(folder)
+    path = dequantized(folder)
     for dtype in (torch.float32, torch.bfloat16):
         model = load_model(path, dtype=dtype, device=CPU)
         ours = dict(model.named_parameters())
@@ -79,7 +79,7 @@ def test_fp8_is_read_as_the_product_with_its_scales(block, tiny_folder, tmp_path
 
 
 def test_fp8_is_read_as_transformers_reads_it(tiny_folder, tmp_path):
-    """A second reader: its own dequantisation, where the blocks divide the matrix."""
+    """A second reader: its own dequantization, where the blocks divide the matrix."""
     from transformers import AutoModelForCausalLM, FineGrainedFP8Config
 
     folder = tmp_path / "m"
@@ -89,7 +89,7 @@ def test_fp8_is_read_as_transformers_reads_it(tiny_folder, tmp_path):
     other = AutoModelForCausalLM.from_pretrained(
         folder, dtype=torch.float32, quantization_config=settings
     )
-    assert same_weights(resident(dequantised(folder), tmp_path), other)
+    assert same_weights(resident(dequantized(folder), tmp_path), other)
 
 
 def test_an_fp8_run_saves_plain_floating_point(tiny_folder, tmp_path, cli, tiny_run):
@@ -128,7 +128,7 @@ def test_fp8_without_a_usable_scale_is_refused(spoil, says, tiny_folder, tmp_pat
     spoil(tensors, "model.layers.0.mlp.up_proj.weight")
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
     with pytest.raises(IncompatibleData, match=says):
-        dequantised(folder)
+        dequantized(folder)
 
 
 @pytest.mark.parametrize("weights", ["resident", "disk"])

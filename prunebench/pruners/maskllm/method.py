@@ -2,7 +2,7 @@
 
 Paper: Fang et al., "MaskLLM: Learnable Semi-Structured Sparsity for Large Language Models",
 https://arxiv.org/abs/2409.17481: Gumbel softmax over the candidates of every group (section 3.2), a
-prior mask (3.3), sparse weight regularisation (3.4). Its code is licensed for research only and was
+prior mask (3.3), sparse weight regularization (3.4). Its code is licensed for research only and was
 not used; what its text leaves open was read there: soft masks in training, a reward for large
 weights that falls to zero, betas (0.9, 0.95).
 
