@@ -32,7 +32,7 @@ class Repo:
     refs: dict[str, str] = field(default_factory=dict)
     gated: bool = False
     private: bool = False
-    accepted: bool = False  # the licence, by who owns TOKEN
+    accepted: bool = False  # the license, by who owns TOKEN
     discussions: list[dict[str, Any]] = field(default_factory=list)
 
     def commit(self, files: dict[str, bytes], *, sha: str = "", ref: str = "main") -> str:

@@ -375,9 +375,9 @@ def test_the_commands_of_a_page_work_one_after_the_other(page, cli, folder, tiny
         cli(*words, code=3 if "--published" in words else 0)
 
 
-def test_texts_name_their_licence_and_where_they_come_from():
+def test_texts_name_their_license_and_where_they_come_from():
     for name, entry in texts().items():
-        assert entry.licence and entry.about and entry.uses, name
+        assert entry.license and entry.about and entry.uses, name
         assert entry.hub or entry.file or (entry.url and entry.sha256), name
         assert not entry.hub or len(entry.revision) == 40, name
 

@@ -32,7 +32,7 @@ class TextEntry:
     """
 
     about: str
-    licence: str
+    license: str
     file: str = ""
     documents: Literal["lines", "doc-tags", "end-of-text", "whole", ""] = ""
     held_out: int = 0

@@ -117,9 +117,9 @@ def _license(entry: CatalogEntry | None) -> dict[str, str]:
     """Return the license fields of the front matter; empty if the license is unknown."""
     if entry is None:
         return {}
-    if entry.licence in _LICENSES:
-        return {"license": _LICENSES[entry.licence]}
-    named = {"license": "other", "license_name": re.sub(r"[^a-z0-9.]+", "-", entry.licence.lower())}
+    if entry.license in _LICENSES:
+        return {"license": _LICENSES[entry.license]}
+    named = {"license": "other", "license_name": re.sub(r"[^a-z0-9.]+", "-", entry.license.lower())}
     if entry.hub:
         named["license_link"] = f"https://huggingface.co/{entry.hub}"
     return {key: value.strip("-") for key, value in named.items()}

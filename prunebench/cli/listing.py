@@ -42,7 +42,7 @@ def _shown(row: _Row) -> _Row:
     columns = {name: row[name] for name in _COLUMNS if name in row}
     if columns.get("for") == "calibration, evaluation":
         columns["for"] = "both"
-    notes = [row["licence"], row["about"]] if "size" in row else [row["about"], row.get("licence")]
+    notes = [row["license"], row["about"]] if "size" in row else [row["about"], row.get("license")]
     if row.get("terms"):
         notes.append(f"fetching it accepts the terms at {row['terms']}")
     if row.get("patterns") not in (None, _ANY):
@@ -136,7 +136,7 @@ def model_facts(name: str, entry: CatalogEntry) -> _Row:
         "size": entry.size,
         "dtype": entry.dtype,
         "bos": entry.bos,
-        "licence": entry.licence + (" (gated)" if entry.gated else ""),
+        "license": entry.license + (" (gated)" if entry.gated else ""),
         "terms": entry.terms,
         "source": entry.hub or entry.wheel,
         "about": entry.about,
@@ -151,7 +151,7 @@ def _texts() -> list[_Row]:
             "name": name,
             "for": ", ".join(entry.uses),
             "about": entry.about,
-            "licence": entry.licence,
+            "license": entry.license,
             "source": ", ".join(
                 filter(None, (entry.hub, "wheel" if entry.file else "", entry.url and "download"))
             ),

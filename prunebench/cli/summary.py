@@ -27,7 +27,7 @@ def print_summary(result: Result, path: Path, setup: Any, *, masks: str | None =
         result: What came out.
         path: Its file.
         setup: The options that are no part of a spec.
-        masks: The masks that were read, as the user or the catalogue names them.
+        masks: The masks that were read, as the user or the catalog names them.
     """
     cost = result.cost
     assert cost is not None

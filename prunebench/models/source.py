@@ -49,7 +49,7 @@ class CatalogEntry:
 
     dtype: str
     size: str
-    licence: str
+    license: str
     about: str = ""
     gated: bool = False
     terms: str = ""

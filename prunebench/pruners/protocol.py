@@ -134,7 +134,7 @@ class DependsOnModel(Protocol):
         """Return the pruner with all options filled in.
 
         Args:
-            entry: The catalogue's row of the model, if it has one.
+            entry: The catalog's row of the model, if it has one.
             calibration: The calibration text of the run.
         """
 

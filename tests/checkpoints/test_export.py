@@ -259,7 +259,7 @@ def test_a_file_with_permissions_of_its_own_is_copied(cli, checkpoint):
 # ---------------------------------------------------------------- cards and recipes of others
 
 
-def test_the_base_model_and_its_licence():
+def test_the_base_model_and_its_license():
     def read(**facts):
         model = facts["model"]
         yaml = front_matter(with_model(make_result(model=model), **facts))
@@ -279,11 +279,11 @@ def test_the_base_model_and_its_licence():
     assert (other.base_model, other.license) == ("org/x", None)
 
 
-def test_every_licence_of_the_catalogue_is_known_to_the_hub():
+def test_every_license_of_the_catalog_is_known_to_the_hub():
     from prunebench.checkpoints.model_card import _LICENSES
     from prunebench.models.source import catalog
 
-    assert {entry.licence for entry in catalog().values()} - set(_LICENSES) == {
+    assert {entry.license for entry in catalog().values()} - set(_LICENSES) == {
         "LLaMA (non-commercial)",
         "OPT-175B (non-commercial)",
     }
@@ -304,7 +304,7 @@ def test_two_protocols_of_one_data_set_stay_two_entries():
     assert {entry.dataset_name for entry in entries} == {"wiki/t/512/v1", "wiki/t/2048/v1"}
 
 
-def test_texts_of_the_catalogue_are_named_with_their_place():
+def test_texts_of_the_catalog_are_named_with_their_place():
     hub_c4 = "hub:allenai/c4@1588ec454efa1a09f29cd18ddd04fe05fc8653a2/en/x.json.gz"
     result = make_result(
         model="org/x", calibration="c4/train-shard-0", calibration_origin=hub_c4,

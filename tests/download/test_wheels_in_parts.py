@@ -117,7 +117,7 @@ def entry(index, whole, tiny_folder, monkeypatch):
         for n in range(PARTS)
     )
     entry = CatalogEntry(
-        dtype="float32", size="1K", licence="Gemma", terms="https://example.org/terms",
+        dtype="float32", size="1K", license="Gemma", terms="https://example.org/terms",
         wheel="tiny==1", member="m.gguf", sha256=hashlib.sha256(whole).hexdigest(), parts=parts,
     )  # fmt: skip
     use(entry, monkeypatch)

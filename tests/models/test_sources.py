@@ -27,7 +27,7 @@ def test_every_alias_is_complete(name):
     entry = catalog()[name]
     assert bool(entry.hub) != bool(entry.wheel)
     assert entry.dtype in ("float32", "float16", "bfloat16")
-    assert entry.licence and entry.size
+    assert entry.license and entry.size
     assert entry.revision is None or len(entry.revision) == 40
     assert find_model(name).kind == ("hub" if entry.hub else "wheel")
 
