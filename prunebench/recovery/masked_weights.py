@@ -166,21 +166,21 @@ class MaskedWeights:
         )
 
     @contextlib.contextmanager
-    def written(self) -> Iterator[Trial]:
+    def written(self) -> Iterator[WrittenWeights]:
         """Write the trained weights into the block; put the old ones back unless they stay."""
         old = {name: self._originals[name].detach().clone() for name in self.trained}
-        trial = Trial()
+        written = WrittenWeights()
         try:
             for name in self.trained:
                 # a weight that rounds to -0.0 becomes +0.0
                 self._originals[name].data.copy_(self._rounded(name).detach()).add_(0.0)
-            yield trial
+            yield written
         finally:
-            for name, value in old.items() if not trial.stays else ():
+            for name, value in old.items() if not written.stays else ():
                 self._originals[name].data.copy_(value)
 
 
-class Trial:
+class WrittenWeights:
     """Whether weights that were written to be measured stay."""
 
     def __init__(self) -> None:
