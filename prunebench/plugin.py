@@ -5,10 +5,10 @@
 Subclass `LayerPruner` (one matrix at a time) or `GroupPruner` (the linears that read one input), or
 implement `Pruner`; subclass `BlockRemover` to remove whole blocks; implement `Allocator` to spread
 a ratio over the layers. A class is used as `module:Class`, or under a name that a package declares
-as entry point: groups `prunebench.pruners` and `prunebench.allocators`. `prunebench check NAME`
-runs the contract tests on a method, and so does `prunebench.testing.check_pruner`. To train the
-kept weights afterwards, subclass `BlockRecoverer`, or `ModelRecoverer` to train the whole model;
-`prunebench check recover:NAME` checks it.
+as entry point: groups `prunebench.pruners`, `prunebench.allocators` and `prunebench.recoverers`.
+`prunebench check NAME` runs the contract tests on a method, and so does
+`prunebench.testing.check_pruner`. To train the kept weights afterwards, subclass `BlockRecoverer`,
+or `ModelRecoverer` to train the whole model; `prunebench check recover:NAME` checks it.
 """
 
 from __future__ import annotations

@@ -310,7 +310,7 @@ class Setup:
     backend: Annotated[
         str | None,
         Option(
-            "What multiplies with --execute sparse24: triton, cslt, decompress, reference.",
+            "What multiplies with --execute sparse24: triton, cslt, cpu, decompress or reference.",
             role="placement", recipe=False, default="the fastest measured here",
         ),
     ] = None  # fmt: skip
