@@ -46,6 +46,12 @@ def make_result(
     )  # fmt: skip
 
 
+def on_tokens(result, sha256):
+    """The result with another hash of what was scored."""
+    scores = [score.model_copy(update={"tokens_sha256": sha256}) for score in result.scores]
+    return result.model_copy(update={"scores": scores})
+
+
 def counted(result, *, parameters=1_200_000, prunable=1_000_000):
     """The result with the numbers of parameters from which its bytes are computed."""
     model = {

@@ -12,6 +12,7 @@ from typing import Any
 from prunebench.options import options_of
 from prunebench.results.columns import Ranking, plus_minus, task_means
 from prunebench.results.compare import Cell, Table
+from prunebench.results.fold import DATA
 from prunebench.results.names import short_method, short_names, short_protocol, short_text
 from prunebench.results.render import SETTING_NAMES, metric_name, setting_text, usual_texts
 from prunebench.spec import RunSpec
@@ -186,6 +187,8 @@ def legend_of(
     shortened = [*names.protocols.items(), *names.methods.items()]
     parts += [f"{short} = {long}" for long, short in shortened
               if short != long and (full or long not in folded)]  # fmt: skip
+    if any(f"/{DATA}" in protocol for protocol in names.protocols):
+        parts.append(f"{DATA}HASH: scored on other tokens or documents, so never ranked together")
     parts += [f"calibration {s} = {long}" for long, s in names.texts.items() if s != long]
     if full:
         parts += [

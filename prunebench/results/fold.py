@@ -4,6 +4,9 @@ Two scores are the same within noise where their means differ by at most two sta
 what is known to vary: the seeds, or, of an accuracy of a single seed, the documents; of a
 perplexity also rounding, where it was measured. Perplexities are compared as mean losses: they are
 exponentials, and their tails are heavy.
+
+A protocol names a text, not its tokens: two folders that share a name may have two tokenizers. What
+was scored on other tokens is then another column, and never a rival.
 """
 
 from __future__ import annotations
@@ -19,6 +22,8 @@ if TYPE_CHECKING:
 
 _SCORE = ["cell", "metric", "protocol"]
 _RIVALS = ["model", "target", "metric", "protocol"]
+DATA = "data-"
+"""Before the hash in the name of a column whose protocol was scored on several data."""
 _OF_CELL = ["model", "method", "target", "sparsity", "dtype", "model_revision"]
 _OF_ROUNDING = ["allocation", "recover", "within_block", "calibration_samples"]
 
@@ -33,6 +38,7 @@ def fold_scores(frame: DataFrame) -> DataFrame:
         frame: Scores, as `load_results` gives them.
     """
     counted = frame[frame["newest"]].copy()
+    counted["protocol"] = _protocols(counted)
     counted["loss"] = _losses(counted)
     counted["is_stale"] = counted["stale"].notna()
     groups = counted.groupby(_SCORE, sort=False)
@@ -108,6 +114,14 @@ def _sorted_tuple(values: Any) -> tuple[Any, ...]:
 
 
 BENCH = ("storage", "bytes_ratio", "decode_speedup", "prefill_speedup", "speed", "gpu")
+
+
+def _protocols(counted: DataFrame) -> Series:
+    """Return the protocols; with the hash of the data where a model has several under one."""
+    groups = counted.groupby(["model", "metric", "protocol"], sort=False)
+    several = groups["tokens_sha256"].transform("nunique") > 1
+    named = counted["protocol"] + f"/{DATA}" + counted["tokens_sha256"].str[:8]
+    return counted["protocol"].where(~several, named)
 
 
 def _losses(counted: DataFrame) -> Series:

@@ -39,8 +39,10 @@ CELL_OPTIONS = tuple(name for name, option in _OPTIONS.items() if option.about.c
 _NOT_OF_A_CELL = set(_OPTIONS) - set(CELL_OPTIONS)
 _SCORES = (
     "metric", "dataset", "protocol", "value", "stderr", "dense", "dense_stderr", "ratio_to_dense",
-    "higher_is_better", "limited", "targets", "newest",
+    "higher_is_better", "limited", "targets", "tokens_sha256", "newest",
 )  # fmt: skip
+
+_REPEATED = ["cell", "metric", "protocol", "tokens_sha256", "seed"]
 
 
 def load_results(folder: str | Path = "results", selectors: Sequence[str] = ()) -> DataFrame:
@@ -59,7 +61,10 @@ def load_results(folder: str | Path = "results", selectors: Sequence[str] = ()) 
         value, stderr, dense, dense_stderr: Of the pruned and of the dense model.
         ratio_to_dense: `value / dense`; missing where dense is 0.
         higher_is_better, limited (only a part of the data was scored), targets (tokens, documents).
-        newest: False where a later run repeated this cell, seed, metric and protocol.
+        tokens_sha256: Hash of what was scored. Where it differs under one protocol, as with two
+            tokenizers, values are not to be compared either.
+        newest: False where a later run repeated this cell, seed, metric and protocol, on the same
+            tokens.
         stale: What changed since in the method, so that the same run now gives other numbers;
             missing where nothing did.
         target: What was asked of the weights: the sparsity, and of quantized ones `INT4` too.
@@ -131,8 +136,7 @@ def frame_of(
     typed = {name: _typed(frame[name], name) for name in frame.columns}
     frame = pd.DataFrame(typed)
     frame["ratio_to_dense"] = frame["value"] / frame["dense"].where(frame["dense"] != 0)
-    repeated = frame.duplicated(["cell", "metric", "protocol", "seed"], keep="last")
-    frame["newest"] = ~repeated
+    frame["newest"] = ~frame.duplicated(_REPEATED, keep="last")
     frame.attrs["failed"] = len(results) - len(finished)
     frame.attrs["damaged"] = []
     return frame[_ordered(list(frame.columns))]
@@ -201,6 +205,7 @@ def _score_fields(score: Score) -> dict[str, Any]:
         "higher_is_better": score.higher_is_better,
         "limited": score.limited,
         "targets": score.targets,
+        "tokens_sha256": score.tokens_sha256,
     }
 
 

@@ -3,7 +3,9 @@
 import pytest
 
 from prunebench.results import render
-from tests.factories import make_result, only_table
+from prunebench.results.compare import compare
+from prunebench.results.overview import overview
+from tests.factories import make_result, on_tokens, only_table
 
 # ---------------------------------------------------------------- accuracy, standard errors, LaTeX
 
@@ -87,3 +89,41 @@ def test_divergences_have_no_difference_to_dense():
     assert render.score_text(scores_of(only_table(rows))["a"], bold=("", "")) == "0.0123"
     rows = [make_scored("a", 0.25, metric="top1_changed", higher=False, dense=0.0)]
     assert render.score_text(scores_of(only_table(rows))["a"], bold=("", "")) == "25.0%"
+
+
+# ---------------------------------------------------------------- one protocol, several tokenizers
+
+
+def test_scores_of_other_tokens_are_no_rivals():
+    """Of two folders `final` with two tokenizers, each has a best; theirs cannot be compared."""
+    rows = [make_result(method=m, value=v) for m, v in (("wanda", 40.0), ("magnitude", 50.0))]
+    others = [make_result(method=m, value=v) for m, v in (("alps", 30.0), ("sparsegpt", 31.0))]
+    rows = [on_tokens(row, "a" * 64) for row in rows]
+    rows += [on_tokens(row, "b" * 64) for row in others]
+    table = only_table(rows)
+    first, second = (f"token_ppl wiki/test/512/v1/data-{letter * 8}" for letter in "ab")
+    assert set(table.columns) == {first, second} and table.ranked_by is None
+    best = {(c.method, key) for c in table.cells for key, s in c.scores.items() if s.best}
+    assert best == {("wanda", first), ("alps", second)}
+    short = overview([table])
+    assert [block.caption[0] for block in short.blocks] == [
+        "ppl on wiki/data-aaaaaaaa, dense 20.00", "ppl on wiki/data-bbbbbbbb, dense 20.00",
+    ]  # fmt: skip
+    assert any(text.startswith("data-HASH: scored on other tokens") for text in short.legend)
+
+
+def test_models_of_other_names_may_have_other_tokens():
+    rows = [on_tokens(make_result(model=name), letter * 64) for name, letter in ("ma", "nb")]
+    for name in "mn":
+        assert only_table(rows, f"model={name}").columns == ("token_ppl wiki/test/512/v1",)
+    tables = compare(rows)
+    assert [table.columns for table in tables] == [("token_ppl wiki/test/512/v1",)] * 2
+
+
+def test_a_run_on_other_tokens_repeats_none():
+    """One cell and seed, scored on two versions of the data: both are there, in two columns."""
+    rows = [
+        on_tokens(make_result(value=v), letter * 64) for v, letter in ((40.0, "a"), (41.0, "b"))
+    ]
+    (cell,) = (cell for cell in only_table(rows).cells if cell.method == "wanda")
+    assert {score.values for score in cell.scores.values()} == {(40.0,), (41.0,)}
