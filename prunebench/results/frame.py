@@ -42,7 +42,8 @@ _SCORES = (
     "higher_is_better", "limited", "targets", "tokens_sha256", "newest",
 )  # fmt: skip
 
-_REPEATED = ["cell", "metric", "protocol", "tokens_sha256", "seed"]
+_REPEATED = ["cell", "metric", "protocol", "tokens_sha256", "seed", "option_seeds"]
+_PARTS = ("method_options", "allocation_options", "recover_options")
 
 
 def load_results(folder: str | Path = "results", selectors: Sequence[str] = ()) -> DataFrame:
@@ -57,14 +58,16 @@ def load_results(folder: str | Path = "results", selectors: Sequence[str] = ()) 
         set.NAME, set.allocation.NAME: Those options one by one, as selectors name them; text where
             the values are of several kinds.
         seed: Of the run; what a cell is folded over.
+        option_seeds: The seeds of its parts that are not the run's, as JSON; a cell is folded over
+            them too.
         metric, dataset, protocol: What was measured. Two protocols are never to be compared.
         value, stderr, dense, dense_stderr: Of the pruned and of the dense model.
         ratio_to_dense: `value / dense`; missing where dense is 0.
         higher_is_better, limited (only a part of the data was scored), targets (tokens, documents).
         tokens_sha256: Hash of what was scored. Where it differs under one protocol, as with two
             tokenizers, values are not to be compared either.
-        newest: False where a later run repeated this cell, seed, metric and protocol, on the same
-            tokens.
+        newest: False where a later run repeated this cell, with these seeds, metric and protocol,
+            on the same tokens.
         stale: What changed since in the method, so that the same run now gives other numbers;
             missing where nothing did.
         target: What was asked of the weights: the sparsity, and of quantized ones `INT4` too.
@@ -147,8 +150,12 @@ def _run_fields(result: Result) -> dict[str, Any]:
     spec, cost, hardware = result.spec, result.cost, result.hardware
     options = spec.model_dump(mode="json", exclude=_NOT_OF_A_CELL)
     # a part may have a seed of its own: it varies a cell as the run's seed does
-    for kind in ("method_options", "allocation_options", "recover_options"):
-        options[kind] = without_seeds(options[kind])
+    seeds: dict[str, Any] = {}
+    for kind in _PARTS:
+        plain = without_seeds(options[kind])
+        own = {name: value for name, value in options[kind].items() if name not in plain}
+        seeds |= {f"{kind}.{n}": seed for n, seed in own.items() if seed != spec.seed}
+        options[kind] = plain
     key = json.dumps(options, sort_keys=True)
     if spec.calibration is None and result.training is None:
         options["calibration_bos"] = None  # it reads no windows
@@ -163,6 +170,7 @@ def _run_fields(result: Result) -> dict[str, Any]:
         **options,
         **{OPTION + name: value for name, value in options_of_result(result).items()},
         "seed": spec.seed,
+        "option_seeds": json.dumps(seeds, sort_keys=True),
         "target": target_of(result),
         "bits": result.quantization.bits if result.quantization else None,
         **_size_fields(result),
@@ -268,5 +276,5 @@ def _ordered(names: list[str]) -> list[str]:
     """Put the columns in the order of the docstring of `load_results`."""
     first = ["cell", "result_id", "created_at", "prunebench", *CELL_OPTIONS]
     first += sorted(name for name in names if name.startswith(OPTION))
-    first += ["seed", *(name for name in _SCORES if name not in first)]
+    first += ["seed", "option_seeds", *(name for name in _SCORES if name not in first)]
     return [*first, *(name for name in names if name not in first)]

@@ -8,6 +8,7 @@ import pytest
 
 from prunebench.errors import MissingResource, UsageError
 from prunebench.options import options_of
+from prunebench.results.compare import compare
 from prunebench.results.frame import frame_of, load_results
 from prunebench.results.store import ResultStore
 from prunebench.spec import RunSpec
@@ -63,6 +64,24 @@ def test_a_seed_of_the_recoverer_varies_a_cell_as_the_runs_seed_does(name):
     frame = frame_of(rows)
     assert frame["cell"].nunique() == 1 and frame["newest"].all()
     assert not [column for column in frame.columns if column.endswith("seed") and column != "seed"]
+
+
+@pytest.mark.parametrize("kind", ["method_options", "allocation_options", "recover_options"])
+@pytest.mark.parametrize("name", ["seed", "distill.seed"])
+def test_seeds_given_as_options_are_folded_where_the_runs_seed_is_one(kind, name):
+    rows = [make_result(value=40.0 + n, **{kind: {name: n, "steps": 12}}) for n in range(3)]
+    frame = frame_of(rows)
+    assert frame["cell"].nunique() == 1 and frame["newest"].all()
+    (score,) = compare(rows)[0].cells[1].scores.values()
+    assert (score.mean, score.seeds) == (41.0, 3)
+    again = make_result(value=50.0, created="2026-01-02", **{kind: {name: 2, "steps": 12}})
+    assert sorted(frame_of([*rows, again]).query("newest")["value"]) == [40.0, 41.0, 50.0]
+
+
+def test_a_seed_that_is_the_runs_own_is_the_same_seed_as_none():
+    """A part that had no seed of its own when a run was filed, and was run again with one."""
+    rows = [make_result(seed=3), make_result(seed=3, method_options={"seed": 3})]
+    assert frame_of(rows)["newest"].sum() == 1
 
 
 def test_the_newest_of_a_repeated_run_is_marked():
