@@ -46,6 +46,20 @@ def make_result(
     )  # fmt: skip
 
 
+def with_tasks(method, *, stderr=0.01, metric="acc", asked="0-shot/v1.0", **values):
+    """A result with accuracies instead of a perplexity."""
+    result = make_result(method=method)
+    score = result.scores[0].model_dump()
+    scores = [
+        {
+            **score, "metric": metric, "dataset": task, "value": value, "dense_value": 0.7,
+            "protocol": f"lm-eval/{task}/{asked}", "higher_is_better": True, "stderr": stderr,
+        }
+        for task, value in values.items()
+    ]  # fmt: skip
+    return type(result).model_validate({**result.model_dump(), "scores": scores})
+
+
 def on_tokens(result, sha256):
     """The result with another hash of what was scored."""
     scores = [score.model_copy(update={"tokens_sha256": sha256}) for score in result.scores]

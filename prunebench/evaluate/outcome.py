@@ -52,6 +52,7 @@ class Outcome:
         sha256: Hash of all inputs.
         measures: By name of the metric.
         items: In order; empty for the mean of a group of tasks.
+        member_of: The group with a score that it is a part of; empty where there is none.
     """
 
     protocol: str
@@ -62,6 +63,7 @@ class Outcome:
     sha256: str
     measures: dict[str, Measure]
     items: tuple[Item, ...] = ()
+    member_of: str = ""
 
 
 @runtime_checkable

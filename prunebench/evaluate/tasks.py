@@ -309,7 +309,16 @@ class LmEvalTask:
             sha256=hashlib.sha256("\n".join(hashes).encode()).hexdigest(),
             measures=measures,
             items=items.get(name, ()),
+            member_of=self._group_of(name),
         )
+
+    def _group_of(self, name: str) -> str:
+        """Return the outermost group with a score that holds a task or group; empty without one."""
+        for group in self.built.get("groups", {}).values():  # outer ones before those in them
+            inner = [member.name for member in group.get_all_groups()]
+            if group.has_aggregation and name in [*self._leaves(group), *inner]:
+                return str(group.name)
+        return ""
 
     def _leaves(self, group: Any) -> list[str]:
         return [task.task_name for task in group.get_all_tasks()]

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from prunebench.options import options_of
-from prunebench.results.columns import Ranking, plus_minus, task_means
+from prunebench.results.columns import Ranking, member_columns, plus_minus, task_means
 from prunebench.results.compare import Cell, Table
 from prunebench.results.fold import DATA
 from prunebench.results.names import short_method, short_names, short_protocol, short_text
@@ -184,6 +184,8 @@ def legend_of(
     means = [mean for table in tables for mean in task_means(table.cells)]
     parts += dict.fromkeys(f"{mean.title} = mean of {mean.words}" for mean in means)
     folded = {column.partition(" ")[2] for mean in means for column in mean.columns}
+    members = member_columns(cell for table in tables for cell in table.cells)
+    folded |= {column.partition(" ")[2] for column in members}
     shortened = [*names.protocols.items(), *names.methods.items()]
     parts += [f"{short} = {long}" for long, short in shortened
               if short != long and (full or long not in folded)]  # fmt: skip

@@ -27,6 +27,7 @@ class CellScore:
         within_noise: True if its difference from the best is within noise.
         rounding: Standard deviation of a log perplexity that rounding alone gives; None where it
             was not measured.
+        member_of: The group of tasks that it is a part of; empty where there is none.
     """
 
     metric: str
@@ -41,6 +42,7 @@ class CellScore:
     best: bool = False
     within_noise: bool = False
     rounding: float | None = None
+    member_of: str = ""
 
     @property
     def loss(self) -> float:

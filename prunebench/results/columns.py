@@ -173,12 +173,15 @@ def task_means(cells: Sequence[Cell]) -> list[TaskMean]:
     """Return a mean for each metric and way to ask that has several tasks.
 
     Where rows were asked different tasks, it is over those that most rows share: a mean over other
-    tasks is another quantity.
+    tasks is another quantity. Of a group its own score counts, and not those of its members too.
     """
     groups: dict[tuple[str, str], list[frozenset[str]]] = {}
     for cell in cells:
         of_cell: dict[tuple[str, str], set[str]] = {}
+        members = member_columns([cell])
         for column, score in cell.scores.items():
+            if column in members:
+                continue
             metric, _, protocol = column.partition(" ")
             parts = protocol.split("/")
             if parts[0] == "lm-eval" and score.higher_is_better and len(parts) > 3:
@@ -197,6 +200,17 @@ def task_means(cells: Sequence[Cell]) -> list[TaskMean]:
     }
     titles = short_names(long, lambda name: name.partition("/")[0])
     return [TaskMean(*parts, titles[name]) for name, parts in long.items()]
+
+
+def member_columns(cells: Iterable[Cell]) -> set[str]:
+    """Return the columns of tasks that stand beside the score of their group."""
+    members = set()
+    for cell in cells:
+        # a group may lack a metric of its members, which then speak for themselves
+        tasks = {c: score for c, score in cell.scores.items() if "lm-eval/" in c}
+        there = {(score.metric, column.split("/")[1]) for column, score in tasks.items()}
+        members |= {c for c, score in tasks.items() if (score.metric, score.member_of) in there}
+    return members
 
 
 def columns_of_cost(cells: Iterable[Cell]) -> list[Column]:

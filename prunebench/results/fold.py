@@ -53,6 +53,7 @@ def fold_scores(frame: DataFrame) -> DataFrame:
         stderr=("stderr", "mean"),
         dense_stderr=("dense_stderr", "mean"),
         higher_is_better=("higher_is_better", "first"),
+        member_of=("member_of", "first"),
         loss=("loss", "mean"),
         loss_std=("loss", "std"),
         stale=("is_stale", "any"),

@@ -39,7 +39,8 @@ CELL_OPTIONS = tuple(name for name, option in _OPTIONS.items() if option.about.c
 _NOT_OF_A_CELL = set(_OPTIONS) - set(CELL_OPTIONS)
 _SCORES = (
     "metric", "dataset", "protocol", "value", "stderr", "dense", "dense_stderr", "ratio_to_dense",
-    "higher_is_better", "limited", "targets", "tokens_sha256", "newest",
+    "higher_is_better", "limited", "targets", "tokens_sha256", "member_of",
+    "newest",
 )  # fmt: skip
 
 _REPEATED = ["cell", "metric", "protocol", "tokens_sha256", "seed", "option_seeds"]
@@ -66,6 +67,7 @@ def load_results(folder: str | Path = "results", selectors: Sequence[str] = ()) 
         higher_is_better, limited (only a part of the data was scored), targets (tokens, documents).
         tokens_sha256: Hash of what was scored. Where it differs under one protocol, as with two
             tokenizers, values are not to be compared either.
+        member_of: The group of tasks that a score is a part of; empty where there is none.
         newest: False where a later run repeated this cell, with these seeds, metric and protocol,
             on the same tokens.
         stale: What changed since in the method, so that the same run now gives other numbers;
@@ -214,6 +216,7 @@ def _score_fields(score: Score) -> dict[str, Any]:
         "limited": score.limited,
         "targets": score.targets,
         "tokens_sha256": score.tokens_sha256,
+        "member_of": score.member_of,
     }
 
 

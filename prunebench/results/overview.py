@@ -32,6 +32,7 @@ from prunebench.results.columns import (
     column_of_score,
     columns_of_cost,
     columns_of_settings,
+    member_columns,
     seeds_of,
     task_means,
 )
@@ -143,7 +144,10 @@ def _rankings(table: Table) -> list[tuple[Ranking, list[Cell]]]:
     others are ranked by a mean over tasks, or by whatever score they have.
     """
     means = [Ranking.of_mean(mean) for mean in task_means(table.cells)]
-    others = [Ranking.of_column(c) for c in table.columns if c not in _leading(table)]
+    members = member_columns(table.cells)
+    # stable: a group comes before its members
+    columns = sorted(table.columns, key=members.__contains__)
+    others = [Ranking.of_column(c) for c in columns if c not in _leading(table)]
     left = [cell for cell in table.cells if cell.method != "dense"] or list(table.cells)
     rankings = []
     for column in _leading(table):
@@ -296,7 +300,7 @@ def _columns(table: Table, ranking: Ranking, cells: Sequence[Cell], names: Names
         key = mean.metric if alone else mean.title
         rank = 5 if mean.metric == "acc" else 12
         columns.append(column_of_mean(key, mean, rank=rank))
-    folded = {column for mean in means for column in mean.columns}
+    folded = {column for mean in means for column in mean.columns} | member_columns(table.cells)
     for column in table.columns:
         if column == ranking.key or column in _leading(table):
             continue  # it ranks a block of its own

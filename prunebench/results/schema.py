@@ -7,6 +7,7 @@ Units are in the names, a missing value is null (never 0 or -1), ratios are in [
 from __future__ import annotations
 
 import json
+from operator import not_
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
@@ -210,7 +211,7 @@ class SparsityBlock(_Block):
     pattern_violations: int
     layers: list[LayerSparsity]
     # left out where nothing was removed: rows of before there was `depth` keep their bytes
-    removal: RemovalBlock | None = Field(default=None, exclude_if=lambda block: block is None)
+    removal: RemovalBlock | None = Field(default=None, exclude_if=not_)
 
 
 class Score(_Block):
@@ -229,6 +230,8 @@ class Score(_Block):
         dense_value: The same metric of the dense model, same protocol, same dtype.
         stderr: Standard error of `value` over documents or windows; null where it is not known.
         dense_stderr: The same of `dense_value`.
+        member_of: The group of lm-eval that this task or group was asked as a part of, the
+            outermost that has a score; left out where there is none.
     """
 
     metric: str
@@ -243,6 +246,7 @@ class Score(_Block):
     tokens_sha256: str
     stderr: float | None = None
     dense_stderr: float | None = None
+    member_of: str = Field(default="", exclude_if=not_)
 
 
 class ExecutionBlock(_Block):
@@ -329,23 +333,19 @@ class Result(_Block):
     spec_id: str
     spec: RunSpec
     # see prunebench.results.versions; a part that is not named had its first version
-    versions: dict[str, int] = Field(default={}, exclude_if=lambda versions: not versions)
+    versions: dict[str, int] = Field(default={}, exclude_if=not_)
     model: ModelBlock | None = None
     method: MethodBlock | None = None
     allocation: AllocationBlock | None = None
     calibration: CalibrationBlock | None = None
     training: TrainingBlock | None = None
     # left out where there is none: rows of before there was recovery keep their bytes
-    recovery: RecoveryBlock | None = Field(default=None, exclude_if=lambda block: block is None)
+    recovery: RecoveryBlock | None = Field(default=None, exclude_if=not_)
     sparsity: SparsityBlock | None = None
-    quantization: QuantizationBlock | None = Field(
-        default=None, exclude_if=lambda block: block is None
-    )
+    quantization: QuantizationBlock | None = Field(default=None, exclude_if=not_)
     scores: list[Score] = []
     # --log-text; left out where there are none
-    completions: CompletionsBlock | None = Field(
-        default=None, exclude_if=lambda block: block is None
-    )
+    completions: CompletionsBlock | None = Field(default=None, exclude_if=not_)
     execution: ExecutionBlock | None = None
     cost: CostBlock | None = None
     hardware: HardwareBlock

@@ -304,6 +304,7 @@ def build_score_blocks(pruned: list[Outcome], dense: list[Outcome]) -> list[Scor
             tokens_sha256=outcome.sha256,
             stderr=measure.stderr,
             dense_stderr=reference.measures[metric].stderr,
+            member_of=outcome.member_of,
         )
         # both lists come from the same evaluators in the same order
         for outcome, reference in zip(pruned, dense, strict=True)

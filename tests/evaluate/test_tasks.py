@@ -182,6 +182,31 @@ def test_a_limit_is_a_protocol_of_its_own(cli, tiny_run, task_folder):
     assert result["spec"]["tasks"] == ["pangram"] and result["spec"]["limit"] == 3
 
 
+def test_a_score_names_the_outermost_group_that_has_a_score_and_that_it_is_a_part_of(
+    cli, tiny_run, task_folder, tmp_path
+):
+    """`all` has no score of its own, `outer` has one, and `inner` is a part of it."""
+    shutil.copytree(task_folder, tmp_path / "groups")
+    copies = ["one", "two"]
+    text = (task_folder / "pangram.yaml").read_text()
+    files = {name: text.replace("task: pangram", f"task: {name}", 1) for name in copies}
+    mean = "aggregate_metric_list: [{metric: acc, weight_by_size: true}]\nmetadata: {version: 1.0}"
+    files["inner"] = f"group: inner\ntask: [one]\n{mean}\n"
+    files["outer"] = f"group: outer\ntask: [inner, two]\n{mean}\n"
+    files["all"] = "group: all\ntask: [outer, pangram]\n"
+    for name, content in files.items():
+        (tmp_path / "groups" / f"{name}.yaml").write_text(content)
+    run = [*tiny_run, "-m", "magnitude", "--include-path", tmp_path / "groups"]
+    result = json.loads(cli(*run, "--tasks", "outer", "--json", "-q").stdout)
+    groups = {s["dataset"]: s.get("member_of") for s in result["scores"] if s["metric"] == "acc"}
+    assert groups == {"one": "outer", "two": "outer", "inner": "outer", "outer": None}
+    result = json.loads(cli(*run, "--tasks", "all", "--json", "-q").stdout)
+    groups = {s["dataset"]: s.get("member_of") for s in result["scores"] if s["metric"] == "acc"}
+    assert groups == {
+        "one": "outer", "two": "outer", "inner": "outer", "outer": None, "pangram": None,
+    }  # fmt: skip
+
+
 def test_the_dense_answers_are_kept_but_never_given_to_other_weights(cli, tiny_run, task_folder):
     run = [*tiny_run, "--tasks", "pangram", "--include-path", task_folder]
     assert "baseline" in cli(*run, "-m", "magnitude", "--sparsity", "0.9").stderr

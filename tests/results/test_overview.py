@@ -13,7 +13,7 @@ from prunebench.results.names import short_method, short_names, short_protocol
 from prunebench.results.overview import overview
 from prunebench.results.overview_markdown import overview_markdown
 from prunebench.results.store import ResultStore
-from tests.factories import make_result, recovered
+from tests.factories import make_result, recovered, with_tasks
 
 ROOT = Path(__file__).parents[2]
 
@@ -35,20 +35,6 @@ def rows_of(block):
         ]
         for section in block.sections
     }
-
-
-def with_tasks(method, *, stderr=0.01, metric="acc", asked="0-shot/v1.0", **values):
-    """A result with accuracies instead of a perplexity."""
-    result = make_result(method=method)
-    score = result.scores[0].model_dump()
-    scores = [
-        {
-            **score, "metric": metric, "dataset": task, "value": value, "dense_value": 0.7,
-            "protocol": f"lm-eval/{task}/{asked}", "higher_is_better": True, "stderr": stderr,
-        }
-        for task, value in values.items()
-    ]  # fmt: skip
-    return type(result).model_validate({**result.model_dump(), "scores": scores})
 
 
 # ---------------------------------------------------------------- rows
