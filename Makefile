@@ -76,7 +76,7 @@ lint: install
 
 check: lint test  ## format, lint, types and the default tests
 
-docs: install  ## write docs/cli.md from the commands, and the table in the README from the results
+docs: install  ## write docs/cli.md and the defaults of options from the code, and the README table from the results
 	$(BIN)/python docs/generate.py
 
 site: $(BIN)/.site  ## the README and docs as a site in build/site (installs mkdocs-material)

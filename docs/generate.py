@@ -1,5 +1,7 @@
 """Write docs/cli.md from the commands and their options, and the README's table from the results.
 
+The defaults of options go to `prunebench/results/option_defaults.json`, for tables.
+
 `make docs` runs it. Typer's own generator sees commands that are imported when they are called as
 empty.
 """
@@ -8,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import json
 import re
 import shlex
 from collections.abc import Iterator, Mapping
@@ -25,11 +28,13 @@ from prunebench.pruners import METHODS
 from prunebench.pruners.maskllm.presets import PRESETS
 from prunebench.recovery import BUILTIN as BUILTIN_RECOVERERS
 from prunebench.recovery import RECOVERERS
+from prunebench.recovery.distill.options import PRESETS as DISTILL_PRESETS
 from prunebench.registry import Registry
 from prunebench.run_options import RUN_OPTIONS
 
 ROOT = Path(__file__).parent.parent
 PAGE, README = ROOT / "docs" / "cli.md", ROOT / "README.md"
+DEFAULTS = ROOT / "prunebench" / "results" / "option_defaults.json"
 
 HEADER = """\
 # Commands and options
@@ -93,6 +98,36 @@ def readme() -> str:
     return re.sub(
         r"(    prunebench (compare [^#\n]*?)\n\n```text)\n.*?\n```", output, text, flags=re.S
     )
+
+
+def defaults() -> str:
+    """Return the defaults of all options but seeds, with each preset a name of its own, as JSON."""
+    kinds = {
+        "method": (METHODS, BUILTIN_METHODS),
+        "allocation": (ALLOCATORS, BUILTIN_ALLOCATORS),
+        "recover": (RECOVERERS, BUILTIN_RECOVERERS),
+    }
+    table = {
+        kind: {name: _defaults_of(registry.load(name), rows[name].options) for name in rows}
+        for kind, (registry, rows) in kinds.items()
+    }
+    # an option that is None there has the value of the preset
+    presets = {("method", "maskllm"): PRESETS, ("recover", "distill"): DISTILL_PRESETS}
+    for (kind, name), of_name in presets.items():
+        plain = table[kind][name]
+        for preset, values in of_name.items():
+            table[kind][f"{name}/{preset}"] = {**plain, **values, "preset": plain["preset"]}
+        table[kind][name] = table[kind][f"{name}/{plain['preset']}"]
+    return json.dumps(table, indent=1, sort_keys=True) + "\n"
+
+
+def _defaults_of(cls: Any, given: Mapping[str, Any]) -> dict[str, Any]:
+    values = {f.name: given.get(f.name, f.default) for f in dataclasses.fields(cls) if f.init}
+    return {
+        name: value
+        for name, value in values.items()
+        if name != "seed" and value is not dataclasses.MISSING
+    }
 
 
 def page() -> str:
@@ -253,5 +288,7 @@ def _table(heads: list[str], rows: list[list[str]]) -> list[str]:
 
 
 if __name__ == "__main__":
+    # the README's table is made with the defaults
+    DEFAULTS.write_text(defaults(), encoding="utf-8")
     PAGE.write_text(page(), encoding="utf-8")
     README.write_text(readme(), encoding="utf-8")

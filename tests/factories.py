@@ -78,10 +78,10 @@ def counted(result, *, parameters=1_200_000, prunable=1_000_000):
 
 def recovered(method, value, *, seconds=120.0):
     """A result whose kept weights were trained block by block."""
-    result = make_result(method=method, value=value, recover="block", recover_options={"lr": 0.01})
+    result = make_result(method=method, value=value, recover="block", recover_options={"lr": 0.008})
     block = {
         "name": "block", "implementation": "prunebench.recovery.block:Block", "version": "0.1.0",
-        "options": {"lr": 0.01}, "windows": 28, "held_out_windows": 4, "seqlen": 512,
+        "options": {"lr": 0.008}, "windows": 28, "held_out_windows": 4, "seqlen": 512,
         "tokens": 43_008, "seconds": seconds, "recovered_blocks": 30, "held_out_before": 0.2,
         "held_out_after": 0.1, "blocks": [],
     }  # fmt: skip

@@ -110,6 +110,11 @@ def test_the_page_of_commands_is_fresh():
     assert module["page"]() == CLI, "run `make docs`"
 
 
+def test_the_defaults_that_tables_know_are_those_of_the_options():
+    module = runpy.run_path(str(ROOT / "docs" / "generate.py"))
+    assert module["defaults"]() == module["DEFAULTS"].read_text("utf-8"), "run `make docs`"
+
+
 def test_the_page_of_commands_has_everything():
     for name, command in get_command(app).commands.items():
         for sub in getattr(command.command, "commands", [""]):

@@ -169,7 +169,7 @@ def legend_of(
         marks: The marks of the rows that are shown.
         scores: The texts of their scores.
         names: Short names.
-        full: Whether to add what most rows of a method have, and the ids of tasks.
+        full: Whether to add the options that no row shows, and the ids of tasks.
     """
     parts = ["* best"] if "*" in marks else []
     parts += ["~ within noise of it (2 standard errors)"] if "~" in marks else []

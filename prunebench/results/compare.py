@@ -13,7 +13,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, cast
@@ -25,6 +24,7 @@ from prunebench.results.fold import fold_dense, fold_runs, fold_scores
 from prunebench.results.frame import frame_of
 from prunebench.results.schema import Result
 from prunebench.results.selection import Selection
+from prunebench.results.shown_options import shown_options
 from prunebench.results.sizes import DENSE_BITS
 from prunebench.sparsity import Sparsity
 from prunebench.spec import NO_RECOVERY, RunSpec
@@ -98,8 +98,8 @@ class Cell:
     is quantized. `structure` is what the sparsity counts: `zeros`, or `blocks` that are removed.
     `removed_ratio` is the share of weights that are gone. `stale` says what changed in the method
     since, so that the same run now gives other numbers.
-    `shown` are the settings as a table shows them: of options, those in which rows of the same
-    method (or allocator) differ, without what most of three and more rows have (`Table.usual`).
+    `shown` are the settings as a table shows them: of options, those that are not the default; of
+    options whose default is not known, those in which rows of one method differ (`Table.usual`).
     """
 
     model: str
@@ -156,7 +156,8 @@ class Table:
         settings: The settings in which the cells differ; they are shown.
         ranked_by: The column by which the rows of a sparsity are sorted; None where there are
             several protocols and none leads.
-        usual: By method (or allocator), the options that most of its rows have; not shown again.
+        usual: By method (or allocator), of the options in which its rows differ, the values that
+            no row shows: the defaults, or where those are not known, what most of its rows have.
     """
 
     model: str
@@ -332,7 +333,7 @@ def _table(model: str, cells: list[Cell]) -> Table:
 def _tells_apart(name: str, cells: list[Cell]) -> bool:
     """Whether cells differ in a setting; that a method has none of it is no difference."""
     values = {json.dumps(cell.shown[name], sort_keys=True) for cell in cells}
-    # options were reduced to what differs (`_with_shown`), so a single value tells apart
+    # options were reduced to what is not the default (`_with_shown`), so a single value is told
     return len(values - {"null"}) > (0 if name.endswith("_options") else 1)
 
 
@@ -344,7 +345,7 @@ _OWNERS = {
 
 
 def _with_shown(cells: list[Cell]) -> tuple[list[Cell], dict[str, dict[str, Any]]]:
-    """Reduce the options that are shown to what tells rows of one method apart."""
+    """Reduce the options that are shown to those that someone who repeats a row has to give."""
     usual: dict[str, dict[str, Any]] = {}
     shown = [dict(cell.settings) for cell in cells]
     # options are compared among rows of one method only: another method has other options
@@ -354,14 +355,12 @@ def _with_shown(cells: list[Cell]) -> tuple[list[Cell], dict[str, dict[str, Any]
             groups.setdefault(_owner(cell, owner), []).append(place)
         for who, places in groups.items():
             options = [_without_target(cells[place].settings[name] or {}) for place in places]
-            varying, most = _varying(options)
-            if most:
-                usual[str(who)] = most
-            for place, values in zip(places, options, strict=True):
-                varied = {
-                    k: v for k, v in values.items() if k in varying and (k, v) not in most.items()
-                }
-                shown[place][name] = varied or None
+            texts = [cells[place].settings["calibration"] for place in places]
+            told, rest = shown_options(owner, str(who), options, texts)
+            if rest:
+                usual[str(who)] = rest
+            for place, values in zip(places, told, strict=True):
+                shown[place][name] = values or None
     return [replace(c, shown=settings) for c, settings in zip(cells, shown, strict=True)], usual
 
 
@@ -372,18 +371,3 @@ def _without_target(options: Mapping[str, Any]) -> dict[str, Any]:
 
 def _owner(cell: Cell, owner: str) -> str | None:
     return cell.method if owner == "method" else cell.settings[owner]
-
-
-def _varying(rows: Sequence[Mapping[str, Any]]) -> tuple[set[str], dict[str, Any]]:
-    """Return the options in which some rows differ, and those values that most of them have."""
-    varying, usual = set(), {}
-    for key in sorted(set().union(*rows)):
-        values = [row[key] for row in rows if key in row]
-        # as text: True, 1 and 1.0 are one and the same key of a Counter
-        counts = Counter(map(json.dumps, values))
-        if len(counts) > 1:
-            varying.add(key)
-            word, count = counts.most_common(1)[0]
-            if len(rows) > 2 and 2 * count > len(rows):
-                usual[key] = json.loads(word)
-    return varying, usual

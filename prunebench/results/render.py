@@ -64,7 +64,7 @@ def legend(tables: Sequence[Table]) -> str:
 
 
 def usual_texts(tables: Sequence[Table]) -> list[tuple[str, str]]:
-    """Return what most rows of a method (or allocator) have, in words."""
+    """Return what the rows of a method (or allocator) have where they say nothing, in words."""
     several = len(tables) > 1
     return [
         (f"{who} on {table.model}" if several else who, setting_text(options))

@@ -52,8 +52,8 @@ def test_one_row_a_method_its_main_setting_and_a_better_one():
     (block,) = blocks_of([*ablations, *main, make_result(value=75.0)])
     rows = rows_of(block)["0.5"]
     assert [(words, score) for words, score, _ in rows] == [
-        ("*maskllm noise=0.0", "70.00"), ("wanda", "75.00"),
-        ("maskllm noise=9.0 steps=24", "80.00 ± 0.00"),
+        ("*maskllm steps=12", "70.00"), ("wanda", "75.00"),
+        ("maskllm noise=9.0", "80.00 ± 0.00"),
     ]  # fmt: skip
     assert rows[2][2] == "+ 3 settings (71.00 to 73.00): --all"
     assert block.hidden_settings == 3
