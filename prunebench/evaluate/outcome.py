@@ -1,7 +1,7 @@
 """Outcomes of an evaluation: the measures of one protocol, and the values of every item.
 
 An evaluator (a text cut into windows, a task of lm-eval) has a method `score(model)`. Outcomes of
-dense models are cached by the hash of the weights and the evaluator's key.
+dense models are cached by the model's weights and config, and the evaluator's key.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from typing import Any, Protocol, runtime_checkable
 from torch import nn
 
 from prunebench.files import cache_dir, write_text
+from prunebench.models.hashing import config_text
 
 _CACHE_VERSION = 2  # in the file's name: outcomes of another layout are not found
 
@@ -93,10 +94,10 @@ def standard_error(values: Sequence[float]) -> float | None:
     return statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
 
 
-def cached_outcomes(dense_sha256: str, evaluator: Evaluator) -> list[Outcome] | None:
-    """Return the cached outcomes of these weights in this evaluation, if any."""
+def cached_outcomes(model: nn.Module, sha256: str, evaluator: Evaluator) -> list[Outcome] | None:
+    """Return the cached outcomes of a model in this evaluation, if any; `sha256`: its weights'."""
     try:
-        rows = json.loads(_cache_path(dense_sha256, evaluator).read_text("utf-8"))
+        rows = json.loads(_cache_path(model, sha256, evaluator).read_text("utf-8"))
         return outcomes_from(rows) or None
     # a damaged cache file counts as absent: the dense model is then scored again
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
@@ -115,18 +116,21 @@ def outcomes_from(rows: list[dict[str, Any]]) -> list[Outcome]:
     ]
 
 
-def remember_outcomes(dense_sha256: str, evaluator: Evaluator, outcomes: list[Outcome]) -> None:
-    """Cache a dense model's outcomes for later runs.
+def remember_outcomes(
+    model: nn.Module, sha256: str, evaluator: Evaluator, outcomes: list[Outcome]
+) -> None:
+    """Cache a model's outcomes for later runs; `sha256`: its weights'.
 
     Raises:
         SaveError: The cache cannot be written.
     """
     text = json.dumps([asdict(outcome) for outcome in outcomes])
-    write_text(_cache_path(dense_sha256, evaluator), text + "\n")
+    write_text(_cache_path(model, sha256, evaluator), text + "\n")
 
 
-def _cache_path(dense_sha256: str, evaluator: Evaluator) -> Path:
-    key = hashlib.sha256(evaluator.key.encode()).hexdigest()
+def _cache_path(model: nn.Module, sha256: str, evaluator: Evaluator) -> Path:
+    # the config too: with another one the same weights compute another function
+    key = hashlib.sha256(f"{config_text(model)}\0{evaluator.key}".encode()).hexdigest()
     # 96 bits of each hash: short names that still do not collide
-    name = f"{dense_sha256[:24]}-{key[:24]}-v{_CACHE_VERSION}.json"
+    name = f"{sha256[:24]}-{key[:24]}-v{_CACHE_VERSION}.json"
     return cache_dir() / "baselines" / name

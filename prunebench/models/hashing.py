@@ -1,9 +1,13 @@
-"""Hash the weights of a model; the hash does not depend on how its files are laid out."""
+"""Hash the weights of a model, and say what else decides the function that it computes.
+
+The hash of the weights does not depend on how their files are laid out.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import itertools
+import json
 from collections.abc import Callable
 from typing import Any
 
@@ -47,6 +51,17 @@ def hash_weights(
             look(index)
         advance(1)
     return digest.hexdigest()
+
+
+def config_text(model: nn.Module) -> str:
+    """Return the model's config as JSON; `{}` without one.
+
+    With another config (RoPE, activation) the same weights compute another function.
+    """
+    config: Any = getattr(model, "config", None)
+    # The path of the folder does not change the function.
+    settings = {**config.to_dict(), "_name_or_path": None} if config is not None else {}
+    return json.dumps(settings, sort_keys=True, default=str)
 
 
 def block_index_of(prefix: str) -> Callable[[str], int | None]:

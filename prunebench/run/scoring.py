@@ -1,6 +1,6 @@
 """Evaluate the dense model, the pruned one, and the prior of a training.
 
-Outcomes of the same weights in the same evaluation are cached.
+Outcomes of the same model in the same evaluation are cached.
 """
 
 from __future__ import annotations
@@ -34,19 +34,19 @@ def score_dense(plan: Plan, model: nn.Module, dense_sha256: str) -> list[Outcome
     outcomes = []
     for evaluator in _evaluators(plan):
         baseline = functools.partial(_score, plan, model, evaluator, stage="baseline")
-        outcomes += _scored_once(dense_sha256, evaluator, baseline)
+        outcomes += _scored_once(model, dense_sha256, evaluator, baseline)
     return outcomes
 
 
 def _scored_once(
-    sha256: str, evaluator: Evaluator, score: Callable[[], list[Outcome]]
+    model: nn.Module, sha256: str, evaluator: Evaluator, score: Callable[[], list[Outcome]]
 ) -> list[Outcome]:
-    """Return the cached outcomes of these weights, or score and cache them."""
-    # keyed by weights and evaluation: the dense model is scored once for a whole sweep
-    outcomes = cached_outcomes(sha256, evaluator)
+    """Return the cached outcomes of the model as it is now, or score and cache them."""
+    # keyed by model and evaluation: the dense model is scored once for a whole sweep
+    outcomes = cached_outcomes(model, sha256, evaluator)
     if outcomes is None:
         outcomes = score()
-        remember_outcomes(sha256, evaluator, outcomes)
+        remember_outcomes(model, sha256, evaluator, outcomes)
     return outcomes
 
 
@@ -66,7 +66,7 @@ def score_pruned(
             scored[evaluator.name] = [asdict(one) for one in found]
             journal.update(scored=scored)
         if dense_sha256 is not None:
-            remember_outcomes(dense_sha256, evaluator, found)
+            remember_outcomes(model, dense_sha256, evaluator, found)
         outcomes += found
     return outcomes
 
@@ -109,7 +109,7 @@ def score_prior(plan: Plan, model: nn.Module) -> list[Outcome]:
     sha256 = hash_weights(model) if plan.texts else ""
     for text in plan.texts:
         silently = functools.partial(text.score, model, advance=lambda done: None)
-        scores = _scored_once(sha256, text, silently)
+        scores = _scored_once(model, sha256, text, silently)
         for score in scores:
             value = score.measures["token_ppl"].value
             plan.progress.note(f"  the prior: ppl {value:,.4g} on {score.protocol}")

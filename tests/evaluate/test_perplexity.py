@@ -104,15 +104,18 @@ def test_the_score_has_a_standard_error_and_every_window(byte_tokenizer, eval_fi
     assert len({item.sha256 for item in outcome.items}) == len(task.windows)
 
 
-def test_the_cache_follows_weights_and_tokens(byte_tokenizer, eval_file):
+def test_the_cache_follows_weights_config_and_tokens(byte_tokenizer, eval_file):
     task = prepare(f"file:{eval_file}", byte_tokenizer)
     other = prepare(f"file:{eval_file}", byte_tokenizer, limit=128)
-    assert cached_outcomes("w1", task) is None
-    outcome = task.score(tiny_model("llama"), advance=lambda done: None)
-    remember_outcomes("w1", task, outcome)
-    assert cached_outcomes("w1", task) == outcome
-    assert cached_outcomes("w2", task) is None
-    assert cached_outcomes("w1", other) is None
+    model = tiny_model("llama")
+    assert cached_outcomes(model, "w1", task) is None
+    outcome = task.score(model, advance=lambda done: None)
+    remember_outcomes(model, "w1", task, outcome)
+    assert cached_outcomes(model, "w1", task) == outcome
+    assert cached_outcomes(model, "w2", task) is None
+    assert cached_outcomes(model, "w1", other) is None
+    model.config.rope_parameters["rope_theta"] *= 2  # the same weights, another function
+    assert cached_outcomes(model, "w1", task) is None
 
 
 @pytest.mark.parametrize("damage", ['{"val', "[1]", "[{}]", "{}", "[]x"])
@@ -120,7 +123,8 @@ def test_a_damaged_cache_entry_is_measured_again(byte_tokenizer, eval_file, dama
     from prunebench.files import cache_dir
 
     task = prepare(f"file:{eval_file}", byte_tokenizer)
-    remember_outcomes("w1", task, task.score(tiny_model("llama"), advance=lambda done: None))
+    model = tiny_model("llama")
+    remember_outcomes(model, "w1", task, task.score(model, advance=lambda done: None))
     for path in (cache_dir() / "baselines").iterdir():
         path.write_text(damage)
-    assert cached_outcomes("w1", task) is None
+    assert cached_outcomes(model, "w1", task) is None
