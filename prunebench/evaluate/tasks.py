@@ -25,7 +25,7 @@ from torch import nn
 from prunebench.calibration.vocabulary import largest_id
 from prunebench.errors import IncompatibleData, MissingResource, UsageError
 from prunebench.evaluate.outcome import Item, Measure, Outcome
-from prunebench.evaluate.records import Loaded, record_source, task_table
+from prunebench.evaluate.records import Loaded, data_set_key, record_source, task_table
 from prunebench.evaluate.requests import require_known_requests
 from prunebench.models.hashing import hash_tokenizer
 from prunebench.progress import Progress, quiet_libraries
@@ -155,9 +155,7 @@ def prepare_tasks(
                     built["tasks"], limit=protocol.limit, chat=protocol.apply_chat_template,
                     tokenizer=tokenizer, vocabulary=vocabulary,
                 )  # fmt: skip
-        ready = LmEvalTask(
-            name, built, dict(loaded), counts, protocol, tokenizer, tokenizer_sha256
-        )
+        ready = LmEvalTask(name, built, dict(loaded), counts, protocol, tokenizer, tokenizer_sha256)
         ready.require_examples()
         tasks.append(ready)
     return tasks
@@ -179,7 +177,7 @@ class LmEvalTask:
     Attributes:
         name: As the user gave it.
         built: lm-eval's task objects (`TaskManager.load`).
-        loaded: Where each data set came from, by path and name.
+        loaded: Where each data set came from, by `data_set_key`.
         counts: Documents of each task, without a limit.
         protocol: Shots, limit and prompt format.
         tokenizer: The model's.
@@ -188,7 +186,7 @@ class LmEvalTask:
 
     name: str
     built: dict[str, Any]
-    loaded: dict[tuple[str, str | None], Loaded]
+    loaded: dict[str, Loaded]
     counts: dict[str, int]
     protocol: Protocol
     tokenizer: Any
@@ -346,7 +344,8 @@ class LmEvalTask:
         return f"{text}/first-{self.protocol.limit}" if limited else text
 
     def _source(self, task: Any) -> Loaded:
-        where = (task.config.dataset_path, task.config.dataset_name)
+        config = task.config
+        where = data_set_key(config.dataset_path, config.dataset_name, config.dataset_kwargs)
         return self.loaded.get(where) or Loaded("task-file", self.name)
 
     def _is_limited(self, name: str) -> bool:
