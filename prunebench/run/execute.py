@@ -38,14 +38,14 @@ from prunebench.run.result import (
     build_model_block,
     build_quantization_block,
     build_recovery_block,
-    build_score_blocks,
     build_sparsity_block,
     build_training_block,
-    samples_of,
 )
 from prunebench.run.resume import open_model, open_run_state
 from prunebench.run.scoring import (
+    build_score_blocks,
     collect_dense_logits,
+    samples_of,
     score_dense,
     score_divergence,
     score_pruned,

@@ -19,7 +19,6 @@ from torch import nn
 from prunebench import __version__
 from prunebench.allocators import ALLOCATORS, FILE
 from prunebench.allocators.allocation import Allocation
-from prunebench.evaluate.outcome import Outcome
 from prunebench.models.measure import Measured
 from prunebench.models.pruned_block import RecoveredBlock
 from prunebench.pruners import METHODS
@@ -34,7 +33,6 @@ from prunebench.results.recovery_schema import (
     RecoveryBlock,
 )
 from prunebench.results.removal_schema import BlockScore, RemovalBlock
-from prunebench.results.samples import Sample
 from prunebench.results.schema import (
     AllocationBlock,
     CostBlock,
@@ -46,7 +44,6 @@ from prunebench.results.schema import (
     ModelBlock,
     PriorScore,
     Result,
-    Score,
     SoftwareBlock,
     SparsityBlock,
     TrainingBlock,
@@ -286,45 +283,6 @@ def build_quantization_block(plan: Plan, measured: list[Measured]) -> Quantizati
         groups=sum(grid.groups(linear.out_features, linear.in_features) for linear in linears),
         exact=plan.spec.dtype == "float32",
     )
-
-
-def build_score_blocks(pruned: list[Outcome], dense: list[Outcome]) -> list[Score]:
-    """Describe the scores of the pruned model, each with the dense model's of its protocol."""
-    return [
-        Score(
-            metric=metric,
-            dataset=outcome.dataset,
-            origin=outcome.origin,
-            protocol=outcome.protocol,
-            value=measure.value,
-            dense_value=reference.measures[metric].value,
-            higher_is_better=measure.higher_is_better,
-            targets=outcome.targets,
-            limited=outcome.limited,
-            tokens_sha256=outcome.sha256,
-            stderr=measure.stderr,
-            dense_stderr=reference.measures[metric].stderr,
-            member_of=outcome.member_of,
-        )
-        # both lists come from the same evaluators in the same order
-        for outcome, reference in zip(pruned, dense, strict=True)
-        for metric, measure in outcome.measures.items()
-    ]
-
-
-def samples_of(outcomes: list[Outcome], dense: list[Outcome]) -> list[Sample]:
-    """Return the values of every document and window, of the pruned and the dense model."""
-    return [
-        Sample(
-            protocol=outcome.protocol,
-            item=number,
-            sha256=item.sha256,
-            values=item.values,
-            dense_values=other.values,
-        )
-        for outcome, beside in zip(outcomes, dense, strict=True)
-        for number, (item, other) in enumerate(zip(outcome.items, beside.items, strict=True))
-    ]
 
 
 def build_cost_block(

@@ -1,4 +1,4 @@
-"""Evaluate the dense model, the pruned one, and the prior of a training.
+"""Evaluate the dense model, the pruned one, and the prior of a training; pair the scores.
 
 Outcomes of the same model in the same evaluation are cached.
 """
@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import nn
 
+from prunebench.errors import CheckFailed
 from prunebench.evaluate.divergence import Divergence
 from prunebench.evaluate.outcome import (
     Evaluator,
@@ -20,8 +21,11 @@ from prunebench.evaluate.outcome import (
     outcomes_from,
     remember_outcomes,
 )
+from prunebench.files import cache_dir
 from prunebench.models.hashing import hash_weights
 from prunebench.models.journal import RunJournal
+from prunebench.results.samples import Sample
+from prunebench.results.schema import Score
 from prunebench.run.plan import Plan
 
 
@@ -115,3 +119,60 @@ def score_prior(plan: Plan, model: nn.Module) -> list[Outcome]:
             plan.progress.note(f"  the prior: ppl {value:,.4g} on {score.protocol}")
         outcomes += scores
     return outcomes
+
+
+def build_score_blocks(pruned: list[Outcome], dense: list[Outcome]) -> list[Score]:
+    """Describe the scores of the pruned model, each with the dense model's of its protocol.
+
+    Raises:
+        CheckFailed: The two models were not asked the same.
+    """
+    # both lists come from the same evaluators in the same order
+    pairs = list(zip(pruned, dense, strict=True))
+    for outcome, reference in pairs:
+        _require_same_questions(outcome, reference)
+    return [
+        Score(
+            metric=metric,
+            dataset=outcome.dataset,
+            origin=outcome.origin,
+            protocol=outcome.protocol,
+            value=measure.value,
+            dense_value=reference.measures[metric].value,
+            higher_is_better=measure.higher_is_better,
+            targets=outcome.targets,
+            limited=outcome.limited,
+            tokens_sha256=outcome.sha256,
+            stderr=measure.stderr,
+            dense_stderr=reference.measures[metric].stderr,
+            member_of=outcome.member_of,
+        )
+        for outcome, reference in pairs
+        for metric, measure in outcome.measures.items()
+    ]
+
+
+def _require_same_questions(outcome: Outcome, reference: Outcome) -> None:
+    """Refuse to put a score beside one of other tokens or documents."""
+    asked = (outcome.protocol, outcome.sha256)
+    if asked != (reference.protocol, reference.sha256):
+        raise CheckFailed(
+            f"the pruned and the dense model were not asked the same on {outcome.dataset}",
+            where=f"{' '.join(asked)}, and the dense one {reference.protocol} {reference.sha256}",
+            fix=f"remove {cache_dir() / 'baselines'}, and run again",
+        )
+
+
+def samples_of(outcomes: list[Outcome], dense: list[Outcome]) -> list[Sample]:
+    """Return the values of every document and window, of the pruned and the dense model."""
+    return [
+        Sample(
+            protocol=outcome.protocol,
+            item=number,
+            sha256=item.sha256,
+            values=item.values,
+            dense_values=other.values,
+        )
+        for outcome, beside in zip(outcomes, dense, strict=True)
+        for number, (item, other) in enumerate(zip(outcome.items, beside.items, strict=True))
+    ]
