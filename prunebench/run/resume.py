@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import platform
 import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -18,27 +17,20 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from prunebench import __version__
 from prunebench.files import cache_dir
 from prunebench.models.disk import DiskWeights, load_on_disk
 from prunebench.models.journal import JournalInfo, RunJournal, journal_info, read_journal
 from prunebench.models.load import load_config, load_model
 from prunebench.models.weights import weights_of
 from prunebench.pruners.layer import GroupPruner
+from prunebench.run.code import code_sha256
 from prunebench.run.plan import Plan
 from prunebench.run.resolve import ResolvedSpec
 
 
 def journal_folder(resolved: ResolvedSpec) -> Path:
     """Return the journal folder of a run: its name is a hash of all that the blocks depend on."""
-    import transformers
-
-    # not the spec alone: other versions, devices or CPUs round differently, and a result must not
-    # mix blocks of two of them
-    facts = [
-        resolved.spec.canonical_json(), __version__, str(torch.__version__),
-        transformers.__version__, resolved.device.type, platform.machine(),
-    ]  # fmt: skip
+    facts = [resolved.spec.canonical_json(), code_sha256(resolved)]
     digest = hashlib.sha256(json.dumps(facts).encode()).hexdigest()
     # shortened: 96 bits are enough to keep the runs of a machine apart
     return runs_folder() / digest[:24]

@@ -15,8 +15,12 @@ from prunebench.models.journal import RunJournal, journal_info
 from prunebench.models.load import load_config
 from prunebench.models.walker import BlockWalker
 from prunebench.pruners import METHODS
+from prunebench.results import versions
 from prunebench.results.store import ResultStore
+from prunebench.run.resolve import resolve
+from prunebench.run.resume import journal_folder
 from prunebench.sparsity import Sparsity
+from prunebench.spec import RunSpec, Setup
 from prunebench.testing import tiny_model, tiny_tokens
 
 CPU = torch.device("cpu")
@@ -153,6 +157,43 @@ def the_result(root):
 
 def numbers(result):
     return result.model_dump(exclude={"id", "created_at", "command", "cost"})
+
+
+MINE = """
+from dataclasses import dataclass
+from prunebench.pruners.wanda import Wanda
+
+@dataclass(frozen=True)
+class Mine(Wanda):
+    pass
+"""
+
+
+def test_what_other_code_has_saved_is_not_resumed(tiny_folder, text_file, tmp_path, monkeypatch):
+    """A new version of any part, or a changed file of a class of elsewhere, begins anew."""
+    file = tmp_path / "mine_to_resume.py"
+    file.write_text(MINE)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    ours = {"method": "wanda", "allocation": "owl", "recover": "block"}
+    theirs = {"method": "mine_to_resume:Mine"}
+
+    def folder_of(options):
+        spec = RunSpec(
+            model=str(tiny_folder), calibration=f"file:{text_file}", calibration_samples=4,
+            seqlen=32, ppl=(), **options,
+        )  # fmt: skip
+        return journal_folder(resolve(spec, Setup(results_dir=tmp_path / "results")))
+
+    before = [folder_of(ours), folder_of(theirs)]
+    assert [folder_of(ours), folder_of(theirs)] == before
+    file.write_text(f"{MINE}\n# another threshold\n")
+    assert folder_of(theirs) != before[1]
+    assert folder_of(ours) == before[0]
+    for part in ("method wanda", "allocator owl", "recoverer block"):
+        change = versions.Change((part,), "2027-01-01", "something else")
+        with monkeypatch.context() as patched:
+            patched.setattr(versions, "CHANGES", (*versions.CHANGES, change))
+            assert folder_of(ours) != before[0], part
 
 
 @pytest.mark.slow
