@@ -35,11 +35,13 @@ def one_block():
     return model
 
 
-def train(folder=None, *, model=None, notes=None, on_point=lambda point: None, **options):
+def train(folder=None, *, model=None, notes=None, on_point=lambda point: None, code="", **options):
     """Learn masks of a tiny model; returns it and the report."""
     model = model or one_block()
     note = notes.append if notes is not None else lambda text: None
-    data = Training(tiny_tokens(samples=8), tiny_tokens(samples=3, seed=1), folder, on_point, note)
+    data = Training(
+        tiny_tokens(samples=8), tiny_tokens(samples=3, seed=1), folder, on_point, note, code=code
+    )
     walker = BlockWalker(model, token_ids=tiny_tokens(), inputs=PrunerInputs(training=data))
     report = pruner_of(**options).prune(walker, {linear.name: HALF for linear in walker.linears})
     return model, report

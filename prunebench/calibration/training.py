@@ -30,6 +30,7 @@ class Training:
         on_point: Called with the measurements of each step.
         note: Called with messages for the user.
         score_prior: Returns the scores of the model with the mask of the prior applied.
+        code: Hash of the code that trains: a state of other code is not resumed.
     """
 
     train: Int[Tensor, "windows seqlen"]
@@ -38,6 +39,7 @@ class Training:
     on_point: Callable[[Any], None] = lambda point: None
     note: Callable[[str], None] = lambda text: None
     score_prior: Callable[[], tuple[Any, ...]] = lambda: ()
+    code: str = ""
 
     def forget(self) -> None:
         """Delete the saved state, once the result is saved elsewhere."""

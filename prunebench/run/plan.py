@@ -36,6 +36,7 @@ from prunebench.pruners.removal import BlockRemover, count_of_blocks
 from prunebench.pruners.training import TrainingNeeds
 from prunebench.results.completions import PROMPTS
 from prunebench.results.schema import CalibrationBlock
+from prunebench.run.code import code_sha256
 from prunebench.run.dtype import StoredDtype
 from prunebench.run.place import place_weights
 from prunebench.run.resolve import ResolvedSpec, path_in, require_outputs, resolve
@@ -263,7 +264,8 @@ def _prepare_training(
             text_option=need.text_option, seqlen_option=need.seqlen_option,
         )  # fmt: skip
     # named by the spec: the same command finds the state of its interrupted training
-    return replace(training, folder=cache_dir() / "training" / f"{spec.spec_id}{suffix}")
+    folder = cache_dir() / "training" / f"{spec.spec_id}{suffix}"
+    return replace(training, folder=folder, code=code_sha256(resolved))
 
 
 def _require_known(

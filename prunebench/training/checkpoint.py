@@ -41,10 +41,12 @@ class CheckpointStore:
     Attributes:
         folder: Of this run alone; its name identifies the specification.
         shards: This process among others.
+        code: Hash of the code that trains.
     """
 
     folder: Path
     shards: Shards
+    code: str = ""
 
     def save(self, loop: TrainingLoop[Any]) -> None:
         """Write the state; the previous one stays until this one is complete.
@@ -105,6 +107,9 @@ class CheckpointStore:
                 where=f"it was saved by the run {facts['run']}",
                 fix="move that folder back to where it was",
             )
+        # No process goes on alone: the next saved state is written by all of them.
+        if self.shards.sum(float(facts.get("code") != self.code))[0]:
+            return f"the saved state in {self.folder} is of other code, versions or hardware"
         # `load` writes in place, and `best` is at first the start's own tensors: they must not
         # change.
         loop.progress.best = {
@@ -126,6 +131,7 @@ class CheckpointStore:
     def _facts(self, loop: TrainingLoop[Any], hashes: dict[str, str]) -> dict[str, Any]:
         return {
             "run": self.folder.name,
+            "code": self.code,
             "done": loop.done,
             "best_step": loop.progress.best_step,
             "curve": [dataclasses.asdict(point) for point in loop.progress.curve],
@@ -199,7 +205,9 @@ def train_saved(
     Raises:
         IncompatibleData: The loss or a gradient is not finite; the state before that is saved.
     """
-    store = CheckpointStore(data.folder, loop.shards) if data.folder is not None else None
+    store = None
+    if data.folder is not None:
+        store = CheckpointStore(data.folder, loop.shards, data.code)
     resumed = _resume(store, loop, data) if store is not None else 0
 
     def after_step(point: Any) -> None:
@@ -221,9 +229,9 @@ def train_saved(
 
 def _resume(store: CheckpointStore, loop: TrainingLoop[Any], data: Training) -> int:
     """Load the saved state of this run, if any; return the step it is from."""
-    damage = store.restore(loop)
-    if damage:
-        data.note(f"  {damage}: training restarts from step 0")
+    reason = store.restore(loop)
+    if reason:
+        data.note(f"  {reason}: training restarts from step 0")
     if loop.done:
         data.note(f"  training resumed after step {loop.done}, saved in {store.folder}")
         for point in loop.progress.curve:

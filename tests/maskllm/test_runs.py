@@ -10,6 +10,7 @@ import pytest
 
 from prunebench.errors import SaveError
 from prunebench.pruners import METHODS
+from prunebench.results import versions
 from prunebench.testing import check_pruner
 from tests.training_runs import finished, kill_once_saved
 
@@ -78,16 +79,28 @@ def test_a_batch_that_cannot_be_shared_out_is_refused_first(cli, tiny_run, as_on
     assert "\nload" not in output
 
 
-def test_a_run_keeps_its_state_until_the_result_is_filed(cli, tiny_run, tmp_path, monkeypatch):
+@pytest.fixture
+def not_filed(cli, tiny_run, monkeypatch):
+    """A run that has trained, and whose result could not be filed."""
     from prunebench.run import execute as run
 
     def full(plan, result):
         raise SaveError("no room for the result")
 
-    states = tmp_path / "cache" / "training"
     with monkeypatch.context() as patched:
         patched.setattr(run, "_publish", full)
         cli(*tiny_run, *small(), code=5)
+
+
+def test_a_training_of_another_version_is_not_resumed(cli, tiny_run, not_filed, monkeypatch):
+    change = versions.Change(("method maskllm",), "2027-01-01", "something else")
+    monkeypatch.setattr(versions, "CHANGES", (*versions.CHANGES, change))
+    output = cli(*tiny_run, *small()).output
+    assert "of other code, versions or hardware: training restarts from step 0" in output
+
+
+def test_a_run_keeps_its_state_until_the_result_is_filed(cli, tiny_run, tmp_path, not_filed):
+    states = tmp_path / "cache" / "training"
     assert len(list(states.glob("*/state"))) == 1
     output = cli(*tiny_run, *small()).output
     assert "resumed after step 2" in output
