@@ -46,7 +46,7 @@ class RunState:
         seconds: Pruning time so far.
         dense: `sha256` of the dense weights and `zeros` by linear, once counted.
         allocation: The fields of `Allocation`, once chosen.
-        scored: Outcomes (JSON-serializable) by evaluator.
+        scored: Outcomes (JSON-serializable) by evaluator, with a hash of its key.
         result: The result as JSON, once it is ready to be saved.
     """
 

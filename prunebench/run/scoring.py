@@ -6,6 +6,7 @@ Outcomes of the same model in the same evaluation are cached.
 from __future__ import annotations
 
 import functools
+import hashlib
 from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any
@@ -62,12 +63,15 @@ def score_pruned(
     # a resumed run has scored some evaluators already; tasks can take longer than the pruning
     scored: dict[str, Any] = dict(journal.state.scored) if journal else {}
     for evaluator in _evaluators(plan):
-        if evaluator.name in scored:
-            outcomes += outcomes_from(scored[evaluator.name])
+        key = hashlib.sha256(evaluator.key.encode()).hexdigest()
+        earlier = scored.get(evaluator.name, {})
+        # of the same name, but asked of other records since, it is scored again
+        if earlier.get("key") == key:
+            outcomes += outcomes_from(earlier["outcomes"])
             continue
         found = _score(plan, model, evaluator, stage="score")
         if journal:
-            scored[evaluator.name] = [asdict(one) for one in found]
+            scored[evaluator.name] = {"key": key, "outcomes": [asdict(one) for one in found]}
             journal.update(scored=scored)
         if dense_sha256 is not None:
             remember_outcomes(model, dense_sha256, evaluator, found)
