@@ -295,7 +295,10 @@ def _folder_revision(path: Path, progress: Progress) -> str:
             fix="name a folder written by save_pretrained or prunebench run --save-model",
         )
     _check_once(path)
-    kinds = ("config.json", "tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json")
+    kinds = (
+        "config.json", "tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json",
+        "chat_template*",
+    )  # fmt: skip
     # What decides scores: config, tokenizer and weights; a README may change.
     files = {file for kind in kinds for file in path.glob(kind)} | set(weight_files(path))
     return f"sha256:{_hash_files(sorted(files), progress)}"

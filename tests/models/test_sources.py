@@ -81,6 +81,13 @@ def test_a_folder_s_revision_follows_its_content(tiny_folder, tmp_path):
     shutil.copytree(tiny_folder, copy)
     before = fetch_model(find_model(str(tiny_folder)), Silent()).revision
     assert fetch_model(find_model(str(copy)), Silent()).revision == before
+    (copy / "chat_template.jinja").write_text("{{ messages }}")
+    with_template = fetch_model(find_model(str(copy)), Silent()).revision
+    assert with_template != before
+    (copy / "chat_template.jinja").write_text("{{ messages[0] }}")
+    assert fetch_model(find_model(str(copy)), Silent()).revision != with_template
+    (copy / "chat_template.jinja").unlink()
+    assert fetch_model(find_model(str(copy)), Silent()).revision == before
     config = json.loads((copy / "config.json").read_text())
     (copy / "config.json").write_text(json.dumps({**config, "rms_norm_eps": 0.5}))
     assert fetch_model(find_model(str(copy)), Silent()).revision != before
