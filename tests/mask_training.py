@@ -9,7 +9,7 @@ from prunebench.models.walker import BlockWalker
 from prunebench.pruners import METHODS
 from prunebench.pruners.maskllm.candidates import candidates
 from prunebench.pruners.maskllm.learn import Learner
-from prunebench.pruners.maskllm.optimise import Optimizer
+from prunebench.pruners.maskllm.optimize import Optimizer
 from prunebench.pruners.maskllm.relaxation import (
     LayerLogits,
     Relaxation,

@@ -20,7 +20,7 @@ from prunebench.pruners.maskllm import dispatch, noise, triton_ops
 from prunebench.pruners.maskllm.candidates import candidates
 from prunebench.pruners.maskllm.gradients import FactoredSums
 from prunebench.pruners.maskllm.moments import PackedMoments
-from prunebench.pruners.maskllm.optimise import Optimizer, sum_squares
+from prunebench.pruners.maskllm.optimize import Optimizer, sum_squares
 from prunebench.pruners.maskllm.relaxation import LayerLogits, Relaxation, WeightGradient
 from prunebench.testing import tiny_model
 from prunebench.training.shards import Shards

@@ -18,7 +18,7 @@ from prunebench.models.walker import BlockWalker
 from prunebench.pruners import METHODS
 from prunebench.pruners.maskllm import relaxation
 from prunebench.pruners.maskllm.noise import gumbel
-from prunebench.pruners.maskllm.optimise import Optimizer
+from prunebench.pruners.maskllm.optimize import Optimizer
 from prunebench.testing import tiny_model, tiny_tokens
 from prunebench.training.shards import Shards
 from tests.mask_training import HALF, learner_of, masks_of, one_block, train

@@ -219,7 +219,7 @@ def test_no_token_means_magnitude():
 
 
 @pytest.mark.parametrize("bits", [2, 4, 8])
-def test_quantised_survivors_lie_on_a_grid_that_holds_zero(bits):
+def test_quantized_survivors_lie_on_a_grid_that_holds_zero(bits):
     weight, stats = weights(), stats_of(inputs())
     pruned = solve(SparseGPT(quantize_bits=bits), weight, stats, "2:4").weight
     assert count_violations(pruned == 0, kept=2, group=4) == 0

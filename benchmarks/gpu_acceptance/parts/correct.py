@@ -30,7 +30,7 @@ from prunebench.models.walker import BlockWalker
 from prunebench.pruners import METHODS
 from prunebench.pruners.maskllm import dispatch, noise
 from prunebench.pruners.maskllm.candidates import candidates
-from prunebench.pruners.maskllm.optimise import Optimizer
+from prunebench.pruners.maskllm.optimize import Optimizer
 from prunebench.pruners.maskllm.relaxation import LayerLogits, Relaxation, WeightGradient
 from prunebench.sparse24.backends.table import backends
 from prunebench.sparse24.backends.triton import MOST_TOKENS, TiledLayout

@@ -20,7 +20,7 @@ from prunebench.models.walker import BlockWalker
 from prunebench.pruners.maskllm import dispatch
 from prunebench.pruners.maskllm.candidates import candidates
 from prunebench.pruners.maskllm.method import MaskLLM
-from prunebench.pruners.maskllm.optimise import sum_squares
+from prunebench.pruners.maskllm.optimize import sum_squares
 from prunebench.pruners.maskllm.relaxation import WeightGradient
 from prunebench.training.shards import Shards
 

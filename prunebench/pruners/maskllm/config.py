@@ -16,7 +16,7 @@ from prunebench.models.walker import BlockWalker
 from prunebench.pruners.maskllm.initial_logits import LogitInit
 from prunebench.pruners.maskllm.learn import Learner
 from prunebench.pruners.maskllm.moments import StateDtype
-from prunebench.pruners.maskllm.optimise import Kind, Optimizer
+from prunebench.pruners.maskllm.optimize import Kind, Optimizer
 from prunebench.pruners.maskllm.relaxation import LayerLogits
 from prunebench.pruners.maskllm.schedule import Schedule
 from prunebench.training.shards import Shards

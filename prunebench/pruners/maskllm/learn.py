@@ -19,7 +19,7 @@ from prunebench.models.linears import Linear
 from prunebench.pruners.maskllm import dispatch
 from prunebench.pruners.maskllm.candidates import mask_of
 from prunebench.pruners.maskllm.gradients import FactoredSums
-from prunebench.pruners.maskllm.optimise import Directions, Optimizer, sum_squares
+from prunebench.pruners.maskllm.optimize import Directions, Optimizer, sum_squares
 from prunebench.pruners.maskllm.relaxation import LayerLogits, Relaxation
 from prunebench.pruners.maskllm.schedule import Schedule
 from prunebench.pruners.training import CurvePoint

@@ -19,7 +19,7 @@ from prunebench.models.linears import Linear, find_linears
 from prunebench.pruners.maskllm import dispatch
 from prunebench.pruners.maskllm.candidates import candidates
 from prunebench.pruners.maskllm.config import TrainingConfig
-from prunebench.pruners.maskllm.optimise import Optimizer
+from prunebench.pruners.maskllm.optimize import Optimizer
 from prunebench.pruners.maskllm.relaxation import LayerLogits, Relaxation, WeightGradient
 from prunebench.pruners.training import Forecast
 from prunebench.sparsity import Sparsity

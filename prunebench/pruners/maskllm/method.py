@@ -11,7 +11,7 @@ lives in one workspace, and gradients of the logits are formed and applied in on
 beside the logits and the optimizer's moments nothing of their size exists; the hard mask is scored
 on held-out text while it is learned, and the best one is kept, at worst the prior; the noise of a
 step is one draw unless `noise_samples` says otherwise (theirs draws for every micro-batch). The
-preset `laptop` has no noise and another optimizer, see `optimise`.
+preset `laptop` has no noise and another optimizer, see `optimize`.
 
 With `masks` nothing is learned: a mask file, such as the paper's published ones, is applied.
 """

@@ -10,7 +10,7 @@ from typing import Literal
 
 from prunebench.errors import UsageError, nearest
 from prunebench.pruners.maskllm.moments import StateDtype
-from prunebench.pruners.maskllm.optimise import Kind
+from prunebench.pruners.maskllm.optimize import Kind
 from prunebench.pruners.maskllm.presets import PRESETS
 
 PRIORS = ("scratch", "magnitude", "wanda", "sparsegpt", "gblm", "ria", "alps")

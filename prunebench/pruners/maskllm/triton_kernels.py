@@ -1,4 +1,4 @@
-"""Fused Triton kernels for `relaxation`, `optimise` and `noise`: one pass over the logits each.
+"""Fused Triton kernels for `relaxation`, `optimize` and `noise`: one pass over the logits each.
 
 A program processes a block of groups; all values of a group are in the registers of one thread, and
 loops over choices are unrolled. Noise is recomputed wherever it is used, from the same counters as

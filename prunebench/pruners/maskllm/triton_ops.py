@@ -1,4 +1,4 @@
-"""Launches of the Triton kernels: `relaxation` and `optimise`, one layer at a time.
+"""Launches of the Triton kernels: `relaxation` and `optimize`, one layer at a time.
 
 Imported only if Triton is installed; `dispatch` decides whether it is used.
 """
@@ -115,7 +115,7 @@ def update(
     weight_decay: float,
     outlier: float,
 ) -> None:
-    """Update a layer's logits and moments in place; see `optimise.Optimizer.step`."""
+    """Update a layer's logits and moments in place; see `optimize.Optimizer.step`."""
     adamw, (b1, b2), count = kind == "adamw", betas, relaxation.step + 1
     first = layer.state["first"].values
     second = layer.state["second"].values if adamw else first  # not read by the others

@@ -18,7 +18,7 @@ from tests.gguf_files import (
 )
 from tests.ways_in import CPU, dequantized, disk, resident, to_fp8, with_config
 
-QUANTISED = {
+QUANTIZED = {
     "gptq": {"quant_method": "gptq", "bits": 4, "group_size": 32},
     "awq": {"quant_method": "awq", "bits": 4, "group_size": 32, "version": "gemm"},
     "bitsandbytes": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"},
@@ -28,13 +28,13 @@ QUANTISED = {
 }
 
 
-@pytest.mark.parametrize("method", QUANTISED)
-def test_a_quantised_checkpoint_is_refused_by_the_name_of_its_method(
+@pytest.mark.parametrize("method", QUANTIZED)
+def test_a_quantized_checkpoint_is_refused_by_the_name_of_its_method(
     method, tiny_folder, tmp_path, cli, tiny_run
 ):
     folder = tmp_path / "m"
     shutil.copytree(tiny_folder, folder)
-    with_config(folder, quantization_config=QUANTISED[method])
+    with_config(folder, quantization_config=QUANTIZED[method])
     tiny_run[tiny_run.index("--model") + 1] = str(folder)
     outcome = cli(*tiny_run, "-m", "dense", code=4)
     assert f"is quantized with {method}: give the unquantized checkpoint" in outcome.output

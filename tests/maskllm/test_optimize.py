@@ -7,7 +7,7 @@ import torch
 from torch.optim.adamw import adamw
 
 from prunebench.pruners.maskllm.moments import PackedMoments, round_at_random
-from prunebench.pruners.maskllm.optimise import Optimizer
+from prunebench.pruners.maskllm.optimize import Optimizer
 from prunebench.pruners.maskllm.relaxation import (
     Relaxation,
 )
