@@ -108,7 +108,7 @@ def defaults() -> str:
         "recover": (RECOVERERS, BUILTIN_RECOVERERS),
     }
     table = {
-        kind: {name: _defaults_of(registry.load(name), rows[name].options) for name in rows}
+        kind: {name: _defaults_of(registry.load(name)) for name in rows}
         for kind, (registry, rows) in kinds.items()
     }
     # an option that is None there has the value of the preset
@@ -121,12 +121,11 @@ def defaults() -> str:
     return json.dumps(table, indent=1, sort_keys=True) + "\n"
 
 
-def _defaults_of(cls: Any, given: Mapping[str, Any]) -> dict[str, Any]:
-    values = {f.name: given.get(f.name, f.default) for f in dataclasses.fields(cls) if f.init}
+def _defaults_of(cls: Any) -> dict[str, Any]:
     return {
-        name: value
-        for name, value in values.items()
-        if name != "seed" and value is not dataclasses.MISSING
+        field.name: field.default
+        for field in dataclasses.fields(cls)
+        if field.init and field.name != "seed" and field.default is not dataclasses.MISSING
     }
 
 

@@ -124,7 +124,7 @@ def test_a_training_of_maskllm_reads_windows_that_begin_with_bos(cli, gemma_run,
     assert {r.spec.calibration_bos for r in results} == {"text", "window"}
     assert len({r.training.tokens_sha256 for r in results}) == 2
     (table,) = compare(results)
-    assert table.settings == ("calibration_bos",)  # not one row
+    assert table.settings == ("method_options", "calibration_bos")  # not one row
 
 
 def test_a_token_file_has_bos_in_each_window_or_is_refused(bos_tokenizer, tmp_path):

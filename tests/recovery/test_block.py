@@ -322,7 +322,7 @@ def test_a_loss_that_is_not_finite_leaves_the_start_and_is_recorded():
 def test_three_in_a_row_end_the_run():
     with pytest.raises(IncompatibleData, match="3 blocks in a row failed") as error:
         recover(tiny_model("llama"), failing(3))
-    assert "not finite" in error.value.where and "recover.lr" in error.value.fix
+    assert "not finite" in error.value.where and "a smaller rate" in error.value.fix
 
 
 def test_a_recoverer_that_fills_pruned_places_is_refused():

@@ -229,7 +229,7 @@ def test_a_batch_that_cannot_be_shared_out_is_refused_first(cli, tiny_run, monke
         monkeypatch.setenv(name, value)
     output = cli(*tiny_run, *distill(batch=3), code=2).output
     assert "3 windows a step cannot be shared out equally" in output
-    assert "--set recover.batch=2" in output
+    assert "--set recover.distill.batch=2" in output
 
 
 # ---------------------------------------------------------------- real processes
