@@ -84,7 +84,7 @@ def all_flags() -> set[str]:
 
 OF_OTHERS = {"--help", "--strict", "--nproc-per-node", "--index-url"}
 OF_OTHERS |= {"--dry", "--only", "--markdown"}  # of benchmarks.gpu_acceptance
-OF_OTHERS |= {"--write"}  # of benchmarks.scripts.rounding
+OF_OTHERS |= {"--methods", "--ppl-windows", "--write"}  # of benchmarks.scripts.rounding
 CURRENT = [page for page in PAGES if page.name != "CHANGELOG.md"]  # that one names what was, too
 
 
