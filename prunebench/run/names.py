@@ -251,14 +251,15 @@ def _resolve_recoverers(
     whole: ModelRecoverer | None = None
     for number, (part, options) in enumerate(parts):
         recoverer: Any = RECOVERERS.make(part, options)
-        if whole is not None or (blockwise is not None and not _is_whole(recoverer)):
+        trains_model = isinstance(recoverer, ModelRecoverer)
+        if whole is not None or (blockwise is not None and not trains_model):
             raise UsageError(
                 f"--recover {name} is not an order that can be run",
                 where="what trains block by block does so while the model is pruned, and one "
                 "training of the whole model follows",
                 fix="as in --recover block+distill",
             )
-        if _is_whole(recoverer):
+        if trains_model:
             whole = recoverer.for_run(spec.calibration)
             whole.check()
             parts[number] = (part, whole.options())
@@ -271,10 +272,6 @@ def _resolve_recoverers(
                 fix="see prunebench.plugin",
             )
     return blockwise, whole, join_options(parts)
-
-
-def _is_whole(recoverer: Any) -> bool:
-    return isinstance(recoverer, ModelRecoverer)
 
 
 def _require_trainable(spec: RunSpec, pruner: Pruner, whole: ModelRecoverer | None) -> None:
