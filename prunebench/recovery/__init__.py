@@ -59,16 +59,13 @@ def resolve_parts(
     names = name.split(THEN)
     if len(set(names)) < len(names):
         raise UsageError(f"--recover {name} names a recoverer twice")
-    if len(names) == 1:
-        given = {key.removeprefix(f"{name}."): value for key, value in given.items()}
-        return [(name, RECOVERERS.resolve_options(name, given, seed=seed))]
     # the options of each with their defaults, to see which has which
     usual = {part: RECOVERERS.resolve_options(part, {}, seed=seed) for part in names}
     shares: dict[str, dict[str, OptionValue]] = {part: {} for part in names}
     for key, value in given.items():
         owner, _, rest = key.rpartition(".")
         if owner in shares:
-            shares[owner][rest] = value
+            _give(shares[owner], rest, value)
             continue
         owners = [part for part in names if key in usual[part]]
         if len(owners) > 1:
@@ -78,8 +75,18 @@ def resolve_parts(
                 fix=" or ".join(f"--set recover.{part}.{key}={value}" for part in owners),
             )
         # an unknown option: the first says what it has
-        shares[owners[0] if owners else names[0]][key] = value
+        _give(shares[owners[0] if owners else names[0]], key, value)
     return [(part, RECOVERERS.resolve_options(part, shares[part], seed=seed)) for part in names]
+
+
+def _give(share: dict[str, OptionValue], key: str, value: OptionValue) -> None:
+    if key in share:
+        raise UsageError(
+            f"--set recover: the option {key!r} is given twice",
+            where="with the name of its recoverer before it, and without",
+            fix="leave one of them out",
+        )
+    share[key] = value
 
 
 def join_options(parts: list[tuple[str, dict[str, OptionValue]]]) -> dict[str, OptionValue]:

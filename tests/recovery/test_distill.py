@@ -336,6 +336,9 @@ def test_options_of_two_recoverers_are_told_apart():
     # the full name, which messages use, is right for a single one too
     alone = join_options(resolve_parts("block", {"block.lr": 0.1}, seed=3))
     assert alone["lr"] == 0.1 and "block.lr" not in alone
+    for name in ("block", "block+distill"):
+        with pytest.raises(UsageError, match="'refine' is given twice"):
+            resolve_parts(name, {"refine": 1, "block.refine": 2}, seed=0)
     with pytest.raises(UsageError, match="block and distill both have an option 'lr'"):
         resolve_parts("block+distill", {"lr": 1.0}, seed=0)
     with pytest.raises(UsageError, match="no option 'stepz'"):
