@@ -2,12 +2,13 @@
 
 A block is a model and the score that its rows are ranked by; scores of two protocols never share a
 block's ranking. In it, one row a method and sparsity: the setting with the most seeds (of several,
-the most usual one), and the best other one where that is better. What most rows share is said once,
-in the caption.
+that of the most methods), and the best other one where that is better. What most rows share is said
+once, in the caption.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -224,23 +225,24 @@ def _lines(
     """
     lines = []
     marks = _marks(cells, ranking)
+    words = {
+        id(cell): (
+            names.methods[cell.name], *setting_words(cell, usual, names), *stale_words(cell)
+        )
+        for cell in cells
+    }  # fmt: skip
+    # how many methods have a setting: compared is what they share, not what one of them has alone
+    settings = {id(c): (c.settings["recover"], words[id(c)][1:]) for c in cells}
+    shared = Counter(setting for _, setting in {(c.name, settings[id(c)]) for c in cells})
     for method in dict.fromkeys(cell.name for cell in cells):
         of_method = [cell for cell in cells if cell.name == method]
-        words = {
-            id(cell): (
-                names.methods[method],
-                *setting_words(cell, usual, names),
-                *stale_words(cell),
-            )
-            for cell in of_method
-        }
 
         def loss(cell: Cell) -> float:
             score = ranking.score_of(cell)
             return score.loss if score and score.loss == score.loss else float("inf")
 
-        def distance(cell: Cell, words: dict[int, Any] = words) -> tuple[Any, ...]:
-            return (-seeds_of(cell), len(words[id(cell)]), loss(cell))
+        def distance(cell: Cell) -> tuple[Any, ...]:
+            return (-seeds_of(cell), -shared[settings[id(cell)]], len(words[id(cell)]), loss(cell))
 
         main = min(of_method, key=distance)
         best = min(of_method, key=loss)

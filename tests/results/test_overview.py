@@ -227,6 +227,29 @@ def test_the_sentence_compares_main_settings_and_names_better_ones_by_their_meth
     assert "other settings" not in finding(block)
 
 
+def test_methods_are_compared_in_the_setting_that_most_of_them_have():
+    def row(method, value, **options):
+        return make_result(
+            method=method, value=value, recover="block", recover_options=options or {}
+        )
+
+    results = [
+        make_result(method=method, value=value)
+        for method, value in (("alps", 38.0), ("wanda", 44.0), ("sparsegpt", 42.0))
+    ]
+    # one of the three has the default too: it is no match for the others' better loss
+    results += [
+        row(method, value, loss="channels")
+        for method, value in (("alps", 30.0), ("wanda", 34.0), ("sparsegpt", 32.0))
+    ]
+    results.append(row("alps", 36.0, loss="cauchy"))
+    (block,) = blocks_of(results)
+    assert finding(block) == (
+        "At 0.5 alps + block is best with 1.50 times the perplexity of dense (sparsegpt + block "
+        "1.60 to wanda 2.20)."
+    )
+
+
 def test_a_recovery_that_learned_from_the_scored_kind_of_text_is_no_headline():
     rows = [make_result(method="wanda", value=40.0), make_result(method="alps", value=36.0)]
     for text in ("wiki-sample/rest", "c4-sample/rest,wiki-sample/rest"):
