@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
@@ -13,6 +14,7 @@ from prunebench.cli.console import print_hanging
 from prunebench.distributed import world_size
 from prunebench.errors import UsageError
 from prunebench.models.source import find_model, local_path
+from prunebench.results.shown_options import shown_options
 from prunebench.spec import NO_RECOVERY, RunSpec
 
 
@@ -47,8 +49,7 @@ def print_dry_run(spec: RunSpec, setup: Any, *, as_json: bool) -> None:
         )
         print_hanging("              from ", windows.origin)
     if plan.spec.recover != NO_RECOVERY:
-        options = ", ".join(f"{name}={value}" for name, value in plan.spec.recover_options.items())
-        print_hanging("  recovery    ", f"{plan.spec.recover}: {options}")
+        print_hanging("  recovery    ", f"{plan.spec.recover}: {_options_of_recovery(plan)}")
     for text in plan.texts:
         print_hanging("  perplexity  ", f"{text.protocol}, {text.targets:,} targets")
         print_hanging("              from ", text.origin)
@@ -57,7 +58,7 @@ def print_dry_run(spec: RunSpec, setup: Any, *, as_json: bool) -> None:
     estimate = None
     if plan.training is not None:
         _print_training(plan, *_forecast_training(plan))
-    else:
+    if plan.training is None or plan.recoverer is not None:
         estimate = _print_forecast(plan)
     trained = _forecast_recovery(plan) if plan.model_recoverer is not None else None
     if trained:
@@ -69,6 +70,16 @@ def print_dry_run(spec: RunSpec, setup: Any, *, as_json: bool) -> None:
         from prunebench.run.forecast import require_training_fits
 
         require_training_fits(plan, trained[0].memory)
+
+
+def _options_of_recovery(plan: Any) -> str:
+    """Return what is not the default, as a row shows it."""
+    spec = plan.spec
+    (shown,), _ = shown_options(
+        "recover", spec.recover, [spec.recover_options], [spec.calibration]
+    )  # fmt: skip
+    words = ", ".join(f"{name}={value}" for name, value in shown.items())
+    return words or "with its defaults"
 
 
 def _what_is_pruned(plan: Any) -> str:
@@ -83,12 +94,18 @@ def _what_is_pruned(plan: Any) -> str:
 
 
 def _print_forecast(plan: Any) -> Any:
-    """Print what the run will take, and return it; None where that cannot be counted."""
+    """Print what the run will take, and return it; None where that cannot be counted.
+
+    Of a method that learns, which has been printed, what its recovery by blocks will take.
+    """
     from prunebench.run.forecast import duration, forecast
     from prunebench.run.memory import gigabytes
 
-    place = "in memory" if plan.weights == "resident" else "on disk, a block at a time"
-    typer.echo(f"  weights     {place}")
+    if plan.training is not None:
+        typer.echo("  then        block by block, in a walk of its own")
+    else:
+        place = "in memory" if plan.weights == "resident" else "on disk, a block at a time"
+        typer.echo(f"  weights     {place}")
     try:
         result = forecast(plan)
     # experts choose by the data, and the meta device has none
@@ -103,9 +120,7 @@ def _print_forecast(plan: Any) -> Any:
     ):
         if parts:
             typer.echo(f"  {name:<11} {gigabytes(total)} at the peak, {gigabytes(free)} free")
-            used = {what: size for what, size in parts.items() if size}
-            for what, size in sorted(used.items(), key=lambda item: -item[1]):
-                typer.echo(f"              {gigabytes(size):>10}  {what}")
+            _print_sizes(parts)
     if need.disk:
         typer.echo(
             f"  disk        {gigabytes(need.disk)} in the cache, {gigabytes(result.disk_free)} free"
@@ -116,6 +131,14 @@ def _print_forecast(plan: Any) -> Any:
     else:
         typer.echo("  time        not estimated: this method cannot be probed")
     return result
+
+
+def _print_sizes(parts: Mapping[str, int]) -> None:
+    from prunebench.run.memory import gigabytes
+
+    for what, size in sorted(parts.items(), key=lambda item: -item[1]):
+        if size:
+            typer.echo(f"              {gigabytes(size):>10}  {what}")
 
 
 def _forecast_training(plan: Any) -> tuple[Any, Any, Any]:
@@ -154,6 +177,9 @@ def _forecast_recovery(plan: Any) -> tuple[Any, Any, Any]:
 
 def _print_training(plan: Any, result: Any, data: Any, text: Any) -> None:
     """Print what a training will need: its forecast, windows and text."""
+    from prunebench.run.forecast import duration, kept_bytes
+    from prunebench.run.memory import DENSE_COPY, gigabytes
+
     if result is None:
         return
     of_method = data is plan.training
@@ -164,22 +190,18 @@ def _print_training(plan: Any, result: Any, data: Any, text: Any) -> None:
         f"{len(data.held_out)} more are held out"
     )
     print_hanging("              from ", text.origin)
-    for name, size in result.memory.items():
-        typer.echo(f"  memory      {size / 1e9:8.2f} GB  {name}")
-    total = sum(result.memory.values())
-    typer.echo(f"              {total / 1e9:8.2f} GB  in all, in each process")
+    memory = dict(result.memory)
+    if of_method and plan.device.type == "cpu":  # beside a GPU it is host memory
+        memory[DENSE_COPY] = kept_bytes(plan)
+    each = " in each process" if world_size() > 1 else ""
+    typer.echo(f"  memory      {gigabytes(sum(memory.values()))} at the peak{each}")
+    _print_sizes(memory)
     if result.seconds is not None:
-        products = "products and mask passes" if of_method else "products and updates"
-        before = "the prior" if of_method else "pruning"
+        besides = "; loading, the prior and the scores come on top" if of_method else ""
         print_hanging(
             "  time        ",
-            f"about {_duration(result.seconds)} for the steps, by a probe of this machine's "
-            f"{products}; loading, {before} and the scores come on top",
+            f"steps {duration(result.seconds)}{besides} (estimated from a probe)",
         )
-
-
-def _duration(seconds: float) -> str:
-    return f"{seconds / 60:.1f} minutes" if seconds < 5400 else f"{seconds / 3600:.1f} hours"
 
 
 def print_resume_info(spec: RunSpec, setup: Any, *, as_json: bool) -> None:

@@ -51,7 +51,8 @@ class Forecast:
         device_free: Bytes that are free on the compute device.
         host_free: Bytes that are free in host memory.
         disk_free: Bytes that are free in the cache.
-        seconds: By stage; empty where the method cannot be probed.
+        seconds: By stage; empty where the method cannot be probed. Of a method that learns, only
+            the recovery that follows: its training has a forecast of its own.
     """
 
     need: MemoryNeed
@@ -90,6 +91,8 @@ def forecast(plan: Plan) -> Forecast:
     )  # fmt: skip
     machine = probe_machine(plan.linears, dtype, plan.device, weight_files(plan.model.path)[0])
     seconds = _seconds(plan, sizes, work, cost, machine, groups) if cost else {}
+    if plan.training is not None:
+        seconds = _recovery_seconds(plan, work, machine)
     host = torch.device("cpu")
     return Forecast(
         need, free_memory(plan.device), free_memory(host), free_disk(cache_dir()), seconds
@@ -115,7 +118,22 @@ def work_of(plan: Plan) -> Workload:
         reports=plan.spec.divergence,
         recovers=plan.recoverer is not None and bool(samples),
         copies=plan.recoverer.cost(samples=samples).copies if plan.recoverer and samples else 0.0,
+        kept=kept_bytes(plan),
     )
+
+
+def kept_bytes(plan: Plan) -> int:
+    """Return the bytes of dense weights that a run keeps for its recovery.
+
+    An end-to-end recovery has them as its teacher. A method that learns changes all blocks at its
+    end, and a recovery by blocks begins at the dense ones.
+    """
+    copies = (plan.model_recoverer is not None) + (
+        plan.recoverer is not None and plan.training is not None
+    )
+    weights = sum(linear.size for linear in plan.linears)
+    dtype: torch.dtype = getattr(torch, plan.spec.dtype)
+    return copies * weights * dtype.itemsize
 
 
 def _trained_windows(plan: Plan) -> int:
@@ -169,11 +187,18 @@ def _seconds(
     if not METHODS.find(plan.spec.method).is_baseline:
         stages["baseline"] = scoring
         stages["prune"] = 3 * reading + passes * tokens * products / machine.flops + solving
-    if plan.recoverer is not None and work.recovers:
-        # one pass for the dense stream; sequential also needs one for the next block's inputs
-        extra = plan.recoverer.cost(samples=work.samples).passes + (2 if work.sequential else 1)
-        stages["recover"] = extra * tokens * products / machine.flops
+    stages |= _recovery_seconds(plan, work, machine)
     return stages | {"measure": reading, "score": scoring}
+
+
+def _recovery_seconds(plan: Plan, work: Workload, machine: Machine) -> dict[str, float]:
+    """Return the seconds of a recovery by blocks; empty without one."""
+    if plan.recoverer is None or not work.recovers:
+        return {}
+    products = sum(linear.size for linear in plan.linears)
+    # one pass for the dense stream; sequential also needs one for the next block's inputs
+    passes = plan.recoverer.cost(samples=work.samples).passes + (2 if work.sequential else 1)
+    return {"recover": passes * work.samples * work.seqlen * products / machine.flops}
 
 
 def require_fits(plan: Plan, expected: Forecast) -> None:

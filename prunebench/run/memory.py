@@ -22,6 +22,7 @@ from prunebench.spec import Placement, Weights
 
 STATES = "hidden states"
 DENSE_STREAM = "dense stream of the recovery"
+DENSE_COPY = "dense weights for the recovery"
 _HEADROOM = 1.2  # memory of pruning and scoring, relative to a resident model
 
 
@@ -124,6 +125,7 @@ class Workload:
         reports: Whether the dense model's outputs are kept for comparison.
         recovers: Whether the blocks are trained after pruning, beside the dense stream.
         copies: float32 copies of a block that the training holds beside the gradient.
+        kept: Bytes of dense weights that wait in host memory for a recovery.
     """
 
     samples: int
@@ -137,6 +139,7 @@ class Workload:
     reports: bool = False
     recovers: bool = False
     copies: float = 0.0
+    kept: int = 0
 
 
 @dataclass(frozen=True)
@@ -216,6 +219,8 @@ def plan_memory(
         elif where is not None:
             where[name] = size
     (host if on_gpu else device)["Python and libraries"] = process
+    if work.kept:
+        (host if on_gpu else device)[DENSE_COPY] = work.kept
     streams = calibrating * (2 if work.recovers else 1)
     # every pruned block, and hidden states twice: new ones are written before the old are removed
     journal = sum(sizes.blocks) + 2 * streams if weights == "disk" else 0

@@ -138,9 +138,10 @@ def test_a_mask_is_specialised_on_a_text_and_its_scores_before_are_in_the_row(
 def test_a_dry_run_says_what_a_training_needs(cli, tiny_run):
     output = cli(*tiny_run, *small(), "--dry-run").output
     assert "training    96 tokens of file-" in output
-    for item in ("model", "logits", "moments", "gradients", "workspace", "activations", "in all"):
-        assert f"GB  {item}" in output
-    assert re.search(r"about [\d.]+ minutes for the steps", output)
+    for item in ("model", "logits", "moments", "gradients", "workspace", "activations"):
+        assert f"B  {item}" in output
+    assert "at the peak" in output
+    assert re.search(r"steps [\d.]+ (s|min|h); loading, the prior", output)
     assert "nothing was loaded" in output
 
 

@@ -135,8 +135,8 @@ def test_a_dry_run_plans_every_preset(cli, tiny_run, tmp_path):
         outputs[preset] = cli(*tiny_run, *words, "--dry-run").output
         assert "nothing was loaded" in outputs[preset]
         for item in ("dense model (teacher)", "masters", "moments", "gradients", "best so far"):
-            assert f"GB  {item}" in outputs[preset]
-        assert re.search(r"about [\d.]+ (minutes|hours) for the steps", outputs[preset])
+            assert f"B  {item}" in outputs[preset]
+        assert re.search(r"steps [\d.]+ (s|min|h) \(estimated", outputs[preset])
     assert f"{24 * 4 * 24:,} tokens" in outputs["laptop"]
     assert f"{256 * 16 * 24:,} tokens" in outputs["hour"]
     assert f"{2000 * 64 * 24:,} tokens" in outputs["long"]

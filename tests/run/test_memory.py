@@ -1,6 +1,7 @@
 """What a run will take: counted from shapes, and refused early with the option that would help."""
 
 import dataclasses
+import re
 
 import pytest
 import torch
@@ -21,6 +22,15 @@ COUNTED = BlockFootprint(running=50, collecting=70, statistics=20, head=30)
 WORK = Workload(
     samples=8, seqlen=4, batch=2, windows=0, window=2, scored=1, sequential=False, hessian=False
 )
+
+DISTILL = [
+    "--recover", "distill", "--set", "recover.steps=2", "--set", "recover.distill.batch=2",
+    "--set", "recover.seqlen=24", "--set", "recover.distill.held_out=2",
+]  # fmt: skip
+LEARN = ["-m", "maskllm", *(
+    word for option in ("steps=2", "batch=2", "train_seqlen=24", "held_out=2")
+    for word in ("--set", option)
+)]  # fmt: skip
 
 
 def planned(**changes):
@@ -111,6 +121,36 @@ def test_a_dry_run_says_what_it_takes_and_refuses_what_does_not_fit(cli, tiny_ru
     monkeypatch.setattr(module, "forecast", full)
     said = cli(*command, "--weights", "disk", code=SaveError.exit_code).output
     assert "PRUNEBENCH_CACHE" in said
+
+
+@pytest.mark.parametrize(
+    ("words", "copies"),
+    [
+        (["-m", "wanda", "--recover", "block"], 0),
+        (["-m", "wanda", *DISTILL], 1),
+        (LEARN, 0),
+        ([*LEARN, "--recover", "block"], 1),
+        ([*LEARN, *DISTILL, "--recover", "block+distill"], 2),
+    ],
+)
+def test_dense_weights_that_wait_for_a_recovery_are_counted(cli, tiny_run, words, copies):
+    counted = []
+
+    def planned(*args, **how):
+        counted.append(args[3].kept)
+        return plan_memory(*args, **how)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "plan_memory", planned)
+        said = cli(
+            *tiny_run, "--calibration-samples", "8", "--sparsity", "2:4", *words, "--dry-run"
+        ).output
+    weights = int(re.search(r"with ([\d,]+) weights", said)[1].replace(",", ""))
+    # a method that learns has no walk to forecast unless a recovery follows it
+    assert counted == ([] if words == LEARN else [copies * weights * 4])
+    assert ("dense weights for the recovery" in said) == bool(copies)
+    second_walk = words != LEARN and "maskllm" in words
+    assert ("block by block, in a walk of its own" in said) == second_walk
 
 
 @pytest.mark.parametrize(
