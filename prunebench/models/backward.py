@@ -47,6 +47,12 @@ TokenLoss = Callable[[Tensor, Tensor, Tensor | None], tuple[float, Tensor]]
 It takes logits [rows, vocabulary], targets [rows], and the logits of a teacher or None.
 """
 
+_TOKEN_EXPONENT = -7
+"""The weight of a token's loss in the backward pass is about 2 to the power of this.
+
+Its share in a step of a million tokens would be lost in float16, which ends at 6e-8.
+"""
+
 _ROUNDING = 1 / 32
 """Largest relative difference between two matrix products of the same bfloat16 operands."""
 
@@ -183,15 +189,17 @@ class Backward:
         batches = self._batches(windows, batch)
         outputs = self._forward(batches, keep=True)
         share = scale / (windows[:, 1:].numel() or 1)  # every token but the first is predicted
+        # a power of two, so that it rounds nothing when it is taken back in float32
+        larger = 2.0 ** (_TOKEN_EXPONENT - math.frexp(share)[1])
         losses, gradients = [], []
         for i, current in enumerate(batches):
-            loss, gradient = self._head(current, share, teacher[i] if teacher else None)
+            loss, gradient = self._head(current, share * larger, teacher[i] if teacher else None)
             losses.append(loss)
             gradients.append(gradient)  # [batch, seqlen, hidden]
         for index in reversed(range(len(self.blocks))):
             of_block = outputs.pop()
             with self._weights.open_block(index) as block:
-                self.sums.fetch(self._by_block[index])
+                self.sums.fetch(self._by_block[index], scale=1 / larger)
                 for i, current in enumerate(batches):
                     gradients[i] = self._block(block, index, current, of_block, gradients[i])
                 self.sums.release()

@@ -40,7 +40,7 @@ from prunebench.models.stored_outputs import product_operands
 Norm = Literal["l1", "l2"]
 
 _SLICE = {"cpu": 1 << 19, "cuda": 1 << 24}  # elements of a gradient computed at a time
-_VERSION = 2  # of the cached file; part of its name
+_VERSION = 3  # of the cached file; part of its name
 _PAGE = mmap.PAGESIZE
 _POPULATE_WRITE = 23  # Linux's MADV_POPULATE_WRITE, which Python's mmap does not name
 _CHECK_TOKENS = 128
@@ -127,6 +127,7 @@ class _Accumulators:
         self._linears = linears
         self._on_cpu = device.type == "cpu"
         self._buffer = torch.empty(0, device=device)
+        self._scale = 1.0
         header: dict[str, Any] = {}
         end = 0
         for linear in linears:
@@ -193,12 +194,14 @@ class _Accumulators:
 
     def _add(self, total: Tensor, gradient: Tensor) -> None:
         if self.norm == "l1":
-            total += gradient.abs_()  # in place: callers do not use the gradient again
+            # in place: callers do not use the gradient again
+            total.add_(gradient.abs_(), alpha=self._scale)
         else:
-            total.addcmul_(gradient, gradient)
+            total.addcmul_(gradient, gradient, value=self._scale**2)
 
-    def fetch(self, linears: Sequence[Linear]) -> None:
+    def fetch(self, linears: Sequence[Linear], *, scale: float) -> None:
         """Map the pages of a block's linears in one call: a page fault for each costs more."""
+        self._scale = scale
         if self._on_cpu and linears:
             # madvise needs an address on a page boundary.
             begin = self._offsets[linears[0].name] // _PAGE * _PAGE

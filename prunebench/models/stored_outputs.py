@@ -24,8 +24,13 @@ Outputs = dict[Linear, list[Tensor]]
 class GradientSink(Protocol):
     """Accumulates the gradients."""
 
-    def fetch(self, linears: Sequence[Linear]) -> None:
-        """Prepare for the gradients of a block's linears; called before its backward pass."""
+    def fetch(self, linears: Sequence[Linear], *, scale: float) -> None:
+        """Prepare for the gradients of a block's linears; called before its backward pass.
+
+        Args:
+            linears: Those of the block.
+            scale: What the gradients are still to be multiplied by.
+        """
 
     def add_product(self, linear: Linear, outer: Tensor, inputs: Tensor) -> None:
         """Add the gradient outer^T inputs, (out, in).

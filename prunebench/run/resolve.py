@@ -26,7 +26,7 @@ from prunebench.checkpoints.packed24 import unpacked
 from prunebench.checkpoints.save import check_target
 from prunebench.errors import UsageError
 from prunebench.evaluate.perplexity import count_windows, protocol_of
-from prunebench.files import cache_dir, require_writable, sha256_file
+from prunebench.files import cache_dir, require_writable
 from prunebench.models.device import choose_devices
 from prunebench.models.load import load_tokenizer
 from prunebench.models.masks import masks_origin
@@ -224,8 +224,8 @@ def _identify_training(learner: Pruner | ModelRecoverer | None) -> TextIdentity 
     if need is None:
         return None
     if need.text.startswith("tokens:"):
-        # a training file may be large: hashed in pieces, not loaded
-        digest = sha256_file(path_in(need.text))
+        # of the tokens, as where they are calibrated on or scored: one file is seen to be the same
+        digest = load_windows(path_in(need.text)).sha256
         # 12 digits are enough to tell files apart in a table; the origin has all
         return TextIdentity(f"tokens-{digest[:12]}", "all", f"sha256:{digest}")
     return identify_texts(need.text)

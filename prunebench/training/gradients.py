@@ -26,9 +26,11 @@ class GradientSums:
         self._shards = shards
         self._dtype = dtype
         self._whole: dict[Linear, Tensor] = {}
+        self._scale = 1.0
 
-    def fetch(self, linears: Sequence[Linear]) -> None:
-        """Allocate the gradients of a block."""
+    def fetch(self, linears: Sequence[Linear], *, scale: float) -> None:
+        """Allocate the gradients of a block, which are multiplied by `scale` in the end."""
+        self._scale = scale
         for linear in linears:
             self._whole[linear] = torch.zeros(
                 linear.out_features, linear.in_features, device=linear.stored.device
@@ -55,6 +57,7 @@ class GradientSums:
         second micro-batch adds to the sums of the first, in `self._dtype`.
         """
         for linear, whole in self._whole.items():
+            whole.mul_(self._scale)
             # This process's share, before it is rounded. The loop adds up the totals of all
             # processes, so that a NaN or an overflow stops every one of them.
             total = whole.sum()

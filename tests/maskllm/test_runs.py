@@ -61,6 +61,16 @@ def test_the_text_that_is_evaluated_is_not_learned_from(cli, tiny_run, eval_file
     assert "learned from and evaluated on" in output
 
 
+def test_a_token_file_that_is_evaluated_is_not_learned_from(cli, tiny_run, tmp_path):
+    tokens = tmp_path / "tokens.safetensors"
+    cli(*tiny_run, "-m", "wanda", "--save-calibration", str(tokens))
+    scored = ["--ppl", f"tokens:{tokens}"]
+    output = cli(*tiny_run, *small(train_data=f"tokens:{tokens}"), *scored, code=2).output
+    assert "learned from and evaluated on" in output
+    distill = ["-m", "magnitude", "--recover", "distill", "--set", f"recover.data=tokens:{tokens}"]
+    assert "learned from and evaluated on" in cli(*tiny_run, *distill, *scored, code=2).output
+
+
 @pytest.fixture
 def as_one_of_two(monkeypatch):
     for name, value in (("RANK", "0"), ("WORLD_SIZE", "2"), ("LOCAL_RANK", "0")):

@@ -17,6 +17,7 @@ from prunebench.models.replay import plain_inference
 from prunebench.models.walker import BlockWalker
 from prunebench.pruners import METHODS
 from prunebench.pruners.maskllm import relaxation
+from prunebench.pruners.maskllm.gradients import FactoredSums
 from prunebench.pruners.maskllm.noise import gumbel
 from prunebench.pruners.maskllm.optimize import Optimizer
 from prunebench.testing import tiny_model, tiny_tokens
@@ -32,17 +33,18 @@ class Collected:
     def __init__(self):
         self.gradients, self.blocks = {}, 0
 
-    def fetch(self, linears):
+    def fetch(self, linears, *, scale):
+        self.scale = scale
         for linear in linears:
             self.gradients.setdefault(
                 linear.name, torch.zeros(linear.out_features, linear.in_features)
             )
 
     def add_product(self, linear, outer, inputs):
-        self.gradients[linear.name] += outer.T @ inputs
+        self.gradients[linear.name] += self.scale * (outer.T @ inputs)
 
     def add_gradient(self, linear, gradient):
-        self.gradients[linear.name] += gradient.T if linear.transposed else gradient
+        self.gradients[linear.name] += self.scale * (gradient.T if linear.transposed else gradient)
 
     def release(self):
         self.blocks += 1
@@ -85,6 +87,36 @@ def test_windows_in_batches_have_the_gradients_of_autograd(architecture):
         assert sums.gradients.keys() == expected.keys()
         for name, gradient in expected.items():
             assert torch.allclose(sums.gradients[name], gradient, atol=1e-6, rtol=1e-3), name
+
+
+@pytest.mark.parametrize("architecture", ["llama", "mixtral"])
+def test_a_large_step_loses_no_gradient_in_float16(architecture):
+    """A token of the paper's steps weighs 2^-20, and float16 ends at 2^-24."""
+    windows = tiny_tokens(samples=2, seqlen=24)
+
+    def gradients(dtype, scale):
+        model = tiny_model(architecture).to(dtype)
+        sums = FactoredSums(Shards(), torch.float32)
+        with plain_inference(model):
+            backward = Backward(model, find_linears(model), sums)
+            backward.prepare(windows[:1])
+            backward.add(windows, batch=2, scale=scale)
+        owned = sums.owned.items()
+        return (
+            torch.cat([found.gradient.flatten() for _, found in owned]),
+            torch.cat([found.rows for linear, found in owned if linear.expert is None]),
+        )
+
+    whole, rows = gradients(torch.float32, 1.0)
+    share = windows[:, 1:].numel() / (256 * 4096)
+    gradient, squares = gradients(torch.float16, share)
+    gradient, squares = gradient.double() / share, squares.double() / share**2
+    assert torch.allclose(gradient, whole.double(), rtol=0.02, atol=0.02 * whole.abs().max())
+    assert float(torch.cosine_similarity(gradient, whole.double(), dim=0)) > 0.999
+    assert torch.allclose(squares, rows.double(), rtol=0.05)
+    # a power of two: where nothing is lost, nothing is rounded either
+    half, _ = gradients(torch.float32, 0.5)
+    assert torch.equal(2 * half, whole)
 
 
 @dataclass(frozen=True)

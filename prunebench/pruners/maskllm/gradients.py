@@ -25,9 +25,9 @@ class FactoredSums(GradientSums):
         self.owned: dict[Linear, WeightGradient] = {}
         self._factors: dict[Linear, tuple[Tensor, Tensor]] = {}  # of the block: [out], [in]
 
-    def fetch(self, linears: Sequence[Linear]) -> None:
-        """Allocate the gradients of a block."""
-        super().fetch(linears)
+    def fetch(self, linears: Sequence[Linear], *, scale: float) -> None:
+        """Allocate the gradients of a block, which are multiplied by `scale` in the end."""
+        super().fetch(linears, scale=scale)
         for linear in linears:
             device = linear.stored.device
             self._factors[linear] = (
@@ -46,6 +46,7 @@ class FactoredSums(GradientSums):
 
     def _keep(self, linear: Linear, gradient: Tensor) -> None:
         rows, columns = self._factors.pop(linear)
+        rows.mul_(self._scale**2)
         total = rows.sum() + columns.sum()
         self.total = self.total.to(total.device) + total
         rows = self._shards.sum_rows(rows[:, None])[:, 0]  # [rows]
