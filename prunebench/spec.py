@@ -165,6 +165,7 @@ class RunSpec(BaseModel):
         Option(
             "Also compare the next-token distributions on the texts with the dense model's: KL "
             "divergence and share of changed first choices.", role="evaluation", since=2,
+            requires="ppl",
         ),
     ] = False  # fmt: skip
     tasks: Annotated[
@@ -347,7 +348,7 @@ class Setup:
         Path | None,
         Option(
             "Write the calibration tokens (.safetensors), for tokens:PATH.", role="output",
-            env=False, recipe=False, metavar="FILE",
+            env=False, recipe=False, metavar="FILE", requires="calibration",
         ),
     ] = None  # fmt: skip
     save_allocation: Annotated[

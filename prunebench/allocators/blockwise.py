@@ -125,6 +125,7 @@ class Dlp(_Blockwise):
         return float(flat.median() if self.statistic == "median" else flat.mean())
 
     def spread(self, figures: Mapping[int, float]) -> dict[int, float]:
-        """Return the spread of the importance 1 - figure / sum."""
-        total = sum(figures.values())
+        """Return the spread of the importance 1 - figure / sum; none where all figures are 0."""
+        # the median of a checkpoint that is half zeros already
+        total = sum(figures.values()) or 1.0
         return super().spread({b: 1 - f / total for b, f in figures.items()})

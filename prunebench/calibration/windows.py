@@ -192,6 +192,12 @@ def load_windows(path: Path, *, vocabulary: int | None = None) -> Windows:
             where=f"it holds {contents}",
             fix=_TOKENS_FIX,
         )
+    if token_ids.shape[1] < 2:
+        raise IncompatibleData(
+            f"{path} has windows of {token_ids.shape[1]} token",
+            where="the first token of a window is never predicted",
+            fix="make windows of 2 tokens or more",
+        )
     if vocabulary is not None:
         require_known(token_ids, vocabulary=vocabulary, source=str(path))
     return Windows(token_ids, packed=False)

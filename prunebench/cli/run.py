@@ -136,5 +136,11 @@ def _saved_result(resolved: Any) -> Result | None:
             where="a saved result has no weights to save again",
             fix="leave --once out",
         )
+    if setup.log_samples:
+        raise UsageError(
+            "--once does not go with --log-samples",
+            where="a saved result has the answers that its run was asked to keep, or none",
+            fix="leave one of them out",
+        )
     result: Result | None = resolved.store.newest(resolved.spec, layers=True)
     return result

@@ -18,7 +18,7 @@ from typing import Any, Protocol, runtime_checkable
 from torch import nn
 
 from prunebench.files import cache_dir, write_text
-from prunebench.models.hashing import config_text
+from prunebench.models.hashing import settings_text
 
 _CACHE_VERSION = 2  # in the file's name: outcomes of another layout are not found
 
@@ -129,8 +129,7 @@ def remember_outcomes(
 
 
 def _cache_path(model: nn.Module, sha256: str, evaluator: Evaluator) -> Path:
-    # the config too: with another one the same weights compute another function
-    key = hashlib.sha256(f"{config_text(model)}\0{evaluator.key}".encode()).hexdigest()
+    key = hashlib.sha256(f"{settings_text(model)}\0{evaluator.key}".encode()).hexdigest()
     # 96 bits of each hash: short names that still do not collide
     name = f"{sha256[:24]}-{key[:24]}-v{_CACHE_VERSION}.json"
     return cache_dir() / "baselines" / name

@@ -71,8 +71,8 @@ class PerplexityTask:
 
     @property
     def key(self) -> str:
-        """Cache key: changes with the tokens and with how they are scored."""
-        return f"{METRIC} {VERSION} {self.tokens_sha256}"
+        """Cache key: the tokens, how they are scored, and what the outcome says of them."""
+        return f"{METRIC} {VERSION} {self.tokens_sha256} {self.protocol} {self.origin}"
 
     @property
     def targets(self) -> int:

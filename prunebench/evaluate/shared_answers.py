@@ -47,6 +47,7 @@ class SharedAnswers:
         self._rows = rows
         self._auto_batch = AutoBatch("tasks")
         self.exact: bool | None = None
+        self._checked_length = 0
 
     @torch.no_grad()
     def answer(
@@ -77,10 +78,12 @@ class SharedAnswers:
         # the longest sequence first: what fails or is not exact there fails before the work
         batches.sort(key=lambda batch: -max(len(_inputs(requests[i])) for i in batch))
         answers: dict[int, Answer] = {}
-        if batches and self.exact is None:
+        # a sliding window shows beyond its width alone: longer ones than before are checked again
+        length = max((len(_inputs(requests[i])) for i in batches[0]), default=0) if batches else 0
+        if length > self._checked_length:
             first, *batches = batches
             checked = self._check([requests[i] for i in first])
-            self.exact = checked is not None
+            self.exact, self._checked_length = checked is not None, length
             answers.update(zip(first, checked or [], strict=False))
             advance(len(answers))
         for batch in batches if self.exact else []:

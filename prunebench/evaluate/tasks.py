@@ -221,7 +221,12 @@ class LmEvalTask:
             [name, self._protocol_of(name, task), self._source(task).content, task.dump_config()]
             for name, task in self.built["tasks"].items()
         ]
-        key = [self.name, lm_eval.__version__, self.tokenizer_sha256, facts]
+        # the same questions under another group have another mean
+        groups = [
+            [group.name, self._leaves(group), group.aggregate_metric_list]
+            for group in self.built.get("groups", {}).values()
+        ]
+        key = [self.name, lm_eval.__version__, self.tokenizer_sha256, facts, groups]
         return json.dumps(key, default=_text_of, sort_keys=True)
 
     def require_examples(self) -> None:

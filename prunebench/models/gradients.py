@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from prunebench.errors import IncompatibleData
 from prunebench.files import atomic_file, cache_dir, require_writable
 from prunebench.models.backward import Backward
-from prunebench.models.hashing import config_text, hash_weights
+from prunebench.models.hashing import hash_weights, settings_text
 from prunebench.models.linears import Linear, find_linears
 from prunebench.models.replay import plain_inference
 from prunebench.models.stored_outputs import product_operands
@@ -113,7 +113,7 @@ def gradient_norms(
 def _cache_path(model: nn.Module, token_ids: Tensor, norm: Norm) -> Path:
     digest = hashlib.sha256(f"{_VERSION} {norm} {hash_weights(model)} {token_ids.shape}".encode())
     digest.update(token_ids.contiguous().numpy().tobytes())
-    digest.update(config_text(model).encode())
+    digest.update(settings_text(model).encode())
     return cache_dir() / "gradients" / f"{digest.hexdigest()[:32]}.safetensors"
 
 

@@ -9,10 +9,11 @@ import hashlib
 import itertools
 import json
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from prunebench.models.linears import find_blocks
 from prunebench.models.weights import weights_of
@@ -58,15 +59,29 @@ def hash_weights(
     return digest.hexdigest()
 
 
-def config_text(model: nn.Module) -> str:
-    """Return the model's config as JSON; `{}` without one.
+def settings_text(model: nn.Module) -> str:
+    """Return what decides, beside the weights, what a model computes: config and stored buffers.
 
-    With another config (RoPE, activation) the same weights compute another function.
+    With another config (RoPE, activation) or another buffer (the bias of a router) the same weights
+    compute another function. The config is JSON, `{}` without one.
     """
     config: Any = getattr(model, "config", None)
     # The path of the folder does not change the function.
     settings = {**config.to_dict(), "_name_or_path": None} if config is not None else {}
-    return json.dumps(settings, sort_keys=True, default=str)
+    return json.dumps(settings, sort_keys=True, default=str) + _hash_buffers(model)
+
+
+def _hash_buffers(model: nn.Module) -> str:
+    """Return the SHA-256 of the buffers that a checkpoint stores; "" without one."""
+    names = sorted(model.state_dict().keys() & dict(model.named_buffers()).keys())
+    digest = hashlib.sha256()
+    prefix, _ = find_blocks(model)
+    for index, members in itertools.groupby(names, block_index_of(prefix)):
+        # a block on disk has its buffers only while it is open
+        with nullcontext() if index is None else weights_of(model).open_block(index):
+            for name in members:
+                _hash_tensor(name, model.get_buffer(name), digest)
+    return digest.hexdigest() if names else ""
 
 
 def hash_tokenizer(tokenizer: Any) -> str:
@@ -93,8 +108,12 @@ def block_index_of(prefix: str) -> Callable[[str], int | None]:
 
 def _hash_parameters(model: nn.Module, names: list[str], digest: Any) -> None:
     for name in names:
-        tensor = model.get_parameter(name).detach().contiguous().cpu()
-        # Dtype and shape fix how many bytes follow: two models never give the same stream.
-        digest.update(f"{name}\0{tensor.dtype}\0{tuple(tensor.shape)}\0".encode())
-        # [bytes]; flat first, because a 0-dim tensor cannot be viewed as another dtype.
-        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)  # numpy has no bfloat16
+        _hash_tensor(name, model.get_parameter(name), digest)
+
+
+def _hash_tensor(name: str, tensor: Tensor, digest: Any) -> None:
+    tensor = tensor.detach().contiguous().cpu()
+    # Dtype and shape fix how many bytes follow: two models never give the same stream.
+    digest.update(f"{name}\0{tensor.dtype}\0{tuple(tensor.shape)}\0".encode())
+    # [bytes]; flat first, because a 0-dim tensor cannot be viewed as another dtype.
+    digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)  # numpy has no bfloat16

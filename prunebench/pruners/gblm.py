@@ -27,7 +27,7 @@ from prunebench.models.gradients import Norm
 from prunebench.models.walker import LinearGroup
 from prunebench.pruners.keep import keep_rows
 from prunebench.pruners.layer import GroupPruner
-from prunebench.pruners.protocol import Needs, Pruned
+from prunebench.pruners.protocol import LayerEvent, Needs, Pruned
 from prunebench.sparsity import Sparsity
 
 
@@ -54,7 +54,10 @@ class Gradient(GroupPruner):
             gradient = group.gradients.read(linear.name).to(weight.device)
             scale = self.scale(gradient, group.stats, group.gradients.samples)
             keep = keep_rows(weight.abs() * scale, sparsity[linear.name])
-            yield Pruned(torch.where(keep, weight, 0))
+            # with statistics, the tokens are counted for the whole group
+            unreached = group.stats is None and not gradient.any()
+            events = (LayerEvent(linear.name, "no calibration token"),) if unreached else ()
+            yield Pruned(torch.where(keep, weight, 0), events=events)
 
     def scale(
         self, gradient: Float[Tensor, "out in"], stats: InputStats | None, samples: int

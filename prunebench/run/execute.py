@@ -145,11 +145,11 @@ def _execute(plan: Plan) -> Result:
         # from here on an error (a full disk for --save-model) is an error of saving, and the row
         # stays valid
         row_is_filed()
-        for training in plan.trainings:
-            training.forget()
         if plan.setup.log_samples:
             write_samples(plan.store.path_of(result), samples_of(outcomes, dense))
         _save_outputs(plan, model, linears, result, allocation)
+        for training in plan.trainings:
+            training.forget()  # not before its weights are saved: a full disk must not cost them
     return result
 
 

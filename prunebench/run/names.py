@@ -33,6 +33,12 @@ from prunebench.spec import AUTO, NO_RECOVERY, RunSpec, Setup
 
 Fields = dict[str, Any]
 """Fields of a spec that a step fills in."""
+_REQUIRED = {
+    "tasks": "as in --tasks piqa,arc_easy",
+    "ppl": "name a text, as in --ppl wiki",
+    "calibration": "leave it out: this method reads no text",
+}
+"""What to do about an option that needs another one."""
 
 
 @dataclass(frozen=True)
@@ -86,6 +92,7 @@ def check_names(spec: RunSpec, setup: Setup, source: ModelSource | None = None) 
         )
     # with the fields filled in: a method without data has no calibration to check
     _check_texts(spec.model_copy(update=fields))
+    _check_requirements(spec.model_copy(update=fields), setup)
     learned_from = [pruner.needs.training]
     if model_recoverer is not None:
         learned_from.append(model_recoverer.needs.training)
@@ -301,18 +308,19 @@ def _check_texts(spec: RunSpec) -> None:
         raise UsageError(f"--ppl names a text twice: {', '.join(spec.ppl)}")
 
 
+def _check_requirements(spec: RunSpec, setup: Setup) -> None:
+    """Refuse an option that would change nothing without another."""
+    # dict(model) and not model_dump: defaults are compared as they are
+    values = {**dict(spec), **vars(setup)}
+    for name, option in options_of(RunSpec, Setup).items():
+        needed = option.about.requires
+        if needed and not values[needed] and values[name] != option.value:
+            raise UsageError(f"{option.flag} goes with --{needed}", fix=_REQUIRED[needed])
+
+
 def _check_tasks(spec: RunSpec, setup: Setup) -> Fields:
     """Expand the papers' lists of tasks, and refuse names that lm-eval does not know."""
     if not spec.tasks:
-        # dict(model) and not model_dump: defaults are compared as they are
-        values = {**dict(spec), **vars(setup)}
-        given = [
-            option.flag
-            for name, option in options_of(RunSpec, Setup).items()
-            if option.about.requires == "tasks" and values[name] != option.value
-        ]
-        if given:
-            raise UsageError(f"{given[0]} goes with --tasks", fix="as in --tasks piqa,arc_easy")
         return {}
     # imports lm-eval: only for runs with tasks
     from prunebench.evaluate.tasks import check_task_names, expand_presets

@@ -69,6 +69,8 @@ def _why_resident(resolved: ResolvedSpec, tasks: list[Evaluator]) -> str:
         reason = f"{spec.method} reads gradients, which need the whole model"
     elif any(need.whole_model for need in needs):
         reason = f"{spec.allocation} runs the whole model for every group of layers"
+    if spec.execute != "dense":
+        reason = f"--execute {spec.execute} packs the weights where they are in memory"
     for task in tasks:
         # each new token would read all blocks from disk again
         if getattr(task, "generates", False):

@@ -138,6 +138,8 @@ def inputs_for(resolved: ResolvedSpec, model: torch.nn.Module, config: Any, toke
         if resolved.recoverer is not None:
             resolved.recoverer.check(samples=len(windows.token_ids))
     texts = _prepare_texts(resolved, tokenizer, vocabulary)
+    for text in texts:
+        require_context(config, text.windows.shape[1], option="ppl-seqlen")
     tasks = _prepare_tasks(resolved, tokenizer, vocabulary)
     masks = _open_masks(resolved, linears)
     need, recovery_need = resolved.pruner.needs.training, resolved.recovery_needs
@@ -189,8 +191,6 @@ def _require_contexts(named: RunSpec, config: Any) -> None:
     # a file of tokens brings its own window length, and ignores --seqlen
     if named.seqlen is not None and not (named.calibration or "").startswith("tokens:"):
         require_context(config, named.seqlen, option="seqlen")
-    if not all(name.startswith("tokens:") for name in named.ppl):
-        require_context(config, named.ppl_seqlen, option="ppl-seqlen")
 
 
 def _check_bos(resolved: ResolvedSpec, config: Any, tokenizer: Any) -> None:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -180,7 +181,7 @@ def identify_contents(
     resolved = named.spec.model_copy(update=fields)
     # now with the dtype that `auto` became
     check_packed(resolved, named.sparsity, backend=setup.backend, device=devices[0])
-    _require_unseen(resolved, training_text, recovery_text)
+    _require_unseen(resolved, named.spec.ppl, training_text, recovery_text)
     return ResolvedSpec(
         spec=resolved,
         named=named.spec,
@@ -299,11 +300,18 @@ def path_in(name: str) -> Path:
 
 
 def _require_unseen(
-    spec: RunSpec, training_text: TextIdentity | None, recovery_text: TextIdentity | None
+    spec: RunSpec,
+    names: Sequence[str],
+    training_text: TextIdentity | None,
+    recovery_text: TextIdentity | None,
 ) -> None:
-    """Refuse to score a text that was calibrated on or learned from."""
+    """Refuse to score a text that was calibrated on or learned from; `names`: of scored texts."""
     # by content, so a copy of the text under another name is found as well
     scored = {origin for origin in spec.ppl_origins if origin.startswith("sha256:")}
+    for name in names:
+        # `wikitext2:PATH` is scored as the papers join it, and read as it is elsewhere
+        if ":" in name and not name.startswith("tokens:"):
+            scored.add(identify_text(f"file:{path_in(name)}", use="evaluation").origin)
     if spec.calibration_origin in scored:
         raise UsageError(
             f"{spec.calibration} is calibrated on and evaluated on",

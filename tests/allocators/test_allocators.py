@@ -132,6 +132,18 @@ def test_dlp_is_the_formula_of_the_paper(statistic):
         assert allocation.ratios[linear.name] == pytest.approx(expected, abs=1e-5)
 
 
+def test_dlp_of_a_model_that_is_half_zeros_is_uniform():
+    """Its medians are all 0: nothing tells the blocks apart."""
+    walker = walker_of()
+    for linear in walker.linears:
+        weight = linear.read()
+        weight[:, ::2] = 0
+        weight[:, 1] = 0
+        linear.write(weight)
+    allocation = make("dlp").allocate(walker, 0.7)
+    assert {round(ratio, 6) for ratio in allocation.ratios.values()} == {0.7}
+
+
 def test_hessian_keeps_range_and_order_and_follows_its_options():
     walker = walker_of()
     allocator = make("hessian", decades=0.1)

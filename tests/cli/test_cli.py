@@ -193,6 +193,40 @@ def test_token_files_for_perplexity(cli, tiny_run, tmp_path):
     ) == 1
 
 
+@pytest.mark.parametrize("option", ["--ppl", "--calibration"])
+@pytest.mark.parametrize(("length", "code", "words"), [
+    (1, 4, "windows of 1 token"), (129, 2, "beyond the model's context of 128 tokens"),
+])  # fmt: skip
+def test_token_files_of_other_lengths_than_a_model_reads_are_refused(
+    cli, tiny_run, tmp_path, option, length, code, words
+):
+    from prunebench.calibration.windows import Windows, save_windows
+    from prunebench.testing import tiny_tokens
+
+    tokens = tiny_tokens(samples=4, seqlen=length)
+    save_windows(tmp_path / "work" / "t.safetensors", Windows(tokens, packed=False))
+    output = cli(*tiny_run, "-m", "wanda", option, "tokens:t.safetensors", code=code).output
+    assert words in output and "\nload" not in output
+
+
+@pytest.mark.parametrize(("words", "said"), [
+    (["-m", "magnitude", "--save-calibration", "c"], "--save-calibration goes with --calibration"),
+    (["-m", "wanda", "--once", "--log-samples"], "--once does not go with --log-samples"),
+    (["-m", "wanda", "--sparsity", "2:4", "--dtype", "bfloat16", "--execute", "sparse24",
+      "--weights", "disk"], "--weights disk does not go with wanda here"),
+])  # fmt: skip
+def test_what_would_be_ignored_is_refused_before_the_work(cli, tiny_run, words, said):
+    output = cli(*tiny_run, *words, code=2).output
+    assert said in output and "\nload" not in output
+
+
+def test_a_divergence_needs_a_text(cli, tiny_run):
+    place = tiny_run.index("--ppl")
+    words = [*tiny_run[:place], "--ppl", "", *tiny_run[place + 2 :]]
+    output = cli(*words, "-m", "wanda", "--divergence", code=2).output
+    assert "--divergence goes with --ppl" in output
+
+
 def test_json_is_the_result_and_nothing_else(cli, tiny_run, tmp_path):
     outcome = cli(*tiny_run, "-m", "magnitude", "--json", "--quiet")
     (result,) = results_of(tmp_path)

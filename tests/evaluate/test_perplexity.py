@@ -1,6 +1,8 @@
 """Perplexity: the definition, the protocol's id, and a cache that follows the weights."""
 
+import json
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,8 +11,10 @@ import torch
 from prunebench.errors import IncompatibleData
 from prunebench.evaluate.outcome import cached_outcomes, remember_outcomes
 from prunebench.evaluate.perplexity import prepare_perplexity, token_ppl, window_losses
+from prunebench.models.load import load_model
 from prunebench.progress import Silent
 from prunebench.testing import tiny_model, tiny_tokens
+from tests.model_folders import with_a_bias_of_routing
 
 
 def prepare(name, tokenizer, *, seqlen=64, limit=None):
@@ -116,6 +120,31 @@ def test_the_cache_follows_weights_config_and_tokens(byte_tokenizer, eval_file):
     assert cached_outcomes(model, "w1", other) is None
     model.config.rope_parameters["rope_theta"] *= 2  # the same weights, another function
     assert cached_outcomes(model, "w1", task) is None
+
+
+def test_the_cache_follows_the_buffers_that_a_checkpoint_stores(
+    byte_tokenizer, eval_file, tmp_path
+):
+    """The bias of a router is no parameter, and decides which experts answer."""
+    task = prepare(f"file:{eval_file}", byte_tokenizer)
+    folder = with_a_bias_of_routing(tmp_path / "model", byte_tokenizer)
+    model = load_model(folder, dtype=torch.float32, device=torch.device("cpu"))
+    remember_outcomes(model, "w1", task, task.score(model, advance=lambda done: None))
+    assert cached_outcomes(model, "w1", task) is not None
+    name = next(n for n, _ in model.named_buffers() if n.endswith("e_score_correction_bias"))
+    model.get_buffer(name)[0] += 5
+    assert cached_outcomes(model, "w1", task) is None
+
+
+def test_two_texts_of_the_same_windows_are_two_scores(cli, tiny_run, eval_file, tmp_path):
+    longer = tmp_path / "longer.txt"
+    text = Path(eval_file).read_text("utf-8")
+    both = ["--ppl", f"file:{longer}"]  # beside that of the fixture
+    longer.write_text(text + "!", encoding="utf-8")  # less than a window more
+    result = json.loads(cli(*tiny_run, "-m", "magnitude", *both, "--json", "-q").stdout)
+    first, second = result["scores"]
+    assert first["value"] == second["value"] and first["dense_value"] == second["dense_value"]
+    assert first["protocol"] != second["protocol"]
 
 
 @pytest.mark.parametrize("damage", ['{"val', "[1]", "[{}]", "{}", "[]x"])

@@ -58,6 +58,16 @@ def test_answers_equal_separate_rows(architecture):
         require_same(answers, separately(model, requests))
 
 
+def test_a_longer_question_of_a_later_call_is_checked_again():
+    """lm-eval asks rolling requests in calls of their own: the first may fit into the window."""
+    shared = SharedAnswers(tiny_model("gemma3"))
+    short, long = questions(), questions(context=30)
+    assert len(shared.answer(short, longest=128, advance=lambda count: None)) == len(short)
+    assert shared.exact is True
+    assert shared.answer(long, longest=128, advance=lambda count: None) == {}
+    assert shared.exact is False
+
+
 @pytest.mark.parametrize("architecture", ["mistral", "gemma2", "gemma3"])
 def test_a_window_shorter_than_the_longest_question_leaves_all_to_plain_rows(architecture):
     shared, answers = ask(tiny_model(architecture), questions(context=30))

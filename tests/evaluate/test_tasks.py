@@ -227,6 +227,26 @@ def test_a_changed_task_file_is_another_run(cli, tiny_run, task_folder, tmp_path
     assert "has the same specification" not in output and first["id"] not in output
 
 
+def test_dense_answers_of_a_group_are_of_the_same_mean(task_folder, byte_tokenizer, tmp_path):
+    shutil.copytree(task_folder, tmp_path / "groups")
+    text = (task_folder / "pangram.yaml").read_text()
+    keys = set()
+    for by_size in ("true", "false"):
+        for name in ("one", "two"):
+            copy = text.replace("task: pangram", f"task: {name}", 1)
+            (tmp_path / "groups" / f"{name}.yaml").write_text(copy)
+        (tmp_path / "groups" / "outer.yaml").write_text(
+            "group: outer\ntask: [one, two]\naggregate_metric_list: "
+            f"[{{metric: acc, weight_by_size: {by_size}}}]\nmetadata: {{version: 1.0}}\n"
+        )
+        (task,) = prepare_tasks(
+            ["outer"], Protocol(include_path=tmp_path / "groups"), tokenizer=byte_tokenizer,
+            vocabulary=256, progress=Silent(),
+        )  # fmt: skip
+        keys.add(task.key)
+    assert len(keys) == 2
+
+
 @pytest.mark.slow
 def test_an_unknown_task_names_the_nearest_before_the_work(cli, tiny_run):
     output = cli(*tiny_run, "-m", "wanda", "--tasks", "piqa,hellaswg", code=2).output

@@ -102,6 +102,22 @@ def not_filed(cli, tiny_run, monkeypatch):
         cli(*tiny_run, *small(), code=5)
 
 
+def test_a_full_disk_for_the_weights_does_not_cost_the_training(
+    cli, tiny_run, tmp_path, monkeypatch
+):
+    from prunebench.run import execute as run
+
+    def full(*args, **how):
+        raise SaveError("no room for the weights")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(run, "save_model", full)
+        cli(*tiny_run, *small(), "--save-model", "out", code=5)
+    output = cli(*tiny_run, *small(), "--save-model", "out").output
+    assert "resumed after step 2" in output
+    assert list((tmp_path / "cache" / "training").iterdir()) == []
+
+
 def test_a_training_of_another_version_is_not_resumed(cli, tiny_run, not_filed, monkeypatch):
     change = versions.Change(("method maskllm",), "2027-01-01", "something else")
     monkeypatch.setattr(versions, "CHANGES", (*versions.CHANGES, change))
