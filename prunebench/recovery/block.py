@@ -261,6 +261,8 @@ class _Training:
         if math.isfinite(loss):
             if masked:
                 self._weights.mask_gradients()
+            else:
+                self._weights.leave_untrained()
             optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         return loss

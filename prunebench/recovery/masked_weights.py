@@ -37,9 +37,8 @@ class MaskedWeights:
         self._module = pruned.module
         self._dtype = next(pruned.module.parameters()).dtype
         self._names = {id(x): name for name, x in pruned.module.named_parameters()}
-        self.untrained = tuple(
-            linear.name for linear in linears if _is_starved(linear, pruned.tokens)
-        )
+        self._starved = [linear for linear in linears if _is_starved(linear, pruned.tokens)]
+        self.untrained = tuple(linear.name for linear in self._starved)
         keeps = self._keeps([x for x in linears if x.name not in self.untrained])
         if norms:
             keeps |= dict.fromkeys(_norm_parameters(pruned.module))
@@ -156,6 +155,13 @@ class MaskedWeights:
             keep = self._keeps_of[name]
             if keep is not None and value.grad is not None:
                 value.grad.mul_(keep)
+
+    def leave_untrained(self) -> None:
+        """Set the gradients of experts that stay as they are to 0: others share their parameter."""
+        for linear in self._starved:
+            value = self.trained.get(self._name(linear))
+            if value is not None and value.grad is not None:
+                self.part(value.grad, linear).zero_()
 
     @property
     def are_finite(self) -> bool:

@@ -109,7 +109,9 @@ class CheckpointStore:
             )
         # No process goes on alone: the next saved state is written by all of them.
         if self.shards.sum(float(facts.get("code") != self.code))[0]:
-            return f"the saved state in {self.folder} is of other code, versions or hardware"
+            return (
+                f"the saved state in {self.folder} is of other code, versions, hardware or weights"
+            )
         # `load` writes in place, and `best` is at first the start's own tensors: they must not
         # change.
         loop.progress.best = {

@@ -122,7 +122,7 @@ def test_a_training_of_another_version_is_not_resumed(cli, tiny_run, not_filed, 
     change = versions.Change(("method maskllm",), "2027-01-01", "something else")
     monkeypatch.setattr(versions, "CHANGES", (*versions.CHANGES, change))
     output = cli(*tiny_run, *small()).output
-    assert "of other code, versions or hardware: training restarts from step 0" in output
+    assert "of other code, versions, hardware or weights: training restarts from step 0" in output
 
 
 def test_a_run_keeps_its_state_until_the_result_is_filed(cli, tiny_run, tmp_path, not_filed):

@@ -118,7 +118,7 @@ def test_a_state_of_other_code_is_not_resumed(tmp_path, kept_state):
     folder, notes = tmp_path / "run", []
     shutil.copytree(kept_state[0], folder)
     model, _ = train(folder, notes=notes, code="new", save_every=2)
-    assert "of other code, versions or hardware: training restarts from step 0" in notes[0]
+    assert "of other code, versions, hardware or weights: training restarts from step 0" in notes[0]
     assert hash_weights(model) == kept_state[1]
     train(folder, notes=notes, code="new", save_every=2)  # its own state took the place
     assert "resumed after step 4" in notes[1]

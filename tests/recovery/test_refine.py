@@ -12,7 +12,7 @@ from prunebench.recovery.masked_weights import MaskedWeights
 from prunebench.recovery.protocol import BlockRecoverer
 from prunebench.recovery.refine import Refinement, keep_as_many
 from prunebench.sparsity import Sparsity
-from prunebench.testing import check_recoverer, tiny_model
+from prunebench.testing import FUSED_EXPERTS, check_recoverer, tiny_model, tiny_tokens
 from tests.conftest import slow_beyond
 from tests.recovery.test_block import line_block, pruned_model, recover
 
@@ -47,6 +47,20 @@ def test_the_mask_moves_and_every_row_keeps_as_many(architecture, sparsity):
         assert not torch.signbit(ours.read())[now].any()
     assert moved > 0
     assert all(record.held_out_after <= record.held_out_before for record in records)
+
+
+@pytest.mark.parametrize("architecture", FUSED_EXPERTS)
+def test_experts_with_too_few_tokens_stay_as_they_are(architecture):
+    """They share a parameter with experts whose pruned places are trained."""
+    model, start = tiny_model(architecture), pruned_model(architecture)
+    tokens = tiny_tokens(samples=8, seqlen=8)
+    records = recover(model, REFINE, token_ids=tokens).recovered
+    starved = {name for record in records for name in record.untrained}
+    assert starved
+    before = {linear.name: linear.read() for linear in find_linears(start)}
+    for linear in find_linears(model):
+        if linear.name in starved:
+            assert torch.equal(linear.read(), before[linear.name]), linear.name
 
 
 def test_the_score_is_that_of_the_paper():

@@ -30,6 +30,7 @@ from prunebench.calibration.training import Training
 from prunebench.distributed import world_size
 from prunebench.errors import IncompatibleData
 from prunebench.models.backward import Backward
+from prunebench.models.hashing import hash_weights
 from prunebench.models.linears import Linear, find_linears
 from prunebench.models.replay import plain_inference
 from prunebench.pruners.protocol import Needs
@@ -110,6 +111,9 @@ class Distill(Options, ModelRecoverer):
         """
         config, shards = self.filled(), Shards.of_group()
         config.require_shares(shards.world)
+        # the method has pruned again: other threads or chips may have given another mask, and a
+        # training that began at that one does not go on with this
+        data = dataclasses.replace(data, code=f"{data.code} {hash_weights(model)}")
         linears = find_linears(model)
         weights = {linear: _trained(linear, config, shards) for linear in linears}
         kept = {linear.name: int((linear.stored != 0).sum()) for linear in linears}
