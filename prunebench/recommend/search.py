@@ -203,13 +203,12 @@ class Search:
                 break
             trial = self.measure(step, tell)
         self.cut = step
-        # what is known is worth its confirmation: time for it was set aside
+        # what is known is worth its confirmation
         while (leader := self.race.leader()) and not self.race.chosen:
             latest = self.race.latest(leader)
             assert latest is not None
             confirm = Step(leader, latest.step.round, unseen=True)
-            late = any(t.step.unseen for t in self.race.trials)
-            if late and not self._fits(confirm, started):
+            if not self._fits(confirm, started):
                 return
             self.race.add(self.measure(confirm, tell))
 
@@ -219,6 +218,8 @@ class Search:
 
     def _fits(self, step: Step, started: float) -> bool:
         left = self.request.budget_seconds - (time.monotonic() - started)
+        if step.unseen and not any(t.step.unseen for t in self.race.trials):
+            return True  # time for the first confirmation was set aside
         if self._row_is_there(step):
             return True  # it costs nothing
         need = self.expected(step) or 0.0
