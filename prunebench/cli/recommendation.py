@@ -12,6 +12,8 @@ from prunebench.cli.console import print_command, print_fitted, print_hanging
 from prunebench.recommend.front import next_steps, pareto_front
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from prunebench.recommend.candidates import Candidate
     from prunebench.recommend.race import Step, Trial
     from prunebench.recommend.search import Search
@@ -202,9 +204,20 @@ def _print_chosen(search: Search) -> None:
         )  # fmt: skip
     print_hanging("  row: ", str(search.path_of(chosen)))
     if search.request.save:
-        for line in search.saved_lines():
+        for line in _saved_lines(search.request.save, chosen):
             print_hanging("  ", line)
     print_command("  ", search.command(chosen.step))
+
+
+def _saved_lines(folder: Path, chosen: Trial) -> list[str]:
+    """Return what --save has written."""
+    size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+    lines = [f"checkpoint: {folder}, {size / 1e6:,.1f} MB, zeros and grid in plain tensors"]
+    if "INT" not in chosen.form and chosen.form.startswith("2:4"):
+        lines.append(
+            f"packed: prunebench export {folder} --to packed24 -o DIR (16-bit checkpoints)"
+        )
+    return lines
 
 
 def _next(search: Search) -> list[Step]:

@@ -21,13 +21,13 @@ from typing import Any
 
 from prunebench.calibration.bos import needs_window
 from prunebench.calibration.texts import placed
-from prunebench.checkpoints.save import RESULT_NAME, check_target
-from prunebench.errors import PrunebenchError, SaveError
+from prunebench.errors import PrunebenchError
 from prunebench.models.linears import find_linears
 from prunebench.models.load import load_config, load_tokenizer, skeleton
 from prunebench.models.source import fetch_model, find_model
 from prunebench.progress import Progress, Silent
 from prunebench.recommend.candidates import Candidate, ModelCounts, candidates_for
+from prunebench.recommend.checkpoint import require_free, run_and_save, saved_result
 from prunebench.recommend.floor import Floor, Goal
 from prunebench.recommend.front import Round, expected_seconds
 from prunebench.recommend.parts import Parts, split_text
@@ -35,11 +35,9 @@ from prunebench.recommend.race import Race, Step, Trial
 from prunebench.recommend.values import perplexity_value, recovery_value
 from prunebench.results.schema import Result
 from prunebench.results.sizes import size_of
-from prunebench.results.store import ResultStore, read_copy
-from prunebench.run.execute import execute
+from prunebench.results.store import ResultStore
 from prunebench.run.forecast import forecast
 from prunebench.run.plan import load_inputs
-from prunebench.run.resolve import resolve
 from prunebench.run_options import with_defaults
 from prunebench.spec import Bos, Setup
 from prunebench.sweep.cell import RecipeCell
@@ -107,9 +105,10 @@ class Search:
             PrunebenchError: Something that was named is missing or does not fit.
         """
         ask = self.request
-        if ask.save is not None and not self._is_saved_before():
-            check_target(ask.save, need_bytes=1 << 20, replace=ask.force, folder=True)
         source = find_model(ask.model)
+        saved = saved_result(ask.save) if ask.save else None
+        if ask.save and (saved is None or saved.spec.model != source.id):
+            require_free(ask.save, force=ask.force)
         model = fetch_model(source, self.progress)
         config = load_config(model.path)
         needed = needs_window(config) or bool(source.entry and source.entry.bos == "window")
@@ -144,6 +143,8 @@ class Search:
             progress=Silent(),
         )  # fmt: skip
         self._rows: dict[str, Result] = {}
+        if ask.save and saved and not self._may_save(saved):
+            require_free(ask.save, force=ask.force)
 
     @property
     def about(self) -> list[str]:
@@ -270,7 +271,12 @@ class Search:
         """Run a step, or read its row, and return what it gave."""
         cell = self.cell(step)
         if step.unseen and self.request.save is not None:
-            outcome = self._run_and_save(cell, lambda line: tell(step, line))
+            resolved = self._sweep().resolve(cell)
+            setup = replace(
+                resolved.setup, save_model=self.request.save, force=self.request.force,
+                progress=self.progress, command=self.request.command,
+            )  # fmt: skip
+            outcome = run_and_save(cell, resolved, setup, lambda line: tell(step, line))
         else:
             sweep = self._sweep(lambda cell, line: tell(step, line))
             with contextlib.closing(sweep.run([cell])) as stream:
@@ -319,54 +325,19 @@ class Search:
             was_there=outcome.state == "finished",
         )  # fmt: skip
 
-    # ------------------------------------------------------------ the checkpoint
-
-    def _is_saved_before(self) -> bool:
-        """Return whether the folder is a checkpoint of this model, perhaps the one to come."""
-        saved = self._saved()
-        return saved is not None and saved.spec.model == find_model(self.request.model).id
-
-    def _saved(self) -> Result | None:
-        assert self.request.save is not None
-        path = self.request.save / RESULT_NAME
-        copy = read_copy(path) if path.is_file() else None
-        return copy if isinstance(copy, Result) else None
-
-    def saved_lines(self) -> list[str]:
-        """Return what --save has written, in lines for people."""
-        folder = self.request.save
-        assert folder is not None
-        size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
-        chosen = self.race.chosen
-        lines = [f"checkpoint: {folder}, {size / 1e6:,.1f} MB, zeros and grid in plain tensors"]
-        if chosen and "INT" not in chosen.form and chosen.form.startswith("2:4"):
-            lines.append(
-                f"packed: prunebench export {folder} --to packed24 -o DIR (16-bit checkpoints)"
-            )
-        return lines
-
-    def _run_and_save(self, cell: RecipeCell, tell: Callable[[str], None]) -> CellOutcome:
-        """Run the confirmation in this process, for its weights are needed; or find them saved."""
-        folder = self.request.save
-        resolved = self._sweep().resolve(cell)
-        saved = self._saved()
-        if saved is not None and saved.spec_id == resolved.spec.spec_id:
-            return CellOutcome(cell, "finished", saved)
-        assert folder is not None
-        tell(f"saves to {folder}")
-        started = time.monotonic()
-        setup = replace(
-            resolved.setup, save_model=folder, force=self.request.force, progress=self.progress,
-            command=self.request.command,
-        )  # fmt: skip
-        try:
-            result = execute(load_inputs(resolve(cell.spec, setup)))
-        except SaveError:
-            raise
-        except PrunebenchError as error:
-            reason = " / ".join(str(error).splitlines())
-            return CellOutcome(cell, "failed", reason=reason, exit_code=error.exit_code)
-        return CellOutcome(cell, "done", result, seconds=time.monotonic() - started)
+    def _may_save(self, saved: Result) -> bool:
+        """Return whether a saved row is a confirmation of this race that holds its floor."""
+        steps = [
+            Step(candidate, number, unseen=True)
+            for candidate in self.race.candidates
+            if candidate.options["method"] == saved.spec.method
+            for number in range(len(self.rounds))
+        ]
+        ids = {self._sweep().resolve(self.cell(step)).spec.spec_id for step in steps}
+        if saved.spec_id not in ids:
+            return False
+        # of a recovery the share on unseen questions follows from the race alone
+        return self.parts is None or self.race.floor.holds(perplexity_value(saved).value)
 
 
 def _next(steps: Generator[Step, Trial, None], trial: Trial | None) -> Step | None:
