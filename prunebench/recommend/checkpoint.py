@@ -59,6 +59,8 @@ def run_and_save(
     assert folder is not None
     saved = saved_result(folder)
     if saved is not None and saved.spec_id == resolved.spec.spec_id:
+        if not resolved.store.path_of(saved).is_file():
+            resolved.store.publish(saved)  # another results folder, or an emptied one
         return CellOutcome(cell, "finished", saved)
     # no failure of this candidate: no other could be saved here either
     require_free(folder, force=setup.force)

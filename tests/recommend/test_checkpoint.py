@@ -1,11 +1,13 @@
-"""`recommend --save` onto an earlier checkpoint: the same, or another one."""
+"""`recommend --save` onto an earlier checkpoint: the same, another one, or one without its row."""
 
 import json
+import shutil
 
 import pytest
 
 from prunebench.recommend.candidates import Candidate
 from prunebench.recommend.values import Value
+from prunebench.results.store import ResultStore
 
 SMALL = Candidate("magnitude 2:4", 0, {"method": "magnitude", "sparsity": "2:4"}, 1000)
 LARGE = Candidate("magnitude 0.25", 0, {"method": "magnitude", "sparsity": "0.25"}, 2000)
@@ -51,3 +53,12 @@ def test_another_winner_than_the_saved_one_ends_the_command_and_is_not_dropped(s
     assert "failed" not in outcome.output and saved(tmp_path)["spec"]["sparsity"] == "0.25"
     search("ppl=2x", "--force")
     assert saved(tmp_path)["spec"]["sparsity"] == "2:4"
+
+
+def test_a_saved_confirmation_without_its_row_brings_it(search, tmp_path):
+    search("ppl=2x")
+    shutil.rmtree(tmp_path / "results")
+    outcome = search("ppl=2x")
+    name = saved(tmp_path)["id"]
+    assert "recommended: magnitude 2:4" in outcome.stdout and f"{name}.json" in outcome.stdout
+    assert name in {row.id for row in ResultStore(tmp_path / "results").read()[0]}
