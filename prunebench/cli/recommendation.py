@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from prunebench.cli.console import print_command, print_fitted, print_hanging
-from prunebench.recommend.front import next_steps, pareto_front
+from prunebench.recommend.front import next_steps, pareto_front, smaller_failed
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
     from pathlib import Path
 
     from prunebench.recommend.candidates import Candidate
@@ -226,10 +227,18 @@ def _next(search: Search) -> list[Step]:
 
 def _print_next(search: Search, *, interrupted: bool) -> None:
     steps = _next(search)
+    failed = [candidate.name for candidate in smaller_failed(search.race)]
     typer.echo("")
     if not steps:
-        typer.echo("another half hour: nothing smaller is left to try")
-        return
+        but = ", but for what failed" if failed else ""
+        typer.echo(f"another half hour: nothing smaller is left to try{but}")
+    else:
+        _print_steps(search, steps, interrupted=interrupted)
+    if failed:
+        print_hanging("  failed, and not known to miss the floor: ", "; ".join(failed))
+
+
+def _print_steps(search: Search, steps: Sequence[Step], *, interrupted: bool) -> None:
     typer.echo("another half hour could buy:")
     spent = 0.0
     for step in steps:

@@ -140,6 +140,11 @@ class Race:
         own = [t for t in self.trials if t.step.candidate.name == candidate.name]
         return next((t for t in reversed(own) if not t.step.unseen), None)
 
+    def failed(self) -> list[Candidate]:
+        """Return the candidates of which a run has failed: nothing is known of them."""
+        names = {t.step.candidate.name for t in self.trials if t.value is None}
+        return [c for c in self.candidates if c.name in names]
+
     def leader(self) -> Candidate | None:
         """Return the smallest candidate that holds the floor, as far as it was measured."""
         holders = [c for c in self.candidates if c.name not in self.drops and self.holds(c)]

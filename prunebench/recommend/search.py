@@ -21,7 +21,7 @@ from typing import Any
 
 from prunebench.calibration.bos import needs_window
 from prunebench.calibration.texts import placed
-from prunebench.errors import PrunebenchError
+from prunebench.errors import IncompatibleData, PrunebenchError, UsageError
 from prunebench.models.linears import find_linears
 from prunebench.models.load import load_config, load_tokenizer, skeleton
 from prunebench.models.source import fetch_model, find_model
@@ -143,8 +143,26 @@ class Search:
             progress=Silent(),
         )  # fmt: skip
         self._rows: dict[str, Result] = {}
+        self._require_inputs()
         if ask.save and saved and not self._may_save(saved):
             require_free(ask.save, force=ask.force)
+
+    def _require_inputs(self) -> None:
+        """Refuse what every run would refuse: a mistake of the request, and of no candidate."""
+        ask = self.request
+        if ask.floor.kind == "recovery" and not ask.tasks:
+            raise UsageError("--tasks names no task", fix="as in --tasks arc_easy,piqa")
+        refusals: list[PrunebenchError] = []
+        with self.progress.stage("check", detail="calibration text and tasks"):
+            # one that reads data goes through all checks that the others do
+            for candidate in [c for c in self.race.candidates if c.reads] or self.race.candidates:
+                step = Step(candidate, len(self.rounds) - 1)
+                try:
+                    load_inputs(self._sweep().resolve(self.cell(step)))
+                    return
+                except (IncompatibleData, UsageError) as error:
+                    refusals.append(error)  # perhaps a width or a depth that does not fit this one
+        raise refusals[0]
 
     @property
     def about(self) -> list[str]:
