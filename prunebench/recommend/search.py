@@ -22,6 +22,7 @@ from typing import Any
 from prunebench.calibration.bos import needs_window
 from prunebench.calibration.texts import placed
 from prunebench.errors import IncompatibleData, PrunebenchError, UsageError
+from prunebench.evaluate.tasks import LmEvalTask
 from prunebench.models.linears import find_linears
 from prunebench.models.load import load_config, load_tokenizer, skeleton
 from prunebench.models.source import fetch_model, find_model
@@ -32,12 +33,12 @@ from prunebench.recommend.floor import Floor, Goal
 from prunebench.recommend.front import Round, expected_seconds
 from prunebench.recommend.parts import Parts, split_text
 from prunebench.recommend.race import Race, Step, Trial
-from prunebench.recommend.values import perplexity_value, recovery_value
+from prunebench.recommend.values import perplexity_value, recovery_value, require_accuracy
 from prunebench.results.schema import Result
 from prunebench.results.sizes import size_of
 from prunebench.results.store import ResultStore
 from prunebench.run.forecast import forecast
-from prunebench.run.plan import load_inputs
+from prunebench.run.plan import Plan, load_inputs
 from prunebench.run_options import with_defaults
 from prunebench.spec import Bos, Setup
 from prunebench.sweep.cell import RecipeCell
@@ -114,6 +115,7 @@ class Search:
         needed = needs_window(config) or bool(source.entry and source.entry.bos == "window")
         self.bos: Bos = ask.bos or ("window" if needed else "text")
         self.parts: Parts | None = None
+        self.tasks = ask.tasks
         scored: tuple[int, ...] = _QUESTIONS
         most = _QUESTIONS[-1] * _UNSEEN_QUESTIONS
         if ask.floor.kind == "ppl":
@@ -149,19 +151,24 @@ class Search:
 
     def _require_inputs(self) -> None:
         """Refuse what every run would refuse: a mistake of the request, and of no candidate."""
-        ask = self.request
-        if ask.floor.kind == "recovery" and not ask.tasks:
+        if self.parts is None and not self.tasks:
             raise UsageError("--tasks names no task", fix="as in --tasks arc_easy,piqa")
-        refusals: list[PrunebenchError] = []
         with self.progress.stage("check", detail="calibration text and tasks"):
-            # one that reads data goes through all checks that the others do
-            for candidate in [c for c in self.race.candidates if c.reads] or self.race.candidates:
-                step = Step(candidate, len(self.rounds) - 1)
-                try:
-                    load_inputs(self._sweep().resolve(self.cell(step)))
-                    return
-                except (IncompatibleData, UsageError) as error:
-                    refusals.append(error)  # perhaps a width or a depth that does not fit this one
+            plan = self._first_plan()
+        self.tasks = plan.spec.tasks
+        for task in plan.tasks:
+            assert isinstance(task, LmEvalTask)
+            require_accuracy(task, seen=self.rounds[-1].scored)
+
+    def _first_plan(self) -> Plan:
+        """Return the inputs of a candidate that reads data: they pass all checks of the others."""
+        refusals: list[PrunebenchError] = []
+        for candidate in [c for c in self.race.candidates if c.reads] or self.race.candidates:
+            step = Step(candidate, len(self.rounds) - 1)
+            try:
+                return load_inputs(self._sweep().resolve(self.cell(step)))
+            except (IncompatibleData, UsageError) as error:
+                refusals.append(error)  # perhaps a width or a depth that does not fit this one
         raise refusals[0]
 
     @property
@@ -176,7 +183,7 @@ class Search:
             )
         else:
             lines.append(
-                f"tasks {', '.join(ask.tasks)}: raced on the first {self.rounds[-1].scored} "
+                f"tasks {', '.join(self.tasks)}: raced on the first {self.rounds[-1].scored} "
                 f"questions of each at most, confirmed on those behind them up to {self.unseen}; "
                 f"calibrated on {ask.calibration}"
             )
@@ -270,7 +277,7 @@ class Search:
         scored = self.rounds[step.round].scored
         if self.parts is None:
             limit = self.unseen if step.unseen else scored
-            given |= {"ppl": [], "tasks": list(ask.tasks), "limit": limit}
+            given |= {"ppl": [], "tasks": list(self.tasks), "limit": limit}
         else:
             given |= {"ppl": [self.parts.unseen if step.unseen else self.parts.race]}
             given |= {"ppl_seqlen": ask.ppl_seqlen}
@@ -320,16 +327,12 @@ class Search:
         if result is None:
             return Trial(step, reason=outcome.reason)
         size, cost = size_of(result), result.cost
-        try:
-            if self.parts is not None:
-                value = perplexity_value(result)
-            else:
-                seen = self._rows.get(f"{step.candidate.name} {step.round}")
-                value = recovery_value(
-                    result, self.request.tasks, seen=seen if step.unseen else None
-                )
-        except PrunebenchError as error:
-            return Trial(step, reason=" / ".join(str(error).splitlines()))
+        # an error here is one of the text or the tasks, and no failure of the candidate
+        if self.parts is not None:
+            value = perplexity_value(result)
+        else:
+            seen = self._rows.get(f"{step.candidate.name} {step.round}")
+            value = recovery_value(result, self.tasks, seen=seen if step.unseen else None)
         if not step.unseen:
             self._rows[f"{step.candidate.name} {step.round}"] = result
         recovered = result.recovery.seconds if result.recovery else 0.0

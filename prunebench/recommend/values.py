@@ -6,7 +6,8 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from prunebench.errors import IncompatibleData
+from prunebench.errors import IncompatibleData, UsageError
+from prunebench.evaluate.tasks import LmEvalTask
 from prunebench.results.schema import Result, Score
 
 _ACCURACIES = ("acc", "acc_norm", "exact_match")  # the first that a task has counts
@@ -26,6 +27,38 @@ class Value:
     score: float
     dense: float
     protocol: str
+
+
+def require_accuracy(task: LmEvalTask, *, seen: int) -> None:
+    """Refuse a task that a floor of accuracy could not be read from.
+
+    Args:
+        task: As it was asked for.
+        seen: The most questions that the race scores.
+
+    Raises:
+        UsageError: It has no accuracy, or no question beyond those.
+    """
+    members = task.built["tasks"]
+    group = task.built.get("groups", {}).get(task.name)
+    if group is not None:
+        metrics = [config.metric for config in group.aggregate_metric_list or ()]
+    else:
+        metrics = list(members[task.name].higher_is_better()) if task.name in members else []
+    if not set(metrics) & set(_ACCURACIES):
+        raise UsageError(
+            f"{task.name} has no accuracy",
+            where=f"it is scored by {', '.join(metrics)}" if metrics
+            else f"it has no score of its own, and stands for {', '.join(members)}",
+            fix=f"use tasks with {', '.join(_ACCURACIES)}",
+        )  # fmt: skip
+    count = max(task.counts.values())
+    if count <= seen:
+        raise UsageError(
+            f"{task.name} has {count} questions, and the race sees up to {seen}",
+            where="none would be left to confirm on",
+            fix="use tasks with more questions",
+        )
 
 
 def perplexity_value(result: Result) -> Value:
@@ -92,12 +125,13 @@ def _weights(result: Result) -> str | None:
 def _accuracy(result: Result, task: str) -> Score:
     for metric in _ACCURACIES:
         for score in result.scores:
-            if score.metric == metric and score.dataset == task:
+            # `exact_match,strict-match` of lm-eval: the first of its filters counts
+            if score.metric.partition(",")[0] == metric and score.dataset == task:
                 return score
     raise IncompatibleData(
         f"{task} has no accuracy",
         where=f"{result.id} has {', '.join(sorted({s.metric for s in result.scores}))}",
-        fix="use tasks with acc or acc_norm",
+        fix=f"use tasks with {', '.join(_ACCURACIES)}",
     )
 
 
@@ -106,7 +140,7 @@ def _behind(whole: float, count: int, first: float, first_count: int, task: str)
     if count <= first_count:
         raise IncompatibleData(
             f"{task} has {count} questions, and the race has seen them all",
-            fix="use a smaller --limit, or tasks with more questions",
+            fix="use tasks with more questions",
         )
     # means of ratios of whole questions: rounding leaves a tiny negative at worst
     return max(0.0, (whole * count - first * first_count) / (count - first_count))
