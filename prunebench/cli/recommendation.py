@@ -188,6 +188,8 @@ def _print_chosen(search: Search) -> None:
     unseen = "on unseen text"
     if race.floor.kind == "recovery":
         unseen = "on unseen questions, those behind the race's"
+        if chosen.with_seen:
+            unseen = "on all questions, the race's among them, for this run gave other weights"
     for name, trial in (("in the race", seen), (unseen, chosen)):
         assert trial.value is not None
         print_hanging(
@@ -270,6 +272,7 @@ def _record(trial: Trial) -> dict[str, Any]:
         "size_bytes": trial.size_bytes or None, "form": trial.form or None,
         "result_id": trial.result_id or None, "reason": trial.reason or None,
         "seconds": trial.total_seconds, "was_there": trial.was_there,
+        "with_seen": trial.with_seen,
     }  # fmt: skip
 
 

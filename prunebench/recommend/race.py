@@ -59,6 +59,7 @@ class Trial:
         reason: Why it failed.
         total_seconds, work_seconds: Of the run, and of pruning and recovery alone.
         was_there: Whether the row was there before.
+        with_seen: Whether questions of the race are among those of a confirmation.
     """
 
     step: Step
@@ -73,6 +74,7 @@ class Trial:
     total_seconds: float = 0.0
     work_seconds: float = 0.0
     was_there: bool = False
+    with_seen: bool = False
 
 
 @dataclass
@@ -131,7 +133,8 @@ class Race:
         else:
             self.drops[name] = f"on unseen text {self.floor.text(trial.value)}, above the floor"
             if self.floor.kind == "recovery":
-                self.drops[name] = f"on unseen questions {self.floor.text(trial.value)}, below it"
+                part = "all" if trial.with_seen else "unseen"
+                self.drops[name] = f"on {part} questions {self.floor.text(trial.value)}, below it"
 
     # ------------------------------------------------------------ who stands where
 

@@ -343,7 +343,7 @@ class Search:
             protocol=value.protocol, result_id=result.id,
             total_seconds=cost.total_seconds if cost else 0.0,
             work_seconds=(cost.prune_seconds if cost else 0.0) + (recovered or 0.0),
-            was_there=outcome.state == "finished",
+            was_there=outcome.state == "finished", with_seen=value.with_seen,
         )  # fmt: skip
 
     def _may_save(self, saved: Result) -> bool:

@@ -21,12 +21,14 @@ class Value:
         value: In the unit of the floor.
         score, dense: A perplexity, or a mean accuracy, and that of dense.
         protocol: Of what was measured.
+        with_seen: Whether the questions of the race could not be taken out.
     """
 
     value: float
     score: float
     dense: float
     protocol: str
+    with_seen: bool = False
 
 
 def require_accuracy(task: LmEvalTask, *, seen: int) -> None:
@@ -77,20 +79,16 @@ def recovery_value(
     Args:
         result: A row with all the tasks.
         tasks: Their names.
-        seen: A row of the same weights on the first questions of every task. They are taken out:
-            both are means over questions, so those behind the first follow from the two.
+        seen: A row of the same configuration on the first questions of every task. They are taken
+            out: both are means over questions, so those behind the first follow from the two. Not
+            if a recovery that is not deterministic gave other weights: then all questions count.
 
     Raises:
-        IncompatibleData: A task has no accuracy, dense answers nothing of it, or the two rows are
-            of other weights.
+        IncompatibleData: A task has no accuracy, or dense answers nothing of it.
     """
-    if seen is not None and _weights(seen) != _weights(result):
-        raise IncompatibleData(
-            f"{seen.id} and {result.id} did not score the same weights",
-            where="the questions that the race has seen cannot be taken out of the others",
-            fix="run it again with an empty --results-dir: rows of another device or version of "
-            "the libraries are in the folder",
-        )
+    with_seen = seen is not None and _weights(seen) != _weights(result)
+    if with_seen:
+        seen = None
     pairs = []
     for task in tasks:
         score = _accuracy(result, task)
@@ -115,6 +113,7 @@ def recovery_value(
         statistics.fmean(pruned for pruned, _ in pairs),
         statistics.fmean(dense for _, dense in pairs),
         protocol,
+        with_seen,
     )
 
 
