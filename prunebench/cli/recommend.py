@@ -167,6 +167,9 @@ def _raise_if_missed(search: Search, request: Request, *, interrupted: bool) -> 
         value = request.floor.text(nearest.value)
         where = f"the nearest is {nearest.step.candidate.name}: {value} on {part}"
     by = "within the budget" if search.cut else "of all candidates"
+    failed = len(search.race.failed())
+    if failed and nearest:
+        where += f"; {failed} failed, and nothing is known of those"
     raise CheckFailed(
         f"nothing {by} holds the floor of {request.floor.about}",
         where=where,

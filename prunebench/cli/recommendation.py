@@ -9,9 +9,12 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from prunebench.cli.console import print_command, print_fitted, print_hanging
-from prunebench.recommend.front import next_steps, pareto_front
+from prunebench.recommend.front import next_steps, pareto_front, smaller_failed
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from pathlib import Path
+
     from prunebench.recommend.candidates import Candidate
     from prunebench.recommend.race import Step, Trial
     from prunebench.recommend.search import Search
@@ -185,6 +188,8 @@ def _print_chosen(search: Search) -> None:
     unseen = "on unseen text"
     if race.floor.kind == "recovery":
         unseen = "on unseen questions, those behind the race's"
+        if chosen.with_seen:
+            unseen = "on all questions, the race's among them, for this run gave other weights"
     for name, trial in (("in the race", seen), (unseen, chosen)):
         assert trial.value is not None
         print_hanging(
@@ -202,9 +207,20 @@ def _print_chosen(search: Search) -> None:
         )  # fmt: skip
     print_hanging("  row: ", str(search.path_of(chosen)))
     if search.request.save:
-        for line in search.saved_lines():
+        for line in _saved_lines(search.request.save, chosen):
             print_hanging("  ", line)
     print_command("  ", search.command(chosen.step))
+
+
+def _saved_lines(folder: Path, chosen: Trial) -> list[str]:
+    """Return what --save has written."""
+    size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+    lines = [f"checkpoint: {folder}, {size / 1e6:,.1f} MB, zeros and grid in plain tensors"]
+    if "INT" not in chosen.form and chosen.form.startswith("2:4"):
+        lines.append(
+            f"packed: prunebench export {folder} --to packed24 -o DIR (16-bit checkpoints)"
+        )
+    return lines
 
 
 def _next(search: Search) -> list[Step]:
@@ -213,10 +229,18 @@ def _next(search: Search) -> list[Step]:
 
 def _print_next(search: Search, *, interrupted: bool) -> None:
     steps = _next(search)
+    failed = [candidate.name for candidate in smaller_failed(search.race)]
     typer.echo("")
     if not steps:
-        typer.echo("another half hour: nothing smaller is left to try")
-        return
+        but = ", but for what failed" if failed else ""
+        typer.echo(f"another half hour: nothing smaller is left to try{but}")
+    else:
+        _print_steps(search, steps, interrupted=interrupted)
+    if failed:
+        print_hanging("  failed, and not known to miss the floor: ", "; ".join(failed))
+
+
+def _print_steps(search: Search, steps: Sequence[Step], *, interrupted: bool) -> None:
     typer.echo("another half hour could buy:")
     spent = 0.0
     for step in steps:
@@ -248,6 +272,7 @@ def _record(trial: Trial) -> dict[str, Any]:
         "size_bytes": trial.size_bytes or None, "form": trial.form or None,
         "result_id": trial.result_id or None, "reason": trial.reason or None,
         "seconds": trial.total_seconds, "was_there": trial.was_there,
+        "with_seen": trial.with_seen,
     }  # fmt: skip
 
 

@@ -153,7 +153,8 @@ def sweep_command(
 
     part, parts = parse_shard(shard)
     recipe = _checked(recipe_path)
-    cells = part_of(recipe.select(selectors or []), part, parts)
+    selected = recipe.select(selectors or [])
+    cells = part_of(selected, part, parts)
     if not dry_run:
         require_resources(recipe, cells, device=device, here=executor == "local")
     # progress is silent here: resolving the cells would print a line for each; the cells print
@@ -176,6 +177,8 @@ def sweep_command(
     twins, without = _twins(recipe, outcomes)
     if as_json:
         _print_json(sweep, outcomes, twins)
+    elif not cells:
+        typer.echo(f"--shard {shard} is empty: {_count(len(selected), 'cell')} in {parts} parts")
     else:
         _print_summary(sweep, outcomes, twins, dry_run=dry_run)
     _raise_if_missed(outcomes, twins, without)

@@ -57,17 +57,24 @@ def next_steps(race: Race, rounds: Sequence[Round], upcoming: Step | None) -> li
     """
     steps = [upcoming] if upcoming else []
     names = {step.candidate.name for step in steps}
-    chosen = race.chosen.size_bytes if race.chosen else None
+    failed = race.failed()
     for candidate in sorted(race.candidates, key=race.excess):
         trial = race.latest(candidate)
-        if candidate.name in names or (trial and trial.value is None):
-            continue
-        if chosen is not None and race.size(candidate) >= chosen:
+        if candidate.name in names or candidate in failed or not _is_smaller(race, candidate):
             continue
         number = 0 if trial is None else trial.step.round + 1
         if number < len(rounds):
             steps.append(Step(candidate, number))
     return steps
+
+
+def smaller_failed(race: Race) -> list[Candidate]:
+    """Return what failed and is smaller than the chosen one: it was not shown to be worse."""
+    return [candidate for candidate in race.failed() if _is_smaller(race, candidate)]
+
+
+def _is_smaller(race: Race, candidate: Candidate) -> bool:
+    return race.chosen is None or race.size(candidate) < race.chosen.size_bytes
 
 
 def expected_seconds(

@@ -59,6 +59,7 @@ class Trial:
         reason: Why it failed.
         total_seconds, work_seconds: Of the run, and of pruning and recovery alone.
         was_there: Whether the row was there before.
+        with_seen: Whether questions of the race are among those of a confirmation.
     """
 
     step: Step
@@ -73,6 +74,7 @@ class Trial:
     total_seconds: float = 0.0
     work_seconds: float = 0.0
     was_there: bool = False
+    with_seen: bool = False
 
 
 @dataclass
@@ -131,7 +133,8 @@ class Race:
         else:
             self.drops[name] = f"on unseen text {self.floor.text(trial.value)}, above the floor"
             if self.floor.kind == "recovery":
-                self.drops[name] = f"on unseen questions {self.floor.text(trial.value)}, below it"
+                part = "all" if trial.with_seen else "unseen"
+                self.drops[name] = f"on {part} questions {self.floor.text(trial.value)}, below it"
 
     # ------------------------------------------------------------ who stands where
 
@@ -139,6 +142,11 @@ class Race:
         """Return the measurement on the most text that rounds have seen, failed ones too."""
         own = [t for t in self.trials if t.step.candidate.name == candidate.name]
         return next((t for t in reversed(own) if not t.step.unseen), None)
+
+    def failed(self) -> list[Candidate]:
+        """Return the candidates of which a run has failed: nothing is known of them."""
+        names = {t.step.candidate.name for t in self.trials if t.value is None}
+        return [c for c in self.candidates if c.name in names]
 
     def leader(self) -> Candidate | None:
         """Return the smallest candidate that holds the floor, as far as it was measured."""

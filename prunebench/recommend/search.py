@@ -21,25 +21,24 @@ from typing import Any
 
 from prunebench.calibration.bos import needs_window
 from prunebench.calibration.texts import placed
-from prunebench.checkpoints.save import RESULT_NAME, check_target
-from prunebench.errors import PrunebenchError, SaveError
+from prunebench.errors import IncompatibleData, PrunebenchError, UsageError
+from prunebench.evaluate.tasks import LmEvalTask
 from prunebench.models.linears import find_linears
 from prunebench.models.load import load_config, load_tokenizer, skeleton
 from prunebench.models.source import fetch_model, find_model
 from prunebench.progress import Progress, Silent
 from prunebench.recommend.candidates import Candidate, ModelCounts, candidates_for
+from prunebench.recommend.checkpoint import require_free, run_and_save, saved_result
 from prunebench.recommend.floor import Floor, Goal
 from prunebench.recommend.front import Round, expected_seconds
 from prunebench.recommend.parts import Parts, split_text
 from prunebench.recommend.race import Race, Step, Trial
-from prunebench.recommend.values import perplexity_value, recovery_value
+from prunebench.recommend.values import perplexity_value, recovery_value, require_accuracy
 from prunebench.results.schema import Result
 from prunebench.results.sizes import size_of
-from prunebench.results.store import ResultStore, read_copy
-from prunebench.run.execute import execute
+from prunebench.results.store import ResultStore
 from prunebench.run.forecast import forecast
-from prunebench.run.plan import load_inputs
-from prunebench.run.resolve import resolve
+from prunebench.run.plan import Plan, load_inputs
 from prunebench.run_options import with_defaults
 from prunebench.spec import Bos, Setup
 from prunebench.sweep.cell import RecipeCell
@@ -107,14 +106,16 @@ class Search:
             PrunebenchError: Something that was named is missing or does not fit.
         """
         ask = self.request
-        if ask.save is not None and not self._is_saved_before():
-            check_target(ask.save, need_bytes=1 << 20, replace=ask.force, folder=True)
         source = find_model(ask.model)
+        saved = saved_result(ask.save) if ask.save else None
+        if ask.save and (saved is None or saved.spec.model != source.id):
+            require_free(ask.save, force=ask.force)
         model = fetch_model(source, self.progress)
         config = load_config(model.path)
         needed = needs_window(config) or bool(source.entry and source.entry.bos == "window")
         self.bos: Bos = ask.bos or ("window" if needed else "text")
         self.parts: Parts | None = None
+        self.tasks = ask.tasks
         scored: tuple[int, ...] = _QUESTIONS
         most = _QUESTIONS[-1] * _UNSEEN_QUESTIONS
         if ask.floor.kind == "ppl":
@@ -144,6 +145,31 @@ class Search:
             progress=Silent(),
         )  # fmt: skip
         self._rows: dict[str, Result] = {}
+        self._require_inputs()
+        if ask.save and saved and not self._may_save(saved):
+            require_free(ask.save, force=ask.force)
+
+    def _require_inputs(self) -> None:
+        """Refuse what every run would refuse: a mistake of the request, and of no candidate."""
+        if self.parts is None and not self.tasks:
+            raise UsageError("--tasks names no task", fix="as in --tasks arc_easy,piqa")
+        with self.progress.stage("check", detail="calibration text and tasks"):
+            plan = self._first_plan()
+        self.tasks = plan.spec.tasks
+        for task in plan.tasks:
+            assert isinstance(task, LmEvalTask)
+            require_accuracy(task, seen=self.rounds[-1].scored)
+
+    def _first_plan(self) -> Plan:
+        """Return the inputs of a candidate that reads data: they pass all checks of the others."""
+        refusals: list[PrunebenchError] = []
+        for candidate in [c for c in self.race.candidates if c.reads] or self.race.candidates:
+            step = Step(candidate, len(self.rounds) - 1)
+            try:
+                return load_inputs(self._sweep().resolve(self.cell(step)))
+            except (IncompatibleData, UsageError) as error:
+                refusals.append(error)  # perhaps a width or a depth that does not fit this one
+        raise refusals[0]
 
     @property
     def about(self) -> list[str]:
@@ -157,7 +183,7 @@ class Search:
             )
         else:
             lines.append(
-                f"tasks {', '.join(ask.tasks)}: raced on the first {self.rounds[-1].scored} "
+                f"tasks {', '.join(self.tasks)}: raced on the first {self.rounds[-1].scored} "
                 f"questions of each at most, confirmed on those behind them up to {self.unseen}; "
                 f"calibrated on {ask.calibration}"
             )
@@ -203,13 +229,12 @@ class Search:
                 break
             trial = self.measure(step, tell)
         self.cut = step
-        # what is known is worth its confirmation: time for it was set aside
+        # what is known is worth its confirmation
         while (leader := self.race.leader()) and not self.race.chosen:
             latest = self.race.latest(leader)
             assert latest is not None
             confirm = Step(leader, latest.step.round, unseen=True)
-            late = any(t.step.unseen for t in self.race.trials)
-            if late and not self._fits(confirm, started):
+            if not self._fits(confirm, started):
                 return
             self.race.add(self.measure(confirm, tell))
 
@@ -219,6 +244,8 @@ class Search:
 
     def _fits(self, step: Step, started: float) -> bool:
         left = self.request.budget_seconds - (time.monotonic() - started)
+        if step.unseen and not any(t.step.unseen for t in self.race.trials):
+            return True  # time for the first confirmation was set aside
         if self._row_is_there(step):
             return True  # it costs nothing
         need = self.expected(step) or 0.0
@@ -250,7 +277,7 @@ class Search:
         scored = self.rounds[step.round].scored
         if self.parts is None:
             limit = self.unseen if step.unseen else scored
-            given |= {"ppl": [], "tasks": list(ask.tasks), "limit": limit}
+            given |= {"ppl": [], "tasks": list(self.tasks), "limit": limit}
         else:
             given |= {"ppl": [self.parts.unseen if step.unseen else self.parts.race]}
             given |= {"ppl_seqlen": ask.ppl_seqlen}
@@ -269,7 +296,12 @@ class Search:
         """Run a step, or read its row, and return what it gave."""
         cell = self.cell(step)
         if step.unseen and self.request.save is not None:
-            outcome = self._run_and_save(cell, lambda line: tell(step, line))
+            resolved = self._sweep().resolve(cell)
+            setup = replace(
+                resolved.setup, save_model=self.request.save, force=self.request.force,
+                progress=self.progress, command=self.request.command,
+            )  # fmt: skip
+            outcome = run_and_save(cell, resolved, setup, lambda line: tell(step, line))
         else:
             sweep = self._sweep(lambda cell, line: tell(step, line))
             with contextlib.closing(sweep.run([cell])) as stream:
@@ -295,16 +327,12 @@ class Search:
         if result is None:
             return Trial(step, reason=outcome.reason)
         size, cost = size_of(result), result.cost
-        try:
-            if self.parts is not None:
-                value = perplexity_value(result)
-            else:
-                seen = self._rows.get(f"{step.candidate.name} {step.round}")
-                value = recovery_value(
-                    result, self.request.tasks, seen=seen if step.unseen else None
-                )
-        except PrunebenchError as error:
-            return Trial(step, reason=" / ".join(str(error).splitlines()))
+        # an error here is one of the text or the tasks, and no failure of the candidate
+        if self.parts is not None:
+            value = perplexity_value(result)
+        else:
+            seen = self._rows.get(f"{step.candidate.name} {step.round}")
+            value = recovery_value(result, self.tasks, seen=seen if step.unseen else None)
         if not step.unseen:
             self._rows[f"{step.candidate.name} {step.round}"] = result
         recovered = result.recovery.seconds if result.recovery else 0.0
@@ -315,57 +343,22 @@ class Search:
             protocol=value.protocol, result_id=result.id,
             total_seconds=cost.total_seconds if cost else 0.0,
             work_seconds=(cost.prune_seconds if cost else 0.0) + (recovered or 0.0),
-            was_there=outcome.state == "finished",
+            was_there=outcome.state == "finished", with_seen=value.with_seen,
         )  # fmt: skip
 
-    # ------------------------------------------------------------ the checkpoint
-
-    def _is_saved_before(self) -> bool:
-        """Return whether the folder is a checkpoint of this model, perhaps the one to come."""
-        saved = self._saved()
-        return saved is not None and saved.spec.model == find_model(self.request.model).id
-
-    def _saved(self) -> Result | None:
-        assert self.request.save is not None
-        path = self.request.save / RESULT_NAME
-        copy = read_copy(path) if path.is_file() else None
-        return copy if isinstance(copy, Result) else None
-
-    def saved_lines(self) -> list[str]:
-        """Return what --save has written, in lines for people."""
-        folder = self.request.save
-        assert folder is not None
-        size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
-        chosen = self.race.chosen
-        lines = [f"checkpoint: {folder}, {size / 1e6:,.1f} MB, zeros and grid in plain tensors"]
-        if chosen and "INT" not in chosen.form and chosen.form.startswith("2:4"):
-            lines.append(
-                f"packed: prunebench export {folder} --to packed24 -o DIR (16-bit checkpoints)"
-            )
-        return lines
-
-    def _run_and_save(self, cell: RecipeCell, tell: Callable[[str], None]) -> CellOutcome:
-        """Run the confirmation in this process, for its weights are needed; or find them saved."""
-        folder = self.request.save
-        resolved = self._sweep().resolve(cell)
-        saved = self._saved()
-        if saved is not None and saved.spec_id == resolved.spec.spec_id:
-            return CellOutcome(cell, "finished", saved)
-        assert folder is not None
-        tell(f"saves to {folder}")
-        started = time.monotonic()
-        setup = replace(
-            resolved.setup, save_model=folder, force=self.request.force, progress=self.progress,
-            command=self.request.command,
-        )  # fmt: skip
-        try:
-            result = execute(load_inputs(resolve(cell.spec, setup)))
-        except SaveError:
-            raise
-        except PrunebenchError as error:
-            reason = " / ".join(str(error).splitlines())
-            return CellOutcome(cell, "failed", reason=reason, exit_code=error.exit_code)
-        return CellOutcome(cell, "done", result, seconds=time.monotonic() - started)
+    def _may_save(self, saved: Result) -> bool:
+        """Return whether a saved row is a confirmation of this race that holds its floor."""
+        steps = [
+            Step(candidate, number, unseen=True)
+            for candidate in self.race.candidates
+            if candidate.options["method"] == saved.spec.method
+            for number in range(len(self.rounds))
+        ]
+        ids = {self._sweep().resolve(self.cell(step)).spec.spec_id for step in steps}
+        if saved.spec_id not in ids:
+            return False
+        # of a recovery the share on unseen questions follows from the race alone
+        return self.parts is None or self.race.floor.holds(perplexity_value(saved).value)
 
 
 def _next(steps: Generator[Step, Trial, None], trial: Trial | None) -> Step | None:

@@ -6,7 +6,8 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from prunebench.errors import IncompatibleData
+from prunebench.errors import IncompatibleData, UsageError
+from prunebench.evaluate.tasks import LmEvalTask
 from prunebench.results.schema import Result, Score
 
 _ACCURACIES = ("acc", "acc_norm", "exact_match")  # the first that a task has counts
@@ -20,12 +21,46 @@ class Value:
         value: In the unit of the floor.
         score, dense: A perplexity, or a mean accuracy, and that of dense.
         protocol: Of what was measured.
+        with_seen: Whether the questions of the race could not be taken out.
     """
 
     value: float
     score: float
     dense: float
     protocol: str
+    with_seen: bool = False
+
+
+def require_accuracy(task: LmEvalTask, *, seen: int) -> None:
+    """Refuse a task that a floor of accuracy could not be read from.
+
+    Args:
+        task: As it was asked for.
+        seen: The most questions that the race scores.
+
+    Raises:
+        UsageError: It has no accuracy, or no question beyond those.
+    """
+    members = task.built["tasks"]
+    group = task.built.get("groups", {}).get(task.name)
+    if group is not None:
+        metrics = [config.metric for config in group.aggregate_metric_list or ()]
+    else:
+        metrics = list(members[task.name].higher_is_better()) if task.name in members else []
+    if not set(metrics) & set(_ACCURACIES):
+        raise UsageError(
+            f"{task.name} has no accuracy",
+            where=f"it is scored by {', '.join(metrics)}" if metrics
+            else f"it has no score of its own, and stands for {', '.join(members)}",
+            fix=f"use tasks with {', '.join(_ACCURACIES)}",
+        )  # fmt: skip
+    count = max(task.counts.values())
+    if count <= seen:
+        raise UsageError(
+            f"{task.name} has {count} questions, and the race sees up to {seen}",
+            where="none would be left to confirm on",
+            fix="use tasks with more questions",
+        )
 
 
 def perplexity_value(result: Result) -> Value:
@@ -44,20 +79,16 @@ def recovery_value(
     Args:
         result: A row with all the tasks.
         tasks: Their names.
-        seen: A row of the same weights on the first questions of every task. They are taken out:
-            both are means over questions, so those behind the first follow from the two.
+        seen: A row of the same configuration on the first questions of every task. They are taken
+            out: both are means over questions, so those behind the first follow from the two. Not
+            if a recovery that is not deterministic gave other weights: then all questions count.
 
     Raises:
-        IncompatibleData: A task has no accuracy, dense answers nothing of it, or the two rows are
-            of other weights.
+        IncompatibleData: A task has no accuracy, or dense answers nothing of it.
     """
-    if seen is not None and _weights(seen) != _weights(result):
-        raise IncompatibleData(
-            f"{seen.id} and {result.id} did not score the same weights",
-            where="the questions that the race has seen cannot be taken out of the others",
-            fix="run it again with an empty --results-dir: rows of another device or version of "
-            "the libraries are in the folder",
-        )
+    with_seen = seen is not None and _weights(seen) != _weights(result)
+    if with_seen:
+        seen = None
     pairs = []
     for task in tasks:
         score = _accuracy(result, task)
@@ -82,6 +113,7 @@ def recovery_value(
         statistics.fmean(pruned for pruned, _ in pairs),
         statistics.fmean(dense for _, dense in pairs),
         protocol,
+        with_seen,
     )
 
 
@@ -92,12 +124,13 @@ def _weights(result: Result) -> str | None:
 def _accuracy(result: Result, task: str) -> Score:
     for metric in _ACCURACIES:
         for score in result.scores:
-            if score.metric == metric and score.dataset == task:
+            # `exact_match,strict-match` of lm-eval: the first of its filters counts
+            if score.metric.partition(",")[0] == metric and score.dataset == task:
                 return score
     raise IncompatibleData(
         f"{task} has no accuracy",
         where=f"{result.id} has {', '.join(sorted({s.metric for s in result.scores}))}",
-        fix="use tasks with acc or acc_norm",
+        fix=f"use tasks with {', '.join(_ACCURACIES)}",
     )
 
 
@@ -106,7 +139,7 @@ def _behind(whole: float, count: int, first: float, first_count: int, task: str)
     if count <= first_count:
         raise IncompatibleData(
             f"{task} has {count} questions, and the race has seen them all",
-            fix="use a smaller --limit, or tasks with more questions",
+            fix="use tasks with more questions",
         )
     # means of ratios of whole questions: rounding leaves a tiny negative at worst
     return max(0.0, (whole * count - first * first_count) / (count - first_count))

@@ -84,6 +84,23 @@ def test_the_nearest_is_shown(cli, ask, here, monkeypatch):
     assert "another half hour" in outcome.stdout
 
 
+def test_what_failed_is_not_counted_as_tried(cli, ask, here, monkeypatch):
+    import prunebench.recommend.search as search
+    from prunebench.recommend.candidates import Candidate
+    from prunebench.recommend.values import Value
+
+    # M divides no width of the model
+    broken = Candidate("magnitude 3:7", 0, {"method": "magnitude", "sparsity": "3:7"}, 10)
+    monkeypatch.setattr(search, "candidates_for", lambda goal, counts: (broken, *CANDIDATES))
+    monkeypatch.setattr(search, "perplexity_value", lambda result: Value(1.5, 1.5, 1.0, "p"))
+    outcome = cli(*ask, "--floor", "ppl=2x")
+    assert "recommended: magnitude 2:4" in outcome.stdout
+    assert "nothing smaller is left to try, but for what failed" in outcome.stdout
+    assert "not known to miss the floor: magnitude 3:7" in outcome.stdout
+    outcome = cli(*ask, "--floor", "ppl=1.2x", code=6)
+    assert "1 failed, and nothing is known of those" in outcome.stderr
+
+
 @pytest.mark.slow
 def test_a_dry_run_runs_nothing(cli, ask, here, tmp_path):
     outcome = cli(*ask, "--floor", "ppl=2x", "--goal", "speed", "--dry-run")
@@ -106,6 +123,15 @@ def test_a_dry_run_runs_nothing(cli, ask, here, tmp_path):
         (["--floor", "ppl=2x", "--ppl-seqlen", "2500"], 4, "is too short for two parts"),
         (["--floor", "ppl=2x", "-M", "no-such-model"], 2, "no-such-model"),
         (["--floor", "ppl=2x", "--save", "{taken}"], 2, "taken"),
+        # each of these would fail every run, or every run that reads data
+        (["--floor", "ppl=2x", "--device", "cuda"], 3, "cuda"),
+        (
+            ["--floor", "ppl=2x", "--calibration-samples", "999"],
+            4,
+            "--calibration-samples 775 or",
+        ),
+        (["--floor", "recovery=95%", "--calibration", "c5"], 2, "unknown text 'c5'"),
+        (["--floor", "recovery=95%", "--tasks", ","], 2, "--tasks names no task"),
     ],
 )
 def test_what_is_wrong_is_said_in_one_message(cli, ask, here, tmp_path, more, code, says):

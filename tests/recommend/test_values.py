@@ -1,11 +1,13 @@
 """What a floor reads from a row, and a floor of accuracy end to end."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 
-from prunebench.errors import IncompatibleData
-from prunebench.recommend.values import perplexity_value, recovery_value
+from prunebench.errors import IncompatibleData, UsageError
+from prunebench.evaluate.tasks import LmEvalTask, Protocol
+from prunebench.recommend.values import perplexity_value, recovery_value, require_accuracy
 from prunebench.results.schema import Score
 from prunebench.results.store import ResultStore
 from tests.factories import counted, make_result
@@ -44,17 +46,66 @@ def test_the_first_questions_are_taken_out():
     assert value.value == pytest.approx(1 / 3)
 
 
+def test_of_other_weights_all_questions_count_and_that_is_said():
+    # a recovery on CUDA gives other weights in the confirmation than in the race
+    seen = row(score("a", "acc", 0.6, 0.8, 10), weights="f")
+    value = recovery_value(row(score("a", "acc", 0.25, 0.5, 40)), ["a"], seen=seen)
+    assert (value.value, value.with_seen) == (0.5, True)
+    same = recovery_value(
+        row(score("a", "acc", 0.25, 0.5, 40)), ["a"], seen=row(score("a", "acc", 0.6, 0.8, 10))
+    )
+    assert not same.with_seen
+
+
+def test_a_score_behind_a_filter_of_lm_eval_counts():
+    result = row(
+        score("a", "exact_match,strict-match", 0.2, 0.4, 10),
+        score("a", "exact_match,flexible-extract", 0.3, 0.3, 10),
+    )
+    assert recovery_value(result, ["a"]).value == pytest.approx(0.5)
+
+
+class OfMetrics:
+    """A task or group of lm-eval, as far as a floor looks at it."""
+
+    def __init__(self, *metrics):
+        self.aggregate_metric_list = [SimpleNamespace(metric=m) for m in metrics]
+
+    def higher_is_better(self):
+        return {m.metric: True for m in self.aggregate_metric_list}
+
+
+def task(name, count, *, tasks, groups=None):
+    built = {"tasks": tasks, "groups": groups or {}}
+    return LmEvalTask(name, built, {}, dict.fromkeys(tasks, count), Protocol(), None, "")
+
+
+@pytest.mark.parametrize(
+    ("asked", "says"),
+    [
+        (task("a", 500, tasks={"a": OfMetrics("acc", "acc_norm")}), ""),
+        (task("a", 500, tasks={"a": OfMetrics("exact_match")}), ""),
+        (task("a", 500, tasks={"a1": OfMetrics("acc")}, groups={"a": OfMetrics("acc")}), ""),
+        (task("a", 500, tasks={"a": OfMetrics("word_perplexity")}), "scored by word_perplexity"),
+        (task("a", 500, tasks={"a1": OfMetrics("acc")}, groups={"a": OfMetrics()}), "a1"),
+        (task("a", 500, tasks={"a1": OfMetrics("acc"), "a2": OfMetrics("acc")}), "a1, a2"),
+        (task("a", 100, tasks={"a": OfMetrics("acc")}), "has 100 questions"),
+    ],
+)
+def test_a_task_that_no_floor_can_be_read_from_is_refused(asked, says):
+    if not says:
+        require_accuracy(asked, seen=100)
+        return
+    with pytest.raises(UsageError, match=says):
+        require_accuracy(asked, seen=100)
+
+
 @pytest.mark.parametrize(
     ("result", "seen", "says"),
     [
         (row(score("b", "acc", 0.5, 0.5, 10)), None, "a has no accuracy"),
         (row(score("a", "acc", 0.5, 0.0, 10)), None, "answers nothing of a"),
         (row(score("a", "acc", 0.5, 0.5, 10)), row(score("a", "acc", 0.5, 0.5, 10)), "seen them"),
-        (
-            row(score("a", "acc", 0.5, 0.5, 40)),
-            row(score("a", "acc", 0.5, 0.5, 10), weights="f"),
-            "did not score the same weights",
-        ),
     ],
 )
 def test_what_gives_no_honest_share_is_an_error(result, seen, says):
@@ -97,7 +148,15 @@ metric_list: [{{metric: acc}}]
 metadata: {{version: 3.0}}
 """
     )
-    words = [*ask, "--floor", "recovery=30%", "--tasks", "pangram", "--include-path", folder]
+    words = [*ask, "--floor", "recovery=30%", "--tasks", "mine", "--include-path", folder]
+    import prunebench.evaluate.tasks as tasks
+
+    with monkeypatch.context() as without:  # of all files: a quarter of a minute
+        without.setattr(tasks, "_all_tasks", tasks._few_tasks)
+        assert "unknown task 'mine'" in cli(*words, "-q", code=2).stderr
+    assert not (tmp_path / "results").exists()
+    # a paper's list of tasks stands for them
+    monkeypatch.setitem(tasks.task_table()["preset"], "mine", ["pangram"])
     document = json.loads(cli(*words, "-q", "--json").stdout)
     chosen = document["chosen"]
     assert chosen["unseen"] and chosen["value"] >= 0.3

@@ -135,6 +135,11 @@ def test_what_is_missing_is_said_at_once(cli, grid, tmp_path, arguments, code, s
     assert says in cli("sweep", *words, code=code).output
 
 
+def test_a_shard_without_cells_says_so(cli, grid):
+    outcome = cli("sweep", grid(), "--shard", "7/8", "method=magnitude", "--device", "cpu")
+    assert outcome.stdout == "--shard 7/8 is empty: 2 cells in 8 parts\n"
+
+
 def test_a_gated_model_needs_a_login(cli, tmp_path, monkeypatch):
     import prunebench.sweep.requirements as module
 
