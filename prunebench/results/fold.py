@@ -165,11 +165,11 @@ def _with_best(scores: DataFrame) -> DataFrame:
     import numpy as np
 
     rivals = scores[scores["method"] != "dense"]
-    turned = rivals["mean"].where(~rivals["higher_is_better"], -rivals["mean"]).fillna(np.inf)
-    # what nobody can measure again is not the best where there is another
-    turned = turned.where(~rivals["stale"].astype(bool), np.inf)
+    turned = rivals["mean"].where(~rivals["higher_is_better"], -rivals["mean"])
+    # what nobody can measure again is not the best, nor is a model that broke
+    sound = np.isfinite(turned) & ~rivals["stale"].astype(bool)
     # stable, and the first of equals is kept: of two equal values only the first is the best
-    best = rivals.assign(turned=turned).sort_values("turned", kind="stable")
+    best = rivals.assign(turned=turned)[sound].sort_values("turned", kind="stable")
     best = best.drop_duplicates(_RIVALS)
     top = rivals[_RIVALS].merge(best[[*_RIVALS, "loss", "error"]], on=_RIVALS, how="left")
     top.index = rivals.index

@@ -8,6 +8,7 @@ once, in the caption.
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -255,7 +256,7 @@ def _lines(
         for cell in shown:
             # a setting that changes nothing gives equal scores, of which only the first is marked
             equal = {marks.get(id(other)) for other in of_method if loss(other) == loss(cell)}
-            mark = "*" if "*" in equal else marks.get(id(cell), " ")
+            mark = "*" if "*" in equal and not cell.stale else marks.get(id(cell), " ")
             is_main = cell is main
             lines.append(Line(mark, words[id(cell)], cell, note if is_main else "", is_main))
     return lines
@@ -268,12 +269,14 @@ def _marks(cells: Sequence[Cell], ranking: Ranking) -> dict[int, str]:
         return {place: "*" if score.best else "~" if score.within_noise else " "
                 for place, score in scores.items()}  # fmt: skip
     # a mean over tasks is no score of a result: its best was not marked when seeds were folded
-    stale = {id(cell): bool(cell.stale) for cell in cells}
-    best = min(scores, key=lambda place: (stale[place], scores[place].loss))
+    fresh = {id(cell) for cell in cells if not cell.stale}
+    sound = [place for place, s in scores.items() if place in fresh and math.isfinite(s.mean)]
+    if len(scores) < 2 or not sound:
+        return {}
+    best = min(sound, key=lambda place: scores[place].loss)
     return {
         place: "*" if place == best else "~" if within_noise(score, scores[best]) else " "
         for place, score in scores.items()
-        if len(scores) > 1
     }
 
 

@@ -108,6 +108,21 @@ def test_a_broken_model_is_last_and_says_so():
     ]  # fmt: skip
 
 
+@pytest.mark.parametrize("second", [float("nan"), float("inf")])
+def test_of_broken_models_none_is_the_best_nor_named(second):
+    broken = [make_result(value=float("nan")), make_result(method="b", value=second)]
+    (block,) = blocks_of(broken)
+    assert not any(row[0].startswith("*") for row in rows_of(block)["0.5"])
+    (block,) = blocks_of([*broken, make_result(method="c"), make_result(method="d", value=50.0)])
+    assert finding(block) == "At 0.5 c is best with 2.00 times the perplexity of dense (d 2.50)."
+
+
+def test_of_broken_means_over_tasks_none_is_the_best():
+    nan = float("nan")
+    (block,) = blocks_of([with_tasks("a", piqa=nan, rte=0.6), with_tasks("b", piqa=0.5, rte=0.5)])
+    assert {row[0] for row in rows_of(block)["0.5"]} == {"*b", "a"}
+
+
 def test_one_seed_that_broke_is_not_left_out_of_the_mean():
     (block,) = blocks_of([make_result(seed=s, value=v) for s, v in ((0, 40.0), (1, float("nan")))])
     assert rows_of(block)["0.5"][0][1].startswith("nan")
