@@ -6,7 +6,8 @@ perplexity also rounding, where it was measured. Perplexities are compared as me
 exponentials, and their tails are heavy.
 
 A protocol names a text, not its tokens: two folders that share a name may have two tokenizers. What
-was scored on other tokens is then another column, and never a rival.
+was scored on other tokens is then another column, and never a rival. Nor are other weights under
+one name: their dense model is another.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
     from pandas import DataFrame, Series
 
 _SCORE = ["cell", "metric", "protocol"]
-_RIVALS = ["model", "target", "metric", "protocol"]
+_RIVALS = ["model", "model_revision", "target", "metric", "protocol"]
 DATA = "data-"
 """Before the hash in the name of a column whose protocol was scored on several data."""
 _OF_CELL = ["model", "method", "target", "sparsity", "dtype", "model_revision"]

@@ -189,7 +189,11 @@ def _block(
     # rows of other bits, and removed blocks, which are no zeros, have sections of their own
     for target in dict.fromkeys(cell.target for cell in sorted(pruned, key=_by_sparsity)):
         of_one = [cell for cell in pruned if cell.target == target]
-        lines = _lines(of_one, ranking, usual, names, every_setting=every_setting)
+        lines = []
+        # other weights under one name are no rivals
+        for revision in dict.fromkeys(map(revision_of, of_one)):
+            alike = [cell for cell in of_one if revision_of(cell) == revision]
+            lines += _lines(alike, ranking, usual, names, every_setting=every_setting)
         hidden += len(of_one) - len(lines)
         lines.sort(key=lambda line: (_value_last(order, line.cell), line.words))
         sections.append(Section(target, tuple(lines)))
@@ -203,6 +207,11 @@ def _block(
         sections=tuple(sections),
         hidden_settings=hidden,
     )
+
+
+def revision_of(cell: Cell) -> Any:
+    """Return which weights a cell has, of those that share the name of its model."""
+    return cell.settings["model_revision"]
 
 
 def _by_sparsity(cell: Cell) -> tuple[bool, float, bool, str, int]:
@@ -220,7 +229,7 @@ def _lines(
     cells: list[Cell], ranking: Ranking, usual: Mapping[str, Any], names: Names, *,
     every_setting: bool,
 ) -> list[Line]:  # fmt: skip
-    """Return the rows of one sparsity: of every method its main setting and a better one.
+    """Return the rows of one sparsity and revision: of every method its main one and a better one.
 
     A method with a recovery counts as a method of its own: `alps + block`.
     """
@@ -263,7 +272,7 @@ def _lines(
 
 
 def _marks(cells: Sequence[Cell], ranking: Ranking) -> dict[int, str]:
-    """Return the marks of the rows of one sparsity, by `id` of the cell."""
+    """Return the marks of the rows of one sparsity and revision, by `id` of the cell."""
     scores = {id(cell): score for cell in cells if (score := ranking.score_of(cell))}
     if len(ranking.columns) == 1:
         return {place: "*" if score.best else "~" if score.within_noise else " "

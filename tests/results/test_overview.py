@@ -100,6 +100,32 @@ def test_a_column_orders_the_rows():
     assert "did you mean 'prune'?" in error.value.fix
 
 
+def of_revision(revision, *results):
+    return [
+        r.model_copy(update={"spec": r.spec.model_copy(update={"model_revision": revision})})
+        for r in results
+    ]
+
+
+def test_other_weights_under_one_name_are_no_rivals():
+    old = of_revision("aaa", make_result(), make_result(method="b", value=50.0))
+    old += of_revision("aaa", make_result(method="c", value=55.0))
+    new = of_revision("bbb", make_result(value=30.0), make_result(method="b", value=31.0))
+    (block,) = blocks_of([*old, *new])
+    assert [row[0] for row in rows_of(block)["0.5"]] == [
+        "*wanda revision=bbb", "b revision=bbb", "*wanda", "b", "c",
+    ]  # fmt: skip
+    assert finding(block).startswith("At 0.5 wanda is best with 2.00 times")
+    assert "1.5" not in finding(block)
+
+
+def test_means_over_tasks_are_compared_with_those_of_the_same_weights():
+    old = of_revision("aaa", with_tasks("a", piqa=0.6, rte=0.6), with_tasks("b", piqa=0.5, rte=0.5))
+    new = of_revision("", with_tasks("a", piqa=0.8, rte=0.8), with_tasks("b", piqa=0.4, rte=0.4))
+    (block,) = blocks_of([*old, *new])
+    assert [line.mark for line in block.sections[0].lines] == ["*", "*", " ", " "]
+
+
 def test_a_broken_model_is_last_and_says_so():
     results = [make_result(value=float("nan")), make_result(method="b", value=float("inf"))]
     (block,) = blocks_of([*results, make_result(method="c", value=50.0)])
