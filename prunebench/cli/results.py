@@ -61,7 +61,7 @@ def results_check(
     """Check every result file: schema, name, spec hash, and the versions of what made it.
 
     A result is stale where its method changed since, so that the same run gives other numbers, and
-    no later run of the same specification is there.
+    no run of the same specification is there that is not.
     """
     results, damaged = ResultStore(results_dir).read()
     for file in damaged:

@@ -153,6 +153,27 @@ def test_a_later_run_of_the_same_spec_takes_the_mark_away(changed):
     assert not any(cell.stale for cell in table.cells)
 
 
+def test_a_later_run_of_an_older_version_does_not_bring_the_mark_back(changed, cli, tmp_path):
+    fresh = of_version(3, method="sparsegpt", value=31.0, created="2026-01-03T00:00:00+00:00")
+    older = of_version(2, method="sparsegpt", value=35.0, created="2026-01-04T00:00:00+00:00")
+    (table,) = compare([fresh, older])
+    (cell,) = [cell for cell in table.cells if cell.method == "sparsegpt"]
+    assert (cell.stale, cell.scores["token_ppl wiki/test/512/v1"].values) == ("", (31.0,))
+    store = ResultStore(tmp_path / "results")
+    for row in (fresh, older):
+        store.publish(row)
+    assert store.newest(fresh.spec).id == fresh.id
+    cli("results", "check", "--current", "--results-dir", store.root)
+
+
+def test_of_stale_runs_the_latest_counts(changed):
+    first = make_result(method="sparsegpt", value=31.0, created="2026-01-03T00:00:00+00:00")
+    later = of_version(2, method="sparsegpt", value=35.0, created="2026-01-04T00:00:00+00:00")
+    (table,) = compare([later, first])
+    (cell,) = [cell for cell in table.cells if cell.method == "sparsegpt"]
+    assert cell.scores["token_ppl wiki/test/512/v1"].values == (35.0,)
+
+
 def test_one_stale_seed_makes_a_row_stale(changed):
     (table,) = compare(
         [make_result(method="sparsegpt", seed=0), of_version(3, method="sparsegpt", seed=1)]
