@@ -29,6 +29,7 @@ from prunebench.results.columns import (
     NAMED_RANK,
     Column,
     Ranking,
+    TaskMean,
     column_beside_dense,
     column_of_mean,
     column_of_score,
@@ -143,9 +144,9 @@ def _rankings(table: Table) -> list[tuple[Ranking, list[Cell]]]:
     """Return by what the rows are ranked, and which: no row is left out.
 
     Every perplexity ranks the rows that have it (only the leading one, where there is one); the
-    others are ranked by a mean over tasks, or by whatever score they have.
+    others are ranked by a mean over tasks, or by whatever score they have. Of several means, that
+    of the most rows is first; of those, that over the most tasks, then documents.
     """
-    means = [Ranking.of_mean(mean) for mean in task_means(table.cells)]
     members = member_columns(table.cells)
     # stable: a group comes before its members
     columns = sorted(table.columns, key=members.__contains__)
@@ -158,7 +159,13 @@ def _rankings(table: Table) -> list[tuple[Ranking, list[Cell]]]:
             rankings.append((ranking, cells))
     ranked = {id(cell) for _, cells in rankings for cell in cells}
     left = [cell for cell in left if id(cell) not in ranked]
-    for ranking in [*means, *others]:
+
+    def weight(mean: TaskMean) -> tuple[int, int, float]:
+        return sum(mean.of(cell) is not None for cell in left), len(mean.columns), mean.documents
+
+    # stable: of equals, the first by name
+    means = sorted(task_means(table.cells), key=weight, reverse=True)
+    for ranking in [*map(Ranking.of_mean, means), *others]:
         if cells := [cell for cell in left if ranking.score_of(cell)]:
             rankings.append((ranking, cells))
             left = [cell for cell in left if not ranking.score_of(cell)]

@@ -13,28 +13,12 @@ from prunebench.results.names import short_method, short_names, short_protocol
 from prunebench.results.overview import overview
 from prunebench.results.overview_markdown import overview_markdown
 from prunebench.results.store import ResultStore
-from tests.factories import make_result, recovered, with_tasks
+from tests.factories import blocks_of, make_result, recovered, rows_of, with_tasks
 
 ROOT = Path(__file__).parents[2]
 
 WIKI2 = "wikitext2-raw/test/2048/v1"
 C4 = "c4/validation/2048/v1"
-
-
-def blocks_of(results, **how):
-    return overview(compare(results), **how).blocks
-
-
-def rows_of(block):
-    """What stands in the rows: mark, words, score, note; by sparsity."""
-    score = block.columns[0]
-    return {
-        section.title: [
-            (line.mark.strip() + " ".join(line.words), score.text(line.cell), line.note)
-            for line in section.lines
-        ]
-        for section in block.sections
-    }
 
 
 # ---------------------------------------------------------------- rows
@@ -100,53 +84,12 @@ def test_a_column_orders_the_rows():
     assert "did you mean 'prune'?" in error.value.fix
 
 
-def of_revision(revision, *results):
-    return [
-        r.model_copy(update={"spec": r.spec.model_copy(update={"model_revision": revision})})
-        for r in results
-    ]
-
-
-def test_other_weights_under_one_name_are_no_rivals():
-    old = of_revision("aaa", make_result(), make_result(method="b", value=50.0))
-    old += of_revision("aaa", make_result(method="c", value=55.0))
-    new = of_revision("bbb", make_result(value=30.0), make_result(method="b", value=31.0))
-    (block,) = blocks_of([*old, *new])
-    assert [row[0] for row in rows_of(block)["0.5"]] == [
-        "*wanda revision=bbb", "b revision=bbb", "*wanda", "b", "c",
-    ]  # fmt: skip
-    assert finding(block).startswith("At 0.5 wanda is best with 2.00 times")
-    assert "1.5" not in finding(block)
-
-
-def test_means_over_tasks_are_compared_with_those_of_the_same_weights():
-    old = of_revision("aaa", with_tasks("a", piqa=0.6, rte=0.6), with_tasks("b", piqa=0.5, rte=0.5))
-    new = of_revision("", with_tasks("a", piqa=0.8, rte=0.8), with_tasks("b", piqa=0.4, rte=0.4))
-    (block,) = blocks_of([*old, *new])
-    assert [line.mark for line in block.sections[0].lines] == ["*", "*", " ", " "]
-
-
 def test_a_broken_model_is_last_and_says_so():
     results = [make_result(value=float("nan")), make_result(method="b", value=float("inf"))]
     (block,) = blocks_of([*results, make_result(method="c", value=50.0)])
     assert [row[:2] for row in rows_of(block)["0.5"]] == [
         ("*c", "50.00"), ("b", "inf"), ("wanda", "nan"),
     ]  # fmt: skip
-
-
-@pytest.mark.parametrize("second", [float("nan"), float("inf")])
-def test_of_broken_models_none_is_the_best_nor_named(second):
-    broken = [make_result(value=float("nan")), make_result(method="b", value=second)]
-    (block,) = blocks_of(broken)
-    assert not any(row[0].startswith("*") for row in rows_of(block)["0.5"])
-    (block,) = blocks_of([*broken, make_result(method="c"), make_result(method="d", value=50.0)])
-    assert finding(block) == "At 0.5 c is best with 2.00 times the perplexity of dense (d 2.50)."
-
-
-def test_of_broken_means_over_tasks_none_is_the_best():
-    nan = float("nan")
-    (block,) = blocks_of([with_tasks("a", piqa=nan, rte=0.6), with_tasks("b", piqa=0.5, rte=0.5)])
-    assert {row[0] for row in rows_of(block)["0.5"]} == {"*b", "a"}
 
 
 def test_one_seed_that_broke_is_not_left_out_of_the_mean():
