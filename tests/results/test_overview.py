@@ -315,6 +315,14 @@ def test_names_that_would_be_one_stay_long():
     }  # fmt: skip
 
 
+def test_each_part_of_a_method_with_recoveries_is_shortened():
+    names = {
+        "wanda + my_pkg.rec:Mine": "wanda + Mine",
+        "my.pruners:Own + block+my_pkg.rec:Mine": "Own + block+Mine",
+    }
+    assert short_names(names, short_method) == names
+
+
 def test_tasks_asked_in_several_ways_are_told_apart_by_what_differs():
     asked = ["lm-eval/rte/0-shot/v1.0/first-100", "lm-eval/rte/5-shot/v1.0/first-100",
              "lm-eval/piqa/0-shot/v1.0/first-100"]  # fmt: skip
