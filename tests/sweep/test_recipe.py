@@ -214,6 +214,15 @@ def test_a_measured_expectation(recipe):
         recipe(text.replace("held-out/512", "held-out/256"))
 
 
+def test_an_expectation_of_quantized_weights_says_their_bits(recipe):
+    text = 'method = "gptq"\nppl = "wiki"\n[[expect]]\nmethod = "gptq"\nsparsity = 0\nbits = 4\n'
+    text += 'protocol = "wiki-sample/held-out/512/v1"\nvalue = 22.5\ntolerance = 0.1\n'
+    (expectation,) = recipe(text).expectations
+    assert expectation.value.bits == 4
+    with pytest.raises(UsageError, match="'bits' does not go with paper"):
+        recipe(text.replace('method = "gptq"\nspar', 'paper = "2306.11695"\nspar'))
+
+
 @pytest.mark.parametrize("path", RECIPES, ids=lambda p: p.stem)
 def test_our_recipes_are_valid(cli, path):
     output = cli("validate", path).stdout
