@@ -177,6 +177,20 @@ def test_what_most_rows_share_is_said_once():
     assert ("c bfloat16 calibration=wiki", "40.00", "") in rows_of(block)["0.5"]
 
 
+@pytest.mark.parametrize(
+    ("counts", "says"), [((1, 4), "1 or 4 threads"), ((16, 1, 4), "1 to 16 threads")]
+)
+def test_rows_of_several_numbers_of_threads(counts, says):
+    results = [
+        (result := make_result(method=f"m{n}")).model_copy(
+            update={"hardware": result.hardware.model_copy(update={"cpu_threads": n})}
+        )
+        for n in counts
+    ]
+    (block,) = blocks_of(results)
+    assert f"pruned on cpu, {says}" in block.caption
+
+
 def test_the_sentence_is_computed_from_the_rows():
     values = {"0.5": (40.0, 90.0), "2:4": (60.0, 50.0)}
     results = [
