@@ -136,7 +136,7 @@ def frame_of(
         of_run = _run_fields(result) | _bench_fields((benches or {}).get(result.id))
         rows += [of_run | _score_fields(score) for score in scores]
     if not rows:
-        raise nothing_selected(finished, selection)
+        raise nothing_selected(results, selection)
     frame = pd.DataFrame(rows)
     typed = {name: _typed(frame[name], name) for name in frame.columns}
     frame = pd.DataFrame(typed)

@@ -128,6 +128,12 @@ WRONG = [
     ('[[grid]]\nmethod = ["wanda", "wnda"]\n', ["'wnda'", "cell 2", "did you mean 'wanda'?"]),
     ('[[grid]]\nmethod = "wanda"\nsparsity = "half"\n', ["'half'", "cell 1", "method wanda"]),
     ('method = "wanda"\n[needs]\ngpu = 3\n', ["'gpu'", "line 3", "gpu_memory_gb"]),
+    (
+        'method = "wanda"\n[needs]\ngpu_memory_gb = { opt-125m = "19 GB" }\n',
+        ["opt-125m = '19 GB'", "line 2", "int or float"],
+    ),
+    ('method = "wanda"\ntasks = ["piqa", 5]\n', ["tasks = 5", "line 2", "str"]),
+    ('[[grid]]\nmethod = "wanda"\nppl = [["wiki"], ["c4"]]\n', ["ppl = ['wiki']", "line 3"]),
     ('method = "wanda"\n[[expect]]\nvalue = 3\n', ["no tolerance", "line 2"]),
     ('method = "wanda"\n[[expect]]\ntolerance = 3\n', ["no 'method'", "line 2"]),
     ('method = "wanda"\n[[expect]]\nvlaue = 3\n', ["'vlaue'", "line 3", "'value'"]),
