@@ -7,6 +7,7 @@ import torch
 from prunebench.calibration.stats import StatsAccumulator
 from prunebench.models.linears import find_linears
 from prunebench.results.compare import compare
+from prunebench.results.overview import overview
 from prunebench.results.schema import Result
 from prunebench.results.selection import Selection
 from prunebench.results.store import new_run_id
@@ -154,6 +155,22 @@ def job(*words, **settings):
 def only_table(results, *selectors):
     (table,) = compare(results, Selection.parse(selectors))
     return table
+
+
+def blocks_of(results, **how):
+    return overview(compare(results), **how).blocks
+
+
+def rows_of(block):
+    """What stands in the rows: mark, words, score, note; by sparsity."""
+    score = block.columns[0]
+    return {
+        section.title: [
+            (line.mark.strip() + " ".join(line.words), score.text(line.cell), line.note)
+            for line in section.lines
+        ]
+        for section in block.sections
+    }
 
 
 CPU = torch.device("cpu")

@@ -17,7 +17,9 @@ from prunebench.results.paired import LEVEL, RESAMPLES, Comparison, Pairing, pai
 from prunebench.results.render import MISSING, metric_name, number
 from prunebench.results.schema import Result
 from prunebench.results.selection import Selection
+from prunebench.results.sizes import target_of
 from prunebench.results.store import Damaged, ResultStore, read_result
+from prunebench.spec import NO_RECOVERY
 
 _KEYS = ("metric", "protocol")
 _USE = "as in prunebench compare --paired 4981b998 ccb34dfc metric=acc"
@@ -77,7 +79,11 @@ def _finished(path: Path) -> Result:
 
 def _title(result: Result) -> str:
     spec = result.spec
-    name = spec.method if spec.method == "dense" else f"{spec.method} {spec.sparsity}"
+    name = spec.method
+    if name != "dense":
+        recovery = [spec.recover] if spec.recover != NO_RECOVERY else []
+        allocation = [spec.allocation] if spec.allocation != "uniform" else []
+        name = f"{' + '.join([name, *recovery])} {', '.join([target_of(result), *allocation])}"
     return f"{name} on {spec.model}, seed {spec.seed}, {result.id}"
 
 

@@ -15,6 +15,7 @@ from prunebench.errors import MissingResource
 from prunebench.results.compare import Table
 from prunebench.results.published import PublishedValue, Twin, find_twins, published_values
 from prunebench.results.render import MISSING, metric_name, value_text
+from prunebench.results.sizes import quantization_name
 
 _LEGEND = (
     "difference: ours minus theirs; agrees: within {ppl:.0%} of a perplexity, {acc:.0f} point of "
@@ -66,7 +67,7 @@ def print_twins(twins: Sequence[Twin], *, legend: str, title: str = "published")
         rows = [
             [
                 _method(twin.published),
-                twin.published.sparsity if twin.published.method != "dense" else MISSING,
+                _target(twin.published),
                 _with_error(twin.published.metric, twin.mean, twin.error),
                 _with_error(twin.published.metric, twin.published.value, twin.published.std),
                 difference_text(twin), twin.verdict, _source(twin.published),
@@ -107,6 +108,13 @@ def difference_text(twin: Twin) -> str:
 
 def _method(value: PublishedValue) -> str:
     return value.method if value.allocation == "uniform" else f"{value.method}, {value.allocation}"
+
+
+def _target(value: PublishedValue) -> str:
+    """Return `2:4`, `INT4` or `2:4 + INT4`; nothing is asked of the dense model."""
+    sparsity = value.sparsity if value.sparsity != "0" else ""
+    codes = quantization_name(value.bits) if value.bits else ""
+    return " + ".join(filter(None, (sparsity, codes))) or MISSING
 
 
 def _with_error(metric: str, value: float, error: float | None) -> str:

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from prunebench.cli.exit_codes import guarded, say
-from prunebench.errors import CheckFailed
+from prunebench.errors import CheckFailed, IncompatibleData
 from prunebench.files import write_text
 from prunebench.results.compare import compare
 from prunebench.results.overview import overview
@@ -45,8 +45,15 @@ def table_text(results: list[Result]) -> str:
 
 
 def results_table(results_dir: _Folder = Path("results")) -> None:
-    """Rebuild TABLE.md from the result files."""
-    results, _ = ResultStore(results_dir).read()
+    """Rebuild TABLE.md from the result files; if one is damaged, nothing is written."""
+    results, damaged = ResultStore(results_dir).read()
+    for file in damaged:
+        say(f"warning: {file.path} is damaged: {file.reason}")
+    if damaged:
+        raise IncompatibleData(
+            f"{len(damaged)} of {len(results) + len(damaged)} files are damaged",
+            fix="mend or remove them: no table is written without them",
+        )
     path = results_dir / TABLE_NAME
     write_text(path, table_text(results))
     typer.echo(str(path))
@@ -61,7 +68,7 @@ def results_check(
     """Check every result file: schema, name, spec hash, and the versions of what made it.
 
     A result is stale where its method changed since, so that the same run gives other numbers, and
-    no later run of the same specification is there.
+    no run of the same specification is there that is not.
     """
     results, damaged = ResultStore(results_dir).read()
     for file in damaged:

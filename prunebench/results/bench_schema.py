@@ -16,6 +16,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from prunebench.files import publish_text
+from prunebench.results.moment import Moment
 
 SUFFIX = ".bench"  # not .json: every *.json of the folder is read as a result
 
@@ -85,7 +86,7 @@ class Bench(_Block):
     """
 
     schema_version: Literal[1] = 1
-    created_at: str
+    created_at: Moment
     command: str
     checkpoint: str
     result_id: str | None

@@ -156,7 +156,8 @@ def _usual_texts(usual: Mapping[str, Any], names: Names) -> list[str]:
 
 
 def _range(numbers: Sequence[int]) -> str:
-    return str(numbers[0]) if len(numbers) == 1 else f"{numbers[0]} or {numbers[-1]}"
+    between = "or" if len(numbers) == 2 else "to"
+    return str(numbers[0]) if len(numbers) == 1 else f"{numbers[0]} {between} {numbers[-1]}"
 
 
 def legend_of(

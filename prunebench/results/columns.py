@@ -106,6 +106,12 @@ class TaskMean:
         return [column.split("/")[1] for column in self.columns]
 
     @property
+    def documents(self) -> float:
+        """How many of every task were asked at most; infinite where all were."""
+        limits = [part for part in self.asked.split("/") if part.startswith("first-")]
+        return float(limits[0].removeprefix("first-")) if limits else math.inf
+
+    @property
     def words(self) -> str:
         """The tasks, and how they were asked."""
         return f"{', '.join(self.tasks)} ({self.asked.replace('/', ', ')})"

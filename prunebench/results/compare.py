@@ -1,11 +1,11 @@
 """From results to a table: one row a cell, seeds folded into mean and standard deviation.
 
 A cell is everything of a spec but its seed and its evaluation; of a run that was repeated, the
-newest counts. A column is a metric under one protocol; two protocols never share a column. Rows are
-ranked where the table has a single perplexity (or a single column), or a single one that all rows
-have: the other columns then stand beside it. Within a column, the best of the rows with one
-sparsity is marked, and so is every other whose difference from it is inside the noise: that of the
-seeds, or, with a single seed, that of the documents.
+newest counts, a stale one only where all are. A column is a metric under one protocol; two
+protocols never share a column. Rows are ranked where the table has a single perplexity (or a single
+column), or a single one that all rows have: the other columns then stand beside it. Within a
+column, the best of the rows with one sparsity is marked, and so is every other whose difference
+from it is inside the noise: that of the seeds, or, with a single seed, that of the documents.
 """
 
 from __future__ import annotations

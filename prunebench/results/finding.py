@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterable
 
 from prunebench.results.cell_score import CellScore, within_noise
 from prunebench.results.columns import Ranking
 from prunebench.results.compare import Cell
 from prunebench.results.names import kind_of_text
-from prunebench.results.overview import BESIDE_DENSE, Block, Line, Section
+from prunebench.results.overview import BESIDE_DENSE, Block, Line, Section, revision_of
 from prunebench.results.render import MISSING
 
 _SPARSITIES = 2  # of more, those with the most methods
@@ -21,7 +22,8 @@ def finding(block: Block) -> str:
     """Return which method is best at which sparsity; empty where nothing can be compared.
 
     Methods are compared in their main settings. A setting that saw the kind of text that is scored
-    is none, unless all did. Better settings are named behind them. Stale rows are not named.
+    is none, unless all did. Better settings are named behind them. Stale rows are not named, nor
+    are models that broke, nor rows of other weights than most have.
     """
     rows = [(section.title, *_methods(block, section)) for section in block.sections]
     rows = [row for row in rows if len(row[1]) > 1]
@@ -44,15 +46,18 @@ def _methods(block: Block, section: Section) -> tuple[list[Line], list[Line]]:
     if not section.title:  # the dense model's
         return [], []
     lines = [line for line in section.lines if _beside_dense(block, line) != MISSING]
-    lines = [line for line in lines if not line.cell.stale]
-    lines.sort(key=lambda line: _loss(block, line))
+    revisions = Counter(revision_of(x.cell) for s in block.sections for x in s.lines if s.title)
+    usual, _ = revisions.most_common(1)[0]
+    lines = [line for line in lines if revision_of(line.cell) == usual]
+    lines = [x for x in lines if not x.cell.stale and math.isfinite(_score(block, x).mean)]
+    lines.sort(key=lambda line: _score(block, line).loss)
     neutral = [line for line in lines if not _saw_scored_text(line.cell, block.ranking)] or lines
     main = [line for line in neutral if line.main]
     if not main:
         return [], []
     better: dict[str, Line] = {}
     for line in lines:
-        is_better = _loss(block, line) < _loss(block, main[0])
+        is_better = _score(block, line).loss < _score(block, main[0]).loss
         if is_better and not _equal(block, line, main[0]):
             better.setdefault(line.words[0], line)
     return main, list(better.values())
@@ -83,11 +88,6 @@ def _beside_dense(block: Block, line: Line) -> str:
 
 def _score(block: Block, line: Line) -> CellScore:
     return block.ranking.of_any([line.cell])
-
-
-def _loss(block: Block, line: Line) -> float:
-    loss = _score(block, line).loss
-    return math.inf if math.isnan(loss) else loss
 
 
 def _equal(block: Block, line: Line, best: Line) -> bool:

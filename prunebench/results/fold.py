@@ -6,26 +6,35 @@ perplexity also rounding, where it was measured. Perplexities are compared as me
 exponentials, and their tails are heavy.
 
 A protocol names a text, not its tokens: two folders that share a name may have two tokenizers. What
-was scored on other tokens is then another column, and never a rival.
+was scored on other tokens is then another column, and never a rival. Nor are other weights under
+one name: their dense model is another.
 """
 
 from __future__ import annotations
 
+import json
 from typing import TYPE_CHECKING, Any
 
 from prunebench.results.cell_score import NOISE_STANDARD_ERRORS
+from prunebench.results.names import short_text
 from prunebench.results.rounding import rounding_of
+from prunebench.results.shown_options import default_options
 from prunebench.spec import NO_RECOVERY
 
 if TYPE_CHECKING:
     from pandas import DataFrame, Series
 
 _SCORE = ["cell", "metric", "protocol"]
-_RIVALS = ["model", "target", "metric", "protocol"]
+_RIVALS = ["model", "model_revision", "target", "metric", "protocol"]
 DATA = "data-"
 """Before the hash in the name of a column whose protocol was scored on several data."""
 _OF_CELL = ["model", "method", "target", "sparsity", "dtype", "model_revision"]
-_OF_ROUNDING = ["allocation", "recover", "within_block", "calibration_samples"]
+_MEASURED = {
+    "allocation": "uniform", "recover": NO_RECOVERY, "within_block": "joint", "calibration": "c4",
+    "seqlen": "512", "calibration_bos": "text",
+}  # fmt: skip
+"""The settings that rounding was measured with, beside those of its table and the options."""
+_OF_ROUNDING = [*_MEASURED, "method_options", "calibration_samples"]
 
 
 def fold_scores(frame: DataFrame) -> DataFrame:
@@ -149,11 +158,17 @@ def _errors(scores: DataFrame) -> Series:
 
 def _rounding(score: dict[Any, Any]) -> float | None:
     """Return the deviation of a loss by rounding; None where it was not measured."""
-    # as text: of a method that has no use for a setting it is NA, which compares as neither
-    plain = str(score["allocation"]) == "uniform" and str(score["recover"]) == NO_RECOVERY
-    sequential = str(score["within_block"]) == "sequential"
-    other = not score["metric"].endswith("_ppl") or str(score["dtype"]) != "float32"
-    if other or sequential or not plain:
+    import pandas as pd
+
+    if not score["metric"].endswith("_ppl") or str(score["dtype"]) != "float32":
+        return None
+    # a method that has no use for a setting has NA
+    known = {name: value for name in _MEASURED if not pd.isna(value := score[name])}
+    if any(short_text(str(value)) != _MEASURED[name] for name, value in known.items()):
+        return None
+    options = json.loads(score["method_options"])
+    defaults = default_options("method", score["method"], options)
+    if not options.items() <= defaults.items():
         return None
     samples = str(score["calibration_samples"])
     count = int(samples) if samples.isdecimal() else None
@@ -165,11 +180,11 @@ def _with_best(scores: DataFrame) -> DataFrame:
     import numpy as np
 
     rivals = scores[scores["method"] != "dense"]
-    turned = rivals["mean"].where(~rivals["higher_is_better"], -rivals["mean"]).fillna(np.inf)
-    # what nobody can measure again is not the best where there is another
-    turned = turned.where(~rivals["stale"].astype(bool), np.inf)
+    turned = rivals["mean"].where(~rivals["higher_is_better"], -rivals["mean"])
+    # what nobody can measure again is not the best, nor is a model that broke
+    sound = np.isfinite(turned) & ~rivals["stale"].astype(bool)
     # stable, and the first of equals is kept: of two equal values only the first is the best
-    best = rivals.assign(turned=turned).sort_values("turned", kind="stable")
+    best = rivals.assign(turned=turned)[sound].sort_values("turned", kind="stable")
     best = best.drop_duplicates(_RIVALS)
     top = rivals[_RIVALS].merge(best[[*_RIVALS, "loss", "error"]], on=_RIVALS, how="left")
     top.index = rivals.index

@@ -69,7 +69,7 @@ def load_results(folder: str | Path = "results", selectors: Sequence[str] = ()) 
             tokenizers, values are not to be compared either.
         member_of: The group of tasks that a score is a part of; empty where there is none.
         newest: False where a later run repeated this cell, with these seeds, metric and protocol,
-            on the same tokens.
+            on the same tokens; a stale one counts only where all are.
         stale: What changed since in the method, so that the same run now gives other numbers;
             missing where nothing did.
         target: What was asked of the weights: the sparsity, and of quantized ones `INT4` too.
@@ -136,12 +136,14 @@ def frame_of(
         of_run = _run_fields(result) | _bench_fields((benches or {}).get(result.id))
         rows += [of_run | _score_fields(score) for score in scores]
     if not rows:
-        raise nothing_selected(finished, selection)
+        raise nothing_selected(results, selection)
     frame = pd.DataFrame(rows)
     typed = {name: _typed(frame[name], name) for name in frame.columns}
     frame = pd.DataFrame(typed)
     frame["ratio_to_dense"] = frame["value"] / frame["dense"].where(frame["dense"] != 0)
-    frame["newest"] = ~frame.duplicated(_REPEATED, keep="last")
+    # stable: of runs that are as stale as each other, the latest is last
+    fresh_last = frame.sort_values("stale", key=lambda stale: stale.isna(), kind="stable")
+    frame["newest"] = ~fresh_last.duplicated(_REPEATED, keep="last")
     frame.attrs["failed"] = len(results) - len(finished)
     frame.attrs["damaged"] = []
     return frame[_ordered(list(frame.columns))]

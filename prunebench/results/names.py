@@ -11,6 +11,7 @@ from prunebench.spec import RunSpec
 
 _USUAL_SEQLEN = options_of(RunSpec)["ppl_seqlen"].value
 _VERSION = re.compile(r"v[\d.]+")
+_MODULE = re.compile(r"[^\s+]*:")
 
 
 def short_protocol(protocol: str) -> str:
@@ -41,8 +42,11 @@ def kind_of_text(name: str) -> str:
 
 
 def short_method(name: str) -> str:
-    """Return the class of a `module:Class`, and any other name as it is."""
-    return name.rpartition(":")[2]
+    """Return the class of a `module:Class`, and any other name as it is.
+
+    Of a method with a recovery, `wanda + my_package:Mine`, each part is shortened.
+    """
+    return _MODULE.sub("", name)
 
 
 def short_names(names: Iterable[str], shorten: Callable[[str], str]) -> dict[str, str]:

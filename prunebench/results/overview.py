@@ -8,6 +8,7 @@ once, in the caption.
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -28,6 +29,7 @@ from prunebench.results.columns import (
     NAMED_RANK,
     Column,
     Ranking,
+    TaskMean,
     column_beside_dense,
     column_of_mean,
     column_of_score,
@@ -142,9 +144,9 @@ def _rankings(table: Table) -> list[tuple[Ranking, list[Cell]]]:
     """Return by what the rows are ranked, and which: no row is left out.
 
     Every perplexity ranks the rows that have it (only the leading one, where there is one); the
-    others are ranked by a mean over tasks, or by whatever score they have.
+    others are ranked by a mean over tasks, or by whatever score they have. Of several means, that
+    of the most rows is first; of those, that over the most tasks, then documents.
     """
-    means = [Ranking.of_mean(mean) for mean in task_means(table.cells)]
     members = member_columns(table.cells)
     # stable: a group comes before its members
     columns = sorted(table.columns, key=members.__contains__)
@@ -157,7 +159,13 @@ def _rankings(table: Table) -> list[tuple[Ranking, list[Cell]]]:
             rankings.append((ranking, cells))
     ranked = {id(cell) for _, cells in rankings for cell in cells}
     left = [cell for cell in left if id(cell) not in ranked]
-    for ranking in [*means, *others]:
+
+    def weight(mean: TaskMean) -> tuple[int, int, float]:
+        return sum(mean.of(cell) is not None for cell in left), len(mean.columns), mean.documents
+
+    # stable: of equals, the first by name
+    means = sorted(task_means(table.cells), key=weight, reverse=True)
+    for ranking in [*map(Ranking.of_mean, means), *others]:
         if cells := [cell for cell in left if ranking.score_of(cell)]:
             rankings.append((ranking, cells))
             left = [cell for cell in left if not ranking.score_of(cell)]
@@ -188,7 +196,11 @@ def _block(
     # rows of other bits, and removed blocks, which are no zeros, have sections of their own
     for target in dict.fromkeys(cell.target for cell in sorted(pruned, key=_by_sparsity)):
         of_one = [cell for cell in pruned if cell.target == target]
-        lines = _lines(of_one, ranking, usual, names, every_setting=every_setting)
+        lines = []
+        # other weights under one name are no rivals
+        for revision in dict.fromkeys(map(revision_of, of_one)):
+            alike = [cell for cell in of_one if revision_of(cell) == revision]
+            lines += _lines(alike, ranking, usual, names, every_setting=every_setting)
         hidden += len(of_one) - len(lines)
         lines.sort(key=lambda line: (_value_last(order, line.cell), line.words))
         sections.append(Section(target, tuple(lines)))
@@ -202,6 +214,11 @@ def _block(
         sections=tuple(sections),
         hidden_settings=hidden,
     )
+
+
+def revision_of(cell: Cell) -> Any:
+    """Return which weights a cell has, of those that share the name of its model."""
+    return cell.settings["model_revision"]
 
 
 def _by_sparsity(cell: Cell) -> tuple[bool, float, bool, str, int]:
@@ -219,7 +236,7 @@ def _lines(
     cells: list[Cell], ranking: Ranking, usual: Mapping[str, Any], names: Names, *,
     every_setting: bool,
 ) -> list[Line]:  # fmt: skip
-    """Return the rows of one sparsity: of every method its main setting and a better one.
+    """Return the rows of one sparsity and revision: of every method its main one and a better one.
 
     A method with a recovery counts as a method of its own: `alps + block`.
     """
@@ -255,25 +272,27 @@ def _lines(
         for cell in shown:
             # a setting that changes nothing gives equal scores, of which only the first is marked
             equal = {marks.get(id(other)) for other in of_method if loss(other) == loss(cell)}
-            mark = "*" if "*" in equal else marks.get(id(cell), " ")
+            mark = "*" if "*" in equal and not cell.stale else marks.get(id(cell), " ")
             is_main = cell is main
             lines.append(Line(mark, words[id(cell)], cell, note if is_main else "", is_main))
     return lines
 
 
 def _marks(cells: Sequence[Cell], ranking: Ranking) -> dict[int, str]:
-    """Return the marks of the rows of one sparsity, by `id` of the cell."""
+    """Return the marks of the rows of one sparsity and revision, by `id` of the cell."""
     scores = {id(cell): score for cell in cells if (score := ranking.score_of(cell))}
     if len(ranking.columns) == 1:
         return {place: "*" if score.best else "~" if score.within_noise else " "
                 for place, score in scores.items()}  # fmt: skip
     # a mean over tasks is no score of a result: its best was not marked when seeds were folded
-    stale = {id(cell): bool(cell.stale) for cell in cells}
-    best = min(scores, key=lambda place: (stale[place], scores[place].loss))
+    fresh = {id(cell) for cell in cells if not cell.stale}
+    sound = [place for place, s in scores.items() if place in fresh and math.isfinite(s.mean)]
+    if len(scores) < 2 or not sound:
+        return {}
+    best = min(sound, key=lambda place: scores[place].loss)
     return {
         place: "*" if place == best else "~" if within_noise(score, scores[best]) else " "
         for place, score in scores.items()
-        if len(scores) > 1
     }
 
 

@@ -32,6 +32,7 @@ from pathlib import Path
 from typing import Literal
 
 from prunebench.errors import IncompatibleData, MissingResource
+from prunebench.results.names import short_protocol
 from prunebench.results.samples import read_samples, samples_path
 
 RESAMPLES = 10_000
@@ -173,7 +174,8 @@ def pair(
         for metric, pairs in _pairs(a, b, keys).items():
             name = _PERPLEXITY if metric == _LOSS else metric
             there.append(f"{name} {protocol}")
-            if not (_matches(name, metrics) and _matches(protocol, protocols)):
+            names = (protocol, short_protocol(protocol))
+            if not (_matches(name, metrics) and any(_matches(n, protocols) for n in names)):
                 continue
             row = _compared(metric, protocol, pairs, lower_is_better=metric in lower_is_better)
             if row is None:

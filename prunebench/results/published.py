@@ -77,6 +77,7 @@ class PublishedValue:
         table: Where in the paper.
         allocation: How the ratio is spread over the layers.
         recover: How the kept weights were trained afterwards; papers' tables hold none of it.
+        bits: Of a code, where the weights are quantized; those of papers' tables have 16 bits.
     """
 
     method: str
@@ -92,6 +93,7 @@ class PublishedValue:
     table: str = ""
     allocation: str = "uniform"
     recover: str = NO_RECOVERY
+    bits: int | None = None
 
     @property
     def dataset(self) -> str:
@@ -158,7 +160,12 @@ class Twin:
 
     @property
     def verdict(self) -> str:
-        """`agrees` inside the tolerance or two deviations over seeds, else `better` or `worse`."""
+        """`agrees` inside the tolerance or two deviations over seeds, else `better` or `worse`.
+
+        A model that broke is worse.
+        """
+        if not math.isfinite(self.mean):
+            return "worse"
         spread = math.hypot(self.error or 0.0, self.published.std or 0.0)
         within_noise = abs(self.mean - self.published.value) <= 2 * spread
         if abs(self.difference) <= self.tolerance or within_noise:
@@ -260,10 +267,10 @@ def _ours(cell: Cell, value: PublishedValue) -> tuple[float, float | None] | Non
     """Return our mean and its deviation over seeds, or None where there is no such score."""
     settings = cell.settings
     cell_key = (
-        cell.method, cell.sparsity, settings["allocation"] or "uniform",
+        cell.method, cell.sparsity, cell.bits, settings["allocation"] or "uniform",
         settings["recover"] or NO_RECOVERY,
     )  # fmt: skip
-    if cell_key != (value.method, value.sparsity, value.allocation, value.recover):
+    if cell_key != (value.method, value.sparsity, value.bits, value.allocation, value.recover):
         return None
     if value.tasks == (value.dataset,):
         score = _score(cell, value)

@@ -13,6 +13,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from prunebench.results.completions import CompletionsBlock
+from prunebench.results.moment import Moment
 from prunebench.results.quantization_schema import QuantizationBlock
 from prunebench.results.recovery_schema import RecoveryBlock
 from prunebench.results.removal_schema import RemovalBlock
@@ -81,7 +82,6 @@ class MethodBlock(_Block):
     version: str
     options: dict[str, OptionValue]
     paper: str | None = None
-    # pydantic copies a default for every instance, so none is shared
     events: list[MethodEvent] = []
 
 
@@ -328,7 +328,7 @@ class Result(_Block):
     schema_version: Literal[1] = SCHEMA_VERSION
     id: str
     status: Literal["ok", "failed"]
-    created_at: str
+    created_at: Moment
     command: str
     spec_id: str
     spec: RunSpec

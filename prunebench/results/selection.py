@@ -33,7 +33,7 @@ def read_selectors(words: Sequence[str]) -> dict[str, tuple[str, ...]]:
     """Return the values of `key=value,value` words by key.
 
     Raises:
-        UsageError: A word has another form.
+        UsageError: A word has another form, or a key is there twice.
     """
     filters: dict[str, tuple[str, ...]] = {}
     for word in words:
@@ -43,7 +43,11 @@ def read_selectors(words: Sequence[str]) -> dict[str, tuple[str, ...]]:
                 f"{word!r} is not a selector", fix="use key=value[,value], as in method=wanda"
             )
         # keys may be spelled as on the command line, model-revision, or as in a spec
-        filters[key.replace("-", "_")] = tuple(values.split(","))
+        key = key.replace("-", "_")
+        if key in filters:
+            both = dict.fromkeys((*filters[key], *values.split(",")))
+            raise UsageError(f"{key} is selected twice", fix=f"use {key}={','.join(both)}")
+        filters[key] = tuple(values.split(","))
     return filters
 
 
@@ -124,11 +128,20 @@ def matches_word(value: object, pattern: str) -> bool:
         return False
 
 
-def nothing_selected(finished: Sequence[Result], selection: Selection) -> MissingResource:
+def nothing_selected(results: Sequence[Result], selection: Selection) -> MissingResource:
     """Return the error: it names the first value that no result has, and the nearest one."""
+    finished = [result for result in results if result.status == "ok"]
+    if not selection.filters or not finished:
+        return MissingResource(
+            "no result with a score is there",
+            where=f"{len(results) - len(finished)} of {len(results)} runs failed"
+            if results
+            else "",
+            fix="run prunebench run --method wanda, or name another folder with --results-dir",
+        )
     where = f"{len(finished)} finished results are there, none matches"
     # each selector by itself; if each matches something, it is their combination that does not
-    for key, patterns in selection.filters.items() if finished else ():
+    for key, patterns in selection.filters.items():
         if key.startswith(OPTION):
             names = {OPTION + name for result in finished for name in options_of_result(result)}
             if key not in names:

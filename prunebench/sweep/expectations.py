@@ -16,7 +16,7 @@ _NUMBER = (int, float)
 _EXPECT: dict[str, Kinds] = {
     "paper": str, "table": (str, list), "tolerance": _NUMBER, "metric": str, "model": str,
     "method": str, "sparsity": (str, float, int), "allocation": str, "recover": str,
-    "protocol": str, "value": _NUMBER, "source": str,
+    "protocol": str, "value": _NUMBER, "source": str, "bits": int,
 }  # fmt: skip
 
 
@@ -57,7 +57,7 @@ def read_expectations(
 
 def _of_paper(entry: dict[str, Any], where: str) -> list[PublishedValue]:
     # a published table has its own values and protocols: two sources could disagree
-    wrong = set(entry) & {"value", "protocol", "allocation", "recover"}
+    wrong = set(entry) & {"value", "protocol", "allocation", "recover", "bits"}
     if wrong:
         raise UsageError(
             f"{min(wrong)!r} does not go with paper", where=where, fix="the table has the values"
@@ -99,6 +99,7 @@ def _measured(entry: dict[str, Any], cells: Sequence[RecipeCell], where: str) ->
         sparsity=str(entry["sparsity"]),
         allocation=entry.get("allocation", "uniform"),
         recover=entry.get("recover", NO_RECOVERY),
+        bits=entry.get("bits"),
         metric=entry.get("metric", "token_ppl"),
         protocol=entry["protocol"],
         value=float(entry["value"]),

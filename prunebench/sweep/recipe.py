@@ -164,6 +164,8 @@ def read_recipe(path: Path, *, complete: bool = False) -> Recipe:
         cells = _cells(source, _expand(source, given, grids))
     needs = table.get("needs", {})
     source.check(needs, _NEEDS, "[needs]")
+    memory = needs.get("gpu_memory_gb", {})
+    source.check(memory, dict.fromkeys(memory, (int, float)), "[needs]")
     resources = table.get("resources", {})
     source.check(resources, RESOURCE_KEYS, "[resources]")
     try:
@@ -177,7 +179,7 @@ def read_recipe(path: Path, *, complete: bool = False) -> Recipe:
         about=table.get("about", ""),
         cells=cells,
         expectations=tuple(read_expectations(source, table.get("expect", []), cells)),
-        gpu_memory_gb={k: float(v) for k, v in needs.get("gpu_memory_gb", {}).items()},
+        gpu_memory_gb={model: float(size) for model, size in memory.items()},
         time=needs.get("time", ""),
         resources=resources,
     )

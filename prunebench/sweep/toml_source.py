@@ -66,6 +66,8 @@ class RecipeSource:
                 raise UsageError(f"{key} = [] leaves no cell", where=where, fix="name a value")
             for item in value if is_axis else [value]:
                 self._check_kind(key, item, kinds, where)
+            for item in value if key in NEVER_AXES and isinstance(value, list) else []:
+                self._check_kind(key, item, str, where)
 
     def _check_kind(self, key: str, value: Any, expected: Kinds, where: str) -> None:
         types = expected if isinstance(expected, tuple) else (expected,)

@@ -147,8 +147,9 @@ def test_runs_that_differ_in_evaluation_share_a_row():
 
 
 def test_failed_runs_are_not_in_the_table():
-    with pytest.raises(MissingResource, match="no result is selected"):
+    with pytest.raises(MissingResource, match="no result with a score is there") as error:
         compare([make_result(status="failed")])
+    assert "1 of 1 runs failed" in str(error.value) and "select" not in str(error.value)
 
 
 @pytest.mark.parametrize(
@@ -219,6 +220,12 @@ def test_bad_selectors(word, says):
     assert says in str(error.value)
 
 
+def test_a_selector_that_is_there_twice_is_refused():
+    with pytest.raises(UsageError, match="within_block is selected twice") as error:
+        Selection.parse(["within-block=joint,sequential", "method=wanda", "within_block=joint,x"])
+    assert error.value.fix == "use within_block=joint,sequential,x"
+
+
 def test_an_empty_selection_says_how_many_there_are():
     rows = [make_result(), make_result(method="magnitude", sparsity="0.6")]
     with pytest.raises(MissingResource, match="no result is selected") as error:
@@ -256,7 +263,7 @@ def test_a_value_that_no_result_has_names_the_nearest(words, says, near):
 
 
 def test_no_result_at_all_is_not_the_selectors_fault():
-    with pytest.raises(MissingResource, match="no result is selected"):
+    with pytest.raises(MissingResource, match="no result with a score is there"):
         compare([], Selection.parse(["method=gblm"]))
 
 

@@ -13,28 +13,12 @@ from prunebench.results.names import short_method, short_names, short_protocol
 from prunebench.results.overview import overview
 from prunebench.results.overview_markdown import overview_markdown
 from prunebench.results.store import ResultStore
-from tests.factories import make_result, recovered, with_tasks
+from tests.factories import blocks_of, make_result, recovered, rows_of, with_tasks
 
 ROOT = Path(__file__).parents[2]
 
 WIKI2 = "wikitext2-raw/test/2048/v1"
 C4 = "c4/validation/2048/v1"
-
-
-def blocks_of(results, **how):
-    return overview(compare(results), **how).blocks
-
-
-def rows_of(block):
-    """What stands in the rows: mark, words, score, note; by sparsity."""
-    score = block.columns[0]
-    return {
-        section.title: [
-            (line.mark.strip() + " ".join(line.words), score.text(line.cell), line.note)
-            for line in section.lines
-        ]
-        for section in block.sections
-    }
 
 
 # ---------------------------------------------------------------- rows
@@ -193,6 +177,20 @@ def test_what_most_rows_share_is_said_once():
     assert ("c bfloat16 calibration=wiki", "40.00", "") in rows_of(block)["0.5"]
 
 
+@pytest.mark.parametrize(
+    ("counts", "says"), [((1, 4), "1 or 4 threads"), ((16, 1, 4), "1 to 16 threads")]
+)
+def test_rows_of_several_numbers_of_threads(counts, says):
+    results = [
+        (result := make_result(method=f"m{n}")).model_copy(
+            update={"hardware": result.hardware.model_copy(update={"cpu_threads": n})}
+        )
+        for n in counts
+    ]
+    (block,) = blocks_of(results)
+    assert f"pruned on cpu, {says}" in block.caption
+
+
 def test_the_sentence_is_computed_from_the_rows():
     values = {"0.5": (40.0, 90.0), "2:4": (60.0, 50.0)}
     results = [
@@ -329,6 +327,14 @@ def test_names_that_would_be_one_stay_long():
     assert short_names(["a:X", "b:X", "b:Y", "wanda"], short_method) == {
         "a:X": "a:X", "b:X": "b:X", "b:Y": "Y", "wanda": "wanda",
     }  # fmt: skip
+
+
+def test_each_part_of_a_method_with_recoveries_is_shortened():
+    names = {
+        "wanda + my_pkg.rec:Mine": "wanda + Mine",
+        "my.pruners:Own + block+my_pkg.rec:Mine": "Own + block+Mine",
+    }
+    assert short_names(names, short_method) == names
 
 
 def test_tasks_asked_in_several_ways_are_told_apart_by_what_differs():

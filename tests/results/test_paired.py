@@ -255,6 +255,21 @@ def test_two_results_on_the_command_line(cli, two, tmp_path):
     assert [row["metric"] for row in json.loads(chosen)["comparisons"]] == ["acc"]
 
 
+def test_a_title_says_what_made_a_run(cli, tmp_path):
+    store = ResultStore(tmp_path / "results")
+    a = file_run(store, right=20, recover="block", allocation="owl")
+    b = file_run(store, right=33, method="rtn", sparsity="0")
+    document = json.loads(b.read_text())
+    document["quantization"] = {
+        "bits": 4, "group_size": 64, "symmetric": False, "groups": 1, "exact": True,
+    }  # fmt: skip
+    b.write_text(json.dumps(document))
+    run = cli("compare", "--paired", a.stem, b.stem, "protocol=wiki", "--results-dir", store.root)
+    assert f"A  wanda + block 0.5, owl on m, seed 0, {a.stem}" in run.stdout
+    assert f"B  rtn INT4 on m, seed 0, {b.stem}" in run.stdout
+    assert "ppl wiki" in run.stdout and "acc" not in run.stdout
+
+
 def test_one_result_is_compared_with_its_dense_model(cli, two, tmp_path):
     outcome = cli("compare", "--paired", two[0].stem, "--results-dir", tmp_path / "results")
     assert "the dense model of A" in outcome.stdout

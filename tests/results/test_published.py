@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 
 import pytest
 
@@ -76,6 +77,25 @@ def test_the_dense_model_has_twins_too():
 )
 def test_a_perplexity_agrees_within_two_percent(value, verdict):
     assert ours(llama(value))["arXiv 2306.11695, Table 3"].verdict == verdict
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_model_that_broke_is_worse(value):
+    assert ours(llama(value))["arXiv 2306.11695, Table 3"].verdict == "worse"
+
+
+def test_quantized_weights_are_no_twin_of_those_in_16_bits():
+    row = llama(6.42)
+    codes = {"bits": 4, "group_size": 64, "symmetric": False, "groups": 1, "exact": True}
+    row = type(row).model_validate({**row.model_dump(), "quantization": codes})
+    assert ours(row) == {}
+    expected = PublishedValue(
+        method="wanda", model="llama2-7b", sparsity="0.5", metric="token_ppl", protocol=WIKI,
+        value=6.5, source="this recipe",
+    )  # fmt: skip
+    assert find_twins(compare([row]), [expected]) == []
+    (twin,) = find_twins(compare([row]), [replace(expected, bits=4)])
+    assert (twin.mean, twin.verdict) == (6.42, "agrees")
 
 
 def test_the_noise_of_the_seeds_widens_what_agrees():

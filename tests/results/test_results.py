@@ -59,6 +59,8 @@ def test_a_result_is_never_overwritten(tmp_path):
         (lambda d: json.dumps({**d, "id": "other"}), "not its file name"),
         (lambda d: json.dumps({**d, "spec": {**d["spec"], "seed": 7}}), "spec_id does not follow"),
         (lambda d: json.dumps({**d, "extra": 1}), "extra"),
+        (lambda d: json.dumps({**d, "created_at": "yesterday"}), "created_at: "),
+        (lambda d: json.dumps({**d, "created_at": "20260101"}), "not a time such as 2026-01-31T"),
         (lambda d: json.dumps({k: v for k, v in d.items() if k != "hardware"}), "hardware"),
     ],
 )
@@ -69,6 +71,27 @@ def test_damage_is_named(tmp_path, damage, says):
     outcome = read_result(path)
     assert isinstance(outcome, Damaged)
     assert says in outcome.reason
+
+
+def test_no_table_is_written_where_a_result_is_damaged(cli, tmp_path):
+    store = ResultStore(tmp_path / "results")
+    store.publish(make_result())
+    damaged = store.publish(make_result(seed=1))
+    damaged.write_text("{")
+    run = cli("results", "table", "--results-dir", store.root, code=4)
+    assert f"{damaged} is damaged: not a JSON object" in run.stderr
+    assert "1 of 2 files are damaged" in run.stderr
+    assert not (store.root / "TABLE.md").exists()
+    damaged.unlink()
+    cli("results", "table", "--results-dir", store.root)
+    assert (store.root / "TABLE.md").exists()
+
+
+def test_a_time_that_is_none_is_damage_and_no_traceback(cli, tmp_path):
+    path = ResultStore(tmp_path / "results").publish(make_result())
+    path.write_text(path.read_text().replace("2026-01-01", "yesterday"))
+    run = cli("compare", "--results-dir", tmp_path / "results", code=3)
+    assert f"{path} is skipped: created_at: " in run.stderr
 
 
 def test_no_folder():

@@ -58,11 +58,22 @@ def test_a_method_without_rounding_noise_is_told_apart(measured):
 
 @pytest.mark.parametrize(
     "how", [{"recover": "block"}, {"allocation": "owl"}, {"within_block": "sequential"},
-            {"dtype": "bfloat16"}, {"model": "other"}],
+            {"dtype": "bfloat16"}, {"model": "other"}, {"calibration": "wiki-sample/rest"},
+            {"seqlen": 256}, {"calibration_bos": "window"}, {"method_options": {"steps": 3}}],
 )  # fmt: skip
 def test_of_other_runs_nothing_is_known(measured, how):
     rows = [row("sparsegpt", 40.0, **how), row("wanda", 41.0, **how)]
     assert SAME not in marks(rows).values()
+
+
+def test_options_that_are_the_defaults_and_a_part_of_the_text_change_nothing(monkeypatch):
+    table = {("m", "sparsegpt", "0.5", 32): 0.02}
+    monkeypatch.setattr(rounding, "rounding_table", lambda: table)
+    same = {"method_options": {"block_size": 128}, "calibration": "c4-sample/rest"}
+    rows = [row("wanda", 40.0), row("sparsegpt", 41.0, **same)]
+    assert marks(rows)["sparsegpt", "uniform"] == SAME
+    rows = [row("wanda", 40.0), row("sparsegpt", 41.0, method_options={"block_size": 64})]
+    assert marks(rows)["sparsegpt", "uniform"] == WORSE
 
 
 def test_other_numbers_of_windows_are_not_known_either(measured):

@@ -18,7 +18,7 @@ from prunebench.results.schema import Result
 from prunebench.results.store import ResultStore
 from prunebench.results.versions import CHANGES, Change, current_version, parts_of, versions_of
 from prunebench.spec import RunSpec
-from tests.factories import make_result
+from tests.factories import make_result, with_tasks
 
 ROOT = Path(__file__).parents[2]
 
@@ -122,10 +122,56 @@ def test_no_stale_row_is_named_as_the_best(changed):
     assert "sparsegpt" not in sentence
 
 
+def test_where_all_rows_are_stale_none_is_the_best(changed):
+    old = [make_result(method="sparsegpt", calibration_samples=n, value=30.0 + n) for n in (8, 16)]
+    (block,) = overview(compare(old)).blocks
+    assert [line.mark for line in block.sections[0].lines] == [" ", " "]
+    old = [with_tasks("sparsegpt", piqa=0.6, rte=0.6), recovered_with_tasks(piqa=0.7, rte=0.7)]
+    (block,) = overview(compare(old)).blocks
+    assert [line.mark for line in block.sections[0].lines] == [" ", " "]
+    (block,) = overview(compare([*old, with_tasks("alps", piqa=0.5, rte=0.5)])).blocks
+    assert {line.words[0]: line.mark for line in block.sections[0].lines}["alps"] == "*"
+
+
+def test_a_stale_row_that_equals_the_best_has_no_star(changed):
+    equal = [of_version(3, method="sparsegpt"), make_result(method="sparsegpt", seed=1, seqlen=9)]
+    (block,) = overview(compare([*equal, make_result(value=50.0)])).blocks
+    marks = {line.words: line.mark for line in block.sections[0].lines}
+    assert sorted(marks.values()) == [" ", " ", "*"]
+    assert [words for words, mark in marks.items() if mark == "*"] == [("sparsegpt",)]
+
+
+def recovered_with_tasks(**values):
+    plain = with_tasks("alps", **values)
+    spec = plain.spec.model_copy(update={"recover": "block"})
+    return plain.model_copy(update={"spec": spec})
+
+
 def test_a_later_run_of_the_same_spec_takes_the_mark_away(changed):
     again = of_version(3, method="sparsegpt", value=31.0, created="2026-01-03")
     (table,) = compare([*rows(), again])
     assert not any(cell.stale for cell in table.cells)
+
+
+def test_a_later_run_of_an_older_version_does_not_bring_the_mark_back(changed, cli, tmp_path):
+    fresh = of_version(3, method="sparsegpt", value=31.0, created="2026-01-03T00:00:00+00:00")
+    older = of_version(2, method="sparsegpt", value=35.0, created="2026-01-04T00:00:00+00:00")
+    (table,) = compare([fresh, older])
+    (cell,) = [cell for cell in table.cells if cell.method == "sparsegpt"]
+    assert (cell.stale, cell.scores["token_ppl wiki/test/512/v1"].values) == ("", (31.0,))
+    store = ResultStore(tmp_path / "results")
+    for row in (fresh, older):
+        store.publish(row)
+    assert store.newest(fresh.spec).id == fresh.id
+    cli("results", "check", "--current", "--results-dir", store.root)
+
+
+def test_of_stale_runs_the_latest_counts(changed):
+    first = make_result(method="sparsegpt", value=31.0, created="2026-01-03T00:00:00+00:00")
+    later = of_version(2, method="sparsegpt", value=35.0, created="2026-01-04T00:00:00+00:00")
+    (table,) = compare([later, first])
+    (cell,) = [cell for cell in table.cells if cell.method == "sparsegpt"]
+    assert cell.scores["token_ppl wiki/test/512/v1"].values == (35.0,)
 
 
 def test_one_stale_seed_makes_a_row_stale(changed):

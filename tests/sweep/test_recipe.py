@@ -128,6 +128,12 @@ WRONG = [
     ('[[grid]]\nmethod = ["wanda", "wnda"]\n', ["'wnda'", "cell 2", "did you mean 'wanda'?"]),
     ('[[grid]]\nmethod = "wanda"\nsparsity = "half"\n', ["'half'", "cell 1", "method wanda"]),
     ('method = "wanda"\n[needs]\ngpu = 3\n', ["'gpu'", "line 3", "gpu_memory_gb"]),
+    (
+        'method = "wanda"\n[needs]\ngpu_memory_gb = { opt-125m = "19 GB" }\n',
+        ["opt-125m = '19 GB'", "line 2", "int or float"],
+    ),
+    ('method = "wanda"\ntasks = ["piqa", 5]\n', ["tasks = 5", "line 2", "str"]),
+    ('[[grid]]\nmethod = "wanda"\nppl = [["wiki"], ["c4"]]\n', ["ppl = ['wiki']", "line 3"]),
     ('method = "wanda"\n[[expect]]\nvalue = 3\n', ["no tolerance", "line 2"]),
     ('method = "wanda"\n[[expect]]\ntolerance = 3\n', ["no 'method'", "line 2"]),
     ('method = "wanda"\n[[expect]]\nvlaue = 3\n', ["'vlaue'", "line 3", "'value'"]),
@@ -212,6 +218,15 @@ def test_a_measured_expectation(recipe):
     )
     with pytest.raises(UsageError, match="no cell of the recipe can meet"):
         recipe(text.replace("held-out/512", "held-out/256"))
+
+
+def test_an_expectation_of_quantized_weights_says_their_bits(recipe):
+    text = 'method = "gptq"\nppl = "wiki"\n[[expect]]\nmethod = "gptq"\nsparsity = 0\nbits = 4\n'
+    text += 'protocol = "wiki-sample/held-out/512/v1"\nvalue = 22.5\ntolerance = 0.1\n'
+    (expectation,) = recipe(text).expectations
+    assert expectation.value.bits == 4
+    with pytest.raises(UsageError, match="'bits' does not go with paper"):
+        recipe(text.replace('method = "gptq"\nspar', 'paper = "2306.11695"\nspar'))
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda p: p.stem)

@@ -33,7 +33,7 @@ class Row:
         anchor: The place of its provenance in the page.
         order: Its place in the table.
         short: Whether it is in the short table: the main setting, or a better one.
-        results: Its results, newest first.
+        results: Its results, newest first, stale ones last.
         counted: The ids of those that its values come from; others were repeated later.
     """
 
@@ -234,7 +234,7 @@ def _settings(table: Table) -> dict[int, str]:
 
 
 def _newest_first(results: Iterable[Result]) -> list[Result]:
-    return sorted(results, key=lambda r: (r.created_at, r.id), reverse=True)
+    return sorted(results, key=lambda r: (not r.stale, r.created_at, r.id), reverse=True)
 
 
 # ---------------------------------------------------------------- cost and learning
