@@ -147,9 +147,8 @@ class CpuProduct:
             product: Tensor = _opaque_product(x, self.form.values, self.form.mask, bias)
             return product
         if not 1 <= x.shape[0] <= MOST_TOKENS:
-            dense = _workspace().matrix(self.form)
-            self.form.write_dense(dense)
-            return functional.linear(x, dense, bias)
+            with _workspace().unpacked(self.form) as dense:
+                return functional.linear(x, dense, bias)
         return multiply(_loaded(), "sparse24_multiply", self.form.arguments, x, bias)
 
     def settings(self, tokens: int) -> str:
