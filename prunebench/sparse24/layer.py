@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -100,6 +101,10 @@ class Sparse24Linear(nn.Module):
     def _forget_products(self) -> None:
         self.products: dict[str, Product] = {}
         self._routes: dict[int, Product] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave the products out of copies and pickles: they hold locks, and are built on use."""
+        return {**self.__dict__, "products": {}, "_routes": {}}
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Sparse24Linear:
         before = self.weight.device

@@ -4,9 +4,7 @@ import functools
 import shutil
 import subprocess
 import sys
-import time
 import warnings
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -17,7 +15,6 @@ from prunebench.models.linears import find_linears
 from prunebench.sparse24.backends import cpu, cpu_build
 from prunebench.sparse24.backends.cpu import CpuBackend, CpuProduct, MaskedLayout, multiply
 from prunebench.sparse24.backends.cpu_build import NoKernels, best_instructions, build
-from prunebench.sparse24.backends.unpack import Decompress
 from prunebench.sparse24.layer import Sparse24Linear, convert
 from prunebench.sparse24.layouts import FileLayout
 from prunebench.sparse24.packed import pack24, unpack24
@@ -36,15 +33,7 @@ NAMES = {
 ROUNDING = {torch.bfloat16: 2**-8, torch.float16: 2**-11}  # half a unit in the last place
 
 
-@pytest.fixture(scope="module", autouse=True)
-def compiled(tmp_path_factory):
-    """Kernels by instruction set, compiled once; the tests' own caches are empty."""
-    folder = tmp_path_factory.mktemp("kernels")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cpu_build, "library_folder", lambda: folder)
-        # The same numbers, compiled in half the time.
-        patch.setattr(cpu_build, "_FLAGS", [*cpu_build._FLAGS, "-O1"])
-        yield functools.cache(build)
+pytestmark = pytest.mark.usefixtures("compiled")
 
 
 @pytest.fixture(params=NAMES)
@@ -94,26 +83,6 @@ def test_many_tokens_are_what_torch_computes(kernels, dtype):
     for tokens in (0, 9, 40):
         x = torch.randn(tokens, 100).to(dtype)
         assert torch.equal(product.run(x, None), nn.functional.linear(x, weight))
-
-
-@pytest.mark.parametrize("build_product", [CpuProduct, Decompress().build])
-def test_two_threads_do_not_unpack_into_each_other(compiled, monkeypatch, build_product):
-    monkeypatch.setattr(cpu, "kernels", lambda: compiled(HERE))
-    unpack = MaskedLayout.write_dense
-
-    def unpack_slowly(form, out):
-        unpack(form, out)
-        time.sleep(0.05)  # the other thread runs before this one multiplies
-
-    monkeypatch.setattr(MaskedLayout, "write_dense", unpack_slowly)
-    weights = [random_weight(24, 64, torch.bfloat16, seed=seed) for seed in (1, 2)]
-    products = [build_product(MaskedLayout.of(pack24(weight))) for weight in weights]
-    x = torch.randn(9, 64).to(torch.bfloat16)
-    products[0].run(x, None)  # the workspace is there
-    with ThreadPoolExecutor(2) as pool:
-        outs = list(pool.map(lambda product: product.run(x, None), products))
-    for out, weight in zip(outs, weights, strict=True):
-        assert torch.equal(out, nn.functional.linear(x, weight))
 
 
 @pytest.mark.parametrize("width", [4, 12, 60, 64, 100, 556])

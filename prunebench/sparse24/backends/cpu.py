@@ -47,6 +47,10 @@ class MaskedLayout:
         arguments = matrix_arguments(self.values, self.shape, self.mask)
         object.__setattr__(self, "arguments", arguments)
 
+    def __reduce__(self) -> tuple[type[MaskedLayout], tuple[Tensor, Tensor]]:
+        """Copy the tensors only: `arguments` has their addresses, and is made anew."""
+        return MaskedLayout, (self.values, self.mask)
+
     @classmethod
     def of(cls, packed: Packed24) -> MaskedLayout:
         """Convert from the file layout; the values are shared."""
