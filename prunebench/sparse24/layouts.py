@@ -18,6 +18,9 @@ from torch import Tensor
 
 from prunebench.sparse24.packed import Packed24, unpack24
 
+# Of all workspaces, and made here: `torch.compile` traces the constructor of one.
+_LOCK = threading.Lock()
+
 
 class WeightLayout(Protocol):
     """A 2:4 matrix [N, K] in memory; `stored_bytes` counts all of its tensors, with padding."""
@@ -82,12 +85,11 @@ class Workspace:
 
     def __init__(self) -> None:
         self._buffers: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
-        self._lock = threading.Lock()
 
     @contextmanager
     def unpacked(self, form: WeightLayout) -> Iterator[Float[Tensor, "out in"]]:
         """Unpack a layout; inside the context no other thread writes to the matrix."""
-        with self._lock:
+        with _LOCK:
             dense = self.matrix(form)
             form.write_dense(dense)
             yield dense

@@ -55,11 +55,12 @@ def through_a_file(layer):
 )
 def test_a_copy_of_a_layer_has_weights_of_its_own(copied):
     layer = Sparse24Linear(pack24(random_24(24, 16)), None, policy=policy())
-    layer.product_of("decompress")  # holds a lock
+    layer.product_of("decompress")  # refers to the workspace of all layers
     x = torch.randn(2, 64).to(torch.bfloat16)
     expected = layer(x)
     other = copied(layer)
     layer.form.values.zero_()
-    assert torch.equal(other(x), expected) and other.form.name == "masked"
+    assert not other.products and other.form.name == "masked"
+    assert torch.equal(other(x), expected)
     buffers = dict(other.weight.named_buffers())
     assert buffers["masked_values"] is other.form.values  # counted, and there once
