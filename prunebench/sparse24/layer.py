@@ -103,7 +103,7 @@ class Sparse24Linear(nn.Module):
         self._routes: dict[int, Product] = {}
 
     def __getstate__(self) -> dict[str, Any]:
-        """Leave the products out of copies and pickles: they hold locks, and are built on use."""
+        """Leave the products out of copies and pickles: they are built on first use."""
         return {**self.__dict__, "products": {}, "_routes": {}}
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Sparse24Linear:
@@ -120,9 +120,26 @@ class Sparse24Linear(nn.Module):
         return self.weight.form
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return x @ W.T + bias, [..., out]; x is [..., in] in the weight's dtype."""
+        """Return x @ W.T + bias, [..., out]; x is [..., in] in the weight's dtype.
+
+        Under `torch.autocast` x is cast and the result is in autocast's dtype, as by `nn.Linear`.
+
+        Raises:
+            RuntimeError: x is of another dtype, as by `nn.Linear`.
+        """
+        dtype = self.weight.dtype
+        autocast = _autocast_dtype(x)
+        if autocast == dtype:
+            x = x.to(dtype)
+        elif autocast is None and x.dtype != dtype:
+            raise RuntimeError(
+                f"the input is {x.dtype}, the packed weight {dtype}: cast the input, or run the "
+                "model under torch.autocast"
+            )
         flat = x.reshape(-1, self.in_features)  # [tokens, in], any strides
-        if flat.requires_grad and torch.is_grad_enabled():  # the kernels have no backward pass
+        trains = flat.requires_grad and torch.is_grad_enabled()
+        # The kernels have no backward pass, and no weights of another dtype.
+        if trains or autocast not in (None, dtype):
             dense = torch.nn.functional.linear(flat, unpack24(self.form.packed()), self.bias)
             return dense.view(*x.shape[:-1], self.out_features)  # [..., out]
         tokens = flat.shape[0]
@@ -171,6 +188,15 @@ class Sparse24Linear(nn.Module):
             f"in_features={self.in_features}, out_features={self.out_features}, "
             f"form={self.form.name}, backend={self._choose(1).backend}"
         )
+
+
+def _autocast_dtype(x: Tensor) -> torch.dtype | None:
+    """Return the dtype to which `torch.autocast` casts an input; None if it does not."""
+    kind = x.device.type
+    # it leaves float64 as it is, and does not know the meta device
+    if kind == "meta" or x.dtype == torch.float64 or not torch.is_autocast_enabled(kind):
+        return None
+    return torch.get_autocast_dtype(kind)
 
 
 def _policy_on(device: torch.device, policy: Policy) -> Policy:
