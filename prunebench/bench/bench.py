@@ -153,7 +153,7 @@ def explain_checkpoint(setup: BenchSetup) -> list[Explained]:
     """
     make_current(setup.device)
     policy = Policy.load(setup.device, forced=setup.backend)
-    _, conversion = _packed_model(setup, policy, may_gain_nothing=True)
+    _, conversion = _packed_model(setup, policy)
     return explain(conversion, TOKENS)
 
 
@@ -176,6 +176,9 @@ def _measure(setup: BenchSetup) -> _Speed:
     if speed.reason != "measured":
         return speed
     packed, conversion = _packed_model(setup, policy)
+    if not conversion.layers:  # those that would be faster are not 2:4
+        speed.reason = f"{next(iter(conversion.dense.values()))}: no layer is faster packed"
+        return speed
     speed.resident_bytes = weight_bytes(packed, conversion)
     # Packed first: its dense weights are freed layer by layer before the dense model is loaded.
     models = {"dense": _load(setup), "packed": packed}
@@ -301,13 +304,11 @@ def _load(setup: BenchSetup, dtype: torch.dtype = torch.bfloat16) -> nn.Module:
         return load_model(local.path, dtype=dtype, device=setup.device)
 
 
-def _packed_model(
-    setup: BenchSetup, policy: Policy, *, may_gain_nothing: bool = False
-) -> tuple[nn.Module, Conversion]:
+def _packed_model(setup: BenchSetup, policy: Policy) -> tuple[nn.Module, Conversion]:
     model = _load(setup)
     with setup.progress.stage("pack", detail="linears, one after the other"):
         linears = find_linears(model)
-        return model, convert(model, linears, policy=policy, may_gain_nothing=may_gain_nothing)
+        return model, convert(model, linears, policy=policy)
 
 
 def weight_bytes(model: Any, conversion: Conversion) -> int:

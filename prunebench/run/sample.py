@@ -346,5 +346,5 @@ def _load(model: SampleModel, setup: SampleSetup) -> tuple[nn.Module, str]:
         )
         return weights, ""
     with setup.progress.stage("pack", detail=f"{len(linears)} linears, {backend}"):
-        convert(weights, linears, policy=policy)
+        convert(weights, linears, policy=policy, for_memory=True)
     return weights, backend

@@ -255,7 +255,7 @@ class Conversion:
 
 def convert(
     model: nn.Module, linears: Iterable[Linear], *, policy: Policy, strict: bool = False,
-    may_gain_nothing: bool = False,
+    for_memory: bool = False,
 ) -> Conversion:  # fmt: skip
     """Replace the 2:4 linears of a model one by one, so that no more than one is in memory twice.
 
@@ -264,10 +264,11 @@ def convert(
         linears: From `find_linears`.
         policy: Chooses backends.
         strict: Whether a linear that is not 2:4 is an error.
-        may_gain_nothing: Whether all may stay dense because none was measured as faster.
+        for_memory: Whether to replace those, too, that were measured as slower for any number of
+            tokens. Otherwise they stay dense, even if that leaves none.
 
     Raises:
-        IncompatibleData: No linear can be replaced; or `strict` and a linear is not 2:4 (the
+        IncompatibleData: No linear is 2:4 in 16 bits; or `strict` and a linear is not 2:4 (the
             message names layer and group).
     """
     conversion = Conversion()
@@ -276,7 +277,7 @@ def convert(
         reason = _why_not_24(linear, strict=strict)
         if not reason:
             shape = (linear.out_features, linear.in_features)
-            reason = policy.gains_nothing(shape, linear.stored.dtype)
+            reason = "" if for_memory else policy.gains_nothing(shape, linear.stored.dtype)
             packable += 1
         if reason:
             conversion.dense[linear.name] = reason
@@ -292,7 +293,7 @@ def convert(
         setattr(parent, child, layer)
         conversion.layers[linear.name] = layer
         conversion._undo.append((parent, child, linear, layer))
-    if not conversion.layers and not (may_gain_nothing and packable):
+    if not packable:
         name, reason = next(iter(conversion.dense.items()), ("the model", "it has no linears"))
         raise IncompatibleData(
             f"no layer can be run as 2:4: {name}: {reason}",
