@@ -132,6 +132,8 @@ def _print_summary(report: Bench, result: Any, saved_path: Path | None) -> None:
     for line in _storage_lines(report):
         typer.echo(line)
     if report.layers:
+        scored = f", scored in {result.model.dtype}" if result and result.model else ""
+        typer.echo(f"  speed, measured in {report.environment['dtype']}{scored}")
         _print_layers(report)
     if report.speed == "measured":
         _print_cases(report)

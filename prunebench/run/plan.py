@@ -31,13 +31,13 @@ from prunebench.models.masks import Masks, open_masks
 from prunebench.models.removal import require_removable
 from prunebench.models.safetensors_files import stored_tensors, weight_files
 from prunebench.models.stored_config import asked_attention
+from prunebench.models.stored_dtype import StoredDtype
 from prunebench.models.stored_model import stored_model
 from prunebench.pruners.removal import BlockRemover, count_of_blocks
 from prunebench.pruners.training import TrainingNeeds
 from prunebench.results.completions import PROMPTS
 from prunebench.results.schema import CalibrationBlock
 from prunebench.run.code import code_sha256
-from prunebench.run.dtype import StoredDtype
 from prunebench.run.place import place_weights
 from prunebench.run.resolve import ResolvedSpec, path_in, require_outputs, resolve
 from prunebench.spec import RunSpec, Setup, Weights

@@ -100,6 +100,28 @@ def test_bench_on_a_cpu(cli, tiny_run, tmp_path, monkeypatch):
     assert {row["backend"] for row in rows} <= {"cpu", "dense"}
 
 
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
+def test_speed_is_measured_in_the_dtype_of_the_checkpoint(cli, tiny_run, tmp_path, dtype):
+    cli(*tiny_run, *BF16[:3], dtype, *BF16[4:], "2:4")
+    if dtype == "float16":
+        cli("export", "ck", "-o", "packed", "--to", "packed24")
+    folder = "packed" if dtype == "float16" else "ck"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("prunebench.sparse24.policy.MIN_RATIO", 1e9)  # the model is not timed
+        text = cli("bench", folder, "-o", "b.json").stdout
+    measured = dtype if dtype == "float16" else "bfloat16"
+    assert f"speed, measured in {measured}, scored in {dtype}" in text
+    assert (
+        json.loads((tmp_path / "work" / "b.json").read_text())["environment"]["dtype"] == measured
+    )
+    assert {key.split()[1] for key in Policy.load(CPU).table} == {measured}
+    if dtype != "float32":
+        rows = json.loads(cli("bench", folder, "--explain", "--json").stdout)
+        assert not [
+            row for row in rows if "not measured" in row["why"] and row["tokens"] in (1, 64)
+        ]
+
+
 def test_what_gains_nothing_still_runs_packed_where_that_is_asked_for(cli, tiny_run, tmp_path):
     cli(*tiny_run, *BF16, "2:4")
     cli("export", "ck", "-o", "packed", "--to", "packed24")
