@@ -308,7 +308,7 @@ def with_our_kernel(model: nn.Module) -> nn.Module:
 
 def _load(setup: BenchSetup, dtype: torch.dtype | None = None) -> nn.Module:
     dtype = dtype or setup.dtype
-    local = unpacked(local_checkpoint(setup.folder, setup.result), setup.progress)
+    local = unpacked(local_checkpoint(setup.folder), setup.progress)
     with setup.progress.stage("load", detail=f"{setup.folder} in {dtype} on {setup.device}"):
         return load_model(local.path, dtype=dtype, device=setup.device)
 
