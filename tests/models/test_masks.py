@@ -24,6 +24,7 @@ from prunebench.run.names import check_names
 from prunebench.sparsity import Sparsity
 from prunebench.spec import RunSpec, Setup
 from prunebench.testing import tiny_model
+from tests.model_folders import with_a_tower
 
 HALF = Sparsity.parse("2:4")
 
@@ -314,12 +315,18 @@ def test_the_summary_names_the_masks(cli, tiny_run, tmp_path, monkeypatch):
     assert "masks" not in cli(*tiny_run, "-m", "wanda").stdout
 
 
-def test_the_masks_of_a_packed_folder_give_the_same_weights_again(cli, tiny_run):
-    half = (*tiny_run, "--sparsity", "2:4", "--dtype", "bfloat16", "--json", "-q")
+def test_the_masks_of_saved_folders_give_the_same_weights_again(
+    cli, tiny_run, tmp_path, byte_tokenizer
+):
+    """Of a model of images and text: its files have other names than the text model."""
+    folder = with_a_tower(tmp_path / "tower", byte_tokenizer)
+    run = [str(folder) if word == tiny_run[2] else word for word in tiny_run]
+    half = (*run, "--sparsity", "2:4", "--dtype", "bfloat16", "--json", "-q")
     first = json.loads(cli(*half, "-m", "magnitude", "--save-model", "ck").stdout)
     cli("export", "ck", "-o", "packed", "--to", "packed24")
-    again = json.loads(cli(*half, "-m", "maskllm", "--set", "masks=packed").stdout)
-    assert again["model"]["evaluated_sha256"] == first["model"]["evaluated_sha256"]
+    for name in ("ck", "packed"):
+        again = json.loads(cli(*half, "-m", "maskllm", "--set", f"masks={name}").stdout)
+        assert again["model"]["evaluated_sha256"] == first["model"]["evaluated_sha256"]
 
 
 def test_saved_masks_give_the_same_weights_again(cli, tiny_run):
