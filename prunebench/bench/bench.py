@@ -13,7 +13,7 @@ import gc
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +43,7 @@ from prunebench.errors import PrunebenchError
 from prunebench.models.device import make_current
 from prunebench.models.linears import find_linears
 from prunebench.models.load import load_config, load_model, skeleton
+from prunebench.models.stored_dtype import StoredDtype
 from prunebench.models.stored_model import stored_model
 from prunebench.progress import Progress
 from prunebench.results.bench_schema import Bench, QualityBlock, RatioBlock
@@ -77,6 +78,12 @@ class BenchSetup:
     grid: bool
     command: str
     progress: Progress
+
+    @cached_property
+    def dtype(self) -> torch.dtype:
+        """In which speed is measured: float16 if most block matrices are, else bfloat16."""
+        is_half = StoredDtype.of(self.folder).dtype == "float16"
+        return torch.float16 if is_half else torch.bfloat16
 
 
 @dataclass
@@ -129,6 +136,7 @@ def bench(setup: BenchSetup) -> Bench:
         layers=[layer.to_dict() for layer in speed.layers],
         cases=[dataclasses.asdict(case) for case in speed.cases],
         environment=environment(setup.device)
+        | {"dtype": str(setup.dtype).removeprefix("torch.")}
         | {"clocks_before": before, "clocks_after": clocks(setup.device)},
     )  # fmt: skip
 
@@ -153,7 +161,7 @@ def explain_checkpoint(setup: BenchSetup) -> list[Explained]:
     """
     make_current(setup.device)
     policy = Policy.load(setup.device, forced=setup.backend)
-    _, conversion = _packed_model(setup, policy, may_gain_nothing=True)
+    _, conversion = _packed_model(setup, policy)
     return explain(conversion, TOKENS)
 
 
@@ -170,12 +178,15 @@ def _measure(setup: BenchSetup) -> _Speed:
     """Measure layers, then the model."""
     policy = Policy.load(setup.device, forced=setup.backend, speed=setup.speed)
     speed = _Speed()
-    speed.layers = measure_layers(_shapes(setup), policy, setup.progress)
+    speed.layers = measure_layers(_shapes(setup), policy, setup.progress, dtype=setup.dtype)
     policy.save()
     speed.reason = _no_gain(setup, policy)
     if speed.reason != "measured":
         return speed
     packed, conversion = _packed_model(setup, policy)
+    if not conversion.layers:  # those that would be faster are not 2:4
+        speed.reason = f"{next(iter(conversion.dense.values()))}: no layer is faster packed"
+        return speed
     speed.resident_bytes = weight_bytes(packed, conversion)
     # Packed first: its dense weights are freed layer by layer before the dense model is loaded.
     models = {"dense": _load(setup), "packed": packed}
@@ -189,12 +200,12 @@ def _no_gain(setup: BenchSetup, policy: Policy) -> str:
     """Return `measured`; or, if all layers would stay dense for lack of a gain, that."""
     linears = find_linears(skeleton(load_config(setup.folder)))
     sizes = {(linear.out_features, linear.in_features) for linear in linears}
-    reasons = [policy.gains_nothing(size, torch.bfloat16) for size in sizes]
+    reasons = [policy.gains_nothing(size, setup.dtype) for size in sizes]
     return "measured" if not all(reasons) else f"{max(reasons)}: no layer is faster packed"
 
 
 def measure_layers(
-    shapes: Sequence[LayerShape], policy: Policy, progress: Progress
+    shapes: Sequence[LayerShape], policy: Policy, progress: Progress, *, dtype: torch.dtype
 ) -> list[LayerResult]:
     """Measure layers for few and many tokens; the policy stores the speedup of each backend."""
     rows = []
@@ -205,7 +216,7 @@ def measure_layers(
     with progress.stage("layers", total=total, detail="dense and packed", unit="cells") as advance:
         for shape in shapes:
             layer = LayerBench(
-                shape, policy.device, torch.bfloat16, policy, clock,
+                shape, policy.device, dtype, policy, clock,
                 compile_dense=None if on_cpu else autotuned_dense,
             )  # fmt: skip
             for tokens in counts:
@@ -218,7 +229,7 @@ def measure_layers(
                     rivals = {name: row.seconds[name] for name in backends() if name in row.seconds}
                     best = {"dense": row.seconds[row.dense], **rivals}
                     size = (shape.rows, shape.width)
-                    policy.remember(size, torch.bfloat16, bucket_of(tokens), best)
+                    policy.remember(size, dtype, bucket_of(tokens), best)
     return rows
 
 
@@ -295,19 +306,18 @@ def with_our_kernel(model: nn.Module) -> nn.Module:
     return other
 
 
-def _load(setup: BenchSetup, dtype: torch.dtype = torch.bfloat16) -> nn.Module:
-    local = unpacked(local_checkpoint(setup.folder, setup.result), setup.progress)
+def _load(setup: BenchSetup, dtype: torch.dtype | None = None) -> nn.Module:
+    dtype = dtype or setup.dtype
+    local = unpacked(local_checkpoint(setup.folder), setup.progress)
     with setup.progress.stage("load", detail=f"{setup.folder} in {dtype} on {setup.device}"):
         return load_model(local.path, dtype=dtype, device=setup.device)
 
 
-def _packed_model(
-    setup: BenchSetup, policy: Policy, *, may_gain_nothing: bool = False
-) -> tuple[nn.Module, Conversion]:
+def _packed_model(setup: BenchSetup, policy: Policy) -> tuple[nn.Module, Conversion]:
     model = _load(setup)
     with setup.progress.stage("pack", detail="linears, one after the other"):
         linears = find_linears(model)
-        return model, convert(model, linears, policy=policy, may_gain_nothing=may_gain_nothing)
+        return model, convert(model, linears, policy=policy)
 
 
 def weight_bytes(model: Any, conversion: Conversion) -> int:

@@ -90,10 +90,12 @@ def option_in(result: Result, *names: str) -> str | None:
     return next((value for name, value in pairs if name in names), None)
 
 
-def local_checkpoint(folder: Path, result: Result | None) -> LocalModel:
-    """Return the folder of a checkpoint as a model, without hashing its files."""
+def local_checkpoint(folder: Path) -> LocalModel:
+    """Return the folder of a checkpoint as a model, without hashing its files.
+
+    Its revision tells one state of config and weights from another, by their sizes and times.
+    """
     source = ModelSource(folder.resolve().name, "folder", str(folder))
-    revision = result.model.evaluated_sha256 if result and result.model else ""
-    # without a hash, the newest change in the folder tells one state of it from another
-    revision = revision or str(max((p.stat().st_mtime_ns for p in folder.iterdir()), default=0))
-    return LocalModel(source, folder, revision)
+    files = sorted(p for p in folder.iterdir() if p.suffix in (".json", ".safetensors"))
+    states = [(p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in files]
+    return LocalModel(source, folder, str([str(folder.resolve()), *states]))

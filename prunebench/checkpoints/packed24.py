@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from prunebench.checkpoints.bitmask import bitmask_tensors, is_bitmask, plain_config
 from prunebench.checkpoints.derived import read_tensor
@@ -49,6 +49,7 @@ from prunebench.models.safetensors_files import (
 )
 from prunebench.models.source import LocalModel
 from prunebench.models.stored_config import require_unquantized, store_config, stored_config
+from prunebench.models.stored_model import stored_model
 from prunebench.progress import Progress
 from prunebench.sparse24.packed import (
     DTYPES,
@@ -108,6 +109,15 @@ def dense_tensors(folder: Path) -> dict[str, StoredTensor]:
     if kind == "fp8":
         return fp8_tensors(folder, stored)
     return bitmask_tensors(folder, stored) if kind == "sparse-24-bitmask" else stored
+
+
+def model_tensors(model: nn.Module, folder: Path) -> dict[str, StoredTensor]:
+    """Return the tensors of a folder by their names in the model, packed ones as if dense.
+
+    Raises:
+        IncompatibleData: A file is damaged, or a packed folder does not match its index.
+    """
+    return stored_model(model, dense_tensors(folder)).tensors
 
 
 def unpacked(local: LocalModel, progress: Progress) -> LocalModel:

@@ -47,6 +47,9 @@ def recipe_text(result: Result) -> str:
             values[name] = value
     values["seed"] = spec.seed
     options = dict(spec.method_options)
+    for name, value in options.items():
+        if str(value).startswith("sha256:"):  # only masks are named by their content
+            notes.append(f"{name}: masks of your own, {value}; put their path there")
     if result.training is not None:
         training = result.training
         options["train_data"] = _text_names(training.text, training.origin, notes)

@@ -129,9 +129,13 @@ def _print_summary(report: Bench, result: Any, saved_path: Path | None) -> None:
             dense = f"  (dense {value_text(score.metric, score.dense_value)}, {ratio}x)"
         line = f"{short_title(score)}  {value_text(score.metric, score.value)}{dense}"
         print_hanging("  ", line + full_protocol(score))
+    if result is not None and result.sparsity and result.sparsity.removal:
+        _print_removal(result)
     for line in _storage_lines(report):
         typer.echo(line)
     if report.layers:
+        scored = f", scored in {result.model.dtype}" if result and result.model else ""
+        typer.echo(f"  speed, measured in {report.environment['dtype']}{scored}")
         _print_layers(report)
     if report.speed == "measured":
         _print_cases(report)
@@ -141,6 +145,17 @@ def _print_summary(report: Bench, result: Any, saved_path: Path | None) -> None:
         say(f"warning: {warning}")
     if saved_path:
         typer.echo(f"  saved to {saved_path}")
+
+
+def _print_removal(result: Any) -> None:
+    removal, parameters = result.sparsity.removal, result.model.parameters
+    left = parameters - removal.removed_parameters
+    text = (
+        f"{len(removal.blocks)} of {removal.blocks_before} blocks were removed, "
+        f"{left / parameters:.2%} of the dense model's parameters are left: bytes and speed below "
+        "are of what is left"
+    )
+    print_hanging("  ", text)
 
 
 def _storage_lines(report: Bench) -> list[str]:

@@ -7,6 +7,7 @@ parameter. The mask of a checkpoint is where its weights are not zero.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import zipfile
 import zlib
@@ -24,7 +25,8 @@ from prunebench.download.hub_files import fetch_file
 from prunebench.errors import IncompatibleData, MissingResource, UsageError
 from prunebench.files import sha256_file
 from prunebench.models.linears import Linear
-from prunebench.models.safetensors_files import weight_files
+from prunebench.models.safetensors_files import StoredTensor, weight_files
+from prunebench.models.stored_model import whole_tensor
 from prunebench.progress import Progress
 
 HUB_FILE = "mask_compressed.npz"
@@ -53,13 +55,17 @@ class Masks:
         return keep.T.contiguous() if linear.transposed else keep  # [out, in]
 
 
-def open_masks(name: str, linears: Sequence[Linear], progress: Progress) -> Masks:
+def open_masks(
+    name: str, linears: Sequence[Linear], progress: Progress,
+    tensors_of: Callable[[Path], Mapping[str, StoredTensor]],
+) -> Masks:  # fmt: skip
     """Find masks by name and check that they fit the model; they are read later, one at a time.
 
     Args:
         name: `hub:REPO` or `hub:REPO@REVISION`, a mask file (.npz), or the folder of a checkpoint.
         linears: The prunable matrices of the model; they may be on the meta device.
         progress: Shows a download.
+        tensors_of: Returns the tensors of a folder, dense, by their names in the model.
 
     Raises:
         MissingResource: They do not exist, or the hub cannot be reached.
@@ -71,8 +77,9 @@ def open_masks(name: str, linears: Sequence[Linear], progress: Progress) -> Mask
         path, _ = _from_hub(name.removeprefix("hub:"), progress)
         return Masks(origin, mask_file(path, shapes))
     path = Path(name).expanduser()
-    read = _checkpoint(path, shapes) if path.is_dir() else mask_file(path, shapes)
-    return Masks(origin, read)
+    if path.is_dir():
+        return Masks(origin, _checkpoint(path, tensors_of(path), shapes))
+    return Masks(origin, mask_file(path, shapes))
 
 
 def masks_origin(name: str, progress: Progress) -> str:
@@ -181,33 +188,26 @@ def mask_file(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> Callable[[st
     return read
 
 
-def _checkpoint(folder: Path, shapes: Mapping[str, tuple[int, ...]]) -> Callable[[str], Tensor]:
-    """Do what `mask_file` does, for a checkpoint's folder."""
-    from safetensors import SafetensorError, safe_open
+def _checkpoint(
+    folder: Path, tensors: Mapping[str, StoredTensor], shapes: Mapping[str, tuple[int, ...]]
+) -> Callable[[str], Tensor]:
+    """Do what `mask_file` does, for the tensors of a checkpoint's folder."""
 
-    files = weight_files(folder)
-    places: dict[str, Path] = {}
-    try:
-        for file in files:
-            with safe_open(file, framework="pt") as opened:
-                # A handle of safe_open has keys(), and cannot be iterated itself.
-                for name in opened.keys():  # noqa: SIM118
-                    # A slice knows its shape from the header: no weights are read here.
-                    if name in shapes and tuple(opened.get_slice(name).get_shape()) == shapes[name]:
-                        places[name] = file
-    except (SafetensorError, OSError) as error:
-        raise IncompatibleData(f"{folder} holds damaged weights", where=str(error)) from None
-    lacking = [name for name in shapes if name not in places]
-    if lacking:
-        raise IncompatibleData(
-            f"{folder} does not fit the model",
-            where=f"it holds no {lacking[0]} of shape {shapes[lacking[0]]}",
-            fix="use a checkpoint of this very model",
-        )
+    def misfit(where: str) -> IncompatibleData:
+        fix = "use a checkpoint of this very model"
+        return IncompatibleData(f"{folder} does not fit the model", where=where, fix=fix)
 
+    for name, shape in shapes.items():
+        if name not in tensors or tensors[name].shape != shape:
+            raise misfit(f"it holds no {name} of shape {shape}")
+
+    # The experts of a block, read one after the other, share two parameters.
+    @functools.lru_cache(maxsize=2)
     def read(name: str) -> Tensor:
-        with safe_open(places[name], framework="pt") as opened:
+        try:
             # -0.0 != 0 is False, so a negative zero is pruned too.
-            return torch.as_tensor(opened.get_tensor(name) != 0)
+            return whole_tensor(tensors[name]) != 0
+        except (RuntimeError, ValueError) as error:  # such as another number of experts
+            raise misfit(f"{name} cannot be made from its parts: {error}") from None
 
     return read

@@ -69,7 +69,7 @@ class Rebuilt(StoredTensor):
         """
         converter = copy.deepcopy(self.converter)  # it collects the tensors that it is given
         for pattern, parts in self.parts.items():
-            converter.collected_tensors[pattern] = [_whole(part) for part in parts]
+            converter.collected_tensors[pattern] = [whole_tensor(part) for part in parts]
         converted = converter.convert(self.name, model=self.model, config=self.model.config)
         tensor = converted[self.name]
         yield bytearray(bytes_of(tensor[0] if isinstance(tensor, list) else tensor))  # row-major
@@ -183,6 +183,7 @@ def _same_bytes(left: StoredTensor, right: StoredTensor) -> bool:
     return all(a == b for a, b in zip(left.pieces(), right.pieces(), strict=True))
 
 
-def _whole(stored: StoredTensor) -> Tensor:
+def whole_tensor(stored: StoredTensor) -> Tensor:
+    """Read a whole tensor, of whatever kind; it is not empty, and torch has its dtype."""
     data = bytearray().join(stored.pieces())
     return torch.frombuffer(data, dtype=getattr(torch, stored.dtype)).view(stored.shape)

@@ -42,7 +42,7 @@ def packed_weights(
     make_current(plan.device)
     policy = Policy.load(plan.device, forced=plan.setup.backend)
     with plan.progress.stage("pack", detail=f"{len(linears)} linears, one after the other"):
-        conversion = convert(model, linears, policy=policy, strict=True)
+        conversion = convert(model, linears, policy=policy, strict=True, for_memory=True)
     try:
         difference = None
         if windows is not None and masked is not None:

@@ -7,6 +7,7 @@ not divide is found here, in seconds, and not after the pruning.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from prunebench.calibration.texts import TextIdentity, load_text
 from prunebench.calibration.training import Training, training_windows
 from prunebench.calibration.vocabulary import require_known, vocabulary_size
 from prunebench.calibration.windows import Windows, load_windows, sample_windows
+from prunebench.checkpoints.packed24 import model_tensors
 from prunebench.errors import CheckFailed, IncompatibleData
 from prunebench.evaluate.generation import encode_prompt
 from prunebench.evaluate.outcome import Evaluator
@@ -31,13 +33,13 @@ from prunebench.models.masks import Masks, open_masks
 from prunebench.models.removal import require_removable
 from prunebench.models.safetensors_files import stored_tensors, weight_files
 from prunebench.models.stored_config import asked_attention
+from prunebench.models.stored_dtype import StoredDtype
 from prunebench.models.stored_model import stored_model
 from prunebench.pruners.removal import BlockRemover, count_of_blocks
 from prunebench.pruners.training import TrainingNeeds
 from prunebench.results.completions import PROMPTS
 from prunebench.results.schema import CalibrationBlock
 from prunebench.run.code import code_sha256
-from prunebench.run.dtype import StoredDtype
 from prunebench.run.place import place_weights
 from prunebench.run.resolve import ResolvedSpec, path_in, require_outputs, resolve
 from prunebench.spec import RunSpec, Setup, Weights
@@ -141,7 +143,7 @@ def inputs_for(resolved: ResolvedSpec, model: torch.nn.Module, config: Any, toke
     for text in texts:
         require_context(config, text.windows.shape[1], option="ppl-seqlen")
     tasks = _prepare_tasks(resolved, tokenizer, vocabulary)
-    masks = _open_masks(resolved, linears)
+    masks = _open_masks(resolved, model, linears)
     need, recovery_need = resolved.pruner.needs.training, resolved.recovery_needs
     for wanted in resolved.training_needs:
         require_context(config, wanted.seqlen, option=f"set {wanted.seqlen_option}")
@@ -237,12 +239,12 @@ def _read_allocation(resolved: ResolvedSpec, linears: list[Linear]) -> Allocatio
     return allocation
 
 
-def _open_masks(resolved: ResolvedSpec, linears: list[Linear]) -> Masks | None:
+def _open_masks(resolved: ResolvedSpec, model: Any, linears: list[Linear]) -> Masks | None:
     name = resolved.pruner.needs.masks
     if name is None:
         return None
     with resolved.progress.stage("masks", detail=name):
-        return open_masks(name, linears, resolved.progress)
+        return open_masks(name, linears, resolved.progress, partial(model_tensors, model))
 
 
 def _prepare_training(

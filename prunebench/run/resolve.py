@@ -32,12 +32,13 @@ from prunebench.models.device import choose_devices
 from prunebench.models.load import load_tokenizer
 from prunebench.models.masks import masks_origin
 from prunebench.models.source import LocalModel, fetch_model, find_model
+from prunebench.models.stored_dtype import StoredDtype
 from prunebench.progress import StageTimer
 from prunebench.pruners.protocol import Pruner
 from prunebench.pruners.training import TrainingNeeds
 from prunebench.recovery.protocol import BlockRecoverer, ModelRecoverer
 from prunebench.results.store import ResultStore
-from prunebench.run.dtype import DtypeChoice, StoredDtype, choose_dtype
+from prunebench.run.dtype import DtypeChoice, choose_dtype
 from prunebench.run.names import (
     Fields,
     NamedSpec,

@@ -17,8 +17,8 @@ import torch
 from torch import nn
 
 from prunebench.calibration.vocabulary import vocabulary_size
-from prunebench.checkpoints.find import find_checkpoint, local_checkpoint, option_in
-from prunebench.checkpoints.packed24 import Kind, kind_of, unpacked
+from prunebench.checkpoints.find import find_checkpoint, local_checkpoint, option_in, require_scored
+from prunebench.checkpoints.packed24 import Kind, dense_tensors, kind_of, unpacked
 from prunebench.errors import IncompatibleData, MissingResource, OutOfMemory, UsageError
 from prunebench.evaluate.generation import (
     LEAST_STEPS,
@@ -32,6 +32,7 @@ from prunebench.models.linears import find_linears
 from prunebench.models.load import load_config, load_model, load_tokenizer, skeleton
 from prunebench.models.safetensors_files import check_weight_files
 from prunebench.models.source import LocalModel, ModelSource, fetch_model, find_model
+from prunebench.models.stored_model import stored_model
 from prunebench.progress import Progress
 from prunebench.results.schema import Result
 from prunebench.results.store import ResultStore
@@ -141,7 +142,7 @@ def prepare_sample(
     for (_, folder, result), label in zip(checkpoints, labels, strict=True):
         asked = _asked_dtype(setup, result)
         model = _prepare(
-            label, local_checkpoint(folder, result), prompts, setup, asked=asked, result=result
+            label, local_checkpoint(folder), prompts, setup, asked=asked, result=result
         )
         base = _dense_of(model, prompts, setup)
         key = (base.local.path, base.dtype) if base else None
@@ -205,7 +206,7 @@ def _prepare(
     name: str, local: LocalModel, prompts: Sequence[str], setup: SampleSetup, *, asked: str,
     result: Result | None,
 ) -> SampleModel:  # fmt: skip
-    """Read config and tokenizer of a folder, and tokenize the prompts."""
+    """Read config and tokenizer of a folder, tokenize the prompts, check what a result scored."""
     path = local.path
     if not (path / "config.json").is_file():
         raise IncompatibleData(
@@ -216,11 +217,15 @@ def _prepare(
     check_weight_files(path)
     stored = kind_of(path)
     config, tokenizer = load_config(path), load_tokenizer(path)
-    vocabulary = vocabulary_size(skeleton(config))
+    model = skeleton(config)
+    vocabulary = vocabulary_size(model)
     ids = tuple(
         encode_prompt(prompt, tokenizer, config, vocabulary, name=name, chat=setup.chat)
         for prompt in prompts
     )
+    if result is not None and result.model is not None:
+        with setup.progress.stage("verify", detail=f"{name}: the weights that were scored"):
+            require_scored(path, stored_model(model, dense_tensors(path)), result)
     dense = unpacked(local, setup.progress)
     choice = choose_dtype(asked, dense.source, dense.path, setup.device)
     for note in choice.notes:
@@ -346,5 +351,5 @@ def _load(model: SampleModel, setup: SampleSetup) -> tuple[nn.Module, str]:
         )
         return weights, ""
     with setup.progress.stage("pack", detail=f"{len(linears)} linears, {backend}"):
-        convert(weights, linears, policy=policy)
+        convert(weights, linears, policy=policy, for_memory=True)
     return weights, backend

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -101,6 +102,10 @@ class Sparse24Linear(nn.Module):
         self.products: dict[str, Product] = {}
         self._routes: dict[int, Product] = {}
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave the products out of copies and pickles: they are built on first use."""
+        return {**self.__dict__, "products": {}, "_routes": {}}
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Sparse24Linear:
         before = self.weight.device
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
@@ -115,9 +120,26 @@ class Sparse24Linear(nn.Module):
         return self.weight.form
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return x @ W.T + bias, [..., out]; x is [..., in] in the weight's dtype."""
+        """Return x @ W.T + bias, [..., out]; x is [..., in] in the weight's dtype.
+
+        Under `torch.autocast` x is cast and the result is in autocast's dtype, as by `nn.Linear`.
+
+        Raises:
+            RuntimeError: x is of another dtype, as by `nn.Linear`.
+        """
+        dtype = self.weight.dtype
+        autocast = _autocast_dtype(x)
+        if autocast == dtype:
+            x = x.to(dtype)
+        elif autocast is None and x.dtype != dtype:
+            raise RuntimeError(
+                f"the input is {x.dtype}, the packed weight {dtype}: cast the input, or run the "
+                "model under torch.autocast"
+            )
         flat = x.reshape(-1, self.in_features)  # [tokens, in], any strides
-        if flat.requires_grad and torch.is_grad_enabled():  # the kernels have no backward pass
+        trains = flat.requires_grad and torch.is_grad_enabled()
+        # The kernels have no backward pass, and no weights of another dtype.
+        if trains or autocast not in (None, dtype):
             dense = torch.nn.functional.linear(flat, unpack24(self.form.packed()), self.bias)
             return dense.view(*x.shape[:-1], self.out_features)  # [..., out]
         tokens = flat.shape[0]
@@ -166,6 +188,15 @@ class Sparse24Linear(nn.Module):
             f"in_features={self.in_features}, out_features={self.out_features}, "
             f"form={self.form.name}, backend={self._choose(1).backend}"
         )
+
+
+def _autocast_dtype(x: Tensor) -> torch.dtype | None:
+    """Return the dtype to which `torch.autocast` casts an input; None if it does not."""
+    kind = x.device.type
+    # it leaves float64 as it is, and does not know the meta device
+    if kind == "meta" or x.dtype == torch.float64 or not torch.is_autocast_enabled(kind):
+        return None
+    return torch.get_autocast_dtype(kind)
 
 
 def _policy_on(device: torch.device, policy: Policy) -> Policy:
@@ -224,7 +255,7 @@ class Conversion:
 
 def convert(
     model: nn.Module, linears: Iterable[Linear], *, policy: Policy, strict: bool = False,
-    may_gain_nothing: bool = False,
+    for_memory: bool = False,
 ) -> Conversion:  # fmt: skip
     """Replace the 2:4 linears of a model one by one, so that no more than one is in memory twice.
 
@@ -233,10 +264,11 @@ def convert(
         linears: From `find_linears`.
         policy: Chooses backends.
         strict: Whether a linear that is not 2:4 is an error.
-        may_gain_nothing: Whether all may stay dense because none was measured as faster.
+        for_memory: Whether to replace those, too, that were measured as slower for any number of
+            tokens. Otherwise they stay dense, even if that leaves none.
 
     Raises:
-        IncompatibleData: No linear can be replaced; or `strict` and a linear is not 2:4 (the
+        IncompatibleData: No linear is 2:4 in 16 bits; or `strict` and a linear is not 2:4 (the
             message names layer and group).
     """
     conversion = Conversion()
@@ -245,7 +277,7 @@ def convert(
         reason = _why_not_24(linear, strict=strict)
         if not reason:
             shape = (linear.out_features, linear.in_features)
-            reason = policy.gains_nothing(shape, linear.stored.dtype)
+            reason = "" if for_memory else policy.gains_nothing(shape, linear.stored.dtype)
             packable += 1
         if reason:
             conversion.dense[linear.name] = reason
@@ -261,7 +293,7 @@ def convert(
         setattr(parent, child, layer)
         conversion.layers[linear.name] = layer
         conversion._undo.append((parent, child, linear, layer))
-    if not conversion.layers and not (may_gain_nothing and packable):
+    if not packable:
         name, reason = next(iter(conversion.dense.items()), ("the model", "it has no linears"))
         raise IncompatibleData(
             f"no layer can be run as 2:4: {name}: {reason}",

@@ -6,6 +6,9 @@ layout only.
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -14,6 +17,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from prunebench.sparse24.packed import Packed24, unpack24
+
+# Of all workspaces, and made here: `torch.compile` traces the constructor of one.
+_LOCK = threading.Lock()
 
 
 class WeightLayout(Protocol):
@@ -72,12 +78,21 @@ class FileLayout:
 class Workspace:
     """One dense buffer per device and dtype, as large as the largest matrix so far.
 
-    All layers share it: they run one after the other. No buffer is ever freed: a CUDA graph that
-    was captured with it writes to its address at every replay.
+    All layers share it: they run one after the other, on a GPU in one stream, and other threads
+    wait. No buffer is ever freed: a CUDA graph that was captured with it writes to its address at
+    every replay.
     """
 
     def __init__(self) -> None:
         self._buffers: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
+
+    @contextmanager
+    def unpacked(self, form: WeightLayout) -> Iterator[Float[Tensor, "out in"]]:
+        """Unpack a layout; inside the context no other thread writes to the matrix."""
+        with _LOCK:
+            dense = self.matrix(form)
+            form.write_dense(dense)
+            yield dense
 
     def matrix(self, form: WeightLayout) -> Float[Tensor, "out in"]:
         """Return an uninitialized [out, in] view for the dense matrix of a layout."""

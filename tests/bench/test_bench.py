@@ -319,6 +319,20 @@ def test_unstructured_weights_are_computed_as_a_bitmap(cli, tiny_run, tmp_path):
     assert storage["label"] == "computed"
 
 
+def test_removed_blocks_are_named_before_the_bytes_of_what_is_left(cli, tiny_run, tiny_folder):
+    cli(*tiny_run, "-m", "depth", "--sparsity", "0.34", "--save-model", "ck")
+    text = " ".join(cli("bench", "ck").stdout.split())
+    counts = [
+        sum(tensor.numel() for tensor in load_file(Path(folder, "model.safetensors")).values())
+        for folder in ("ck", tiny_folder)
+    ]
+    share = counts[0] / counts[1]
+    assert (
+        f"1 of 3 blocks were removed, {share:.2%} of the dense model's parameters are left" in text
+    )
+    assert text.index("are left") < text.index("1.0000 computed")
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "says"),
     [

@@ -16,10 +16,12 @@ from prunebench.bench.timing import CpuClock
 from prunebench.models.linears import find_linears
 from prunebench.results.bench_schema import read_benches
 from prunebench.results.store import ResultStore
+from prunebench.sparse24.buckets import bucket_of
 from prunebench.sparse24.policy import Policy
 from prunebench.testing import tiny_model, tiny_tokens
 from tests.factories import CPU, without_cpu_kernels
 
+LINEARS = find_linears(tiny_model("llama"))
 BF16 = ("-m", "magnitude", "--dtype", "bfloat16", "--save-model", "ck", "--sparsity")
 
 
@@ -96,6 +98,45 @@ def test_bench_on_a_cpu(cli, tiny_run, tmp_path, monkeypatch):
     assert row["gpu"].startswith(facts["cpu"]) and "threads" in row["gpu"]
     rows = json.loads(cli("bench", "ck", "--explain", "--json").stdout)
     assert {row["backend"] for row in rows} <= {"cpu", "dense"}
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
+def test_speed_is_measured_in_the_dtype_of_the_checkpoint(cli, tiny_run, tmp_path, dtype):
+    cli(*tiny_run, *BF16[:3], dtype, *BF16[4:], "2:4")
+    if dtype == "float16":
+        cli("export", "ck", "-o", "packed", "--to", "packed24")
+    folder = "packed" if dtype == "float16" else "ck"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("prunebench.sparse24.policy.MIN_RATIO", 1e9)  # the model is not timed
+        text = cli("bench", folder, "-o", "b.json").stdout
+    measured = dtype if dtype == "float16" else "bfloat16"
+    assert f"speed, measured in {measured}, scored in {dtype}" in text
+    assert (
+        json.loads((tmp_path / "work" / "b.json").read_text())["environment"]["dtype"] == measured
+    )
+    assert {key.split()[1] for key in Policy.load(CPU).table} == {measured}
+    if dtype != "float32":
+        rows = json.loads(cli("bench", folder, "--explain", "--json").stdout)
+        assert not [
+            row for row in rows if "not measured" in row["why"] and row["tokens"] in (1, 64)
+        ]
+
+
+def test_what_gains_nothing_still_runs_packed_where_that_is_asked_for(cli, tiny_run, tmp_path):
+    cli(*tiny_run, *BF16, "2:4")
+    cli("export", "ck", "-o", "packed", "--to", "packed24")
+    slow = Policy.load(CPU)
+    for shape in {(linear.out_features, linear.in_features) for linear in LINEARS}:
+        for tokens in (1, 64):
+            seconds = {"dense": 0.9, "cpu": 1.0}
+            slow.remember(shape, torch.bfloat16, bucket_of(tokens), seconds)
+    slow.save()  # as a bench that finds no gain does
+    words = ("sample", "packed", "--no-dense", "-p", "the", "--max-new-tokens", "1", "--json", "-q")
+    (model,) = json.loads(cli(*words).stdout)["models"]
+    assert model["backend"] == "cpu"
+    run = (*tiny_run, "-m", "magnitude", "--sparsity", "2:4", "--dtype", "bfloat16")
+    execution = json.loads(cli(*run, "--execute", "sparse24", "--json").stdout)["execution"]
+    assert execution["backends"] == {"cpu": len(LINEARS)} and not execution["dense_layers"]
 
 
 @pytest.mark.parametrize(

@@ -317,3 +317,16 @@ def test_texts_of_the_catalog_are_named_with_their_place():
     assert recipe["ppl"] == ["wiki@wheel", "wikitext2", "tokens:abcdef123456.safetensors"]
     assert recipe["model"] == f"org/x@{'f' * 40}"
     assert text.count("of your own") == 1
+
+
+@pytest.mark.parametrize("option", ["masks", "prior"])
+def test_a_recipe_asks_for_the_path_of_masks(option):
+    options = {option: "sha256:0a1b", "seed": 0}
+    result = with_model(
+        make_result(method="maskllm", sparsity="2:4", method_options=options, ppl=())
+    )
+    text = recipe_text(result)
+    assert f"# {option}: masks of your own, sha256:0a1b; put their path there\n" in text
+    assert tomllib.loads(text)["set"][option] == "sha256:0a1b"
+    hub = result.spec.model_copy(update={"method_options": {option: "hub:org/masks@c0ffee"}})
+    assert "put their path" not in recipe_text(result.model_copy(update={"spec": hub}))

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from prunebench.checkpoints.model_card import model_card
@@ -96,6 +97,31 @@ def test_dense_and_pruned_side_by_side(cli, typed, tiny_run, tiny_folder, tmp_pa
     for row in document["prompts"]:
         plain, packed = row["completions"][2:]
         assert plain["token_ids"] == packed["token_ids"]
+
+
+def test_a_packed_folder_is_run_as_it_is_now(cli, typed, tiny_run, monkeypatch):
+    typed(*tiny_run, *PRUNE, "--sparsity", "2:4", "--save-model", "ck")
+    cli("export", "ck", "-o", "packed", "--to", "packed24")
+    loaded, load = [], sampling.load_model
+    monkeypatch.setattr(
+        sampling, "load_model", lambda *a, **kw: loaded.append(load(*a, **kw)) or loaded[-1]
+    )
+    words = ("sample", "packed", "--no-dense", "-p", "the", "--max-new-tokens", "1")
+    cli(*words)
+    config = Path("packed/config.json")
+    config.write_text(config.read_text().replace('"rms_norm_eps": 1e-06', '"rms_norm_eps": 0.25'))
+    cli(*words)
+    assert [model.config.rms_norm_eps for model in loaded] == [1e-6, 0.25]
+    # the weights: what it writes would be shown as that of the run
+    for folder, file in (("packed", "packed24.safetensors"), ("ck", "model.safetensors")):
+        tensors = load_file(f"{folder}/{file}")
+        tensors["model.norm.weight"] *= 3
+        save_file(tensors, f"{folder}/{file}", metadata={"format": "pt"})
+        output = cli("sample", folder, *words[2:], code=4).output
+        assert f"the weights in {folder} are not those that were scored" in output
+        Path(folder, "prunebench.json").unlink()
+        cli("sample", folder, *words[2:])
+    assert torch.equal(loaded[-1].model.norm.weight, tensors["model.norm.weight"])
 
 
 def test_three_prompts_of_ours_without_dense(cli, tiny_folder):

@@ -40,7 +40,7 @@ def push(hub=None):
 FETCH = {
     "model": lambda: fetch_model(find_model("llama2-7b"), Silent()),
     "model without revision": lambda: fetch_model(find_model("org/plain"), Silent()),
-    "masks": lambda: open_masks("hub:org/masks", [], Silent()),
+    "masks": lambda: open_masks("hub:org/masks", [], Silent(), dict),
     "wikitext2": lambda: load_text("wikitext2", use="evaluation", progress=Silent()),
     "c4": lambda: load_text("c4", use="calibration", progress=Silent()),
 }
@@ -158,7 +158,7 @@ FAILURES = {
 @pytest.mark.parametrize("name", ["nonsense/", "a/b/c", "-a/b", "a--b/c", "x" * 97])
 def test_a_name_that_no_repository_can_have_is_refused(full, name):
     with pytest.raises(MissingResource, match="cannot be downloaded") as caught:
-        open_masks(f"hub:{name}", [], Silent())
+        open_masks(f"hub:{name}", [], Silent(), dict)
     assert caught.value.fix
 
 

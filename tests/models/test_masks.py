@@ -1,11 +1,15 @@
 """Mask files and checkpoints as masks: what fits is read bit for bit, all else is refused."""
 
 import json
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
+from prunebench.checkpoints.export import export
+from prunebench.checkpoints.packed24 import model_tensors
 from prunebench.checkpoints.save import save_masks
 from prunebench.errors import IncompatibleData, MissingResource, UsageError
 from prunebench.files import sha256_file
@@ -20,6 +24,7 @@ from prunebench.run.names import check_names
 from prunebench.sparsity import Sparsity
 from prunebench.spec import RunSpec, Setup
 from prunebench.testing import tiny_model
+from tests.model_folders import with_a_tower
 
 HALF = Sparsity.parse("2:4")
 
@@ -34,7 +39,7 @@ def pruned(architecture="llama", sparsity=HALF):
 
 
 def opened(path, model):
-    return open_masks(str(path), find_linears(model), Silent())
+    return open_masks(str(path), find_linears(model), Silent(), partial(model_tensors, model))
 
 
 @pytest.fixture(scope="module")
@@ -70,6 +75,32 @@ def test_a_checkpoint_keeps_what_is_not_zero(model, tmp_path):
     assert len(list((tmp_path / "checkpoint").glob("*.safetensors"))) > 1
     for linear in find_linears(model):
         assert torch.equal(masks.read(linear), linear.read() != 0), linear.name
+
+
+@pytest.mark.parametrize("architecture", ["mixtral", "qwen3_moe", "gpt2"])
+def test_every_kind_of_folder_holds_masks(architecture, tmp_path):
+    """One with a tensor for each expert, and one whose matrices are packed."""
+    ours = pruned(architecture).to(torch.bfloat16)
+    ours.save_pretrained(tmp_path / "plain")
+    export(tmp_path / "plain", tmp_path / "packed", replace=False, progress=Silent(), to="packed24")
+    for folder in ("plain", "packed"):
+        masks = opened(tmp_path / folder, tiny_model(architecture))
+        for linear in find_linears(ours):
+            assert torch.equal(masks.read(linear), linear.read() != 0), linear.name
+
+
+def test_experts_of_another_number_are_refused(tmp_path):
+    tiny_model("mixtral").save_pretrained(tmp_path / "ck")
+    tensors = load_file(tmp_path / "ck" / "model.safetensors")
+    left_out = [name for name in tensors if ".experts.1." in name]
+    kept = {name: tensor for name, tensor in tensors.items() if name not in left_out}
+    save_file(kept, tmp_path / "ck" / "model.safetensors", metadata={"format": "pt"})
+    dense = tiny_model("mixtral")
+    masks = opened(tmp_path / "ck", dense)
+    expert = next(linear for linear in find_linears(dense) if linear.expert is not None)
+    with pytest.raises(IncompatibleData, match="does not fit the model"):
+        masks.read(expert)
+    assert left_out
 
 
 @pytest.mark.parametrize("kind", ["file", "checkpoint"])
@@ -282,6 +313,20 @@ def test_the_summary_names_the_masks(cli, tiny_run, tmp_path, monkeypatch):
     output = cli(*tiny_run, "-m", "maskllm", *quick).stdout
     assert f"  the training began with masks: m.npz (sha256:{digest})\n" in output
     assert "masks" not in cli(*tiny_run, "-m", "wanda").stdout
+
+
+def test_the_masks_of_saved_folders_give_the_same_weights_again(
+    cli, tiny_run, tmp_path, byte_tokenizer
+):
+    """Of a model of images and text: its files have other names than the text model."""
+    folder = with_a_tower(tmp_path / "tower", byte_tokenizer)
+    run = [str(folder) if word == tiny_run[2] else word for word in tiny_run]
+    half = (*run, "--sparsity", "2:4", "--dtype", "bfloat16", "--json", "-q")
+    first = json.loads(cli(*half, "-m", "magnitude", "--save-model", "ck").stdout)
+    cli("export", "ck", "-o", "packed", "--to", "packed24")
+    for name in ("ck", "packed"):
+        again = json.loads(cli(*half, "-m", "maskllm", "--set", f"masks={name}").stdout)
+        assert again["model"]["evaluated_sha256"] == first["model"]["evaluated_sha256"]
 
 
 def test_saved_masks_give_the_same_weights_again(cli, tiny_run):

@@ -10,8 +10,9 @@ import torch
 from safetensors.torch import save_file
 
 from prunebench.models.source import ModelSource, find_model
+from prunebench.models.stored_dtype import StoredDtype
 from prunebench.results.store import ResultStore
-from prunebench.run.dtype import StoredDtype, choose_dtype
+from prunebench.run.dtype import choose_dtype
 from prunebench.run_options import with_defaults
 from prunebench.spec import RunSpec, Setup
 from prunebench.sweep.recipe import read_recipe

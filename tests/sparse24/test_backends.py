@@ -121,6 +121,12 @@ def test_layers_without_a_gain_stay_dense():
     measured.remember(shape, torch.bfloat16, bucket_of(1), {"dense": 1.0, "reference": 1.0})
     conversion = convert(model, linears, policy=measured)
     assert set(conversion.dense.values()) == {"no speedup measured: at best 1.00x the dense speed"}
+    for linear in linears:
+        shape = (linear.out_features, linear.in_features)
+        measured.remember(shape, torch.bfloat16, bucket_of(1), {"dense": 1.0, "reference": 1.0})
+    assert not convert(model := pruned(), find_linears(model), policy=measured).layers
+    kept = convert(model, find_linears(model), policy=measured, for_memory=True)
+    assert len(kept.layers) == len(linears) and not kept.dense
 
 
 def test_a_forced_backend():

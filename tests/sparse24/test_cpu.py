@@ -33,15 +33,7 @@ NAMES = {
 ROUNDING = {torch.bfloat16: 2**-8, torch.float16: 2**-11}  # half a unit in the last place
 
 
-@pytest.fixture(scope="module", autouse=True)
-def compiled(tmp_path_factory):
-    """Kernels by instruction set, compiled once; the tests' own caches are empty."""
-    folder = tmp_path_factory.mktemp("kernels")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cpu_build, "library_folder", lambda: folder)
-        # The same numbers, compiled in half the time.
-        patch.setattr(cpu_build, "_FLAGS", [*cpu_build._FLAGS, "-O1"])
-        yield functools.cache(build)
+pytestmark = pytest.mark.usefixtures("compiled")
 
 
 @pytest.fixture(params=NAMES)
@@ -169,6 +161,37 @@ def test_a_layer_uses_it_and_takes_any_input(kernels):
     assert layer(torch.empty(0, 64, dtype=torch.bfloat16)).shape == (0, 24)
     state = layer.state_dict()
     assert torch.equal(state["weight.codes24"], pack24(weight).codes)
+
+
+@pytest.mark.parametrize("tokens", [1, 9])
+def test_an_input_of_another_dtype_is_refused_as_by_a_dense_layer(kernels, tokens):
+    weight = random_weight(24, 64, torch.bfloat16)
+    layer = Sparse24Linear(pack24(weight), None, policy=policy())
+    for dtype in (torch.float32, torch.float16, torch.float64):
+        x = torch.randn(tokens, 64).to(dtype)
+        with pytest.raises(RuntimeError, match="dtype"):
+            nn.functional.linear(x, weight)
+        with pytest.raises(RuntimeError, match=rf"{dtype}, the packed weight torch.bfloat16"):
+            layer(x)
+    dense = cpu.matrix_arguments(weight, (24, 64))
+    with pytest.raises(RuntimeError, match="float32, the matrix torch.bfloat16"):
+        multiply(kernels, "dense16_multiply", dense, torch.randn(1, 64), None)
+    with pytest.raises(RuntimeError, match="the bias torch.float32, the matrix torch.bfloat16"):
+        multiply(kernels, "dense16_multiply", dense, torch.zeros(1, 64).bfloat16(), torch.zeros(24))
+
+
+@pytest.mark.parametrize("cast", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("tokens", [1, 9])
+def test_autocast_casts_the_input_as_for_a_dense_layer(kernels, tokens, cast):
+    weight, bias = random_weight(24, 64, torch.bfloat16), torch.randn(24).to(torch.bfloat16)
+    layer = Sparse24Linear(pack24(weight), bias, policy=policy())
+    for dtype in (torch.float32, torch.float16, torch.bfloat16):
+        x = torch.randn(tokens, 64).to(dtype)
+        with torch.autocast("cpu", dtype=cast):
+            expected = nn.functional.linear(x, weight, bias)
+            out = layer(x)
+        assert out.dtype == expected.dtype == cast
+        require_close(out, x.to(cast), weight, bias)
 
 
 def test_a_forced_reference_reads_its_layout(kernels):

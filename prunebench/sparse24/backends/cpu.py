@@ -26,7 +26,8 @@ MOST_TOKENS = 8
 
 _FILL = 0b0100  # code of the half byte behind an odd number of groups, as `join_codes` pads
 _PARALLEL = 1 << 16  # weights below which a second thread costs more than it saves
-_TYPES = {torch.bfloat16: 0, torch.float16: 1}
+_DTYPES = (torch.bfloat16, torch.float16)
+_TYPES = {dtype: number for number, dtype in enumerate(_DTYPES)}
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,6 +47,10 @@ class MaskedLayout:
     def __post_init__(self) -> None:
         arguments = matrix_arguments(self.values, self.shape, self.mask)
         object.__setattr__(self, "arguments", arguments)
+
+    def __reduce__(self) -> tuple[type[MaskedLayout], tuple[Tensor, Tensor]]:
+        """Copy the tensors only: `arguments` has their addresses, and is made anew."""
+        return MaskedLayout, (self.values, self.mask)
 
     @classmethod
     def of(cls, packed: Packed24) -> MaskedLayout:
@@ -147,9 +152,8 @@ class CpuProduct:
             product: Tensor = _opaque_product(x, self.form.values, self.form.mask, bias)
             return product
         if not 1 <= x.shape[0] <= MOST_TOKENS:
-            dense = _workspace().matrix(self.form)
-            self.form.write_dense(dense)
-            return functional.linear(x, dense, bias)
+            with _workspace().unpacked(self.form) as dense:
+                return functional.linear(x, dense, bias)
         return multiply(_loaded(), "sparse24_multiply", self.form.arguments, x, bias)
 
     def settings(self, tokens: int) -> str:
@@ -168,7 +172,14 @@ def multiply(
         matrix: From `matrix_arguments`; its tensors must still exist.
         x: [tokens, in] of 1 to 8 tokens, in the dtype of the matrix.
         bias: [out] in the same dtype, or None.
+
+    Raises:
+        RuntimeError: `x` or `bias` is of another dtype than the matrix.
     """
+    # The kernels see addresses: they would read any words as the matrix's dtype.
+    if _TYPES.get(x.dtype) != matrix.type or (bias is not None and bias.dtype != x.dtype):
+        other = f", the bias {bias.dtype}" if bias is not None else ""
+        raise RuntimeError(f"the input is {x.dtype}{other}, the matrix {_DTYPES[matrix.type]}")
     x = x.contiguous()
     out = torch.empty(x.shape[0], matrix.rows, dtype=x.dtype)
     # A view of a parameter may be strided.

@@ -82,10 +82,11 @@ class UnpackedProduct:
 
     def run(self, x: Float[Tensor, "tokens in"], bias: Tensor | None) -> Tensor:
         """Unpack and multiply."""
-        if self.workspace is None:
-            dense = torch.empty(self.form.shape, dtype=self.form.dtype, device=self.form.device)
-        else:
-            dense = self.workspace.matrix(self.form)
+        # `torch.compile` cannot trace a lock; its graphs reuse the memory of their tensors.
+        if self.workspace is not None and not torch.compiler.is_compiling():
+            with self.workspace.unpacked(self.form) as dense:
+                return functional.linear(x, dense, bias)
+        dense = torch.empty(self.form.shape, dtype=self.form.dtype, device=self.form.device)
         self.form.write_dense(dense)
         return functional.linear(x, dense, bias)
 
