@@ -222,11 +222,9 @@ class LmEvalTask:
             for name, task in self.built["tasks"].items()
         ]
         # the same questions under another group have another mean
-        groups = [
-            [group.name, self._leaves(group), group.aggregate_metric_list]
-            for group in self.built.get("groups", {}).values()
-        ]
-        key = [self.name, lm_eval.__version__, self.tokenizer_sha256, facts, groups]
+        groups = self.built.get("groups", {}).values()
+        means = [[group.name, self._leaves(group), group.aggregate_metric_list] for group in groups]
+        key = [self.name, lm_eval.__version__, self.tokenizer_sha256, facts, means]
         return json.dumps(key, default=_text_of, sort_keys=True)
 
     def require_examples(self) -> None:

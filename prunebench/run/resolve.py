@@ -38,16 +38,9 @@ from prunebench.pruners.protocol import Pruner
 from prunebench.pruners.training import TrainingNeeds
 from prunebench.recovery.protocol import BlockRecoverer, ModelRecoverer
 from prunebench.results.store import ResultStore
+from prunebench.run.devices import check_packed, require_one_device
 from prunebench.run.dtype import DtypeChoice, choose_dtype
-from prunebench.run.names import (
-    Fields,
-    NamedSpec,
-    check_names,
-    check_packed,
-    is_text_option,
-    place_texts,
-    require_one_device,
-)
+from prunebench.run.names import Fields, NamedSpec, check_names, is_text_option, place_texts
 from prunebench.sparsity import Sparsity
 from prunebench.spec import RunSpec, Setup
 

@@ -21,7 +21,6 @@ from prunebench.sparse24.policy import Policy
 from prunebench.testing import tiny_model, tiny_tokens
 from tests.factories import CPU, without_cpu_kernels
 
-LINEARS = find_linears(tiny_model("llama"))
 BF16 = ("-m", "magnitude", "--dtype", "bfloat16", "--save-model", "ck", "--sparsity")
 
 
@@ -125,8 +124,8 @@ def test_speed_is_measured_in_the_dtype_of_the_checkpoint(cli, tiny_run, tmp_pat
 def test_what_gains_nothing_still_runs_packed_where_that_is_asked_for(cli, tiny_run, tmp_path):
     cli(*tiny_run, *BF16, "2:4")
     cli("export", "ck", "-o", "packed", "--to", "packed24")
-    slow = Policy.load(CPU)
-    for shape in {(linear.out_features, linear.in_features) for linear in LINEARS}:
+    slow, linears = Policy.load(CPU), find_linears(tiny_model("llama"))
+    for shape in {(linear.out_features, linear.in_features) for linear in linears}:
         for tokens in (1, 64):
             seconds = {"dense": 0.9, "cpu": 1.0}
             slow.remember(shape, torch.bfloat16, bucket_of(tokens), seconds)
@@ -136,7 +135,7 @@ def test_what_gains_nothing_still_runs_packed_where_that_is_asked_for(cli, tiny_
     assert model["backend"] == "cpu"
     run = (*tiny_run, "-m", "magnitude", "--sparsity", "2:4", "--dtype", "bfloat16")
     execution = json.loads(cli(*run, "--execute", "sparse24", "--json").stdout)["execution"]
-    assert execution["backends"] == {"cpu": len(LINEARS)} and not execution["dense_layers"]
+    assert execution["backends"] == {"cpu": len(linears)} and not execution["dense_layers"]
 
 
 @pytest.mark.parametrize(
