@@ -190,7 +190,7 @@ def gradient_product(fake, dtype) -> None:
     """GBLM's product: the check that allows it compares values, which fake tensors do not have."""
     with fake:
         sums = object.__new__(gradients._Accumulators)
-        sums.norm, sums._buffer = "l1", torch.empty(0, device="cuda:0")
+        sums.norm, sums._scale, sums._buffer = "l1", 0.5, torch.empty(0, device="cuda:0")
         sums._sums = {"x": torch.zeros(16, 24, device="cuda:0")}
         linear = SimpleNamespace(name="x", out_features=16, in_features=24)
         outer, inputs = (
