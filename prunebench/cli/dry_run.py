@@ -75,9 +75,7 @@ def print_dry_run(spec: RunSpec, setup: Any, *, as_json: bool) -> None:
 def _options_of_recovery(plan: Any) -> str:
     """Return what is not the default, as a row shows it."""
     spec = plan.spec
-    (shown,), _ = shown_options(
-        "recover", spec.recover, [spec.recover_options], [spec.calibration]
-    )  # fmt: skip
+    (shown,), _ = shown_options("recover", spec.recover, [spec.recover_options], [spec.calibration])
     words = ", ".join(f"{name}={value}" for name, value in shown.items())
     return words or "with its defaults"
 

@@ -94,10 +94,28 @@ def standard_error(values: Sequence[float]) -> float | None:
     return statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
 
 
-def cached_outcomes(model: nn.Module, sha256: str, evaluator: Evaluator) -> list[Outcome] | None:
-    """Return the cached outcomes of a model in this evaluation, if any; `sha256`: its weights'."""
+@dataclass(frozen=True)
+class ScoredModel:
+    """What tells a model from others in the cache of outcomes.
+
+    Attributes:
+        sha256: Of its weights.
+        settings: `settings_text` of it.
+    """
+
+    sha256: str
+    settings: str
+
+    @classmethod
+    def of(cls, model: nn.Module, sha256: str) -> ScoredModel:
+        """Identify a model as it is now, for all evaluations: buffers on disk are read."""
+        return cls(sha256, settings_text(model))
+
+
+def cached_outcomes(model: ScoredModel, evaluator: Evaluator) -> list[Outcome] | None:
+    """Return the cached outcomes of a model in this evaluation, if any."""
     try:
-        rows = json.loads(_cache_path(model, sha256, evaluator).read_text("utf-8"))
+        rows = json.loads(_cache_path(model, evaluator).read_text("utf-8"))
         return outcomes_from(rows) or None
     # a damaged cache file counts as absent: the dense model is then scored again
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
@@ -116,20 +134,18 @@ def outcomes_from(rows: list[dict[str, Any]]) -> list[Outcome]:
     ]
 
 
-def remember_outcomes(
-    model: nn.Module, sha256: str, evaluator: Evaluator, outcomes: list[Outcome]
-) -> None:
-    """Cache a model's outcomes for later runs; `sha256`: its weights'.
+def remember_outcomes(model: ScoredModel, evaluator: Evaluator, outcomes: list[Outcome]) -> None:
+    """Cache a model's outcomes for later runs.
 
     Raises:
         SaveError: The cache cannot be written.
     """
     text = json.dumps([asdict(outcome) for outcome in outcomes])
-    write_text(_cache_path(model, sha256, evaluator), text + "\n")
+    write_text(_cache_path(model, evaluator), text + "\n")
 
 
-def _cache_path(model: nn.Module, sha256: str, evaluator: Evaluator) -> Path:
-    key = hashlib.sha256(f"{settings_text(model)}\0{evaluator.key}".encode()).hexdigest()
+def _cache_path(model: ScoredModel, evaluator: Evaluator) -> Path:
+    key = hashlib.sha256(f"{model.settings}\0{evaluator.key}".encode()).hexdigest()
     # 96 bits of each hash: short names that still do not collide
-    name = f"{sha256[:24]}-{key[:24]}-v{_CACHE_VERSION}.json"
+    name = f"{model.sha256[:24]}-{key[:24]}-v{_CACHE_VERSION}.json"
     return cache_dir() / "baselines" / name

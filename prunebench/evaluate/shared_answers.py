@@ -79,7 +79,7 @@ class SharedAnswers:
         batches.sort(key=lambda batch: -max(len(_inputs(requests[i])) for i in batch))
         answers: dict[int, Answer] = {}
         # a sliding window shows beyond its width alone: longer ones than before are checked again
-        length = max((len(_inputs(requests[i])) for i in batches[0]), default=0) if batches else 0
+        length = max(map(len, sequences), default=0)
         if length > self._checked_length:
             first, *batches = batches
             checked = self._check([requests[i] for i in first])

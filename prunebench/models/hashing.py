@@ -12,10 +12,11 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from prunebench.models.linears import find_blocks
+from prunebench.models.stored_model import kept_buffers
+from prunebench.models.tensor_files import bytes_of
 from prunebench.models.weights import weights_of
 
 _TOKENIZER_SETTINGS = (
@@ -68,20 +69,27 @@ def settings_text(model: nn.Module) -> str:
     config: Any = getattr(model, "config", None)
     # The path of the folder does not change the function.
     settings = {**config.to_dict(), "_name_or_path": None} if config is not None else {}
-    return json.dumps(settings, sort_keys=True, default=str) + _hash_buffers(model)
+    buffers = hash_buffers(model)
+    parts = [settings, buffers] if buffers else [settings]
+    return "".join(json.dumps(part, sort_keys=True, default=str) for part in parts)
 
 
-def _hash_buffers(model: nn.Module) -> str:
-    """Return the SHA-256 of the buffers that a checkpoint stores; "" without one."""
-    names = sorted(model.state_dict().keys() & dict(model.named_buffers()).keys())
-    digest = hashlib.sha256()
+def hash_buffers(model: nn.Module) -> dict[str, str]:
+    """Return the SHA-256 of each persistent buffer, the same as `hash_stored` of it in a file.
+
+    Blocks on disk that have some are read.
+    """
     prefix, _ = find_blocks(model)
-    for index, members in itertools.groupby(names, block_index_of(prefix)):
-        # a block on disk has its buffers only while it is open
-        with nullcontext() if index is None else weights_of(model).open_block(index):
-            for name in members:
+    weights = weights_of(model)
+    hashes: dict[str, str] = {}
+    # The buffers of a block are listed together, so each block is opened once.
+    for index, names in itertools.groupby(kept_buffers(model), block_index_of(prefix)):
+        with nullcontext() if index is None else weights.open_block(index):
+            for name in names:
+                digest = hashlib.sha256()
                 _hash_tensor(name, model.get_buffer(name), digest)
-    return digest.hexdigest() if names else ""
+                hashes[name] = digest.hexdigest()
+    return hashes
 
 
 def hash_tokenizer(tokenizer: Any) -> str:
@@ -112,8 +120,6 @@ def _hash_parameters(model: nn.Module, names: list[str], digest: Any) -> None:
 
 
 def _hash_tensor(name: str, tensor: Tensor, digest: Any) -> None:
-    tensor = tensor.detach().contiguous().cpu()
     # Dtype and shape fix how many bytes follow: two models never give the same stream.
     digest.update(f"{name}\0{tensor.dtype}\0{tuple(tensor.shape)}\0".encode())
-    # [bytes]; flat first, because a 0-dim tensor cannot be viewed as another dtype.
-    digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)  # numpy has no bfloat16
+    digest.update(bytes_of(tensor).data)

@@ -7,20 +7,15 @@ gets its final name.
 
 from __future__ import annotations
 
-import hashlib
-import itertools
 from collections.abc import Callable, Mapping
-from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from torch import nn
 
 from prunebench.errors import PrunebenchError, SaveError
 from prunebench.models.carried import carried_tensors
-from prunebench.models.hashing import block_index_of
-from prunebench.models.linears import find_blocks
+from prunebench.models.hashing import hash_buffers
 from prunebench.models.load import load_config, skeleton
 from prunebench.models.safetensors_files import (
     PACKED_INDEX,
@@ -32,9 +27,7 @@ from prunebench.models.safetensors_files import (
     weight_files,
 )
 from prunebench.models.stored_config import PACKED24, quantization_of
-from prunebench.models.stored_model import StoredModel, kept_buffers, stored_model
-from prunebench.models.tensor_files import bytes_of
-from prunebench.models.weights import weights_of
+from prunebench.models.stored_model import StoredModel, stored_model
 from prunebench.progress import Progress
 
 Read = Callable[[Path], Mapping[str, StoredTensor]]
@@ -79,7 +72,7 @@ def expected_of_model(
         dtype: Of its parameters.
         carried: From `carried_tensors`.
     """
-    return Expected(sha256, dtype, _hash_buffers(model), carried)
+    return Expected(sha256, dtype, hash_buffers(model), carried)
 
 
 def expected_of_folder(source: StoredModel, sha256: str, dtype: str) -> Expected:
@@ -188,21 +181,3 @@ def _carried_difference(
         if hash_stored(unused, [key], advance=advance) != hash_stored(expected.carried, [key]):
             return f"{key}, which the text model does not use, is not what it was"
     return ""
-
-
-def _hash_buffers(model: nn.Module) -> dict[str, str]:
-    """Return the hash of each persistent buffer, the same as `hash_stored` of it in a file."""
-    prefix, _ = find_blocks(model)
-    weights = weights_of(model)
-
-    hashes: dict[str, str] = {}
-    # The buffers of a block are listed together, so each block is opened once.
-    for index, names in itertools.groupby(kept_buffers(model), block_index_of(prefix)):
-        with nullcontext() if index is None else weights.open_block(index):
-            for name in names:
-                tensor: torch.Tensor = model.get_buffer(name)
-                text = f"{name}\0{tensor.dtype}\0{tuple(tensor.shape)}\0"
-                digest = hashlib.sha256(text.encode())
-                digest.update(bytes_of(tensor).data)
-                hashes[name] = digest.hexdigest()
-    return hashes

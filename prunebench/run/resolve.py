@@ -304,7 +304,7 @@ def _require_unseen(
     scored = {origin for origin in spec.ppl_origins if origin.startswith("sha256:")}
     for name in names:
         # `wikitext2:PATH` is scored as the papers join it, and read as it is elsewhere
-        if ":" in name and not name.startswith("tokens:"):
+        if ":" in name and not name.startswith(("tokens:", "file:")):
             scored.add(identify_text(f"file:{path_in(name)}", use="evaluation").origin)
     if spec.calibration_origin in scored:
         raise UsageError(

@@ -18,6 +18,7 @@ from prunebench.evaluate.divergence import Divergence
 from prunebench.evaluate.outcome import (
     Evaluator,
     Outcome,
+    ScoredModel,
     cached_outcomes,
     outcomes_from,
     remember_outcomes,
@@ -36,22 +37,22 @@ def _evaluators(plan: Plan) -> list[Evaluator]:
 
 def score_dense(plan: Plan, model: nn.Module, dense_sha256: str) -> list[Outcome]:
     """Score the dense model; cached outcomes are reused."""
-    outcomes = []
+    outcomes, dense = [], ScoredModel.of(model, dense_sha256)
     for evaluator in _evaluators(plan):
         baseline = functools.partial(_score, plan, model, evaluator, stage="baseline")
-        outcomes += _scored_once(model, dense_sha256, evaluator, baseline)
+        outcomes += _scored_once(dense, evaluator, baseline)
     return outcomes
 
 
 def _scored_once(
-    model: nn.Module, sha256: str, evaluator: Evaluator, score: Callable[[], list[Outcome]]
+    model: ScoredModel, evaluator: Evaluator, score: Callable[[], list[Outcome]]
 ) -> list[Outcome]:
     """Return the cached outcomes of the model as it is now, or score and cache them."""
     # keyed by model and evaluation: the dense model is scored once for a whole sweep
-    outcomes = cached_outcomes(model, sha256, evaluator)
+    outcomes = cached_outcomes(model, evaluator)
     if outcomes is None:
         outcomes = score()
-        remember_outcomes(model, sha256, evaluator, outcomes)
+        remember_outcomes(model, evaluator, outcomes)
     return outcomes
 
 
@@ -61,6 +62,7 @@ def score_pruned(
     """Score the model as it is now; outcomes of a dense model are cached."""
     outcomes = []
     # a resumed run has scored some evaluators already; tasks can take longer than the pruning
+    dense = ScoredModel.of(model, dense_sha256) if dense_sha256 is not None else None
     scored: dict[str, Any] = dict(journal.state.scored) if journal else {}
     for evaluator in _evaluators(plan):
         key = hashlib.sha256(evaluator.key.encode()).hexdigest()
@@ -73,8 +75,8 @@ def score_pruned(
         if journal:
             scored[evaluator.name] = {"key": key, "outcomes": [asdict(one) for one in found]}
             journal.update(scored=scored)
-        if dense_sha256 is not None:
-            remember_outcomes(model, dense_sha256, evaluator, found)
+        if dense is not None:
+            remember_outcomes(dense, evaluator, found)
         outcomes += found
     return outcomes
 
@@ -112,12 +114,14 @@ def score_divergence(plan: Plan, model: nn.Module, references: list[Divergence])
 
 def score_prior(plan: Plan, model: nn.Module) -> list[Outcome]:
     """Score the initial mask of a training on the texts; cached by its weights."""
-    outcomes = []
+    if not plan.texts:
+        return []
+    outcomes: list[Outcome] = []
     # the prior's masked weights, not the dense ones
-    sha256 = hash_weights(model) if plan.texts else ""
+    prior = ScoredModel.of(model, hash_weights(model))
     for text in plan.texts:
         silently = functools.partial(text.score, model, advance=lambda done: None)
-        scores = _scored_once(model, sha256, text, silently)
+        scores = _scored_once(prior, text, silently)
         for score in scores:
             value = score.measures["token_ppl"].value
             plan.progress.note(f"  the prior: ppl {value:,.4g} on {score.protocol}")

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from prunebench.errors import IncompatibleData
-from prunebench.evaluate.outcome import cached_outcomes, remember_outcomes
+from prunebench.evaluate.outcome import ScoredModel, cached_outcomes, remember_outcomes
 from prunebench.evaluate.perplexity import prepare_perplexity, token_ppl, window_losses
 from prunebench.models.load import load_model
 from prunebench.progress import Silent
@@ -112,14 +112,14 @@ def test_the_cache_follows_weights_config_and_tokens(byte_tokenizer, eval_file):
     task = prepare(f"file:{eval_file}", byte_tokenizer)
     other = prepare(f"file:{eval_file}", byte_tokenizer, limit=128)
     model = tiny_model("llama")
-    assert cached_outcomes(model, "w1", task) is None
+    assert cached_outcomes(ScoredModel.of(model, "w1"), task) is None
     outcome = task.score(model, advance=lambda done: None)
-    remember_outcomes(model, "w1", task, outcome)
-    assert cached_outcomes(model, "w1", task) == outcome
-    assert cached_outcomes(model, "w2", task) is None
-    assert cached_outcomes(model, "w1", other) is None
+    remember_outcomes(ScoredModel.of(model, "w1"), task, outcome)
+    assert cached_outcomes(ScoredModel.of(model, "w1"), task) == outcome
+    assert cached_outcomes(ScoredModel.of(model, "w2"), task) is None
+    assert cached_outcomes(ScoredModel.of(model, "w1"), other) is None
     model.config.rope_parameters["rope_theta"] *= 2  # the same weights, another function
-    assert cached_outcomes(model, "w1", task) is None
+    assert cached_outcomes(ScoredModel.of(model, "w1"), task) is None
 
 
 def test_the_cache_follows_the_buffers_that_a_checkpoint_stores(
@@ -129,11 +129,13 @@ def test_the_cache_follows_the_buffers_that_a_checkpoint_stores(
     task = prepare(f"file:{eval_file}", byte_tokenizer)
     folder = with_a_bias_of_routing(tmp_path / "model", byte_tokenizer)
     model = load_model(folder, dtype=torch.float32, device=torch.device("cpu"))
-    remember_outcomes(model, "w1", task, task.score(model, advance=lambda done: None))
-    assert cached_outcomes(model, "w1", task) is not None
+    remember_outcomes(
+        ScoredModel.of(model, "w1"), task, task.score(model, advance=lambda done: None)
+    )
+    assert cached_outcomes(ScoredModel.of(model, "w1"), task) is not None
     name = next(n for n, _ in model.named_buffers() if n.endswith("e_score_correction_bias"))
     model.get_buffer(name)[0] += 5
-    assert cached_outcomes(model, "w1", task) is None
+    assert cached_outcomes(ScoredModel.of(model, "w1"), task) is None
 
 
 def test_two_texts_of_the_same_windows_are_two_scores(cli, tiny_run, eval_file, tmp_path):
@@ -153,7 +155,9 @@ def test_a_damaged_cache_entry_is_measured_again(byte_tokenizer, eval_file, dama
 
     task = prepare(f"file:{eval_file}", byte_tokenizer)
     model = tiny_model("llama")
-    remember_outcomes(model, "w1", task, task.score(model, advance=lambda done: None))
+    remember_outcomes(
+        ScoredModel.of(model, "w1"), task, task.score(model, advance=lambda done: None)
+    )
     for path in (cache_dir() / "baselines").iterdir():
         path.write_text(damage)
-    assert cached_outcomes(model, "w1", task) is None
+    assert cached_outcomes(ScoredModel.of(model, "w1"), task) is None
