@@ -57,7 +57,7 @@ test: install  ## the default tests: no network, no GPU
 	$(BIN)/python -m pytest -q -n auto --maxprocesses 4 --dist loadgroup
 
 test-real: install  ## the slow tests, and those on the real default model and real text
-	$(BIN)/python -m pytest -q -n auto --maxprocesses 2 --dist loadgroup -m "real or slow"
+	$(BIN)/python -m pytest -q -n auto --maxprocesses 2 --dist loadgroup --durations 25 -m "real or slow"
 
 test-browser: install  ## the report in a real browser (needs Chromium and chromedriver)
 	$(BIN)/python -m pytest -q -m browser

@@ -148,10 +148,11 @@ def _facts(stored: StoredTensor, pattern: Sparsity) -> TensorFacts:
     done = 0  # rows before this piece
     for rows in _rows(stored):
         zero = rows == 0
-        zeros += int(zero.sum())
+        # count_nonzero, since sum() copies bools to int64 first: twice the piece
+        zeros += int(zero.count_nonzero())
         # -0.0 == 0.0, so only its sign bit shows it
-        negative_zeros += int((zero & torch.signbit(rows)).sum())
-        non_finite += int((~torch.isfinite(rows)).sum())
+        negative_zeros += int((zero & torch.signbit(rows)).count_nonzero())
+        non_finite += rows.numel() - int(torch.isfinite(rows).count_nonzero())
         if along:  # a piece holds whole rows, so no group is cut
             count, position = _violations(zero, pattern)
             broken += count

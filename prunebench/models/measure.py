@@ -40,12 +40,12 @@ def measure_linear(linear: Linear, sparsity: Sparsity, grid: WeightGrid | None =
     """Count zeros, the groups that break `sparsity`, and those that leave `grid`."""
     weight = linear.weight  # [out, in]
     zero = weight == 0
-    negative = int((zero & torch.signbit(weight)).sum())
+    negative = int((zero & torch.signbit(weight)).count_nonzero())
     violations = 0
     if sparsity.group is not None and sparsity.kept is not None:
         violations = count_violations(zero, kept=sparsity.kept, group=sparsity.group)
     off_grid = count_off_grid(weight, grid) if grid else 0
-    return Measured(linear, int(zero.sum()), negative, violations, off_grid)
+    return Measured(linear, int(zero.count_nonzero()), negative, violations, off_grid)
 
 
 def count_violations(zero: Tensor, *, kept: int, group: int) -> int:
@@ -58,7 +58,7 @@ def count_violations(zero: Tensor, *, kept: int, group: int) -> int:
     """
     groups = zero.reshape(zero.shape[0], -1, group)  # [out, groups, M]
     # At most N non-zeros is at least M - N zeros. A sum of bools would be int64 by default.
-    return int((groups.sum(-1, dtype=torch.int32) < group - kept).sum())
+    return int((groups.sum(-1, dtype=torch.int32) < group - kept).count_nonzero())
 
 
 def count_sparser_groups(weight: Tensor, sparsity: Sparsity) -> int:
@@ -71,7 +71,7 @@ def count_sparser_groups(weight: Tensor, sparsity: Sparsity) -> int:
     if sparsity.group is None or sparsity.kept is None:
         return 0
     groups = (weight != 0).reshape(weight.shape[0], -1, sparsity.group)  # [out, groups, M]
-    return int((groups.sum(-1, dtype=torch.int32) < sparsity.kept).sum())
+    return int((groups.sum(-1, dtype=torch.int32) < sparsity.kept).count_nonzero())
 
 
 def require_met(

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from prunebench.errors import CheckFailed, IncompatibleData
 from prunebench.models.disk import build_skeleton
 from prunebench.models.hashing import block_index_of
-from prunebench.models.linears import find_blocks, find_linears
+from prunebench.models.linears import find_blocks, find_linears, is_finite
 from prunebench.models.replay import BlockCall, TrueRun, plain_inference, run_model
 from prunebench.models.smaller_config import fields_without, set_fields, smaller_config
 
@@ -192,7 +192,7 @@ def _logits_without(model: nn.Module, indices: Sequence[int], token_ids: Tensor)
         raise _refused(model, "blocks leave tensors for later blocks beside the hidden state")
     with _skipped(blocks, indices, run):
         logits = _logits(model, token_ids)
-    if not torch.isfinite(logits).all():
+    if not is_finite(logits):
         raise _refused(model, "without the blocks its logits are NaN or infinite")
     return logits
 

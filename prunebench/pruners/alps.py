@@ -196,7 +196,7 @@ class Alps(_Reconstruction):
             if step % _CHECK_EVERY:
                 continue
             # int() waits for the GPU: once in `_CHECK_EVERY` steps, not in each.
-            changed = int((keep != last).sum())
+            changed = int((keep != last).count_nonzero())
             last = keep
             if changed == 0 and moved:
                 break

@@ -45,6 +45,6 @@ class RoundToNearest(OnlyRounds, GroupPruner):
         """Round the weights of every linear."""
         for linear in group.linears:
             weight = round_to_nearest(linear.read(), self.grid)
-            zeros = int((weight == 0).sum())
+            zeros = int((weight == 0).count_nonzero())
             events = [LayerEvent(linear.name, BEYOND_TARGET, float(zeros))] if zeros else []
             yield Pruned(weight, events=tuple(events))

@@ -142,7 +142,7 @@ class SparseGPT(GroupPruner):
         sparser = count_sparser_groups(pruned, part.sparsity)
         if sparser:
             events.append(LayerEvent(name, "groups with fewer non-zeros than N", float(sparser)))
-        beyond = int((pruned == 0).sum()) - part.sparsity.count(pruned.numel())
+        beyond = int((pruned == 0).count_nonzero()) - part.sparsity.count(pruned.numel())
         if beyond > 0 and self.grid:  # the grid rounds to 0, too
             events.append(LayerEvent(name, BEYOND_TARGET, float(beyond)))
         return events

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from prunebench.models.linears import Linear
+from prunebench.models.linears import Linear, is_finite
 from prunebench.models.pruned_block import PrunedBlock
 from prunebench.recovery.fixed_grid import FixedGrid, StraightThrough
 
@@ -166,10 +166,7 @@ class MaskedWeights:
     @property
     def are_finite(self) -> bool:
         """Whether all trained weights are finite in the dtype of the model."""
-        return all(
-            bool(torch.isfinite(value.detach().to(self._dtype).sum(dtype=torch.float64)))
-            for value in self.trained.values()
-        )
+        return all(is_finite(value.detach().to(self._dtype)) for value in self.trained.values())
 
     @contextlib.contextmanager
     def written(self) -> Iterator[WrittenWeights]:

@@ -141,7 +141,9 @@ def hash_and_count_zeros(
     # on disk, a block's weights are in memory only during `look`: hash and count in one reading
     def count(index: int) -> None:
         block_linears = [linear for linear in linears if linear.block_index == index]
-        zeros.update({linear.name: int((linear.stored == 0).sum()) for linear in block_linears})
+        zeros.update(
+            {linear.name: int((linear.stored == 0).count_nonzero()) for linear in block_linears}
+        )
 
     sha256 = hash_weights(model, look=count)
     if journal:

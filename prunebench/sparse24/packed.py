@@ -119,7 +119,7 @@ def check_24(weight: Float[Tensor, "out in"], *, name: str = "the matrix") -> Re
         nonlocal negative, first
         four = flat[4 * start : 4 * stop]
         bits = _bits(four)
-        zeros = int((torch.signbit(four) & (four == 0)).sum())
+        zeros = int((torch.signbit(four) & (four == 0)).count_nonzero())
         # A histogram of the 16 possible patterns: over-full and sparse groups follow from it.
         counts = torch.bincount(bits, minlength=16)
         # The place is computed only where an error needs it.

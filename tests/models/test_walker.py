@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from prunebench.errors import IncompatibleData, UsageError
-from prunebench.models.linears import find_blocks, find_linears
+from prunebench.models.linears import find_blocks, find_linears, is_finite
 from prunebench.models.plan import check_replay
 from prunebench.models.replay import plain_inference, record_calls
 from prunebench.models.walker import BlockWalker
@@ -278,6 +278,15 @@ def test_not_finite_weights_name_the_layer():
         for group in walker.groups(stats=False):
             for linear in group.linears:
                 linear.read()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+def test_a_value_that_is_not_finite_is_seen(value, dtype):
+    values = torch.full((64, 33), torch.finfo(dtype).max, dtype=dtype)  # their sum overflows
+    assert is_finite(values) and is_finite(values.T)
+    values[63, 32] = value
+    assert not is_finite(values) and not is_finite(values.T)
 
 
 def test_statistics_without_tokens_are_refused():

@@ -116,7 +116,7 @@ class Distill(Options, ModelRecoverer):
         data = dataclasses.replace(data, code=f"{data.code} {hash_weights(model)}")
         linears = find_linears(model)
         weights = {linear: _trained(linear, config, shards) for linear in linears}
-        kept = {linear.name: int((linear.stored != 0).sum()) for linear in linears}
+        kept = {linear.name: int((linear.stored != 0).count_nonzero()) for linear in linears}
         for linear in linears:  # from here on the model is the teacher
             linear.stored.copy_(dense.pop(linear.name))
         loop = Distiller(model, weights, config, shards)
@@ -130,7 +130,7 @@ class Distill(Options, ModelRecoverer):
         zeros = {
             linear.name: lost
             for linear in linears
-            if (lost := kept[linear.name] - int((linear.stored != 0).sum()))
+            if (lost := kept[linear.name] - int((linear.stored != 0).count_nonzero()))
         }
         progress = loop.progress
         return ModelRecovery(
@@ -141,7 +141,7 @@ class Distill(Options, ModelRecoverer):
 def _trained(linear: Linear, config: DistillConfig, shards: Shards) -> TrainedWeight:
     """Return what is trained of a pruned matrix, of the rows that this process owns."""
     weight = linear.weight  # [out, in]
-    count = int((weight != 0).sum())
+    count = int((weight != 0).count_nonzero())
     squares = float(weight.to(torch.float32).square().sum(dtype=torch.float64))
     rms = math.sqrt(squares / max(count, 1))
     start = weight[shards.rows(linear.out_features)].clone(memory_format=torch.contiguous_format)
