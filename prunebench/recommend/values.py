@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from prunebench.errors import IncompatibleData, UsageError
-from prunebench.evaluate.tasks import LmEvalTask
+from prunebench.evaluate.lm_eval_task import LmEvalTask
 from prunebench.results.schema import Result, Score
 
 _ACCURACIES = ("acc", "acc_norm", "exact_match")  # the first that a task has counts

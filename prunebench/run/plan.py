@@ -327,7 +327,8 @@ def _prepare_tasks(resolved: ResolvedSpec, tokenizer: Any, vocabulary: int) -> l
     spec, setup = resolved.spec, resolved.setup
     if not spec.tasks:
         return []
-    from prunebench.evaluate.tasks import Protocol, prepare_tasks
+    from prunebench.evaluate.lm_eval_task import Protocol
+    from prunebench.evaluate.tasks import prepare_tasks
 
     protocol = Protocol(
         num_fewshot=spec.num_fewshot,

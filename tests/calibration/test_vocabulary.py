@@ -132,6 +132,7 @@ def test_a_token_that_only_lm_eval_adds_is_refused_before_the_model_sees_it(
 ):
     """The second look, at what lm-eval really asks."""
     from prunebench.evaluate import tasks
+    from prunebench.evaluate.lm_eval_task import Protocol
     from prunebench.models.load import load_model
     from prunebench.progress import Silent
 
@@ -140,7 +141,7 @@ def test_a_token_that_only_lm_eval_adds_is_refused_before_the_model_sees_it(
     model = load_model(small_folder, dtype=torch.float32, device=device)
     for name in ("choose", "write"):
         (task,) = tasks.prepare_tasks(
-            [name], tasks.Protocol(include_path=files), tokenizer=byte_tokenizer,
+            [name], Protocol(include_path=files), tokenizer=byte_tokenizer,
             vocabulary=ROWS, progress=Silent(),
         )  # fmt: skip
         with pytest.raises(IncompatibleData, match=f"the task {name} does not fit"):
@@ -159,7 +160,8 @@ def test_the_vocabulary_is_what_embedding_and_head_have_both():
 
 def test_every_model_is_asked_with_the_same_examples(files, byte_tokenizer):
     """lm-eval draws on from where the last model's examples ended, unless it is told not to."""
-    from prunebench.evaluate.tasks import Protocol, prepare_tasks
+    from prunebench.evaluate.lm_eval_task import Protocol
+    from prunebench.evaluate.tasks import prepare_tasks
     from prunebench.progress import Silent
 
     (task,) = prepare_tasks(

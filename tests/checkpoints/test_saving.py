@@ -133,7 +133,7 @@ def small_model(kind):
     """Build a tiny random model of a kind that transformers knows; None where it cannot be."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    from prunebench.testing import _LLAMA_LIKE
+    from prunebench.testing.tiny_models import _LLAMA_LIKE
 
     small = {
         **_LLAMA_LIKE, "num_experts": 4, "num_local_experts": 4, "n_routed_experts": 4,

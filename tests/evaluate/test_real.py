@@ -3,7 +3,8 @@
 import pytest
 
 from prunebench.evaluate import tasks
-from prunebench.evaluate.tasks import Protocol, prepare_tasks
+from prunebench.evaluate.lm_eval_task import Protocol
+from prunebench.evaluate.tasks import prepare_tasks
 from prunebench.models.load import load_tokenizer
 from prunebench.models.source import fetch_model, find_model
 from prunebench.progress import Silent

@@ -5,7 +5,8 @@ import json
 import pytest
 
 from prunebench.evaluate import tasks as tasks_module
-from prunebench.evaluate.tasks import Protocol, prepare_tasks
+from prunebench.evaluate.lm_eval_task import Protocol
+from prunebench.evaluate.tasks import prepare_tasks
 from prunebench.progress import Silent
 
 # One worker: the index of lm-eval's tasks takes seconds to build.

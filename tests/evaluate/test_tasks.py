@@ -14,9 +14,9 @@ from tokenizers import normalizers
 
 from prunebench.errors import IncompatibleData
 from prunebench.evaluate import records as records_module
-from prunebench.evaluate import tasks as tasks_module
+from prunebench.evaluate.lm_eval_task import Protocol, _text_of
 from prunebench.evaluate.records import Records, task_table
-from prunebench.evaluate.tasks import Protocol, expand_presets, prepare_tasks
+from prunebench.evaluate.tasks import expand_presets, prepare_tasks
 from prunebench.progress import Silent
 from prunebench.results.samples import read_samples
 from prunebench.results.store import ResultStore
@@ -445,4 +445,4 @@ def test_dense_answers_of_a_task_whose_function_holds_values_are_not_shared():
         (functools.partial(print, "a"), functools.partial(print, "b")),
         (made_with("a"), made_with("b")),
     ):
-        assert tasks_module._text_of(first) != tasks_module._text_of(second)
+        assert _text_of(first) != _text_of(second)

@@ -9,7 +9,7 @@ from prunebench.errors import IncompatibleData, MissingResource
 from prunebench.models.hashing import hash_weights
 from prunebench.models.source import fetch_model, find_model
 from prunebench.progress import Silent
-from prunebench.testing import _LLAMA_LIKE, tiny_model, tiny_tokens
+from prunebench.testing.tiny_models import _LLAMA_LIKE, tiny_model, tiny_tokens
 from tests.gguf_files import (
     gguf_tensors,
     llama3_factors,

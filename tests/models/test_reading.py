@@ -20,7 +20,7 @@ from prunebench.models.load import load_config, skeleton
 from prunebench.models.safetensors_files import stored_tensors, weight_files
 from prunebench.models.source import LocalModel, ModelSource, fetch_model, find_model
 from prunebench.progress import Silent
-from prunebench.testing import _LLAMA_LIKE, tiny_model
+from prunebench.testing.tiny_models import _LLAMA_LIKE, tiny_model
 from tests.gguf_files import (
     gguf_tensors,
     split_gguf,
@@ -152,7 +152,13 @@ def test_few_modules_build_a_model_with_transformers():
         for node in ast.walk(ast.parse(path.read_text("utf-8"))):
             if isinstance(node, ast.Call) and AUTO.match(ast.unparse(node.func)):
                 having.add(str(path.relative_to(PACKAGE)))
-    ours = {"models/load.py", "models/disk.py", "models/gguf.py", "testing.py", "api/models.py"}
+    ours = {
+        "models/load.py",
+        "models/disk.py",
+        "models/gguf.py",
+        "testing/tiny_models.py",
+        "api/models.py",
+    }
     assert having == ours
 
 

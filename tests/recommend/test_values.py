@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 
 from prunebench.errors import IncompatibleData, UsageError
-from prunebench.evaluate.tasks import LmEvalTask, Protocol
+from prunebench.evaluate.lm_eval_task import LmEvalTask, Protocol
 from prunebench.recommend.values import perplexity_value, recovery_value, require_accuracy
 from prunebench.results.schema import Score
 from prunebench.results.store import ResultStore

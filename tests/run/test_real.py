@@ -20,8 +20,9 @@ from prunebench.allocators import ALLOCATORS
 from prunebench.calibration.hessian import damped_hessian
 from prunebench.calibration.texts import load_text
 from prunebench.calibration.windows import sample_windows
+from prunebench.evaluate.lm_eval_task import Protocol
 from prunebench.evaluate.perplexity import prepare_perplexity, token_ppl
-from prunebench.evaluate.tasks import Protocol, prepare_tasks
+from prunebench.evaluate.tasks import prepare_tasks
 from prunebench.files import cache_dir
 from prunebench.models.gradients import gradient_norms
 from prunebench.models.hashing import hash_weights
