@@ -31,6 +31,7 @@ class Training:
         note: Called with messages for the user.
         score_prior: Returns the scores of the model with the mask of the prior applied.
         code: Hash of the code that trains: a state of other code is not resumed.
+        title: What is trained, for `prunebench clean`.
     """
 
     train: Int[Tensor, "windows seqlen"]
@@ -40,6 +41,7 @@ class Training:
     note: Callable[[str], None] = lambda text: None
     score_prior: Callable[[], tuple[Any, ...]] = lambda: ()
     code: str = ""
+    title: str = ""
 
     def forget(self) -> None:
         """Delete the saved state, once the result is saved elsewhere."""

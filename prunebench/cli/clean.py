@@ -1,4 +1,4 @@
-"""`prunebench clean`: list and remove the checkpoints of interrupted runs."""
+"""`prunebench clean`: list and remove what interrupted runs and trainings have saved."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import typer
 
 if TYPE_CHECKING:
     from prunebench.models.journal import JournalInfo
+    from prunebench.training.state_folder import TrainingInfo
 
 
 def clean_command(
@@ -22,33 +23,46 @@ def clean_command(
     """Remove what interrupted runs have saved to resume from, except of running processes."""
     from prunebench.models.journal import RunJournal
     from prunebench.run.resume import unfinished_runs
+    from prunebench.run.trainings import unfinished_trainings
 
-    infos = unfinished_runs()
+    infos, trainings = unfinished_runs(), unfinished_trainings()
     if not show:
         for info in infos:
             journal = RunJournal(info.folder)
             if journal.lock():  # not while a process holds it
                 journal.remove()
+        for training in trainings:
+            training.remove()
     if as_json:
-        typer.echo(json.dumps([asdict(info) | {"folder": str(info.folder)} for info in infos]))
+        saved: list[JournalInfo | TrainingInfo] = [*infos, *trainings]
+        typer.echo(json.dumps([asdict(row) | {"folder": str(row.folder)} for row in saved]))
         return
-    if not infos:
+    if not infos and not trainings:
         typer.echo("nothing is saved")
     for info in infos:
         print_kept(info, removed=not show and not info.running)
+    for training in trainings:
+        print_kept_training(training, removed=not show and not training.running)
 
 
 def print_kept(info: JournalInfo, *, removed: bool = False) -> None:
     """Print what one run has saved."""
-    typer.echo(f"{info.title}{': removed' if removed else ''}")
-    now = ", a process is running" if info.running else ""
-    typer.echo(
-        f"  {info.done} of {info.blocks} blocks, {info.size / 1e6:,.1f} MB, "
-        f"{_age(info.age_seconds)} ago{now}"
-    )
-    typer.echo(f"  {info.folder}")
+    _print_saved(info, info.title, f"{info.done} of {info.blocks} blocks", removed=removed)
     if info.command and not removed:
         typer.echo(f"  resume with: {info.command}")
+
+
+def print_kept_training(info: TrainingInfo, *, removed: bool = False) -> None:
+    """Print what one training has saved; the command of its run resumes it."""
+    title = info.title or "a training before its first saved step"
+    _print_saved(info, title, f"{info.done} of {info.steps} steps", removed=removed)
+
+
+def _print_saved(info: JournalInfo | TrainingInfo, title: str, done: str, *, removed: bool) -> None:
+    typer.echo(f"{title}{': removed' if removed else ''}")
+    now = ", a process is running" if info.running else ""
+    typer.echo(f"  {done}, {info.size / 1e6:,.1f} MB, {_age(info.age_seconds)} ago{now}")
+    typer.echo(f"  {info.folder}")
 
 
 def _age(seconds: float) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 
 import typer
 
-from prunebench.cli.clean import print_kept
+from prunebench.cli.clean import print_kept, print_kept_training
 from prunebench.cli.console import print_hanging
 from prunebench.distributed import world_size
 from prunebench.errors import UsageError
@@ -207,14 +207,19 @@ def print_resume_info(spec: RunSpec, setup: Any, *, as_json: bool) -> None:
     from prunebench.models.journal import journal_info
     from prunebench.run.resolve import resolve
     from prunebench.run.resume import journal_folder
+    from prunebench.run.trainings import saved_trainings
 
     resolved = resolve(spec, setup)
-    info = journal_info(journal_folder(resolved))
+    info, trainings = journal_info(journal_folder(resolved)), saved_trainings(resolved.spec)
     if as_json:
         facts = {**asdict(info), "folder": str(info.folder)} if info else None
-        typer.echo(json.dumps(facts, indent=1))
-    elif info is None:
+        steps = [asdict(training) | {"folder": str(training.folder)} for training in trainings]
+        typer.echo(json.dumps({"blocks": facts, "trainings": steps}, indent=1))
+        return
+    if info is None and not trainings:
         title = f"{resolved.spec.method} {resolved.sparsity} on {resolved.spec.model}"
         typer.echo(f"nothing is saved of {title}")
-    else:
+    if info is not None:
         print_kept(info)
+    for training in trainings:
+        print_kept_training(training)

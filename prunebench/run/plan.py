@@ -6,7 +6,7 @@ not divide is found here, in seconds, and not after the pruning.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -14,17 +14,15 @@ import torch
 
 from prunebench.allocators.allocation import Allocation, load_allocation, require_sound
 from prunebench.calibration.bos import check_bos, require_begun
-from prunebench.calibration.text_list import load_texts
-from prunebench.calibration.texts import TextIdentity, load_text
-from prunebench.calibration.training import Training, training_windows
+from prunebench.calibration.texts import load_text
+from prunebench.calibration.training import Training
 from prunebench.calibration.vocabulary import require_known, vocabulary_size
 from prunebench.calibration.windows import Windows, load_windows, sample_windows
 from prunebench.checkpoints.packed24 import model_tensors
-from prunebench.errors import CheckFailed, IncompatibleData
+from prunebench.errors import IncompatibleData
 from prunebench.evaluate.generation import encode_prompt
 from prunebench.evaluate.outcome import Evaluator
 from prunebench.evaluate.perplexity import PerplexityTask, prepare_perplexity
-from prunebench.files import cache_dir
 from prunebench.models.carried import carried_tensors, require_carriable
 from prunebench.models.checkpoint_keys import check_tensors
 from prunebench.models.linears import Linear, find_blocks, find_linears
@@ -39,9 +37,10 @@ from prunebench.pruners.removal import BlockRemover, count_of_blocks
 from prunebench.pruners.training import TrainingNeeds
 from prunebench.results.completions import PROMPTS
 from prunebench.results.schema import CalibrationBlock
-from prunebench.run.code import code_sha256
 from prunebench.run.place import place_weights
 from prunebench.run.resolve import ResolvedSpec, path_in, require_outputs, resolve
+from prunebench.run.trainings import prepare_training
+from prunebench.run.unchanged import require_identity, require_same
 from prunebench.spec import RunSpec, Setup, Weights
 
 
@@ -147,9 +146,9 @@ def inputs_for(resolved: ResolvedSpec, model: torch.nn.Module, config: Any, toke
     need, recovery_need = resolved.pruner.needs.training, resolved.recovery_needs
     for wanted in resolved.training_needs:
         require_context(config, wanted.seqlen, option=f"set {wanted.seqlen_option}")
-    training = _prepare_training(resolved, need, resolved.training_text, tokenizer, vocabulary)
-    recovery_training = _prepare_training(
-        resolved, recovery_need, resolved.recovery_text, tokenizer, vocabulary, "-recovery"
+    training = prepare_training(resolved, need, resolved.training_text, tokenizer, vocabulary)
+    recovery_training = prepare_training(
+        resolved, recovery_need, resolved.recovery_text, tokenizer, vocabulary, recovers=True
     )
     read = [(need, training), (recovery_need, recovery_training)]
     _require_known(resolved, windows, texts, read, vocabulary, tokenizer)
@@ -160,7 +159,7 @@ def inputs_for(resolved: ResolvedSpec, model: torch.nn.Module, config: Any, toke
     weights = place_weights(resolved, model, tasks)
     if resolved.setup.save_model and weights == "resident":
         require_carriable(resolved.model.path, model)
-    _require_same(resolved, calibration, texts, masks)
+    require_same(resolved, calibration, texts, masks)
     return Plan(
         **vars(resolved),
         tokenizer=tokenizer,
@@ -247,29 +246,6 @@ def _open_masks(resolved: ResolvedSpec, model: Any, linears: list[Linear]) -> Ma
         return open_masks(name, linears, resolved.progress, partial(model_tensors, model))
 
 
-def _prepare_training(
-    resolved: ResolvedSpec, need: TrainingNeeds | None, text: TextIdentity | None, tokenizer: Any,
-    vocabulary: int, suffix: str = "",
-) -> Training | None:  # fmt: skip
-    """Cut a training text into windows; `suffix` tells the folders of two trainings apart."""
-    progress, spec = resolved.progress, resolved.spec
-    if need is None:
-        return None
-    with progress.stage("training", detail=need.text):
-        source: Any = path_in(need.text)
-        if not need.text.startswith("tokens:"):
-            source = load_texts(need.text, progress=progress)
-            _require_identity(source, text)
-        training = training_windows(
-            source, tokenizer, samples=need.samples, seqlen=need.seqlen, held_out=need.held_out,
-            least=need.least, seed=spec.seed, vocabulary=vocabulary, bos=spec.calibration_bos,
-            text_option=need.text_option, seqlen_option=need.seqlen_option,
-        )  # fmt: skip
-    # named by the spec: the same command finds the state of its interrupted training
-    folder = cache_dir() / "training" / f"{spec.spec_id}{suffix}"
-    return replace(training, folder=folder, code=code_sha256(resolved))
-
-
 def _require_known(
     resolved: ResolvedSpec, windows: Windows | None, texts: list[PerplexityTask],
     trainings: list[tuple[TrainingNeeds | None, Training | None]], vocabulary: int, tokenizer: Any,
@@ -302,7 +278,7 @@ def _calibrate(
             text, origin, seed = "tokens", f"sha256:{windows.sha256}", None
         else:
             source = load_text(name, use="calibration", progress=resolved.progress)
-            _require_identity(source, resolved.calibration_text)
+            require_identity(source, resolved.calibration_text)
             text, origin = source.name, source.origin
             windows = sample_windows(
                 source, tokenizer, samples=spec.calibration_samples, seqlen=spec.seqlen,
@@ -366,36 +342,3 @@ def _prepare_texts(resolved: ResolvedSpec, tokenizer: Any, vocabulary: int) -> l
 
 
 # ---------------------------------------------------------------- inputs match the resolved spec
-
-
-def _require_identity(text: TextIdentity, expected: TextIdentity | None) -> None:
-    # `resolve` hashed the text for spec_id; what was read now must be the same content
-    if expected is None or (text.name, text.origin) != (expected.name, expected.origin):
-        raise _changed(f"the text {text.name}", text.origin, expected.origin if expected else "")
-
-
-def _require_same(
-    resolved: ResolvedSpec,
-    calibration: CalibrationBlock | None,
-    texts: list[PerplexityTask],
-    masks: Masks | None,
-) -> None:
-    """Refuse content that is not what the spec was resolved to: files that have just changed."""
-    spec = resolved.spec
-    if calibration is not None and calibration.origin != spec.calibration_origin:
-        raise _changed("the calibration text", calibration.origin, str(spec.calibration_origin))
-    protocols = tuple(text.protocol for text in texts)
-    origins = tuple(text.origin for text in texts)
-    # otherwise the result would be filed under the hash of another text
-    if protocols != spec.ppl or origins != spec.ppl_origins:
-        raise _changed("a text of --ppl", ", ".join(protocols), ", ".join(spec.ppl))
-    if masks is not None and masks.origin not in spec.method_options.values():
-        raise _changed("the masks", masks.origin, "what they were a moment ago")
-
-
-def _changed(what: str, read: str, expected: str) -> CheckFailed:
-    return CheckFailed(
-        f"{what} changed while it was read",
-        where=f"read {read}, wanted {expected}",
-        fix="leave the files alone while a run begins, and start it again",
-    )

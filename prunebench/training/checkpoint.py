@@ -10,8 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import hashlib
-import json
 import shutil
 import warnings
 from collections.abc import Callable, Iterator
@@ -30,8 +28,7 @@ from prunebench.errors import IncompatibleData, SaveError
 from prunebench.files import explain_os_error, sha256_file
 from prunebench.training.loop import TrainingLoop
 from prunebench.training.shards import Shards
-
-_FACTS = "progress.json"
+from prunebench.training.state_folder import FACTS, locked, read_facts, write_facts
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,11 +39,13 @@ class CheckpointStore:
         folder: Of this run alone; its name identifies the specification.
         shards: This process among others.
         code: Hash of the code that trains.
+        title: What is trained.
     """
 
     folder: Path
     shards: Shards
     code: str = ""
+    title: str = ""
 
     def save(self, loop: TrainingLoop[Any]) -> None:
         """Write the state; the previous one stays until this one is complete.
@@ -62,7 +61,7 @@ class CheckpointStore:
             part.mkdir(parents=True)
 
         def end() -> None:
-            _write_facts(part / _FACTS, self._facts(loop, hashes))
+            write_facts(part, self._facts(loop, hashes))
             shutil.rmtree(old, ignore_errors=True)
             if state.exists():  # moved, not removed: a complete state exists at any time
                 state.rename(old)
@@ -96,7 +95,7 @@ class CheckpointStore:
         state = self.folder / ("state" if (self.folder / "state").exists() else "old")
         if not state.exists():
             return ""
-        facts = _read_facts(state / _FACTS)
+        facts = read_facts(state)
         sound = facts is not None and facts["files"] == self._hashes(state)
         # A file that any process finds damaged makes all of them start again.
         if facts is None or self.shards.sum(float(not sound))[0]:
@@ -134,6 +133,8 @@ class CheckpointStore:
         return {
             "run": self.folder.name,
             "code": self.code,
+            "title": self.title,
+            "steps": loop.steps,
             "done": loop.done,
             "best_step": loop.progress.best_step,
             "curve": [dataclasses.asdict(point) for point in loop.progress.curve],
@@ -154,7 +155,7 @@ class CheckpointStore:
 
     def _hashes(self, state: Path) -> dict[str, str]:
         """Return the hash of every file; the files are divided among the processes."""
-        names = sorted(path.name for path in state.iterdir() if path.name != _FACTS)
+        names = sorted(path.name for path in state.iterdir() if path.name != FACTS)
         hashes = {
             name: sha256_file(state / name) for name in names[self.shards.rank :: self.shards.world]
         }
@@ -207,9 +208,22 @@ def train_saved(
     Raises:
         IncompatibleData: The loss or a gradient is not finite; the state before that is saved.
     """
-    store = None
-    if data.folder is not None:
-        store = CheckpointStore(data.folder, loop.shards, data.code)
+    with locked(data, loop.shards, creates=save_every > 0) as folder:
+        store = None
+        if folder is not None:
+            store = CheckpointStore(folder, loop.shards, data.code, data.title)
+        return _train_in(store, loop, data, eval_every=eval_every, save_every=save_every)
+
+
+def _train_in(
+    store: CheckpointStore | None,
+    loop: TrainingLoop[Any],
+    data: Training,
+    *,
+    eval_every: int,
+    save_every: int,
+) -> int:
+    """See `train_saved`; without a store nothing is saved."""
     resumed = _resume(store, loop, data) if store is not None else 0
 
     def after_step(point: Any) -> None:
@@ -259,21 +273,3 @@ def _in_one_process_if_alone() -> Iterator[None]:
 
 def _first_line(error: BaseException) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0][:200]
-
-
-def _write_facts(path: Path, facts: dict[str, Any]) -> None:
-    # The digest is of the exact text, stored as a string: no second serialization has to match it.
-    text = json.dumps(facts)
-    digest = hashlib.sha256(text.encode()).hexdigest()
-    path.write_text(json.dumps({"facts": text, "sha256": digest}), encoding="utf-8")
-
-
-def _read_facts(path: Path) -> dict[str, Any] | None:
-    """Return the facts, or None if the file is missing or damaged."""
-    try:
-        stored = json.loads(path.read_text("utf-8"))
-        text = str(stored["facts"])
-        sound = hashlib.sha256(text.encode()).hexdigest() == stored["sha256"]
-        return dict(json.loads(text)) if sound else None
-    except (OSError, ValueError, KeyError, TypeError):
-        return None

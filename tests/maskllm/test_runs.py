@@ -237,6 +237,14 @@ def test_a_run_that_was_killed_goes_on_with_the_same_command(then, tiny_run, tmp
     longer = {"steps": 60, "eval_every": 30, "save_every": 5}
     states = tmp_path / "cache" / "training"
     kill_once_saved(command(tiny_run, **longer), states, **alone)
+    for line in (
+        command(tiny_run, "--resume-info", **longer),
+        [sys.executable, "-m", "prunebench", "clean", "--list"],
+    ):
+        said = finished(line, **alone).stdout
+        assert re.search(r"training of maskllm 2:4 on \S+\n  \d+ of 60 steps, \d\.\d MB", said), (
+            said
+        )
     done = finished(
         command(
             tiny_run, "--save-masks", "b.npz", starter="torchrun" if then == 2 else "", **longer

@@ -12,6 +12,7 @@ from prunebench.models.hashing import hash_weights
 from prunebench.pruners.maskllm.noise import gumbel
 from prunebench.testing import tiny_tokens
 from prunebench.training.shards import Shards
+from prunebench.training.state_folder import training_info
 from tests.mask_training import learner_of, masks_of, one_block, train
 from tests.training_runs import Killed, stop_after
 
@@ -55,6 +56,29 @@ def test_a_training_that_was_stopped_ends_as_one_that_was_not(options, tmp_path)
     assert not (folder / "part").exists()
     Training(tiny_tokens(), tiny_tokens(), folder).forget()
     assert not folder.exists()
+
+
+def test_of_two_trainings_at_once_the_second_saves_nothing(tmp_path):
+    """Both end as each would alone, and the first can be resumed."""
+    folder, notes, inner = tmp_path / "run", [], []
+
+    def start_another(point):
+        if point.step == 3 and not inner:
+            inner.append(train(folder, notes=notes, save_every=1, steps=5))
+            assert training_info(folder).running
+        if point.step == 4:
+            raise Killed
+
+    with pytest.raises(Killed):
+        train(folder, on_point=start_another, save_every=2, steps=5)
+    (note,) = notes
+    assert "another process trains this very command" in note and str(folder) in note
+    saved = training_info(folder)
+    assert (saved.done, saved.steps, saved.running) == (2, 5, False)
+    assert saved.size == sum(p.stat().st_size for p in (folder / "state").iterdir()) > 0
+    model, _ = train(folder, notes=notes, save_every=2, steps=5)
+    assert "resumed after step 2" in notes[1]
+    assert hash_weights(model) == hash_weights(inner[0][0]) == hash_weights(train(steps=5)[0])
 
 
 def damage_nothing(state):
