@@ -15,6 +15,7 @@ from prunebench.results.compare import Cell, Table
 from prunebench.results.fold import DATA
 from prunebench.results.names import short_method, short_names, short_protocol, short_text
 from prunebench.results.render import SETTING_NAMES, metric_name, setting_text, usual_texts
+from prunebench.results.shown_options import options_of_methods
 from prunebench.spec import RunSpec
 
 _OPTIONS = options_of(RunSpec)
@@ -50,10 +51,11 @@ class Names:
 
 
 def usual_settings(cells: Sequence[Cell]) -> dict[str, Any]:
-    """Return the settings that most rows have, without options of methods and allocators."""
+    """Return the settings that most rows have, without recovery and options of methods."""
     usual = {}
     for name, option in _OPTIONS.items():
-        if not option.about.shown or name.endswith("_options"):
+        # a recovery stands behind the name of its method
+        if not option.about.shown or name.endswith("_options") or name == "recover":
             continue
         values = [json.dumps(c.settings[name]) for c in cells if c.settings[name] is not None]
         counts = Counter(values)
@@ -76,7 +78,11 @@ def setting_words(cell: Cell, usual: Mapping[str, Any], names: Names) -> tuple[s
         if name == "recover":
             continue  # it stands behind the method
         if isinstance(value, dict):
-            words += [f"{key}={setting_text(v, missing='None')}" for key, v in value.items()]
+            for key, v in value.items():
+                # the words of --set, where some method has an option of that name too: `steps`
+                twice = name == "recover_options" and key in options_of_methods()
+                word = f"recover.{key}" if twice else key
+                words.append(f"{word}={setting_text(v, missing='None')}")
         elif value is not None and value != usual.get(name, value):
             words.append(_word(name, value, names))
     return tuple(words)

@@ -376,6 +376,23 @@ def test_a_deviation_has_the_decimals_of_its_mean():
     assert text(1e7, 3e7) == "2.00e7 ± 1.41e7"
 
 
+def test_an_option_of_a_recovery_that_methods_have_too_is_told_from_theirs():
+    """`steps` is one of MaskLLM's, and `epochs` of no method: the words are those of --set."""
+    results = [
+        make_result(
+            method=method, value=value, recover="distill", method_options=options,
+            recover_options={"steps": 12, "rank": 8},
+        )
+        for method, value, options in (("maskllm", 40.0, {"steps": 13}), ("wanda", 50.0, {}))
+    ]  # fmt: skip
+    (block,) = blocks_of(results)
+    assert [row[0] for row in rows_of(block)["0.5"]] == [
+        "*maskllm + distill steps=13 rank=8 recover.steps=12",
+        "wanda + distill rank=8 recover.steps=12",
+    ]
+    assert not any("recover" in part for part in block.caption)  # every row names its own
+
+
 def test_a_method_with_recovery_is_a_row_of_its_own_with_the_time_of_both():
     results = [make_result(method="wanda", value=40.0), recovered("wanda", 30.0)]
     (block,) = blocks_of(results)
