@@ -15,7 +15,6 @@ from prunebench.results.compare import Cell, Table
 from prunebench.results.fold import DATA
 from prunebench.results.names import short_method, short_names, short_protocol, short_text
 from prunebench.results.render import SETTING_NAMES, metric_name, setting_text, usual_texts
-from prunebench.results.shown_options import options_of_methods
 from prunebench.spec import RunSpec
 
 _OPTIONS = options_of(RunSpec)
@@ -74,13 +73,14 @@ def _usualness(counts: Mapping[str, int], name: str, word: str) -> tuple[int, bo
 def setting_words(cell: Cell, usual: Mapping[str, Any], names: Names) -> tuple[str, ...]:
     """Return in what the setting of a cell differs from the usual one: `owl`, `seqlen=2048`."""
     words = []
+    of_method = cell.shown["method_options"] or {}
     for name, value in cell.shown.items():
         if name == "recover":
             continue  # it stands behind the method
         if isinstance(value, dict):
             for key, v in value.items():
-                # the words of --set, where some method has an option of that name too: `steps`
-                twice = name == "recover_options" and key in options_of_methods()
+                # the words of --set, where an option of the method stands there by that name too
+                twice = name == "recover_options" and key in of_method
                 word = f"recover.{key}" if twice else key
                 words.append(f"{word}={setting_text(v, missing='None')}")
         elif value is not None and value != usual.get(name, value):

@@ -21,12 +21,6 @@ def _table() -> dict[str, dict[str, dict[str, Any]]]:
     return dict(json.loads(file.read_text("utf-8")))
 
 
-@functools.cache
-def options_of_methods() -> frozenset[str]:
-    """Return the names of all options of all methods."""
-    return frozenset(name for options in _table()["method"].values() for name in options)
-
-
 def default_options(kind: str, name: str, options: Mapping[str, Any]) -> dict[str, Any]:
     """Return the defaults of a part; empty where it is not one of prunebench.
 

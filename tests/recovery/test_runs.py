@@ -95,7 +95,7 @@ def test_rows_with_and_without_never_share_a_line(cli, tiny_run, tmp_path):
     assert all(row.calibration.samples == 8 for row in recovered)
     assert len({row.spec_id for row in (plain, *recovered)}) == 3
     table = cli("compare", "--results-dir", str(tmp_path / "results")).output
-    assert "recovery" in table and "epochs=1" in table
+    assert "magnitude + block" in table and "epochs=1" in table
     store = ["--results-dir", str(tmp_path / "results"), "--json"]
     for selector, count in (("recover=block", 2), ("recover=none", 1), ("set.recover.epochs=1", 1)):
         (found,) = json.loads(cli("compare", selector, *store).stdout)

@@ -376,8 +376,8 @@ def test_a_deviation_has_the_decimals_of_its_mean():
     assert text(1e7, 3e7) == "2.00e7 ± 1.41e7"
 
 
-def test_an_option_of_a_recovery_that_methods_have_too_is_told_from_theirs():
-    """`steps` is one of MaskLLM's, and `epochs` of no method: the words are those of --set."""
+def test_of_two_options_of_one_name_that_of_the_recovery_says_so():
+    """`steps` is one of MaskLLM's too: where both are shown, the words are those of --set."""
     results = [
         make_result(
             method=method, value=value, recover="distill", method_options=options,
@@ -388,7 +388,7 @@ def test_an_option_of_a_recovery_that_methods_have_too_is_told_from_theirs():
     (block,) = blocks_of(results)
     assert [row[0] for row in rows_of(block)["0.5"]] == [
         "*maskllm + distill steps=13 rank=8 recover.steps=12",
-        "wanda + distill rank=8 recover.steps=12",
+        "wanda + distill rank=8 steps=12",
     ]
     assert not any("recover" in part for part in block.caption)  # every row names its own
 
