@@ -7,10 +7,9 @@ what an architecture needs beside. Whatever cannot be built so is in `NOT_BUILT`
 import dataclasses
 from typing import Any
 
-import torch
 from torch import nn
 
-from prunebench.models.load import quiet_transformers
+from prunebench.testing.tiny_models import random_model
 
 SMALL: dict[str, Any] = {
     # widths
@@ -162,15 +161,4 @@ def tiny_architecture(model_type: str, **options: Any) -> nn.Module:
         model_type: A causal language model of transformers.
         options: More fields of the configuration.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    with quiet_transformers(), torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        config = AutoConfig.for_model(model_type, **options_of(model_type) | options)
-        model: nn.Module = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-        with torch.no_grad():
-            for parameter in model.parameters():
-                scale = 0.1 if parameter.ndim == 1 else 0.5 / parameter.shape[-1] ** 0.5
-                parameter.add_(torch.randn_like(parameter) * scale)
-    model.requires_grad_(False)
-    return model.eval()
+    return random_model(model_type, options_of(model_type) | options)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -35,7 +35,7 @@ def clean_command(
             training.remove()
     if as_json:
         saved: list[JournalInfo | TrainingInfo] = [*infos, *trainings]
-        typer.echo(json.dumps([asdict(row) | {"folder": str(row.folder)} for row in saved]))
+        typer.echo(json.dumps([json_facts(row) for row in saved]))
         return
     if not infos and not trainings:
         typer.echo("nothing is saved")
@@ -43,6 +43,11 @@ def clean_command(
         print_kept(info, removed=not show and not info.running)
     for training in trainings:
         print_kept_training(training, removed=not show and not training.running)
+
+
+def json_facts(info: JournalInfo | TrainingInfo) -> dict[str, Any]:
+    """Return what is saved as JSON has it."""
+    return asdict(info) | {"folder": str(info.folder)}
 
 
 def print_kept(info: JournalInfo, *, removed: bool = False) -> None:

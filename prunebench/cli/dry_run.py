@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict
 from typing import Any
 
 import typer
 
-from prunebench.cli.clean import print_kept, print_kept_training
+from prunebench.cli.clean import json_facts, print_kept, print_kept_training
 from prunebench.cli.console import print_hanging
 from prunebench.distributed import world_size
 from prunebench.errors import UsageError
@@ -212,8 +211,8 @@ def print_resume_info(spec: RunSpec, setup: Any, *, as_json: bool) -> None:
     resolved = resolve(spec, setup)
     info, trainings = journal_info(journal_folder(resolved)), saved_trainings(resolved.spec)
     if as_json:
-        facts = {**asdict(info), "folder": str(info.folder)} if info else None
-        steps = [asdict(training) | {"folder": str(training.folder)} for training in trainings]
+        facts = json_facts(info) if info else None
+        steps = [json_facts(training) for training in trainings]
         typer.echo(json.dumps({"blocks": facts, "trainings": steps}, indent=1))
         return
     if info is None and not trainings:

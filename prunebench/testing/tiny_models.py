@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -97,9 +98,20 @@ def tiny_model(architecture: str, *, seed: int = 0) -> nn.Module:
         architecture: One of `ARCHITECTURES`.
         seed: Determines the weights; norms and biases are random too, so that they matter.
     """
+    model_type, options = _ARCHITECTURES[architecture]
+    return random_model(model_type, options, seed=seed)
+
+
+def random_model(model_type: str, options: Mapping[str, Any], *, seed: int = 0) -> nn.Module:
+    """Build a random model of any architecture, float32 on the CPU.
+
+    Args:
+        model_type: A causal language model of transformers.
+        options: Fields of its configuration.
+        seed: Determines the weights; norms and biases are random too, so that they matter.
+    """
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    model_type, options = _ARCHITECTURES[architecture]
     # the caller's random state stays as it was
     with quiet_transformers(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

@@ -28,7 +28,13 @@ from prunebench.errors import IncompatibleData, SaveError
 from prunebench.files import explain_os_error, sha256_file
 from prunebench.training.loop import TrainingLoop
 from prunebench.training.shards import Shards
-from prunebench.training.state_folder import FACTS, locked, read_facts, write_facts
+from prunebench.training.state_folder import (
+    FACTS,
+    complete_state,
+    locked,
+    read_facts,
+    write_facts,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,8 +97,7 @@ class CheckpointStore:
         Raises:
             IncompatibleData: It belongs to another run, or was written by an incompatible torch.
         """
-        # An interruption between the two renames of `save` leaves the previous state in `old`.
-        state = self.folder / ("state" if (self.folder / "state").exists() else "old")
+        state = complete_state(self.folder)
         if not state.exists():
             return ""
         facts = read_facts(state)

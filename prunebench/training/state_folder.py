@@ -39,13 +39,9 @@ def locked(data: Training, shards: Shards, *, creates: bool) -> Iterator[Path | 
         return
     lock, taken = FileLock(data.folder / _LOCK), False
     if shards.rank == 0:
-        try:
+        with contextlib.suppress(OSError):  # a full or read-only disk: saving a state says so
             data.folder.mkdir(parents=True, exist_ok=True)
-            lock.acquire(timeout=0)
-        except Timeout:
-            taken = True
-        except OSError:
-            pass  # a full or read-only disk: saving the first state says so
+        taken = not _acquired(lock)
     try:
         if taken := bool(shards.sum(float(taken))[0]):
             data.note(
@@ -55,6 +51,23 @@ def locked(data: Training, shards: Shards, *, creates: bool) -> Iterator[Path | 
         yield None if taken else data.folder
     finally:
         lock.release()
+
+
+def _acquired(lock: FileLock) -> bool:
+    """Return False if another process holds a lock; without waiting."""
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        return False
+    except OSError:
+        pass  # a full or read-only disk: nobody else can lock it either
+    return True
+
+
+def complete_state(folder: Path) -> Path:
+    """Return where the complete state of a folder is, if it has one."""
+    # An interruption between the two renames of `CheckpointStore.save` leaves the previous one.
+    return folder / ("state" if (folder / "state").exists() else "old")
 
 
 def write_facts(state: Path, facts: dict[str, Any]) -> None:
@@ -98,33 +111,23 @@ class TrainingInfo:
     age_seconds: float
     running: bool
 
-    def remove(self) -> bool:
-        """Remove the folder; return False, and leave it, if a process trains in it now."""
+    def remove(self) -> None:
+        """Remove the folder, unless a process trains in it now."""
         lock = FileLock(self.folder / _LOCK)
-        try:
-            lock.acquire(timeout=0)
-        except Timeout:
-            return False
-        shutil.rmtree(self.folder, ignore_errors=True)
-        lock.release()
-        return True
+        if _acquired(lock):
+            shutil.rmtree(self.folder, ignore_errors=True)
+            lock.release()
 
 
 def training_info(folder: Path) -> TrainingInfo | None:
     """Return what is saved in a folder; None if there is no such folder."""
     if not folder.is_dir():
         return None
-    state = folder / ("state" if (folder / "state").exists() else "old")
-    facts = read_facts(state) or {}
+    facts = read_facts(complete_state(folder)) or {}
     files = [path.stat() for path in folder.glob("*/*")]
-    lock, running = FileLock(folder / _LOCK), False
-    try:
-        lock.acquire(timeout=0)
-        lock.release()
-    except Timeout:
-        running = True
-    except OSError:
-        pass  # a read-only cache: no process trains there
+    lock = FileLock(folder / _LOCK)
+    running = not _acquired(lock)
+    lock.release()
     return TrainingInfo(
         folder=folder,
         title=facts.get("title", ""),
