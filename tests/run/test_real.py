@@ -336,8 +336,8 @@ def test_bfloat16_is_close_to_float32(local, tokens, wiki):
     values = []
     for dtype in (torch.float32, torch.bfloat16):
         model = load_model(local.path, dtype=dtype, device=torch.device("cpu"))
-        prune(model, "wanda", "0.5", tokens)
-        values.append(token_ppl(model, wiki.windows))
+        prune(model, "wanda", "0.5", tokens[:1])
+        values.append(token_ppl(model, wiki.windows[:2]))
     assert values[1] == pytest.approx(values[0], rel=0.05)
 
 

