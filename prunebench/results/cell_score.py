@@ -25,8 +25,8 @@ class CellScore:
         higher_is_better: Whether the best value is the highest.
         best: True for the best of its sparsity in its column, where there is more than one.
         within_noise: True if its difference from the best is within noise.
-        rounding: Standard deviation of a log perplexity that rounding alone gives; None where it
-            was not measured.
+        known_std: Standard deviation that a log perplexity has at least: that of rounding, or, of
+            a single seed, that of its rivals over their seeds; None where neither is known.
         member_of: The group of tasks that it is a part of; empty where there is none.
     """
 
@@ -41,7 +41,7 @@ class CellScore:
     higher_is_better: bool = False
     best: bool = False
     within_noise: bool = False
-    rounding: float | None = None
+    known_std: float | None = None
     member_of: str = ""
 
     @property
@@ -76,9 +76,9 @@ def _loss_and_error(score: CellScore, *, logarithmic: bool) -> tuple[float, floa
     """Return the mean as it is compared, and its standard error; None if nothing varies."""
     losses = [math.log(value) if logarithmic else value for value in score.values]
     mean = statistics.fmean(losses)
-    rounding = None if score.rounding is None else score.rounding / len(losses) ** 0.5
+    least = None if score.known_std is None else score.known_std / len(losses) ** 0.5
     if len(losses) == 1:
-        return mean, score.stderr if score.higher_is_better else rounding
+        return mean, score.stderr if score.higher_is_better else least
     if not all(map(math.isfinite, losses)):
         return mean, math.nan
-    return mean, max(statistics.stdev(losses) / len(losses) ** 0.5, rounding or 0.0)
+    return mean, max(statistics.stdev(losses) / len(losses) ** 0.5, least or 0.0)

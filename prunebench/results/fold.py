@@ -2,8 +2,9 @@
 
 Two scores are the same within noise where their means differ by at most two standard errors of
 what is known to vary: the seeds, or, of an accuracy of a single seed, the documents; of a
-perplexity also rounding, where it was measured. Perplexities are compared as mean losses: they are
-exponentials, and their tails are heavy.
+perplexity also rounding, where it was measured. A perplexity of a single seed is taken to vary as
+its rivals do over their seeds. Perplexities are compared as mean losses: they are exponentials, and
+their tails are heavy.
 
 A protocol names a text, not its tokens: two folders that share a name may have two tokenizers. What
 was scored on other tokens is then another column, and never a rival. Nor are other weights under
@@ -34,6 +35,8 @@ _MEASURED = {
     "seqlen": "512", "calibration_bos": "text",
 }  # fmt: skip
 """The settings that rounding was measured with, beside those of its table and the options."""
+_LEAST_RIVALS = 3
+"""Of fewer a median deviation says little."""
 _OF_ROUNDING = [*_MEASURED, "method_options", "calibration_samples"]
 
 
@@ -69,7 +72,8 @@ def fold_scores(frame: DataFrame) -> DataFrame:
     ).reset_index()
     # pandas leaves a NaN out of a mean: one seed that gave NaN would be as if it had not been run
     scores.loc[scores["finite"] < scores["seeds"], ["mean", "loss"]] = float("nan")
-    scores["rounding"] = [_rounding(row) for row in scores.to_dict("records")]
+    rounding = [_rounding(row) for row in scores.to_dict("records")]
+    scores["known_std"] = _known_deviations(scores, rounding)
     scores["error"] = _errors(scores)
     scores = scores.drop(columns=_OF_ROUNDING)
     return _with_best(scores)
@@ -152,8 +156,28 @@ def _errors(scores: DataFrame) -> Series:
     of_documents = scores["stderr"].where(scores["higher_is_better"])
     errors = of_seeds.where(scores["seeds"] > 1, of_documents)
     # each seed was rounded in one way: seeds that happen to agree do not make that smaller
-    of_rounding = scores["rounding"].astype("float64") / scores["seeds"] ** 0.5
-    return errors.where(~(of_rounding > errors.fillna(-1.0)), of_rounding)
+    least = scores["known_std"] / scores["seeds"] ** 0.5
+    return errors.where(~(least > errors.fillna(-1.0)), least)
+
+
+def _known_deviations(scores: DataFrame, rounding: list[float | None]) -> Series:
+    """Return the least deviation of each log perplexity; NaN where nothing is known of it.
+
+    That of rounding; of a single seed at least that of its rivals over their seeds, the median,
+    for a model that broke varies as no other does.
+    """
+    import pandas as pd
+
+    perplexity = scores["metric"].str.endswith("_ppl")
+    # a method without data has the same values for all seeds, which says nothing of the others
+    seeded = scores[perplexity & ~scores["stale"].astype(bool) & (scores["loss_std"] > 0)]
+    rivals = seeded.groupby(_RIVALS, dropna=False)["loss_std"].agg(["median", "size"]).reset_index()
+    rivals = rivals[rivals["size"] >= _LEAST_RIVALS]
+    of_rivals = scores[_RIVALS].merge(rivals, how="left", on=_RIVALS)["median"]
+    of_rivals = of_rivals.set_axis(scores.index)
+    single = perplexity & (scores["seeds"] == 1)
+    of_rounding = pd.Series(rounding, index=scores.index, dtype="float64")
+    return pd.concat([of_rounding, of_rivals.where(single)], axis=1).max(axis=1)
 
 
 def _rounding(score: dict[Any, Any]) -> float | None:

