@@ -4,8 +4,6 @@ import re
 import runpy
 import shlex
 import shutil
-import statistics
-from collections import defaultdict
 from pathlib import Path
 
 import pytest
@@ -16,16 +14,14 @@ from prunebench.allocators import BUILTIN as ALLOCATORS
 from prunebench.calibration.texts import texts
 from prunebench.cli import app
 from prunebench.errors import PrunebenchError
-from prunebench.options import options_of
 from prunebench.pruners import BUILTIN, METHODS
 from prunebench.pruners.maskllm.presets import PRESETS
 from prunebench.recovery import BUILTIN as RECOVERER_ROWS
 from prunebench.recovery import RECOVERERS
 from prunebench.results.published import published_values
-from prunebench.results.store import ResultStore, read_result
+from prunebench.results.store import read_result
 from prunebench.run_options import RUN_KEYS, RUN_OPTIONS
 from prunebench.sparse24.backends.table import backends
-from prunebench.spec import RunSpec
 from prunebench.sweep.recipe import read_recipe
 from prunebench.testing import check_pruner
 from tests.test_layers import LEVELS
@@ -34,11 +30,11 @@ ROOT = Path(__file__).parent.parent
 PAGES = sorted(
     [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *ROOT.glob("docs/*.md")]
 )
-README, CLI, METHODS_PAGE, MASKLLM, RECIPES, BACKENDS, FINDINGS = (
+README, CLI, METHODS_PAGE, MASKLLM, RECIPES, BACKENDS = (
     (ROOT / name).read_text("utf-8")
     for name in (
         "README.md", "docs/cli.md", "docs/methods.md", "docs/maskllm.md", "docs/recipes.md",
-        "docs/sparse24.md", "docs/findings.md",
+        "docs/sparse24.md",
     )
 )  # fmt: skip
 
@@ -201,61 +197,10 @@ def test_make_targets_in_the_pages_exist():
     assert {"demo", "install", "check", "test", "test-real", "bench", "docs"} <= named
 
 
-def groups() -> dict[tuple, list]:
-    """Return the committed results, those that differ only in seed together."""
-    grouped = defaultdict(list)
-    for result in ResultStore(ROOT / "results").read()[0]:
-        cell = {name for name, option in options_of(RunSpec).items() if option.about.cell}
-        spec = result.spec.model_dump(include=cell - {"method_options"})
-        options = {key: value for key, value in result.method.options.items() if key != "seed"}
-        texts = {score.protocol for score in result.scores if score.metric == "token_ppl"}
-        for text in texts:
-            grouped[(text, str(spec), str(options))].append(result)
-    return grouped
-
-
-def spread_of(protocol: str, results: list) -> tuple[float, float | None]:
-    """Return mean and standard deviation of a perplexity over seeds, one result each."""
-    values = {
-        result.spec.seed: score.value
-        for result in sorted(results, key=lambda result: result.created_at)
-        for score in result.scores
-        if (score.protocol, score.metric) == (protocol, "token_ppl")
-    }
-    several = statistics.stdev(values.values()) if len(values) > 1 else None
-    return statistics.fmean(values.values()), several
-
-
 def test_the_table_of_the_readme_is_what_compare_prints():
     module = runpy.run_path(str(ROOT / "docs" / "generate.py"))
     assert module["readme"]() == README, "run `make docs`"
     assert re.search(r"```text\nsmollm2-135m-q4 .*\n wanda ", README, re.DOTALL)
-
-
-def test_the_numbers_of_the_findings_are_those_of_the_results():
-    printed = set()
-    for (protocol, *_), results in groups().items():
-        mean, spread = spread_of(protocol, results)
-        printed |= {f"{mean:.1f}", f"{mean:.2f}", f"{mean:,.0f}"}
-        if spread is not None:
-            printed |= {f"{mean:.1f} ± {spread:.1f}", f"{mean:,.0f} ± {spread:.0f}"}
-            printed |= {f"{mean:,.0f} ± {round(spread, -1):.0f}"}
-        for result in results:
-            for score in result.scores:
-                printed |= {f"{score.value:.1f}", f"{score.value:.2f}", f"{score.value:,.0f}"}
-                printed |= {f"{score.dense_value:.2f}"}
-                for value, error in (
-                    (score.value, score.stderr),
-                    (score.dense_value, score.dense_stderr),
-                ):
-                    printed |= {f"{100 * value:.1f}% ± {100 * (error or 0):.1f}"}
-    tables = [line for line in FINDINGS.splitlines() if line.startswith("| ")]
-    numbers = [n for line in tables for n in re.findall(r"[\d,.]+%? ± [\d.]+", line)]
-    assert len(numbers) > 20
-    assert set(numbers) <= printed
-    kept = re.findall(r"^\| (?:`|the preset).*? \| \**([\d.]+)\** \|", FINDINGS, re.MULTILINE)
-    assert len(kept) == 12
-    assert set(kept) <= printed
 
 
 @pytest.mark.slow

@@ -90,7 +90,10 @@ def _title(result: Result) -> str:
 def _print_json(pairing: Pairing, ids: dict[str, str]) -> None:
     rows = [dataclasses.asdict(row) for row in pairing.comparisons]
     document = {**ids, "level": LEVEL, "resamples": RESAMPLES, "comparisons": rows}
-    document |= {"unmatched": pairing.unmatched, "uncompared": pairing.uncompared}
+    document |= {
+        "pooled": [dataclasses.asdict(row) for row in pairing.pooled],
+        "unmatched": pairing.unmatched, "uncompared": pairing.uncompared,
+    }  # fmt: skip
     typer.echo(json.dumps(document, indent=1))
 
 
@@ -102,9 +105,9 @@ def _print_table(pairing: Pairing, titles: dict[str, str]) -> None:
     numbers = ["items", "A", "B", "A against B", "only A / only B right", "p"]
     numbers += ["p (Holm)"] if several else []
     rows = []
-    for row in pairing.comparisons:
+    for row in (*pairing.comparisons, *pairing.pooled):
         ps = [_p(row.p), *([_p(row.p_holm)] if several else [])]
-        title = f"{metric_name(row.metric)} {names[row.protocol]}"
+        title = f"{metric_name(row.metric)} {names.get(row.protocol, row.protocol)}"
         rows.append([title, f"{row.items:,}", *_values(row), *ps, row.verdict])
     if rows:
         typer.echo("")
@@ -154,6 +157,10 @@ def _notes(pairing: Pairing) -> list[str]:
         )
     several = len(pairing.comparisons) > 1
     corrected = ", corrected by Holm's method for all rows shown" if several else ""
+    if pairing.pooled:
+        together = " and ".join(dict.fromkeys(row.protocol for row in pairing.pooled))
+        lines.append(f"{together}: all their questions together, each counts alike")
+        corrected = f"{corrected}, {together} apart"
     lines.append(f"verdict at 5%{corrected}: noise of the items, not of seeds")
     for row in pairing.comparisons:
         if row.only_a or row.only_b:

@@ -18,12 +18,14 @@ method varies with its seed is another question, which repeated runs answer (`re
   too narrow. Windows are taken as independent, which neighbours in one document are not quite.
 
 Several comparisons at once are corrected by Holm's method (Holm 1979, Scand. J. Statist. 6:65),
-which holds however they depend on each other; verdicts are by the corrected p at 5%.
+which holds however they depend on each other; verdicts are by the corrected p at 5%. The questions
+of all tasks together are one more test, with a correction of its own: it asks another question.
 """
 
 from __future__ import annotations
 
 import fnmatch
+import itertools
 import math
 import statistics
 from collections.abc import Mapping, Sequence
@@ -102,11 +104,14 @@ class Pairing:
     """All comparisons of two sides.
 
     Attributes:
+        pooled: A metric on the questions of all its tasks together, where it has several; a
+            question counts alike, whatever its task. Corrected among themselves.
         unmatched: Protocols that have no item in both, with the items of A and of B.
         uncompared: `metric protocol` of values that are neither 0 or 1 nor losses, or NaN.
     """
 
     comparisons: tuple[Comparison, ...]
+    pooled: tuple[Comparison, ...] = ()
     unmatched: Mapping[str, tuple[int, int]] = field(default_factory=dict)
     uncompared: tuple[str, ...] = ()
 
@@ -169,6 +174,7 @@ def pair(
             fix="run both with the same --ppl and --tasks, and --log-samples",
         )
     rows, there, uncompared = [], [], []
+    questions: dict[str, list[list[tuple[float, float]]]] = {}
     for protocol, keys in shared.items():
         only = (sizes[protocol][0] - len(keys), sizes[protocol][1] - len(keys))
         for metric, pairs in _pairs(a, b, keys).items():
@@ -182,6 +188,8 @@ def pair(
                 uncompared.append(f"{metric} {protocol}")
             else:
                 rows.append(replace(row, only_a=only[0], only_b=only[1]))
+                if row.test == "exact McNemar":
+                    questions.setdefault(metric, []).append(pairs)
     if not rows and not uncompared:
         raise MissingResource(
             "nothing is selected",
@@ -189,7 +197,14 @@ def pair(
             fix="leave metric= or protocol= out, or choose from these",
         )
     unmatched = {protocol: size for protocol, size in sizes.items() if protocol not in shared}
-    return Pairing(tuple(correct(rows)), unmatched, tuple(uncompared))
+    pooled = [
+        _tested(
+            metric, f"{len(tasks)} tasks", list(itertools.chain(*tasks)),
+            lower_is_better=metric in lower_is_better,
+        )
+        for metric, tasks in questions.items() if len(tasks) > 1
+    ]  # fmt: skip
+    return Pairing(tuple(correct(rows)), tuple(correct(pooled)), unmatched, tuple(uncompared))
 
 
 def _compared(

@@ -3,6 +3,7 @@
 import json
 import math
 import random
+import re
 from pathlib import Path
 
 import numpy as np
@@ -159,6 +160,28 @@ def test_a_metric_of_which_less_is_better():
     assert row.verdict == "B better"
 
 
+def test_the_questions_of_all_tasks_together_show_what_no_task_does():
+    """4 against 0 in each of two tasks: p = 2/16, no difference. 8 against 0: 2/256."""
+    arc = "lm-eval/arc_easy/0-shot/v1.0"
+    a = Side("a", {**side([1] * 4 + [0] * 6).items, **side([1] * 4, protocol=arc).items})
+    b = Side("b", dict.fromkeys(a.items, {"acc": 0.0}))
+    pairing = pair(a, b)
+    assert [(row.items, row.p, row.verdict) for row in pairing.comparisons] == [
+        (4, 2 / 16, "within noise"), (10, 2 / 16, "within noise"),
+    ]  # fmt: skip
+    (row,) = pairing.pooled
+    assert (row.protocol, row.items, row.a_alone, row.b_alone) == ("2 tasks", 14, 8, 0)
+    assert (row.a, row.b, row.difference) == (8 / 14, 0.0, pytest.approx(8 / 14))
+    assert (row.p, row.p_holm, row.verdict) == (2 / 256, 2 / 256, "A better")
+    # they are no part of the correction of the others, and one task has nothing to pool
+    assert [row.p_holm for row in pairing.comparisons] == [4 / 16, 4 / 16]
+    assert pair(a, b, protocols=[arc]).pooled == ()
+    # losses of several texts are not pooled: a window of another text has another loss
+    two_texts = {**side([3.0] * 12, metric="nll").items}
+    two_texts |= side([2.0] * 12, metric="nll", protocol=WIKI).items
+    assert pair(Side("a", two_texts), Side("b", two_texts)).pooled == ()
+
+
 # ---------------------------------------------------------------- matching
 
 
@@ -253,6 +276,23 @@ def test_two_results_on_the_command_line(cli, two, tmp_path):
     assert ppl["ratio"] == pytest.approx(math.exp(0.2), rel=0.02)
     chosen = cli("compare", "--paired", a, b, "metric=acc", "--json", *folder).stdout
     assert [row["metric"] for row in json.loads(chosen)["comparisons"]] == ["acc"]
+
+
+def test_the_command_shows_all_tasks_together(cli, two, tmp_path):
+    for path in two:
+        samples = read_samples(path)
+        tasks = [sample for sample in samples if sample.protocol == PIQA]
+        samples_path(path).unlink()
+        write_samples(
+            path, [*samples, *(s.model_copy(update={"protocol": "lm-eval/rte/0"}) for s in tasks)]
+        )
+    words = ["compare", "--paired", *(path.stem for path in two)]
+    outcome = cli(*words, "--results-dir", tmp_path / "results")
+    assert re.search(r"acc 2 tasks +80 +50.0% +82.5% .* 0 / 26 .* B better", outcome.stdout)
+    assert "2 tasks: all their questions together" in outcome.stderr
+    assert "shown, 2 tasks apart" in outcome.stderr
+    document = json.loads(cli(*words, "--json", "--results-dir", tmp_path / "results").stdout)
+    assert [row["items"] for row in document["pooled"]] == [80]
 
 
 def test_a_title_says_what_made_a_run(cli, tmp_path):
