@@ -159,8 +159,7 @@ def _notes(pairing: Pairing) -> list[str]:
     corrected = ", corrected by Holm's method for all rows shown" if several else ""
     if pairing.pooled:
         together = " and ".join(dict.fromkeys(row.protocol for row in pairing.pooled))
-        lines.append(f"{together}: all their questions together, each counts alike")
-        corrected = f"{corrected}, {together} apart"
+        lines.append(f"{together}: all questions together, each counts alike, corrected apart")
     lines.append(f"verdict at 5%{corrected}: noise of the items, not of seeds")
     for row in pairing.comparisons:
         if row.only_a or row.only_b:

@@ -289,8 +289,7 @@ def test_the_command_shows_all_tasks_together(cli, two, tmp_path):
     words = ["compare", "--paired", *(path.stem for path in two)]
     outcome = cli(*words, "--results-dir", tmp_path / "results")
     assert re.search(r"acc 2 tasks +80 +50.0% +82.5% .* 0 / 26 .* B better", outcome.stdout)
-    assert "2 tasks: all their questions together" in outcome.stderr
-    assert "shown, 2 tasks apart" in outcome.stderr
+    assert "2 tasks: all questions together, each counts alike, corrected apart" in outcome.stderr
     document = json.loads(cli(*words, "--json", "--results-dir", tmp_path / "results").stdout)
     assert [row["items"] for row in document["pooled"]] == [80]
 
