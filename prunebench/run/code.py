@@ -7,6 +7,7 @@ import json
 import platform
 import secrets
 import sys
+import sysconfig
 from pathlib import Path
 from typing import Any
 
@@ -37,12 +38,29 @@ def code_sha256(resolved: ResolvedSpec) -> str:
 
 
 def _source_sha256(part: Any) -> str | None:
-    """Return the hash of the file that a class of elsewhere comes from; our own have versions."""
+    """Return the hash of the files that a class of elsewhere comes from; our own have versions."""
     module = type(part).__module__
     if part is None or module.partition(".")[0] == "prunebench":
         return None
     try:
-        return sha256_file(Path(str(getattr(sys.modules.get(module), "__file__", None))))
+        hashes = [sha256_file(file) for file in _loaded_files(module)]
     except OSError:
         # of a notebook or a zip file: it cannot be compared, so nothing is resumed
         return secrets.token_hex(16)
+    return hashlib.sha256("".join(hashes).encode()).hexdigest()
+
+
+def _loaded_files(module: str) -> list[Path]:
+    """Return the file of a module, and those of its package, or of its folder, that are loaded."""
+    package = module.partition(".")[0]
+    file = Path(str(getattr(sys.modules.get(module), "__file__", None)))
+    # a file by itself imports what lies beside it; beside installed ones lies what is not its own
+    installed = {Path(sysconfig.get_path(name)) for name in ("purelib", "platlib")}
+    folder = file.parent if package == module and file.parent not in installed else None
+    files = {file}
+    for name, loaded in list(sys.modules.items()):
+        # from the dictionary: modules that load lazily may do so when an attribute is asked for
+        other = getattr(loaded, "__dict__", {}).get("__file__")
+        if other and (name.partition(".")[0] == package or Path(other).parent == folder):
+            files.add(Path(other))
+    return sorted(files)

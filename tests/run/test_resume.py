@@ -1,5 +1,6 @@
 """A run on disk goes on after anything: a kill, Ctrl-C, a full disk, damaged state; same bits."""
 
+import importlib
 import os
 import subprocess
 import sys
@@ -188,6 +189,19 @@ def test_what_other_code_has_saved_is_not_resumed(tiny_folder, text_file, tmp_pa
     assert [folder_of(ours), folder_of(theirs)] == before
     file.write_text(f"{MINE}\n# another threshold\n")
     assert folder_of(theirs) != before[1]
+    assert folder_of(ours) == before[0]
+    file.write_text(MINE)
+    assert folder_of(theirs) == before[1]
+    # a module beside it counts once it is loaded, and a module of elsewhere does not
+    (tmp_path / "elsewhere").mkdir()
+    for helper in (tmp_path / "elsewhere" / "far_from_mine.py", tmp_path / "beside_mine.py"):
+        helper.write_text("THRESHOLD = 1")
+        monkeypatch.syspath_prepend(str(helper.parent))
+        monkeypatch.setitem(sys.modules, helper.stem, importlib.import_module(helper.stem))
+        assert (folder_of(theirs) != before[1]) == (helper.parent == tmp_path)
+    beside = folder_of(theirs)
+    helper.write_text("THRESHOLD = 2")
+    assert folder_of(theirs) != beside
     assert folder_of(ours) == before[0]
     for part in ("method wanda", "allocator owl", "recoverer block"):
         change = versions.Change((part,), "2027-01-01", "something else")
