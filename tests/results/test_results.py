@@ -248,10 +248,15 @@ def test_sparsegpt_beats_wanda_where_calibration_and_evaluation_are_of_one_kind(
 
 
 def committed_layers(method, sparsity):
-    """The layers of every committed row, by seed."""
+    """The layers of the newest committed row of each seed, as pruned."""
     results, _ = ResultStore(REPOSITORY / "results").read(committed_results())
-    selected = (method, sparsity, "c4-sample/rest")
-    rows = [r for r in results if (r.spec.method, r.spec.sparsity, r.spec.calibration) == selected]
+    selected = (method, sparsity, "c4-sample/rest", "none", 32)
+    rows = [
+        r
+        for r in sorted(results, key=lambda r: r.created_at)
+        if (r.spec.method, r.spec.sparsity, r.spec.calibration, r.spec.recover,
+            r.spec.calibration_samples) == selected and r.spec.model == "smollm2-135m-q4"
+    ]  # fmt: skip
     return {r.spec.seed: {layer.name: layer for layer in r.sparsity.layers} for r in rows}
 
 
