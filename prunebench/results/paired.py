@@ -25,7 +25,6 @@ of all tasks together are one more test, with a correction of its own: it asks a
 from __future__ import annotations
 
 import fnmatch
-import itertools
 import math
 import statistics
 from collections.abc import Mapping, Sequence
@@ -174,7 +173,7 @@ def pair(
             fix="run both with the same --ppl and --tasks, and --log-samples",
         )
     rows, there, uncompared = [], [], []
-    questions: dict[str, list[list[tuple[float, float]]]] = {}
+    tasks: dict[str, list[tuple[Comparison, list[tuple[float, float]]]]] = {}
     for protocol, keys in shared.items():
         only = (sizes[protocol][0] - len(keys), sizes[protocol][1] - len(keys))
         for metric, pairs in _pairs(a, b, keys).items():
@@ -189,7 +188,7 @@ def pair(
             else:
                 rows.append(replace(row, only_a=only[0], only_b=only[1]))
                 if row.test == "exact McNemar":
-                    questions.setdefault(metric, []).append(pairs)
+                    tasks.setdefault(metric, []).append((rows[-1], pairs))
     if not rows and not uncompared:
         raise MissingResource(
             "nothing is selected",
@@ -197,14 +196,26 @@ def pair(
             fix="leave metric= or protocol= out, or choose from these",
         )
     unmatched = {protocol: size for protocol, size in sizes.items() if protocol not in shared}
-    pooled = [
-        _tested(
-            metric, f"{len(tasks)} tasks", list(itertools.chain(*tasks)),
-            lower_is_better=metric in lower_is_better,
-        )
-        for metric, tasks in questions.items() if len(tasks) > 1
-    ]  # fmt: skip
+    pooled = _pooled(tasks, lower_is_better)
     return Pairing(tuple(correct(rows)), tuple(correct(pooled)), unmatched, tuple(uncompared))
+
+
+def _pooled(
+    tasks: Mapping[str, Sequence[tuple[Comparison, list[tuple[float, float]]]]],
+    lower_is_better: frozenset[str],
+) -> list[Comparison]:
+    """Return the tests of all questions together, of the metrics that several tasks have."""
+    return [
+        replace(
+            _tested(
+                metric, f"{len(of_metric)} tasks", [p for _, pairs in of_metric for p in pairs],
+                lower_is_better=metric in lower_is_better,
+            ),
+            only_a=sum(row.only_a for row, _ in of_metric),
+            only_b=sum(row.only_b for row, _ in of_metric),
+        )
+        for metric, of_metric in tasks.items() if len(of_metric) > 1
+    ]  # fmt: skip
 
 
 def _compared(

@@ -165,12 +165,14 @@ def test_the_questions_of_all_tasks_together_show_what_no_task_does():
     arc = "lm-eval/arc_easy/0-shot/v1.0"
     a = Side("a", {**side([1] * 4 + [0] * 6).items, **side([1] * 4, protocol=arc).items})
     b = Side("b", dict.fromkeys(a.items, {"acc": 0.0}))
+    a = Side("a", {**a.items, (PIQA, 10, "of A"): {"acc": 1.0}, (arc, 4, "of A"): {"acc": 1.0}})
     pairing = pair(a, b)
     assert [(row.items, row.p, row.verdict) for row in pairing.comparisons] == [
         (4, 2 / 16, "within noise"), (10, 2 / 16, "within noise"),
     ]  # fmt: skip
     (row,) = pairing.pooled
     assert (row.protocol, row.items, row.a_alone, row.b_alone) == ("2 tasks", 14, 8, 0)
+    assert (row.only_a, row.only_b) == (2, 0)
     assert (row.a, row.b, row.difference) == (8 / 14, 0.0, pytest.approx(8 / 14))
     assert (row.p, row.p_holm, row.verdict) == (2 / 256, 2 / 256, "A better")
     # they are no part of the correction of the others, and one task has nothing to pool
