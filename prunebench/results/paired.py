@@ -186,9 +186,10 @@ def pair(
             if row is None:
                 uncompared.append(f"{metric} {protocol}")
             else:
-                rows.append(replace(row, only_a=only[0], only_b=only[1]))
+                row = replace(row, only_a=only[0], only_b=only[1])
+                rows.append(row)
                 if row.test == "exact McNemar":
-                    tasks.setdefault(metric, []).append((rows[-1], pairs))
+                    tasks.setdefault(metric, []).append((row, pairs))
     if not rows and not uncompared:
         raise MissingResource(
             "nothing is selected",
@@ -196,8 +197,8 @@ def pair(
             fix="leave metric= or protocol= out, or choose from these",
         )
     unmatched = {protocol: size for protocol, size in sizes.items() if protocol not in shared}
-    pooled = _pooled(tasks, lower_is_better)
-    return Pairing(tuple(correct(rows)), tuple(correct(pooled)), unmatched, tuple(uncompared))
+    pooled = tuple(correct(_pooled(tasks, lower_is_better)))
+    return Pairing(tuple(correct(rows)), pooled, unmatched, tuple(uncompared))
 
 
 def _pooled(
