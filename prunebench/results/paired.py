@@ -158,20 +158,11 @@ def pair(
         MissingResource: No metric and protocol that both have is selected.
         IncompatibleData: They share no item.
     """
-    shared: dict[str, list[Key]] = {}
-    # sorted: the bootstrap draws by position, so the order of the files must not matter
-    for key in sorted(a.items.keys() & b.items.keys()):
-        shared.setdefault(key[0], []).append(key)
+    shared = _shared(a, b)
     sizes = {
         protocol: (_count(a, protocol), _count(b, protocol))
         for protocol in sorted({key[0] for side in (a, b) for key in side.items})
     }
-    if not shared:
-        raise IncompatibleData(
-            "the two share no item: nothing can be compared",
-            where=f"A has {_protocols(a)}; B has {_protocols(b)}",
-            fix="run both with the same --ppl and --tasks, and --log-samples",
-        )
     rows, there, uncompared = [], [], []
     tasks: dict[str, list[tuple[Comparison, list[tuple[float, float]]]]] = {}
     for protocol, keys in shared.items():
@@ -199,6 +190,21 @@ def pair(
     unmatched = {protocol: size for protocol, size in sizes.items() if protocol not in shared}
     pooled = tuple(correct(_pooled(tasks, lower_is_better)))
     return Pairing(tuple(correct(rows)), pooled, unmatched, tuple(uncompared))
+
+
+def _shared(a: Side, b: Side) -> dict[str, list[Key]]:
+    """Return the items that both have, by protocol."""
+    shared: dict[str, list[Key]] = {}
+    # sorted: the bootstrap draws by position, so the order of the files must not matter
+    for key in sorted(a.items.keys() & b.items.keys()):
+        shared.setdefault(key[0], []).append(key)
+    if not shared:
+        raise IncompatibleData(
+            "the two share no item: nothing can be compared",
+            where=f"A has {_protocols(a)}; B has {_protocols(b)}",
+            fix="run both with the same --ppl and --tasks, and --log-samples",
+        )
+    return shared
 
 
 def _pooled(
