@@ -2,6 +2,7 @@
 
 import re
 import statistics
+import tomllib
 from collections import defaultdict
 from pathlib import Path
 
@@ -63,6 +64,18 @@ def test_the_paired_differences_of_the_findings_are_those_of_the_samples():
     assert len(rows) == 4
     found = {f"{d:+.1f} ± {e:.1f} | {p:.2g}" for d, e, p in paired_differences().values()}
     assert set(rows.values()) <= found
+
+
+def test_the_table_of_rounding_is_what_was_measured():
+    text = (ROOT / "prunebench" / "results" / "rounding.toml").read_text("utf-8")
+    columns = {row["method"]: row for row in tomllib.loads(text)["measured"]}
+    lines = FINDINGS.splitlines()
+    start = lines.index("| | magnitude | Wanda | SparseGPT | ALPS |")
+    cells = [[cell.strip() for cell in line.split("|")[2:-1]] for line in lines[start : start + 9]]
+    for name, _, *values, agreement in zip(*cells, strict=True):
+        measured = columns[name.lower()]
+        assert values == [f"{value:,.2f}" for value in measured["values"]]
+        assert float(agreement.rstrip("%")) == round(100 * measured["least_mask_agreement"], 2)
 
 
 def test_the_numbers_of_the_findings_are_those_of_the_results():
