@@ -78,6 +78,20 @@ def test_the_table_of_rounding_is_what_was_measured():
         assert float(agreement.rstrip("%")) == round(100 * measured["least_mask_agreement"], 2)
 
 
+def test_the_table_of_wikitext2_is_what_was_scored():
+    scored = {
+        f"{value:#.4g} | {value / score.dense_value:#.3g}"
+        for result in ResultStore(ROOT / "results").read()[0]
+        for score in result.scores
+        if score.protocol == "wikitext2-raw/test/512/v1"
+        for value in (score.value, score.dense_value)
+    }
+    table = FINDINGS[FINDINGS.index("| | WikiText-2 |") :].split("\n\n")[0]
+    cells = re.findall(r"^\| [^|]+ \| ([\d.]+ \| [\d.]+) \|", table, re.M)
+    assert len(cells) == 6
+    assert set(cells) <= scored
+
+
 def test_the_numbers_of_the_findings_are_those_of_the_results():
     printed = set()
     for (protocol, *_), results in groups().items():
