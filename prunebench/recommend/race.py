@@ -8,8 +8,9 @@ Successive halving under a floor. In round 1 all candidates are measured on litt
 read no data first, then calibrated ones, then those with recovery, the smallest first in each. A
 candidate that cannot become smaller than one that holds the floor is not measured at all. Into
 the next round go the leader (the smallest that holds the floor) and the candidates that are
-smaller and miss it by little; while nothing holds the floor, the better half goes. What is left
-at the end is measured once on text that no round has seen.
+smaller and miss it by little; while nothing holds the floor, the better half goes. Who comes to
+hold the floor takes the lead in the midst of a round, and what is larger is not measured on more.
+What is left at the end is measured once on text that no round has seen.
 
 The order depends on the values alone, never on the time that anything took. There is no state to
 save: whoever starts again sends the same values, and gets the same steps.
@@ -104,7 +105,8 @@ class Race:
                     yield from self._measure(Step(candidate, 0))
             for number in range(1, self.rounds):
                 for candidate in self._promoted(number):
-                    yield from self._measure(Step(candidate, number))
+                    if not self.larger(candidate):  # than the leader, which may have changed
+                        yield from self._measure(Step(candidate, number))
                 if any(map(self._is_needed, self.candidates)):
                     break  # the leader fell, for whose sake they were passed over
             else:

@@ -67,9 +67,21 @@ def test_the_smallest_that_holds_the_floor_is_confirmed_and_larger_ones_are_not_
 def test_a_smaller_one_that_misses_by_little_is_measured_on_more_and_may_win():
     values = {"int4": [1.3] * 4, "int3": [2.5, 2.1, 1.9, 1.95]}
     race, log = race_of([candidate("int3", 3), candidate("int4", 4)], values)
-    assert log == [("int3", 1), ("int4", 1), ("int3", 2), ("int4", 2), ("int3", 3), ("int4", 3),
+    assert log == [("int3", 1), ("int4", 1), ("int3", 2), ("int4", 2), ("int3", 3),
                    ("int3", "unseen")]  # fmt: skip
     assert race.chosen.step.candidate.name == "int3"
+
+
+def test_a_recovery_is_not_measured_on_more_once_its_like_holds_the_floor_without():
+    values = {"alps": [2.5, 1.7, 1.6, 1.8], "long": [1.9, 1.5, 1.4, 1.5]}
+    both = [candidate("alps", 5), candidate("long", 5, RECOVERY)]
+    race, log = race_of(both, values)
+    assert log == [("alps", 1), ("long", 1), ("alps", 2), ("alps", "unseen")]
+    assert race.chosen.step.candidate.name == "alps"
+    # nor is it lost: where the new leader falls, it is measured on more, and confirmed
+    race, log = race_of(both, values | {"alps": [2.5, 1.7, 1.6, 2.1]})
+    assert log[3:] == [("alps", "unseen"), ("long", 2), ("long", "unseen")]
+    assert race.chosen.step.candidate.name == "long"
 
 
 def test_a_winner_that_misses_the_floor_on_unseen_text_gives_way_to_a_larger_one():
