@@ -100,9 +100,9 @@ reproduce-allocation:  ## how the ratio is spread over the layers, on the defaul
 reproduce-domain:  ## two methods, calibrated on two texts and scored on both, on the default model
 reproduce-equal-bytes:  ## pruned, quantized, both, and fewer blocks: quality beside bytes, on the default model
 reproduce-gemma:  ## four methods, as pruned and recovered, on Gemma 3 270M (238 MB, Gemma's terms)
-reproduce-recovery:  ## recovery after pruning (ONLY="model=smollm2-135m-q4" needs no hub: five hours on two cores)
+reproduce-recovery:  ## recovery after pruning (ONLY="model=smollm2-135m-q4" needs no hub: hours on two cores)
 reproduce-zeroshot:  ## 500 questions a task, dense and eight rows, on the default model (hours on two cores)
-reproduce-wikitext2:  ## the whole test set of WikiText-2, on the default model (two hours on two cores, the hub)
+reproduce-wikitext2:  ## the whole test set of WikiText-2, on the default model (hours on two cores, the hub)
 reproduce-wanda:  ## the tables of the paper: this and the next five need a GPU and the hub
 reproduce-sparsegpt:  ## the tables of the paper (ONLY="model=opt-125m" chooses cells)
 reproduce-gblm:  ## the table and the model zoo of the paper
